@@ -1,0 +1,9 @@
+"""The one exception that is the user's to mend."""
+
+
+class UserError(ValueError):
+    """A mistake in configuration, data or a model folder.
+
+    The message names the place (dotted key or file:line), the value, the rule and the remedy.
+    Rank 0 prints it without a traceback and the process ends with exit status 2.
+    """
