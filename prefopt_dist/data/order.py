@@ -1,0 +1,76 @@
+"""The one global order of the rows, which depends on the seed alone and never on ranks.
+
+Every optimizer step takes the next G rows of it; where an epoch has no G rows left, its last step takes
+what remains. So the rows of step k are a pure function of (seed, row counts, weights, G, k), and a resume
+needs to remember nothing but k.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where an optimizer step stands in the order."""
+
+    epoch: int
+    """0-based epoch of the step's rows."""
+    first: int
+    """Index, inside the epoch's order, of the step's first row."""
+    rows: NDArray[np.int64]
+    """[G'] indices of the step's rows in the data set; G' < G only for an epoch's last step."""
+    rows_seen: int
+    """Rows used from the start of the run to the end of this step."""
+    epoch_fraction: float
+    """Epochs done at the end of this step."""
+
+
+class Order:
+    """Seeded epochs over the rows of several weighted sources."""
+
+    def __init__(self, source: NDArray[np.int32], weights: tuple[float, ...], seed: int, rows_per_step: int) -> None:
+        """source: [N] source index of each row; weights: passes per epoch by source; rows_per_step: G."""
+        self._members = [np.flatnonzero(source == s) for s in range(len(weights))]
+        self._weights = weights
+        self._seed = seed
+        self._rows_per_step = rows_per_step
+        self.rows_per_epoch = sum(self._take(s)[0] * len(m) + self._take(s)[1] for s, m in enumerate(self._members))
+        self.steps_per_epoch = -(-self.rows_per_epoch // rows_per_step)
+        self._cached: tuple[int, NDArray[np.int64]] | None = None
+
+    def _take(self, source: int) -> tuple[int, int]:
+        """(whole passes, further rows) that an epoch takes from a source."""
+        whole = int(self._weights[source])
+        return whole, round((self._weights[source] - whole) * len(self._members[source]))
+
+    def epoch(self, epoch: int) -> NDArray[np.int64]:
+        """[rows_per_epoch] the row indices of one epoch, in their order."""
+        if self._cached is not None and self._cached[0] == epoch:
+            return self._cached[1]
+        parts = []
+        for s, members in enumerate(self._members):
+            whole, further = self._take(s)
+            parts += [members] * whole
+            # numpy promises that RandomState's streams never change between its versions (NEP 19); those of
+            # Generator may, and then a resume after an upgrade would see other rows.
+            parts.append(np.random.RandomState([self._seed, epoch, s, 1]).permutation(members)[:further])
+        rows = np.concatenate(parts).astype(np.int64)
+        order = rows[np.random.RandomState([self._seed, epoch, 0, 0]).permutation(len(rows))]
+        self._cached = (epoch, order)
+        return order
+
+    def step(self, index: int) -> Position:
+        """The rows of the 0-based optimizer step `index`."""
+        epoch, within = divmod(index, self.steps_per_epoch)
+        first = within * self._rows_per_step
+        rows = self.epoch(epoch)[first : first + self._rows_per_step]
+        end = first + len(rows)
+        return Position(
+            epoch=epoch,
+            first=first,
+            rows=rows,
+            rows_seen=epoch * self.rows_per_epoch + end,
+            epoch_fraction=epoch + end / self.rows_per_epoch,
+        )

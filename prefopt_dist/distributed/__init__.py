@@ -1,0 +1,1 @@
+"""Ranks that decide together, and DeepSpeed's ZeRO-3 engines."""

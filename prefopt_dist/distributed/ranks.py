@@ -1,0 +1,123 @@
+"""The process group, and decisions that are taken once.
+
+What could come out differently on two ranks (a file that is there or not, a clock, a signal) is decided by
+one rank and told to the others; a fault of one rank ends all of them alike instead of leaving the others
+in a collective that never completes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from prefopt_dist.errors import UserError
+
+T = TypeVar("T")
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Long enough for what one rank does alone (tokenising, exporting) while the others wait for its word."""
+
+
+class OtherRankFailed(RuntimeError):
+    """Another rank has said what is wrong; this one only ends."""
+
+
+def start() -> None:
+    """Joins the process group of torchrun, or makes one of a single process where there is no torchrun."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    from prefopt_dist.distributed import zero3
+
+    zero3.prepare_deepspeed()
+    import deepspeed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False
+    )
+
+
+def end() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's rank."""
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    """The number of ranks."""
+    return dist.get_world_size()
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's picklable value, by rank, on every rank. Also a barrier."""
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def decide(what: Callable[[], T]) -> T:
+    """Runs `what` on rank 0 alone and gives its result to every rank; if it raises, every rank ends."""
+    box: list[Any] = [None, None]
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            box = [what(), None]
+        except Exception as e:  # told to the others below, then raised again here
+            error = e
+            box = [None, (isinstance(e, UserError), f"{type(e).__name__}: {e}")]
+    dist.broadcast_object_list(box, src=0)
+    if error is not None:
+        raise error
+    if box[1] is not None:
+        of_the_user, text = box[1]
+        raise (UserError if of_the_user else OtherRankFailed)(text)
+    result: T = box[0]
+    return result
+
+
+def together(what: Callable[[], T]) -> T:
+    """Runs `what`, which holds no collective, on every rank; if it raises on one, every rank ends."""
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = what()
+    except Exception as e:  # told to the others below, then raised again here
+        error = e
+    kinds = gather(None if error is None else (isinstance(error, UserError), f"{type(error).__name__}: {error}"))
+    if error is not None:
+        raise error
+    for r, told in enumerate(kinds):
+        if told is not None:
+            of_the_user, text = told
+            raise (UserError if of_the_user else OtherRankFailed)(f"rank {r}: {text}")
+    answer: T = result
+    return answer

@@ -1,0 +1,153 @@
+"""DeepSpeed's engines for the policy and the reference, and giving an engine's memory back.
+
+This file is the only one that leans on DeepSpeed's internals; `TESTED` guards them.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from prefopt_dist.errors import UserError
+
+TESTED = ("0.19.8",)
+"""Versions of DeepSpeed whose internals (`release`, `prepare_deepspeed`) were tried."""
+
+
+def prepare_deepspeed() -> None:
+    """Before the first collective: the version check, and no compilation of operators on CPU."""
+    import deepspeed
+    import deepspeed.ops
+
+    if deepspeed.__version__ not in TESTED:
+        raise UserError(
+            f"deepspeed {deepspeed.__version__} is installed; this package frees and resumes engines through "
+            f"internals that were tried with {', '.join(TESTED)} only. Install deepspeed=={TESTED[-1]}."
+        )
+    if not torch.cuda.is_available():
+        # Compiles C++ for a minute at every CPU start; gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for warnings about what we do on purpose."""
+    text = record.getMessage()
+    # The scoring module takes a MicroBatch, whose tensors are indices: there is no gradient to find in it.
+    return "unknown inputs or outputs type" not in text
+
+
+def policy_settings(zero: Mapping[str, Any], *, dtype: torch.dtype, max_grad_norm: float | None) -> dict[str, Any]:
+    """DeepSpeed's configuration for the policy: the user's ZeRO settings and what the YAML decides."""
+    return {
+        **_settings(zero, dtype),
+        # DeepSpeed's own default is 1.0, so it is always set; 0 is off.
+        "gradient_clipping": max_grad_norm or 0.0,
+        "zero_allow_untested_optimizer": True,
+        # Offloaded optimizers work with torch's AdamW, which needs no compilation.
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def reference_settings(zero: Mapping[str, Any], *, dtype: torch.dtype, offload: str) -> dict[str, Any]:
+    """DeepSpeed's configuration for the reference: parameters alone, on the CPU on request."""
+    settings = _settings(zero, dtype)
+    if offload == "cpu":
+        settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return settings
+
+
+def _settings(zero: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        **deepcopy(dict(zero)),
+        # Micro-batches are ours: the engine sees one at a time and is told which is a step's last.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 2**31,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+
+
+def policy_engine(scorer: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+    """A DeepSpeed engine that trains `scorer`."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings)
+    return engine
+
+
+def reference_engine(scorer: nn.Module, settings: dict[str, Any]) -> Any:
+    """A DeepSpeed engine without optimizer that only scores."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=scorer.requires_grad_(False).eval(), config=settings)
+    engine.eval()
+    return engine
+
+
+def shard_bytes(module: nn.Module) -> tuple[int, int]:
+    """(bytes of parameters that this rank holds, bytes of the whole model)."""
+    held = whole = 0
+    for p in module.parameters():
+        shard = p.ds_tensor if hasattr(p, "ds_tensor") else p
+        held += shard.numel() * shard.element_size()
+        whole += (p.ds_numel if hasattr(p, "ds_numel") else p.numel()) * shard.element_size()
+    return held, whole
+
+
+def release(engine: Any) -> None:
+    """Gives the engine's memory back; the caller drops its own last reference to it afterwards.
+
+    `destroy()` removes the hooks and nothing else: DeepSpeed 0.19.8 keeps the module alive on a module-global
+    stack and in class-level caches whose keys hold a coordinator (and so the module).
+    """
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    module = engine.module
+    engine.empty_partition_cache()
+    engine.destroy()
+    parameter_offload.FWD_MODULE_STACK[:] = [m for m in parameter_offload.FWD_MODULE_STACK if m is not module]
+    for cache in _caches_of(PartitionedParameterCoordinator):
+        cache.cache_clear()
+    # Should anybody still hold the module, its tensors are gone all the same.
+    for p in module.parameters():
+        if hasattr(p, "ds_tensor"):
+            p.ds_tensor.data = torch.empty(0, dtype=p.dtype)
+        p.data = torch.empty(0, dtype=p.dtype)
+    del module
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    else:
+        _trim_heap()
+
+
+def _caches_of(cls: type) -> Iterator[Any]:
+    """The lru_caches of a class's methods, which a decorator without __wrapped__ hides in its closure."""
+    for function in vars(cls).values():
+        if callable(function) and hasattr(function, "__closure__"):
+            for cell in function.__closure__ or ():
+                if isinstance(cell.cell_contents, functools._lru_cache_wrapper):
+                    yield cell.cell_contents
+
+
+def _trim_heap() -> None:
+    """Lets glibc give freed pages back to the system, where there is a glibc."""
+    import ctypes
+    import ctypes.util
+
+    name = ctypes.util.find_library("c")
+    if name is not None:
+        libc = ctypes.CDLL(name)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)

@@ -1,0 +1,181 @@
+"""Model folders: what is in them, and loading one sharded so that no rank holds the whole as parameters."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+from prefopt_dist.errors import UserError
+from prefopt_dist.model import attention
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""`model_type`s whose packed log-probs are tested against the plain model's."""
+
+ROPE_TYPES = ("default", "linear", "llama3")
+"""Rotary scalings that look at a token's own position only, never at the longest sequence of the row."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checked local folder with config, tokenizer and safetensors weights."""
+
+    path: Path
+    config: PreTrainedConfig
+    weight_files: tuple[Path, ...]
+    """Sorted by name."""
+
+
+def resolve(name_or_path: str, key: str) -> Path:
+    """A local folder as it is, or the local snapshot of a hub model (downloaded where the network allows)."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+        raise UserError(f"{key}: {name_or_path!r} is no folder. Give a Hugging Face model folder or a hub name.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges*"]
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=patterns))
+    except GatedRepoError as e:
+        raise UserError(
+            f"{key}: {name_or_path!r} is gated on the hub. Accept its licence there and set HF_TOKEN, or give a folder."
+        ) from e
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
+        raise UserError(
+            f"{key}: {name_or_path!r} is neither a local folder nor a model that the hub gave "
+            f"({type(e).__name__}). Check the name and the network, or download it first and give the folder."
+        ) from e
+
+
+def inspect_folder(path: Path, key: str) -> ModelFolder:
+    """Checks a model folder without loading weights: config, family, weight files and their parameter names."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"{key}: {path} has no config.json. Give a folder written by save_pretrained.")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (ValueError, OSError, KeyError) as e:
+        raise UserError(f"{key}: {path / 'config.json'} cannot be read: {e}") from e
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"{key}: model_type {config.model_type!r} of {path} is not supported; supported are {', '.join(FAMILIES)}."
+        )
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        raise UserError(
+            f"{key}: rope_type {rope!r} of {path} is not supported, since a neighbour in a packed row would change "
+            f"a sequence's numbers; supported are {', '.join(ROPE_TYPES)}."
+        )
+    folder = ModelFolder(path=path, config=config, weight_files=_weight_files(path, key))
+    _check_names(folder, key)
+    return folder
+
+
+def _weight_files(path: Path, key: str) -> tuple[Path, ...]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [n for n in names if not (path / n).is_file()]
+        if missing:
+            raise UserError(f"{key}: {path} lacks {', '.join(missing)}, named in {index.name}. Copy the folder again.")
+        return tuple(path / n for n in names)
+    single = path / "model.safetensors"
+    if not single.is_file():
+        raise UserError(
+            f"{key}: {path} has no model.safetensors (nor an index of several). Other weight formats are not read: "
+            "save the model with save_pretrained."
+        )
+    return (single,)
+
+
+def _header(file: Path, key: str) -> dict[str, Any]:
+    """The parameter names, shapes and dtypes of a safetensors file; checks that the file is whole."""
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        start = f.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise UserError(f"{key}: {file} is cut short ({size} bytes). Copy it again.")
+        header: dict[str, Any] = json.loads(f.read(length))
+    header.pop("__metadata__", None)
+    end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+    if end != size:
+        raise UserError(f"{key}: {file} has {size} bytes, its header promises {end}. Copy it again.")
+    return header
+
+
+def _check_names(folder: ModelFolder, key: str) -> None:
+    """Refuses weights that do not fill the model; from_pretrained says nothing about them under ZeRO-3."""
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(folder.config).state_dict()
+    found: dict[str, list[int]] = {}
+    for file in folder.weight_files:
+        found |= {name: t["shape"] for name, t in _header(file, key).items()}
+    tied = {"lm_head.weight"} if folder.config.tie_word_embeddings else set()
+    missing = sorted(n for n in expected if n not in found and n not in tied)
+    unknown = sorted(n for n in found if n not in expected and not n.endswith("rotary_emb.inv_freq"))
+    shapes = [
+        f"{n} {found[n]} instead of {list(expected[n].shape)}"
+        for n in sorted(found)
+        if n in expected and found[n] != list(expected[n].shape)
+    ]
+    faults = [
+        f"{what}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''} ({len(names)} in all)"
+        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+        if names
+    ]
+    if faults:
+        raise UserError(
+            f"{key}: the weights in {folder.path} do not match its config.json. {'; '.join(faults)}. "
+            "Missing weights would start at random: give a folder of a whole causal language model."
+        )
+
+
+def load_tokenizer(path: Path, key: str) -> Any:
+    """The fast tokenizer of a model folder."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (ValueError, OSError, KeyError, TypeError) as e:
+        raise UserError(f"{key}: {path} holds no tokenizer that can be loaded ({e}). Set model.tokenizer.") from e
+    if not tokenizer.is_fast:
+        raise UserError(f"{key}: the tokenizer in {path} is a slow one; a tokenizer.json is needed.")
+    return tokenizer
+
+
+def load_sharded(folder: ModelFolder, *, dtype: torch.dtype, settings: dict[str, Any]) -> PreTrainedModel:
+    """The model under ZeRO-3, each rank with its part of every parameter; dropout is 0 everywhere.
+
+    settings: the DeepSpeed configuration of the engine that will hold it; its `bf16` decides the shard's dtype.
+    """
+    # transformers sees this object through a weak reference: it must live until the model is there.
+    zero3 = HfDeepSpeedConfig(settings)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder.path, config=without_dropout(folder.config), dtype=dtype, attn_implementation=attention.NAME
+    )
+    del zero3
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def load_whole(folder: ModelFolder, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The unsharded model on the CPU, with the same attention and no dropout."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder.path, config=without_dropout(folder.config), dtype=dtype, attn_implementation=attention.NAME
+    )
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of the configuration with every dropout probability 0: reference and policy must be comparable."""
+    plain = config.to_dict()
+    zeroed = {k: 0.0 for k, v in plain.items() if ("dropout" in k or k.endswith("pdrop")) and isinstance(v, float)}
+    return type(config).from_dict(plain | zeroed)

@@ -1,0 +1,51 @@
+"""The one module under the engine: a micro-batch in, the loss and what the loss is made of out.
+
+The output head is reached in here because only inside the wrapped module's forward does ZeRO-3 gather
+its weight with the right gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from prefopt_dist.data.micro_batch import MicroBatch
+from prefopt_dist.model.head import attach_logp_head
+from prefopt_dist.objectives.objective import Objective, Sequences, Terms
+
+
+class Scorer(nn.Module):
+    """Wraps a causal language model; `lm.` is the only prefix that it adds to parameter names."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm
+        attach_logp_head(lm.get_output_embeddings())
+
+    def sequence_sums(self, batch: MicroBatch) -> torch.Tensor:
+        """float64 [Q]: Σ log π(response token | prompt, response so far) of each sequence."""
+        hidden = self.lm.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            segments=batch.segments,
+            use_cache=False,  # a cache would make transformers mask the row as one sequence
+        ).last_hidden_state[0]
+        logps = self.lm.get_output_embeddings()(hidden[batch.source], batch.target)
+        return torch.segment_reduce(logps.double(), "sum", lengths=batch.counts, unsafe=True)
+
+    def forward(
+        self, batch: MicroBatch, objective: Objective | None = None, reference: torch.Tensor | None = None
+    ) -> Terms | torch.Tensor:
+        """Without an objective the sequence sums; with one, its loss summed over the units and its statistics.
+
+        reference: float64 [U, R], the stored reference sum of each unit's responses; None for a loss without.
+        """
+        sums = self.sequence_sums(batch)
+        if objective is None:
+            return sums
+        units = Sequences(sums=sums[batch.units], counts=batch.counts[batch.units], reference=reference)
+        terms = objective(units)
+        # Without units the loss has no way to the parameters, and this rank's backward would have no
+        # collectives while the others' wait: the dummy token's zero keeps the way.
+        return Terms(loss=terms.loss + 0.0 * sums.sum(), statistics=terms.statistics, per_unit=terms.per_unit)

@@ -1,0 +1,59 @@
+"""What every loss of the family is: from log-probs of policy and reference to a loss and its metrics.
+
+Legend: U units (pairs, or single rows), R responses of a unit (2 for a pair: chosen, rejected).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The sequences of a micro-batch's units, response by response."""
+
+    sums: torch.Tensor
+    """float64 [U, R]: log π(response | prompt), summed over the response's tokens, in nats"""
+    counts: torch.Tensor
+    """int64 [U, R]: response tokens"""
+    reference: torch.Tensor | None
+    """float64 [U, R]: log π_ref(response | prompt); None where the loss has no reference"""
+
+
+class Terms(NamedTuple):
+    """What an objective makes of the units. Sums, not means: the caller divides by the global number of units.
+
+    A named tuple because the engine's hooks find tensors in tuples, not in dataclasses.
+    """
+
+    loss: torch.Tensor
+    """float64 []: the loss summed over the units, differentiable"""
+    statistics: torch.Tensor
+    """float64 [K]: each metric of `Objective.metrics`, summed over the units, detached"""
+    per_unit: torch.Tensor
+    """float64 [U, K]: the same, unit by unit, detached"""
+
+
+class Objective(Protocol):
+    """A loss of the family."""
+
+    responses: int
+    """R, the responses of a unit that it needs: 2 for pairs, 1 for a single response"""
+    needs_reference: bool
+    metrics: tuple[str, ...]
+    """Names of the K statistics; the first is `loss`"""
+    start_loss: float | None
+    """The loss of every unit where policy and reference are equal; None where there is no such number"""
+
+    def __call__(self, units: Sequences) -> Terms:
+        """The loss and the statistics of the units."""
+        ...
+
+
+def terms(loss: torch.Tensor, metrics: list[torch.Tensor]) -> Terms:
+    """Terms from the [U] loss of each unit and its further [U] metrics, in the order of `Objective.metrics`."""
+    per_unit = torch.stack([loss.detach(), *(m.detach().to(loss.dtype) for m in metrics)], dim=1)
+    return Terms(loss=loss.sum(), statistics=per_unit.sum(0), per_unit=per_unit)
