@@ -28,6 +28,25 @@ def groups_within(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
     return groups
 
 
+def fill(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
+    """Micro-batches of at most `budget` tokens over all units, large groups first; a pure function.
+
+    For what is only scored: order does not matter, and like sizes stand side by side. A group that exceeds
+    the budget alone is its own micro-batch.
+    """
+    groups = [(packed_tokens(g), g) for g in groups_within(units, budget)]
+    groups.sort(key=lambda item: -item[0])  # stable: ties keep the order of the units
+    filled: list[list[Unit]] = []
+    room = 0
+    for tokens, group in groups:
+        if tokens > room:
+            filled.append([])
+            room = budget
+        filled[-1] += group
+        room -= tokens
+    return filled
+
+
 def lay_out(units: Sequence[Unit], world_size: int, budget: int) -> list[list[list[Unit]]]:
     """Places units into micro-batches of at most `budget` tokens, as few and as equal as possible.
 
@@ -40,13 +59,16 @@ def lay_out(units: Sequence[Unit], world_size: int, budget: int) -> list[list[li
     items.sort(key=lambda item: -item[0])  # stable: ties keep the order of the units
     per_rank = max(1, -(-sum(t for t, _ in items) // (world_size * budget)))
     while True:
-        bins: list[tuple[int, int, list[list[Unit]]]] = [(0, i, []) for i in range(per_rank * world_size)]
+        bins: list[list[Unit]] = [[] for _ in range(per_rank * world_size)]
+        members = [0] * len(bins)
+        heap = [(0, i) for i in range(len(bins))]
         for tokens, group in items:
-            load, i, content = heapq.heappop(bins)
-            heapq.heappush(bins, (load + tokens, i, [*content, group]))
-        if all(load <= budget or len(content) == 1 for load, _, content in bins):
+            load, i = heap[0]
+            heapq.heapreplace(heap, (load + tokens, i))
+            bins[i] += group
+            members[i] += 1
+        if all(load <= budget or members[i] == 1 for load, i in heap):
             break
         per_rank += 1
-    bins.sort(key=lambda b: (-b[0], b[1]))
-    flat = [[u for group in content for u in group] for _, _, content in bins]
+    flat = [bins[i] for _, i in sorted(heap, key=lambda b: (-b[0], b[1]))]
     return [flat[j * world_size : (j + 1) * world_size] for j in range(per_rank)]

@@ -60,6 +60,7 @@ class DPO:
         tie = margin.abs() <= self.tie_tolerance * self.beta * (chosen.abs() + rejected.abs())
         win = (margin > 0) & ~tie
         return terms(
+            units,
             loss,
             [
                 reward[:, 0],

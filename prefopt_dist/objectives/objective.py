@@ -35,6 +35,8 @@ class Terms(NamedTuple):
     """float64 [K]: each metric of `Objective.metrics`, summed over the units, detached"""
     per_unit: torch.Tensor
     """float64 [U, K]: the same, unit by unit, detached"""
+    sums: torch.Tensor
+    """float64 [U, R]: the policy's log-probs that they were made of, detached"""
 
 
 class Objective(Protocol):
@@ -53,7 +55,7 @@ class Objective(Protocol):
         ...
 
 
-def terms(loss: torch.Tensor, metrics: list[torch.Tensor]) -> Terms:
+def terms(units: Sequences, loss: torch.Tensor, metrics: list[torch.Tensor]) -> Terms:
     """Terms from the [U] loss of each unit and its further [U] metrics, in the order of `Objective.metrics`."""
     per_unit = torch.stack([loss.detach(), *(m.detach().to(loss.dtype) for m in metrics)], dim=1)
-    return Terms(loss=loss.sum(), statistics=per_unit.sum(0), per_unit=per_unit)
+    return Terms(loss=loss.sum(), statistics=per_unit.sum(0), per_unit=per_unit, sums=units.sums.detach())

@@ -23,4 +23,4 @@ class SFT:
     def __call__(self, units: Sequences) -> Terms:
         """See the class."""
         logp = units.sums[:, 0]
-        return terms(-logp / units.counts[:, 0], [logp])
+        return terms(units, -logp / units.counts[:, 0], [logp])

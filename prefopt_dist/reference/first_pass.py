@@ -1,0 +1,221 @@
+"""The first pass: the reference under inference-only ZeRO-3 scores what the store lacks, and is freed.
+
+Legend: n rows of a data set, R responses of a row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from prefopt_dist.data import TokenisedRows
+from prefopt_dist.data.micro_batch import pack
+from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.errors import UserError
+from prefopt_dist.model.load import ModelFolder, load_sharded
+from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.reference.plan import (
+    Location,
+    Plan,
+    make_plan,
+    needed,
+    plan_files,
+    plan_name,
+    read_plan,
+    save_plan,
+)
+from prefopt_dist.reference.store import ReferenceStore, Score
+from prefopt_dist.tracking.console import say
+from prefopt_dist.tracking.progress import Progress
+
+SHARD_MICRO_BATCHES = 16
+SHARD_SECONDS = 30.0
+"""A rank writes a shard after so many micro-batches or seconds: what a kill can cost."""
+SPOT_CHECK = 8
+"""Stored sequences that are scored again while the reference is up."""
+SPOT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""By dtype, relative to the sum: how far two packings of one sequence may lie apart."""
+
+
+class StoppedInFirstPass(Exception):
+    """The pass was asked to stop; what it scored is in the store."""
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """What the reference says of the data sets, and what that cost."""
+
+    sums: list[torch.Tensor]
+    """One float64 [n, R] per data set: Σ log π_ref of each response, in nats"""
+    scored: int
+    """Distinct sequences scored now"""
+    reused: int
+    """Distinct sequences that the store had"""
+
+
+@dataclass(frozen=True)
+class _Todo:
+    """Rank 0's decision of what is to be done."""
+
+    micro_batches: Plan
+    missing: frozenset[bytes]
+    checks: list[tuple[Location, Score]]
+    reused: int
+
+
+def run_first_pass(
+    *,
+    model: ModelFolder,
+    store: ReferenceStore,
+    sets: Sequence[TokenisedRows],
+    responses: int,
+    dtype: torch.dtype,
+    settings: dict[str, Any],
+    budget: int,
+    stop_asked: Callable[[], bool],
+) -> FirstPass:
+    """Scores what is missing, all ranks together, then gives every needed value, checked, to every rank.
+
+    settings: the reference engine's DeepSpeed configuration; budget: tokens of a micro-batch;
+    stop_asked: this rank's own view, agreed here over the ranks.
+    """
+    todo = ranks.decide(lambda: _look_up(store, sets, responses, budget))
+    if todo.micro_batches:
+        engine = zero3.reference_engine(Scorer(load_sharded(model, dtype=dtype, settings=settings)), settings)
+        try:
+            held, whole = zero3.shard_bytes(engine.module)
+            say(
+                f"reference: {len(todo.missing)} sequences to score in {len(todo.micro_batches)} micro-batches, "
+                f"{todo.reused} reused; each rank holds {held / 2**20:.0f} of {whole / 2**20:.0f} MiB"
+            )
+            _spot_check(engine, todo.checks, sets, dtype)
+            _score(engine, todo, store, sets, stop_asked)
+        finally:
+            zero3.release(engine)
+            del engine
+    else:
+        say(f"reference: all {todo.reused} sequences are in the store")
+    return FirstPass(
+        sums=ranks.decide(lambda: _collect(store, sets, responses)), scored=len(todo.missing), reused=todo.reused
+    )
+
+
+def _look_up(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int, budget: int) -> _Todo:
+    """Rank 0: what the store lacks, by the saved plans where they cover it, by a new one where they don't."""
+    places = needed(sets, responses)
+    scores, messages = store.read()
+    for message in messages:
+        say(message)
+    missing = {d: p for d, p in places.items() if d not in scores}
+    name = plan_name(sets, responses)
+    todo: Plan = []
+    covered: set[bytes] = set()
+    for path in plan_files(store.folder, name):
+        for micro_batch in read_plan(path):
+            digests = {p.digest(sets) for p in micro_batch}
+            if (digests & missing.keys()) - covered:
+                todo.append(micro_batch)
+                covered |= digests
+    uncovered = {d: p for d, p in missing.items() if d not in covered}
+    if uncovered:
+        plan = make_plan(uncovered, sets, budget)
+        save_plan(store.folder, name, plan)
+        todo += plan
+    stored = [d for d in places if d in scores]
+    checks = [(places[d], scores[d]) for d in stored[:: max(1, len(stored) // SPOT_CHECK)][:SPOT_CHECK]]
+    return _Todo(todo, frozenset(missing), checks, len(stored))
+
+
+def _sums(engine: Any, places: Sequence[Location], sets: Sequence[TokenisedRows]) -> list[Score]:
+    """Scores the sequences of one micro-batch, which may be empty; every rank must call this equally often."""
+    batch = pack([p.unit(sets, i) for i, p in enumerate(places)], responses_per_unit=1)
+    with torch.no_grad():
+        sums = engine(batch.to(ranks.device()))
+    chosen = batch.units[:, 0]
+    return [
+        Score(s, c) for s, c in zip(sums.cpu()[chosen].tolist(), batch.counts[chosen].tolist(), strict=True)
+    ]
+
+
+def _score(
+    engine: Any, todo: _Todo, store: ReferenceStore, sets: Sequence[TokenisedRows], stop_asked: Callable[[], bool]
+) -> None:
+    rank, world = ranks.rank(), ranks.world_size()
+    pending: dict[bytes, Score] = {}
+    since, committed_at = 0, time.monotonic()
+    rounds = -(-len(todo.micro_batches) // world)
+    with Progress(len(todo.micro_batches), "reference", "micro-batches", rank) as progress:
+        for r in range(rounds):
+            mine = r * world + rank
+            places = todo.micro_batches[mine] if mine < len(todo.micro_batches) else []
+            fault = ""
+            for place, score in zip(places, _sums(engine, places, sets), strict=True):
+                if not np.isfinite(score.sum):
+                    fault = (
+                        f"reference: the log-prob of {sets[place.data_set].origin(place.row)} is {score.sum}. "
+                        "Check the reference's weights and model.dtype."
+                    )
+                    continue
+                digest = place.digest(sets)
+                # A micro-batch that is done in part is computed whole, for its bits; what is stored stays.
+                if digest in todo.missing:
+                    pending[digest] = score
+            since += 1
+            # The ranks stop together, or the next round's collectives would wait for ever.
+            flags = torch.tensor([float(stop_asked()), float(bool(fault))], device=ranks.device())
+            dist.all_reduce(flags)
+            stopping, faulty = (f > 0 for f in flags.tolist())
+            if faulty:
+                raise UserError(next(f for f in ranks.gather(fault) if f))
+            last = r == rounds - 1 or stopping
+            due = since >= SHARD_MICRO_BATCHES or time.monotonic() - committed_at > SHARD_SECONDS
+            if pending and (due or last):
+                store.commit(pending)
+                pending, since, committed_at = {}, 0, time.monotonic()
+            progress.update(min(world, len(todo.micro_batches) - r * world))
+            if stopping and r < rounds - 1:
+                ranks.gather(None)  # every rank's shard is written
+                raise StoppedInFirstPass
+    ranks.gather(None)
+
+
+def _spot_check(
+    engine: Any, checks: list[tuple[Location, Score]], sets: Sequence[TokenisedRows], dtype: torch.dtype
+) -> None:
+    """Scores a few stored sequences again: a store that does not belong to these weights is refused."""
+    if not checks:
+        return
+    for (place, stored), live in zip(checks, _sums(engine, [p for p, _ in checks], sets), strict=True):
+        if abs(live.sum - stored.sum) > SPOT_TOLERANCE[dtype] * max(1.0, abs(stored.sum)):
+            raise UserError(
+                f"reference: the store says {stored.sum:.6f} for {sets[place.data_set].origin(place.row)}, the "
+                f"reference says {live.sum:.6f}. The store does not belong to these weights or this machine "
+                "computes differently: set reference.store to a new folder."
+            )
+
+
+def _collect(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int) -> list[torch.Tensor]:
+    """Rank 0: each data set's values, every one there, finite, and of the response's own length."""
+    scores, _ = store.read()
+    return [torch.from_numpy(_aligned(scores, rows, responses)) for rows in sets]
+
+
+def _aligned(scores: dict[bytes, Score], rows: TokenisedRows, responses: int) -> NDArray[np.float64]:
+    sums = np.empty((rows.n, responses), dtype=np.float64)
+    for i in range(rows.n):
+        for k in range(responses):
+            score = scores[rows.digests[i, k].tobytes()]
+            if score.count != len(rows.response(i, k)) or not np.isfinite(score.sum):
+                raise UserError(
+                    f"reference store: the value for {rows.origin(i)} ({score.sum} over {score.count} tokens) cannot "
+                    f"be one of this response of {len(rows.response(i, k))} tokens. Remove the store's folder."
+                )
+            sums[i, k] = score.sum
+    return sums

@@ -1,0 +1,50 @@
+"""The step-0 gate (invariant 7.1): where the reference is the policy's start, the two must agree.
+
+What it catches: a store of other weights, other scoring code, dropout, a half-loaded model, a wrong loss.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from prefopt_dist.errors import UserError
+from prefopt_dist.objectives import Objective, Terms
+
+LOGP_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Largest |live − stored| of a sequence over max(1, |stored|), by the model's dtype."""
+LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Largest distance of the batch's mean loss from its closed form."""
+
+
+class StartGate:
+    """Collects the first batch's worst differences on the device, then decides once for all ranks."""
+
+    def __init__(self, objective: Objective, dtype: torch.dtype, device: torch.device) -> None:
+        self._start_loss = objective.start_loss
+        self._dtype = dtype
+        self._worst = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, terms: Terms, reference: torch.Tensor) -> None:
+        """The units of one micro-batch; reference float64 [U, R]."""
+        if len(reference) == 0:
+            return
+        apart = (terms.sums - reference).abs()
+        relative = (apart / reference.abs().clamp(min=1.0)).nan_to_num(nan=torch.inf)
+        self._worst = torch.maximum(self._worst, torch.stack([relative.max(), apart.nan_to_num(nan=torch.inf).max()]))
+
+    def decide(self, mean_loss: float) -> None:
+        """All ranks: refuses to train where live and stored log-probs, or the loss, are not what they must be."""
+        dist.all_reduce(self._worst, op=dist.ReduceOp.MAX)
+        relative, apart = self._worst.tolist()
+        if relative > LOGP_TOLERANCE[self._dtype]:
+            raise UserError(
+                f"step 0: stored and live log-probs of a sequence differ by {apart:.6g} nats ({relative:.2e} of its "
+                f"value; {LOGP_TOLERANCE[self._dtype]:.0e} is allowed in {self._dtype}). The reference store does not "
+                "hold this policy's start: set reference.store to a new folder, or check the model folder."
+            )
+        if self._start_loss is not None and not abs(mean_loss - self._start_loss) <= LOSS_TOLERANCE[self._dtype]:
+            raise UserError(
+                f"step 0: the loss is {mean_loss:.6f}; where policy and reference are equal it must be "
+                f"{self._start_loss:.6f} within {LOSS_TOLERANCE[self._dtype]:.0e} in {self._dtype}."
+            )

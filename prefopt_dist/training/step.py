@@ -1,0 +1,54 @@
+"""One optimizer step, as in the paper: log-probs, loss, gradient, update.
+
+Legend: G pairs of the step over all ranks and micro-batches, K metrics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from prefopt_dist.distributed import ranks
+from prefopt_dist.objectives import Objective, Terms
+from prefopt_dist.tracking.statistics import Statistics
+from prefopt_dist.training.batches import Batch
+from prefopt_dist.training.gate import StartGate
+from prefopt_dist.training.stopping import Request
+
+
+def gradient(engine: Any, batch: Batch, objective: Objective, gate: StartGate | None) -> torch.Tensor:
+    """Adds up the gradient of the mean loss over the step's G pairs; float64 [K+1] sums of this rank's metrics.
+
+    Each pair weighs 1/G wherever it stands; the engine averages over the ranks, hence the factor world size.
+    """
+    statistics = Statistics(objective.metrics, ranks.device())
+    weight = ranks.world_size() / batch.units
+    for j, (micro_batch, reference) in enumerate(batch):
+        engine.set_gradient_accumulation_boundary(j == len(batch) - 1)
+        terms: Terms = engine(micro_batch, objective, reference)
+        engine.backward(terms.loss * weight)
+        statistics.add(terms.statistics, terms.statistics.new_tensor(len(micro_batch.rows)))
+        if gate is not None and reference is not None:
+            gate.add(terms, reference)
+    return statistics.packed()
+
+
+def agree(packed: torch.Tensor, request: Request) -> tuple[list[float], Request]:
+    """The step's one collective and one host read: the metrics' global sums, and what any rank was asked."""
+    flags = packed.new_tensor([float(request.stop), float(request.save)])
+    everything = torch.cat([packed, flags])
+    dist.all_reduce(everything)
+    *sums, stop, save = everything.tolist()
+    return sums, Request(stop=stop > 0, save=save > 0)
+
+
+def update(engine: Any, learning_rate: float) -> float:
+    """Clips and applies the gradient; returns its norm before clipping. All ranks see the same number."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    engine.step()
+    if not engine.was_step_applied():
+        raise FloatingPointError("the gradient is not finite")
+    return float(engine.get_global_grad_norm())

@@ -1,0 +1,57 @@
+"""Requests to stop or to save: files in the run folder, signals, a time budget."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+
+class Request(NamedTuple):
+    """What this rank has been asked; the ranks add theirs up and act alike."""
+
+    stop: bool
+    save: bool
+
+
+class Requests:
+    """Looks for requests. Files and the clock are rank 0's to see; a signal may reach any rank."""
+
+    def __init__(self, run_dir: Path, *, rank: int, max_hours: float | None) -> None:
+        self._stop_file, self._save_file = run_dir / "STOP", run_dir / "SAVE"
+        self._decides = rank == 0
+        self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        self._max_hours = max_hours
+        self._signal: str | None = None
+
+    def catch_signals(self) -> None:
+        """From now on TERM and USR1 ask for a stop instead of ending the process."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number).name
+
+    def look(self) -> Request:
+        """This rank's requests at this moment."""
+        late = self._deadline is not None and time.monotonic() > self._deadline
+        stop = self._signal is not None or (self._decides and (late or self._stop_file.exists()))
+        return Request(stop=stop, save=self._decides and self._save_file.exists())
+
+    def reason(self) -> str:
+        """Why rank 0 stops, for people."""
+        if self._stop_file.exists():
+            return "asked by the file STOP"
+        if self._signal is not None:
+            return f"asked by {self._signal}"
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            return f"train.max_hours={self._max_hours} are over"
+        return "asked by a signal to another rank"
+
+    def obeyed(self) -> None:
+        """Rank 0 removes the files of requests that were obeyed."""
+        if self._decides:
+            self._stop_file.unlink(missing_ok=True)
+            self._save_file.unlink(missing_ok=True)
