@@ -1,0 +1,89 @@
+"""The stages' door: python -m prefopt_dist STAGE RUN.yaml [section.key=value ...]."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefopt_dist.config import Config, load_config, mask_secrets, to_yaml
+from prefopt_dist.errors import UserError
+
+STAGES = {
+    "inspect": "read and tokenise the data, report what is wrong with it and how long it is",
+    "reference": "the first pass alone: score the data with the reference into the store",
+    "train": "the whole job: first pass where rows are missing, training, export; resumes by itself",
+    "evaluate": "a model or checkpoint against the reference on data.eval",
+    "export": "a checkpoint to a Hugging Face folder, verified by loading it back",
+}
+USER_MISTAKE = 2
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The process's exit status: 0 done or stopped on request, 2 the user's mistake; a crash raises."""
+    parser = argparse.ArgumentParser(
+        prog="prefopt_dist",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="stages:\n" + "\n".join(f"  {name:10} {what}" for name, what in STAGES.items()),
+    )
+    parser.add_argument("stage", choices=STAGES, metavar="STAGE")
+    parser.add_argument("run", metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and end")
+    parser.add_argument(
+        "--check", action="store_true", help="check everything that needs no ranks, print the run folder and end"
+    )
+    asked = parser.parse_intermixed_args(arguments)
+    try:
+        config = load_config(asked.run, asked.overrides)
+        if asked.print_config:
+            print(to_yaml(config), end="")
+        elif asked.check:
+            _check(config, asked.stage)
+        else:
+            _run(config, asked.stage)
+    except UserError as e:
+        # Every rank that knows of the mistake ends alike; one of them tells it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {mask_secrets(str(e))}", file=sys.stderr, flush=True)
+        _leave_status(USER_MISTAKE)
+        return USER_MISTAKE
+    return 0
+
+
+def _check(config: Config, stage: str) -> None:
+    if stage != "inspect":
+        from prefopt_dist.stages import ingredients
+
+        ingredients.check(config)
+    print(config.run_dir)
+
+
+def _run(config: Config, stage: str) -> None:
+    module = importlib.import_module(f"prefopt_dist.stages.{stage}")
+    if stage == "inspect":
+        module.run(config)
+        return
+    from prefopt_dist.distributed import ranks
+
+    ranks.start()
+    try:
+        module.run(ranks.decide(lambda: config))
+    except ranks.OtherRankFailed as e:
+        raise SystemExit(1) from e
+    finally:
+        ranks.end()
+
+
+def _leave_status(status: int) -> None:
+    """For the launcher: torchrun turns every status into 1."""
+    file = os.environ.get("PREFOPT_STATUS_FILE")
+    if file:
+        Path(file).write_text(f"{status}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,54 @@
+"""What a run is told: schema, strict YAML, overrides, DeepSpeed's JSON files."""
+
+from prefopt_dist.config.deepspeed_json import load_deepspeed_json
+from prefopt_dist.config.dump import to_dict, to_yaml
+from prefopt_dist.config.identity import differing, identity
+from prefopt_dist.config.load import load_config
+from prefopt_dist.config.losses import LOSSES, DPOLoss, Loss, SFTLoss
+from prefopt_dist.config.schema import (
+    Checkpoint,
+    Config,
+    Data,
+    DataSource,
+    DeepSpeed,
+    Eval,
+    Evaluate,
+    Export,
+    Model,
+    Optim,
+    Reference,
+    Run,
+    Tracking,
+    Train,
+    Wandb,
+)
+from prefopt_dist.config.secrets import mask_secrets
+
+__all__ = [
+    "LOSSES",
+    "Checkpoint",
+    "Config",
+    "DPOLoss",
+    "Data",
+    "DataSource",
+    "DeepSpeed",
+    "Eval",
+    "Evaluate",
+    "Export",
+    "Loss",
+    "Model",
+    "Optim",
+    "Reference",
+    "Run",
+    "SFTLoss",
+    "Tracking",
+    "Train",
+    "Wandb",
+    "differing",
+    "identity",
+    "load_config",
+    "load_deepspeed_json",
+    "mask_secrets",
+    "to_dict",
+    "to_yaml",
+]

@@ -1,0 +1,192 @@
+"""From plain mappings to the schema's dataclasses, with strict types.
+
+The fields' types say everything: what is asked for, its bounds (`Rule`), its default. Only the data
+sources (several accepted shapes) and the loss (a union by name) have a function of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from prefopt_dist.config.losses import LOSSES, Loss
+from prefopt_dist.config.rules import Rule
+from prefopt_dist.config.schema import Config, DataSource
+from prefopt_dist.config.secrets import mask_secrets
+from prefopt_dist.errors import UserError
+
+T = TypeVar("T")
+
+
+def build_config(raw: dict[str, Any]) -> Config:
+    """The configuration that a merged mapping of sections describes."""
+    return _build_dataclass(Config, raw, "")
+
+
+def mistake(key: str, value: Any, rule: str, remedy: str) -> NoReturn:
+    """Raises the user's mistake at a dotted key."""
+    text = mask_secrets(repr(value))
+    shown = text if len(text) <= 80 else text[:77] + "..."
+    raise UserError(f"{key}: got {shown}, must be {rule}; {remedy}")
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """'did you mean …?', or the whole list where nothing is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known here: {', '.join(known)}"
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _build_dataclass(cls: type[T], raw: Any, path: str) -> T:
+    if not isinstance(raw, dict):
+        mistake(path, raw, "a mapping of options", f"write {path}: {{option: value}} or leave it out")
+    # `dataclasses.fields` wants to know that T is a dataclass, which a plain TypeVar cannot say.
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in raw:
+        if key not in fields:
+            raise UserError(f"{_join(path, key)}: unknown key; {nearest(key, fields)}")
+    hints = get_type_hints(cls, include_extras=True)
+    values = {}
+    for name, field in fields.items():
+        key = _join(path, name)
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if name in raw:
+            values[name] = _build(hints[name], raw[name], key)
+        elif dataclasses.is_dataclass(hints[name]) and required:
+            values[name] = _build(hints[name], {}, key)  # names the option that is missing, not the section
+        elif required:
+            raise UserError(f"{key}: missing, it has no default; set it in the file or as {key}=VALUE")
+    return cls(**values)
+
+
+def _build(kind: Any, value: Any, key: str) -> Any:
+    """`value` as the annotated type `kind`, or the user's mistake."""
+    if kind == tuple[DataSource, ...]:
+        return _build_sources(value, key)
+    if kind == dict[str, tuple[DataSource, ...]]:
+        return _build_named_sources(value, key)
+    if kind == Loss:
+        return _build_loss(value, key)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, key)  # type: ignore[arg-type]
+
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        (inner,) = (argument for argument in arguments if argument is not types.NoneType)
+        return None if value is None else _build(inner, value, key)
+    if origin is Annotated:
+        rule = arguments[1]
+        assert isinstance(rule, Rule)
+        built = _build(arguments[0], value, key)
+        if not rule.holds(built):
+            mistake(key, value, rule.text, "change it")
+        return built
+    if origin is Literal:
+        if not isinstance(value, str) or value not in arguments:
+            hint = nearest(value, arguments) if isinstance(value, str) else "take one of them"
+            mistake(key, value, "one of " + ", ".join(arguments), hint)
+        return value
+    if origin is tuple:
+        return _build_tuple(arguments, value, key)
+    return _build_scalar(kind, value, key)
+
+
+def _build_scalar(kind: type, value: Any, key: str) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is bool:
+        if not isinstance(value, bool):
+            mistake(key, value, "true or false", "write true or false without quotes")
+        return value
+    if kind is str:
+        if not isinstance(value, str):
+            mistake(key, value, "a string", "quote it" if is_number else "write a string")
+        return value
+    if kind is int:
+        if isinstance(value, float):
+            mistake(key, value, "a whole number", "numbers are not rounded: write digits only")
+        if not is_number:
+            mistake(key, value, "a whole number", "write digits without quotes")
+        return value
+    assert kind is float, kind
+    if not is_number:
+        mistake(key, value, "a number", "write it without quotes, such as 0.1 or 5e-7")
+    if not math.isfinite(value):
+        mistake(key, value, "a finite number", "where 'no limit' is meant, see whether the option takes null")
+    if float(value) != value:
+        mistake(key, value, "a number that a double holds exactly", "numbers are not rounded: shorten it")
+    return float(value)
+
+
+def _build_tuple(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        mistake(key, value, "a list", "write [a, b]")
+    if arguments[-1] is Ellipsis:
+        arguments = arguments[:1] * len(value)
+    if len(value) != len(arguments):
+        mistake(key, value, f"a list of {len(arguments)}", "give exactly these")
+    return tuple(
+        _build(kind, item, f"{key}[{index}]")
+        for index, (kind, item) in enumerate(zip(arguments, value, strict=True))
+    )
+
+
+def _build_sources(value: Any, key: str) -> tuple[DataSource, ...]:
+    if isinstance(value, list):
+        if not value:
+            mistake(key, value, "at least one source", "name a path")
+        return tuple(_build_source(item, f"{key}[{index}]") for index, item in enumerate(value))
+    return (_build_source(value, key),)
+
+
+def _build_source(value: Any, key: str) -> DataSource:
+    if isinstance(value, str):
+        return _build_dataclass(DataSource, {"path": value}, key)
+    if not isinstance(value, dict):
+        mistake(key, value, "a path, {path, split, weight}, or a list of these", "name a path")
+    return _build_dataclass(DataSource, value, key)
+
+
+def _build_named_sources(value: Any, key: str) -> dict[str, tuple[DataSource, ...]]:
+    if not isinstance(value, dict) or "path" in value:
+        return {"": _build_sources(value, key)}
+    if not value:
+        mistake(key, value, "a path or a map of named sets", "name a set, or write null for no evaluation")
+    options = {field.name for field in dataclasses.fields(DataSource)}
+    for name in value:
+        if name in options:
+            mistake(key, value, "a source with its path, or a map of named sets", f"add path beside {name}")
+        # The name becomes a part of metric names, eval/<name>/…
+        if not name or not all(letter.isalnum() or letter in "_-." for letter in name):
+            mistake(_join(key, name), name, "made of letters, digits, '_', '-' and '.'", "rename the set")
+    return {name: _build_sources(item, _join(key, name)) for name, item in value.items()}
+
+
+def _build_loss(raw: Any, key: str) -> Loss:
+    if not isinstance(raw, dict):
+        mistake(key, raw, "a mapping of options", "write loss: {name: dpo}")
+    name = raw.get("name", "dpo")
+    if not isinstance(name, str) or name not in LOSSES:
+        mistake(f"{key}.name", name, f"one of {', '.join(LOSSES)}", nearest(str(name), LOSSES))
+    own = _field_names(LOSSES[name])
+    for option in raw:
+        others = [other for other, cls in LOSSES.items() if option in _field_names(cls)]
+        if option not in own and others:
+            raise UserError(
+                f"{key}.{option}: not an option of the loss {name}; {', '.join(others)} has it: "
+                f"remove it or set {key}.name"
+            )
+    return _build_dataclass(LOSSES[name], raw, key)
+
+
+def _field_names(cls: type[Loss]) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}

@@ -1,0 +1,60 @@
+"""What a run is: the keys that may not change between its starts.
+
+Left out is what changes speed, memory, place or sight but not the run: micro-batches, activation
+checkpointing, folders, tracking, checkpoints, evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefopt_dist.config.dump import to_dict
+from prefopt_dist.config.schema import Config
+from prefopt_dist.config.secrets import mask_secrets
+
+_KEYS: dict[str, tuple[str, ...]] = {
+    "run": ("seed",),
+    "model": ("name_or_path", "tokenizer", "dtype"),
+    "reference": ("name_or_path",),
+    "data": ("train", "format", "template", "max_length", "max_prompt_length", "on_bad_row"),
+    "train": ("epochs", "max_steps", "global_batch_pairs"),
+}
+_WHOLE_SECTIONS = ("loss", "optim")
+_ABSENT = "absent"
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Flat dotted keys with JSON values; equal for two starts of one run.
+
+    Secrets are masked, so that the identity of a saved config.yaml equals the one that was saved.
+    """
+    sections = mask_secrets(to_dict(config))
+    flat: dict[str, Any] = {}
+    for section, keys in _KEYS.items():
+        for key in keys:
+            _flatten(f"{section}.{key}", sections[section][key], flat)
+    for section in _WHOLE_SECTIONS:
+        _flatten(section, sections[section], flat)
+    return flat
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """One line for each key in which `b` (now) differs from `a` (before); none for equal identities."""
+    keys = [*a, *(key for key in b if key not in a)]
+    return [
+        f"{key}: was {a.get(key, _ABSENT)}, now {b.get(key, _ABSENT)}"
+        for key in keys
+        if a.get(key, _ABSENT) != b.get(key, _ABSENT)
+    ]
+
+
+def _flatten(key: str, value: Any, flat: dict[str, Any]) -> None:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _flatten(f"{key}.{name}", item, flat)
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for index, item in enumerate(value):
+            _flatten(f"{key}[{index}]", item, flat)
+    else:
+        flat[key] = value

@@ -1,0 +1,278 @@
+"""What a run can be told: one frozen dataclass a section, with the defaults.
+
+The types are the rules: `build.py` reads them, so a bound stands once, beside its field.
+Relative paths (model, data, DeepSpeed, run) are relative to the current working directory.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from prefopt_dist.config.losses import DPOLoss, Loss
+from prefopt_dist.config.rules import Count, Dtype, Fraction, NotNegative, Positive, Rule, Text
+from prefopt_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where the run lives and what its randomness starts from."""
+
+    dir: Text
+    """The run folder; all nodes must see the same one."""
+    seed: Annotated[int, Rule("in [0, 2**32)", lambda v: 0 <= v < 2**32)] = 0
+    """Seed of the order of the data and of everything drawn."""
+    cache: Text | None = None
+    """Folder for what runs share; null: $PREFOPT_CACHE, else <parent of run.dir>/.prefopt."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The policy: the weights that training starts from."""
+
+    name_or_path: Text
+    """A Hugging Face folder or hub name."""
+    tokenizer: Text | None = None
+    """A tokenizer's folder or hub name; null: name_or_path."""
+    dtype: Dtype = "bfloat16"
+    """The dtype of forward and backward; the optimizer's master weights are float32 in any case."""
+    checkpointing: Literal["auto", "none", "all"] = "auto"
+    """Activation checkpointing: no layer, all layers; auto: none on CPU, all on GPU."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The frozen model that the first pass scores, and where its scores are kept."""
+
+    name_or_path: Text | None = None
+    """A Hugging Face folder or hub name; null: the policy's own initial weights."""
+    store: Text | None = None
+    """Folder of the scores; null: <cache>/reference."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where the reference's parameters rest during the first pass."""
+    micro_batch_tokens: Count | None = None
+    """Tokens in a micro-batch of the first pass; null: 2 × train.micro_batch_tokens (no backward)."""
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One set of rows."""
+
+    path: Text
+    """A file, a saved dataset or a hub name."""
+    split: Text | None = None
+    """Split of a saved or hub dataset; null: 'train' there; files have none."""
+    weight: Positive = 1.0
+    """Passes an epoch; 0.5 is a seeded half."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The preference data and how its rows become token sequences."""
+
+    train: tuple[DataSource, ...]
+    """A path or hub name, one {path, split, weight}, or a list of these."""
+    eval: dict[str, tuple[DataSource, ...]] | None = None
+    """The same, or a map of named sets; null: no evaluation. The unnamed set has the name ''."""
+    format: Literal["auto", "raw_pair", "pair", "conversations", "transcripts", "demonstration", "rated"] = (
+        "auto"
+    )
+    """The form of the rows; auto: found by the fields of the first rows."""
+    template: Literal["auto", "chat", "none"] = "auto"
+    """Whether text goes through the chat template; auto: unless it already carries its tokens."""
+    max_length: Annotated[int, Rule("at least 2", lambda v: v >= 2)] = 1024
+    """Tokens of prompt and response together."""
+    max_prompt_length: Count = 512
+    """Tokens to which the prompt is cut where prompt and response exceed max_length."""
+    on_bad_row: Literal["stop", "drop"] = "stop"
+    """What a row that cannot be used does: end the run with its place, or be dropped and counted."""
+
+    def __post_init__(self) -> None:
+        if self.max_prompt_length >= self.max_length:
+            raise UserError(
+                f"data.max_prompt_length: got {self.max_prompt_length}, must be less than data.max_length "
+                f"({self.max_length}), so that a response fits; lower it or raise data.max_length"
+            )
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW and its schedule."""
+
+    learning_rate: Positive = 5.0e-7
+    """The peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """The course after the warm-up: to 0 in a line or a half cosine, or level."""
+    warmup_ratio: Fraction = 0.1
+    """The share of the steps over which the rate rises from 0."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Positive | None = 1.0
+    """The gradient's norm is clipped to this; null: never."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    eps: Positive = 1e-8
+    """AdamW's term in the denominator."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long and in what portions."""
+
+    epochs: Count = 1
+    """Passes over the data."""
+    max_steps: Count | None = None
+    """Ends training at this step if the epochs have not; null: the epochs alone decide."""
+    global_batch_pairs: Count = 64
+    """G: pairs to an optimizer step, however many ranks there are."""
+    micro_batch_tokens: Count = 8192
+    """Packed tokens in one forward and backward of one rank; memory and speed, never the result."""
+    max_hours: Positive | None = None
+    """Stops with a checkpoint after this many hours of one start; null: no limit."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """When the sets of data.eval are evaluated."""
+
+    every_steps: Count | None = 100
+    """Every this many steps; null: at start and end only, as the next two say."""
+    at_start: bool = True
+    """Before the first step (step 0)."""
+    at_end: bool = True
+    """After the last step."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When checkpoints are committed and how many stay."""
+
+    every_steps: Count | None = 100
+    """Every this many steps; null: at the last step only."""
+    keep: Annotated[int, Rule("at least 2", lambda v: v >= 2)] = 2
+    """The newest this many stay; two, so that one is whole whatever happens to the other."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest checkpoint; never: refuse a run folder that has one."""
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """Weights & Biases."""
+
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """offline keeps its files in the run folder; disabled writes none."""
+    project: Text = "prefopt"
+    """The project."""
+    name: Text | None = None
+    """The run's display name; null: the name of the run folder."""
+    group: Text | None = None
+    """The group that the run is shown in."""
+    tags: tuple[Text, ...] = ()
+    """Tags of the run."""
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where the metrics go; metrics.jsonl is written always."""
+
+    wandb: Wandb = field(default_factory=Wandb)
+    """Weights & Biases."""
+    log_every_steps: Count = 1
+    """A row is the mean over the pairs of this many steps."""
+
+
+@dataclass(frozen=True)
+class DeepSpeed:
+    """DeepSpeed's own files: ZeRO, communication and offload keys only."""
+
+    policy: Text = "deepspeed_configs/policy_zero3.json"
+    """For the trained model."""
+    reference: Text = "deepspeed_configs/reference_zero3.json"
+    """For the first pass."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """The stage that writes a Hugging Face folder."""
+
+    dir: Text | None = None
+    """The folder to write; null: RUN/final."""
+    checkpoint: Text | None = None
+    """The checkpoint to export; null: the newest."""
+    dtype: Dtype | None = None
+    """The dtype of the written weights; null: model.dtype."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """The stage that evaluates one model."""
+
+    model: Text | None = None
+    """A Hugging Face folder; null: the newest checkpoint of run.dir."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run's whole configuration, and what its nulls stand for."""
+
+    run: Run
+    """Where the run lives."""
+    model: Model
+    """The policy."""
+    data: Data
+    """The preference data."""
+    reference: Reference = field(default_factory=Reference)
+    """The frozen model."""
+    loss: Loss = field(default_factory=DPOLoss)
+    """The loss and its options."""
+    optim: Optim = field(default_factory=Optim)
+    """The optimizer."""
+    train: Train = field(default_factory=Train)
+    """How long and in what portions."""
+    eval: Eval = field(default_factory=Eval)
+    """When to evaluate."""
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    """When to commit."""
+    tracking: Tracking = field(default_factory=Tracking)
+    """Where the metrics go."""
+    deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
+    """DeepSpeed's files."""
+    export: Export = field(default_factory=Export)
+    """The export stage."""
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    """The evaluate stage."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.run.dir)
+
+    @property
+    def cache_dir(self) -> Path:
+        """The folder that runs share."""
+        if self.run.cache is not None:
+            return Path(self.run.cache)
+        from_environment = os.environ.get("PREFOPT_CACHE")
+        return Path(from_environment) if from_environment else self.run_dir.parent / ".prefopt"
+
+    @property
+    def reference_store(self) -> Path:
+        """The folder of the reference's scores."""
+        return self.cache_dir / "reference" if self.reference.store is None else Path(self.reference.store)
+
+    @property
+    def reference_micro_batch_tokens(self) -> int:
+        """Tokens in a micro-batch of the first pass."""
+        return self.reference.micro_batch_tokens or 2 * self.train.micro_batch_tokens
+
+    @property
+    def tokenizer(self) -> str:
+        """The tokenizer's folder or hub name."""
+        return self.model.tokenizer or self.model.name_or_path
+
+    @property
+    def export_dir(self) -> Path:
+        """The folder that the export stage writes."""
+        return self.run_dir / "final" if self.export.dir is None else Path(self.export.dir)

@@ -1,0 +1,69 @@
+"""Secrets are masked wherever the configuration or a message leaves the process."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any, overload
+
+MASK = "***"
+
+# 'token' ends the word, or micro_batch_tokens and tokenizer would be secrets.
+_NAME = r"(?:token(?![a-z])|secret|password|api[_-]?key)"
+_SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
+_ASSIGNMENT = re.compile(rf"([\w-]*{_NAME}[\w-]*=)[^\s&\"',;]+", re.IGNORECASE)
+_URL_CREDENTIALS = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECASE)
+_TOKENS = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}\b"
+    r"|\bwandb_v\d+_[A-Za-z0-9_]{20,}\b"
+    # A W&B key of the old kind. Beside a slash or an at sign it is a commit, as in a hub snapshot's path.
+    r"|(?<![0-9A-Za-z/@_.-])[0-9a-f]{40}(?![0-9A-Za-z/@_.-])"
+)
+_ENVIRONMENT_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")
+_ENVIRONMENT_SHORTEST = 8  # shorter values ('false', '1') are settings and would mask ordinary words
+
+
+@overload
+def mask_secrets(value: str) -> str: ...
+@overload
+def mask_secrets(value: dict[str, Any]) -> dict[str, Any]: ...
+
+
+def mask_secrets(value: str | dict[str, Any]) -> str | dict[str, Any]:
+    """A copy with every secret replaced by ***; what holds none comes back equal.
+
+    In a dict a string under a secret's name is masked whole. In any text: tokens by their looks,
+    credentials in URLs, NAME=value of a secret's name, and the values of secret environment variables.
+    """
+    environment = _environment_secrets()
+    if isinstance(value, str):
+        return _mask_text(value, environment)
+    return {key: _mask_entry(key, item, environment) for key, item in value.items()}
+
+
+def _environment_secrets() -> list[str]:
+    """Longest first: one value may contain another."""
+    values = {
+        value
+        for name, value in os.environ.items()
+        if _ENVIRONMENT_NAME.search(name.upper()) and len(value) >= _ENVIRONMENT_SHORTEST
+    }
+    return sorted(values, key=len, reverse=True)
+
+
+def _mask_entry(key: str, item: Any, environment: list[str]) -> Any:
+    if isinstance(item, str):
+        return MASK if item and _SECRET_NAME.search(key) else _mask_text(item, environment)
+    if isinstance(item, dict):
+        return {inner: _mask_entry(inner, value, environment) for inner, value in item.items()}
+    if isinstance(item, list | tuple):
+        return [_mask_entry("", value, environment) for value in item]
+    return item
+
+
+def _mask_text(text: str, environment: list[str]) -> str:
+    for secret in environment:
+        text = text.replace(secret, MASK)
+    text = _URL_CREDENTIALS.sub(rf"\1{MASK}@", text)
+    text = _ASSIGNMENT.sub(rf"\1{MASK}", text)
+    return _TOKENS.sub(MASK, text)

@@ -1,0 +1,270 @@
+"""The accepted forms of preference data, each read into one `Example`.
+
+| form | fields |
+| --- | --- |
+| raw_pair | `prompt`, `chosen_response`, `rejected_response`: strings |
+| pair | `prompt`, `chosen`, `rejected`: strings or message lists |
+| conversations | `chosen`, `rejected`: whole message lists; their common prefix is the prompt |
+| transcripts | `chosen`, `rejected`: whole `\\n\\nHuman: … \\n\\nAssistant: …` texts |
+| demonstration | `prompt`, `completion`: strings or message lists; or `messages`: a conversation |
+| rated | `prompt`, `completion`, `label`: true or false |
+
+A `tools` column (a list, or JSON text of one) may stand beside each.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.example import PASSED_ON, Example, Message, Messages
+from prefopt_dist.errors import UserError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+TURN = re.compile(r"\n\n(Human|Assistant):")
+FIRST_ROWS = 64
+"""Rows that `auto` looks at."""
+
+Row = Mapping[str, Any]
+
+
+def detect_form(rows: Sequence[Row], key: str) -> str:
+    """The form most of the first rows have; on equal counts the one that stands first in `FORMS`.
+
+    Raises UserError with the fields found where no row has the fields of any form.
+    """
+    votes = Counter(form for form in map(_form_of, rows[:FIRST_ROWS]) if form is not None)
+    if not votes:
+        found = sorted({name for row in rows[:FIRST_ROWS] for name in row})
+        raise UserError(
+            f"{key}: the first rows have the fields {found}, which are those of no form; "
+            f"rename them to one of: {'; '.join(f'{form}: {fields}' for form, fields in _FIELDS.items())}"
+        )
+    return max(FORMS, key=lambda form: votes[form])
+
+
+def _form_of(row: Row) -> str | None:
+    """The form the fields say; where two share the fields, their first values decide."""
+    has = {name for name, value in row.items() if value is not None}
+    if {"prompt", "chosen_response", "rejected_response"} <= has:
+        return "raw_pair"
+    if {"chosen", "rejected"} <= has:
+        chosen = row["chosen"]
+        whole = isinstance(chosen, list) and bool(chosen) and _role(chosen[0]) != "assistant"
+        if "prompt" in has:
+            # A conversation that repeats the prompt is not a response to it.
+            return "conversations" if whole else "pair"
+        return "conversations" if isinstance(chosen, list) else "transcripts"
+    if {"prompt", "completion"} <= has:
+        return "rated" if "label" in has else "demonstration"
+    return "demonstration" if "messages" in has else None
+
+
+def read_form(form: str, row: Row) -> Example:
+    """The row as an `Example`. Raises BadRow where it is not of that form."""
+    example = FORMS[form](row)
+    if _is_blank(example.prompt):
+        raise BadRow("empty_prompt", "the prompt needs a character that is no space", _said(example.prompt))
+    for response in example.responses:
+        if _is_blank(response):
+            rule = "each response needs a character that is no space"
+            raise BadRow("empty_response", rule, _said(response))
+    if len(example.responses) == 2 and example.responses[0] == example.responses[1]:
+        said = _said(example.responses[0])
+        raise BadRow("identical_responses", "chosen and rejected must differ", said)
+    return example
+
+
+def kind_of(form: str) -> str:
+    """What rows of the form become: `pair`, `demonstration` or `rated`."""
+    return form if form in ("demonstration", "rated") else "pair"
+
+
+def _raw_pair(row: Row) -> Example:
+    chosen, rejected = _string(row, "chosen_response"), _string(row, "rejected_response")
+    return Example(_string(row, "prompt"), (chosen, rejected), tools=_tools(row))
+
+
+def _pair(row: Row) -> Example:
+    return _prompted(row, ("chosen", "rejected"), None)
+
+
+def _rated(row: Row) -> Example:
+    label = _field(row, "label")
+    if not isinstance(label, bool):
+        raise BadRow("wrong_type", "label must be true or false", label)
+    return _prompted(row, ("completion",), label)
+
+
+def _demonstration(row: Row) -> Example:
+    if row.get("messages") is None:
+        return _prompted(row, ("completion",), None)
+    turns = _messages(row["messages"], "messages")
+    _check_response(turns[-1:], "messages")
+    return Example(turns[:-1], (turns[-1:],), tools=_tools(row))
+
+
+def _conversations(row: Row) -> Example:
+    chosen, rejected = (_messages(_field(row, name), name) for name in ("chosen", "rejected"))
+    example = _split_common(chosen, rejected, _tools(row))
+    given = row.get("prompt")
+    if isinstance(given, str):
+        users = [turn.content for turn in example.prompt if isinstance(turn, Message) and turn.role == "user"]
+        agrees = given in users
+    else:
+        agrees = given is None or _messages(given, "prompt") == example.prompt
+    if not agrees:
+        raise BadRow("prompts_differ", "the prompt column must be what both conversations begin with", given)
+    return example
+
+
+def _transcripts(row: Row) -> Example:
+    chosen, rejected = (_parse_transcript(_string(row, name), name) for name in ("chosen", "rejected"))
+    return _split_common(chosen, rejected, _tools(row))
+
+
+FORMS: dict[str, Callable[[Row], Example]] = {
+    "raw_pair": _raw_pair,
+    "pair": _pair,
+    "conversations": _conversations,
+    "transcripts": _transcripts,
+    "rated": _rated,
+    "demonstration": _demonstration,
+}
+_FIELDS = {
+    "raw_pair": "prompt, chosen_response, rejected_response",
+    "pair": "prompt, chosen, rejected",
+    "conversations or transcripts": "chosen, rejected",
+    "rated": "prompt, completion, label",
+    "demonstration": "prompt, completion, or messages",
+}
+
+
+def _prompted(row: Row, names: tuple[str, ...], label: bool | None) -> Example:
+    """A prompt with its responses, each a string or a message list; one list makes all of them messages."""
+    prompt, responses = _text_or_messages(row, "prompt"), [_text_or_messages(row, name) for name in names]
+    for name, response in zip(names, responses, strict=True):
+        if isinstance(response, tuple) and response:
+            _check_response(response, name)
+    if isinstance(prompt, str):
+        strings = tuple(response for response in responses if isinstance(response, str))
+        if len(strings) == len(responses):
+            return Example(prompt, strings, label, _tools(row))
+    turns = tuple(_as_messages(response, "assistant") for response in responses)
+    return Example(_as_messages(prompt, "user"), turns, label, _tools(row))
+
+
+def _as_messages(value: str | Messages, role: str) -> Messages:
+    return (Message(role, value),) if isinstance(value, str) else value
+
+
+def _split_common(chosen: Messages, rejected: Messages, tools: tuple[Any, ...] | None) -> Example:
+    """Prompt := the longest common prefix; what follows are the two responses."""
+    if chosen == rejected:
+        raise BadRow("identical_responses", "chosen and rejected must differ", chosen[-1].content)
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == 0:
+        raise BadRow("no_common_prompt", "both must begin with the same turn", chosen[0].content)
+    for name, rest in (("chosen", chosen[shared:]), ("rejected", rejected[shared:])):
+        if not rest:
+            raise BadRow("empty_response", f"{name} is the beginning of the other and holds no response", "")
+        if rest[0].role != "assistant":
+            rule = f"{name} must part from the other at an assistant turn, not at a {rest[0].role} turn"
+            raise BadRow("prompts_differ", rule, rest[0].content)
+        _check_response(rest, name)
+    return Example(chosen[:shared], (chosen[shared:], rejected[shared:]), tools=tools)
+
+
+def _check_response(turns: Messages, name: str) -> None:
+    if turns[0].role != "assistant" or turns[-1].role != "assistant":
+        wrong = turns[0].role if turns[0].role != "assistant" else turns[-1].role
+        raise BadRow(
+            "bad_message",
+            f"the response in {name} must begin and end with an assistant turn",
+            wrong,
+            "mend the row, or set data.format=conversations where chosen and rejected are whole",
+        )
+
+
+def _parse_transcript(text: str, name: str) -> Messages:
+    before, *parts = TURN.split(text)
+    roles = ["user" if speaker == "Human" else "assistant" for speaker in parts[0::2]]
+    if before or not roles or roles[0] != "user" or roles[-1] != "assistant":
+        rule = f"{name} must begin with '\\n\\nHuman:' and end with a turn after '\\n\\nAssistant:'"
+        raise BadRow("bad_transcript", rule, text)
+    # The one space after the colon belongs to the form, further ones to the text.
+    return tuple(Message(role, turn.removeprefix(" ")) for role, turn in zip(roles, parts[1::2], strict=True))
+
+
+def _is_blank(value: str | Messages) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    return not any(turn.content.strip() or dict(turn.extra).get("tool_calls") for turn in value)
+
+
+def _said(value: str | Messages) -> str:
+    return value if isinstance(value, str) else "".join(turn.content for turn in value)
+
+
+def _field(row: Row, name: str) -> Any:
+    if row.get(name) is None:
+        raise BadRow("missing_field", f"the row must have the field {name!r}", sorted(row))
+    return row[name]
+
+
+def _string(row: Row, name: str) -> str:
+    value = _field(row, name)
+    if not isinstance(value, str):
+        raise BadRow("wrong_type", f"{name} must be a string", value)
+    return value
+
+
+def _text_or_messages(row: Row, name: str) -> str | Messages:
+    value = _field(row, name)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise BadRow("wrong_type", f"{name} must be a string or a list of messages", value)
+    return _messages(value, name) if value else ()
+
+
+def _messages(value: Any, name: str) -> Messages:
+    if not isinstance(value, list):
+        raise BadRow("wrong_type", f"{name} must be a list of messages", value)
+    if not value:
+        raise BadRow("empty_response", f"{name} must hold at least one message", value)
+    return tuple(_message(item, name) for item in value)
+
+
+def _message(item: Any, name: str) -> Message:
+    if _role(item) not in ROLES:
+        rule = f"each message of {name} must be {{role, content}} with a role of {', '.join(ROLES)}"
+        raise BadRow("bad_message", rule, item)
+    extra = tuple((part, item[part]) for part in PASSED_ON if item.get(part))
+    content = item.get("content")
+    if content is None and item.get("tool_calls"):
+        content = ""  # a turn that only calls tools has no text
+    if not isinstance(content, str):
+        raise BadRow("bad_message", f"the content of each message of {name} must be a string", content)
+    return Message(item["role"], content, extra)
+
+
+def _role(item: Any) -> Any:
+    return item.get("role") if isinstance(item, dict) else None
+
+
+def _tools(row: Row) -> tuple[Any, ...] | None:
+    tools = row.get("tools")
+    rule = "tools must be a list of objects, or JSON text of one"
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            raise BadRow("wrong_type", rule, tools) from error
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise BadRow("wrong_type", rule, tools)
+    return tuple(tools) if tools else None

@@ -1,0 +1,292 @@
+"""From sources to a folder of tokenised rows: found where it exists, built where it does not."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.example import Example
+from prefopt_dist.data.forms import FORMS, detect_form, kind_of, read_form
+from prefopt_dist.data.report import Tally
+from prefopt_dist.data.rows import (
+    COLUMNS,
+    SCHEMA,
+    Column,
+    DamagedRows,
+    Kind,
+    content_digest,
+    open_rows,
+    sequence_digest,
+    write_manifest,
+)
+from prefopt_dist.data.sources import OpenSource, RawRow, SourceLike, open_source
+from prefopt_dist.data.template import read_template
+from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
+from prefopt_dist.errors import UserError
+from prefopt_dist.files import fsync_folder
+
+BATCH = 256
+"""Rows that are tokenised together, and written as one block."""
+FIRST_READ = 64
+"""Rows of a source that are read before its form is decided."""
+
+Say = Callable[[str], None]
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What besides the sources and the tokenizer decides the tokens."""
+
+    form: str
+    template: str
+    max_length: int
+    max_prompt_length: int
+    on_bad_row: str
+
+    def check(self) -> None:
+        """Raises UserError with the dotted key of the setting that is wrong."""
+        for key, value, allowed in (
+            ("data.format", self.form, ("auto", *FORMS)),
+            ("data.template", self.template, ("auto", "chat", "none")),
+            ("data.on_bad_row", self.on_bad_row, ("stop", "drop")),
+        ):
+            if value not in allowed:
+                raise UserError(f"{key}: {value!r} is not one of {', '.join(allowed)}; choose one of these")
+        if not 1 <= self.max_prompt_length < self.max_length:
+            raise UserError(
+                f"data.max_prompt_length: {self.max_prompt_length} must be at least 1 and less than "
+                f"data.max_length={self.max_length}, so that a response has room; change one of them"
+            )
+
+
+def prepare_rows(
+    sources: Sequence[SourceLike],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    form: str,
+    template: str,
+    max_length: int,
+    max_prompt_length: int,
+    on_bad_row: str,
+    cache_dir: Path,
+    vocab_size: int,
+    key: str = "data.train",
+    say: Say = print,
+    progress: Progress | None = None,
+) -> Path:
+    """The folder of the tokenised rows, for `open_rows`.
+
+    It is `<cache_dir>/tokenised/<digest>`, by the content of sources and tokenizer and the settings; an
+    intact one is used again. `say` gets lines for a person; `progress(rows, None)` is called a block.
+    Raises UserError: a source that cannot be read, wrong settings, a bad row under on_bad_row=stop,
+    no row left, a token outside the model's vocabulary.
+    """
+    settings = Settings(form, template, max_length, max_prompt_length, on_bad_row)
+    settings.check()
+    opened = [open_source(source, index, key) for index, source in enumerate(sources)]
+    digest = _cache_digest(opened, [source.weight for source in sources], tokenizer, settings)
+    parent = Path(cache_dir) / "tokenised"
+    folder = parent / digest
+    if folder.exists():
+        try:
+            rows = open_rows(folder)
+            _check_vocabulary(rows.tokens.max(), vocab_size, key)
+            return folder
+        except DamagedRows as damage:
+            say(f"{key}: the tokenised data is damaged and built again: {damage}")
+            _remove(folder)
+    parent.mkdir(parents=True, exist_ok=True)
+    # Not mkdtemp: its folders are their maker's alone, and a cache may be shared.
+    building = parent / f".building-{digest}-{uuid.uuid4().hex}"
+    building.mkdir()
+    try:
+        tokeniser = Tokeniser(read_template(tokenizer, template), max_length, max_prompt_length)
+        build = _Build(opened, tokeniser, settings)
+        build.run(building, [source.weight for source in sources], vocab_size, key, say, progress)
+        _publish(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)  # gone already, unless something failed
+    return folder
+
+
+class _Build:
+    """One pass over the sources: read, tokenise, write."""
+
+    def __init__(self, sources: list[OpenSource], tokeniser: Tokeniser, settings: Settings) -> None:
+        self.sources = sources
+        self.tokeniser = tokeniser
+        self.settings = settings
+        self.tally = Tally()
+        self.forms: dict[str, None] = {}
+
+    def run(
+        self,
+        folder: Path,
+        weights: list[float],
+        vocab_size: int,
+        key: str,
+        say: Say,
+        progress: Progress | None,
+    ) -> None:
+        """Writes all columns and the manifest into `folder`."""
+        names = [source.name for source in self.sources]
+        examples = (row for source in self.sources for row in self._examples(source, say))
+        with ExitStack() as stack:
+            columns = {name: stack.enter_context(Column(folder, name)) for name in COLUMNS}
+            columns["offsets"].append([0])
+            end = 0
+            for block in _blocks(examples):
+                rows = self._tokenised(block)
+                if rows:
+                    end = self._write(columns, rows, end, vocab_size, key)
+                if progress is not None:
+                    progress(self.tally.used + self.tally.dropped.total(), None)
+            files = {name: column.finish() for name, column in columns.items()}
+        if self.tally.used == 0:
+            report = self.tally.report(", ".join(self.forms), "").text()
+            raise UserError(f"{key}: no row is left to use; correct data.format or mend the data\n{report}")
+        kind = cast(Kind, kind_of(next(iter(self.forms))))
+        if kind != "rated":
+            del files["labels"]
+            (folder / "labels.bin").unlink()
+        report_ = self.tally.report(", ".join(self.forms), content_digest(files))
+        write_manifest(folder, kind=kind, files=files, names=names, weights=weights, report=report_)
+
+    def _examples(self, source: OpenSource, say: Say) -> Iterator[tuple[RawRow, Example | BadRow]]:
+        rows = source.rows()
+        first = list(islice(rows, FIRST_READ))
+        form = self.settings.form
+        readable = [row.fields for row in first if isinstance(row.fields, dict)]
+        # With nothing readable there is no form to detect: the rows below say what is wrong with them.
+        if form != "auto" or readable:
+            form = self._settle(form, readable, source, say)
+        for row in chain(first, rows):
+            if isinstance(row.fields, BadRow):
+                yield row, row.fields
+                continue
+            try:
+                if form == "auto":
+                    form = self._settle(form, [row.fields], source, say)
+                yield row, read_form(form, row.fields)
+            except BadRow as bad:
+                yield row, bad
+
+    def _settle(self, form: str, rows: list[dict[str, Any]], source: OpenSource, say: Say) -> str:
+        """The form of the source, decided by its first rows under auto, once."""
+        if form == "auto":
+            form = detect_form(rows, f"data.format: {source.name}")
+            say(f"{source.key}: {source.name} is read as {form}")
+        self.forms[form] = None
+        if len({kind_of(name) for name in self.forms}) > 1:
+            raise UserError(
+                f"{source.key}: {source.name} holds {form}, other sources {next(iter(self.forms))}; "
+                "sources of one data set must all be pairs, all demonstrations or all rated; part them"
+            )
+        return form
+
+    def _tokenised(self, block: list[tuple[RawRow, Example | BadRow]]) -> list[tuple[RawRow, TokenisedRow]]:
+        """The rows to use; the bad ones among them are counted, or the first one stops the job."""
+        encoded = iter(self.tokeniser.encode([item for _, item in block if isinstance(item, Example)]))
+        rows = []
+        for raw, item in block:
+            outcome = item if isinstance(item, BadRow) else next(encoded)
+            origin = f"{self.sources[raw.source].name}:{raw.line}"
+            if isinstance(outcome, TokenisedRow):
+                self.tally.use(outcome)
+                rows.append((raw, outcome))
+            elif self.settings.on_bad_row == "drop":
+                self.tally.drop(outcome, origin)
+            else:
+                raise UserError(
+                    f"{outcome.message(origin)}; {outcome.remedy}, "
+                    "or leave such rows out with data.on_bad_row=drop"
+                )
+        return rows
+
+    def _write(
+        self,
+        columns: dict[str, Column],
+        rows: list[tuple[RawRow, TokenisedRow]],
+        end: int,
+        vocab_size: int,
+        key: str,
+    ) -> int:
+        """Appends a block; `end` is the token count before it, and the result the one after it."""
+        parts = [np.asarray(part, np.int64) for _, row in rows for part in (row.prompt, *row.responses)]
+        tokens = np.concatenate(parts)
+        _check_vocabulary(tokens.max(), vocab_size, key)
+        ends = end + np.cumsum([len(part) for part in parts])
+        digests = b"".join(sequence_digest(row.prompt, ids) for _, row in rows for ids in row.responses)
+        columns["tokens"].append(tokens)
+        columns["offsets"].append(ends)
+        columns["digests"].append(np.frombuffer(digests, np.uint8))
+        columns["labels"].append([row.label is True for _, row in rows])
+        columns["source"].append([raw.source for raw, _ in rows])
+        columns["line"].append([raw.line for raw, _ in rows])
+        return int(ends[-1])
+
+
+def _blocks(
+    examples: Iterator[tuple[RawRow, Example | BadRow]],
+) -> Iterator[list[tuple[RawRow, Example | BadRow]]]:
+    while block := list(islice(examples, BATCH)):
+        yield block
+
+
+def _check_vocabulary(largest: int, vocab_size: int, key: str) -> None:
+    if largest >= vocab_size:
+        raise UserError(
+            f"{key}: the tokenizer makes token {largest}, but the model's vocabulary has "
+            f"{vocab_size} entries; model.tokenizer must be the tokenizer of the model"
+        )
+
+
+def _cache_digest(
+    sources: list[OpenSource], weights: list[float], tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> str:
+    state = blake2b(digest_size=16)
+    for source, weight in zip(sources, weights, strict=True):
+        # Names and weights stand in the folder, so another name is another folder.
+        state.update(json.dumps([source.name, weight, source.digest().hex()]).encode())
+    state.update(_tokenizer_content(tokenizer))
+    state.update(json.dumps([SCHEMA, vars(settings)], sort_keys=True).encode())
+    return state.hexdigest()
+
+
+def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Every call sets these two; they are state of the object, not content of the tokenizer.
+    backend["truncation"] = backend["padding"] = None
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return json.dumps([backend, special, tokenizer.chat_template], sort_keys=True).encode()
+
+
+def _remove(folder: Path) -> None:
+    """Takes the folder out of its place at once, then deletes it."""
+    aside = folder.parent / f".damaged-{uuid.uuid4().hex}"
+    with suppress(FileNotFoundError):  # another process found the damage too and was first
+        os.rename(folder, aside)
+        shutil.rmtree(aside)
+
+
+def _publish(building: Path, folder: Path) -> None:
+    """Gives the finished folder its name; where another process was first, its folder stays."""
+    try:
+        os.rename(building, folder)
+    except OSError:
+        # A folder that stands there already refuses the rename; any other failure is real.
+        if not folder.exists():
+            raise
+    fsync_folder(folder.parent)

@@ -1,0 +1,90 @@
+"""What became of the rows: used, dropped, cut and repaired, by kind."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.tokenise import TokenisedRow
+
+EXAMPLES = 3
+"""Faults of a kind that the report shows."""
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """The counts of one data set; rows = used + dropped."""
+
+    rows: int
+    used: int
+    dropped: dict[str, int]
+    """Rows left out, by kind of fault."""
+    cut: dict[str, int]
+    """Used rows that truncation shortened: `prompt`, `response`; a row may count under both."""
+    repaired: dict[str, int]
+    """Used rows with a repair: `double_bos`, `double_end`."""
+    as_is: int
+    """Used rows whose strings went through no template."""
+    form: str
+    """The form read; several sources' forms joined by a comma where they differ."""
+    examples: dict[str, tuple[str, ...]]
+    """Up to `EXAMPLES` messages `origin: kind: rule; got value` of each kind of fault."""
+    digest: str
+    """Hex digest of the tokenised rows in their order: equal digest, equal data."""
+
+    def as_run_json(self) -> dict[str, Any]:
+        """What `run.json` holds of the data set."""
+        names = ("rows", "used", "dropped", "cut", "repaired", "form", "digest")
+        return {name: value for name, value in asdict(self).items() if name in names}
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        lines = [f"{self.rows} rows ({self.form}): {self.used} used, {self.rows - self.used} dropped"]
+        for kind, count in self.dropped.items():
+            lines.append(f"  dropped {count} {kind}")
+            lines += [f"    {example}" for example in self.examples[kind]]
+        lines += [f"  cut the {kind} of {count} rows" for kind, count in self.cut.items()]
+        lines += [f"  repaired {count} {kind}" for kind, count in self.repaired.items()]
+        if self.as_is:
+            lines.append(f"  {self.as_is} rows of strings taken as they are, without a template")
+        return "\n".join(lines)
+
+
+class Tally:
+    """Counts while rows are read."""
+
+    def __init__(self) -> None:
+        self.used = 0
+        self.as_is = 0
+        self.dropped: Counter[str] = Counter()
+        self.cut: Counter[str] = Counter()
+        self.repaired: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def drop(self, bad: BadRow, origin: str) -> None:
+        """Counts a row left out."""
+        self.dropped[bad.kind] += 1
+        examples = self.examples.setdefault(bad.kind, [])
+        if len(examples) < EXAMPLES:
+            examples.append(bad.message(origin))
+
+    def use(self, row: TokenisedRow) -> None:
+        """Counts a row taken, and what was done to it."""
+        self.used += 1
+        self.as_is += row.as_is
+        self.cut.update(row.cut)
+        self.repaired.update(row.repaired)
+
+    def report(self, form: str, digest: str) -> DataReport:
+        """The final counts, most frequent kind first."""
+        return DataReport(
+            rows=self.used + self.dropped.total(),
+            used=self.used,
+            dropped=dict(self.dropped.most_common()),
+            cut=dict(sorted(self.cut.items())),
+            repaired=dict(sorted(self.repaired.items())),
+            as_is=self.as_is,
+            form=form,
+            examples={kind: tuple(examples) for kind, examples in self.examples.items()},
+            digest=digest,
+        )

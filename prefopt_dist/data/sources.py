@@ -1,0 +1,248 @@
+"""Where rows come from: JSON lines, Parquet, saved `datasets` folders, hub names.
+
+Rows are read one after the other and never held together; each knows its origin.
+"""
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.errors import UserError
+
+JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+READ_BYTES = 1 << 22
+
+
+class SourceLike(Protocol):
+    """Anything with the fields of `DataSource`; the configuration has its own class."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def split(self) -> str | None: ...
+    @property
+    def weight(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One entry of `data.train` or `data.eval`."""
+
+    path: str
+    """A file, a folder or a hub name."""
+    split: str | None = None
+    """The split of a saved data set, a folder of Parquet or a hub name; null: `train`, or everything."""
+    weight: float = 1.0
+    """Passes over this source per epoch."""
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as found: where it stood, and its fields or what is wrong with it."""
+
+    source: int
+    """Index into the sources."""
+    line: int
+    """Line of the file, or row of the data set; both count from 1."""
+    fields: dict[str, Any] | BadRow
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source that was found, ready to be digested and read."""
+
+    name: str
+    """The path or hub name as the user wrote it, the first half of every origin."""
+    index: int
+    """Its place among the sources."""
+    files: tuple[Path, ...]
+    """The files that hold its rows, in reading order; none for a hub name."""
+    dataset: Any | None
+    """The `datasets.Dataset` of a saved folder or hub name; None: `files` are read directly."""
+    key: str
+    """The dotted key that named the source, for messages."""
+
+    def digest(self) -> bytes:
+        """16 bytes that change when the content of the source changes."""
+        state = blake2b(digest_size=16)
+        for file in self.files:
+            # Name and size stand before each file: moving bytes from one file to the next is a change.
+            state.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                while block := stream.read(READ_BYTES):
+                    state.update(block)
+        if self.dataset is not None:
+            state.update(f"{self.dataset.split}\0".encode())
+            if not self.files:
+                state.update(self.dataset._fingerprint.encode())
+        return state.digest()
+
+    def rows(self) -> Iterator[RawRow]:
+        """All rows in order. Raises UserError where the file cannot be read or holds no row."""
+        if self.dataset is not None:
+            rows: Iterator[dict[str, Any] | BadRow] = iter(self.dataset)
+        elif self.files[0].suffix == ".parquet":
+            rows = _parquet_rows(self)
+        else:
+            rows = _json_rows(self)
+        line = 0
+        for line, fields in enumerate(rows, 1):
+            yield RawRow(self.index, line, fields)
+        if line == 0:
+            raise UserError(f"{self.key}: {self.name!r} holds no row; name a source with at least one row")
+
+
+def open_source(source: SourceLike, index: int, key: str) -> OpenSource:
+    """Finds the source on disk or, where nothing has that name, on the hub.
+
+    Raises UserError naming `key` where it is not there, is of no known kind or has no such split.
+    """
+    path = Path(source.path)
+    if path.is_file():
+        if not path.name.endswith((*JSON_SUFFIXES, ".parquet")):
+            raise UserError(
+                f"{key}: {source.path!r} is of no known kind; name a file ending in "
+                f"{', '.join(JSON_SUFFIXES)} or .parquet, a saved data set folder or a hub name"
+            )
+        if source.split not in (None, "train"):
+            raise UserError(
+                f"{key}: a file has no splits, but {source.path!r} has {source.split!r}; remove the split"
+            )
+        return OpenSource(source.path, index, (path,), None, key)
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+            return _open_saved(source, index, key)
+        return _open_parquet_folder(source, index, key)
+    if HUB_NAME.fullmatch(source.path) and not source.path.endswith((*JSON_SUFFIXES, ".parquet")):
+        return _open_hub(source, index, key)
+    raise UserError(f"{key}: there is no file or folder {source.path!r}; correct the path")
+
+
+def _open_saved(source: SourceLike, index: int, key: str) -> OpenSource:
+    import datasets  # slow to import, and most runs read files
+
+    folder = Path(source.path)
+    try:
+        loaded = datasets.load_from_disk(source.path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{key}: the saved data set {source.path!r} cannot be read ({error}); save it again"
+        ) from error
+    split = source.split or "train"
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise UserError(f"{key}: {source.path!r} has no split {split!r}; choose one of {sorted(loaded)}")
+        folder, loaded = folder / split, loaded[split]
+    elif source.split not in (None, "train"):
+        raise UserError(f"{key}: {source.path!r} was saved without splits, got {split!r}; remove the split")
+    files = tuple(sorted(file for file in folder.rglob("*") if file.is_file()))
+    return OpenSource(source.path, index, files, loaded, key)
+
+
+def _open_parquet_folder(source: SourceLike, index: int, key: str) -> OpenSource:
+    folder = Path(source.path)
+    files = sorted(folder.rglob("*.parquet"))
+    if not files:
+        raise UserError(
+            f"{key}: the folder {source.path!r} holds neither a saved data set nor Parquet files; "
+            "name the file itself"
+        )
+    if source.split is not None:
+        belongs = re.compile(rf"(^|/){re.escape(source.split)}[-./]")
+        files = [file for file in files if belongs.search(str(file.relative_to(folder)))]
+        if not files:
+            raise UserError(
+                f"{key}: no Parquet file of {source.path!r} belongs to split {source.split!r}; "
+                "remove the split or name the files of a split SPLIT-*.parquet"
+            )
+    return OpenSource(source.path, index, tuple(files), None, key)
+
+
+def _open_hub(source: SourceLike, index: int, key: str) -> OpenSource:
+    import datasets  # slow to import, and most runs read files
+
+    split = source.split or "train"
+    try:
+        loaded = datasets.load_dataset(source.path, split=split)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{key}: {source.path!r} is no file or folder here, and the hub gave no split {split!r} of it "
+            f"({reason}); correct the path or name, or download the data set where there is network "
+            "and name the saved folder"
+        ) from error
+    return OpenSource(source.path, index, (), loaded, key)
+
+
+def _parquet_rows(source: OpenSource) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file in source.files:
+        try:
+            with pq.ParquetFile(file) as parquet:
+                for batch in parquet.iter_batches(batch_size=1024):
+                    yield from batch.to_pylist()
+        except (pa.ArrowInvalid, OSError) as error:
+            message = f"{source.key}: {file} cannot be read as Parquet ({error}); write it again"
+            raise UserError(message) from error
+
+
+def _json_rows(source: OpenSource) -> Iterator[dict[str, Any] | BadRow]:
+    """One entry a line, so that counting entries counts lines; blank lines at the end are none."""
+    file = source.files[0]
+    opener: Any = gzip.open if file.suffix == ".gz" else open
+    blank = 0
+    try:
+        with opener(file, "rb") as stream:
+            _refuse_json_list(stream, source)
+            for line in stream:
+                if not line.strip():
+                    blank += 1
+                    continue
+                for _ in range(blank):
+                    yield BadRow("blank_line", "a line holds one JSON object", "")
+                blank = 0
+                yield _parse_line(line)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{source.key}: {file} is a damaged gzip file ({error}); write it again") from error
+
+
+def _refuse_json_list(stream: IO[bytes], source: OpenSource) -> None:
+    start = stream.read(1024).lstrip()
+    stream.seek(0)
+    if start.startswith(b"["):
+        raise UserError(
+            f"{source.key}: {source.name} is one JSON list; one JSON object a line is needed: "
+            f"jq -c '.[]' FILE > FILE.jsonl"
+        )
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | BadRow:
+    remedy = "write one JSON object a line, in UTF-8"
+    try:
+        text = line.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+        row = json.loads(text, parse_int=_parse_int)
+        if b"\\u" in line:
+            # "\ud800" alone is legal JSON but no character: no tokenizer can take it.
+            json.dumps(row, ensure_ascii=False).encode()
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        return BadRow("not_utf8", f"text must be valid UTF-8 ({error.reason})", line, remedy)
+    except (ValueError, RecursionError):
+        return BadRow("not_json", "a line holds one JSON object", line.decode(errors="replace"), remedy)
+    if not isinstance(row, dict):
+        return BadRow("not_an_object", "a line holds one JSON object", row, remedy)
+    return row
+
+
+def _parse_int(digits: str) -> int | float:
+    # Python refuses to parse integers of thousands of digits; no field of ours is a number, so any will do.
+    return int(digits) if len(digits) < 4000 else float(digits)

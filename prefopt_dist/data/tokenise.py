@@ -1,0 +1,201 @@
+"""From examples to token ids: the boundary between prompt and response, and truncation."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.example import Example, Messages
+from prefopt_dist.data.template import Rendered, Template
+
+Ids = list[int]
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class TokenisedRow:
+    """One row as token ids; prompt and each response are not empty."""
+
+    prompt: Ids
+    responses: tuple[Ids, ...]
+    label: bool | None
+    cut: frozenset[str]
+    """`prompt`, `response`: what truncation shortened."""
+    repaired: frozenset[str]
+    """`double_bos`, `double_end`."""
+    as_is: bool
+    """The prompt carried the template already, or `template` is none."""
+
+
+@dataclass(frozen=True)
+class Tokeniser:
+    """Turns examples into token ids under one template and one pair of limits."""
+
+    template: Template
+    max_length: int
+    """Tokens of prompt + longer response."""
+    max_prompt_length: int
+    """Tokens that a prompt keeps where prompt + longer response exceeds `max_length`."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.template.tokenizer
+
+    def encode(self, examples: Sequence[Example]) -> list[TokenisedRow | BadRow]:
+        """One entry an example, in order; all texts go through the tokenizer in one call."""
+        rendered = [_or_bad(lambda example=example: self.template.render(example)) for example in examples]  # type: ignore[misc]
+        whole = iter(self._rows([item for item in rendered if isinstance(item, Rendered)]))
+        rows = [item if isinstance(item, BadRow) else next(whole) for item in rendered]
+        return [
+            row if isinstance(row, BadRow) else _or_bad(lambda e=example, r=row: self._fit(e, r))  # type: ignore[misc]
+            for example, row in zip(examples, rows, strict=True)
+        ]
+
+    def _rows(self, rendered: Sequence[Rendered]) -> list[TokenisedRow | BadRow]:
+        """Token ids before truncation."""
+        texts = [text for item in rendered for text in (item.prompt, *item.fulls)]
+        ids = iter(self._ids(texts))
+        rows: list[TokenisedRow | BadRow] = []
+        for item in rendered:
+            prompt, fulls = next(ids), [next(ids) for _ in item.fulls]
+            rows.append(_or_bad(lambda i=item, p=prompt, f=fulls: self._split(i, p, f)))  # type: ignore[misc]
+        return rows
+
+    def _split(self, rendered: Rendered, prompt: Ids, fulls: list[Ids]) -> TokenisedRow:
+        """Parts each full sequence at the end of the prompt, on tokens."""
+        boundary = len(prompt)
+        if any(full[:boundary] != prompt for full in fulls):
+            # A token reaches over the end of the prompt. It belongs to the response, and so does
+            # everything after the tokens that all full sequences share.
+            within = [self._tokens_within(text, len(rendered.prompt)) for text in rendered.fulls]
+            boundary = _shared([full[:n] for full, n in zip(fulls, within, strict=True)])
+            prompt = fulls[0][:boundary]
+        responses = []
+        for full in fulls:
+            response = full[boundary:]
+            if not response or response[-1] != rendered.end_id:
+                response.append(rendered.end_id)
+            responses.append(response)
+        prompt, doubled = self._with_bos(prompt)
+        if not prompt:
+            raise BadRow("empty_prompt", "a token of its own must remain of the prompt", rendered.prompt)
+        if len(responses) == 2 and responses[0] == responses[1]:
+            rule = "chosen and rejected must differ as tokens"
+            raise BadRow("identical_responses", rule, rendered.fulls[0][len(rendered.prompt) :])
+        repaired = rendered.repaired | ({"double_bos"} if doubled else frozenset())
+        return TokenisedRow(prompt, tuple(responses), None, frozenset(), repaired, rendered.as_is)
+
+    def _with_bos(self, prompt: Ids) -> tuple[Ids, bool]:
+        """The prompt with one beginning-of-sequence token, and whether there were more."""
+        bos = self.tokenizer.bos_token_id
+        if bos is None:
+            return prompt, False
+        leading = next((i for i, token in enumerate(prompt) if token != bos), len(prompt))
+        if leading > 1:
+            return prompt[leading - 1 :], True
+        if leading == 0 and self.template.starts_with_bos:
+            return [bos, *prompt], False
+        return prompt, False
+
+    def _fit(self, example: Example, row: TokenisedRow) -> TokenisedRow:
+        """Truncation: the prompt first, then both responses to the same budget."""
+        cut: set[str] = set()
+        if self._excess(row) > 0 and len(row.prompt) > self.max_prompt_length:
+            row = self._cut_prompt(example, row)
+            cut.add("prompt")
+        if self._excess(row) > 0:
+            budget = self.max_length - len(row.prompt)
+            responses = tuple(response[:budget] for response in row.responses)
+            if len(responses) == 2 and responses[0] == responses[1]:
+                rule = f"the responses must differ within data.max_length={self.max_length} tokens"
+                text = self.tokenizer.decode(responses[0][:64])
+                raise BadRow("identical_after_cut", rule, text, "raise data.max_length")
+            row = replace(row, responses=responses)
+            cut.add("response")
+        return replace(row, cut=frozenset(cut), label=example.label)
+
+    def _excess(self, row: TokenisedRow) -> int:
+        return len(row.prompt) + max(map(len, row.responses)) - self.max_length
+
+    def _cut_prompt(self, example: Example, row: TokenisedRow) -> TokenisedRow:
+        keep = self.max_prompt_length
+        if row.as_is:
+            start = row.prompt[:1] if row.prompt[0] == self.tokenizer.bos_token_id else []
+            kept = start + row.prompt[len(row.prompt) - keep + len(start) :]
+            return replace(row, prompt=kept)
+        if isinstance(example.prompt, str):
+            return self._cut_text(example, example.prompt, row)
+        for turns in _later_turns(example.prompt):
+            shorter = self._again(replace(example, prompt=turns))
+            if len(shorter.prompt) <= keep:
+                return shorter
+        raise self._prompt_too_long(row)
+
+    def _cut_text(self, example: Example, text: str, row: TokenisedRow) -> TokenisedRow:
+        """A string that became one turn loses tokens from its head; the turn's frame stays."""
+        starts = [start for start, _ in self._offsets(text)]
+        dropped = 0
+        while len(row.prompt) > self.max_prompt_length:
+            dropped += len(row.prompt) - self.max_prompt_length
+            if dropped >= len(starts) or not text[starts[dropped] :].strip():
+                raise self._prompt_too_long(row)
+            row = self._again(replace(example, prompt=text[starts[dropped] :]))
+        return row
+
+    def _again(self, example: Example) -> TokenisedRow:
+        row = self._rows([self.template.render(example)])[0]
+        if isinstance(row, BadRow):
+            raise row
+        return row
+
+    def _prompt_too_long(self, row: TokenisedRow) -> BadRow:
+        rule = f"what must stay of a prompt must fit data.max_prompt_length={self.max_prompt_length}"
+        shown = f"{len(row.prompt)} tokens"
+        return BadRow("prompt_too_long", rule, shown, "raise data.max_prompt_length")
+
+    def _tokens_within(self, text: str, end: int) -> int:
+        """How many leading tokens of the text lie before the character `end`."""
+        offsets = self._offsets(text)
+        return next((i for i, (_, stop) in enumerate(offsets) if stop > end), len(offsets))
+
+    def _ids(self, texts: list[str]) -> list[Ids]:
+        if not texts:
+            return []
+        # The template writes what special tokens there are; lengths beyond the model's are cut later.
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids: list[Ids] = encoded["input_ids"]
+        return ids
+
+    def _offsets(self, text: str) -> list[tuple[int, int]]:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+        return offsets
+
+
+def _later_turns(turns: Messages) -> list[Messages]:
+    """The conversation without its first turns, longest first; each begins with a user turn.
+
+    System turns at the head stay. Templates demand a user turn first, so an answer goes with its question.
+    """
+    head = next((i for i, turn in enumerate(turns) if turn.role not in ("system", "developer")), len(turns))
+    return [
+        turns[:head] + turns[start:]
+        for start in range(head + 1, len(turns))
+        if turns[start].role == "user"
+    ]  # fmt: skip
+
+
+def _shared(sequences: Sequence[Ids]) -> int:
+    """Length of the longest common prefix."""
+    columns = zip(*sequences, strict=False)
+    same = next((i for i, column in enumerate(columns) if len(set(column)) > 1), None)
+    return min(map(len, sequences)) if same is None else same
+
+
+def _or_bad(make: Callable[[], Made]) -> Made | BadRow:
+    try:
+        return make()
+    except BadRow as bad:
+        return bad

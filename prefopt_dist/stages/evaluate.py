@@ -1,0 +1,73 @@
+"""`evaluate`: a model or checkpoint against the reference on data.eval, into RUN/evaluation.json."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from prefopt_dist.config import Config, load_deepspeed_json
+from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.errors import UserError
+from prefopt_dist.files import write_json
+from prefopt_dist.model.load import ModelFolder, inspect_folder, load_sharded, resolve
+from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.reference.first_pass import StoppedInFirstPass
+from prefopt_dist.stages import export, ingredients
+from prefopt_dist.stages.ingredients import Models
+from prefopt_dist.stages.job import requests_for, run_folder
+from prefopt_dist.tracking.console import say
+from prefopt_dist.training.evaluation import evaluate
+from prefopt_dist.training.run_folder import RunFolder
+
+
+def run(config: Config) -> None:
+    """All ranks, of any number."""
+    with run_folder(config) as folder:
+        if not config.data.eval:
+            raise UserError("data.eval: not set, so there is nothing to evaluate on. Name a data set.")
+        requests = requests_for(config)
+        models = ingredients.load_models(config)
+        objective = ingredients.make_objective(config.loss, models.dtype)
+        train, evals = ingredients.load_data(config, models)
+        for name, rows in evals.items():
+            ingredients.check_rows(rows, objective, f"data.eval.{name}".rstrip("."))
+        try:
+            _, scored, _, _ = ingredients.score_reference(config, models, objective, train, evals, requests)
+        except StoppedInFirstPass:
+            say("stopped on request in the first pass; start again to go on")
+            return
+        model, temporary, name = _model(config, models, folder)
+        settings = zero3.reference_settings(
+            load_deepspeed_json(config.deepspeed.reference, "deepspeed.reference"),
+            dtype=models.dtype,
+            offload=config.reference.offload,
+        )
+        engine = zero3.reference_engine(
+            Scorer(load_sharded(model, dtype=models.dtype, settings=settings)), settings
+        )
+        found = evaluate(engine, objective, scored, config.reference_micro_batch_tokens)
+        zero3.release(engine)
+        del engine
+        if ranks.rank() == 0:
+            write_json(config.run_dir / "evaluation.json", {"model": name, **found})
+            if temporary:
+                shutil.rmtree(model.path)
+        say(f"evaluated {name}:")
+        for metric, value in found.items():
+            say(f"  {metric}: {value:.4f}")
+
+
+def _model(config: Config, models: Models, folder: RunFolder) -> tuple[ModelFolder, bool, str]:
+    """The model to evaluate, whether its folder is only for this, and its name."""
+    if config.evaluate.model is not None:
+        key = "evaluate.model"
+        return (
+            ranks.together(lambda: inspect_folder(resolve(str(config.evaluate.model), key), key)),
+            False,
+            config.evaluate.model,
+        )
+    source = ranks.decide(lambda: export.chosen_checkpoint(config))
+    # As a model folder it can be loaded by any number of ranks.
+    target = config.run_dir / ".evaluating"
+    say(ranks.decide(lambda: export.export_checkpoint(config, models, source, folder, target)))
+    return ranks.together(lambda: inspect_folder(Path(target), "run.dir")), True, source.name

@@ -1,0 +1,56 @@
+"""`export`: a checkpoint to a Hugging Face folder, verified by loading it back. One process."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from prefopt_dist.config import Config
+from prefopt_dist.distributed import ranks
+from prefopt_dist.errors import UserError
+from prefopt_dist.stages import ingredients
+from prefopt_dist.stages.ingredients import DTYPES, Models
+from prefopt_dist.stages.job import run_folder
+from prefopt_dist.tracking.console import say
+from prefopt_dist.training import checkpoint
+from prefopt_dist.training.export import export, model_card
+from prefopt_dist.training.run_folder import RunFolder
+
+
+def run(config: Config) -> None:
+    """One process; more ranks only wait."""
+    with run_folder(config) as folder:
+        models = ingredients.load_models(config)
+        say(ranks.decide(lambda: export_checkpoint(config, models, chosen_checkpoint(config), folder)))
+
+
+def chosen_checkpoint(config: Config) -> Path:
+    """The checkpoint that the configuration names, or the newest committed one."""
+    if config.export.checkpoint is not None:
+        return Path(config.export.checkpoint)
+    found = checkpoint.committed(config.run_dir / "checkpoints")
+    if not found:
+        raise UserError(f"run.dir: {config.run_dir} has no committed checkpoint to export. Train first.")
+    return found[-1]
+
+
+def export_checkpoint(
+    config: Config, models: Models, source: Path, folder: RunFolder, target: Path | None = None
+) -> str:
+    """Writes the folder and says so in one line."""
+    target = target or config.export_dir
+    manifest = checkpoint.read_manifest(source)
+    worst = export(
+        source,
+        model=models.policy,
+        tokenizer=models.tokenizer,
+        dtype=DTYPES[config.export.dtype or config.model.dtype],
+        target=target,
+        card=model_card(
+            base=config.model.name_or_path,
+            loss=asdict(config.loss),
+            step=manifest.step if manifest else 0,
+            run_id=folder.facts["run_id"],
+        ),
+    )
+    return f"exported {source.name} to {target}; loaded back, its log-probs differ by at most {worst:.1e} of their value"

@@ -1,0 +1,190 @@
+"""What several stages start with: model folders, tokenizer, tokenised data, the objective.
+
+`check` needs no ranks; the rest is for all ranks of a process group together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefopt_dist.config import Config, DataSource, DPOLoss, Loss, SFTLoss, load_deepspeed_json
+from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows, prepare_rows
+from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.errors import UserError
+from prefopt_dist.model.identity import file_digest, reference_key
+from prefopt_dist.model.load import ModelFolder, inspect_folder, load_tokenizer, resolve
+from prefopt_dist.objectives import DPO, SFT, Objective
+from prefopt_dist.objectives.dpo import tie_tolerance
+from prefopt_dist.reference.first_pass import FirstPass, run_first_pass
+from prefopt_dist.reference.store import ReferenceStore
+from prefopt_dist.tracking.console import say
+from prefopt_dist.training.batches import ScoredRows
+from prefopt_dist.training.run_folder import RunFolder
+from prefopt_dist.training.stopping import Requests
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Models:
+    """The folders that a run works with, checked."""
+
+    policy: ModelFolder
+    reference: ModelFolder
+    """The policy's own where the configuration names no other."""
+    tokenizer: Any
+    dtype: torch.dtype
+
+    @property
+    def reference_is_start(self) -> bool:
+        """The reference is the policy's start."""
+        return self.reference.path == self.policy.path
+
+
+def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
+    """The loss that the configuration names."""
+    match loss:
+        case DPOLoss():
+            return DPO(loss.beta, loss.label_smoothing, tie_tolerance(dtype))
+        case SFTLoss():
+            return SFT()
+
+
+def check(config: Config) -> None:
+    """In one process and before any queue: every mistake that can be found without reading data or weights."""
+    load_deepspeed_json(config.deepspeed.policy, "deepspeed.policy")
+    load_deepspeed_json(config.deepspeed.reference, "deepspeed.reference")
+    RunFolder(config.run_dir).check_identity(config)
+    _models(config)
+    sets = [("data.train", config.data.train), *_eval_sources(config)]
+    for key, sources in sets:
+        for source in sources:
+            looks_local = source.path.startswith((".", "/", "~")) or Path(source.path).suffix
+            if looks_local and not Path(source.path).exists():
+                raise UserError(f"{key}: {source.path!r} does not exist. Give a file, a saved dataset or a hub name.")
+
+
+def _eval_sources(config: Config) -> list[tuple[str, Sequence[DataSource]]]:
+    return [(f"data.eval.{name}".rstrip("."), sources) for name, sources in (config.data.eval or {}).items()]
+
+
+def _models(config: Config) -> Models:
+    policy = inspect_folder(resolve(config.model.name_or_path, "model.name_or_path"), "model.name_or_path")
+    reference = policy
+    if config.reference.name_or_path is not None:
+        key = "reference.name_or_path"
+        reference = inspect_folder(resolve(config.reference.name_or_path, key), key)
+    tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer"), "model.tokenizer")
+    return Models(policy, reference, tokenizer, DTYPES[config.model.dtype])
+
+
+def load_models(config: Config) -> Models:
+    """All ranks: checked folders; hub models are fetched once a node."""
+    # The first rank of a node downloads, the others then find the files.
+    ranks.together(partial(_models, config) if os.environ["LOCAL_RANK"] == "0" else lambda: None)
+    return ranks.together(partial(_models, config))
+
+
+def load_data(config: Config, models: Models) -> tuple[TokenisedRows, dict[str, TokenisedRows]]:
+    """All ranks: the training set and the evaluation sets by name, tokenised by rank 0, mapped by all."""
+    say(f"data: reading {', '.join(s.path for s in config.data.train)}")
+    train = _open(config, models, config.data.train, "data.train")
+    say(f"data.train: {train.report.text()}")
+    evals = {}
+    for name, sources in (config.data.eval or {}).items():
+        key = f"data.eval.{name}".rstrip(".")
+        evals[name] = _open(config, models, sources, key)
+        say(f"{key}: {evals[name].report.text()}")
+    if not evals:
+        say("data.eval is not set: nothing is evaluated")
+    return train, evals
+
+
+def _open(config: Config, models: Models, sources: Sequence[DataSource], key: str) -> TokenisedRows:
+    data = config.data
+
+    def prepare() -> Path:
+        return prepare_rows(
+            sources,
+            tokenizer=models.tokenizer,
+            form=data.format,
+            template=data.template,
+            max_length=data.max_length,
+            max_prompt_length=data.max_prompt_length,
+            on_bad_row=data.on_bad_row,
+            cache_dir=config.cache_dir,
+            vocab_size=models.policy.config.vocab_size,
+            key=key,
+            say=say,
+        )
+
+    folder = ranks.decide(prepare)
+
+    def open_here() -> TokenisedRows:
+        try:
+            return open_rows(folder, checksums=ranks.rank() == 0)
+        except (DamagedRows, OSError) as e:
+            raise UserError(
+                f"run.cache: {folder} cannot be read here ({e}). All nodes must see the same run.cache."
+            ) from e
+
+    return ranks.together(open_here)
+
+
+def check_rows(rows: TokenisedRows, objective: Objective, key: str) -> None:
+    """Refuses data that the loss cannot use."""
+    if rows.responses < objective.responses:
+        raise UserError(
+            f"{key}: the rows are of the form {rows.kind!r}, with one response each; this loss compares two. "
+            "Give pairs, or set loss.name=sft."
+        )
+
+
+def score_reference(
+    config: Config,
+    models: Models,
+    objective: Objective,
+    train: TokenisedRows,
+    evals: dict[str, TokenisedRows],
+    requests: Requests,
+) -> tuple[ScoredRows, dict[str, ScoredRows], FirstPass | None, str | None]:
+    """All ranks: the data sets with what the reference says of them, the first pass run where that is missing."""
+    if not objective.needs_reference:
+        say(f"loss {config.loss.name}: no reference, no first pass")
+        return ScoredRows(train, None), {n: ScoredRows(r, None) for n, r in evals.items()}, None, None
+    key = weights_key(models.reference, models.dtype)
+    done = run_first_pass(
+        model=models.reference,
+        store=ReferenceStore(config.reference_store / key),
+        sets=[train, *evals.values()],
+        responses=objective.responses,
+        dtype=models.dtype,
+        settings=zero3.reference_settings(
+            load_deepspeed_json(config.deepspeed.reference, "deepspeed.reference"),
+            dtype=models.dtype,
+            offload=config.reference.offload,
+        ),
+        budget=config.reference_micro_batch_tokens,
+        stop_asked=lambda: requests.look().stop,
+    )
+    first, *others = done.sums
+    scored = {n: ScoredRows(r, s) for (n, r), s in zip(evals.items(), others, strict=True)}
+    return ScoredRows(train, first), scored, done, key
+
+
+def weights_key(model: ModelFolder, dtype: torch.dtype) -> str:
+    """All ranks: the reference store's key, the weight files' content hashed by the ranks in parallel."""
+    mine = {
+        i: file_digest(file)
+        for i, file in enumerate(model.weight_files)
+        if i % ranks.world_size() == ranks.rank()
+    }
+    digests = {i: d for part in ranks.gather(mine) for i, d in part.items()}
+    return reference_key([digests[i] for i in range(len(digests))], model.config, dtype)

@@ -1,0 +1,48 @@
+"""A job on a run folder: rank 0 holds the folder while the ranks work."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefopt_dist.config import Config
+from prefopt_dist.distributed import ranks
+from prefopt_dist.errors import UserError
+from prefopt_dist.training.run_folder import RunFolder
+from prefopt_dist.training.stopping import Requests
+
+
+@contextmanager
+def run_folder(config: Config) -> Iterator[RunFolder]:
+    """All ranks: rank 0 has opened and locked the folder, and every node sees it."""
+    folder = RunFolder(config.run_dir)
+    mark = config.run_dir / f".seen-{secrets.token_hex(4)}"
+
+    def open_it() -> str:
+        folder.open(config, world_size=ranks.world_size())
+        mark.touch()
+        return str(mark)
+
+    seen = ranks.decide(open_it)
+    try:
+
+        def look() -> None:
+            if not os.path.exists(seen):
+                raise UserError(f"run.dir: this node does not see {config.run_dir}. Choose a folder on a shared disk.")
+
+        ranks.together(look)
+    finally:
+        mark.unlink(missing_ok=True)
+    try:
+        yield folder
+    finally:
+        folder.close()
+
+
+def requests_for(config: Config) -> Requests:
+    """This rank's view of what the job is asked, signals included from now on."""
+    requests = Requests(config.run_dir, rank=ranks.rank(), max_hours=config.train.max_hours)
+    requests.catch_signals()
+    return requests

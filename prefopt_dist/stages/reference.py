@@ -1,0 +1,38 @@
+"""`reference`: the first pass alone; safe to repeat, to interrupt and to run on another world size."""
+
+from __future__ import annotations
+
+from prefopt_dist.config import Config
+from prefopt_dist.distributed import ranks
+from prefopt_dist.errors import UserError
+from prefopt_dist.reference.first_pass import StoppedInFirstPass
+from prefopt_dist.stages import ingredients
+from prefopt_dist.stages.job import requests_for, run_folder
+from prefopt_dist.tracking.console import say
+
+
+def run(config: Config) -> None:
+    """All ranks."""
+    with run_folder(config) as folder:
+        requests = requests_for(config)
+        models = ingredients.load_models(config)
+        objective = ingredients.make_objective(config.loss, models.dtype)
+        if not objective.needs_reference:
+            raise UserError(f"loss.name: {config.loss.name!r} has no reference, so there is no first pass to run.")
+        train, evals = ingredients.load_data(config, models)
+        ingredients.check_rows(train, objective, "data.train")
+        try:
+            _, _, done, key = ingredients.score_reference(config, models, objective, train, evals, requests)
+        except StoppedInFirstPass:
+            if ranks.rank() == 0:
+                folder.stopped(requests.reason(), None)
+                requests.obeyed()
+            say("stopped on request in the first pass; start again to go on")
+            return
+        assert done is not None
+        if ranks.rank() == 0:
+            folder.note(
+                reference={"key": key, "sequences_scored": done.scored, "sequences_reused": done.reused}
+            )
+            requests.obeyed()
+        say(f"reference: {done.scored} sequences scored, {done.reused} reused; {config.reference_store / str(key)}")

@@ -1,0 +1,213 @@
+"""`train`: the whole job. First pass where rows are missing, training, checkpoints, export; resumes by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from prefopt_dist.config import Config, load_deepspeed_json, mask_secrets, to_dict
+from prefopt_dist.data import TokenisedRows
+from prefopt_dist.data.order import Order
+from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.errors import UserError
+from prefopt_dist.model.load import load_sharded
+from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.objectives import Objective
+from prefopt_dist.reference.first_pass import StoppedInFirstPass
+from prefopt_dist.stages import export, ingredients
+from prefopt_dist.stages.ingredients import Models
+from prefopt_dist.stages.job import requests_for, run_folder
+from prefopt_dist.tracking.console import say
+from prefopt_dist.tracking.metrics_file import MetricsFile
+from prefopt_dist.tracking.wandb_feed import WandbFeed
+from prefopt_dist.training import checkpoint, loop
+from prefopt_dist.training.optimizer import adamw
+from prefopt_dist.training.run_folder import RunFolder
+
+
+def run(config: Config) -> None:
+    """All ranks."""
+    with run_folder(config) as folder:
+        finished = ranks.decide(folder.summary)
+        if finished is not None:
+            say(f"{config.run_dir} is done:\n{finished}")
+            return
+        requests = requests_for(config)
+        models = ingredients.load_models(config)
+        objective = ingredients.make_objective(config.loss, models.dtype)
+        train, evals = ingredients.load_data(config, models)
+        order, total_steps = _plan_steps(config, train, objective)
+        for name, rows in evals.items():
+            ingredients.check_rows(rows, objective, f"data.eval.{name}".rstrip("."))
+        try:
+            scored, scored_evals, first_pass, key = ingredients.score_reference(
+                config, models, objective, train, evals, requests
+            )
+        except StoppedInFirstPass:
+            if ranks.rank() == 0:
+                folder.stopped(requests.reason(), None)
+                requests.obeyed()
+            say("stopped on request in the first pass; start again to go on")
+            return
+        if ranks.rank() == 0:
+            reference = None
+            if first_pass is not None:
+                counts = {"sequences_scored": first_pass.scored, "sequences_reused": first_pass.reused}
+                reference = {"key": key} | counts
+            folder.note(
+                data={
+                    "train": train.report.as_run_json(),
+                    "eval": {n: r.report.as_run_json() for n, r in evals.items()} or None,
+                },
+                reference=reference,
+            )
+
+        root = config.run_dir / "checkpoints"
+        found = checkpoint.find(root)
+        _check_resume(config, found, key)
+        engine = _policy(config, models)
+        state: dict[str, Any] | None = None
+        start = 0
+        if found is not None:
+            loaded = checkpoint.load(engine, root, found)
+            start, state = loaded.step, loaded.state
+            say(f"resuming from {checkpoint.folder_name(start)}")
+        job = loop.Job(
+            config=config,
+            engine=engine,
+            objective=objective,
+            dtype=models.dtype,
+            train=scored,
+            eval_sets=scored_evals,
+            order=order,
+            total_steps=total_steps,
+            requests=requests,
+            gated=objective.needs_reference and models.reference_is_start,
+            facts={"reference_key": key},
+            log=_open_log(config, folder, start) if ranks.rank() == 0 else None,
+        )
+        say(
+            f"training: {total_steps} steps of {config.train.global_batch_pairs} rows "
+            f"({order.rows_per_epoch} an epoch, {config.train.epochs} epochs) on {ranks.world_size()} ranks"
+        )
+        stopped_at = loop.train(job, start, state)
+        del engine
+        _finish(config, folder, models, job, stopped_at)
+
+
+def _plan_steps(config: Config, rows: TokenisedRows, objective: Objective) -> tuple[Order, int]:
+    ingredients.check_rows(rows, objective, "data.train")
+    per_step = config.train.global_batch_pairs
+    order = Order(rows.source, rows.weights, config.run.seed, per_step)
+    if per_step > order.rows_per_epoch:
+        raise UserError(
+            f"train.global_batch_pairs: {per_step} is more than the {order.rows_per_epoch} rows of an epoch. "
+            "Lower it, or give more data."
+        )
+    total = config.train.epochs * order.steps_per_epoch
+    return order, min(total, config.train.max_steps or total)
+
+
+def _check_resume(config: Config, found: checkpoint.Manifest | None, key: str | None) -> None:
+    if found is None:
+        return
+    if config.checkpoint.resume == "never":
+        raise UserError(
+            f"checkpoint.resume: never, but {config.run_dir} has a checkpoint of step {found.step}. "
+            "Choose another run.dir, or set checkpoint.resume=auto."
+        )
+    if found.facts["reference_key"] != key:
+        raise UserError(
+            f"reference: this run began with the reference {found.facts['reference_key']}, and the weights or the "
+            f"configuration of the model folder now make {key}. Put the folder back as it was, or start a new run."
+        )
+
+
+def _policy(config: Config, models: Models) -> Any:
+    settings = zero3.policy_settings(
+        load_deepspeed_json(config.deepspeed.policy, "deepspeed.policy"),
+        dtype=models.dtype,
+        max_grad_norm=config.optim.max_grad_norm,
+    )
+    torch.manual_seed(config.run.seed)
+    lm = load_sharded(models.policy, dtype=models.dtype, settings=settings)
+    checkpointing = config.model.checkpointing
+    if checkpointing == "all" or (checkpointing == "auto" and torch.cuda.is_available()):
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    scorer = Scorer(lm).train()
+    optim = config.optim
+    optimizer = adamw(
+        scorer,
+        learning_rate=optim.learning_rate,
+        weight_decay=optim.weight_decay,
+        betas=optim.betas,
+        eps=optim.eps,
+    )
+    engine = zero3.policy_engine(scorer, optimizer, settings)
+    held, whole = zero3.shard_bytes(scorer)
+    say(f"policy: each rank holds {held / 2**20:.0f} of {whole / 2**20:.0f} MiB of parameters")
+    return engine
+
+
+def _open_log(config: Config, folder: RunFolder, start: int) -> loop.Log:
+    metrics = MetricsFile(folder.metrics)
+    again = metrics.cut_back(start)
+    if again:
+        say(f"metrics: {again} rows after step {start} are written again")
+    folder.note_start_step(start)
+    wandb = config.tracking.wandb
+    feed = WandbFeed(
+        mode=wandb.mode,
+        project=wandb.project,
+        name=wandb.name or config.run_dir.name,
+        group=wandb.group,
+        tags=wandb.tags,
+        run_id=folder.facts["wandb_id"],
+        folder=folder.path,
+        config=mask_secrets(to_dict(config)),
+        metrics=metrics,
+    )
+    feed.feed()
+    return loop.Log(folder, metrics, feed)
+
+
+def _finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, stopped_at: int | None) -> None:
+    """Gives the engine back, then leaves word: STOPPED, or the exported model and DONE."""
+    zero3.release(job.engine)
+    job.engine = None
+    if job.log is not None:
+        job.log.wandb.finish()
+        job.log.metrics.close()
+    if stopped_at is not None:
+        if ranks.rank() == 0:
+            why = job.requests.reason()
+            folder.stopped(why, stopped_at)
+            job.requests.obeyed()
+        say(f"stopped after step {stopped_at} of {job.total_steps}; start again to go on")
+        return
+
+    def conclude() -> str:
+        assert job.log is not None
+        source = config.run_dir / "checkpoints" / checkpoint.folder_name(job.total_steps)
+        text = export.export_checkpoint(config, models, source, folder)
+        summary = _summary(config, job.log.metrics.rows(), job.total_steps, text)
+        folder.done(summary)
+        job.requests.obeyed()
+        return summary
+
+    say(ranks.decide(conclude))
+
+
+def _summary(config: Config, rows: list[dict[str, Any]], steps: int, exported: str) -> str:
+    lines = [f"done: {steps} steps, {rows[-1]['pairs_seen']} rows seen"]
+    for kind in ("train", "eval"):
+        of_kind = [r for r in rows if r["kind"] == kind]
+        if of_kind:
+            shown = ("/loss", "/rewards/accuracies", "/rewards/margins")
+            for name in (n for n in of_kind[0] if n.endswith(shown)):
+                lines.append(f"  {name}: {of_kind[0][name]:.4f} at first, {of_kind[-1][name]:.4f} at last")
+    lines += [f"  {exported}", f"  curves: {config.run_dir / 'metrics.jsonl'}"]
+    return "\n".join(lines)
+
+

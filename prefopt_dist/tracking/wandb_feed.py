@@ -1,0 +1,190 @@
+"""Weights & Biases, fed from `metrics.jsonl`; training never waits for it and never fails by it.
+
+W&B's step of a row is the row's line index in the file, so its order there is the order here; `step`,
+`epoch` and `pairs_seen` are values, and `step` is the axis of the charts. A thread of its own follows the
+file: a server that hangs holds up neither the start nor a step.
+
+Where the cursor stands at a start:
+- online: at what the server has (`run.step`). Rows that a rollback made again are the same rows.
+- offline: at 0. Every start opens a new offline folder, and a killed process's last rows may never have
+  reached its folder, so the new one gets the whole run, and earlier ones go to `wandb/superseded/`. They
+  must leave `wandb/`: `wandb sync` takes every folder there that holds a `.wandb` file, whatever its name.
+"""
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefopt_dist.tracking.console import say
+from prefopt_dist.tracking.metrics_file import MetricsFile
+
+if TYPE_CHECKING:
+    import wandb
+
+_INIT_SECONDS = 90.0
+_FINISH_SECONDS = 120.0
+_GRACE_SECONDS = 60.0
+_MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "dryrun": "offline"}
+
+
+class WandbFeed:
+    """One W&B run over all starts of a run folder. Rank 0 alone builds it.
+
+    The environment's `WANDB_MODE`, `WANDB_PROJECT`, `WANDB_NAME`, `WANDB_RUN_GROUP` and `WANDB_TAGS` win
+    over the arguments, as they do in W&B's own use; the run's id and folder are ours. The key is W&B's
+    business: it is neither read nor written here.
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: str,
+        project: str,
+        name: str | None,
+        group: str | None,
+        tags: Sequence[str],
+        run_id: str,
+        folder: Path,
+        config: Mapping[str, Any],
+        metrics: MetricsFile,
+    ) -> None:
+        """`folder` is the run folder (W&B makes `wandb/` in it); `config` has its secrets masked already."""
+        self._mode = _agreed_mode(mode)
+        self._metrics = metrics
+        self._folder = folder
+        self._run_id = run_id
+        given = {
+            "WANDB_PROJECT": ("project", project),
+            "WANDB_NAME": ("name", name),
+            "WANDB_RUN_GROUP": ("group", group),
+            "WANDB_TAGS": ("tags", list(tags)),
+        }
+        self._names: dict[str, Any] = {
+            key: value for variable, (key, value) in given.items() if variable not in os.environ
+        }
+        self._config = dict(config)
+        self._wake = threading.Event()
+        self._ending = False
+        self._failed = False
+        self._exit_code = 0
+        self._patience = _INIT_SECONDS + _FINISH_SECONDS + _GRACE_SECONDS
+        # A daemon: a crash of the training must not wait for it.
+        self._thread = threading.Thread(target=self._work, name="wandb-feed", daemon=True)
+        if self._mode != "disabled":
+            self._thread.start()
+
+    def feed(self) -> None:
+        """Rows were appended: send them. Returns at once."""
+        self._wake.set()
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Send what is left and close the W&B run; gives up, saying so, where W&B does not answer."""
+        if self._mode == "disabled" or self._ending:
+            return
+        self._exit_code = exit_code
+        self._ending = True
+        self._wake.set()
+        self._thread.join(self._patience)
+        if self._thread.is_alive():
+            self._say_failed("it does not answer")
+
+    def _work(self) -> None:
+        try:
+            run = self._open()
+            self._follow(run)
+            run.finish(exit_code=self._exit_code)
+        except BaseException as fault:  # this thread is W&B's alone: whatever it throws ends here
+            self._say_failed(f"{type(fault).__name__}: {(str(fault).splitlines() or ['no message'])[0]}")
+
+    def _open(self) -> "wandb.Run":
+        import wandb  # not at the top: it costs a second, and a broken W&B must not stop a run
+
+        settings = wandb.Settings(**_settings())
+        wandb.setup(settings)  # before the login, which would print otherwise
+        if self._mode == "offline":
+            self._set_aside_offline_folders()
+        # prompt=False: a question on rank 0's terminal would be lost among the messages of a running job.
+        elif not wandb.login(prompt=False, verify=False):
+            raise RuntimeError("no API key; run `wandb login` or set WANDB_API_KEY, or WANDB_MODE=offline")
+        run = wandb.init(
+            id=self._run_id,
+            dir=str(self._folder),
+            mode="offline" if self._mode == "offline" else "online",
+            resume="allow" if self._mode == "online" else None,  # offline W&B ignores it, with a warning
+            config=self._config,
+            settings=settings,
+            **self._names,
+        )
+        self._patience = max(_FINISH_SECONDS, run.settings.finish_timeout) + _GRACE_SECONDS
+        if self._mode == "online":
+            self._set_aside_offline_folders()  # only now, as this run has taken over what they hold
+            say(f"W&B: {run.url}")
+        else:
+            say(f"W&B: offline; upload with: wandb sync {run.settings.sync_dir}")
+        run.define_metric("step")
+        run.define_metric("pairs_seen")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _follow(self, run: "wandb.Run") -> None:
+        """Send the rows from the cursor on, until the end is asked for and the file is read out."""
+        known = run.step  # rows that the server has; 0 offline
+        index = offset = 0
+        while True:
+            self._wake.clear()
+            ending = self._ending  # before reading: what was appended before `finish` is then surely read
+            rows, offset = self._metrics.rows_after(offset)
+            for row in rows:
+                if index >= known:
+                    values = {key: value for key, value in row.items() if key != "kind"}
+                    run.log(values, step=index, commit=True)  # commit: the last row must not wait for a next
+                index += 1
+            if ending:
+                return
+            self._wake.wait()
+
+    def _set_aside_offline_folders(self) -> None:
+        folder = self._folder / "wandb"
+        for earlier in sorted(folder.glob(f"offline-run-*-{self._run_id}")):
+            # W&B's service outlives a killed process for a moment and may write its small files under the old
+            # name again after the move: the rest may come by later, so the name is made unique by a number.
+            aside = folder / "superseded"
+            aside.mkdir(exist_ok=True)
+            earlier.rename(aside / f"{earlier.name}.{len(list(aside.iterdir()))}")
+
+    def _say_failed(self, why: str) -> None:
+        if not self._failed:
+            self._failed = True
+            say(f"W&B: off for this start, training goes on and metrics.jsonl has every row ({why})")
+
+
+def _agreed_mode(mode: str) -> str:
+    assert mode in ("online", "offline", "disabled"), mode
+    wanted = os.environ.get("WANDB_MODE")
+    if wanted is None:
+        return mode
+    if wanted not in _MODES:
+        # Not the configured mode: whoever sets the variable may want that nothing leaves the machine.
+        say(f"W&B: disabled, as WANDB_MODE={wanted} is none of online, offline, disabled")
+        return "disabled"
+    if _MODES[wanted] != mode:
+        say(f"W&B: WANDB_MODE={wanted} overrides tracking.wandb.mode={mode}")
+    return _MODES[wanted]
+
+
+def _settings() -> dict[str, Any]:
+    """Ours, each unless the environment has it: no output, no console capture, no code, no git."""
+    ours: dict[str, Any] = {
+        "quiet": True,
+        "silent": True,
+        "console": "off",
+        "disable_code": True,
+        "disable_git": True,
+        "save_code": False,
+        "init_timeout": _INIT_SECONDS,
+        "finish_timeout": _FINISH_SECONDS,
+        "finish_timeout_raises": True,
+    }
+    return {key: value for key, value in ours.items() if f"WANDB_{key.upper()}" not in os.environ}

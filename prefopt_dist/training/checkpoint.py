@@ -1,0 +1,274 @@
+"""Sharded checkpoints that are committed all or not at all.
+
+Every rank writes its own files under a temporary name, makes them durable and checksums them; when all have
+reported, rank 0 writes the manifest and renames the folder. So `checkpoints/step-00000100` exists only when
+it is whole. DeepSpeed's own `latest` file is not used: it is written before the other ranks are done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prefopt_dist.distributed import ranks
+from prefopt_dist.errors import UserError
+from prefopt_dist.files import checksum, fsync_folder, write_atomic
+from prefopt_dist.tracking.console import say
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What rank 0 says of a committed checkpoint."""
+
+    step: int
+    world_size: int
+    files: dict[str, dict[str, Any]]
+    """name → {bytes, blake2b}"""
+    facts: dict[str, Any]
+    """What belongs to the run as a whole: the reference key, the export probe."""
+
+    def text(self) -> str:
+        """The manifest file: its content and a checksum over it."""
+        content = json.dumps(
+            {
+                "schema": SCHEMA,
+                "step": self.step,
+                "world_size": self.world_size,
+                "files": self.files,
+                "facts": self.facts,
+            },
+            sort_keys=True,
+        )
+        return json.dumps({"blake2b": _sum(content), "content": content}) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a committed checkpoint, or None where it is missing or damaged."""
+    try:
+        outer = json.loads((folder / MANIFEST).read_text())
+        content = outer["content"]
+        if outer["blake2b"] != _sum(content):
+            return None
+        inner = json.loads(content)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if inner["schema"] != SCHEMA:
+        return None
+    return Manifest(inner["step"], inner["world_size"], inner["files"], inner["facts"])
+
+
+def _sum(content: str) -> str:
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def folder_name(step: int) -> str:
+    """step-00000100"""
+    return f"step-{step:08d}"
+
+
+def committed(root: Path) -> list[Path]:
+    """The committed checkpoints, oldest first."""
+    return sorted(root.glob("step-????????"))
+
+
+class CheckpointNotCommitted(OSError):
+    """A rank could not write its part; the earlier checkpoints are as they were."""
+
+
+def save(engine: Any, root: Path, *, step: int, state: dict[str, Any], facts: dict[str, Any], keep: int) -> Path:
+    """All ranks: commits `root/step-…`, then prunes to the newest `keep`.
+
+    state: what this rank needs beside DeepSpeed's own; its random states are added. facts: rank 0's, in the
+    manifest. A write error on one rank ends the save on all of them.
+    """
+    name = folder_name(step)
+    staging = root / ".saving"
+
+    def clear() -> None:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+
+    ranks.decide(clear)
+    with _errors_held_back(engine.checkpoint_engine) as errors:
+        engine.save_checkpoint(
+            str(staging), tag=name, client_state=state | {"random": _random_states()}, save_latest=False
+        )
+    reports = ranks.gather(_report(staging / name, errors))
+    faults = [f"rank {r}: {fault}" for r, (_, fault) in enumerate(reports) if fault]
+    if faults:
+        raise CheckpointNotCommitted(f"checkpoint of step {step} not committed: {'; '.join(faults)}")
+
+    def commit() -> None:
+        files = {n: f for report, _ in reports for n, f in report.items()}
+        write_atomic(staging / name / MANIFEST, Manifest(step, ranks.world_size(), files, facts).text())
+        final = root / name
+        if final.exists():
+            # Of a step that was found damaged and trained again: a sound one may take its place.
+            shutil.rmtree(final)
+        (staging / name).rename(final)
+        fsync_folder(root)
+        shutil.rmtree(staging)
+        for old in committed(root)[:-keep]:
+            remove(old)
+
+    ranks.decide(commit)
+    return root / name
+
+
+def remove(folder: Path) -> None:
+    """A checkpoint loses its name before its files, so that no half of one is ever under its name."""
+    doomed = folder.with_name(f".removing-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _report(folder: Path, errors: list[str]) -> tuple[dict[str, dict[str, Any]], str]:
+    """This rank's files, durable, with sizes and checksums; or what went wrong."""
+    try:
+        mine = {}
+        for file in sorted(folder.iterdir()):
+            if _owner(file.name) == ranks.rank():
+                with file.open("rb") as f:
+                    os.fsync(f.fileno())
+                mine[file.name] = {"bytes": file.stat().st_size, "blake2b": checksum(file)}
+    except OSError as e:
+        return {}, "; ".join([*errors, str(e)])
+    if not errors and not mine:
+        return {}, "no file was written"
+    return mine, "; ".join(errors)
+
+
+def _owner(name: str) -> int:
+    """The rank that wrote a file: ZeRO's files carry it, the others are rank 0's."""
+    _, mark, rest = name.partition("zero_pp_rank_")
+    return int(rest.split("_")[0]) if mark else 0
+
+
+@contextmanager
+def _errors_held_back(checkpoint_engine: Any) -> Iterator[list[str]]:
+    """Inside, a failing write is noted instead of raised: DeepSpeed has barriers after it on every rank."""
+    errors: list[str] = []
+    write = checkpoint_engine.save
+
+    def attempt(state: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return write(state, path, *args, **kwargs)
+        except (OSError, RuntimeError) as e:  # torch wraps a full disk into a RuntimeError
+            errors.append(f"{Path(path).name}: {e}")
+            return None
+
+    checkpoint_engine.save = attempt
+    try:
+        yield errors
+    finally:
+        del checkpoint_engine.save  # the class's own method is back
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Where a resumed run goes on."""
+
+    step: int
+    state: dict[str, Any]
+    """This rank's own, as it was given to `save`."""
+
+
+def find(root: Path) -> Manifest | None:
+    """All ranks: the newest sound checkpoint for this world size; damaged ones are set aside, loudly."""
+    while True:
+        newest = ranks.decide(lambda: _newest(root))
+        if newest is None:
+            return None
+        folder, manifest = newest
+        if manifest.world_size != ranks.world_size():
+            raise UserError(
+                f"{folder} was written by {manifest.world_size} ranks and this job has {ranks.world_size()}. "
+                f"Start it with {manifest.world_size} ranks."
+            )
+        faults = [f for f in ranks.gather(_damage(folder, manifest)) if f]
+        if not faults:
+            return manifest
+
+        def set_aside(folder: Path = folder, faults: list[str] = faults) -> None:
+            _set_aside(folder, "; ".join(faults))
+
+        ranks.decide(set_aside)
+
+
+def load(engine: Any, root: Path, manifest: Manifest) -> Loaded:
+    """All ranks: puts the checkpoint into the engine, and this rank's random states in place."""
+    path, state = engine.load_checkpoint(str(root), tag=folder_name(manifest.step))
+    assert path is not None, f"DeepSpeed found nothing in {root / folder_name(manifest.step)}"
+    _set_random_states(state["random"])
+    return Loaded(step=manifest.step, state=state)
+
+
+def _newest(root: Path) -> tuple[Path, Manifest] | None:
+    """Rank 0: the newest checkpoint whose manifest is sound and whose files are there with their sizes."""
+    for folder in reversed(committed(root)):
+        manifest = read_manifest(folder)
+        if manifest is None:
+            _set_aside(folder, f"{MANIFEST} is missing or damaged")
+            continue
+        return folder, manifest
+    return None
+
+
+def damage(folder: Path, manifest: Manifest, names: list[str]) -> str:
+    """What is wrong with the named files, or an empty string."""
+    for name in names:
+        file, said = folder / name, manifest.files[name]
+        if not file.is_file() or file.stat().st_size != said["bytes"]:
+            return f"{name} is missing or of another size"
+        if checksum(file) != said["blake2b"]:
+            return f"{name} does not match its checksum"
+    return ""
+
+
+def _damage(folder: Path, manifest: Manifest) -> str:
+    """This rank looks at the files that it is going to read."""
+    try:
+        return damage(folder, manifest, [n for n in manifest.files if _owner(n) in (ranks.rank(), 0)])
+    except OSError as e:
+        return str(e)
+
+
+def _set_aside(folder: Path, why: str) -> None:
+    aside = folder.with_name(f"damaged-{folder.name}")
+    say(f"checkpoint {folder.name}: {why}; set aside as {aside.name}, going on from an older one")
+    if aside.exists():
+        shutil.rmtree(aside)
+    folder.rename(aside)
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,217 @@
+"""The training loop: steps, and at their boundaries rows of metrics, evaluations, checkpoints and stops."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from prefopt_dist.config import Config
+from prefopt_dist.data.order import Order
+from prefopt_dist.distributed import ranks
+from prefopt_dist.objectives import Objective
+from prefopt_dist.tracking.metrics_file import MetricsFile
+from prefopt_dist.tracking.progress import Progress
+from prefopt_dist.tracking.wandb_feed import WandbFeed
+from prefopt_dist.training import checkpoint, probe, step
+from prefopt_dist.training.batches import ScoredRows, step_batch
+from prefopt_dist.training.evaluation import evaluate
+from prefopt_dist.training.gate import StartGate
+from prefopt_dist.training.run_folder import RunFolder
+from prefopt_dist.training.schedule import learning_rate
+from prefopt_dist.training.stopping import Requests
+
+
+@dataclass
+class Window:
+    """What was summed up since the last row of metrics. All of it counts over all ranks."""
+
+    sums: list[float]
+    """[K+1] metrics summed over the pairs, and the pairs"""
+    tokens: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+
+    def add(self, sums: list[float], tokens: int, seconds: float, data_seconds: float) -> None:
+        """One step more."""
+        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
+        self.tokens += tokens
+        self.seconds += seconds
+        self.data_seconds += data_seconds
+
+
+@dataclass(frozen=True)
+class Log:
+    """Rank 0's outlets; the other ranks have none."""
+
+    folder: RunFolder
+    metrics: MetricsFile
+    wandb: WandbFeed
+
+
+@dataclass
+class Job:
+    """Everything that the loop works with; all ranks hold the same but for `log`."""
+
+    config: Config
+    engine: Any
+    objective: Objective
+    dtype: torch.dtype
+    train: ScoredRows
+    eval_sets: Mapping[str, ScoredRows]
+    order: Order
+    total_steps: int
+    requests: Requests
+    gated: bool
+    """The reference is the policy's start, so the step-0 gate holds."""
+    facts: dict[str, Any]
+    """For the checkpoints' manifests."""
+    log: Log | None
+    window: Window = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.window = Window([0.0] * (len(self.objective.metrics) + 1))
+
+
+def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None:
+    """Trains from `start_step` to the end; the step it stopped at on request, or None when it is done.
+
+    state: what this rank's checkpoint held beside DeepSpeed's own; None at a fresh start.
+    """
+    config = job.config
+    if state is not None:
+        job.window = Window(**state["window"])
+    gate = None
+    if job.gated and start_step == 0:
+        gate = StartGate(job.objective, job.dtype, ranks.device())
+    if start_step == 0 and config.eval.at_start:
+        _evaluate(job, 0)
+    with Progress(job.total_steps, "train", "steps", ranks.rank(), done=start_step) as progress:
+        for index in range(start_step, job.total_steps):
+            done = index + 1
+            began = time.perf_counter()
+            position = job.order.step(index)
+            batch = step_batch(
+                job.train, position.rows.tolist(), job.objective.responses, config.train.micro_batch_tokens
+            )
+            data_seconds = time.perf_counter() - began
+
+            packed = step.gradient(job.engine, batch, job.objective, gate)
+            sums, request = step.agree(packed, job.requests.look())
+            loss = sums[0] / sums[-1]
+            if not math.isfinite(loss):
+                raise FloatingPointError(_not_finite(job, index, f"the loss is {loss}"))
+            if gate is not None:
+                gate.decide(loss)
+                gate = None
+            rate = _rate(job, index)
+            try:
+                norm = step.update(job.engine, rate)
+            except FloatingPointError as e:
+                raise FloatingPointError(_not_finite(job, index, str(e))) from e
+
+            job.window.add(sums, batch.tokens, time.perf_counter() - began, data_seconds)
+            if done % config.tracking.log_every_steps == 0 or done == job.total_steps:
+                _write_row(job, done, rate, norm)
+            last = done == job.total_steps
+            if _due(done, config.eval.every_steps) or (last and config.eval.at_end):
+                _evaluate(job, done)
+            if _due(done, config.checkpoint.every_steps) or last or request.stop or request.save:
+                _save(job, done)
+            progress.update(text=f"loss {loss:.4f}")
+            if request.stop and not last:
+                return done
+            if request.save:
+                job.requests.obeyed()
+    return None
+
+
+def _due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
+
+
+def _rate(job: Job, index: int) -> float:
+    optim = job.config.optim
+    return learning_rate(
+        index,
+        job.total_steps,
+        peak=optim.learning_rate,
+        shape=optim.schedule,
+        warmup_ratio=optim.warmup_ratio,
+    )
+
+
+def _write_row(job: Job, done: int, rate: float, norm: float) -> None:
+    """A row of metrics: exact means over the pairs since the last row."""
+    window, job.window = job.window, Window([0.0] * (len(job.objective.metrics) + 1))
+    if job.log is None:
+        return
+    position = job.order.step(done - 1)
+    pairs = window.sums[-1]
+    means = {f"train/{name}": s / pairs for name, s in zip(job.objective.metrics, window.sums, strict=False)}
+    job.log.metrics.append(
+        "train",
+        done,
+        position.epoch_fraction,
+        position.rows_seen,
+        means
+        | {
+            "train/learning_rate": rate,
+            "train/grad_norm": norm,
+            "train/epoch": position.epoch_fraction,
+            "perf/tokens_per_second": window.tokens / window.seconds,
+            "perf/pairs_per_second": pairs / window.seconds,
+            "perf/data_seconds": window.data_seconds,
+            "perf/peak_memory_gib": _peak_memory() / 2**30,
+        },
+    )
+    job.log.wandb.feed()
+
+
+def _evaluate(job: Job, done: int) -> None:
+    """A row of evaluation, unless a start before this one wrote it."""
+    written = ranks.decide(lambda: job.log is not None and job.log.metrics.has("eval", done))
+    if not job.eval_sets or written:
+        return
+    found = evaluate(job.engine, job.objective, job.eval_sets, job.config.reference_micro_batch_tokens)
+    if job.log is not None:
+        seen = job.order.step(done - 1) if done else None
+        job.log.metrics.append(
+            "eval", done, seen.epoch_fraction if seen else 0.0, seen.rows_seen if seen else 0, found
+        )
+        job.log.wandb.feed()
+
+
+def _save(job: Job, done: int) -> None:
+    facts = job.facts | {"probe": probe.make(job.engine, job.train, job.objective.responses)}
+    if job.log is not None:
+        job.log.metrics.sync()  # a checkpoint stands for the rows up to its step
+    checkpoint.save(
+        job.engine,
+        job.config.run_dir / "checkpoints",
+        step=done,
+        state={"window": vars(job.window)},
+        facts=facts,
+        keep=job.config.checkpoint.keep,
+    )
+
+
+def _not_finite(job: Job, index: int, what: str) -> str:
+    rows = job.order.step(index).rows
+    places = ", ".join(job.train.rows.origin(int(i)) for i in rows[:8])
+    return (
+        f"step {index + 1}: {what}; no update was made. Its rows: {places}{' …' if len(rows) > 8 else ''}. "
+        "The committed checkpoints are sound; lower optim.learning_rate or look at these rows."
+    )
+
+
+def _peak_memory() -> int:
+    """Bytes: of the device, or of the process where it computes on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
