@@ -1,0 +1,444 @@
+"""The truth of metrics.jsonl, and that W&B gets all of it, once, and can do no harm."""
+
+import json
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefopt_dist.errors import UserError
+from prefopt_dist.tracking.console import rank_fault, say
+from prefopt_dist.tracking.metrics_file import MetricsFile
+from prefopt_dist.tracking.progress import Progress
+from prefopt_dist.tracking.statistics import Statistics
+from prefopt_dist.tracking.wandb_feed import WandbFeed
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in [name for name in os.environ if name.startswith("WANDB_") or name == "RANK"]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no key of whoever runs the tests
+
+
+def _row(file: MetricsFile, step: int, kind: str = "train", **metrics: float) -> None:
+    file.append(kind, step, step / 10, step * 4, {f"{kind}/loss": 1 / (step + 1), **metrics})
+
+
+# --- metrics.jsonl
+
+
+def test_rows_come_back_as_written_and_lines_are_strict_json(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    assert file.rows() == []
+    assert not (tmp_path / "metrics.jsonl").exists()
+    _row(file, 1, bad=math.nan, big=math.inf, small=-math.inf, third=1 / 3)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert list(line) == ["kind", "step", "epoch", "pairs_seen", "train/loss", "bad", "big", "small", "third"]
+    assert (line["bad"], line["big"], line["small"]) == ("NaN", "Infinity", "-Infinity")
+    (row,) = MetricsFile(tmp_path / "metrics.jsonl").rows()
+    assert math.isnan(row["bad"])
+    assert row["big"] == math.inf
+    assert row["small"] == -math.inf
+    assert row["third"] == 1 / 3
+    assert (row["kind"], row["step"], row["pairs_seen"]) == ("train", 1, 4)
+
+
+def test_a_pair_of_kind_and_step_is_unique_over_starts(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    _row(file, 1)
+    file.close()
+    again = MetricsFile(tmp_path / "metrics.jsonl")
+    assert again.has("train", 1)
+    assert not again.has("eval", 1)
+    _row(again, 1, "eval")
+    with pytest.raises(AssertionError, match="already"):
+        _row(again, 1)
+    with pytest.raises(AssertionError, match="named"):
+        again.append("train", 2, 0.0, 0, {"step": 3.0})
+    assert len(again.rows()) == 2
+
+
+def test_cut_back_keeps_the_checkpoints_step_and_drops_later_and_torn(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    _row(file, 0, "eval")
+    for step in (1, 2, 3):
+        _row(file, step, third=step / 3)
+        _row(file, step, "eval", odd=math.nan)
+    file.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind": "train", "step": 4, "ep')
+    resumed = MetricsFile(path)
+    assert not resumed.has("train", 4)
+    assert resumed.cut_back(2) == 2
+    assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:5])
+    assert resumed.has("eval", 2)
+    assert not resumed.has("train", 3)
+    _row(resumed, 3)
+    assert [(row["kind"], row["step"]) for row in resumed.rows()][-2:] == [("eval", 2), ("train", 3)]
+    inode = path.stat().st_ino
+    assert resumed.cut_back(3) == 0
+    assert path.stat().st_ino == inode
+    _row(resumed, 4)
+    assert resumed.cut_back(1) == 4  # also with the descriptor open on the replaced file
+    _row(resumed, 2)
+    assert [row["step"] for row in resumed.rows()] == [0, 1, 1, 2]
+
+
+def test_an_append_after_a_torn_line_or_a_full_disk_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    _row(MetricsFile(path), 1)
+    with open(path, "ab") as raw:
+        raw.write(b'{"kind')
+    file = MetricsFile(path)
+    _row(file, 2)
+    real = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:9]))
+        with pytest.raises(OSError, match="no room"):
+            _row(file, 3)
+    _row(file, 3)
+    file.sync()
+    assert [row["step"] for row in MetricsFile(path).rows()] == [1, 2, 3]
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("{}x\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 1 "):
+        MetricsFile(path)
+
+
+def test_a_cursor_reads_each_row_once(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    rows, offset = file.rows_after(0)
+    assert (rows, offset) == ([], 0)
+    _row(file, 1)
+    rows, offset = file.rows_after(offset)
+    assert [row["step"] for row in rows] == [1]
+    _row(file, 2)
+    assert [row["step"] for row in file.rows_after(offset)[0]] == [2]
+
+
+# --- Weights & Biases
+
+
+def _wandb_records(path: Path) -> Iterator[Any]:
+    """Records of a .wandb file: LevelDB's log format, blocks of 32 KiB, crc32, u16 length, u8 type, data."""
+    from wandb.proto import wandb_internal_pb2
+
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    position, parts = 7, b""  # W&B's own header takes the first 7 bytes of the first block
+    while position + 7 <= len(data):
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:  # too little for a header: zeros to the block's end
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if kind == 0:  # preallocated, never written
+            return
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
+def _history(folder: Path) -> tuple[set[str], list[dict[str, Any]]]:
+    """Run ids and rows in a run folder of W&B."""
+    (path,) = folder.glob("run-*.wandb")
+    ids: set[str] = set()
+    rows: list[dict[str, Any]] = []
+    for record in _wandb_records(path):
+        if record.WhichOneof("record_type") == "run":
+            ids.add(record.run.run_id)
+        elif record.WhichOneof("record_type") == "history":
+            row = {}
+            for item in record.history.item:
+                value = item.WhichOneof("value")
+                name = item.key or "/".join(item.nested_key)
+                row[name] = getattr(item, value) if value else json.loads(item.value_json)
+            rows.append(row)
+    return ids, rows
+
+
+def _feed(run: Path, metrics: MetricsFile, mode: str = "offline") -> WandbFeed:
+    config = {"loss": {"name": "dpo", "beta": 0.1}}
+    return WandbFeed(
+        mode=mode,
+        project="prefopt",
+        name="n",
+        group="g",
+        tags=("t",),
+        run_id="abc123",
+        folder=run,
+        config=config,
+        metrics=metrics,
+    )
+
+
+_KILLED = """
+import sys, time
+from pathlib import Path
+from prefopt_dist.tracking.metrics_file import MetricsFile
+from prefopt_dist.tracking.wandb_feed import WandbFeed
+run = Path(sys.argv[1])
+metrics = MetricsFile(run / "metrics.jsonl")
+feed = WandbFeed(mode="offline", project="prefopt", name=None, group=None, tags=(), run_id="abc123",
+                 folder=run, config={}, metrics=metrics)
+for step in range(1, 401):
+    metrics.append("train", step, step / 10, step * 4, {"train/loss": 1 / step})
+    feed.feed()
+while not list(run.glob("wandb/offline-run-*/run-*.wandb")):
+    time.sleep(0.05)
+time.sleep(1)
+print("fed", flush=True)
+time.sleep(600)
+"""
+
+
+def test_offline_the_newest_folder_holds_every_row_once_after_a_kill(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    killed = subprocess.Popen([sys.executable, "-c", _KILLED, str(run)], stdout=subprocess.PIPE, text=True)
+    assert killed.stdout is not None
+    said = iter(killed.stdout.readline, "")
+    assert any(line == "fed\n" for line in said)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+
+    metrics = MetricsFile(run / "metrics.jsonl")
+    metrics.cut_back(300)  # the checkpoint's step
+    (run / "wandb" / "offline-run-20200101_000000-other").mkdir()  # not of this run: stays
+    feed = _feed(run, metrics)
+    for step in range(301, 421):
+        _row(metrics, step)
+        feed.feed()
+    _row(metrics, 420, "eval", **{"eval/odd": math.nan})
+    feed.finish()
+    feed.finish()  # again: nothing
+
+    # Folders with a .wandb file: the killed process's service, dying late, may leave one without.
+    (newest,) = {path.parent for path in (run / "wandb").glob("offline-run-*-abc123/*.wandb")}
+    assert len(list((run / "wandb" / "superseded").glob("offline-run-*-abc123.0/*.wandb"))) == 1
+    assert (run / "wandb" / "offline-run-20200101_000000-other").exists()
+    # What `wandb sync RUN/wandb` would take: the folders that hold a .wandb file, one deep.
+    assert {path.resolve().parent for path in (run / "wandb").glob("*/*.wandb")} == {newest.resolve()}
+    ids, rows = _history(newest)
+    assert ids == {"abc123"}
+    truth = metrics.rows()
+    assert len(truth) == 421
+    assert [row["_step"] for row in rows] == list(range(421))
+    for row, true in zip(rows, truth, strict=True):
+        sent = {key: value for key, value in row.items() if not key.startswith("_")}
+        del true["kind"]
+        assert sent == pytest.approx(true, rel=0, abs=0, nan_ok=True)
+
+
+def test_environment_overrides_mode_and_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises
+    feed = _feed(tmp_path, MetricsFile(tmp_path / "m"), mode="online")
+    feed.feed()
+    feed.finish()
+    assert capsys.readouterr().out == "W&B: WANDB_MODE=disabled overrides tracking.wandb.mode=online\n"
+    monkeypatch.setenv("WANDB_MODE", "of")
+    _feed(tmp_path, MetricsFile(tmp_path / "m"), mode="online").finish()
+    assert "disabled, as WANDB_MODE=of" in capsys.readouterr().out
+
+
+class _FakeSettings:
+    init_timeout = finish_timeout = 1.0
+    sync_dir = "somewhere"
+
+    def __init__(self, **given: object) -> None:
+        self.given = given
+
+
+class _FakeRun:
+    """A W&B run whose server has rows already; fails at the named call."""
+
+    settings = _FakeSettings()
+    url = "https://wandb.example/run"
+
+    def __init__(self, step: int, broken: str) -> None:
+        self.step = step
+        self.sent: list[tuple[int, dict[str, Any]]] = []
+        self._broken = broken
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        pass
+
+    def log(self, values: dict[str, Any], step: int, commit: bool) -> None:
+        if self._broken == "log":
+            raise RuntimeError("no server\nmore")
+        self.sent.append((step, values))
+
+    def finish(self, exit_code: int) -> None:
+        if self._broken == "finish":
+            raise TimeoutError("Timed out finishing run.")
+
+
+def _fake(monkeypatch: pytest.MonkeyPatch, run: _FakeRun, broken: str) -> dict[str, Any]:
+    import wandb
+
+    asked: dict[str, Any] = {}
+
+    def init(**given: Any) -> _FakeRun:
+        asked.update(given)
+        if broken == "init":
+            raise SystemExit("no")
+        return run
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb, "login", lambda prompt, verify: broken != "login")
+    monkeypatch.setattr(wandb, "Settings", _FakeSettings)
+    monkeypatch.setattr(wandb, "setup", lambda settings: None)
+    return asked
+
+
+def test_online_resumes_behind_what_the_server_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _FakeRun(2, "")
+    asked = _fake(monkeypatch, run, "")
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "7")
+    (tmp_path / "wandb" / "offline-run-1-abc123").mkdir(parents=True)
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        _row(metrics, step)
+    feed = _feed(tmp_path, metrics, "online")
+    _row(metrics, 4)
+    feed.feed()
+    feed.finish()
+    assert [(index, row["step"], row["pairs_seen"]) for index, row in run.sent] == [(2, 3, 12), (3, 4, 16)]
+    assert (asked["id"], asked["resume"], asked["dir"]) == ("abc123", "allow", str(tmp_path))
+    assert "project" not in asked
+    assert asked["name"] == "n"
+    assert "init_timeout" not in asked["settings"].given
+    assert asked["settings"].given["console"] == "off"
+    assert os.listdir(tmp_path / "wandb") == ["superseded"]
+
+
+@pytest.mark.parametrize("broken", ["import", "login", "init", "log", "finish"])
+def test_a_failing_wandb_is_said_once_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str
+) -> None:
+    _fake(monkeypatch, _FakeRun(0, broken), broken)
+    if broken == "import":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    feed = _feed(tmp_path, metrics, "online")
+    for step in (1, 2, 3):
+        _row(metrics, step)
+        feed.feed()
+    feed.finish()
+    out = capsys.readouterr().out
+    assert out.count("W&B: off") == 1
+    assert "more" not in out
+    assert len(metrics.rows()) == 3
+
+
+def test_a_hanging_wandb_holds_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from prefopt_dist.tracking import wandb_feed
+
+    _fake(monkeypatch, _FakeRun(0, ""), "")
+    import wandb
+
+    monkeypatch.setattr(wandb, "login", lambda prompt, verify: time.sleep(600))
+    for name in ("_INIT_SECONDS", "_FINISH_SECONDS", "_GRACE_SECONDS"):
+        monkeypatch.setattr(wandb_feed, name, 0.05)
+    started = time.monotonic()
+    feed = _feed(tmp_path, MetricsFile(tmp_path / "metrics.jsonl"), "online")
+    feed.feed()
+    feed.finish()
+    assert time.monotonic() - started < 5
+    assert "does not answer" in capsys.readouterr().out
+
+
+# --- statistics, progress, messages
+
+
+def test_means_are_exact_over_unequal_ranks() -> None:
+    ranks = [Statistics(("loss", "margin"), torch.device("cpu")) for _ in range(2)]
+
+    def add(rank: int, loss: float, margin: float, units: int) -> None:
+        ranks[rank].add(
+            torch.tensor([loss, margin], dtype=torch.float64), torch.tensor(units, dtype=torch.float64)
+        )
+
+    add(0, 3.0, 30.0, 3)
+    add(0, 4.0, 10.0, 1)
+    add(1, 1.0, 2.0, 1)
+    reduced = (ranks[0].packed() + ranks[1].packed()).tolist()
+    assert ranks[0].means(reduced) == {"loss": 8 / 5, "margin": 42 / 5}
+    packed = ranks[0].packed()
+    packed.zero_()
+    assert ranks[0].packed().tolist() == [7.0, 40.0, 4.0]  # a copy was given
+    ranks[0].reset()
+    assert ranks[0].packed().tolist() == [0.0, 0.0, 0.0]
+
+
+def test_progress_lines_count_this_start_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("prefopt_dist.tracking.progress.time.monotonic", lambda: now[0])
+    with Progress(800, "train", "steps", rank=0, done=100) as bar:
+        for _ in range(20):
+            now[0] += 3.0
+            bar.update(1, "loss 0.6123")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "train  101/800 steps (12%)  0:03 elapsed, 34:57 left  loss 0.6123"
+    assert lines[1] == "train  105/800 steps (13%)  0:15 elapsed, 34:45 left  loss 0.6123"
+    assert lines[-1] == "train  120/800 steps (15%)  1:00 elapsed, 34:00 left  loss 0.6123"
+    assert len(lines) == 6
+    with Progress(1, "score", "rows", rank=1) as other:
+        other.update()
+    with Progress(2, "score", "rows", rank=0) as short:
+        short.update()
+        short.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["score  1/2 rows (50%)  0:00 elapsed, 0:00 left", "score  2/2 rows (100%)  0:00 elapsed"]
+
+
+def test_progress_is_a_bar_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with Progress(4, "train", "steps", rank=0, done=2) as bar:
+        bar.update(2, "loss 0.5")
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_rank_0_speaks_and_any_rank_tells_its_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say("one")
+    monkeypatch.setenv("RANK", "3")
+    say("two")
+    rank_fault("a\nb")
+    out, err = capsys.readouterr()
+    assert (out, err) == ("one\n", "[rank 3] a\n[rank 3] b\n")
