@@ -21,9 +21,7 @@ def lines(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def prepare(
-    tmp_path: Path, *sources: DataSource | str, said: list[str] | None = None, **changes: Any
-) -> Path:
+def prepare(tmp_path: Path, *sources: DataSource | str, said: list[str] | None = None, **changes: Any) -> Path:
     settings: dict[str, Any] = {
         "tokenizer": TOKENIZER,
         "form": "auto",
@@ -40,6 +38,5 @@ def prepare(
 
 def contents(rows: TokenisedRows) -> list[list[list[int]]]:
     return [
-        [rows.prompt(i).tolist(), *(rows.response(i, k).tolist() for k in range(rows.responses))]
-        for i in range(rows.n)
+        [rows.prompt(i).tolist(), *(rows.response(i, k).tolist() for k in range(rows.responses))] for i in range(rows.n)
     ]

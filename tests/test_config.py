@@ -52,7 +52,12 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     source = {"path": "rows.jsonl", "split": None, "weight": 1.0}
     assert to_dict(config) == {
         "run": {"dir": "runs/a", "seed": 0, "cache": None},
-        "model": {"name_or_path": "some/model", "tokenizer": None, "dtype": "bfloat16", "checkpointing": "auto"},
+        "model": {
+            "name_or_path": "some/model",
+            "tokenizer": None,
+            "dtype": "bfloat16",
+            "checkpointing": "auto",
+        },
         "data": {
             "train": [source],
             "eval": None,
@@ -190,9 +195,7 @@ def test_an_emptied_section_is_not_taken_for_its_defaults(tmp_path: Path) -> Non
     assert "loss: got 'dpo'" in complaint(tmp_path, text=MINIMAL + "loss: dpo\n")
 
 
-@pytest.mark.parametrize(
-    ("override", "value"), [("5e-7", 5e-7), ("1E5", 1e5), ("1", 1.0), (".5", 0.5), ("+2.", 2.0)]
-)
+@pytest.mark.parametrize(("override", "value"), [("5e-7", 5e-7), ("1E5", 1e5), ("1", 1.0), (".5", 0.5), ("+2.", 2.0)])
 def test_numbers_as_people_write_them(tmp_path: Path, override: str, value: float) -> None:
     learning_rate = load(tmp_path, f"optim.learning_rate={override}").optim.learning_rate
     assert learning_rate == value
@@ -229,7 +232,10 @@ def test_losses(tmp_path: Path) -> None:
 
 def test_layers_go_over_each_other(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
-    write(tmp_path / "inner" / "root.yaml", MINIMAL + "optim: {learning_rate: 1.0, eps: 1e-6, weight_decay: 1}\n")
+    write(
+        tmp_path / "inner" / "root.yaml",
+        MINIMAL + "optim: {learning_rate: 1.0, eps: 1e-6, weight_decay: 1}\n",
+    )
     write(tmp_path / "inner" / "middle.yaml", "base: root.yaml\noptim: {learning_rate: 2.0, eps: 1e-7}\n")
     text = "base: inner/middle.yaml\noptim: {learning_rate: 3.0}\n"
     optim = load(tmp_path, "optim.learning_rate=4", "optim.learning_rate=5", text=text).optim
@@ -380,9 +386,9 @@ def test_identity_holds_what_a_run_is(tmp_path: Path, override: str, line: str) 
 def test_identity_leaves_out_what_may_change(tmp_path: Path) -> None:
     changed = [
         "run.dir=b", "run.cache=c", "reference.store=s", "reference.offload=cpu", "model.checkpointing=all",
-        "data.eval=e", "train.micro_batch_tokens=1", "train.max_hours=1", "reference.micro_batch_tokens=3",
-        "eval.every_steps=3", "checkpoint.every_steps=null", "tracking.log_every_steps=2", "deepspeed.policy=p",
-        "export.dir=d", "evaluate.model=m",
+        "data.eval=e", "train.micro_batch_tokens=1", "train.max_hours=1", "deepspeed.policy=p",
+        "eval.every_steps=3", "checkpoint.every_steps=null", "tracking.log_every_steps=2",
+        "reference.micro_batch_tokens=3", "export.dir=d", "evaluate.model=m",
     ]  # fmt: skip
     assert differing(identity(load(tmp_path)), identity(load(tmp_path, *changed))) == []
 
@@ -400,7 +406,10 @@ def test_identity_leaves_out_what_may_change(tmp_path: Path) -> None:
         ("https://host/x?token=abc&y=1", "https://host/x?token=***&y=1"),
         ("WANDB_API_KEY=abc def", "WANDB_API_KEY=*** def"),
         ("value long-secret-value here", "value *** here"),
-        ("micro_batch_tokens=8192 tokenizer=x max_tokens=3", "micro_batch_tokens=8192 tokenizer=x max_tokens=3"),
+        (
+            "micro_batch_tokens=8192 tokenizer=x max_tokens=3",
+            "micro_batch_tokens=8192 tokenizer=x max_tokens=3",
+        ),
         ("short is false", "short is false"),
     ],
 )
@@ -446,7 +455,10 @@ def test_shipped_deepspeed_files_are_accepted(name: str) -> None:
         ('{"zero_optimization": {"stage3_max_live_parametrs": 1}}', ["stage3_max_live_parameters"]),
         ('{"zero_optimization": {"stage": 4}}', ["zero_optimization.stage", "4"]),
         ('{"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}', ["reduce_bucket_size", "auto"]),
-        ('{"zero_optimization": {"offload_param": {"devise": "cpu"}}}', ["offload_param.devise", "not a key"]),
+        (
+            '{"zero_optimization": {"offload_param": {"devise": "cpu"}}}',
+            ["offload_param.devise", "not a key"],
+        ),
         ('{"zero_optimization": 3}', ["zero_optimization", "object"]),
         ('{"comms_logger": {"enabld": true}}', ["comms_logger.enabld", "enabled"]),
         ('{"aio": {"block_sise": 1}}', ["aio.block_sise", "block_size"]),

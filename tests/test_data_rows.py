@@ -213,7 +213,5 @@ def test_rated_and_demonstrations(tmp_path: Path) -> None:
 
 def test_cut_rows_are_counted(tmp_path: Path) -> None:
     rows = [ROWS[0], ROWS[0] | {"chosen": "one two three " * 20}]
-    report = open_rows(
-        prepare(tmp_path, lines(tmp_path / "r.jsonl", rows), max_length=40, max_prompt_length=30)
-    ).report
+    report = open_rows(prepare(tmp_path, lines(tmp_path / "r.jsonl", rows), max_length=40, max_prompt_length=30)).report
     assert (report.rows, report.used, report.cut) == (2, 2, {"response": 1})

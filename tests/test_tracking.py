@@ -99,9 +99,7 @@ def test_cut_back_keeps_the_checkpoints_step_and_drops_later_and_torn(tmp_path: 
     assert [row["step"] for row in resumed.rows()] == [0, 1, 1, 2]
 
 
-def test_an_append_after_a_torn_line_or_a_full_disk_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_append_after_a_torn_line_or_a_full_disk_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.jsonl"
     _row(MetricsFile(path), 1)
     with open(path, "ab") as raw:
@@ -385,9 +383,7 @@ def test_means_are_exact_over_unequal_ranks() -> None:
     ranks = [Statistics(("loss", "margin"), torch.device("cpu")) for _ in range(2)]
 
     def add(rank: int, loss: float, margin: float, units: int) -> None:
-        ranks[rank].add(
-            torch.tensor([loss, margin], dtype=torch.float64), torch.tensor(units, dtype=torch.float64)
-        )
+        ranks[rank].add(torch.tensor([loss, margin], dtype=torch.float64), torch.tensor(units, dtype=torch.float64))
 
     add(0, 3.0, 30.0, 3)
     add(0, 4.0, 10.0, 1)
@@ -424,9 +420,7 @@ def test_progress_lines_count_this_start_only(
     assert lines == ["score  1/2 rows (50%)  0:00 elapsed, 0:00 left", "score  2/2 rows (100%)  0:00 elapsed"]
 
 
-def test_progress_is_a_bar_on_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with Progress(4, "train", "steps", rank=0, done=2) as bar:
         bar.update(2, "loss 0.5")

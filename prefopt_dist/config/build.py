@@ -29,7 +29,8 @@ def build_config(raw: dict[str, Any]) -> Config:
 
 def mistake(key: str, value: Any, rule: str, remedy: str) -> NoReturn:
     """Raises the user's mistake at a dotted key."""
-    text = mask_secrets(repr(value))
+    as_yaml = {None: "null", True: "true", False: "false"}
+    text = as_yaml[value] if value is None or isinstance(value, bool) else mask_secrets(repr(value))
     shown = text if len(text) <= 80 else text[:77] + "..."
     raise UserError(f"{key}: got {shown}, must be {rule}; {remedy}")
 
@@ -93,8 +94,7 @@ def _build(kind: Any, value: Any, key: str) -> Any:
         return built
     if origin is Literal:
         if not isinstance(value, str) or value not in arguments:
-            hint = nearest(value, arguments) if isinstance(value, str) else "take one of them"
-            mistake(key, value, "one of " + ", ".join(arguments), hint)
+            mistake(key, value, f"one of {', '.join(arguments)}", "take one of them")
         return value
     if origin is tuple:
         return _build_tuple(arguments, value, key)
@@ -120,10 +120,10 @@ def _build_scalar(kind: type, value: Any, key: str) -> Any:
     assert kind is float, kind
     if not is_number:
         mistake(key, value, "a number", "write it without quotes, such as 0.1 or 5e-7")
+    if isinstance(value, int) and abs(value) > 2**53:
+        mistake(key, value, "a number that a double holds exactly", "numbers are not rounded: shorten it")
     if not math.isfinite(value):
         mistake(key, value, "a finite number", "where 'no limit' is meant, see whether the option takes null")
-    if float(value) != value:
-        mistake(key, value, "a number that a double holds exactly", "numbers are not rounded: shorten it")
     return float(value)
 
 
@@ -135,8 +135,7 @@ def _build_tuple(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[Any,
     if len(value) != len(arguments):
         mistake(key, value, f"a list of {len(arguments)}", "give exactly these")
     return tuple(
-        _build(kind, item, f"{key}[{index}]")
-        for index, (kind, item) in enumerate(zip(arguments, value, strict=True))
+        _build(kind, item, f"{key}[{index}]") for index, (kind, item) in enumerate(zip(arguments, value, strict=True))
     )
 
 
@@ -176,7 +175,7 @@ def _build_loss(raw: Any, key: str) -> Loss:
         mistake(key, raw, "a mapping of options", "write loss: {name: dpo}")
     name = raw.get("name", "dpo")
     if not isinstance(name, str) or name not in LOSSES:
-        mistake(f"{key}.name", name, f"one of {', '.join(LOSSES)}", nearest(str(name), LOSSES))
+        mistake(f"{key}.name", name, f"one of {', '.join(LOSSES)}", "take one of them")
     own = _field_names(LOSSES[name])
     for option in raw:
         others = [other for other, cls in LOSSES.items() if option in _field_names(cls)]

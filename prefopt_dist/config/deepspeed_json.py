@@ -143,9 +143,7 @@ def _check_dtypes(settings: dict[str, Any], place: str) -> None:
         ("data_types.grad_accum_dtype", data_types, "grad_accum_dtype"),
     ):
         if name in mapping and mapping[name] not in _DTYPES:
-            raise UserError(
-                f"{place}: {dotted}: got {mapping[name]!r}, must be one of {', '.join(_DTYPES)}; change it"
-            )
+            raise UserError(f"{place}: {dotted}: got {mapping[name]!r}, must be one of {', '.join(_DTYPES)}; change it")
 
 
 def _section(settings: dict[str, Any], name: str, place: str) -> dict[str, Any]:
@@ -164,9 +162,7 @@ def _check_by_deepspeed(settings: dict[str, Any], place: str) -> None:
 
     for name in _section(settings, "aio", place):
         if name not in AIO_DEFAULT_DICT:
-            raise UserError(
-                f"{place}: aio.{name} is not a key that DeepSpeed knows; {nearest(name, AIO_DEFAULT_DICT)}"
-            )
+            raise UserError(f"{place}: aio.{name} is not a key that DeepSpeed knows; {nearest(name, AIO_DEFAULT_DICT)}")
     for section, model in (("zero_optimization", DeepSpeedZeroConfig), ("comms_logger", CommsLoggerConfig)):
         fields = model.model_fields
         known = {*fields, *(field.alias for field in fields.values() if field.alias)}

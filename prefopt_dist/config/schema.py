@@ -76,9 +76,7 @@ class Data:
     """A path or hub name, one {path, split, weight}, or a list of these."""
     eval: dict[str, tuple[DataSource, ...]] | None = None
     """The same, or a map of named sets; null: no evaluation. The unnamed set has the name ''."""
-    format: Literal["auto", "raw_pair", "pair", "conversations", "transcripts", "demonstration", "rated"] = (
-        "auto"
-    )
+    format: Literal["auto", "raw_pair", "pair", "conversations", "transcripts", "demonstration", "rated"] = "auto"
     """The form of the rows; auto: found by the fields of the first rows."""
     template: Literal["auto", "chat", "none"] = "auto"
     """Whether text goes through the chat template; auto: unless it already carries its tokens."""

@@ -87,8 +87,7 @@ def read_text(path: Path, what: str) -> str:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path}:{line}: {what} must be UTF-8 text, byte {error.object[error.start]:#04x} is not; "
-            "save it as UTF-8"
+            f"{path}:{line}: {what} must be UTF-8 text, byte {error.object[error.start]:#04x} is not; save it as UTF-8"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: {what} cannot be read: {error.strerror}; check it") from None

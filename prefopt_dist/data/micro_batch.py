@@ -91,7 +91,8 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
         return _empty(responses_per_unit)
     groups: dict[bytes, tuple[Tokens, dict[bytes, Tokens]]] = {}
     for u in units:
-        assert len(u.prompt) > 0 and all(len(r) > 0 for r in u.responses), f"row {u.row}: empty prompt or response"
+        assert len(u.prompt) > 0, f"row {u.row}: empty prompt"
+        assert all(len(r) > 0 for r in u.responses), f"row {u.row}: empty response"
         assert len(u.responses) == responses_per_unit, f"row {u.row}: {len(u.responses)} responses"
         _, responses = groups.setdefault(u.prompt.tobytes(), (u.prompt, {}))
         for r in u.responses:

@@ -210,8 +210,7 @@ class _Build:
                 self.tally.drop(outcome, origin)
             else:
                 raise UserError(
-                    f"{outcome.message(origin)}; {outcome.remedy}, "
-                    "or leave such rows out with data.on_bad_row=drop"
+                    f"{outcome.message(origin)}; {outcome.remedy}, or leave such rows out with data.on_bad_row=drop"
                 )
         return rows
 

@@ -113,9 +113,7 @@ def open_source(source: SourceLike, index: int, key: str) -> OpenSource:
                 f"{', '.join(JSON_SUFFIXES)} or .parquet, a saved data set folder or a hub name"
             )
         if source.split not in (None, "train"):
-            raise UserError(
-                f"{key}: a file has no splits, but {source.path!r} has {source.split!r}; remove the split"
-            )
+            raise UserError(f"{key}: a file has no splits, but {source.path!r} has {source.split!r}; remove the split")
         return OpenSource(source.path, index, (path,), None, key)
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
@@ -133,9 +131,7 @@ def _open_saved(source: SourceLike, index: int, key: str) -> OpenSource:
     try:
         loaded = datasets.load_from_disk(source.path)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{key}: the saved data set {source.path!r} cannot be read ({error}); save it again"
-        ) from error
+        raise UserError(f"{key}: the saved data set {source.path!r} cannot be read ({error}); save it again") from error
     split = source.split or "train"
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
@@ -152,8 +148,7 @@ def _open_parquet_folder(source: SourceLike, index: int, key: str) -> OpenSource
     files = sorted(folder.rglob("*.parquet"))
     if not files:
         raise UserError(
-            f"{key}: the folder {source.path!r} holds neither a saved data set nor Parquet files; "
-            "name the file itself"
+            f"{key}: the folder {source.path!r} holds neither a saved data set nor Parquet files; name the file itself"
         )
     if source.split is not None:
         belongs = re.compile(rf"(^|/){re.escape(source.split)}[-./]")

@@ -160,9 +160,7 @@ class Template:
         while text.startswith(self.bos):
             text = text.removeprefix(self.bos)
         if not text.strip():
-            raise BadRow(
-                "empty_prompt", "the prompt needs more than its beginning-of-sequence token", self.bos
-            )
+            raise BadRow("empty_prompt", "the prompt needs more than its beginning-of-sequence token", self.bos)
         return text
 
     def _one_turn(self, value: str | Messages, role: str) -> Messages:
@@ -209,13 +207,11 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str) -> Template:
         start = _apply(tokenizer, text, probe[:1], None, True)
     except (TemplateError, TypeError, ValueError) as error:
         raise UserError(
-            f"model.tokenizer: its chat template cannot render one question and one answer ({error}); "
-            "mend the template"
+            f"model.tokenizer: its chat template cannot render one question and one answer ({error}); mend the template"
         ) from error
     if PROBE_USER not in start or PROBE_REPLY not in full:
         raise UserError(
-            f"model.tokenizer: its chat template leaves out what a turn says; rendered {full[:80]!r}; "
-            "mend the template"
+            f"model.tokenizer: its chat template leaves out what a turn says; rendered {full[:80]!r}; mend the template"
         )
     after = full[full.rindex(PROBE_REPLY) + len(PROBE_REPLY) :]
     specials = _special_tokens(tokenizer)
@@ -237,8 +233,7 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str) -> Template:
         untemplated_end=eos or end,
         markers=_markers(pieces, specials, {eos, bos, end}),
         bos=bos,
-        starts_with_bos=bos is not None
-        and (start.startswith(bos) or _adds_bos(tokenizer) or (not own and bos != eos)),
+        starts_with_bos=bos is not None and (start.startswith(bos) or _adds_bos(tokenizer) or (not own and bos != eos)),
     )
 
 

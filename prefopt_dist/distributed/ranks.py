@@ -44,10 +44,13 @@ def start() -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
+    import deepspeed
+    from transformers.utils import logging
+
     from prefopt_dist.distributed import zero3
 
     zero3.prepare_deepspeed()
-    import deepspeed
+    logging.disable_progress_bar()  # bars of every rank, across each other
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

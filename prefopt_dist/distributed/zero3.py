@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
@@ -37,6 +38,8 @@ def prepare_deepspeed() -> None:
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     logger.addFilter(_is_news)
+    # DeepSpeed calls collectives by names that torch renames; once a call it would say so.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -37,7 +37,8 @@ def shared_prefix_attention(
     sliding_window: a token sees itself and the window - 1 tokens before it in its own sequence.
     """
     # A mask or dropout here would mean that the model does not do what the packed row needs: that is our bug.
-    assert attention_mask is None and dropout == 0.0
+    assert attention_mask is None
+    assert dropout == 0.0
     repeat = query.shape[1] // key.shape[1]
     parts = [_segment(query, key, value, s, repeat, scaling, sliding_window) for s in segments]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
@@ -56,7 +57,11 @@ def _segment(
     prefix, own = s.prefix_end - s.prefix_start, s.end - s.start
 
     def keys_of(x: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([x[:, :, s.prefix_start : s.prefix_end], x[:, :, s.start : s.end]], dim=2) if prefix else x[:, :, s.start : s.end]
+        x = (
+            torch.cat([x[:, :, s.prefix_start : s.prefix_end], x[:, :, s.start : s.end]], dim=2)
+            if prefix
+            else x[:, :, s.start : s.end]
+        )
         return x if repeat == 1 else x[:, :, None].expand(-1, -1, repeat, -1, -1).flatten(1, 2)
 
     q, k, v = query[:, :, s.start : s.end], keys_of(key), keys_of(value)

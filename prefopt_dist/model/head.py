@@ -42,7 +42,7 @@ class _TokenLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, target, normaliser = ctx.saved_tensors
         weight, bias = ctx.weight, ctx.bias
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -84,7 +84,7 @@ class LogpHead(nn.Linear):
         """hidden [S, D], target int64 [S] → float32 [S] log-probs; without target the logits, as nn.Linear."""
         if target is None:
             return super().forward(hidden)
-        logps: torch.Tensor = _TokenLogps.apply(hidden, self.weight, self.bias, target)
+        logps: torch.Tensor = _TokenLogps.apply(hidden, self.weight, self.bias, target)  # type: ignore[no-untyped-call]
         return logps
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +33,10 @@ class DPO:
     tie_tolerance: float = TIE
     """τ; wider for bfloat16, whose log-probs differ more between layouts"""
 
-    responses: int = 2
-    needs_reference: bool = True
-    start_loss: float | None = math.log(2.0)
-    metrics: tuple[str, ...] = (
+    responses: ClassVar[int] = 2
+    needs_reference: ClassVar[bool] = True
+    start_loss: ClassVar[float | None] = math.log(2.0)
+    metrics: ClassVar[tuple[str, ...]] = (
         "loss",
         "rewards/chosen",
         "rewards/rejected",

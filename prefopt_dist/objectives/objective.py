@@ -42,13 +42,25 @@ class Terms(NamedTuple):
 class Objective(Protocol):
     """A loss of the family."""
 
-    responses: int
-    """R, the responses of a unit that it needs: 2 for pairs, 1 for a single response"""
-    needs_reference: bool
-    metrics: tuple[str, ...]
-    """Names of the K statistics; the first is `loss`"""
-    start_loss: float | None
-    """The loss of every unit where policy and reference are equal; None where there is no such number"""
+    @property
+    def responses(self) -> int:
+        """R, the responses of a unit that it needs: 2 for pairs, 1 for a single response."""
+        ...
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it compares with a reference, so that a first pass is due."""
+        ...
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the K statistics; the first is `loss`."""
+        ...
+
+    @property
+    def start_loss(self) -> float | None:
+        """The loss of every unit where policy and reference are equal; None where there is no such number."""
+        ...
 
     def __call__(self, units: Sequences) -> Terms:
         """The loss and the statistics of the units."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from prefopt_dist.objectives.objective import Sequences, Terms, terms
 
@@ -15,10 +16,10 @@ class SFT:
     more than a short one, and the gradient of a step does not depend on how rows fall into micro-batches.
     """
 
-    responses: int = 1
-    needs_reference: bool = False
-    start_loss: float | None = None
-    metrics: tuple[str, ...] = ("loss", "logps/chosen")
+    responses: ClassVar[int] = 1
+    needs_reference: ClassVar[bool] = False
+    start_loss: ClassVar[float | None] = None
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "logps/chosen")
 
     def __call__(self, units: Sequences) -> Terms:
         """See the class."""

@@ -139,9 +139,7 @@ def _sums(engine: Any, places: Sequence[Location], sets: Sequence[TokenisedRows]
     with torch.no_grad():
         sums = engine(batch.to(ranks.device()))
     chosen = batch.units[:, 0]
-    return [
-        Score(s, c) for s, c in zip(sums.cpu()[chosen].tolist(), batch.counts[chosen].tolist(), strict=True)
-    ]
+    return [Score(s, c) for s, c in zip(sums.cpu()[chosen].tolist(), batch.counts[chosen].tolist(), strict=True)]
 
 
 def _score(
@@ -212,9 +210,9 @@ def _aligned(scores: dict[bytes, Score], rows: TokenisedRows, responses: int) ->
     for i in range(rows.n):
         for k in range(responses):
             score = scores[rows.digests[i, k].tobytes()]
-            if score.count != len(rows.response(i, k)) or not np.isfinite(score.sum):
+            if score.tokens != len(rows.response(i, k)) or not np.isfinite(score.sum):
                 raise UserError(
-                    f"reference store: the value for {rows.origin(i)} ({score.sum} over {score.count} tokens) cannot "
+                    f"reference store: the value for {rows.origin(i)} ({score.sum} over {score.tokens} tokens) cannot "
                     f"be one of this response of {len(rows.response(i, k))} tokens. Remove the store's folder."
                 )
             sums[i, k] = score.sum

@@ -11,6 +11,7 @@ import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ class Location:
 
     def digest(self, sets: Sequence[TokenisedRows]) -> bytes:
         """The sequence's key in the store."""
-        return sets[self.data_set].digests[self.row, self.response].tobytes()
+        digest: bytes = sets[self.data_set].digests[self.row, self.response].tobytes()
+        return digest
 
 
 Plan = list[list[Location]]
@@ -100,7 +102,7 @@ def read_plan(path: Path) -> Plan:
         raise UserError(_damaged(path))
     located = [Location(*place) for place in places.tolist()]
     starts = [0, *ends.tolist()]
-    return [located[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    return [located[a:b] for a, b in pairwise(starts)]
 
 
 def _check(ends: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.uint8]:

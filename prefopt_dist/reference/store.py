@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from prefopt_dist.files import fsync_folder
 
 MAGIC = b"PFREF\x00\x00\x01"
-ROW = np.dtype([("digest", "V16"), ("sum", "<f8"), ("count", "<i8"), ("zero", "<i8")])
+ROW = np.dtype([("digest", "V16"), ("sum", "<f8"), ("tokens", "<i8"), ("zero", "<i8")])
 CHECK_BYTES = 16
 
 
@@ -35,8 +35,8 @@ class Score(NamedTuple):
 
     sum: float
     """Σ log π_ref over the response's tokens, in nats"""
-    count: int
-    """response tokens"""
+    tokens: int
+    """of the response"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ReferenceStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = np.zeros(len(scores), dtype=ROW)
         for i, (digest, score) in enumerate(scores.items()):
-            rows[i] = (digest, score.sum, score.count, 0)
+            rows[i] = (digest, score.sum, score.tokens, 0)
         content = MAGIC + rows.tobytes()
         temporary = self.folder / f".{secrets.token_hex(8)}.tmp"
         with temporary.open("xb") as f:
@@ -98,8 +98,8 @@ class ReferenceStore:
                 )
                 continue
             digests = rows["digest"].tobytes()
-            for i, (total, count) in enumerate(zip(rows["sum"].tolist(), rows["count"].tolist(), strict=True)):
-                scores.setdefault(digests[16 * i : 16 * i + 16], Score(total, count))
+            for i, (total, tokens) in enumerate(zip(rows["sum"].tolist(), rows["tokens"].tolist(), strict=True)):
+                scores.setdefault(digests[16 * i : 16 * i + 16], Score(total, tokens))
         return scores, messages
 
     @staticmethod

@@ -42,9 +42,7 @@ def run(config: Config) -> None:
             dtype=models.dtype,
             offload=config.reference.offload,
         )
-        engine = zero3.reference_engine(
-            Scorer(load_sharded(model, dtype=models.dtype, settings=settings)), settings
-        )
+        engine = zero3.reference_engine(Scorer(load_sharded(model, dtype=models.dtype, settings=settings)), settings)
         found = evaluate(engine, objective, scored, config.reference_micro_batch_tokens)
         zero3.release(engine)
         del engine

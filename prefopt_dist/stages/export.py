@@ -53,4 +53,6 @@ def export_checkpoint(
             run_id=folder.facts["run_id"],
         ),
     )
-    return f"exported {source.name} to {target}; loaded back, its log-probs differ by at most {worst:.1e} of their value"
+    return (
+        f"exported {source.name} to {target}; loaded back, its log-probs differ by at most {worst:.1e} of their value"
+    )

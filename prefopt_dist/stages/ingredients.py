@@ -181,10 +181,6 @@ def score_reference(
 
 def weights_key(model: ModelFolder, dtype: torch.dtype) -> str:
     """All ranks: the reference store's key, the weight files' content hashed by the ranks in parallel."""
-    mine = {
-        i: file_digest(file)
-        for i, file in enumerate(model.weight_files)
-        if i % ranks.world_size() == ranks.rank()
-    }
+    mine = {i: file_digest(file) for i, file in enumerate(model.weight_files) if i % ranks.world_size() == ranks.rank()}
     digests = {i: d for part in ranks.gather(mine) for i, d in part.items()}
     return reference_key([digests[i] for i in range(len(digests))], model.config, dtype)

@@ -31,8 +31,6 @@ def run(config: Config) -> None:
             return
         assert done is not None
         if ranks.rank() == 0:
-            folder.note(
-                reference={"key": key, "sequences_scored": done.scored, "sequences_reused": done.reused}
-            )
+            folder.note(reference={"key": key, "sequences_scored": done.scored, "sequences_reused": done.reused})
             requests.obeyed()
         say(f"reference: {done.scored} sequences scored, {done.reused} reused; {config.reference_store / str(key)}")

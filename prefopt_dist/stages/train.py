@@ -209,5 +209,3 @@ def _summary(config: Config, rows: list[dict[str, Any]], steps: int, exported: s
                 lines.append(f"  {name}: {of_kind[0][name]:.4f} at first, {of_kind[-1][name]:.4f} at last")
     lines += [f"  {exported}", f"  curves: {config.run_dir / 'metrics.jsonl'}"]
     return "\n".join(lines)
-
-

@@ -164,9 +164,9 @@ def _errors_held_back(checkpoint_engine: Any) -> Iterator[list[str]]:
     errors: list[str] = []
     write = checkpoint_engine.save
 
-    def attempt(state: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+    def attempt(state_dict: Any, path: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            return write(state, path, *args, **kwargs)
+            return write(state_dict, path, *args, **kwargs)
         except (OSError, RuntimeError) as e:  # torch wraps a full disk into a RuntimeError
             errors.append(f"{Path(path).name}: {e}")
             return None

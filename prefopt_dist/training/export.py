@@ -55,9 +55,7 @@ def export(
 def _write(checkpoint: Path, model: ModelFolder, tokenizer: Any, dtype: torch.dtype, folder: Path, card: str) -> None:
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(model.config)
-    weights = {
-        name.removeprefix("lm."): tensor.to(dtype) for name, tensor in _float32_weights(checkpoint).items()
-    }
+    weights = {name.removeprefix("lm."): tensor.to(dtype) for name, tensor in _float32_weights(checkpoint).items()}
     lm.load_state_dict(weights, strict=not model.config.tie_word_embeddings, assign=True)
     lm.tie_weights()
     lm.config.dtype = dtype
@@ -72,7 +70,8 @@ def _float32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The optimizer's master weights of all ranks put together, in host memory."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints every file
+    # It prints every file, and its bars.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
             str(checkpoint.parent), tag=checkpoint.name
         )

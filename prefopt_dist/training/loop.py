@@ -181,9 +181,7 @@ def _evaluate(job: Job, done: int) -> None:
     found = evaluate(job.engine, job.objective, job.eval_sets, job.config.reference_micro_batch_tokens)
     if job.log is not None:
         seen = job.order.step(done - 1) if done else None
-        job.log.metrics.append(
-            "eval", done, seen.epoch_fraction if seen else 0.0, seen.rows_seen if seen else 0, found
-        )
+        job.log.metrics.append("eval", done, seen.epoch_fraction if seen else 0.0, seen.rows_seen if seen else 0, found)
         job.log.wandb.feed()
 
 

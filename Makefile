@@ -1,0 +1,37 @@
+# make demo and make test build their environment first, again only when its description changed.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help demo test test-all lint
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
+
+# The stamp comes last: an interrupted installation is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "building .venv (some minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP) ## A small model through the whole way, on two CPU ranks
+	@$(BIN)/python -m prefopt_dist.demo
+
+lint: $(STAMP) ## ruff, mypy --strict, shellcheck
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy --no-error-summary prefopt_dist
+	@{ git ls-files '*.sh'; printf '%s\n' launch/run.sh launch/env.sh .ci/run; } | sort -u \
+		| xargs $(BIN)/shellcheck -x
+
+test: lint ## lint and the quick tests
+	@$(BIN)/python -m pytest -q -m "not slow" --durations=15
+
+test-all: lint ## lint and every test
+	@$(BIN)/python -m pytest -q --durations=15

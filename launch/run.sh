@@ -1,0 +1,201 @@
+#!/usr/bin/env bash
+# One stage of a run on this machine: all its GPUs, or N CPU ranks.
+#
+#   launch/run.sh [-n N] STAGE RUN.yaml [section.key=value ...]
+#
+# Ends with 0 done, 75 stopped on request (start again), 2 the user's mistake, 1 a crash.
+# To stop reference or train, send TERM, USR1, HUP or INT (Ctrl-C) to this script: it creates RUN/STOP
+# and waits until the checkpoint is committed. A second INT ends the ranks at once (status 1).
+#
+# The ranks have a session of their own, so that a signal to this script's process group (a scheduler's,
+# or Ctrl-C) reaches them only through RUN/STOP. The price: kill -9 of this script leaves them running;
+# create RUN/STOP by hand then.
+set -euo pipefail
+
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+usage() {
+    cat <<'USAGE'
+usage: launch/run.sh [-n N] STAGE RUN.yaml [section.key=value ...]
+  STAGE  inspect | reference | train | evaluate | export
+  -n N   ranks on this machine; default: one a GPU, or 2 where there is none
+CUDA_VISIBLE_DEVICES= (empty) runs on the CPU of a machine with GPUs.
+USAGE
+}
+
+mistake() {
+    echo "launch/run.sh: $1" >&2
+    usage >&2
+    exit 2
+}
+
+count_gpus() {
+    if [[ ${DS_ACCELERATOR:-} == cpu ]]; then
+        echo 0
+    elif [[ ${CUDA_VISIBLE_DEVICES:-} == -* ]]; then
+        echo 0 # -1 hides them all
+    elif [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        local -a devices
+        IFS=, read -r -a devices <<<"$CUDA_VISIBLE_DEVICES"
+        echo "${#devices[@]}"
+    elif command -v nvidia-smi >/dev/null; then
+        { nvidia-smi -L 2>/dev/null || true; } | { grep -c '^GPU ' || true; }
+    else
+        echo 0
+    fi
+}
+
+# Arguments
+
+ranks=""
+while [[ $# -gt 0 && $1 == -* ]]; do
+    case $1 in
+        -n)
+            [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || mistake "-n: got '${2:-}', must be a number of ranks, at least 1"
+            ranks=$2
+            shift 2
+            ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        *) mistake "unknown option '$1'" ;;
+    esac
+done
+[[ $# -ge 2 ]] || mistake "STAGE and RUN.yaml are missing"
+stage=$1
+arguments=("$@")
+for argument in "${arguments[@]}"; do
+    [[ $argument != -* ]] || mistake "'$argument': options stand before STAGE; overrides are section.key=value"
+done
+
+# Environment
+
+# shellcheck source=launch/env.sh
+source "$repository/launch/env.sh"
+export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
+python=${PREFOPT_PYTHON:-}
+if [[ -z $python ]]; then
+    python=python3
+    [[ ! -x $repository/.venv/bin/python ]] || python=$repository/.venv/bin/python
+fi
+command -v "$python" >/dev/null || mistake "no Python at '$python'; run make in $repository or set PREFOPT_PYTHON"
+
+gpus=$(count_gpus)
+one_process=no
+case $stage in
+    inspect | export) one_process=yes ;;
+esac
+if [[ $one_process == yes ]]; then
+    ranks=1
+elif ((gpus > 0)); then
+    ranks=${ranks:-$gpus}
+    ((ranks <= gpus)) || mistake "-n $ranks: this machine has $gpus GPUs; give at most $gpus"
+else
+    ranks=${ranks:-2}
+fi
+((gpus > 0)) || export DS_ACCELERATOR=cpu
+if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+    threads=$(($(nproc) / ranks))
+    export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+fi
+
+# One process
+
+if [[ $one_process == yes ]]; then
+    status=0
+    "$python" -m prefopt_dist "${arguments[@]}" || status=$?
+    ((status == 0 || status == 2)) || status=1
+    exit "$status"
+fi
+
+# Many ranks: validate first, in one process
+
+obeys_stop=no # whether the stage looks for RUN/STOP
+case $stage in
+    reference | train) obeys_stop=yes ;;
+esac
+job=""
+requests=0
+interrupts=0
+
+# shellcheck disable=SC2329 # traps call it
+on_signal() { # $1: the signal
+    requests=$((requests + 1))
+    if [[ $1 == INT ]]; then
+        interrupts=$((interrupts + 1))
+    fi
+    [[ -n $job ]] || return 0
+    if [[ $obeys_stop == no ]] || ((interrupts > 1)); then
+        echo "launch/run.sh: $1: ending the ranks" >&2
+        kill -TERM "$job" 2>/dev/null || true
+    elif ((requests == 1)); then
+        echo "launch/run.sh: $1: asked for a stop (RUN/STOP); waiting for the checkpoint" >&2
+    fi
+}
+trap 'on_signal TERM' TERM
+trap 'on_signal USR1' USR1
+trap 'on_signal HUP' HUP
+trap 'on_signal INT' INT
+
+status=0
+checked=$("$python" -m prefopt_dist "${arguments[@]}" --check) || status=$?
+if ((requests > 0)); then
+    echo "launch/run.sh: stopped before the ranks were started" >&2
+    [[ $obeys_stop == yes ]] && exit 75
+    exit 1
+fi
+if ((status != 0)); then
+    ((status == 2)) && exit 2
+    exit 1
+fi
+run_dir=${checked##*$'\n'}
+if [[ -z $run_dir ]]; then
+    echo "launch/run.sh: the check named no run folder (a defect of the program)" >&2
+    exit 1
+fi
+
+# The ranks
+
+PREFOPT_STATUS_FILE=$(mktemp)
+export PREFOPT_STATUS_FILE
+made_stop=no
+# shellcheck disable=SC2329 # a trap calls it
+clean_up() {
+    rm -f "$PREFOPT_STATUS_FILE"
+    # Only what this script made: the job has ended, and a stale STOP would be a riddle.
+    [[ $made_stop == no ]] || rm -f "$run_dir/STOP"
+}
+trap clean_up EXIT
+
+echo "launch/run.sh: $stage on $ranks $( ((gpus > 0)) && echo GPU || echo CPU) ranks, run folder $run_dir" >&2
+setsid "$python" -m torch.distributed.run --standalone --max-restarts 0 --nproc-per-node "$ranks" \
+    -m prefopt_dist "${arguments[@]}" &
+job=$!
+if ((requests > 0)) && [[ $obeys_stop == no ]]; then # a signal between the check and here
+    kill -TERM "$job" 2>/dev/null || true
+fi
+
+# bash runs a trap only between two commands, and a signal just before a long `wait` would lie until the job
+# ends: so short sleeps, and one `wait` at the end for the status. STOP is seen to each time round, because
+# ranks that are still starting remove one as stale.
+while kill -0 "$job" 2>/dev/null; do
+    if ((requests > 0)) && [[ $obeys_stop == yes && -d $run_dir && ! -e $run_dir/STOP ]]; then
+        touch "$run_dir/STOP" && made_stop=yes
+    fi
+    sleep 0.5 || true # Ctrl-C ends the sleep too
+done
+status=0
+wait "$job" || status=$?
+
+if ((status == 0)); then
+    if [[ $obeys_stop == yes && -e $run_dir/STOPPED ]]; then
+        exit 75
+    fi
+    exit 0
+fi
+# torchrun makes every failure a 1; the ranks say what it was.
+said=""
+read -r said <"$PREFOPT_STATUS_FILE" || true
+[[ $said == 2 ]] && exit 2
+exit 1
