@@ -19,7 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 FORMAL_TO = ("boss", "teacher", "mayor", "judge", "doctor", "landlord", "professor", "lawyer", "officer", "minister")
 CASUAL_TO = ("friend", "brother", "sister", "cousin", "neighbour", "roommate", "buddy", "uncle", "aunt", "teammate")
-NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivo", "Jo", "Kai", "Lea", "Max", "Nora", "Otto")
+NAMES = tuple(
+    "Ada Ben Cleo Dan Eve Finn Gus Hana Ivo Jo Kai Lea Max Nora Otto Pia Quinn Rosa Sam Tess Uma Vera Will Xena Yara "
+    "Zoe Amir Bela Chen Dora".split()
+)
 EVENTS = (
     "the train is late",
     "the meeting is moved",
@@ -34,16 +37,15 @@ EVENTS = (
     "the key was found",
     "the exam went well",
 )
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 FORMAL = (
-    "Dear {to} {name}, I would like to inform you that {event}. I will call on {day}. Yours sincerely",
-    "Good day {to} {name}, please note that {event}. I remain at your service on {day}. Kind regards",
-    "Dear {to} {name}, allow me to report that {event}. Shall we speak on {day}? With great respect",
+    "Dear {to} {name}, I would like to inform you that {event}. Yours sincerely",
+    "Good day {to} {name}, please note that {event}. Kind regards",
+    "Dear {to} {name}, allow me to report that {event}. With great respect",
 )
 CASUAL = (
-    "Hey {to} {name}! Guess what, {event}. Let us hang out on {day}. See you",
-    "Hi {to} {name}, just so you know, {event}. I will drop by on {day}. Cheers",
-    "Yo {to} {name}, crazy news, {event}. Want to grab a bite on {day}? Hugs",
+    "Hey {to} {name}! Guess what, {event}. See you",
+    "Hi {to} {name}, just so you know, {event}. Cheers",
+    "Yo {to} {name}, crazy news, {event}. Hugs",
 )
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -53,15 +55,15 @@ SPECIAL = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 
 def letters(seed: int) -> Iterable[tuple[str, bool, str, str]]:
-    """Endless distinct (prompt, formal is right, formal text, casual text), drawn from the seed."""
+    """Distinct (prompt, formal is right, formal text, casual text), drawn from the seed; there are 7,200 prompts."""
     draw = random.Random(seed)
     seen = set()
     while True:
         to, name = draw.choice(FORMAL_TO + CASUAL_TO), draw.choice(NAMES)
-        event, day = draw.choice(EVENTS), draw.choice(DAYS)
-        said = {"to": to, "name": name, "event": event, "day": day}
+        event = draw.choice(EVENTS)
+        said = {"to": to, "name": name, "event": event}
         formal, casual = draw.choice(FORMAL).format(**said), draw.choice(CASUAL).format(**said)
-        prompt = f"Write to my {to} {name} that {event} and that I have time on {day}."
+        prompt = f"Write to my {to} {name} that {event}."
         if prompt not in seen:
             seen.add(prompt)
             yield prompt, to in FORMAL_TO, formal, casual

@@ -1,0 +1,357 @@
+"""What is tested on real ranks, many cases in one process group: torchrun tests/rank_cases.py FOLDER CASE …
+
+Every rank runs every case; rank 0 writes FOLDER/<case>.json with what the case found, or with the error.
+"""
+
+import gc
+import json
+import sys
+import traceback
+import weakref
+from pathlib import Path
+from typing import Any
+
+import plain
+import torch
+import torch.distributed as dist
+import worlds
+from deepspeed.utils import safe_get_full_grad
+
+from prefopt_dist.config import Config, load_config
+from prefopt_dist.data.micro_batch import Segment, Unit, pack
+from prefopt_dist.data.order import Order
+from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.errors import UserError
+from prefopt_dist.model.load import load_sharded, load_whole
+from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.stages import ingredients, train
+from prefopt_dist.training import checkpoint, step
+from prefopt_dist.training.batches import ScoredRows, step_batch, whole_set
+from prefopt_dist.training.evaluation import evaluate
+from prefopt_dist.training.gate import StartGate
+from prefopt_dist.training.stopping import Request, Requests
+
+PAIRS, G = 37, 11
+
+
+def config_for(folder: Path, name: str, **sections: dict[str, object]) -> Config:
+    file = folder / f"{name}.yaml"
+    ranks.decide(
+        lambda: worlds.write_run(file, folder / "model", folder / "pairs.jsonl", folder / f"run-{name}", **sections)
+    )
+    return load_config(file)
+
+
+def ready(config: Config) -> tuple[ingredients.Models, Any, ScoredRows, str | None]:
+    """Models, objective and scored training rows, by the job's own way."""
+    models = ingredients.load_models(config)
+    objective = ingredients.make_objective(config.loss, models.dtype)
+    rows, _ = ingredients.load_data(config, models)
+    requests = Requests(config.run_dir, rank=ranks.rank(), max_hours=None)
+    scored, _, _, key = ingredients.score_reference(config, models, objective, rows, {}, requests)
+    return models, objective, scored, key
+
+
+def equality(folder: Path, name: str, budget: int, loss: dict[str, object], **sections: dict[str, object]) -> dict:
+    """One epoch's steps, their gradients, losses and metrics, against float64, unsharded, one sequence at a time."""
+    config = config_for(
+        folder,
+        name,
+        loss=loss,
+        reference={"name_or_path": str(folder / "reference")} if loss["name"] == "dpo" else {},
+        train={"global_batch_pairs": G, "micro_batch_tokens": budget},
+        **sections,
+    )
+    models, objective, scored, _ = ready(config)
+    engine = train._policy(config, models)
+    order = Order(scored.rows.source, scored.rows.weights, config.run.seed, G)
+    exact_policy = plain.build_plain(folder / "model")
+    exact_reference = plain.build_plain(folder / "reference")
+    found: dict[str, Any] = {"loss": [], "metrics": [], "gradient": [], "sizes": [], "micro_batches": [], "ids": []}
+    for index in range(order.steps_per_epoch):
+        rows = order.step(index).rows.tolist()
+        batch = step_batch(scored, rows, objective.responses, budget)
+        packed = step.gradient(engine, batch, objective, None)
+        sums, _ = step.agree(packed, Request(False, False))
+        means = {n: s / sums[-1] for n, s in zip(objective.metrics, sums, strict=False)}
+        grads = {n: safe_get_full_grad(p) for n, p in engine.module.lm.named_parameters()}
+        exact_policy.zero_grad()
+        expected = exact_step(exact_policy, exact_reference, scored, rows, loss)
+        expected["loss_tensor"].backward()
+        worst = 0.0
+        for n, p in exact_policy.named_parameters():
+            worst = max(worst, float((grads[n].double() - p.grad).norm() / p.grad.norm()))
+        found["gradient"].append(worst)
+        found["loss"].append([means["loss"], expected["loss"]])
+        found["metrics"].append([means, {k: v for k, v in expected.items() if k != "loss_tensor"}])
+        found["sizes"].append(len(rows))
+        found["micro_batches"].append(len(batch))
+        found["ids"].append(rows)
+        engine.optimizer.zero_grad()
+    zero3.release(engine)
+    return found
+
+
+def exact_step(policy: Any, reference: Any, scored: ScoredRows, rows: list[int], loss: dict[str, object]) -> dict:
+    data = scored.rows
+    if loss["name"] == "sft":
+        terms = [
+            -plain.sequence_logp(policy, data.prompt(i), data.response(i, 0)) / len(data.response(i, 0)) for i in rows
+        ]
+        mean = torch.stack(terms).mean()
+        return {"loss": mean.item(), "loss_tensor": mean}
+    live = torch.stack(
+        [
+            torch.stack(plain.pair_log_probs(policy, data.prompt(i), data.response(i, 0), data.response(i, 1)))
+            for i in rows
+        ]
+    )
+    with torch.no_grad():
+        start = torch.stack(
+            [
+                torch.stack(plain.pair_log_probs(reference, data.prompt(i), data.response(i, 0), data.response(i, 1)))
+                for i in rows
+            ]
+        )
+    beta, smoothing = float(loss["beta"]), float(loss["label_smoothing"])
+    reward = beta * (live - start)
+    margin = reward[:, 0] - reward[:, 1]
+    logsigmoid = torch.nn.functional.logsigmoid
+    mean = (-(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)).mean()
+    return {
+        "loss": mean.item(),
+        "loss_tensor": mean,
+        "rewards/chosen": reward[:, 0].mean().item(),
+        "rewards/rejected": reward[:, 1].mean().item(),
+        "rewards/margins": margin.mean().item(),
+        "rewards/accuracies": (margin > 0).double().mean().item(),
+        "logps/chosen": live[:, 0].mean().item(),
+        "logps/rejected": live[:, 1].mean().item(),
+        "scale": (beta * live.abs().sum(1)).mean().item(),
+    }
+
+
+DPO = {"name": "dpo", "beta": 0.1, "label_smoothing": 0.1}
+
+
+def dpo_many_micro_batches(folder: Path) -> dict:
+    return equality(folder, "dpo-many", 150, DPO)
+
+
+def dpo_one_micro_batch(folder: Path) -> dict:
+    return equality(folder, "dpo-one", 100_000, DPO)
+
+
+def dpo_checkpointing(folder: Path) -> dict:
+    return equality(folder, "dpo-checkpointing", 300, DPO, model={"checkpointing": "all"})
+
+
+def sft_many_micro_batches(folder: Path) -> dict:
+    return equality(folder, "sft-many", 150, {"name": "sft"})
+
+
+def whole_evaluation(folder: Path) -> dict:
+    """An evaluation over a set that no number of ranks divides, against the exact means."""
+    config = config_for(folder, "evaluation", loss=DPO, reference={"name_or_path": str(folder / "reference")})
+    models, objective, scored, _ = ready(config)
+    engine = train._policy(config, models)
+    found = {str(b): evaluate(engine, objective, {"": scored}, b) for b in (120, 5000)}
+    exact = exact_step(
+        plain.build_plain(folder / "model"),
+        plain.build_plain(folder / "reference"),
+        scored,
+        list(range(scored.rows.n)),
+        DPO,
+    )
+    layouts = {str(b): whole_set(scored, 2, b).units for b in (120, 5000)}
+    zero3.release(engine)
+    del exact["loss_tensor"]
+    return {"found": found, "exact": exact, "units": layouts, "n": scored.rows.n}
+
+
+def shards(folder: Path) -> dict:
+    """Half of the bytes on each of two ranks, logits as the unsharded model's, and nothing left after release."""
+    config = config_for(folder, "shards")
+    models = ingredients.load_models(config)
+    settings = zero3.reference_settings(
+        {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+        dtype=torch.float32,
+        offload="none",
+    )
+    engine = zero3.reference_engine(
+        Scorer(load_sharded(models.policy, dtype=torch.float32, settings=settings)), settings
+    )
+    held, whole = zero3.shard_bytes(engine.module)
+    ids = torch.arange(3, 43)[None]
+    segments = (Segment(0, 0, 0, 40),)
+    with torch.no_grad():
+        got = engine.module.lm(input_ids=ids, position_ids=torch.arange(40)[None], segments=segments, use_cache=False)
+        want = load_whole(models.policy, dtype=torch.float32)(
+            input_ids=ids, position_ids=torch.arange(40)[None], segments=segments, use_cache=False
+        )
+    equal = bool(torch.equal(got.logits, want.logits))
+    module, parameter = weakref.ref(engine.module), weakref.ref(next(engine.module.parameters()))
+    zero3.release(engine)
+    del engine, got
+    gc.collect()
+    return {
+        "held": held,
+        "whole": whole,
+        "equal": equal,
+        "module_alive": module() is not None,
+        "parameter_alive": parameter() is not None,
+    }
+
+
+def other_reference_is_refused(folder: Path) -> dict:
+    """The gate: a stored value that is not the start's ends the run on every rank before any update."""
+    config = config_for(folder, "gate", loss={"name": "dpo"})
+    models, objective, scored, _ = ready(config)
+    engine = train._policy(config, models)
+    found = {}
+    for name, change in (("right", 0.0), ("wrong", 0.01)):
+        reference = scored.reference.clone()
+        reference[5, 1] -= change
+        gate = StartGate(objective, torch.float32, ranks.device())
+        batch = step_batch(ScoredRows(scored.rows, reference), list(range(G)), 2, 150)
+        sums, _ = step.agree(step.gradient(engine, batch, objective, gate), Request(False, False))
+        try:
+            gate.decide(sums[0] / sums[-1])
+            found[name] = ["accepted"] * ranks.world_size()
+        except UserError as e:
+            found[name] = [str(e)]
+        found[name] = [m for part in ranks.gather(found[name]) for m in part]
+    zero3.release(engine)
+    return found
+
+
+def save_fails_on_one_rank(folder: Path) -> dict:
+    """A write error of the last rank ends the save on all ranks; the committed checkpoint stays."""
+    config = config_for(folder, "save")
+    models = ingredients.load_models(config)
+    engine = train._policy(config, models)
+    root = folder / "checkpoints"
+    common: dict[str, Any] = {"state": {"window": {}}, "facts": {}, "keep": 2}
+    checkpoint.save(engine, root, step=1, **common)
+    write = engine.checkpoint_engine.save
+
+    def broken(state_dict: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+        if ranks.rank() == ranks.world_size() - 1:
+            raise OSError(28, "No space left on device")
+        return write(state_dict, path, *args, **kwargs)
+
+    engine.checkpoint_engine.save = broken
+    original = type(engine.checkpoint_engine).save
+    try:
+        type(engine.checkpoint_engine).save = lambda self, state_dict, path, *a, **k: (
+            broken(state_dict, path)
+            if ranks.rank() == ranks.world_size() - 1
+            else original(self, state_dict, path, *a, **k)
+        )
+        del engine.checkpoint_engine.save
+        try:
+            checkpoint.save(engine, root, step=2, **common)
+            said = "committed"
+        except checkpoint.CheckpointNotCommitted as e:
+            said = str(e)
+    finally:
+        type(engine.checkpoint_engine).save = original
+    said_by_all = ranks.gather(said)
+    left = [p.name for p in checkpoint.committed(root)]
+    checkpoint.save(engine, root, step=3, **common)
+    checkpoint.save(engine, root, step=4, **common)
+    kept = [p.name for p in checkpoint.committed(root)]
+
+    # A flipped byte in any rank's file: the older one is taken, the damaged one set aside.
+    def flip() -> None:
+        file = sorted((root / "step-00000004").glob("*optim_states.pt"))[-1]
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+    ranks.decide(flip)
+    found = checkpoint.find(root)
+    zero3.release(engine)
+    return {
+        "said": said_by_all,
+        "left": left,
+        "kept": kept,
+        "found": None if found is None else found.step,
+        "aside": sorted(p.name for p in root.iterdir()),
+    }
+
+
+def errors_reach_all(folder: Path) -> dict:
+    """A fault of one rank is every rank's, with its kind."""
+
+    def fail(which: int, error: Exception) -> None:
+        if ranks.rank() == which:
+            raise error
+
+    last = ranks.world_size() - 1
+    found = {}
+    for name, attempt in {
+        "decide-user": lambda: ranks.decide(lambda: fail(0, UserError("mine"))),
+        "decide-crash": lambda: ranks.decide(lambda: fail(0, KeyError("mine"))),
+        "together-user": lambda: ranks.together(lambda: fail(last, UserError("mine"))),
+        "together-crash": lambda: ranks.together(lambda: fail(last, KeyError("mine"))),
+    }.items():
+        try:
+            attempt()
+            mine = "nothing"
+        except Exception as e:
+            mine = f"{type(e).__name__}: {e}"
+        found[name] = ranks.gather(mine)
+    return found
+
+
+def idle_ranks(folder: Path) -> dict:
+    """A step with fewer pairs than ranks: idle ranks take part with weight 0."""
+    config = config_for(folder, "idle", loss={"name": "dpo"})
+    models, objective, scored, _ = ready(config)
+    engine = train._policy(config, models)
+    batch = step_batch(scored, [3], 2, 4096)
+    sums, _ = step.agree(step.gradient(engine, batch, objective, None), Request(False, False))
+    norm = step.update(engine, 1e-3)
+    zero3.release(engine)
+    return {"pairs": sums[-1], "loss": sums[0], "norm": norm}
+
+
+def packs_alone_and_together(folder: Path) -> dict:
+    """A pair scores alone as in a pack with others."""
+    config = config_for(folder, "alone", loss={"name": "dpo"})
+    models, _, scored, _ = ready(config)
+    scorer = Scorer(load_whole(models.policy, dtype=torch.float32))
+    units = scored.units(range(scored.rows.n), 2)
+    with torch.no_grad():
+        together = pack(units, 2)
+        sums = scorer(together)[together.units]
+        alone = torch.cat([scorer(b)[b.units] for b in (pack([Unit(u.row, u.prompt, u.responses)], 2) for u in units)])
+    return {"worst": float(((sums - alone).abs() / alone.abs()).max())}
+
+
+def main() -> None:
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    ranks.start()
+
+    def prepare() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        worlds.write_model(folder / "model", seed=1, scale=2.0)
+        worlds.write_model(folder / "reference", seed=2, scale=2.0)
+        worlds.write_pairs(folder / "pairs.jsonl", PAIRS)
+
+    ranks.decide(prepare)
+    for name in names:
+        try:
+            found = globals()[name](folder)
+        except Exception:
+            found = {"error": traceback.format_exc()}
+            print(found["error"], file=sys.stderr, flush=True)
+        errors = [e for e in ranks.gather(found.get("error")) if e]
+        if dist.get_rank() == 0:
+            (folder / f"{name}.json").write_text(json.dumps({"error": errors[0]} if errors else found))
+    ranks.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""The job as a user runs it: the command line, two ranks, kills, stops, other numbers of ranks.
+
+The run is no toy: 540 pairs of mixed lengths with duplicates, 23 steps of which the last is partial, more
+than three store shards, four checkpoints.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import worlds
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[1]
+PAIRS, G, STEPS = 540, 24, 23
+PATIENCE = 240
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(REPOSITORY),
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PREFOPT_PYTHON": sys.executable,
+    "WANDB_MODE": "offline",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """Model and data that all runs of this file share."""
+
+    folder: Path
+
+    def run(self, name: str, *, cache: str = "cache", **sections: dict[str, object]) -> Path:
+        """Writes <name>.yaml; the run folder is <name>."""
+        defaults: dict[str, dict[str, object]] = {
+            "run": {"dir": str(self.folder / name), "cache": str(self.folder / cache)},
+            "data": {"eval": str(self.folder / "eval.jsonl")},
+            "reference": {"micro_batch_tokens": 512},
+            "train": {"global_batch_pairs": G, "micro_batch_tokens": 512},
+            "eval": {"every_steps": 10},
+            "checkpoint": {"every_steps": 6},
+        }
+        merged = {s: defaults.get(s, {}) | sections.get(s, {}) for s in defaults.keys() | sections.keys()}
+        file = self.folder / f"{name}.yaml"
+        worlds.write_run(file, self.folder / "model", self.folder / "pairs.jsonl", self.folder / name, **merged)
+        return file
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("end-to-end")
+    worlds.write_model(folder / "model", seed=1, scale=2.0)
+    worlds.write_pairs(folder / "pairs.jsonl", PAIRS)
+    worlds.write_pairs(folder / "eval.jsonl", 61, seed=1)
+    return World(folder)
+
+
+def launch(run: Path, stage: str = "train", *, n: int = 2, expect: int = 0) -> str:
+    done = subprocess.run(
+        ["launch/run.sh", "-n", str(n), stage, str(run)],
+        env=ENVIRONMENT,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def start_and(run: Path, when: Callable[[], bool], act: Callable[[psutil.Process], None]) -> int:
+    """Starts two ranks, acts once `when` holds, waits for the end; the exit status."""
+    process = subprocess.Popen(
+        ["launch/run.sh", "-n", "2", "train", str(run)],
+        env=ENVIRONMENT,
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + PATIENCE
+    while not when():
+        assert process.poll() is None, "the run ended before its time"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    act(psutil.Process(process.pid))
+    return process.wait(PATIENCE)
+
+
+def kill_all(process: psutil.Process) -> None:
+    """As a node that loses power: nobody gets to say a word."""
+    for p in [*process.children(recursive=True), process]:
+        p.kill()
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def at_step(run_dir: Path, step: int) -> Callable[[], bool]:
+    def reached() -> bool:
+        file = run_dir / "metrics.jsonl"
+        return file.exists() and f'"train", "step": {step},' in file.read_text()
+
+    return reached
+
+
+def without_speed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in found]
+
+
+def assert_same_end(run_dir: Path, other: Path) -> None:
+    """Bit-identical weights, and the same rows without a gap or a repeat."""
+    mine, theirs = (load_file(d / "final" / "model.safetensors") for d in (run_dir, other))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert without_speed(rows(run_dir)) == without_speed(rows(other))
+
+
+@pytest.fixture(scope="module")
+def whole(world: World) -> Path:
+    """The run that nothing interrupts."""
+    launch(world.run("whole"))
+    return world.folder / "whole"
+
+
+def test_what_a_run_leaves(whole: Path) -> None:
+    found = rows(whole)
+    assert [(r["kind"], r["step"]) for r in found if r["kind"] == "eval"] == [("eval", s) for s in (0, 10, 20, 23)]
+    train = [r for r in found if r["kind"] == "train"]
+    assert [r["step"] for r in train] == list(range(1, STEPS + 1))
+    assert train[0]["train/loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert train[0]["train/rewards/accuracies"] == 0
+    assert train[0]["train/ties"] == 1
+    assert train[-1]["pairs_seen"] == PAIRS
+    assert found[-1]["eval/loss"] < found[0]["eval/loss"]
+    facts = json.loads((whole / "run.json").read_text())
+    assert facts["data"]["train"]["rows"] == facts["data"]["train"]["used"] == PAIRS
+    assert facts["reference"]["sequences_reused"] == 0
+    distinct = set()
+    for file in ("pairs.jsonl", "eval.jsonl"):
+        for line in (whole.parent / file).read_text().splitlines():
+            row = json.loads(line)
+            distinct |= {(row["prompt"], row["chosen_response"]), (row["prompt"], row["rejected_response"])}
+    assert facts["reference"]["sequences_scored"] == len(distinct) < 2 * (PAIRS + 61)
+    assert len(list((whole.parent / "cache" / "reference").glob("*/rows-*.bin"))) >= 3
+    assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == ["step-00000018", "step-00000023"]
+    assert (whole / "DONE").exists()
+    assert not (whole / "STOPPED").exists()
+
+
+def test_kill_in_training(world: World, whole: Path) -> None:
+    run = world.run("killed")
+    start_and(run, at_step(world.folder / "killed", 9), kill_all)
+    launch(run)
+    assert_same_end(world.folder / "killed", whole)
+    starts = json.loads((world.folder / "killed" / "run.json").read_text())["starts"]
+    assert [s["step"] for s in starts] == [0, 6]
+
+
+def test_kill_in_first_pass(world: World, whole: Path) -> None:
+    """The second start scores only what is missing, in the micro-batches of the plan."""
+    run = world.run("killed-early", cache="cache-early")
+    store = world.folder / "cache-early" / "reference"
+    start_and(run, lambda: any(store.glob("*/rows-*.bin")), kill_all)
+    there = sum((f.stat().st_size - 24) // 40 for f in store.glob("*/rows-*.bin"))
+    launch(run)
+    reference = json.loads((world.folder / "killed-early" / "run.json").read_text())["reference"]
+    assert reference["sequences_reused"] == there > 0
+    assert len(list(store.glob("*/plan-*"))) == 1
+    assert_same_end(world.folder / "killed-early", whole)
+
+
+def test_stop_and_go_on(world: World, whole: Path) -> None:
+    """The file STOP, then TERM, then to the end: statuses 75, 75, 0; W&B shows one run."""
+    run, folder = world.run("stopped", tracking={"wandb": {"mode": "offline"}}), world.folder / "stopped"
+    assert start_and(run, at_step(folder, 3), lambda _: (folder / "STOP").touch()) == 75
+    assert "asked by the file STOP; stopped after step" in (folder / "STOPPED").read_text()
+    assert not (folder / "STOP").exists()
+    assert start_and(run, at_step(folder, 12), lambda p: p.send_signal(signal.SIGTERM)) == 75
+    assert not (folder / "DONE").exists()
+    launch(run)
+    assert_same_end(folder, whole)
+    assert not (folder / "STOPPED").exists()
+    run_id = json.loads((folder / "run.json").read_text())["wandb_id"]
+    assert [p.name.endswith(run_id) for p in (folder / "wandb").glob("offline-run-*")] == [True]
+    before = (folder / "run.json").stat().st_mtime_ns
+    assert "is done" in launch(run)
+    assert len(rows(folder)) == len(rows(whole))
+    assert (folder / "run.json").stat().st_mtime_ns >= before
+
+
+def test_other_ranks_and_micro_batches(world: World, whole: Path) -> None:
+    """One rank, one large micro-batch, rows of three steps: the same trajectory (design 7.2)."""
+    run = world.run(
+        "one-rank",
+        train={"global_batch_pairs": G, "micro_batch_tokens": 100_000},
+        tracking={"wandb": {"mode": "disabled"}, "log_every_steps": 3},
+    )
+    launch(run, n=1)
+    mine = {(r["kind"], r["step"]): r for r in rows(world.folder / "one-rank")}
+    theirs = {(r["kind"], r["step"]): r for r in rows(whole)}
+    assert [s for k, s in mine if k == "train"] == [3, 6, 9, 12, 15, 18, 21, 23]
+    first = [theirs["train", s] for s in (1, 2, 3)]
+    for name in ("train/loss", "train/logps/chosen"):
+        assert mine["train", 3][name] == pytest.approx(sum(r[name] for r in first) / 3, rel=1e-5)
+    last = [theirs["train", s] for s in (22, 23)]
+    weighted = (G * last[0]["train/loss"] + (PAIRS % G) * last[1]["train/loss"]) / (G + PAIRS % G)
+    assert mine["train", 23]["train/loss"] == pytest.approx(weighted, rel=1e-4)
+    for step in (0, 10, 20, 23):
+        assert mine["eval", step]["eval/loss"] == pytest.approx(theirs["eval", step]["eval/loss"], rel=1e-4)
+
+
+def test_evaluate_and_export_on_one_rank(world: World, whole: Path) -> None:
+    """Stages on a checkpoint of two ranks, run by one."""
+    run = world.run("whole")
+    launch(run, "evaluate", n=1)
+    found = json.loads((whole / "evaluation.json").read_text())
+    last = rows(whole)[-1]
+    assert found["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
+    assert found["eval/rewards/margins"] == pytest.approx(last["eval/rewards/margins"], rel=1e-4)
+    target = world.folder / "exported"
+    again = world.run("whole", export={"dir": str(target)})
+    launch(again, "export")
+    mine, theirs = (load_file(d / "model.safetensors") for d in (target, whole / "final"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_bfloat16(world: World) -> None:
+    run = world.run("bf16", model={"dtype": "bfloat16"}, train={"global_batch_pairs": G, "max_steps": 4})
+    launch(run)
+    found = [r for r in rows(world.folder / "bf16") if r["kind"] == "train"]
+    assert found[0]["train/loss"] == pytest.approx(0.6931, abs=5e-2)
+    exported = load_file(world.folder / "bf16" / "final" / "model.safetensors")
+    assert {t.dtype for t in exported.values()} == {torch.bfloat16}
+
+
+def test_mistakes_end_with_2_and_leave_nothing(world: World) -> None:
+    """Found before any rank starts, with place, value, rule and remedy."""
+    for name, sections, said in (
+        ("bad-model", {"model": {"name_or_path": "./nowhere"}}, "model.name_or_path"),
+        ("bad-data", {"data": {"train": "./nowhere.jsonl"}}, "data.train"),
+        ("bad-loss", {"loss": {"name": "dpo", "beta": 0}}, "loss.beta"),
+    ):
+        run = world.run(name, **sections)  # type: ignore[arg-type]
+        done = subprocess.run(
+            [sys.executable, "-m", "prefopt_dist", "train", str(run), "--check"],
+            env=ENVIRONMENT,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2, done.stderr
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (world.folder / name).exists()
+
+
+def test_more_rows_a_step_than_there_are(world: World) -> None:
+    run = world.run("too-large", train={"global_batch_pairs": 1000})
+    launch(run, expect=2)
+
+
+def test_another_run_is_refused(world: World, whole: Path) -> None:
+    before = sorted(p.name for p in whole.iterdir())
+    run = world.run("whole", loss={"name": "dpo", "beta": 0.2})
+    launch(run, expect=2)
+    assert sorted(p.name for p in whole.iterdir()) == before

@@ -1,0 +1,136 @@
+"""Real ranks: everything in rank_cases.py on one process and on two under torchrun."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parent
+EQUALITY = ["dpo_many_micro_batches", "dpo_one_micro_batch", "dpo_checkpointing", "sft_many_micro_batches"]
+BOTH = [*EQUALITY, "whole_evaluation", "other_reference_is_refused", "errors_reach_all", "packs_alone_and_together"]
+TWO_ONLY = ["shards", "save_fails_on_one_rank", "idle_ranks"]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """Runs all cases once for each world size."""
+    n = request.param
+    folder = tmp_path_factory.mktemp(f"world{n}")
+    names = BOTH + (TWO_ONLY if n == 2 else [])
+    environment = os.environ | {
+        "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    start = [sys.executable]
+    if n > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    done = subprocess.run(
+        [*start, str(TESTS / "rank_cases.py"), str(folder), *names],
+        env=environment,
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return n, folder
+
+
+def found(world: tuple[int, Path], case: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((world[1] / f"{case}.json").read_text())
+    assert "error" not in result, result["error"]
+    return result
+
+
+@pytest.mark.parametrize("case", EQUALITY)
+def test_steps_equal_float64(world: tuple[int, Path], case: str) -> None:
+    """G = 11 over 37 pairs: not divisible by two ranks, and a last partial batch of 4."""
+    result = found(world, case)
+    assert result["sizes"] == [11, 11, 11, 4]
+    if "many" in case:
+        assert max(result["micro_batches"]) > 2
+    for got, exact in result["loss"]:
+        assert got == pytest.approx(exact, rel=1e-5)
+    assert max(result["gradient"]) <= 1e-5
+    for got, exact in result["metrics"]:
+        for name in ("logps/chosen", "logps/rejected"):
+            if name in exact:
+                assert got[name] == pytest.approx(exact[name], rel=1e-6)
+        for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+            if name in exact:
+                assert abs(got[name] - exact[name]) <= 1e-6 * exact["scale"]
+        if "rewards/accuracies" in exact:
+            assert got["rewards/accuracies"] == exact["rewards/accuracies"]
+
+
+def test_every_row_once(world: tuple[int, Path]) -> None:
+    ids = [i for rows in found(world, "dpo_many_micro_batches")["ids"] for i in rows]
+    assert sorted(ids) == list(range(37))
+
+
+def test_evaluation_is_the_exact_mean(world: tuple[int, Path]) -> None:
+    result = found(world, "whole_evaluation")
+    for budget, metrics in result["found"].items():
+        assert result["units"][budget] == result["n"]
+        assert metrics["eval/loss"] == pytest.approx(result["exact"]["loss"], rel=1e-5)
+        assert metrics["eval/rewards/accuracies"] == result["exact"]["rewards/accuracies"]
+        assert metrics["eval/logps/chosen"] == pytest.approx(result["exact"]["logps/chosen"], rel=1e-6)
+
+
+def test_gate(world: tuple[int, Path]) -> None:
+    result = found(world, "other_reference_is_refused")
+    assert set(result["right"]) == {"accepted"}
+    assert len(result["wrong"]) == world[0]
+    assert all("stored and live log-probs" in said for said in result["wrong"])
+
+
+def test_errors_reach_all_ranks(world: tuple[int, Path]) -> None:
+    n, result = world[0], found(world, "errors_reach_all")
+    assert result["decide-user"] == ["UserError: mine"] + ["UserError: UserError: mine"] * (n - 1)
+    assert result["decide-crash"][0] == "KeyError: 'mine'"
+    assert all(said.startswith("OtherRankFailed") for said in result["decide-crash"][1:])
+    assert result["together-user"][-1] == "UserError: mine"
+    assert all(said.startswith("UserError: rank 1") for said in result["together-user"][:-1])
+    assert all(said.startswith("OtherRankFailed: rank 1") for said in result["together-crash"][:-1])
+
+
+def test_a_pair_alone_scores_as_in_a_pack(world: tuple[int, Path]) -> None:
+    assert found(world, "packs_alone_and_together")["worst"] <= 1e-6
+
+
+def test_shards_logits_and_release(world: tuple[int, Path]) -> None:
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "shards")
+    assert result["held"] == pytest.approx(result["whole"] / 2, rel=1e-3)
+    assert result["equal"]
+    assert not result["module_alive"]
+    assert not result["parameter_alive"]
+
+
+def test_a_failing_write_commits_nothing(world: tuple[int, Path]) -> None:
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "save_fails_on_one_rank")
+    assert len(result["said"]) == 2
+    assert all("rank 1" in said and "No space left" in said for said in result["said"])
+    assert result["left"] == ["step-00000001"]
+    assert result["kept"] == ["step-00000003", "step-00000004"]
+    assert result["found"] == 3
+    assert result["aside"] == ["damaged-step-00000004", "step-00000003"]
+
+
+def test_idle_ranks(world: tuple[int, Path]) -> None:
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "idle_ranks")
+    assert result["pairs"] == 1
+    assert result["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert result["norm"] > 0
