@@ -1,0 +1,108 @@
+"""The exact answer: float64, unsharded, unpadded, one sequence at a time, by plain transformers and the papers.
+
+Nothing here comes from the package: no packing, no own attention, no own head, no objective. transformers'
+own RMSNorm and eager softmax round to float32 in a float64 model too, so the norms are exchanged for exact
+ones and the attention is torch's; what remains in float32 is the table of rotary angles, which belongs to
+the model (sine and cosine are rounded alike in a float32 model).
+
+Legend: P pairs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+Ids = Sequence[int] | np.ndarray
+
+
+def build_plain(source: Any) -> nn.Module:
+    """A float64 model of its own from a folder (read with from_pretrained) or a model in memory (copied)."""
+    if isinstance(source, (str, Path)):
+        # The folder's own dtype first: float32 widened to float64 loses nothing.
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64, attn_implementation="sdpa")
+    else:
+        config = type(source.config).from_dict(copy.deepcopy(source.config.to_dict()))
+        config._attn_implementation = "sdpa"
+        model = type(source)(config).to(torch.float64)
+        model.load_state_dict({k: v.detach().to(torch.float64) for k, v in source.state_dict().items()})
+    model.config.use_cache = False
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(_exact_norm, module)
+    return model.eval()
+
+
+def _exact_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.weight * x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def token_log_probs(model: Any, prompt: Ids, response: Ids) -> torch.Tensor:
+    """float64 [len(response)]: log π(y_t | x, y_<t), differentiable."""
+    ids = torch.tensor([[*map(int, prompt), *map(int, response)]])
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    assert logits.dtype == torch.float64
+    first = len(prompt) - 1  # the prompt's last token predicts the response's first
+    scores = torch.log_softmax(logits[first : first + len(response)], dim=-1)
+    return scores.gather(-1, ids[0, len(prompt) :, None])[:, 0]
+
+
+def sequence_logp(model: Any, prompt: Ids, response: Ids) -> torch.Tensor:
+    """float64 []: log π(y | x) = Σ_t log π(y_t | x, y_<t), differentiable."""
+    return token_log_probs(model, prompt, response).sum()
+
+
+def pair_log_probs(model: Any, prompt: Ids, chosen: Ids, rejected: Ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 [] each: log π(y_w | x), log π(y_l | x)."""
+    return sequence_logp(model, prompt, chosen), sequence_logp(model, prompt, rejected)
+
+
+def dpo_loss(logps: torch.Tensor, ref_logps: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
+    """[P] from [P, 2] and [P, 2]: equation 7 of arXiv:2305.18290, smoothed as in Mitchell's cDPO note.
+
+    −log σ(h) = log(1 + e^(−h)),  h = β (log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l))
+    """
+    h = beta * ((logps[:, 0] - ref_logps[:, 0]) - (logps[:, 1] - ref_logps[:, 1]))
+    zero = torch.zeros_like(h)
+    right, wrong = torch.logaddexp(zero, -h), torch.logaddexp(zero, h)
+    return (1 - label_smoothing) * right + label_smoothing * wrong
+
+
+def dpo_gradient(logps: torch.Tensor, ref_logps: torch.Tensor, beta: float, label_smoothing: float) -> torch.Tensor:
+    """[P, 2] ∂L/∂log π: −β [(1 − ε) σ(−h) − ε σ(h)] for the chosen, its negative for the rejected."""
+    h = beta * ((logps[:, 0] - ref_logps[:, 0]) - (logps[:, 1] - ref_logps[:, 1]))
+    by_chosen = -beta * ((1 - label_smoothing) / (1 + torch.exp(h)) - label_smoothing / (1 + torch.exp(-h)))
+    return torch.stack([by_chosen, -by_chosen], dim=1)
+
+
+def dpo(
+    logps: torch.Tensor, ref_logps: torch.Tensor, beta: float, label_smoothing: float = 0.0
+) -> dict[str, torch.Tensor]:
+    """Means over the P pairs of [P, 2] log-probs (chosen, rejected), by metric name; `loss` is differentiable."""
+    ratio = logps - ref_logps
+    reward = beta * ratio
+    return {
+        "loss": dpo_loss(logps, ref_logps, beta, label_smoothing).mean(),
+        "rewards/chosen": reward[:, 0].mean(),
+        "rewards/rejected": reward[:, 1].mean(),
+        "rewards/margins": (reward[:, 0] - reward[:, 1]).mean(),
+        "rewards/accuracies": (reward[:, 0] > reward[:, 1]).double().mean(),
+        "logps/chosen": logps[:, 0].mean(),
+        "logps/rejected": logps[:, 1].mean(),
+        "logps/accuracies": (logps[:, 0] > logps[:, 1]).double().mean(),
+        "logratio/chosen": ratio[:, 0].mean(),
+        "logratio/rejected": ratio[:, 1].mean(),
+    }
+
+
+def sft_loss(model: Any, rows: Sequence[tuple[Ids, Ids]]) -> torch.Tensor:
+    """Mean over (prompt, response) rows of −log π(y | x) / |y|; differentiable."""
+    return torch.stack([-token_log_probs(model, x, y).mean() for x, y in rows]).mean()
