@@ -162,7 +162,6 @@ def test_a_full_disk_leaves_nothing(store: ReferenceStore, monkeypatch: pytest.M
     assert store.commit(scores(2)).name == "rows-00000001.bin"
 
 
-@pytest.mark.xfail(strict=True, reason="the temporary file is removed only where the link fails, not the write")
 def test_a_full_disk_leaves_no_temporary_file(store: ReferenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -173,7 +172,6 @@ def test_a_full_disk_leaves_no_temporary_file(store: ReferenceStore, monkeypatch
     assert list(store.folder.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="read() renames and reads shards that another job's read() has set aside")
 def test_two_readers_find_the_same_damage(store: ReferenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store.commit(scores(1))
     store.commit(scores(2)).write_bytes(b"nonsense")
@@ -248,7 +246,6 @@ def test_a_damaged_plan_is_never_taken_for_another(tmp_path: Path) -> None:
     assert refused > len(whole) / 2
 
 
-@pytest.mark.xfail(strict=True, reason="zipfile's BadZipFile, RuntimeError and NotImplementedError are not caught")
 @pytest.mark.parametrize("damage", ["cut short", "one bit in the data", "compression method"])
 def test_a_damaged_plan_is_refused_with_its_remedy(tmp_path: Path, damage: str) -> None:
     path = save_plan(tmp_path, "abc", PLAN)
@@ -272,7 +269,6 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, content: bytes) -> None:
         read_plan(path)
 
 
-@pytest.mark.xfail(strict=True, reason="the next number is the count of plans, so after a removal it is a taken one")
 def test_after_a_plan_was_removed_the_next_one_overwrites_none(tmp_path: Path) -> None:
     damaged = save_plan(tmp_path, "abc", PLAN)
     kept = save_plan(tmp_path, "abc", PLAN[:1])

@@ -62,7 +62,6 @@ def test_last_rates() -> None:
     assert rates(1000, "cosine", 0.1)[-1] == pytest.approx(1 - math.cos(math.pi / 900))
 
 
-@pytest.mark.xfail(strict=True, reason="ceil of a product that rounding put above a whole number: 0.07 · 100 → 8")
 def test_the_warm_up_is_the_ratio_s_share() -> None:
     assert rates(100, "constant", 0.07).index(2.0) == 6
 
@@ -195,7 +194,6 @@ def test_reason_for_a_signal_to_another_rank(tmp_path: Path) -> None:
     assert Requests(tmp_path, rank=0, max_hours=9.0).reason() == "asked by a signal to another rank"
 
 
-@pytest.mark.xfail(strict=True, reason="obeyed() removes both files, also one that came after look()")
 def test_a_stop_that_comes_while_a_checkpoint_is_saved_is_kept(tmp_path: Path) -> None:
     """The loop after SAVE: look, save a checkpoint (minutes), obeyed. A STOP of those minutes must stop it."""
     requests = Requests(tmp_path, rank=0, max_hours=None)
@@ -370,7 +368,6 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         RunFolder(tmp_path / "file" / "run").open(config(tmp_path), world_size=1)
 
 
-@pytest.mark.xfail(strict=True, reason="close() is not reached and the refused folder's descriptor stays open")
 def test_a_refused_lock_leaves_no_descriptor(tmp_path: Path, folder: RunFolder) -> None:
     folder.open(config(tmp_path), world_size=1)
     before = len(os.listdir("/proc/self/fd"))
@@ -384,7 +381,6 @@ def test_a_refused_lock_leaves_no_descriptor(tmp_path: Path, folder: RunFolder) 
     assert after == before
 
 
-@pytest.mark.xfail(strict=True, reason="the identity is compared before the lock is taken and not again after it")
 def test_two_first_starts_of_other_runs(tmp_path: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run begins and ends between this one's look and its lock."""
     mine, theirs = config(tmp_path), config(tmp_path, "run.seed=4")

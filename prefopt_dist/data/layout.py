@@ -57,7 +57,8 @@ def lay_out(units: Sequence[Unit], world_size: int, budget: int) -> list[list[li
     """
     items = [(packed_tokens(g), g) for g in groups_within(units, budget)]
     items.sort(key=lambda item: -item[0])  # stable: ties keep the order of the units
-    per_rank = max(1, -(-sum(t for t, _ in items) // (world_size * budget)))
+    # What exceeds the budget alone fills one micro-batch, however much it exceeds it.
+    per_rank = max(1, -(-sum(min(t, budget) for t, _ in items) // (world_size * budget)))
     while True:
         bins: list[list[Unit]] = [[] for _ in range(per_rank * world_size)]
         members = [0] * len(bins)

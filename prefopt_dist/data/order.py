@@ -41,9 +41,10 @@ class Order:
         self._cached: tuple[int, NDArray[np.int64]] | None = None
 
     def _take(self, source: int) -> tuple[int, int]:
-        """(whole passes, further rows) that an epoch takes from a source."""
-        whole = int(self._weights[source])
-        return whole, round((self._weights[source] - whole) * len(self._members[source]))
+        """(whole passes, further rows) that an epoch takes from a source; at least one row, so none is unused."""
+        whole, rows = int(self._weights[source]), len(self._members[source])
+        further = round((self._weights[source] - whole) * rows)
+        return whole, max(further, 1) if whole == 0 and rows else further
 
     def epoch(self, epoch: int) -> NDArray[np.int64]:
         """[rows_per_epoch] the row indices of one epoch, in their order."""
@@ -58,6 +59,7 @@ class Order:
             parts.append(np.random.RandomState([self._seed, epoch, s, 1]).permutation(members)[:further])
         rows = np.concatenate(parts).astype(np.int64)
         order = rows[np.random.RandomState([self._seed, epoch, 0, 0]).permutation(len(rows))]
+        order.flags.writeable = False
         self._cached = (epoch, order)
         return order
 

@@ -22,7 +22,7 @@ from prefopt_dist.tracking.metrics_file import MetricsFile
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = Path("runs/demo")
-TRAIN, EVALUATION, DEMONSTRATIONS = 1600, 400, 2400
+TRAIN, EVALUATION, DEMONSTRATIONS = 2400, 400, 2400
 SHOWN_SEED = 7
 """Seed of the prompts that are answered for show; far from those of the data files."""
 
@@ -30,6 +30,7 @@ SHOWN_SEED = 7
 def main() -> int:
     """Makes what is missing, runs both recipes, shows the result."""
     os.chdir(REPOSITORY)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.disable_progress_bar()
     began = time.monotonic()
     world = FOLDER / "world"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -20,6 +21,10 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 ROPE_TYPES = ("default", "linear", "llama3")
 """Rotary scalings that look at a token's own position only, never at the longest sequence of the row."""
+
+
+EMBEDDING = "model.embed_tokens.weight"
+"""The input embedding's name in all of these families."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,13 @@ def inspect_folder(path: Path, key: str) -> ModelFolder:
         raise UserError(f"{key}: {path} has no config.json. Give a folder written by save_pretrained.")
     try:
         config = AutoConfig.from_pretrained(path)
-    except (ValueError, OSError, KeyError) as e:
-        raise UserError(f"{key}: {path / 'config.json'} cannot be read: {e}") from e
+    except Exception as e:  # transformers' own kinds derive from nothing in particular
+        raise UserError(f"{key}: {path / 'config.json'} cannot be read: {e}. Copy the folder again.") from e
     if config.model_type not in FAMILIES:
         raise UserError(
             f"{key}: model_type {config.model_type!r} of {path} is not supported; supported are {', '.join(FAMILIES)}."
         )
+    config.return_dict = True  # the scoring module reads results by name
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope not in ROPE_TYPES:
         raise UserError(
@@ -80,14 +86,21 @@ def inspect_folder(path: Path, key: str) -> ModelFolder:
 
 
 def _weight_files(path: Path, key: str) -> tuple[Path, ...]:
-    index = path / "model.safetensors.index.json"
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    if index.is_file() and single.is_file():
+        raise UserError(
+            f"{key}: {path} has both {single.name} and {index.name}, and one of them is left from another save. "
+            "Remove the one that does not belong there."
+        )
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as e:
+            raise UserError(f"{key}: {index} is damaged ({type(e).__name__}: {e}). Copy the folder again.") from e
         missing = [n for n in names if not (path / n).is_file()]
         if missing:
             raise UserError(f"{key}: {path} lacks {', '.join(missing)}, named in {index.name}. Copy the folder again.")
         return tuple(path / n for n in names)
-    single = path / "model.safetensors"
     if not single.is_file():
         raise UserError(
             f"{key}: {path} has no model.safetensors (nor an index of several). Other weight formats are not read: "
@@ -104,9 +117,12 @@ def _header(file: Path, key: str) -> dict[str, Any]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size:
             raise UserError(f"{key}: {file} is cut short ({size} bytes). Copy it again.")
-        header: dict[str, Any] = json.loads(f.read(length))
-    header.pop("__metadata__", None)
-    end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+        try:
+            header: dict[str, Any] = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+        except (ValueError, KeyError, AttributeError, TypeError) as e:
+            raise UserError(f"{key}: {file} has a damaged header ({type(e).__name__}). Copy it again.") from e
     if end != size:
         raise UserError(f"{key}: {file} has {size} bytes, its header promises {end}. Copy it again.")
     return header
@@ -120,6 +136,11 @@ def _check_names(folder: ModelFolder, key: str) -> None:
     for file in folder.weight_files:
         found |= {name: t["shape"] for name, t in _header(file, key).items()}
     tied = {"lm_head.weight"} if folder.config.tie_word_embeddings else set()
+    if tied and "lm_head.weight" in found and not _equal_tensors(folder, "lm_head.weight", EMBEDDING):
+        raise UserError(
+            f"{key}: {folder.path} says tie_word_embeddings, but its lm_head.weight differs from {EMBEDDING}. "
+            "Set tie_word_embeddings to false in its config.json, or remove lm_head.weight."
+        )
     missing = sorted(n for n in expected if n not in found and n not in tied)
     unknown = sorted(n for n in found if n not in expected and not n.endswith("rotary_emb.inv_freq"))
     shapes = [
@@ -139,11 +160,21 @@ def _check_names(folder: ModelFolder, key: str) -> None:
         )
 
 
+def _equal_tensors(folder: ModelFolder, first: str, second: str) -> bool:
+    """Whether two tensors of the weight files are equal, by their bytes."""
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.weight_files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in {first, second} & set(tensors.keys()):
+                found[name] = tensors.get_tensor(name)
+    return second not in found or torch.equal(found[first], found[second])
+
+
 def load_tokenizer(path: Path, key: str) -> Any:
     """The fast tokenizer of a model folder."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (ValueError, OSError, KeyError, TypeError) as e:
+    except Exception as e:  # the tokenizers library raises plain ones
         raise UserError(f"{key}: {path} holds no tokenizer that can be loaded ({e}). Set model.tokenizer.") from e
     if not tokenizer.is_fast:
         raise UserError(f"{key}: the tokenizer in {path} is a slow one; a tokenizer.json is needed.")

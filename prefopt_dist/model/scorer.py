@@ -29,7 +29,7 @@ class Scorer(nn.Module):
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             segments=batch.segments,
-            use_cache=False,  # a cache would make transformers mask the row as one sequence
+            use_cache=False,  # nothing is generated: a cache would only hold memory
         ).last_hidden_state[0]
         logps = self.lm.get_output_embeddings()(hidden[batch.source], batch.target)
         return torch.segment_reduce(logps.double(), "sum", lengths=batch.counts, unsafe=True)
@@ -45,7 +45,6 @@ class Scorer(nn.Module):
         if objective is None:
             return sums
         units = Sequences(sums=sums[batch.units], counts=batch.counts[batch.units], reference=reference)
-        terms = objective(units)
-        # Without units the loss has no way to the parameters, and this rank's backward would have no
-        # collectives while the others' wait: the dummy token's zero keeps the way.
-        return terms._replace(loss=terms.loss + 0.0 * sums.sum())
+        # Without units (an empty micro-batch) the loss is a sum over nothing *of the sums*, so its backward
+        # still runs through every layer and no rank misses a collective.
+        return objective(units)

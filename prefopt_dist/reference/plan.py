@@ -76,7 +76,8 @@ def plan_name(sets: Sequence[TokenisedRows], responses: int) -> str:
 
 def save_plan(folder: Path, name: str, plan: Plan) -> Path:
     """Writes the plan beside the shards, under the next free number of its name."""
-    path = folder / f"plan-{name}-{len(plan_files(folder, name)):04d}.npz"
+    number = 1 + max((int(p.stem.rpartition("-")[2]) for p in plan_files(folder, name)), default=-1)
+    path = folder / f"plan-{name}-{number:04d}.npz"
     ends = np.cumsum([len(m) for m in plan], dtype=np.int64)
     places = np.array([(p.data_set, p.row, p.response) for m in plan for p in m], dtype=np.int64).reshape(-1, 3)
     buffer = io.BytesIO()
@@ -96,7 +97,7 @@ def read_plan(path: Path) -> Plan:
     try:
         with np.load(path) as saved:
             ends, places, check = saved["ends"], saved["places"], saved["check"]
-    except (ValueError, OSError, KeyError, EOFError) as e:
+    except Exception as e:  # zipfile and numpy have many ways to say that a file is not theirs
         raise UserError(_damaged(path)) from e
     if not np.array_equal(check, _check(ends, places)):
         raise UserError(_damaged(path))

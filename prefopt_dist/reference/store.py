@@ -54,14 +54,14 @@ class ReferenceStore:
             rows[i] = (digest, score.sum, score.tokens, 0)
         content = MAGIC + rows.tobytes()
         temporary = self.folder / f".{secrets.token_hex(8)}.tmp"
-        with temporary.open("xb") as f:
-            f.write(content + _check(content))
-            f.flush()
-            os.fsync(f.fileno())
         try:
+            with temporary.open("xb") as f:
+                f.write(content + _check(content))
+                f.flush()
+                os.fsync(f.fileno())
             return self._claim(temporary)
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
 
     def _claim(self, temporary: Path) -> Path:
         """A link fails where the name exists, so no writer can take another's number."""
@@ -88,10 +88,14 @@ class ReferenceStore:
         scores: dict[bytes, Score] = {}
         messages = []
         for shard in self.shards():
-            rows = _rows(shard.read_bytes())
-            if rows is None:
+            try:
+                rows = _rows(shard.read_bytes())
                 aside = self._set_aside_name(shard)
-                shard.rename(aside)
+                if rows is None:
+                    shard.rename(aside)
+            except FileNotFoundError:
+                continue  # another job found the same damage, was quicker, and has said so
+            if rows is None:
                 messages.append(
                     f"reference store: {shard} does not match its checksum; set aside as {aside.name}, "
                     "and its sequences are scored again"

@@ -63,6 +63,10 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
+            self.check_identity(config)  # again: another run may have begun and ended meanwhile
+        except UserError:
+            self.close()
+            raise
         except OSError as e:
             raise UserError(f"run.dir: {self.path} cannot be written ({e.strerror}). Choose another folder.") from e
         (self.path / "STOPPED").unlink(missing_ok=True)

@@ -8,7 +8,7 @@ def learning_rate(update: int, total: int, *, peak: float, shape: str, warmup_ra
 
     No update has a rate of 0: the warm-up starts one step up, and the decay ends one step before 0.
     """
-    warmup = math.ceil(warmup_ratio * total)
+    warmup = math.ceil(warmup_ratio * total - 1e-9)  # 0.07 · 100 is a little more than 7
     if update < warmup:
         return peak * (update + 1) / warmup
     left = (total - update) / (total - warmup)

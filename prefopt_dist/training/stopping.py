@@ -25,6 +25,7 @@ class Requests:
         self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self._max_hours = max_hours
         self._signal: str | None = None
+        self._seen: set[Path] = set()
 
     def catch_signals(self) -> None:
         """From now on TERM and USR1 ask for a stop instead of ending the process."""
@@ -36,13 +37,15 @@ class Requests:
 
     def look(self) -> Request:
         """This rank's requests at this moment."""
+        if self._decides:
+            self._seen |= {f for f in (self._stop_file, self._save_file) if f.exists()}
         late = self._deadline is not None and time.monotonic() > self._deadline
-        stop = self._signal is not None or (self._decides and (late or self._stop_file.exists()))
-        return Request(stop=stop, save=self._decides and self._save_file.exists())
+        stop = self._signal is not None or (self._decides and late) or self._stop_file in self._seen
+        return Request(stop=stop, save=self._save_file in self._seen)
 
     def reason(self) -> str:
         """Why rank 0 stops, for people."""
-        if self._stop_file.exists():
+        if self._stop_file in self._seen:
             return "asked by the file STOP"
         if self._signal is not None:
             return f"asked by {self._signal}"
@@ -51,7 +54,7 @@ class Requests:
         return "asked by a signal to another rank"
 
     def obeyed(self) -> None:
-        """Rank 0 removes the files of requests that were obeyed."""
-        if self._decides:
-            self._stop_file.unlink(missing_ok=True)
-            self._save_file.unlink(missing_ok=True)
+        """Rank 0 removes the files that `look` saw; one that came since is a request still to obey."""
+        for file in self._seen:
+            file.unlink(missing_ok=True)
+        self._seen.clear()
