@@ -197,5 +197,9 @@ fi
 # torchrun makes every failure a 1; the ranks say what it was.
 said=""
 read -r said <"$PREFOPT_STATUS_FILE" || true
-[[ $said == 2 ]] && exit 2
+if [[ $said == 2 ]]; then
+    # Once more, below torchrun's block, where people look.
+    tail -n +2 "$PREFOPT_STATUS_FILE" >&2
+    exit 2
+fi
 exit 1

@@ -48,8 +48,9 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as e:
         # Every rank that knows of the mistake ends alike; one of them tells it.
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {mask_secrets(str(e))}", file=sys.stderr, flush=True)
-        _leave_status(USER_MISTAKE)
+            message = f"error: {mask_secrets(str(e))}"
+            print(message, file=sys.stderr, flush=True)
+            _leave_status(USER_MISTAKE, message)
         return USER_MISTAKE
     return 0
 
@@ -78,11 +79,11 @@ def _run(config: Config, stage: str) -> None:
         ranks.end()
 
 
-def _leave_status(status: int) -> None:
-    """For the launcher: torchrun turns every status into 1."""
+def _leave_status(status: int, message: str) -> None:
+    """For the launcher: torchrun turns every status into 1, and its own block of text buries the message."""
     file = os.environ.get("PREFOPT_STATUS_FILE")
     if file:
-        Path(file).write_text(f"{status}\n")
+        Path(file).write_text(f"{status}\n{message}\n")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,16 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plain
+import psutil
 import torch
 import torch.distributed as dist
 import worlds
 from deepspeed.utils import safe_get_full_grad
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefopt_dist.config import Config, load_config
+from prefopt_dist.config import Config, load_config, load_deepspeed_json
 from prefopt_dist.data.micro_batch import Segment, Unit, pack
 from prefopt_dist.data.order import Order
 from prefopt_dist.distributed import ranks, zero3
@@ -201,6 +204,56 @@ def shards(folder: Path) -> dict:
         "module_alive": module() is not None,
         "parameter_alive": parameter() is not None,
     }
+
+
+def memory(folder: Path) -> dict:
+    """A model of more than 400 MB: what each rank holds of reference and policy, and what release gives back."""
+    big = folder / "big"
+
+    def write() -> None:
+        worlds.write_model(big)
+        config = LlamaConfig.from_pretrained(
+            big, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=8, vocab_size=8000
+        )
+        LlamaForCausalLM(config).save_pretrained(big)
+
+    ranks.decide(write)
+    config = config_for(folder, "memory", model={"name_or_path": str(big), "dtype": "float32"})
+    models = ingredients.load_models(config)
+    zero: dict[str, Any] = load_deepspeed_json(config.deepspeed.reference, "deepspeed.reference")
+    settings = zero3.reference_settings(zero, dtype=torch.float32, offload="none")
+    engine = zero3.reference_engine(
+        Scorer(load_sharded(models.policy, dtype=torch.float32, settings=settings)), settings
+    )
+    held, whole = zero3.shard_bytes(engine.module)
+    units = [Unit(0, np.arange(3, 40, dtype=np.int32), (np.arange(50, 90, dtype=np.int32),))]
+    with torch.no_grad():
+        engine(pack(units, 1))
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    module, parameter = weakref.ref(engine.module), weakref.ref(next(engine.module.parameters()))
+    zero3.release(engine)
+    del engine
+    gc.collect()
+    after = psutil.Process().memory_info().rss
+    alive = module() is not None or parameter() is not None
+    policy = train._policy(config, models)
+    policy_held, policy_whole = zero3.shard_bytes(policy.module)
+    ids, positions = torch.arange(3, 43)[None], torch.arange(40)[None]
+    inputs = {"input_ids": ids, "position_ids": positions, "segments": (Segment(0, 0, 0, 40),), "use_cache": False}
+    policy.module.eval()
+    with torch.no_grad():
+        got = policy.module.lm(**inputs).logits
+        want = load_whole(models.policy, dtype=torch.float32)(**inputs).logits
+    mine = {
+        "rank": ranks.rank(),
+        "reference": [held, whole],
+        "policy": [policy_held, policy_whole],
+        "given_back": (before - after) / held,
+        "alive": alive,
+        "logits_equal": bool(torch.equal(got, want)),
+    }
+    return {"ranks": ranks.gather(mine)}
 
 
 def other_reference_is_refused(folder: Path) -> dict:

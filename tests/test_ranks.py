@@ -16,12 +16,7 @@ BOTH = [*EQUALITY, "whole_evaluation", "other_reference_is_refused", "errors_rea
 TWO_ONLY = ["shards", "save_fails_on_one_rank", "idle_ranks"]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
-    """Runs all cases once for each world size."""
-    n = request.param
-    folder = tmp_path_factory.mktemp(f"world{n}")
-    names = BOTH + (TWO_ONLY if n == 2 else [])
+def run_cases(n: int, folder: Path, names: list[str]) -> None:
     environment = os.environ | {
         "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
         "OMP_NUM_THREADS": "1",
@@ -40,6 +35,14 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """Runs all cases once for each world size."""
+    n = request.param
+    folder = tmp_path_factory.mktemp(f"world{n}")
+    run_cases(n, folder, BOTH + (TWO_ONLY if n == 2 else []))
     return n, folder
 
 
@@ -134,3 +137,18 @@ def test_idle_ranks(world: tuple[int, Path]) -> None:
     assert result["pairs"] == 1
     assert result["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert result["norm"] > 0
+
+
+@pytest.mark.slow
+def test_memory_of_a_large_model(tmp_path: Path) -> None:
+    """On two ranks, a model of more than 400 MB: half on each, the same logits, and after release it is gone."""
+    run_cases(2, tmp_path, ["memory"])
+    result = found((2, tmp_path), "memory")
+    print(json.dumps(result, indent=1))
+    for mine in result["ranks"]:
+        for held, whole in (mine["reference"], mine["policy"]):
+            assert whole >= 400e6
+            assert held == pytest.approx(whole / 2, rel=0.01)
+        assert mine["given_back"] >= 0.8
+        assert not mine["alive"]
+        assert mine["logits_equal"]
