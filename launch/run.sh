@@ -103,10 +103,7 @@ fi
 # One process
 
 if [[ $one_process == yes ]]; then
-    status=0
-    "$python" -m prefopt_dist "${arguments[@]}" || status=$?
-    ((status == 0 || status == 2)) || status=1
-    exit "$status"
+    exec "$python" -m prefopt_dist "${arguments[@]}" # in this shell's place: signals reach it
 fi
 
 # Many ranks: validate first, in one process

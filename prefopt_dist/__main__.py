@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefopt_dist.config import Config, load_config, mask_secrets, to_yaml
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import AgreedUserError, UserError
+from prefopt_dist.tracking.console import rank_fault
 
 STAGES = {
     "inspect": "read and tokenise the data, report what is wrong with it and how long it is",
@@ -46,11 +47,12 @@ def main(arguments: Sequence[str]) -> int:
         else:
             _run(config, asked.stage)
     except UserError as e:
-        # Every rank that knows of the mistake ends alike; one of them tells it.
         if os.environ.get("RANK", "0") == "0":
             message = f"error: {mask_secrets(str(e))}"
             print(message, file=sys.stderr, flush=True)
             _leave_status(USER_MISTAKE, message)
+        elif not isinstance(e, AgreedUserError):  # nobody else knows of it
+            rank_fault(f"error: {mask_secrets(str(e))}")
         return USER_MISTAKE
     return 0
 
@@ -75,8 +77,8 @@ def _run(config: Config, stage: str) -> None:
         module.run(ranks.decide(lambda: config))
     except ranks.OtherRankFailed as e:
         raise SystemExit(1) from e
-    finally:
-        ranks.end()
+    # Not after a crash: with NCCL it would wait for collectives that never come, and hide the traceback.
+    ranks.end()
 
 
 def _leave_status(status: int, message: str) -> None:

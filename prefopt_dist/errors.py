@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message names the place (dotted key or file:line), the value, the rule and the remedy.
     Rank 0 prints it without a traceback and the process ends with exit status 2.
     """
+
+
+class AgreedUserError(UserError):
+    """A UserError that every rank has: rank 0 tells it for all."""

@@ -32,7 +32,7 @@ from prefopt_dist.training import checkpoint, step
 from prefopt_dist.training.batches import ScoredRows, step_batch, whole_set
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.gate import StartGate
-from prefopt_dist.training.stopping import Request, Requests
+from prefopt_dist.training.stopping import Request
 
 PAIRS, G = 37, 11
 
@@ -49,9 +49,9 @@ def ready(config: Config) -> tuple[ingredients.Models, Any, ScoredRows, str | No
     """Models, objective and scored training rows, by the job's own way."""
     models = ingredients.load_models(config)
     objective = ingredients.make_objective(config.loss, models.dtype)
-    rows, _ = ingredients.load_data(config, models)
-    requests = Requests(config.run_dir, rank=ranks.rank(), max_hours=None)
-    scored, _, _, key = ingredients.score_reference(config, models, objective, rows, {}, requests)
+    rows = ingredients.load_train(config, models, objective)
+    key = ingredients.reference_weights_key(models, objective)
+    (scored,), _ = ingredients.score_reference(config, models, objective, [rows], key, lambda: False)
     return models, objective, scored, key
 
 
@@ -324,8 +324,18 @@ def save_fails_on_one_rank(folder: Path) -> dict:
 
     ranks.decide(flip)
     found = checkpoint.find(root)
+
+    def spoil() -> None:
+        (root / "step-00000003" / "manifest.json").write_text("{}")
+
+    ranks.decide(spoil)
+    try:
+        none_left = f"found {checkpoint.find(root)}"
+    except UserError as e:
+        none_left = str(e)
     zero3.release(engine)
     return {
+        "none_left": ranks.gather(none_left),
         "said": said_by_all,
         "left": left,
         "kept": kept,
@@ -367,7 +377,7 @@ def idle_ranks(folder: Path) -> dict:
     sums, _ = step.agree(step.gradient(engine, batch, objective, None), Request(False, False))
     norm = step.update(engine, 1e-3)
     zero3.release(engine)
-    return {"pairs": sums[-1], "loss": sums[0], "norm": norm}
+    return {"pairs": sums[-1], "loss": sums[0], "norm": float(norm)}
 
 
 def packs_alone_and_together(folder: Path) -> dict:

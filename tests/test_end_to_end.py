@@ -236,12 +236,28 @@ def test_evaluate_and_export_on_one_rank(world: World, whole: Path) -> None:
 
 
 def test_bfloat16(world: World) -> None:
-    run = world.run("bf16", model={"dtype": "bfloat16"}, train={"global_batch_pairs": G, "max_steps": 4})
-    launch(run)
+    """Trained in bfloat16; exported in it, and the float32 master weights on request."""
+    settings = {"model": {"dtype": "bfloat16"}, "train": {"global_batch_pairs": G, "max_steps": 4}}
+    launch(world.run("bf16", **settings))  # type: ignore[arg-type]
     found = [r for r in rows(world.folder / "bf16") if r["kind"] == "train"]
     assert found[0]["train/loss"] == pytest.approx(0.6931, abs=5e-2)
     exported = load_file(world.folder / "bf16" / "final" / "model.safetensors")
     assert {t.dtype for t in exported.values()} == {torch.bfloat16}
+    target = world.folder / "master"
+    launch(world.run("bf16", **settings, export={"dir": str(target), "dtype": "float32"}), "export")  # type: ignore[arg-type]
+    assert {t.dtype for t in load_file(target / "model.safetensors").values()} == {torch.float32}
+
+
+def test_changed_data_are_refused_at_a_resume(world: World) -> None:
+    """Rows of a changed file would be lost or repeated; nothing is touched and the old file goes on."""
+    data, folder = world.folder / "changing.jsonl", world.folder / "changed"
+    worlds.write_pairs(data, 200, seed=3)
+    run = world.run("changed", data={"train": str(data)}, eval={"at_end": False, "at_start": False})
+    assert start_and(run, at_step(folder, 2), lambda _: (folder / "STOP").touch()) == 75
+    before, content = (folder / "metrics.jsonl").read_text(), data.read_text()
+    data.write_text(content + '{"prompt": "a", "chosen_response": "b", "rejected_response": "c"}\n')
+    launch(run, expect=2)
+    assert (folder / "metrics.jsonl").read_text() == before
 
 
 def test_mistakes_end_with_2_and_leave_nothing(world: World) -> None:

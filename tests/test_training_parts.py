@@ -21,6 +21,7 @@ from torch import nn
 from prefopt_dist.config import Config, identity, load_config
 from prefopt_dist.errors import UserError
 from prefopt_dist.objectives import DPO, SFT, Sequences, Terms
+from prefopt_dist.training.export import MARKER, check_target
 from prefopt_dist.training.gate import StartGate
 from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.run_folder import LIBRARIES, RunFolder
@@ -465,3 +466,13 @@ def test_the_gate_refuses_another_loss(one_rank: None, loss: float) -> None:
 
 def test_the_gate_of_a_loss_without_a_closed_form(one_rank: None) -> None:
     StartGate(SFT(), torch.float32, torch.device("cpu")).decide(3.0)
+
+
+def test_an_export_replaces_nothing_but_an_export(tmp_path: Path) -> None:
+    check_target(tmp_path / "absent")
+    check_target(tmp_path)
+    (tmp_path / "model.safetensors").write_text("somebody's")
+    with pytest.raises(UserError, match=r"export\.dir: .* is no export of this job"):
+        check_target(tmp_path)
+    (tmp_path / MARKER).write_text("{}")
+    check_target(tmp_path)

@@ -17,8 +17,6 @@ class Position:
 
     epoch: int
     """0-based epoch of the step's rows."""
-    first: int
-    """Index, inside the epoch's order, of the step's first row."""
     rows: NDArray[np.int64]
     """[G'] indices of the step's rows in the data set; G' < G only for an epoch's last step."""
     rows_seen: int
@@ -71,7 +69,6 @@ class Order:
         end = first + len(rows)
         return Position(
             epoch=epoch,
-            first=first,
             rows=rows,
             rows_seen=epoch * self.rows_per_epoch + end,
             epoch_fraction=epoch + end / self.rows_per_epoch,

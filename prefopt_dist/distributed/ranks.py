@@ -11,16 +11,16 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import AgreedUserError, UserError
 
 T = TypeVar("T")
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """Long enough for what one rank does alone (tokenising, exporting) while the others wait for its word."""
 
 
@@ -96,13 +96,10 @@ def decide(what: Callable[[], T]) -> T:
             box = [what(), None]
         except Exception as e:  # told to the others below, then raised again here
             error = e
-            box = [None, (isinstance(e, UserError), f"{type(e).__name__}: {e}")]
+            box = [None, _told(e)]
     dist.broadcast_object_list(box, src=0)
-    if error is not None:
-        raise error
     if box[1] is not None:
-        of_the_user, text = box[1]
-        raise (UserError if of_the_user else OtherRankFailed)(text)
+        _raise(box[1], error)
     result: T = box[0]
     return result
 
@@ -115,12 +112,26 @@ def together(what: Callable[[], T]) -> T:
         result = what()
     except Exception as e:  # told to the others below, then raised again here
         error = e
-    kinds = gather(None if error is None else (isinstance(error, UserError), f"{type(error).__name__}: {error}"))
-    if error is not None:
-        raise error
-    for r, told in enumerate(kinds):
+    for r, told in enumerate(gather(None if error is None else _told(error))):
         if told is not None:
             of_the_user, text = told
-            raise (UserError if of_the_user else OtherRankFailed)(f"rank {r}: {text}")
+            # What all ranks found alike needs no rank in front.
+            _raise((of_the_user, text if r == 0 else f"rank {r}: {text}"), error)
     answer: T = result
     return answer
+
+
+def _told(error: Exception) -> tuple[bool, str]:
+    """What the other ranks hear of an error: whether it is the user's, and its text."""
+    of_the_user = isinstance(error, UserError)
+    return of_the_user, str(error) if of_the_user else f"{type(error).__name__}: {error}"
+
+
+def _raise(told: tuple[bool, str], own: Exception | None) -> NoReturn:
+    """Every rank raises: a crash of its own as it was, everything else as it was told."""
+    of_the_user, text = told
+    if of_the_user:
+        raise AgreedUserError(text) from own
+    if own is not None:
+        raise own
+    raise OtherRankFailed(text)

@@ -37,8 +37,11 @@ class ModelFolder:
     """Sorted by name."""
 
 
-def resolve(name_or_path: str, key: str) -> Path:
-    """A local folder as it is, or the local snapshot of a hub model (downloaded where the network allows)."""
+def resolve(name_or_path: str, key: str, *, weights: bool = True) -> Path:
+    """A local folder as it is, or the local snapshot of a hub model (downloaded where the network allows).
+
+    weights False: without the weight files, for a tokenizer or for the data alone.
+    """
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
@@ -47,7 +50,7 @@ def resolve(name_or_path: str, key: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges*"]
+    patterns = ["*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges*"] + ["*.safetensors"] * weights
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=patterns))
     except GatedRepoError as e:
@@ -63,12 +66,7 @@ def resolve(name_or_path: str, key: str) -> Path:
 
 def inspect_folder(path: Path, key: str) -> ModelFolder:
     """Checks a model folder without loading weights: config, family, weight files and their parameter names."""
-    if not (path / "config.json").is_file():
-        raise UserError(f"{key}: {path} has no config.json. Give a folder written by save_pretrained.")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except Exception as e:  # transformers' own kinds derive from nothing in particular
-        raise UserError(f"{key}: {path / 'config.json'} cannot be read: {e}. Copy the folder again.") from e
+    config = read_config(path, key)
     if config.model_type not in FAMILIES:
         raise UserError(
             f"{key}: model_type {config.model_type!r} of {path} is not supported; supported are {', '.join(FAMILIES)}."
@@ -83,6 +81,17 @@ def inspect_folder(path: Path, key: str) -> ModelFolder:
     folder = ModelFolder(path=path, config=config, weight_files=_weight_files(path, key))
     _check_names(folder, key)
     return folder
+
+
+def read_config(path: Path, key: str) -> PreTrainedConfig:
+    """The config.json of a model folder."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"{key}: {path} has no config.json. Give a folder written by save_pretrained.")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+    except Exception as e:  # transformers' own kinds derive from nothing in particular
+        raise UserError(f"{key}: {path / 'config.json'} cannot be read: {e}. Copy the folder again.") from e
+    return config
 
 
 def _weight_files(path: Path, key: str) -> tuple[Path, ...]:

@@ -5,45 +5,36 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from prefopt_dist.config import Config, load_deepspeed_json
+from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import write_json
 from prefopt_dist.model.load import ModelFolder, inspect_folder, load_sharded, resolve
 from prefopt_dist.model.scorer import Scorer
-from prefopt_dist.reference.first_pass import StoppedInFirstPass
 from prefopt_dist.stages import export, ingredients
 from prefopt_dist.stages.ingredients import Models
-from prefopt_dist.stages.job import requests_for, run_folder
+from prefopt_dist.stages.job import run_folder
 from prefopt_dist.tracking.console import say
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.run_folder import RunFolder
 
 
 def run(config: Config) -> None:
-    """All ranks, of any number."""
-    with run_folder(config) as folder:
+    """All ranks, of any number. A signal ends it as it ends any process: there is nothing to go on with."""
+    with run_folder(config, begins=False) as folder:
         if not config.data.eval:
             raise UserError("data.eval: not set, so there is nothing to evaluate on. Name a data set.")
-        requests = requests_for(config)
         models = ingredients.load_models(config)
         objective = ingredients.make_objective(config.loss, models.dtype)
-        train, evals = ingredients.load_data(config, models)
-        for name, rows in evals.items():
-            ingredients.check_rows(rows, objective, f"data.eval.{name}".rstrip("."))
-        try:
-            _, scored, _, _ = ingredients.score_reference(config, models, objective, train, evals, requests)
-        except StoppedInFirstPass:
-            say("stopped on request in the first pass; start again to go on")
-            return
-        model, temporary, name = _model(config, models, folder)
-        settings = zero3.reference_settings(
-            load_deepspeed_json(config.deepspeed.reference, "deepspeed.reference"),
-            dtype=models.dtype,
-            offload=config.reference.offload,
+        evals = ingredients.load_evals(config, models, objective)
+        key = ingredients.reference_weights_key(models, objective)
+        scored, _ = ingredients.score_reference(
+            config, models, objective, list(evals.values()), key, stop_asked=lambda: False
         )
+        model, temporary, name = _model(config, models, folder)
+        settings = ingredients.reference_settings(config, models)
         engine = zero3.reference_engine(Scorer(load_sharded(model, dtype=models.dtype, settings=settings)), settings)
-        found = evaluate(engine, objective, scored, config.reference_micro_batch_tokens)
+        found = evaluate(engine, objective, dict(zip(evals, scored, strict=True)), config.reference_micro_batch_tokens)
         zero3.release(engine)
         del engine
         if ranks.rank() == 0:

@@ -19,7 +19,7 @@ from prefopt_dist.training.run_folder import RunFolder
 
 def run(config: Config) -> None:
     """One process; more ranks only wait."""
-    with run_folder(config) as folder:
+    with run_folder(config, begins=False) as folder:
         models = ingredients.load_models(config)
         say(ranks.decide(lambda: export_checkpoint(config, models, chosen_checkpoint(config), folder)))
 
@@ -44,6 +44,7 @@ def export_checkpoint(
         source,
         model=models.policy,
         tokenizer=models.tokenizer,
+        trained_dtype=models.dtype,
         dtype=DTYPES[config.export.dtype or config.model.dtype],
         target=target,
         card=model_card(

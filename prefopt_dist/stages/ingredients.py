@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,10 +26,14 @@ from prefopt_dist.reference.first_pass import FirstPass, run_first_pass
 from prefopt_dist.reference.store import ReferenceStore
 from prefopt_dist.tracking.console import say
 from prefopt_dist.training.batches import ScoredRows
+from prefopt_dist.training.export import check_target
 from prefopt_dist.training.run_folder import RunFolder
-from prefopt_dist.training.stopping import Requests
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+FILE_ENDINGS = (".jsonl", ".json", ".gz", ".parquet")
+"""A data path that ends so is a file; a hub name may have dots too."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +63,34 @@ def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
 
 def check(config: Config) -> None:
     """In one process and before any queue: every mistake that can be found without reading data or weights."""
-    load_deepspeed_json(config.deepspeed.policy, "deepspeed.policy")
-    load_deepspeed_json(config.deepspeed.reference, "deepspeed.reference")
+    zero_settings(config.deepspeed.policy, "deepspeed.policy")
+    zero_settings(config.deepspeed.reference, "deepspeed.reference")
     RunFolder(config.run_dir).check_identity(config)
     _models(config)
+    check_target(config.export_dir)
     sets = [("data.train", config.data.train), *_eval_sources(config)]
     for key, sources in sets:
         for source in sources:
-            looks_local = source.path.startswith((".", "/", "~")) or Path(source.path).suffix
+            looks_local = source.path.startswith((".", "/", "~")) or source.path.endswith(FILE_ENDINGS)
             if looks_local and not Path(source.path).exists():
                 raise UserError(f"{key}: {source.path!r} does not exist. Give a file, a saved dataset or a hub name.")
+
+
+def zero_settings(path: str, key: str) -> dict[str, Any]:
+    """A DeepSpeed JSON, checked, also for what this package cannot do with it."""
+    settings = load_deepspeed_json(path, key)
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage") != 3:
+        raise UserError(
+            f"{path} ({key}): zero_optimization.stage is {zero.get('stage')}, must be 3: the models are loaded sharded."
+        )
+    for name in ("offload_param", "offload_optimizer"):
+        if zero.get(name, {}).get("device") == "nvme":
+            raise UserError(
+                f"{path} ({key}): zero_optimization.{name}.device is nvme, whose files a checkpoint "
+                "cannot commit; use cpu."
+            )
+    return settings
 
 
 def _eval_sources(config: Config) -> list[tuple[str, Sequence[DataSource]]]:
@@ -81,7 +103,7 @@ def _models(config: Config) -> Models:
     if config.reference.name_or_path is not None:
         key = "reference.name_or_path"
         reference = inspect_folder(resolve(config.reference.name_or_path, key), key)
-    tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer"), "model.tokenizer")
+    tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
     return Models(policy, reference, tokenizer, DTYPES[config.model.dtype])
 
 
@@ -92,19 +114,32 @@ def load_models(config: Config) -> Models:
     return ranks.together(partial(_models, config))
 
 
-def load_data(config: Config, models: Models) -> tuple[TokenisedRows, dict[str, TokenisedRows]]:
-    """All ranks: the training set and the evaluation sets by name, tokenised by rank 0, mapped by all."""
+def load_train(config: Config, models: Models, objective: Objective) -> TokenisedRows:
+    """All ranks: the training set, tokenised by rank 0, mapped by all."""
     say(f"data: reading {', '.join(s.path for s in config.data.train)}")
     train = _open(config, models, config.data.train, "data.train")
     say(f"data.train: {train.report.text()}")
+    check_rows(train, objective, "data.train")
+    return train
+
+
+def load_evals(config: Config, models: Models, objective: Objective) -> dict[str, TokenisedRows]:
+    """All ranks: the evaluation sets by name; none where the configuration has none."""
     evals = {}
     for name, sources in (config.data.eval or {}).items():
         key = f"data.eval.{name}".rstrip(".")
         evals[name] = _open(config, models, sources, key)
         say(f"{key}: {evals[name].report.text()}")
+        check_rows(evals[name], objective, key)
     if not evals:
         say("data.eval is not set: nothing is evaluated")
-    return train, evals
+    return evals
+
+
+def data_facts(train: TokenisedRows, evals: dict[str, TokenisedRows]) -> dict[str, Any]:
+    """What run.json says of the data; an unnamed evaluation set stands as it is, named ones by name."""
+    reports = {name: rows.report.as_run_json() for name, rows in evals.items()}
+    return {"train": train.report.as_run_json(), "eval": reports.get("", reports or None)}
 
 
 def _open(config: Config, models: Models, sources: Sequence[DataSource], key: str) -> TokenisedRows:
@@ -151,32 +186,39 @@ def score_reference(
     config: Config,
     models: Models,
     objective: Objective,
-    train: TokenisedRows,
-    evals: dict[str, TokenisedRows],
-    requests: Requests,
-) -> tuple[ScoredRows, dict[str, ScoredRows], FirstPass | None, str | None]:
-    """All ranks: the data sets with what the reference says of them, the first pass run where that is missing."""
-    if not objective.needs_reference:
+    sets: Sequence[TokenisedRows],
+    key: str | None,
+    stop_asked: Callable[[], bool],
+) -> tuple[list[ScoredRows], FirstPass | None]:
+    """All ranks: the data sets with what the reference says of them, the first pass run where that is missing.
+
+    key: of the reference's weights, None for a loss without reference.
+    """
+    if key is None:
         say(f"loss {config.loss.name}: no reference, no first pass")
-        return ScoredRows(train, None), {n: ScoredRows(r, None) for n, r in evals.items()}, None, None
-    key = weights_key(models.reference, models.dtype)
+        return [ScoredRows(rows, None) for rows in sets], None
     done = run_first_pass(
         model=models.reference,
         store=ReferenceStore(config.reference_store / key),
-        sets=[train, *evals.values()],
+        sets=sets,
         responses=objective.responses,
         dtype=models.dtype,
-        settings=zero3.reference_settings(
-            load_deepspeed_json(config.deepspeed.reference, "deepspeed.reference"),
-            dtype=models.dtype,
-            offload=config.reference.offload,
-        ),
+        settings=reference_settings(config, models),
         budget=config.reference_micro_batch_tokens,
-        stop_asked=lambda: requests.look().stop,
+        stop_asked=stop_asked,
     )
-    first, *others = done.sums
-    scored = {n: ScoredRows(r, s) for (n, r), s in zip(evals.items(), others, strict=True)}
-    return ScoredRows(train, first), scored, done, key
+    return [ScoredRows(rows, sums) for rows, sums in zip(sets, done.sums, strict=True)], done
+
+
+def reference_settings(config: Config, models: Models) -> dict[str, Any]:
+    """All ranks: the DeepSpeed configuration of an engine that only scores."""
+    zero = ranks.together(lambda: zero_settings(config.deepspeed.reference, "deepspeed.reference"))
+    return zero3.reference_settings(zero, dtype=models.dtype, offload=config.reference.offload)
+
+
+def reference_weights_key(models: Models, objective: Objective) -> str | None:
+    """All ranks: the key of the reference's weights in the store; None for a loss without reference."""
+    return weights_key(models.reference, models.dtype) if objective.needs_reference else None
 
 
 def weights_key(model: ModelFolder, dtype: torch.dtype) -> str:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoConfig
 
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows, open_rows, prepare_rows
-from prefopt_dist.model.load import load_tokenizer, resolve
+from prefopt_dist.model.load import load_tokenizer, read_config, resolve
 from prefopt_dist.tracking.console import say
 
 
 def run(config: Config) -> None:
     """One process, no process group."""
-    tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer"), "model.tokenizer")
-    model = AutoConfig.from_pretrained(resolve(config.model.name_or_path, "model.name_or_path"))
+    tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
+    model_key = "model.name_or_path"
+    vocabulary = read_config(resolve(config.model.name_or_path, model_key, weights=False), model_key).vocab_size
     sets = {"data.train": config.data.train}
     sets |= {f"data.eval.{n}".rstrip("."): s for n, s in (config.data.eval or {}).items()}
     for key, sources in sets.items():
@@ -28,7 +28,7 @@ def run(config: Config) -> None:
             max_prompt_length=config.data.max_prompt_length,
             on_bad_row=config.data.on_bad_row,
             cache_dir=config.cache_dir,
-            vocab_size=model.vocab_size,
+            vocab_size=vocabulary,
             key=key,
             say=say,
         )

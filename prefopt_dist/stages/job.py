@@ -15,13 +15,13 @@ from prefopt_dist.training.stopping import Requests
 
 
 @contextmanager
-def run_folder(config: Config) -> Iterator[RunFolder]:
-    """All ranks: rank 0 has opened and locked the folder, and every node sees it."""
+def run_folder(config: Config, *, begins: bool) -> Iterator[RunFolder]:
+    """All ranks: rank 0 has opened and locked the folder, and every node sees it; begins as in RunFolder.open."""
     folder = RunFolder(config.run_dir)
     mark = config.run_dir / f".seen-{secrets.token_hex(4)}"
 
     def open_it() -> str:
-        folder.open(config, world_size=ranks.world_size())
+        folder.open(config, world_size=ranks.world_size(), begins=begins)
         mark.touch()
         return str(mark)
 

@@ -13,16 +13,19 @@ from prefopt_dist.tracking.console import say
 
 def run(config: Config) -> None:
     """All ranks."""
-    with run_folder(config) as folder:
+    with run_folder(config, begins=True) as folder:
         requests = requests_for(config)
         models = ingredients.load_models(config)
         objective = ingredients.make_objective(config.loss, models.dtype)
         if not objective.needs_reference:
             raise UserError(f"loss.name: {config.loss.name!r} has no reference, so there is no first pass to run.")
-        train, evals = ingredients.load_data(config, models)
-        ingredients.check_rows(train, objective, "data.train")
+        train = ingredients.load_train(config, models, objective)
+        evals = ingredients.load_evals(config, models, objective)
+        key = ingredients.reference_weights_key(models, objective)
         try:
-            _, _, done, key = ingredients.score_reference(config, models, objective, train, evals, requests)
+            _, done = ingredients.score_reference(
+                config, models, objective, [train, *evals.values()], key, lambda: requests.look().stop
+            )
         except StoppedInFirstPass:
             if ranks.rank() == 0:
                 folder.stopped(requests.reason(), None)
@@ -31,6 +34,9 @@ def run(config: Config) -> None:
             return
         assert done is not None
         if ranks.rank() == 0:
-            folder.note(reference={"key": key, "sequences_scored": done.scored, "sequences_reused": done.reused})
+            folder.note(
+                data=ingredients.data_facts(train, evals),
+                reference={"key": key, "sequences_scored": done.scored, "sequences_reused": done.reused},
+            )
             requests.obeyed()
         say(f"reference: {done.scored} sequences scored, {done.reused} reused; {config.reference_store / str(key)}")

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 
-from prefopt_dist.config import Config, load_deepspeed_json, mask_secrets, to_dict
+from prefopt_dist.config import Config, mask_secrets, to_dict
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.order import Order
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
-from prefopt_dist.objectives import Objective
 from prefopt_dist.reference.first_pass import StoppedInFirstPass
 from prefopt_dist.stages import export, ingredients
 from prefopt_dist.stages.ingredients import Models
@@ -28,7 +27,7 @@ from prefopt_dist.training.run_folder import RunFolder
 
 def run(config: Config) -> None:
     """All ranks."""
-    with run_folder(config) as folder:
+    with run_folder(config, begins=True) as folder:
         finished = ranks.decide(folder.summary)
         if finished is not None:
             say(f"{config.run_dir} is done:\n{finished}")
@@ -36,13 +35,17 @@ def run(config: Config) -> None:
         requests = requests_for(config)
         models = ingredients.load_models(config)
         objective = ingredients.make_objective(config.loss, models.dtype)
-        train, evals = ingredients.load_data(config, models)
-        order, total_steps = _plan_steps(config, train, objective)
-        for name, rows in evals.items():
-            ingredients.check_rows(rows, objective, f"data.eval.{name}".rstrip("."))
+        train = ingredients.load_train(config, models, objective)
+        evals = ingredients.load_evals(config, models, objective)
+        order, total_steps = _plan_steps(config, train)
+        key = ingredients.reference_weights_key(models, objective)
+        facts = {"reference_key": key, "data_digest": train.report.digest}
+        root = config.run_dir / "checkpoints"
+        found = checkpoint.find(root)
+        _check_resume(config, found, facts)  # before the first pass, which may take hours
         try:
-            scored, scored_evals, first_pass, key = ingredients.score_reference(
-                config, models, objective, train, evals, requests
+            (scored, *others), first_pass = ingredients.score_reference(
+                config, models, objective, [train, *evals.values()], key, lambda: requests.look().stop
             )
         except StoppedInFirstPass:
             if ranks.rank() == 0:
@@ -55,17 +58,8 @@ def run(config: Config) -> None:
             if first_pass is not None:
                 counts = {"sequences_scored": first_pass.scored, "sequences_reused": first_pass.reused}
                 reference = {"key": key} | counts
-            folder.note(
-                data={
-                    "train": train.report.as_run_json(),
-                    "eval": {n: r.report.as_run_json() for n, r in evals.items()} or None,
-                },
-                reference=reference,
-            )
+            folder.note(data=ingredients.data_facts(train, evals), reference=reference)
 
-        root = config.run_dir / "checkpoints"
-        found = checkpoint.find(root)
-        _check_resume(config, found, key)
         engine = _policy(config, models)
         state: dict[str, Any] | None = None
         start = 0
@@ -79,12 +73,12 @@ def run(config: Config) -> None:
             objective=objective,
             dtype=models.dtype,
             train=scored,
-            eval_sets=scored_evals,
+            eval_sets=dict(zip(evals, others, strict=True)),
             order=order,
             total_steps=total_steps,
             requests=requests,
             gated=objective.needs_reference and models.reference_is_start,
-            facts={"reference_key": key},
+            facts=facts,
             log=_open_log(config, folder, start) if ranks.rank() == 0 else None,
         )
         say(
@@ -96,8 +90,7 @@ def run(config: Config) -> None:
         _finish(config, folder, models, job, stopped_at)
 
 
-def _plan_steps(config: Config, rows: TokenisedRows, objective: Objective) -> tuple[Order, int]:
-    ingredients.check_rows(rows, objective, "data.train")
+def _plan_steps(config: Config, rows: TokenisedRows) -> tuple[Order, int]:
     per_step = config.train.global_batch_pairs
     order = Order(rows.source, rows.weights, config.run.seed, per_step)
     if per_step > order.rows_per_epoch:
@@ -109,7 +102,7 @@ def _plan_steps(config: Config, rows: TokenisedRows, objective: Objective) -> tu
     return order, min(total, config.train.max_steps or total)
 
 
-def _check_resume(config: Config, found: checkpoint.Manifest | None, key: str | None) -> None:
+def _check_resume(config: Config, found: checkpoint.Manifest | None, facts: dict[str, Any]) -> None:
     if found is None:
         return
     if config.checkpoint.resume == "never":
@@ -117,16 +110,20 @@ def _check_resume(config: Config, found: checkpoint.Manifest | None, key: str | 
             f"checkpoint.resume: never, but {config.run_dir} has a checkpoint of step {found.step}. "
             "Choose another run.dir, or set checkpoint.resume=auto."
         )
-    if found.facts["reference_key"] != key:
-        raise UserError(
-            f"reference: this run began with the reference {found.facts['reference_key']}, and the weights or the "
-            f"configuration of the model folder now make {key}. Put the folder back as it was, or start a new run."
-        )
+    for name, key, what in (
+        ("reference_key", "reference", "the weights or the configuration of the model folder"),
+        ("data_digest", "data.train", "the data files or the tokenizer"),
+    ):
+        if found.facts[name] != facts[name]:
+            raise UserError(
+                f"{key}: this run began with {name} {found.facts[name]}, and {what} now give {facts[name]}. "
+                "Put them back as they were, or start a new run."
+            )
 
 
 def _policy(config: Config, models: Models) -> Any:
     settings = zero3.policy_settings(
-        load_deepspeed_json(config.deepspeed.policy, "deepspeed.policy"),
+        ranks.together(lambda: ingredients.zero_settings(config.deepspeed.policy, "deepspeed.policy")),
         dtype=models.dtype,
         max_grad_norm=config.optim.max_grad_norm,
     )
@@ -176,14 +173,11 @@ def _finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, st
     """Gives the engine back, then leaves word: STOPPED, or the exported model and DONE."""
     zero3.release(job.engine)
     job.engine = None
-    if job.log is not None:
-        job.log.wandb.finish()
-        job.log.metrics.close()
     if stopped_at is not None:
-        if ranks.rank() == 0:
-            why = job.requests.reason()
-            folder.stopped(why, stopped_at)
+        if job.log is not None:
+            folder.stopped(job.requests.reason(), stopped_at)
             job.requests.obeyed()
+            job.log.wandb.finish()  # last: a W&B that hangs must not hold the word back
         say(f"stopped after step {stopped_at} of {job.total_steps}; start again to go on")
         return
 
@@ -194,6 +188,7 @@ def _finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, st
         summary = _summary(config, job.log.metrics.rows(), job.total_steps, text)
         folder.done(summary)
         job.requests.obeyed()
+        job.log.wandb.finish()
         return summary
 
     say(ranks.decide(conclude))
@@ -203,9 +198,10 @@ def _summary(config: Config, rows: list[dict[str, Any]], steps: int, exported: s
     lines = [f"done: {steps} steps, {rows[-1]['pairs_seen']} rows seen"]
     for kind in ("train", "eval"):
         of_kind = [r for r in rows if r["kind"] == kind]
-        if of_kind:
-            shown = ("/loss", "/rewards/accuracies", "/rewards/margins")
-            for name in (n for n in of_kind[0] if n.endswith(shown)):
+        # data.eval may have changed between the starts: names that are in both.
+        both = [n for n in of_kind[0] if n in of_kind[-1]] if of_kind else []
+        for name in both:
+            if name.endswith(("/loss", "/rewards/accuracies", "/rewards/margins")):
                 lines.append(f"  {name}: {of_kind[0][name]:.4f} at first, {of_kind[-1][name]:.4f} at last")
     lines += [f"  {exported}", f"  curves: {config.run_dir / 'metrics.jsonl'}"]
     return "\n".join(lines)

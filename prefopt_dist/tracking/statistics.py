@@ -34,7 +34,3 @@ class Statistics:
         assert len(sums) == len(self._names)
         assert units > 0
         return {name: value / units for name, value in zip(self._names, sums, strict=True)}
-
-    def reset(self) -> None:
-        """Start over, after a row is written."""
-        self._sums.zero_()

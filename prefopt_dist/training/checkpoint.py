@@ -27,6 +27,7 @@ from prefopt_dist.files import checksum, fsync_folder, write_atomic
 from prefopt_dist.tracking.console import say
 
 MANIFEST = "manifest.json"
+REMOVING = ".removing-"
 SCHEMA = 1
 
 
@@ -64,10 +65,13 @@ def read_manifest(folder: Path) -> Manifest | None:
         if outer["blake2b"] != _sum(content):
             return None
         inner = json.loads(content)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     if inner["schema"] != SCHEMA:
-        return None
+        raise UserError(
+            f"{folder} has the checkpoint format {inner['schema']}, this version of prefopt_dist reads {SCHEMA}. "
+            "Go on with the version that wrote it, or start a new run."
+        )
     return Manifest(inner["step"], inner["world_size"], inner["files"], inner["facts"])
 
 
@@ -115,11 +119,7 @@ def save(engine: Any, root: Path, *, step: int, state: dict[str, Any], facts: di
     def commit() -> None:
         files = {n: f for report, _ in reports for n, f in report.items()}
         write_atomic(staging / name / MANIFEST, Manifest(step, ranks.world_size(), files, facts).text())
-        final = root / name
-        if final.exists():
-            # Of a step that was found damaged and trained again: a sound one may take its place.
-            shutil.rmtree(final)
-        (staging / name).rename(final)
+        (staging / name).rename(root / name)
         fsync_folder(root)
         shutil.rmtree(staging)
         for old in committed(root)[:-keep]:
@@ -131,7 +131,8 @@ def save(engine: Any, root: Path, *, step: int, state: dict[str, Any], facts: di
 
 def remove(folder: Path) -> None:
     """A checkpoint loses its name before its files, so that no half of one is ever under its name."""
-    doomed = folder.with_name(f".removing-{folder.name}")
+    doomed = folder.with_name(f"{REMOVING}{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)  # of a kill in the middle of an earlier removal
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
@@ -188,7 +189,11 @@ class Loaded:
 
 
 def find(root: Path) -> Manifest | None:
-    """All ranks: the newest sound checkpoint for this world size; damaged ones are set aside, loudly."""
+    """All ranks: the newest sound checkpoint for this world size; damaged ones are set aside, loudly.
+
+    None where there never was one. Where all are damaged the run does not silently start over.
+    """
+    ranks.decide(lambda: _sweep(root))
     while True:
         newest = ranks.decide(lambda: _newest(root))
         if newest is None:
@@ -217,6 +222,12 @@ def load(engine: Any, root: Path, manifest: Manifest) -> Loaded:
     return Loaded(step=manifest.step, state=state)
 
 
+def _sweep(root: Path) -> None:
+    """Rank 0: removes what a kill in the middle of a removal left."""
+    for left in root.glob(f"{REMOVING}*"):
+        shutil.rmtree(left)
+
+
 def _newest(root: Path) -> tuple[Path, Manifest] | None:
     """Rank 0: the newest checkpoint whose manifest is sound and whose files are there with their sizes."""
     for folder in reversed(committed(root)):
@@ -225,6 +236,12 @@ def _newest(root: Path) -> tuple[Path, Manifest] | None:
             _set_aside(folder, f"{MANIFEST} is missing or damaged")
             continue
         return folder, manifest
+    aside = sorted(p.name for p in root.glob("damaged-step-????????"))
+    if aside:
+        raise UserError(
+            f"{root}: no checkpoint is sound; set aside are {', '.join(aside)}. Bring one back from a copy under its "
+            "name without 'damaged-', or remove these folders to start over from the first step."
+        )
     return None
 
 
@@ -241,10 +258,9 @@ def damage(folder: Path, manifest: Manifest, names: list[str]) -> str:
 
 def _damage(folder: Path, manifest: Manifest) -> str:
     """This rank looks at the files that it is going to read."""
-    try:
-        return damage(folder, manifest, [n for n in manifest.files if _owner(n) in (ranks.rank(), 0)])
-    except OSError as e:
-        return str(e)
+    names = [n for n in manifest.files if _owner(n) in (ranks.rank(), 0)]
+    # A disk that cannot be read now is no damaged checkpoint: that ends the job, and nothing is set aside.
+    return ranks.together(lambda: damage(folder, manifest, names))
 
 
 def _set_aside(folder: Path, why: str) -> None:

@@ -146,7 +146,7 @@ def _rate(job: Job, index: int) -> float:
     )
 
 
-def _write_row(job: Job, done: int, rate: float, norm: float) -> None:
+def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
     """A row of metrics: exact means over the pairs since the last row."""
     window, job.window = job.window, Window([0.0] * (len(job.objective.metrics) + 1))
     if job.log is None:
@@ -162,7 +162,7 @@ def _write_row(job: Job, done: int, rate: float, norm: float) -> None:
         means
         | {
             "train/learning_rate": rate,
-            "train/grad_norm": norm,
+            "train/grad_norm": float(norm),
             "train/epoch": position.epoch_fraction,
             "perf/tokens_per_second": window.tokens / window.seconds,
             "perf/pairs_per_second": pairs / window.seconds,

@@ -30,11 +30,6 @@ class RunFolder:
         self._facts: dict[str, Any] = {}
 
     @property
-    def checkpoints(self) -> Path:
-        """Committed checkpoints, one folder each."""
-        return self.path / "checkpoints"
-
-    @property
     def metrics(self) -> Path:
         """metrics.jsonl"""
         return self.path / "metrics.jsonl"
@@ -57,9 +52,14 @@ class RunFolder:
                 + "\nChoose another run.dir, or put these keys back to go on with the run."
             )
 
-    def open(self, config: Config, *, world_size: int) -> None:
-        """Takes the lock, checks the identity, saves the resolved configuration and notes the start."""
+    def open(self, config: Config, *, world_size: int, begins: bool = True) -> None:
+        """Takes the lock, checks the identity; where the stage `begins` or goes on with the run, notes the start.
+
+        A stage that only looks at a run (begins False) needs one that exists and changes nothing of its record.
+        """
         self.check_identity(config)
+        if not begins and not (self.path / "run.json").exists():
+            raise UserError(f"run.dir: {self.path} holds no run. Give the folder of one, or train first.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -69,6 +69,9 @@ class RunFolder:
             raise
         except OSError as e:
             raise UserError(f"run.dir: {self.path} cannot be written ({e.strerror}). Choose another folder.") from e
+        if not begins or self.summary() is not None:
+            self._facts = read_json(self.path / "run.json")
+            return
         (self.path / "STOPPED").unlink(missing_ok=True)
         (self.path / "STOP").unlink(missing_ok=True)  # of an earlier start: it was meant for that one
         write_atomic(self.path / "config.yaml", to_yaml(config))
