@@ -103,7 +103,17 @@ fi
 # One process
 
 if [[ $one_process == yes ]]; then
-    exec "$python" -m prefopt_dist "${arguments[@]}" # in this shell's place: signals reach it
+    "$python" -m prefopt_dist "${arguments[@]}" &
+    job=$!
+    trap 'kill -TERM "$job" 2>/dev/null || true' TERM INT HUP USR1 # or it would outlive this script
+    status=0
+    wait "$job" || status=$?
+    while kill -0 "$job" 2>/dev/null; do # a signal ended the wait, not the job
+        status=0
+        wait "$job" || status=$?
+    done
+    ((status == 0 || status == 2)) || status=1
+    exit "$status"
 fi
 
 # Many ranks: validate first, in one process

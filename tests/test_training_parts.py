@@ -245,7 +245,6 @@ def test_a_first_start(tmp_path: Path, folder: RunFolder) -> None:
     assert dict(folder.facts) == said
     assert load_config(folder.path / "config.yaml") == config(tmp_path)
     assert folder.metrics == folder.path / "metrics.jsonl"
-    assert folder.checkpoints == folder.path / "checkpoints"
     assert folder.summary() is None
 
 
