@@ -11,6 +11,7 @@
 # or Ctrl-C) reaches them only through RUN/STOP. The price: kill -9 of this script leaves them running;
 # create RUN/STOP by hand then.
 set -euo pipefail
+{ # bash reads a script as it goes; in one block it is read whole, so an update under a running job does no harm
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -210,3 +211,4 @@ if [[ $said == 2 ]]; then
     exit 2
 fi
 exit 1
+}

@@ -213,7 +213,7 @@ def memory(folder: Path) -> dict:
     def write() -> None:
         worlds.write_model(big)
         config = LlamaConfig.from_pretrained(
-            big, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=8, vocab_size=8000
+            big, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=8, vocab_size=8000
         )
         LlamaForCausalLM(config).save_pretrained(big)
 
@@ -222,6 +222,8 @@ def memory(folder: Path) -> dict:
     models = ingredients.load_models(config)
     zero: dict[str, Any] = load_deepspeed_json(config.deepspeed.reference, "deepspeed.reference")
     settings = zero3.reference_settings(zero, dtype=torch.float32, offload="none")
+    gc.collect()
+    start = psutil.Process().memory_info().rss
     engine = zero3.reference_engine(
         Scorer(load_sharded(models.policy, dtype=torch.float32, settings=settings)), settings
     )
@@ -250,6 +252,7 @@ def memory(folder: Path) -> dict:
         "reference": [held, whole],
         "policy": [policy_held, policy_whole],
         "given_back": (before - after) / held,
+        "left": (after - start) / held,
         "alive": alive,
         "logits_equal": bool(torch.equal(got, want)),
     }
