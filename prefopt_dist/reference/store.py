@@ -13,6 +13,7 @@ the same time) the shard with the lower number counts, for every reader and for 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -70,11 +71,9 @@ class ReferenceStore:
             shard = self.folder / f"rows-{number:08d}.bin"
             # A damaged shard keeps its number, or rows of a later shard would move before those of an earlier.
             if not self._set_aside_name(shard).exists():
-                try:
+                # Another writer may take the number first; then the next one is tried.
+                with contextlib.suppress(FileExistsError):
                     os.link(temporary, shard)
-                except FileExistsError:
-                    pass
-                else:
                     fsync_folder(self.folder)
                     return shard
             number += 1

@@ -37,6 +37,9 @@ def run_folder(config: Config, *, begins: bool) -> Iterator[RunFolder]:
         mark.unlink(missing_ok=True)
     try:
         yield folder
+    except UserError:
+        folder.discard_unused()  # rank 0 alone has opened it
+        raise
     finally:
         folder.close()
 

@@ -27,6 +27,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: int | None = None
+        self._began = False
         self._facts: dict[str, Any] = {}
 
     @property
@@ -78,6 +79,7 @@ class RunFolder:
         if (self.path / "run.json").exists():
             self._facts = read_json(self.path / "run.json")
         else:
+            self._began = True
             run_id = secrets.token_hex(4)
             self._facts = {
                 "run_id": run_id,
@@ -128,6 +130,18 @@ class RunFolder:
             ) from None
         os.ftruncate(self._lock, 0)
         os.write(self._lock, f"host {socket.gethostname()}, process {os.getpid()}, since {_now()}".encode())
+
+    def discard_unused(self) -> None:
+        """After a mistake of the user in a run's very first start: as if it had not been, so it can be mended.
+
+        Otherwise the mended configuration would be refused as another run.
+        """
+        if not self._began or self._lock is None or (self.path / "metrics.jsonl").exists():
+            return
+        for name in ("run.json", "config.yaml", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def close(self) -> None:
         """Gives the lock back."""
