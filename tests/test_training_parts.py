@@ -442,8 +442,11 @@ def decide(off: float, loss: float = math.log(2), *, dtype: torch.dtype = torch.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_lets_the_start_pass(one_rank: None, dtype: torch.dtype) -> None:
+    """Up to the tolerance of the dtype, and not beyond it."""
     decide(0.0, dtype=dtype)
     decide(9e-4 if dtype == torch.float32 else 1.9, dtype=dtype)
+    with pytest.raises(UserError, match="stored and live log-probs"):
+        decide(1.1e-3 if dtype == torch.float32 else 2.1, dtype=dtype)
 
 
 @pytest.mark.parametrize("off", [1.1e-3, -1.1e-3, 5.0, math.nan, math.inf])
@@ -464,7 +467,10 @@ def test_the_gate_refuses_another_loss(one_rank: None, loss: float) -> None:
 
 
 def test_the_gate_of_a_loss_without_a_closed_form(one_rank: None) -> None:
+    """Any loss passes for it, where one with a closed form refuses the same number."""
     StartGate(SFT(), torch.float32, torch.device("cpu")).decide(3.0)
+    with pytest.raises(UserError, match="the loss is 3"):
+        StartGate(DPO(0.1), torch.float32, torch.device("cpu")).decide(3.0)
 
 
 def test_an_export_replaces_nothing_but_an_export(tmp_path: Path) -> None:
