@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from prefopt_dist.config import Config, load_config, mask_secrets, to_yaml
 from prefopt_dist.errors import AgreedUserError, UserError
@@ -74,19 +75,27 @@ def _run(config: Config, stage: str) -> None:
 
     ranks.start()
     try:
-        module.run(ranks.decide(lambda: config))
+        module.run(ranks.decide(config.with_cache))
     except ranks.OtherRankFailed as e:
         raise SystemExit(1) from e
     # Not after a crash: with NCCL it would wait for collectives that never come, and hide the traceback.
     ranks.end()
 
 
+def _leave(status: int) -> NoReturn:
+    """Not by the interpreter's own end where there was a process group: see ranks.leave."""
+    if "prefopt_dist.distributed.ranks" in sys.modules:
+        sys.modules["prefopt_dist.distributed.ranks"].leave(status)
+    sys.exit(status)
+
+
 def _leave_status(status: int, message: str) -> None:
     """For the launcher: torchrun turns every status into 1, and its own block of text buries the message."""
     file = os.environ.get("PREFOPT_STATUS_FILE")
     if file:
-        Path(file).write_text(f"{status}\n{message}\n")
+        # An argument that is no UTF-8 has lone surrogates, and so has the message that shows it.
+        Path(file).write_text(f"{status}\n{message}\n", encoding="utf-8", errors="backslashreplace")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _leave(main(sys.argv[1:]))

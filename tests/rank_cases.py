@@ -4,18 +4,15 @@ Every rank runs every case; rank 0 writes FOLDER/<case>.json with what the case 
 """
 
 import gc
-import json
-import sys
-import traceback
 import weakref
 from pathlib import Path
 from typing import Any
 
+import case_runner
 import numpy as np
 import plain
 import psutil
 import torch
-import torch.distributed as dist
 import worlds
 from deepspeed.utils import safe_get_full_grad
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -50,9 +47,9 @@ def ready(config: Config) -> tuple[ingredients.Models, Any, ScoredRows, str | No
     models = ingredients.load_models(config)
     objective = ingredients.make_objective(config.loss, models.dtype)
     rows = ingredients.load_train(config, models, objective)
-    key = ingredients.reference_weights_key(models, objective)
-    (scored,), _ = ingredients.score_reference(config, models, objective, [rows], key, lambda: False)
-    return models, objective, scored, key
+    reference = ingredients.reference_weights(config, models, objective)
+    (scored,), _ = ingredients.score_reference(config, models, objective, [rows], reference, lambda: False)
+    return models, objective, scored, reference and reference.key
 
 
 def equality(folder: Path, name: str, budget: int, loss: dict[str, object], **sections: dict[str, object]) -> dict:
@@ -396,28 +393,11 @@ def packs_alone_and_together(folder: Path) -> dict:
     return {"worst": float(((sums - alone).abs() / alone.abs()).max())}
 
 
-def main() -> None:
-    folder, names = Path(sys.argv[1]), sys.argv[2:]
-    ranks.start()
-
-    def prepare() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        worlds.write_model(folder / "model", seed=1, scale=2.0)
-        worlds.write_model(folder / "reference", seed=2, scale=2.0)
-        worlds.write_pairs(folder / "pairs.jsonl", PAIRS)
-
-    ranks.decide(prepare)
-    for name in names:
-        try:
-            found = globals()[name](folder)
-        except Exception:
-            found = {"error": traceback.format_exc()}
-            print(found["error"], file=sys.stderr, flush=True)
-        errors = [e for e in ranks.gather(found.get("error")) if e]
-        if dist.get_rank() == 0:
-            (folder / f"{name}.json").write_text(json.dumps({"error": errors[0]} if errors else found))
-    ranks.end()
+def prepare(folder: Path) -> None:
+    worlds.write_model(folder / "model", seed=1, scale=2.0)
+    worlds.write_model(folder / "reference", seed=2, scale=2.0)
+    worlds.write_pairs(folder / "pairs.jsonl", PAIRS)
 
 
 if __name__ == "__main__":
-    main()
+    case_runner.serve(globals(), prepare)

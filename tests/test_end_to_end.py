@@ -126,6 +126,12 @@ def assert_same_end(run_dir: Path, other: Path) -> None:
     assert without_speed(rows(run_dir)) == without_speed(rows(other))
 
 
+def stored(cache: Path) -> list[bytes]:
+    """Every row of every shard, sorted; one standing twice is there twice."""
+    content = b"".join(f.read_bytes()[8:-16] for f in cache.glob("reference/*/rows-*.bin"))
+    return sorted(content[i : i + 40] for i in range(0, len(content), 40))
+
+
 @pytest.fixture(scope="module")
 def whole(world: World) -> Path:
     """The run that nothing interrupts."""
@@ -172,12 +178,57 @@ def test_kill_in_first_pass(world: World, whole: Path) -> None:
     run = world.run("killed-early", cache="cache-early")
     store = world.folder / "cache-early" / "reference"
     start_and(run, lambda: any(store.glob("*/rows-*.bin")), kill_all)
-    there = sum((f.stat().st_size - 24) // 40 for f in store.glob("*/rows-*.bin"))
+    there = len(stored(store.parent))
     launch(run)
     reference = json.loads((world.folder / "killed-early" / "run.json").read_text())["reference"]
     assert reference["sequences_reused"] == there > 0
     assert len(list(store.glob("*/plan-*"))) == 1
     assert_same_end(world.folder / "killed-early", whole)
+
+
+def test_kill_in_first_pass_then_on_one_rank(world: World, whole: Path) -> None:
+    """The plan of two ranks is finished by one: the same rows to the bit, and the same end where two train."""
+    run, cache = world.run("killed-two", cache="cache-two"), world.folder / "cache-two"
+    start_and(run, lambda: any(cache.glob("reference/*/rows-*.bin")), kill_all)
+    there = len(stored(cache))
+    launch(run, "reference", n=1)
+    reference = json.loads((world.folder / "killed-two" / "run.json").read_text())["reference"]
+    all_rows = stored(whole.parent / "cache")
+    assert reference["sequences_reused"] == there > 0
+    assert reference["sequences_scored"] == len(all_rows) - there > 0
+    assert stored(cache) == all_rows
+    launch(run)
+    reference = json.loads((world.folder / "killed-two" / "run.json").read_text())["reference"]
+    assert reference["sequences_scored"] == 0
+    assert_same_end(world.folder / "killed-two", whole)
+
+
+def test_a_sweep_scores_each_sequence_once(world: World, whole: Path) -> None:
+    """Three betas started at the same moment on one empty cache: one scores, the others wait for it."""
+    jobs, names = [], []
+    for beta in (0.05, 0.1, 0.3):
+        names.append(f"sweep-{beta}")
+        settings = {"loss": {"name": "dpo", "beta": beta}, "train": {"global_batch_pairs": G, "max_steps": 2}}
+        run = world.run(names[-1], cache="cache-sweep", **settings)  # type: ignore[arg-type]
+        jobs.append(
+            subprocess.Popen(
+                ["launch/run.sh", "-n", "1", "train", str(run)],
+                env=ENVIRONMENT,
+                cwd=REPOSITORY,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    said = [job.communicate(timeout=PATIENCE)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0], "\n".join(text[-3000:] for text in said)
+    scored = [
+        json.loads((world.folder / name / "run.json").read_text())["reference"]["sequences_scored"] for name in names
+    ]
+    assert sorted(scored) == [0, 0, len(stored(whole.parent / "cache"))]
+    assert len(stored(world.folder / "cache-sweep")) == max(scored)
+    first = [json.loads((world.folder / n / "metrics.jsonl").read_text().splitlines()[1]) for n in names]
+    assert all(row["train/loss"] == pytest.approx(0.693147, abs=1e-4) for row in first)
 
 
 def test_stop_and_go_on(world: World, whole: Path) -> None:

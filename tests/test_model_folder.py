@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefopt_dist.errors import UserError
-from prefopt_dist.model.identity import file_digest
+from prefopt_dist.model.digests import file_digest
 from prefopt_dist.model.load import (
     FAMILIES,
     ROPE_TYPES,

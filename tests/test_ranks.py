@@ -2,39 +2,15 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import case_runner
 import pytest
 
-TESTS = Path(__file__).parent
 EQUALITY = ["dpo_many_micro_batches", "dpo_one_micro_batch", "dpo_checkpointing", "sft_many_micro_batches"]
 BOTH = [*EQUALITY, "whole_evaluation", "other_reference_is_refused", "errors_reach_all", "packs_alone_and_together"]
 TWO_ONLY = ["shards", "save_fails_on_one_rank", "idle_ranks"]
-
-
-def run_cases(n: int, folder: Path, names: list[str]) -> None:
-    environment = os.environ | {
-        "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    start = [sys.executable]
-    if n > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    done = subprocess.run(
-        [*start, str(TESTS / "rank_cases.py"), str(folder), *names],
-        env=environment,
-        cwd=TESTS.parent,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
@@ -42,14 +18,12 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Runs all cases once for each world size."""
     n = request.param
     folder = tmp_path_factory.mktemp(f"world{n}")
-    run_cases(n, folder, BOTH + (TWO_ONLY if n == 2 else []))
+    case_runner.run_cases("rank_cases.py", n, folder, BOTH + (TWO_ONLY if n == 2 else []))
     return n, folder
 
 
 def found(world: tuple[int, Path], case: str) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((world[1] / f"{case}.json").read_text())
-    assert "error" not in result, result["error"]
-    return result
+    return case_runner.found(world[1], case)
 
 
 @pytest.mark.parametrize("case", EQUALITY)
@@ -143,7 +117,7 @@ def test_idle_ranks(world: tuple[int, Path]) -> None:
 @pytest.mark.slow
 def test_memory_of_a_large_model(tmp_path: Path) -> None:
     """On two ranks, a model of more than 400 MB: half on each, the same logits, and after release it is gone."""
-    run_cases(2, tmp_path, ["memory"])
+    case_runner.run_cases("rank_cases.py", 2, tmp_path, ["memory"])
     result = found((2, tmp_path), "memory")
     print(json.dumps(result, indent=1))
     for mine in result["ranks"]:

@@ -19,7 +19,8 @@ from transformers import AutoConfig, LlamaConfig
 from prefopt_dist.data import TokenisedRows, open_rows
 from prefopt_dist.data.micro_batch import packed_tokens
 from prefopt_dist.errors import UserError
-from prefopt_dist.model.identity import file_digest, reference_key
+from prefopt_dist.model.digests import file_digest
+from prefopt_dist.model.identity import reference_key
 from prefopt_dist.reference.plan import (
     Location,
     Plan,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -29,10 +30,13 @@ def build_config(raw: dict[str, Any]) -> Config:
 
 def mistake(key: str, value: Any, rule: str, remedy: str) -> NoReturn:
     """Raises the user's mistake at a dotted key."""
+    raise UserError(f"{key}: got {_shown(value)}, must be {rule}; {remedy}")
+
+
+def _shown(value: Any) -> str:
     as_yaml = {None: "null", True: "true", False: "false"}
     text = as_yaml[value] if value is None or isinstance(value, bool) else mask_secrets(repr(value))
-    shown = text if len(text) <= 80 else text[:77] + "..."
-    raise UserError(f"{key}: got {shown}, must be {rule}; {remedy}")
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -44,7 +48,13 @@ def nearest(key: str, known: Iterable[str]) -> str:
     return f"known here: {', '.join(known)}"
 
 
+def _is_writable(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _join(path: str, key: str) -> str:
+    if len(key) > 80 or not re.fullmatch(r"[\w.-]+", key):
+        key = repr(key[:80])  # or a place such as ':' or a whole page would stand in the message
     return f"{path}.{key}" if path else key
 
 
@@ -110,6 +120,8 @@ def _build_scalar(kind: type, value: Any, key: str) -> Any:
     if kind is str:
         if not isinstance(value, str):
             mistake(key, value, "a string", "quote it" if is_number else "write a string")
+        if not _is_writable(value):
+            mistake(key, value, "text without NUL and lone surrogates", "remove them: no file or path can hold them")
         return value
     if kind is int:
         if isinstance(value, float):
@@ -181,8 +193,8 @@ def _build_loss(raw: Any, key: str) -> Loss:
         others = [other for other, cls in LOSSES.items() if option in _field_names(cls)]
         if option not in own and others:
             raise UserError(
-                f"{key}.{option}: not an option of the loss {name}; {', '.join(others)} has it: "
-                f"remove it or set {key}.name"
+                f"{key}.{option}: got {_shown(raw[option])}, but it is not an option of the loss {name}; "
+                f"{', '.join(others)} has it: remove it or set {key}.name"
             )
     return _build_dataclass(LOSSES[name], raw, key)
 

@@ -86,22 +86,27 @@ _DTYPES = ("fp32", "bf16")
 def load_deepspeed_json(path: str | Path, key: str) -> dict[str, Any]:
     """The checked mapping in a DeepSpeed JSON; `key` (deepspeed.policy) names the file in messages."""
     path = Path(path)
-    settings = _parse(read_text(path, f"the DeepSpeed file of {key}"), path)
     place = f"{path} ({key})"
+    settings = _parse(read_text(path, f"the DeepSpeed file of {key}"), path, key)
     for name in settings:
         if name in _OWNED:
-            raise UserError(f"{place}: {name} comes from {_OWNED[name]} alone; set it there")
+            raise UserError(
+                f"{place}: {name}: got {_shown(settings[name])}, but it comes from {_OWNED[name]} alone; "
+                "set it there and remove it here"
+            )
         if name in _UNUSED:
-            raise UserError(f"{place}: {name} is not supported here; allowed: {', '.join(sorted(_ALLOWED))}")
+            raise UserError(f"{place}: {name} is not supported here, remove it; allowed: {', '.join(sorted(_ALLOWED))}")
         if name not in _ALLOWED:
-            raise UserError(f"{place}: {name} is not a key that DeepSpeed knows; {nearest(name, _ALLOWED)}")
+            raise UserError(
+                f"{place}: {name} is not a key that DeepSpeed knows; rename or remove it: {nearest(name, _ALLOWED)}"
+            )
     _refuse_auto(settings, "", place)
     _check_dtypes(settings, place)
     _check_by_deepspeed(settings, place)
     return settings
 
 
-def _parse(text: str, path: Path) -> dict[str, Any]:
+def _parse(text: str, path: Path, key: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
         for name in mapping:
@@ -115,10 +120,19 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}; mend it") from None
+        raise UserError(f"{path}:{error.lineno} ({key}): not JSON: {error.msg}; mend it") from None
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise UserError(f"{path} ({key}): not JSON that can be read: {error}; mend it") from None
     if not isinstance(settings, dict):
-        raise UserError(f"{path}:1: the top level must be an object; write {{…}}")
+        raise UserError(f"{path}:1 ({key}): the top level must be an object, got {_shown(settings)}; write {{…}}")
     return settings
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _refuse_auto(value: Any, dotted: str, place: str) -> None:
@@ -178,5 +192,5 @@ def _first_fault(fault: Any, section: str, known: set[str], place: str) -> str:
     if fault["type"] == "extra_forbidden":
         top = len(fault["loc"]) == 1
         hint = nearest(str(fault["loc"][0]), known) if top else "see DeepSpeed's documentation"
-        return f"{place}: {dotted} is not a key that DeepSpeed knows; {hint}"
+        return f"{place}: {dotted} is not a key that DeepSpeed knows; rename or remove it: {hint}"
     return f"{place}: {dotted}: got {fault['input']!r}; DeepSpeed says: {fault['msg']}; change it"

@@ -30,7 +30,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def _load_layers(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     """The file over its base, over its base's base; `below` are the files that led here."""
-    resolved = path.resolve()
+    try:
+        resolved = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL
+        raise UserError(f"{str(path)!r}: the configuration's path leads nowhere ({error}); correct it") from None
     if resolved in below:
         chain = " → ".join(str(file) for file in (*below, resolved))
         raise UserError(f"{path}: the base files form a cycle: {chain}; remove one base: key")

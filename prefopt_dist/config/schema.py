@@ -7,7 +7,7 @@ Relative paths (model, data, DeepSpeed, run) are relative to the current working
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -254,6 +254,10 @@ class Config:
             return Path(self.run.cache)
         from_environment = os.environ.get("PREFOPT_CACHE")
         return Path(from_environment) if from_environment else self.run_dir.parent / ".prefopt"
+
+    def with_cache(self) -> Config:
+        """The same with the cache named: $PREFOPT_CACHE could be another one on another rank or at another start."""
+        return replace(self, run=replace(self.run, cache=str(self.cache_dir)))
 
     @property
     def reference_store(self) -> Path:

@@ -89,8 +89,10 @@ def read_text(path: Path, what: str) -> str:
         raise UserError(
             f"{path}:{line}: {what} must be UTF-8 text, byte {error.object[error.start]:#04x} is not; save it as UTF-8"
         ) from None
+    except ValueError as error:  # a NUL or a lone surrogate in the path
+        raise UserError(f"{str(path)!r}: {what} cannot have this path ({error}); correct it") from None
     except OSError as error:
-        raise UserError(f"{path}: {what} cannot be read: {error.strerror}; check it") from None
+        raise UserError(f"{str(path)!r}: {what} cannot be read: {error.strerror}; check it") from None
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -118,7 +120,14 @@ def _parse(text: str, place: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
-        raise UserError(f"{place}{line}: {error.problem}") from None
+        problem = error.problem or error.context
+        raise UserError(f"{place}{line}: {problem}; mend it, as this is no YAML that can be read") from None
     except yaml.reader.ReaderError as error:
         line = f":{text.count(chr(10), 0, error.position) + 1}"
         raise UserError(f"{place}{line}: a character that YAML forbids ({error.reason}); remove it") from None
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+        # PyYAML's constructors trust what a tag such as !!timestamp says of its value.
+        raise UserError(
+            f"{place}: a value is not what its tag or its nesting says ({type(error).__name__}: "
+            f"{str(error)[:100]}); write plain values without !!tags, at most some levels deep"
+        ) from None

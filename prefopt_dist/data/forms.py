@@ -263,7 +263,8 @@ def _tools(row: Row) -> tuple[Any, ...] | None:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
-        except ValueError as error:
+            json.dumps(tools, ensure_ascii=False).encode()  # a lone surrogate in it is no text for a tokenizer
+        except (ValueError, RecursionError) as error:
             raise BadRow("wrong_type", rule, tools) from error
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise BadRow("wrong_type", rule, tools)

@@ -107,12 +107,17 @@ def prepare_rows(
         except DamagedRows as damage:
             say(f"{key}: the tokenised data is damaged and built again: {damage}")
             _remove(folder)
-    parent.mkdir(parents=True, exist_ok=True)
+    tokeniser = Tokeniser(read_template(tokenizer, template), max_length, max_prompt_length)
     # Not mkdtemp: its folders are their maker's alone, and a cache may be shared.
     building = parent / f".building-{digest}-{uuid.uuid4().hex}"
-    building.mkdir()
     try:
-        tokeniser = Tokeniser(read_template(tokenizer, template), max_length, max_prompt_length)
+        parent.mkdir(parents=True, exist_ok=True)
+        building.mkdir()
+    except OSError as error:
+        raise UserError(
+            f"run.cache: {cache_dir} cannot be written ({error.strerror}); name a folder where files can be made"
+        ) from error
+    try:
         build = _Build(opened, tokeniser, settings)
         build.run(building, [source.weight for source in sources], vocab_size, key, say, progress)
         _publish(building, folder)

@@ -8,6 +8,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import IO, Any, Protocol
 
 from prefopt_dist.data.bad_row import BadRow
 from prefopt_dist.errors import UserError
+from prefopt_dist.packages import needed
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -71,14 +73,19 @@ class OpenSource:
     """The dotted key that named the source, for messages."""
 
     def digest(self) -> bytes:
-        """16 bytes that change when the content of the source changes."""
+        """16 bytes that change when the content of the source changes. Raises UserError where it is not readable."""
         state = blake2b(digest_size=16)
         for file in self.files:
-            # Name and size stand before each file: moving bytes from one file to the next is a change.
-            state.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as stream:
-                while block := stream.read(READ_BYTES):
-                    state.update(block)
+            try:
+                # Name and size stand before each file: moving bytes from one file to the next is a change.
+                state.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+                with file.open("rb") as stream:
+                    while block := stream.read(READ_BYTES):
+                        state.update(block)
+            except OSError as error:
+                raise UserError(
+                    f"{self.key}: {file} cannot be read ({error.strerror}); make it readable or name another source"
+                ) from error
         if self.dataset is not None:
             state.update(f"{self.dataset.split}\0".encode())
             if not self.files:
@@ -125,8 +132,7 @@ def open_source(source: SourceLike, index: int, key: str) -> OpenSource:
 
 
 def _open_saved(source: SourceLike, index: int, key: str) -> OpenSource:
-    import datasets  # slow to import, and most runs read files
-
+    datasets = _datasets(key, f"the saved data set {source.path!r}")
     folder = Path(source.path)
     try:
         loaded = datasets.load_from_disk(source.path)
@@ -162,12 +168,14 @@ def _open_parquet_folder(source: SourceLike, index: int, key: str) -> OpenSource
 
 
 def _open_hub(source: SourceLike, index: int, key: str) -> OpenSource:
-    import datasets  # slow to import, and most runs read files
-
+    datasets = _datasets(key, f"{source.path!r}, which is no file or folder here but may be a hub name,")
     split = source.split or "train"
     try:
-        loaded = datasets.load_dataset(source.path, split=split)
-    except (OSError, ValueError) as error:
+        with _offline_where_unreachable(datasets, source.path, key):
+            loaded = datasets.load_dataset(source.path, split=split)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{key}: {source.path!r} is no file or folder here, and the hub gave no split {split!r} of it "
@@ -177,10 +185,43 @@ def _open_hub(source: SourceLike, index: int, key: str) -> OpenSource:
     return OpenSource(source.path, index, (), loaded, key)
 
 
-def _parquet_rows(source: OpenSource) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _datasets(key: str, what: str) -> Any:
+    # Not at the top: slow to import, and most runs read files.
+    return needed("datasets", key, what, "give the rows as .jsonl")
 
+
+@contextmanager
+def _offline_where_unreachable(datasets: Any, name: str, key: str) -> Iterator[None]:
+    """Asks the hub once, without retries; where it cannot be reached, what is inside sees the local cache alone.
+
+    Otherwise `datasets` tries again for half a minute or more before it says so. Raises UserError where the data
+    set is gated, which `datasets` tells in prose only.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    try:
+        HfApi().auth_check(name, repo_type="dataset")
+    except GatedRepoError as error:
+        raise UserError(
+            f"{key}: the data set {name!r} is gated on the hub; accept its terms there and set HF_TOKEN, "
+            "or download it and name the saved folder"
+        ) from error
+    except (HfHubHTTPError, HFValidationError):
+        pass  # an answer: `datasets` gets it too, and knows more of what it asked for
+    except Exception:  # kinds of the http library, which is another one in other versions of the hub's
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _parquet_rows(source: OpenSource) -> Iterator[dict[str, Any]]:
+    what, otherwise = f"the Parquet file {source.files[0]}", "give the rows as .jsonl"
+    pa = needed("pyarrow", source.key, what, otherwise)
+    pq = needed("pyarrow.parquet", source.key, what, otherwise)
     for file in source.files:
         try:
             with pq.ParquetFile(file) as parquet:

@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.data.bad_row import BadRow
@@ -107,9 +106,9 @@ class Template:
         try:
             start = self._apply(prompt, example.tools, add_generation_prompt=True)
             fulls = tuple(self._apply(prompt + response, example.tools) for response in responses)
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is somebody's program: it can raise anything
             remedy = "mend the row, or use a tokenizer whose template takes such turns"
-            rule = f"the chat template must take the turns ({str(error)[:100]})"
+            rule = f"the chat template must take the turns ({_brief(error)})"
             raise BadRow("template_refused", rule, [turn.role for turn in prompt], remedy) from error
         for full in fulls:
             if not full.startswith(start):
@@ -192,26 +191,28 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str) -> Template:
     """
     if not tokenizer.is_fast:
         raise UserError(
-            f"model.tokenizer: {type(tokenizer).__name__} has no fast backend, which is needed to find the "
-            "boundary between prompt and response; save it with a tokenizer.json"
+            f"model.tokenizer: {type(tokenizer).__name__} of {tokenizer.name_or_path} has no fast backend, "
+            "which is needed to find the boundary between prompt and response; save it with a tokenizer.json"
         )
     own = tokenizer.chat_template is not None
     eos = None if tokenizer.eos_token is None else str(tokenizer.eos_token)
     bos = None if tokenizer.bos_token is None else str(tokenizer.bos_token)
     if eos is None and not own:
-        raise _no_end()
+        raise _no_end(tokenizer)
     probe = (Message("user", PROBE_USER), Message("assistant", PROBE_REPLY))
     try:
         text = tokenizer.get_chat_template() if own else PLAIN_TEMPLATE
         full = _apply(tokenizer, text, probe, None, False)
         start = _apply(tokenizer, text, probe[:1], None, True)
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is somebody's program: it can raise anything
         raise UserError(
-            f"model.tokenizer: its chat template cannot render one question and one answer ({error}); mend the template"
+            f"model.tokenizer: the chat template of {tokenizer.name_or_path} cannot render one question and one "
+            f"answer ({_brief(error)}); mend the template"
         ) from error
     if PROBE_USER not in start or PROBE_REPLY not in full:
         raise UserError(
-            f"model.tokenizer: its chat template leaves out what a turn says; rendered {full[:80]!r}; mend the template"
+            f"model.tokenizer: the chat template of {tokenizer.name_or_path} leaves out what a turn says; "
+            f"rendered {full[:80]!r}; mend the template"
         )
     after = full[full.rindex(PROBE_REPLY) + len(PROBE_REPLY) :]
     specials = _special_tokens(tokenizer)
@@ -222,7 +223,7 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str) -> Template:
     elif eos is not None:
         end, tail = eos, ""
     else:
-        raise _no_end()
+        raise _no_end(tokenizer)
     pieces = [*start.split(PROBE_USER), after]
     return Template(
         tokenizer=tokenizer,
@@ -277,13 +278,18 @@ def _apply(
     return rendered
 
 
+def _brief(error: Exception) -> str:
+    return (str(error) or type(error).__name__)[:100]
+
+
 def _common(left: str, right: str) -> int:
     pairs = enumerate(zip(left, right, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
-def _no_end() -> UserError:
+def _no_end(tokenizer: PreTrainedTokenizerBase) -> UserError:
     return UserError(
-        "model.tokenizer: it has neither an eos token nor a chat template that ends an assistant turn with a "
-        "special token, so a response could not end; set eos_token in the folder's tokenizer_config.json"
+        f"model.tokenizer: {tokenizer.name_or_path} has neither an eos token nor a chat template that ends an "
+        "assistant turn with a special token, so a response could not end; set eos_token in the folder's "
+        "tokenizer_config.json"
     )

@@ -7,8 +7,10 @@ in a collective that never completes.
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -63,6 +65,18 @@ def end() -> None:
     """Leaves the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process now, with its work done and told.
+
+    The interpreter's own end destroys C++ threads of torch in no order: about one process in ten that held a
+    gloo group then aborted ("terminate called without an active exception"), and a finished job looked crashed.
+    """
+    atexit._run_exitfuncs()  # logging, W&B
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def rank() -> int:

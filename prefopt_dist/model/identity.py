@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
@@ -18,12 +17,6 @@ WITHOUT_EFFECT = frozenset(
     | {"output_attentions", "output_hidden_states", "problem_type", "chunk_size_feed_forward"}
 )
 """Fields of a model's configuration that change no log-prob. All others are in the key, known or not."""
-
-
-def file_digest(path: Path) -> str:
-    """blake2b-256 of a file's bytes."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
 
 
 def reference_key(weight_digests: list[str], config: PreTrainedConfig, dtype: torch.dtype) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def resolve(name_or_path: str, key: str, *, weights: bool = True) -> Path:
     if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise UserError(f"{key}: {name_or_path!r} is no folder. Give a Hugging Face model folder or a hub name.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError
 
     patterns = ["*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges*"] + ["*.safetensors"] * weights
     try:
@@ -57,7 +58,7 @@ def resolve(name_or_path: str, key: str, *, weights: bool = True) -> Path:
         raise UserError(
             f"{key}: {name_or_path!r} is gated on the hub. Accept its licence there and set HF_TOKEN, or give a folder."
         ) from e
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
+    except Exception as e:  # the http library's own kinds too, which is another one in other versions of the hub's
         raise UserError(
             f"{key}: {name_or_path!r} is neither a local folder nor a model that the hub gave "
             f"({type(e).__name__}). Check the name and the network, or download it first and give the folder."
@@ -90,7 +91,8 @@ def read_config(path: Path, key: str) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
     except Exception as e:  # transformers' own kinds derive from nothing in particular
-        raise UserError(f"{key}: {path / 'config.json'} cannot be read: {e}. Copy the folder again.") from e
+        why = str(e).rstrip(".")
+        raise UserError(f"{key}: {path / 'config.json'} cannot be read: {why}. Copy the folder again.") from e
     return config
 
 
@@ -121,6 +123,8 @@ def _weight_files(path: Path, key: str) -> tuple[Path, ...]:
 def _header(file: Path, key: str) -> dict[str, Any]:
     """The parameter names, shapes and dtypes of a safetensors file; checks that the file is whole."""
     size = file.stat().st_size
+    if not os.access(file, os.R_OK):
+        raise UserError(f"{key}: {file} cannot be read (its permissions forbid it). Make it readable.")
     with file.open("rb") as f:
         start = f.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
@@ -184,7 +188,11 @@ def load_tokenizer(path: Path, key: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as e:  # the tokenizers library raises plain ones
-        raise UserError(f"{key}: {path} holds no tokenizer that can be loaded ({e}). Set model.tokenizer.") from e
+        why = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(
+            f"{key}: {path} holds no tokenizer that can be loaded ({why}). "
+            "Set model.tokenizer to a folder or hub name with a tokenizer.json."
+        ) from e
     if not tokenizer.is_fast:
         raise UserError(f"{key}: the tokenizer in {path} is a slow one; a tokenizer.json is needed.")
     return tokenizer

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.micro_batch import pack
 from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.distributed.shared import refuse_local_folder
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.load import ModelFolder, load_sharded
 from prefopt_dist.model.scorer import Scorer
@@ -32,6 +33,7 @@ from prefopt_dist.reference.plan import (
     save_plan,
 )
 from prefopt_dist.reference.store import ReferenceStore, Score
+from prefopt_dist.reference.turn import StoppedInFirstPass, my_turn
 from prefopt_dist.tracking.console import say
 from prefopt_dist.tracking.progress import Progress
 
@@ -44,20 +46,22 @@ SPOT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """By dtype, relative to the sum: how far two packings of one sequence may lie apart."""
 
 
-class StoppedInFirstPass(Exception):
-    """The pass was asked to stop; what it scored is in the store."""
-
-
 @dataclass(frozen=True)
 class FirstPass:
     """What the reference says of the data sets, and what that cost."""
 
+    key: str
+    """Of the weights, in the store"""
     sums: list[torch.Tensor]
     """One float64 [n, R] per data set: Σ log π_ref of each response, in nats"""
     scored: int
     """Distinct sequences scored now"""
     reused: int
-    """Distinct sequences that the store had"""
+    """Distinct sequences that the store had, or that another job scored while this one waited for its turn"""
+
+    def as_run_json(self) -> dict[str, Any]:
+        """What run.json says of it."""
+        return {"key": self.key, "sequences_scored": self.scored, "sequences_reused": self.reused}
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def run_first_pass(
     *,
     model: ModelFolder,
     store: ReferenceStore,
+    check_loaded: Callable[[], None],
     sets: Sequence[TokenisedRows],
     responses: int,
     dtype: torch.dtype,
@@ -83,29 +88,49 @@ def run_first_pass(
 ) -> FirstPass:
     """Scores what is missing, all ranks together, then gives every needed value, checked, to every rank.
 
+    check_loaded: all ranks call it once the weights are loaded; it raises where they are not the store's;
     settings: the reference engine's DeepSpeed configuration; budget: tokens of a micro-batch;
     stop_asked: this rank's own view, agreed here over the ranks.
     """
+    ranks.decide(store.make_folder)
+    refuse_local_folder(store.folder, "reference.store", remedy="Set reference.store or run.cache to one that is.")
     todo = ranks.decide(lambda: _look_up(store, sets, responses, budget))
     if todo.micro_batches:
-        engine = zero3.reference_engine(Scorer(load_sharded(model, dtype=dtype, settings=settings)), settings)
-        try:
-            held, whole = zero3.shard_bytes(engine.module)
-            say(
-                f"reference: {len(todo.missing)} sequences to score in {len(todo.micro_batches)} micro-batches, "
-                f"{todo.reused} reused; each rank holds {held / 2**20:.0f} of {whole / 2**20:.0f} MiB"
-            )
-            _spot_check(engine, todo.checks, sets, dtype)
-            _score(engine, todo, store, sets, stop_asked)
-            _spot_check(engine, ranks.decide(lambda: _first_scored(todo, store, sets)), sets, dtype)
-        finally:
-            zero3.release(engine)
-            del engine
-    else:
+        with my_turn(store.folder, plan_name(sets, responses), stop_asked):
+            # Again: another job may have scored them while this one waited.
+            todo = ranks.decide(lambda: _look_up(store, sets, responses, budget))
+            if todo.micro_batches:
+                _pass(model, store, check_loaded, sets, dtype, settings, todo, stop_asked)
+    if not todo.micro_batches:
         say(f"reference: all {todo.reused} sequences are in the store")
-    return FirstPass(
-        sums=ranks.decide(lambda: _collect(store, sets, responses)), scored=len(todo.missing), reused=todo.reused
-    )
+    sums = ranks.decide(lambda: _collect(store, sets, responses))
+    return FirstPass(key=store.folder.name, sums=sums, scored=len(todo.missing), reused=todo.reused)
+
+
+def _pass(
+    model: ModelFolder,
+    store: ReferenceStore,
+    check_loaded: Callable[[], None],
+    sets: Sequence[TokenisedRows],
+    dtype: torch.dtype,
+    settings: dict[str, Any],
+    todo: _Todo,
+    stop_asked: Callable[[], bool],
+) -> None:
+    engine = zero3.reference_engine(Scorer(load_sharded(model, dtype=dtype, settings=settings)), settings)
+    try:
+        check_loaded()
+        held, whole = zero3.shard_bytes(engine.module)
+        say(
+            f"reference: {len(todo.missing)} sequences to score in {len(todo.micro_batches)} micro-batches, "
+            f"{todo.reused} reused; each rank holds {held / 2**20:.0f} of {whole / 2**20:.0f} MiB"
+        )
+        _spot_check(engine, todo.checks, sets, dtype)
+        _score(engine, todo, store, sets, stop_asked)
+        _spot_check(engine, ranks.decide(lambda: _first_scored(todo, store, sets)), sets, dtype)
+    finally:
+        zero3.release(engine)
+        del engine
 
 
 def _look_up(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int, budget: int) -> _Todo:

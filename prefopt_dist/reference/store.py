@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from prefopt_dist.errors import UserError
 from prefopt_dist.files import fsync_folder
 
 MAGIC = b"PFREF\x00\x00\x01"
@@ -47,9 +48,19 @@ class ReferenceStore:
     folder: Path
     """<reference.store>/<key>"""
 
+    def make_folder(self) -> None:
+        """The store's folder exists, empty where nothing is scored yet."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(
+                f"reference.store: {self.folder} cannot be made ({e.strerror}). "
+                "Set reference.store or run.cache to a folder that can be written."
+            ) from e
+
     def commit(self, scores: dict[bytes, Score]) -> Path:
         """Adds a shard; it is there whole and durable when this returns, under a number that nobody else has."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.make_folder()
         rows = np.zeros(len(scores), dtype=ROW)
         for i, (digest, score) in enumerate(scores.items()):
             rows[i] = (digest, score.sum, score.tokens, 0)

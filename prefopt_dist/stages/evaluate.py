@@ -24,12 +24,16 @@ def run(config: Config) -> None:
     with run_folder(config, begins=False) as folder:
         if not config.data.eval:
             raise UserError("data.eval: not set, so there is nothing to evaluate on. Name a data set.")
+        if config.evaluate.model is None:
+            ranks.decide(lambda: export.chosen_checkpoint(config))  # there is none: said before the first pass
+        else:
+            _given(config.evaluate.model)
         models = ingredients.load_models(config)
         objective = ingredients.make_objective(config.loss, models.dtype)
         evals = ingredients.load_evals(config, models, objective)
-        key = ingredients.reference_weights_key(models, objective)
+        reference = ingredients.reference_weights(config, models, objective)
         scored, _ = ingredients.score_reference(
-            config, models, objective, list(evals.values()), key, stop_asked=lambda: False
+            config, models, objective, list(evals.values()), reference, stop_asked=lambda: False
         )
         model, temporary, name = _model(config, models, folder)
         settings = ingredients.reference_settings(config, models)
@@ -49,14 +53,15 @@ def run(config: Config) -> None:
 def _model(config: Config, models: Models, folder: RunFolder) -> tuple[ModelFolder, bool, str]:
     """The model to evaluate, whether its folder is only for this, and its name."""
     if config.evaluate.model is not None:
-        key = "evaluate.model"
-        return (
-            ranks.together(lambda: inspect_folder(resolve(str(config.evaluate.model), key), key)),
-            False,
-            config.evaluate.model,
-        )
+        return _given(config.evaluate.model), False, config.evaluate.model
     source = ranks.decide(lambda: export.chosen_checkpoint(config))
     # As a model folder it can be loaded by any number of ranks.
     target = config.run_dir / ".evaluating"
     say(ranks.decide(lambda: export.export_checkpoint(config, models, source, folder, target)))
     return ranks.together(lambda: inspect_folder(Path(target), "run.dir")), True, source.name
+
+
+def _given(name_or_path: str) -> ModelFolder:
+    """The checked folder that `evaluate.model` names."""
+    key = "evaluate.model"
+    return ranks.together(lambda: inspect_folder(resolve(name_or_path, key), key))

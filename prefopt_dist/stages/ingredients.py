@@ -18,15 +18,16 @@ from prefopt_dist.config import Config, DataSource, DPOLoss, Loss, SFTLoss, load
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows, prepare_rows
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
-from prefopt_dist.model.identity import file_digest, reference_key
+from prefopt_dist.model.digests import FileState, refuse_if_changed, remembered_digest
+from prefopt_dist.model.identity import reference_key
 from prefopt_dist.model.load import ModelFolder, inspect_folder, load_tokenizer, resolve
 from prefopt_dist.objectives import DPO, SFT, Objective
 from prefopt_dist.objectives.dpo import tie_tolerance
 from prefopt_dist.reference.first_pass import FirstPass, run_first_pass
 from prefopt_dist.reference.store import ReferenceStore
+from prefopt_dist.stages import checks
 from prefopt_dist.tracking.console import say
 from prefopt_dist.training.batches import ScoredRows
-from prefopt_dist.training.export import check_target
 from prefopt_dist.training.run_folder import RunFolder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,6 +53,16 @@ class Models:
         return self.reference.path == self.policy.path
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Weight files as they are at this moment."""
+
+    key: str
+    """Of their content and of all else that the scores depend on: the folder's name in the reference store"""
+    states: dict[Path, FileState]
+    """As this node sees them: to know, when they have been loaded, that they are still the same"""
+
+
 def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
     """The loss that the configuration names."""
     match loss:
@@ -63,11 +74,9 @@ def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
 
 def check(config: Config) -> None:
     """In one process and before any queue: every mistake that can be found without reading data or weights."""
-    zero_settings(config.deepspeed.policy, "deepspeed.policy")
-    zero_settings(config.deepspeed.reference, "deepspeed.reference")
     RunFolder(config.run_dir).check_identity(config)
+    _check_surroundings(config)
     _models(config)
-    check_target(config.export_dir)
     sets = [("data.train", config.data.train), *_eval_sources(config)]
     for key, sources in sets:
         for source in sources:
@@ -82,10 +91,11 @@ def zero_settings(path: str, key: str) -> dict[str, Any]:
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") != 3:
         raise UserError(
-            f"{path} ({key}): zero_optimization.stage is {zero.get('stage')}, must be 3: the models are loaded sharded."
+            f"{path} ({key}): zero_optimization.stage is {zero.get('stage')}, must be 3, since the models "
+            "are loaded sharded; set it to 3"
         )
     for name in ("offload_param", "offload_optimizer"):
-        if zero.get(name, {}).get("device") == "nvme":
+        if (zero.get(name) or {}).get("device") == "nvme":  # null is what DeepSpeed takes for none
             raise UserError(
                 f"{path} ({key}): zero_optimization.{name}.device is nvme, whose files a checkpoint "
                 "cannot commit; use cpu."
@@ -97,6 +107,13 @@ def _eval_sources(config: Config) -> list[tuple[str, Sequence[DataSource]]]:
     return [(f"data.eval.{name}".rstrip("."), sources) for name, sources in (config.data.eval or {}).items()]
 
 
+def _check_surroundings(config: Config) -> None:
+    zero_settings(config.deepspeed.policy, "deepspeed.policy")
+    zero_settings(config.deepspeed.reference, "deepspeed.reference")
+    checks.check_packages(config)
+    checks.check_folders(config, make_objective(config.loss, DTYPES[config.model.dtype]))
+
+
 def _models(config: Config) -> Models:
     policy = inspect_folder(resolve(config.model.name_or_path, "model.name_or_path"), "model.name_or_path")
     reference = policy
@@ -104,11 +121,13 @@ def _models(config: Config) -> Models:
         key = "reference.name_or_path"
         reference = inspect_folder(resolve(config.reference.name_or_path, key), key)
     tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
+    checks.check_tokenizer(tokenizer, config.data.template, policy.config.vocab_size)
     return Models(policy, reference, tokenizer, DTYPES[config.model.dtype])
 
 
 def load_models(config: Config) -> Models:
     """All ranks: checked folders; hub models are fetched once a node."""
+    ranks.decide(partial(_check_surroundings, config))
     # The first rank of a node downloads, the others then find the files.
     ranks.together(partial(_models, config) if os.environ["LOCAL_RANK"] == "0" else lambda: None)
     return ranks.together(partial(_models, config))
@@ -120,6 +139,7 @@ def load_train(config: Config, models: Models, objective: Objective) -> Tokenise
     train = _open(config, models, config.data.train, "data.train")
     say(f"data.train: {train.report.text()}")
     check_rows(train, objective, "data.train")
+    ranks.decide(lambda: checks.check_lengths(config, train, objective, "data.train", trained=True))
     return train
 
 
@@ -131,6 +151,7 @@ def load_evals(config: Config, models: Models, objective: Objective) -> dict[str
         evals[name] = _open(config, models, sources, key)
         say(f"{key}: {evals[name].report.text()}")
         check_rows(evals[name], objective, key)
+        ranks.decide(partial(checks.check_lengths, config, evals[name], objective, key, trained=False))
     if not evals:
         say("data.eval is not set: nothing is evaluated")
     return evals
@@ -187,19 +208,20 @@ def score_reference(
     models: Models,
     objective: Objective,
     sets: Sequence[TokenisedRows],
-    key: str | None,
+    reference: Weights | None,
     stop_asked: Callable[[], bool],
 ) -> tuple[list[ScoredRows], FirstPass | None]:
     """All ranks: the data sets with what the reference says of them, the first pass run where that is missing.
 
-    key: of the reference's weights, None for a loss without reference.
+    reference: its weights, None for a loss without reference.
     """
-    if key is None:
+    if reference is None:
         say(f"loss {config.loss.name}: no reference, no first pass")
         return [ScoredRows(rows, None) for rows in sets], None
     done = run_first_pass(
         model=models.reference,
-        store=ReferenceStore(config.reference_store / key),
+        store=ReferenceStore(config.reference_store / reference.key),
+        check_loaded=lambda: ranks.together(lambda: refuse_if_changed(reference.states)),
         sets=sets,
         responses=objective.responses,
         dtype=models.dtype,
@@ -216,13 +238,19 @@ def reference_settings(config: Config, models: Models) -> dict[str, Any]:
     return zero3.reference_settings(zero, dtype=models.dtype, offload=config.reference.offload)
 
 
-def reference_weights_key(models: Models, objective: Objective) -> str | None:
-    """All ranks: the key of the reference's weights in the store; None for a loss without reference."""
-    return weights_key(models.reference, models.dtype) if objective.needs_reference else None
+def reference_weights(config: Config, models: Models, objective: Objective) -> Weights | None:
+    """All ranks: what the reference's weights are now; None for a loss without reference."""
+    return weights(models.reference, models.dtype, config.cache_dir) if objective.needs_reference else None
 
 
-def weights_key(model: ModelFolder, dtype: torch.dtype) -> str:
-    """All ranks: the reference store's key, the weight files' content hashed by the ranks in parallel."""
-    mine = {i: file_digest(file) for i, file in enumerate(model.weight_files) if i % ranks.world_size() == ranks.rank()}
-    digests = {i: d for part in ranks.gather(mine) for i, d in part.items()}
-    return reference_key([digests[i] for i in range(len(digests))], model.config, dtype)
+def weights(model: ModelFolder, dtype: torch.dtype, cache: Path) -> Weights:
+    """All ranks: the weight files' content hashed by the ranks in parallel, what is known in the cache not again."""
+    world, files = ranks.world_size(), model.weight_files
+    states = {file: FileState.of(file) for file in files}  # before the hashing, which may take minutes
+
+    def hash_mine() -> list[str]:
+        return [remembered_digest(file, cache / "digests") for file in files[ranks.rank() :: world]]
+
+    parts = ranks.gather(ranks.together(hash_mine))
+    digests = [parts[i % world][i // world] for i in range(len(files))]
+    return Weights(reference_key(digests, model.config, dtype), states)

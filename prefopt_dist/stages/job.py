@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks
+from prefopt_dist.distributed.shared import refuse_local_folder
 from prefopt_dist.errors import UserError
 from prefopt_dist.training.run_folder import RunFolder
 from prefopt_dist.training.stopping import Requests
@@ -18,24 +17,9 @@ from prefopt_dist.training.stopping import Requests
 def run_folder(config: Config, *, begins: bool) -> Iterator[RunFolder]:
     """All ranks: rank 0 has opened and locked the folder, and every node sees it; begins as in RunFolder.open."""
     folder = RunFolder(config.run_dir)
-    mark = config.run_dir / f".seen-{secrets.token_hex(4)}"
-
-    def open_it() -> str:
-        folder.open(config, world_size=ranks.world_size(), begins=begins)
-        mark.touch()
-        return str(mark)
-
-    seen = ranks.decide(open_it)
+    ranks.decide(lambda: folder.open(config, world_size=ranks.world_size(), begins=begins))
     try:
-
-        def look() -> None:
-            if not os.path.exists(seen):
-                raise UserError(f"run.dir: this node does not see {config.run_dir}. Choose a folder on a shared disk.")
-
-        ranks.together(look)
-    finally:
-        mark.unlink(missing_ok=True)
-    try:
+        refuse_local_folder(config.run_dir, "run.dir", remedy="Choose another folder.")
         yield folder
     except UserError:
         folder.discard_unused()  # rank 0 alone has opened it

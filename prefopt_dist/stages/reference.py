@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
-from prefopt_dist.reference.first_pass import StoppedInFirstPass
+from prefopt_dist.reference.turn import StoppedInFirstPass
 from prefopt_dist.stages import ingredients
 from prefopt_dist.stages.job import requests_for, run_folder
 from prefopt_dist.tracking.console import say
@@ -21,10 +21,10 @@ def run(config: Config) -> None:
             raise UserError(f"loss.name: {config.loss.name!r} has no reference, so there is no first pass to run.")
         train = ingredients.load_train(config, models, objective)
         evals = ingredients.load_evals(config, models, objective)
-        key = ingredients.reference_weights_key(models, objective)
+        reference = ingredients.reference_weights(config, models, objective)
         try:
             _, done = ingredients.score_reference(
-                config, models, objective, [train, *evals.values()], key, lambda: requests.look().stop
+                config, models, objective, [train, *evals.values()], reference, lambda: requests.look().stop
             )
         except StoppedInFirstPass:
             if ranks.rank() == 0:
@@ -34,9 +34,9 @@ def run(config: Config) -> None:
             return
         assert done is not None
         if ranks.rank() == 0:
-            folder.note(
-                data=ingredients.data_facts(train, evals),
-                reference={"key": key, "sequences_scored": done.scored, "sequences_reused": done.reused},
-            )
+            folder.note(data=ingredients.data_facts(train, evals), reference=done.as_run_json())
             requests.obeyed()
-        say(f"reference: {done.scored} sequences scored, {done.reused} reused; {config.reference_store / str(key)}")
+        say(
+            f"done: {done.scored} sequences scored, {done.reused} reused; they lie in "
+            f"{config.reference_store / done.key}, and every run with these weights and this data takes them from there"
+        )

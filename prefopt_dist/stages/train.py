@@ -13,7 +13,7 @@ from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
-from prefopt_dist.reference.first_pass import StoppedInFirstPass
+from prefopt_dist.reference.turn import StoppedInFirstPass
 from prefopt_dist.stages import export, ingredients
 from prefopt_dist.stages.ingredients import Models
 from prefopt_dist.stages.job import requests_for, run_folder
@@ -38,14 +38,14 @@ def run(config: Config) -> None:
         train = ingredients.load_train(config, models, objective)
         evals = ingredients.load_evals(config, models, objective)
         order, total_steps = _plan_steps(config, train)
-        key = ingredients.reference_weights_key(models, objective)
-        facts = {"reference_key": key, "data_digest": train.report.digest}
+        reference = ingredients.reference_weights(config, models, objective)
+        facts = {"reference_key": reference and reference.key, "data_digest": train.report.digest}
         root = config.run_dir / "checkpoints"
         found = checkpoint.find(root)
         _check_resume(config, found, facts)  # before the first pass, which may take hours
         try:
             (scored, *others), first_pass = ingredients.score_reference(
-                config, models, objective, [train, *evals.values()], key, lambda: requests.look().stop
+                config, models, objective, [train, *evals.values()], reference, lambda: requests.look().stop
             )
         except StoppedInFirstPass:
             if ranks.rank() == 0:
@@ -54,11 +54,10 @@ def run(config: Config) -> None:
             say("stopped on request in the first pass; start again to go on")
             return
         if ranks.rank() == 0:
-            reference = None
-            if first_pass is not None:
-                counts = {"sequences_scored": first_pass.scored, "sequences_reused": first_pass.reused}
-                reference = {"key": key} | counts
-            folder.note(data=ingredients.data_facts(train, evals), reference=reference)
+            folder.note(
+                data=ingredients.data_facts(train, evals),
+                reference=None if first_pass is None else first_pass.as_run_json(),
+            )
 
         engine = _policy(config, models)
         state: dict[str, Any] | None = None

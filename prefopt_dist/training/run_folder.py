@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import platform
 import secrets
-import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from prefopt_dist.config import Config, differing, identity, to_yaml
 from prefopt_dist.errors import UserError
+from prefopt_dist.file_lock import FileLock
 from prefopt_dist.files import read_json, write_atomic, write_json
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "wandb")
+START_FILES = ("run.json", "config.yaml", "STOPPED")
+"""What a start changes before it does any work."""
 
 
 class RunFolder:
@@ -26,8 +27,10 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: int | None = None
+        self._lock = FileLock(path / ".lock")
         self._began = False
+        self._before: dict[str, bytes | None] | None = None
+        self._made: list[Path] = []
         self._facts: dict[str, Any] = {}
 
     @property
@@ -44,7 +47,13 @@ class RunFolder:
         """Refuses a folder that holds another run; writes nothing, the folder need not exist."""
         if not (self.path / "run.json").exists():
             return
-        held: dict[str, Any] = read_json(self.path / "run.json")["identity"]
+        facts = read_json(self.path / "run.json")
+        held = facts.get("identity") if isinstance(facts, dict) else None
+        if not isinstance(held, dict):
+            raise UserError(
+                f"run.dir: {self.path / 'run.json'} says nothing of its run's identity, as that of every run does; "
+                "put the file back, or choose another run.dir."
+            )
         changed = differing(held, json.loads(json.dumps(identity(config))))
         if changed:
             raise UserError(
@@ -61,6 +70,7 @@ class RunFolder:
         self.check_identity(config)
         if not begins and not (self.path / "run.json").exists():
             raise UserError(f"run.dir: {self.path} holds no run. Give the folder of one, or train first.")
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -73,6 +83,7 @@ class RunFolder:
         if not begins or self.summary() is not None:
             self._facts = read_json(self.path / "run.json")
             return
+        self._before = {name: _content(self.path / name) for name in START_FILES}
         (self.path / "STOPPED").unlink(missing_ok=True)
         (self.path / "STOP").unlink(missing_ok=True)  # of an earlier start: it was meant for that one
         write_atomic(self.path / "config.yaml", to_yaml(config))
@@ -89,7 +100,7 @@ class RunFolder:
                 "data": {"train": None, "eval": None},
                 "reference": None,
             }
-        versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
+        versions = {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()}
         start = {"world_size": world_size, "time": _now(), "step": None}
         self.note(versions=versions, starts=[*self._facts["starts"], start])
 
@@ -99,7 +110,8 @@ class RunFolder:
         write_json(self.path / "run.json", self._facts)
 
     def note_start_step(self, step: int) -> None:
-        """The step from which this start goes on."""
+        """The step from which this start goes on; from here on it is no unused one."""
+        self._before = None
         *earlier, this = self._facts["starts"]
         self.note(starts=[*earlier, this | {"step": step}])
 
@@ -119,35 +131,47 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         """The kernel gives the lock back when the process ends, however it ends."""
-        self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            other = os.read(self._lock, 500).decode(errors="replace").strip() or "unknown"
+        other = self._lock.take()
+        if other is not None:
             raise UserError(
                 f"run.dir: {self.path} is held by another job ({other}). Wait for it, stop it by creating "
                 f"{self.path / 'STOP'}, or choose another run.dir."
-            ) from None
-        os.ftruncate(self._lock, 0)
-        os.write(self._lock, f"host {socket.gethostname()}, process {os.getpid()}, since {_now()}".encode())
+            )
 
     def discard_unused(self) -> None:
-        """After a mistake of the user in a run's very first start: as if it had not been, so it can be mended.
+        """After a mistake of the user before any step of this start: as if it had not been, so it can be mended.
 
-        Otherwise the mended configuration would be refused as another run.
+        Otherwise the mended configuration of a first start would be refused as another run.
         """
-        if not self._began or self._lock is None or (self.path / "metrics.jsonl").exists():
+        if self._before is None or not self._lock.held:
             return
-        for name in ("run.json", "config.yaml", ".lock"):
-            (self.path / name).unlink(missing_ok=True)
-        if not any(self.path.iterdir()):
-            self.path.rmdir()
+        for name, content in self._before.items():
+            if content is None:
+                (self.path / name).unlink(missing_ok=True)
+            else:
+                write_atomic(self.path / name, content)
+        self._before = None
+        if not self._began:
+            return
+        (self.path / ".lock").unlink(missing_ok=True)
+        with suppress(OSError):  # what is not empty stays
+            for folder in self._made:
+                folder.rmdir()
 
     def close(self) -> None:
         """Gives the lock back."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.give_back()
+
+
+def _content(file: Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # a run that needs it is refused elsewhere
+        return None
 
 
 def _now() -> str:

@@ -1,0 +1,96 @@
+"""Mistakes that are found before any model is loaded: folders, packages, the tokenizer, token budgets.
+
+Nothing here needs ranks or leaves anything behind.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefopt_dist.config import Config
+from prefopt_dist.data import TokenisedRows
+from prefopt_dist.data.template import read_template
+from prefopt_dist.errors import UserError
+from prefopt_dist.objectives import Objective
+from prefopt_dist.packages import refuse_absent
+from prefopt_dist.training.export import check_target
+
+
+def check_folders(config: Config, objective: Objective) -> None:
+    """Refuses folders in which no file can be made: found at the export, after days, it would be a pity."""
+    _refuse_unwritable(config.run_dir, "run.dir")
+    _refuse_unwritable(config.cache_dir / "tokenised", "run.cache")
+    if objective.needs_reference:
+        key = "run.cache" if config.reference.store is None else "reference.store"
+        _refuse_unwritable(config.reference_store, key)
+    check_target(config.export_dir)
+    if config.export.dir is not None:
+        _refuse_unwritable(config.export_dir, "export.dir", where=config.export_dir.parent)
+
+
+def _refuse_unwritable(folder: Path, key: str, where: Path | None = None) -> None:
+    """Where `folder` (or `where`, in which it is made) does not exist, its nearest parent must take a new folder."""
+    there = where or folder
+    while not os.path.lexists(there):
+        there = there.parent
+    try:
+        # By trying: permission bits say nothing of read-only mounts, and nothing at all to root.
+        with tempfile.TemporaryFile(dir=there, prefix=".writable-"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{key}: {folder} cannot be written ({there}: {error.strerror}). Choose a folder where files can be made."
+        ) from error
+
+
+def check_packages(config: Config) -> None:
+    """Refuses a run whose packages are not all there; those for the data are seen to where the data are read."""
+    refuse_absent("accelerate", "model.name_or_path", "loading a model sharded", "install this package with its own")
+    mode = os.environ.get("WANDB_MODE", config.tracking.wandb.mode)
+    if mode in ("online", "offline", "dryrun"):
+        refuse_absent("wandb", "tracking.wandb.mode", f"the mode {mode!r}", "set tracking.wandb.mode=disabled")
+
+
+def check_tokenizer(tokenizer: Any, template: str, vocab_size: int) -> None:
+    """Refuses a tokenizer that cannot end a response, or that is not the model's."""
+    end = read_template(tokenizer, template).end
+    tokens, end_id = tokenizer.vocab_size, tokenizer.convert_tokens_to_ids(end)
+    if tokens > vocab_size or end_id >= vocab_size:
+        raise UserError(
+            f"model.tokenizer: it has {tokens} tokens and ends a response with token {end_id} ({end}), but the "
+            f"model's vocab_size is {vocab_size}, so ids must be below that; give the tokenizer of the model"
+        )
+
+
+def check_lengths(config: Config, rows: TokenisedRows, objective: Objective, key: str, *, trained: bool) -> None:
+    """Refuses a token budget that the longest row exceeds: its micro-batch would need more memory than was meant.
+
+    trained: the rows of data.train; evaluation packs whole units under the first pass's budget.
+    """
+    lengths = np.diff(rows.offsets).reshape(rows.n, 1 + rows.responses)
+    prompts = lengths[:, 0]
+    inputs = lengths[:, 1 : 1 + objective.responses] - 1  # a response's last token predicts nothing
+    units = prompts + inputs.sum(axis=1)
+    _refuse_longer(config, rows, units, key, "train.micro_batch_tokens", config.train.micro_batch_tokens)
+    scored = [units] if not trained else [prompts + inputs.max(axis=1)] if objective.needs_reference else []
+    for tokens in scored:
+        budget = config.reference_micro_batch_tokens
+        _refuse_longer(config, rows, tokens, key, "reference.micro_batch_tokens", budget)
+
+
+def _refuse_longer(
+    config: Config, rows: TokenisedRows, tokens: NDArray[np.int64], key: str, budget_key: str, budget: int
+) -> None:
+    longest = int(tokens.argmax())
+    if tokens[longest] > budget:
+        raise UserError(
+            f"{budget_key}: got {budget}, but {rows.origin(longest)} ({key}) has {tokens[longest]} packed tokens, and "
+            f"every row must fit into one micro-batch; raise it to at least {tokens[longest]}, or lower "
+            f"data.max_length (now {config.data.max_length})"
+        )

@@ -1,0 +1,155 @@
+"""Random configurations and data: they are taken, or refused with the user's one message; there is no third way.
+
+`test_…_at_length` has 10,000 tries in all. Each fault that was found has its smallest example below as a test.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fuzz_strategies import OVERRIDES, YAML_NOISE, configurations, lines
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from tokenizers_for_tests import CHATML, INST, small_tokenizer
+
+from prefopt_dist.config import load_config, to_yaml
+from prefopt_dist.data import DataSource, open_rows, prepare_rows
+from prefopt_dist.data.forms import FORMS
+from prefopt_dist.errors import UserError
+
+QUICK = settings(
+    max_examples=200, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)
+LONG = settings(QUICK, max_examples=5000, derandomize=False)
+
+WITH_TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + CHATML
+TOKENIZERS = {
+    "chatml": small_tokenizer(CHATML),
+    "inst": small_tokenizer(INST, adds_bos=True),
+    "plain": small_tokenizer(None),
+    "tools": small_tokenizer(WITH_TOOLS),
+}
+
+
+def must_be_a_message(error: UserError) -> None:
+    """A text of a few lines that a terminal and a file can take, with a place before its colon."""
+    said = str(error)
+    place, _, rest = said.partition(":")
+    assert place.strip(), said
+    assert rest.strip(), said
+    if "no row is left to use" not in said:  # with which goes the report of what was dropped
+        assert len(said.splitlines()) <= 10, said
+        assert len(said) < 3000, said
+    said.encode(errors="backslashreplace")
+
+
+# Configurations
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def load(folder: Path, content: bytes, overrides: list[str]) -> None:
+    """Loads, and what is saved of it loads back equal; or it is the user's mistake."""
+    file = folder / "run.yaml"
+    file.write_bytes(content)
+    try:
+        config = load_config(file, overrides)
+    except UserError as error:
+        event("refused")
+        must_be_a_message(error)
+        return
+    event("loaded")
+    saved = folder / "saved.yaml"
+    saved.write_text(to_yaml(config), encoding="utf-8")
+    again = load_config(saved)
+    assert to_yaml(again) == to_yaml(config)
+
+
+CONFIGURATIONS = given(
+    content=st.one_of(configurations(), configurations(), configurations(), YAML_NOISE), overrides=OVERRIDES
+)
+
+
+@QUICK
+@CONFIGURATIONS
+def test_configurations(folder: Path, content: bytes, overrides: list[str]) -> None:
+    load(folder, content, overrides)
+
+
+@pytest.mark.slow
+@LONG
+@CONFIGURATIONS
+def test_configurations_at_length(folder: Path, content: bytes, overrides: list[str]) -> None:
+    load(folder, content, overrides)
+
+
+# Data
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_waiting_for_the_disk() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+def prepare(folder: Path, content: bytes, **changes: Any) -> None:
+    """Reads and tokenises the file: rows = used + dropped, or the user's mistake, and nothing half-made."""
+    file = folder / "rows.jsonl"
+    file.write_bytes(content)
+    choices: dict[str, Any] = {
+        "tokenizer": TOKENIZERS[changes.pop("tokenizer", "chatml")],
+        "form": "auto",
+        "template": "auto",
+        "max_length": 200,
+        "max_prompt_length": 100,
+        "on_bad_row": "drop",
+    } | changes
+    cache = folder / "cache"
+    try:
+        made = prepare_rows([DataSource(str(file))], **choices, cache_dir=cache, vocab_size=1000, say=lambda _: None)
+        rows = open_rows(made)
+        report = rows.report
+        assert report.rows == report.used + sum(report.dropped.values())
+        assert rows.n == report.used > 0
+        assert report.rows <= content.count(b"\n") + 1
+        assert choices["on_bad_row"] == "drop" or report.used == report.rows
+        assert all(rows.length(i) > 0 for i in range(rows.n))
+        report.text().encode()
+        event("used, some dropped" if report.dropped else "used")
+    except UserError as error:
+        event("refused")
+        must_be_a_message(error)
+    finally:
+        assert not list(cache.glob("tokenised/.*"))
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+DATA = given(
+    content=st.lists(lines(), max_size=5).map(b"\n".join),
+    tokenizer=st.sampled_from(sorted(TOKENIZERS)),
+    form=st.sampled_from([*["auto"] * 8, *FORMS]),
+    template=st.sampled_from(["auto", "auto", "auto", "chat", "none"]),
+    max_length=st.sampled_from([200, 200, 40, 24]),
+    on_bad_row=st.sampled_from(["drop", "drop", "drop", "stop"]),
+)
+
+
+@QUICK
+@DATA
+def test_data(folder: Path, content: bytes, max_length: int, **changes: Any) -> None:
+    prepare(folder, content, max_length=max_length, max_prompt_length=max_length // 2, **changes)
+
+
+@pytest.mark.slow
+@LONG
+@DATA
+def test_data_at_length(folder: Path, content: bytes, max_length: int, **changes: Any) -> None:
+    prepare(folder, content, max_length=max_length, max_prompt_length=max_length // 2, **changes)
