@@ -98,4 +98,6 @@ def _leave_status(status: int, message: str) -> None:
 
 
 if __name__ == "__main__":
-    _leave(main(sys.argv[1:]))
+    given = sys.argv[1:]
+    sys.argv[1:] = [mask_secrets(argument) for argument in given]  # W&B records the command line
+    _leave(main(given))

@@ -272,6 +272,7 @@ def an_altered_byte_in_any_shard(folder: Path) -> dict[str, Any]:
             content[place] ^= bit
             shard.write_bytes(content)
 
+        ranks.gather(None)  # the other rank has read the shard as it was
         ranks.decide(flip)
         found["scored"].append(scored(config_for(folder, f"bytes-{number}", cache="bytes"))[0])
     return found | {"same rows": stored(config) == before, "worst": worst(config)}

@@ -299,6 +299,48 @@ def test_bfloat16(world: World) -> None:
     assert {t.dtype for t in load_file(target / "model.safetensors").values()} == {torch.float32}
 
 
+def test_a_planted_secret_is_in_nothing_that_a_run_writes(world: World) -> None:
+    """Keys in the environment, in the YAML and on the command line; a run that ends well and one that does not."""
+    planted = {
+        "HF_TOKEN": "hf_" + "Pl4ntedHub" * 3,
+        "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567",
+        "SITE_PASSWORD": "planted-pass-phrase-7719",
+        "AWS_SECRET_ACCESS_KEY": "pl4nted/Acc3ss+Key/ofAStore",
+    }
+    in_yaml, in_override = "hf_" + "1nTheYaml9" * 3, "wandb_v1_" + "0nTheC0mmandLine" * 2
+    run = world.run(
+        "secret",
+        cache="cache-secret",
+        train={"global_batch_pairs": G, "max_steps": 2},
+        tracking={"wandb": {"mode": "offline", "group": f"token={in_yaml}", "name": in_yaml}},
+    )
+    before = {p: p.stat().st_mtime_ns for p in Path("/tmp").iterdir()}
+    said = ""
+    for overrides in (
+        [f"tracking.wandb.tags=[{in_override},{planted['SITE_PASSWORD']}]"],
+        [f"data.train={in_override}"],
+    ):
+        done = subprocess.run(
+            ["launch/run.sh", "-n", "1", "train", str(run), *overrides],
+            env=ENVIRONMENT | planted,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == (0 if "tags" in overrides[0] else 2), done.stderr[-3000:]
+        said += done.stdout + done.stderr
+    assert "***" in (world.folder / "secret" / "config.yaml").read_text(), "the secrets were planted where they show"
+    secrets = [*planted.values(), in_yaml, in_override]
+    assert [s for s in secrets if s in said] == []
+    places = [world.folder / "secret", world.folder / "cache-secret"]
+    places += [p for p in Path("/tmp").iterdir() if p.is_file() and before.get(p) != p.stat().st_mtime_ns]
+    files = [f for p in places for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file()]
+    assert any(f.suffix == ".wandb" for f in files)
+    found = [(f.name, s) for f in files for s in secrets if s.encode() in f.read_bytes()]
+    assert found == []
+
+
 def test_changed_data_are_refused_at_a_resume(world: World) -> None:
     """Rows of a changed file would be lost or repeated; nothing is touched and the old file goes on."""
     data, folder = world.folder / "changing.jsonl", world.folder / "changed"

@@ -152,16 +152,17 @@ def _open_log(config: Config, folder: RunFolder, start: int) -> loop.Log:
     if again:
         say(f"metrics: {again} rows after step {start} are written again")
     folder.note_start_step(start)
-    wandb = config.tracking.wandb
+    masked = mask_secrets(to_dict(config))
+    wandb = masked["tracking"]["wandb"]
     feed = WandbFeed(
-        mode=wandb.mode,
-        project=wandb.project,
-        name=wandb.name or config.run_dir.name,
-        group=wandb.group,
-        tags=wandb.tags,
+        mode=wandb["mode"],
+        project=wandb["project"],
+        name=wandb["name"] or config.run_dir.name,
+        group=wandb["group"],
+        tags=wandb["tags"],
         run_id=folder.facts["wandb_id"],
         folder=folder.path,
-        config=mask_secrets(to_dict(config)),
+        config=masked,
         metrics=metrics,
     )
     feed.feed()
