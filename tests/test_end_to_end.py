@@ -197,9 +197,21 @@ def test_kill_in_first_pass_then_on_one_rank(world: World, whole: Path) -> None:
     assert reference["sequences_reused"] == there > 0
     assert reference["sequences_scored"] == len(all_rows) - there > 0
     assert stored(cache) == all_rows
-    launch(run)
+    said = launch(run)
     reference = json.loads((world.folder / "killed-two" / "run.json").read_text())["reference"]
     assert reference["sequences_scored"] == 0
+    # What was read, dropped, reused, what comes; at the end what was done and where it lies.
+    for words in (
+        f"data.train: {PAIRS} rows (raw_pair): {PAIRS} used, 0 dropped",
+        "data.eval: 61 rows",
+        f"all {len(all_rows)} sequences are in the store",
+        f"training: dpo, steps 1 to {STEPS} of {G} rows",
+        "evaluation every 10 steps; checkpoint every 6 steps",
+        f"done: {STEPS} steps, {PAIRS} rows seen",
+        str(world.folder / "killed-two" / "final"),
+        str(world.folder / "killed-two" / "metrics.jsonl"),
+    ):
+        assert words in said
     assert_same_end(world.folder / "killed-two", whole)
 
 

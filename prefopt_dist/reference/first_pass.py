@@ -34,7 +34,7 @@ from prefopt_dist.reference.plan import (
 )
 from prefopt_dist.reference.store import ReferenceStore, Score
 from prefopt_dist.reference.turn import StoppedInFirstPass, my_turn
-from prefopt_dist.tracking.console import say
+from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.tracking.progress import Progress
 
 SHARD_MICRO_BATCHES = 16
@@ -123,7 +123,7 @@ def _pass(
         held, whole = zero3.shard_bytes(engine.module)
         say(
             f"reference: {len(todo.missing)} sequences to score in {len(todo.micro_batches)} micro-batches, "
-            f"{todo.reused} reused; each rank holds {held / 2**20:.0f} of {whole / 2**20:.0f} MiB"
+            f"{todo.reused} reused; each rank holds {in_units(held)} of {in_units(whole)}"
         )
         _spot_check(engine, todo.checks, sets, dtype)
         _score(engine, todo, store, sets, stop_asked)

@@ -26,7 +26,7 @@ from prefopt_dist.objectives.dpo import tie_tolerance
 from prefopt_dist.reference.first_pass import FirstPass, run_first_pass
 from prefopt_dist.reference.store import ReferenceStore
 from prefopt_dist.stages import checks
-from prefopt_dist.tracking.console import say
+from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.training.batches import ScoredRows
 from prefopt_dist.training.run_folder import RunFolder
 
@@ -130,7 +130,17 @@ def load_models(config: Config) -> Models:
     ranks.decide(partial(_check_surroundings, config))
     # The first rank of a node downloads, the others then find the files.
     ranks.together(partial(_models, config) if os.environ["LOCAL_RANK"] == "0" else lambda: None)
-    return ranks.together(partial(_models, config))
+    models = ranks.together(partial(_models, config))
+    say(f"policy: {_described(models.policy)}, computed in {config.model.dtype}")
+    if config.reference.name_or_path is not None:
+        say(f"reference: {_described(models.reference)}")
+    return models
+
+
+def _described(model: ModelFolder) -> str:
+    size = sum(file.stat().st_size for file in model.weight_files)
+    files = "1 file" if len(model.weight_files) == 1 else f"{len(model.weight_files)} files"
+    return f"{model.path} ({model.config.model_type}, {files} of {in_units(size)})"
 
 
 def load_train(config: Config, models: Models, objective: Objective) -> TokenisedRows:

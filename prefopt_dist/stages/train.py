@@ -17,7 +17,7 @@ from prefopt_dist.reference.turn import StoppedInFirstPass
 from prefopt_dist.stages import export, ingredients
 from prefopt_dist.stages.ingredients import Models
 from prefopt_dist.stages.job import requests_for, run_folder
-from prefopt_dist.tracking.console import say
+from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.wandb_feed import WandbFeed
 from prefopt_dist.training import checkpoint, loop
@@ -80,10 +80,7 @@ def run(config: Config) -> None:
             facts=facts,
             log=_open_log(config, folder, start) if ranks.rank() == 0 else None,
         )
-        say(
-            f"training: {total_steps} steps of {config.train.global_batch_pairs} rows "
-            f"({order.rows_per_epoch} an epoch, {config.train.epochs} epochs) on {ranks.world_size()} ranks"
-        )
+        say(_what_comes(config, order, start, total_steps))
         stopped_at = loop.train(job, start, state)
         del engine
         _finish(config, folder, models, job, stopped_at)
@@ -142,7 +139,7 @@ def _policy(config: Config, models: Models) -> Any:
     )
     engine = zero3.policy_engine(scorer, optimizer, settings)
     held, whole = zero3.shard_bytes(scorer)
-    say(f"policy: each rank holds {held / 2**20:.0f} of {whole / 2**20:.0f} MiB of parameters")
+    say(f"policy: each rank holds {in_units(held)} of {in_units(whole)} of parameters")
     return engine
 
 
@@ -194,6 +191,19 @@ def _finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, st
     say(ranks.decide(conclude))
 
 
+def _what_comes(config: Config, order: Order, start: int, total: int) -> str:
+    per_step, epochs = config.train.global_batch_pairs, config.train.epochs
+    times = [("checkpoint", config.checkpoint.every_steps)]
+    if config.data.eval:
+        times.insert(0, ("evaluation", config.eval.every_steps))
+    every = [f"{what} every {steps} steps" if steps else f"{what} at the end" for what, steps in times]
+    return (
+        f"training: {config.loss.name}, steps {start + 1} to {total} of {per_step} rows "
+        f"({order.rows_per_epoch} an epoch, {epochs} {'epoch' if epochs == 1 else 'epochs'}) "
+        f"on {ranks.world_size()} ranks; {'; '.join(every)}"
+    )
+
+
 def _summary(config: Config, rows: list[dict[str, Any]], steps: int, exported: str) -> str:
     lines = [f"done: {steps} steps, {rows[-1]['pairs_seen']} rows seen"]
     for kind in ("train", "eval"):
@@ -203,5 +213,8 @@ def _summary(config: Config, rows: list[dict[str, Any]], steps: int, exported: s
         for name in both:
             if name.endswith(("/loss", "/rewards/accuracies", "/rewards/margins")):
                 lines.append(f"  {name}: {of_kind[0][name]:.4f} at first, {of_kind[-1][name]:.4f} at last")
-    lines += [f"  {exported}", f"  curves: {config.run_dir / 'metrics.jsonl'}"]
+    lines += [
+        f"  {exported}",
+        f"  curves: {config.run_dir / 'metrics.jsonl'}; checkpoints, configuration and versions beside it",
+    ]
     return "\n".join(lines)

@@ -10,6 +10,15 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def in_units(size: float) -> str:
+    """Bytes for people: three digits and a binary unit."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"
+
+
 def rank_fault(text: str) -> None:
     """Any rank tells a fault on stderr, each line under its rank.
 
