@@ -10,6 +10,10 @@ import sys
 import time
 
 from prefopt_dist.__main__ import main
+from prefopt_dist.stages import ingredients, inspect
+
+assert ingredients
+assert inspect  # imported now, or the first call would take as long as all imports
 
 found = []
 for arguments in json.loads(sys.argv[1]):

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz_strategies import OVERRIDES, YAML_NOISE, configurations, lines
+from fuzz_strategies import OVERRIDES, YAML_NOISE, configurations, lines, mostly
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, INST, small_tokenizer
@@ -55,39 +56,70 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
-def load(folder: Path, content: bytes, overrides: list[str]) -> None:
+def load(folder: Path, content: bytes, overrides: list[str]) -> str:
     """Loads, and what is saved of it loads back equal; or it is the user's mistake."""
     file = folder / "run.yaml"
     file.write_bytes(content)
     try:
         config = load_config(file, overrides)
     except UserError as error:
-        event("refused")
         must_be_a_message(error)
-        return
-    event("loaded")
+        return "refused"
     saved = folder / "saved.yaml"
     saved.write_text(to_yaml(config), encoding="utf-8")
     again = load_config(saved)
     assert to_yaml(again) == to_yaml(config)
+    return "loaded"
 
 
-CONFIGURATIONS = given(
-    content=st.one_of(configurations(), configurations(), configurations(), YAML_NOISE), overrides=OVERRIDES
-)
+CONFIGURATIONS = given(content=mostly(configurations(), YAML_NOISE), overrides=OVERRIDES)
 
 
 @QUICK
 @CONFIGURATIONS
 def test_configurations(folder: Path, content: bytes, overrides: list[str]) -> None:
-    load(folder, content, overrides)
+    event(load(folder, content, overrides))
 
 
 @pytest.mark.slow
 @LONG
 @CONFIGURATIONS
 def test_configurations_at_length(folder: Path, content: bytes, overrides: list[str]) -> None:
-    load(folder, content, overrides)
+    event(load(folder, content, overrides))
+
+
+RUN = "run: {dir: x}\nmodel: {name_or_path: m}\ndata: {train: d}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('"": 1', ["'': unknown key"]),
+        ('":": 1', ["':': unknown key"]),
+        ('"a\\n\\n\\nb": 1', ["'a\\n\\n\\nb': unknown key"]),
+        ("run: !!int x", ["run.yaml: ", "ValueError", "without !!tags"]),
+        ("run: !!bool maybe", ["run.yaml: ", "KeyError", "without !!tags"]),
+        ("run: !!timestamp x", ["run.yaml: ", "AttributeError", "without !!tags"]),
+        ("run: 2001-02-30", ["run: got '2001-02-30', must be a mapping"]),
+        ("run: !!map x", ["run.yaml: ", "without !!tags"]),
+        ("run: " + "9" * 5000, ["run.yaml: ", "ValueError", "write plain values"]),
+        ("[" * 2000, ["run.yaml: ", "RecursionError", "at most some levels deep"]),
+        ('run: {dir: "a\\0b"}', ["run.dir: got 'a\\x00b'", "without NUL", "remove them"]),
+        ('run: {dir: "\\ud800"}', ["run.dir: got '\\ud800'", "lone surrogates", "remove them"]),
+        ('base: "a\\0b"', ["leads nowhere", "correct it"]),
+        ('base: "\\ud800"', ["leads nowhere", "surrogates not allowed", "correct it"]),
+        ("base: " + "x" * 5000, ["cannot be read: File name too long"]),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else "",
+)
+def test_faults_found_in_configurations(folder: Path, text: str, words: list[str]) -> None:
+    file = folder / "run.yaml"
+    file.write_text(text if text.startswith(("run:", "[")) else RUN + text)
+    with pytest.raises(UserError) as refusal:
+        load_config(file)
+    must_be_a_message(refusal.value)
+    for word in words:
+        assert word in str(refusal.value)
 
 
 # Data
@@ -100,7 +132,7 @@ def no_waiting_for_the_disk() -> Any:
         yield
 
 
-def prepare(folder: Path, content: bytes, **changes: Any) -> None:
+def prepare(folder: Path, content: bytes, **changes: Any) -> str:
     """Reads and tokenises the file: rows = used + dropped, or the user's mistake, and nothing half-made."""
     file = folder / "rows.jsonl"
     file.write_bytes(content)
@@ -123,10 +155,10 @@ def prepare(folder: Path, content: bytes, **changes: Any) -> None:
         assert choices["on_bad_row"] == "drop" or report.used == report.rows
         assert all(rows.length(i) > 0 for i in range(rows.n))
         report.text().encode()
-        event("used, some dropped" if report.dropped else "used")
+        return "used, some dropped" if report.dropped else "used"
     except UserError as error:
-        event("refused")
         must_be_a_message(error)
+        return "refused"
     finally:
         assert not list(cache.glob("tokenised/.*"))
         shutil.rmtree(cache, ignore_errors=True)
@@ -145,11 +177,40 @@ DATA = given(
 @QUICK
 @DATA
 def test_data(folder: Path, content: bytes, max_length: int, **changes: Any) -> None:
-    prepare(folder, content, max_length=max_length, max_prompt_length=max_length // 2, **changes)
+    event(prepare(folder, content, max_length=max_length, max_prompt_length=max_length // 2, **changes))
 
 
 @pytest.mark.slow
 @LONG
 @DATA
 def test_data_at_length(folder: Path, content: bytes, max_length: int, **changes: Any) -> None:
-    prepare(folder, content, max_length=max_length, max_prompt_length=max_length // 2, **changes)
+    event(prepare(folder, content, max_length=max_length, max_prompt_length=max_length // 2, **changes))
+
+
+@pytest.mark.parametrize(
+    "tools", ["[" * 2000, '[{"a": "\\ud800"}]', "[" + "9" * 5000 + "]"], ids=["deep", "surrogate", "digits"]
+)
+def test_faults_found_in_data(tmp_path: Path, tools: str) -> None:
+    """JSON text within JSON: what the line's own parsing refuses came through here."""
+    row = {"prompt": "what is blue?", "chosen": "the sky", "rejected": "grass"}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in (row, row | {"tools": tools})))
+    assert prepare(tmp_path, file.read_bytes(), tokenizer="tools") == "used, some dropped"
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: wrong_type: tools must be a list of objects, or JSON text"):
+        prepare_rows(
+            [DataSource(str(file))], tokenizer=TOKENIZERS["tools"], form="auto", template="auto", max_length=200,
+            max_prompt_length=100, on_bad_row="stop", cache_dir=tmp_path / "cache", vocab_size=1000,
+        )  # fmt: skip
+
+
+def test_a_template_that_fails_in_its_own_way_costs_the_row(tmp_path: Path) -> None:
+    """A template is a program: it may divide by zero."""
+    tokenizer = small_tokenizer(CHATML + "{% if messages[0]['content'] == 'zero' %}{{ 1 // 0 }}{% endif %}")
+    rows = [{"prompt": prompt, "chosen": "the sky", "rejected": "grass"} for prompt in ("one", "zero")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = prepare_rows(
+        [DataSource(str(file))], tokenizer=tokenizer, form="auto", template="auto", max_length=200,
+        max_prompt_length=100, on_bad_row="drop", cache_dir=tmp_path / "cache", vocab_size=1000,
+    )  # fmt: skip
+    assert open_rows(made).report.dropped == {"template_refused": 1}

@@ -18,7 +18,8 @@ from door import tree
 
 REPOSITORY = Path(__file__).parents[1]
 NAME = "somebody/private-thing"
-PATIENCE = 10
+PATIENCE = 20
+"""Seconds, on a busy machine; `datasets` itself would go on for longer than that."""
 
 
 class Hub(BaseHTTPRequestHandler):

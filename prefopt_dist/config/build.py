@@ -53,7 +53,7 @@ def _is_writable(text: str) -> bool:
 
 
 def _join(path: str, key: str) -> str:
-    if len(key) > 80 or not re.fullmatch(r"[\w.-]+", key):
+    if len(key) > 80 or not re.fullmatch(r"[\w./-]+", key):
         key = repr(key[:80])  # or a place such as ':' or a whole page would stand in the message
     return f"{path}.{key}" if path else key
 

@@ -92,7 +92,7 @@ def read_text(path: Path, what: str) -> str:
     except ValueError as error:  # a NUL or a lone surrogate in the path
         raise UserError(f"{str(path)!r}: {what} cannot have this path ({error}); correct it") from None
     except OSError as error:
-        raise UserError(f"{str(path)!r}: {what} cannot be read: {error.strerror}; check it") from None
+        raise UserError(f"{str(path)[:200]!r}: {what} cannot be read: {error.strerror}; check it") from None
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
