@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prefopt_dist.data.micro_batch import Segment, Unit, pack
+from prefopt_dist.data.micro_batch import Segment, Unit, pack, packed_tokens
 from prefopt_dist.model import attention, head
+from prefopt_dist.model.load import FAMILIES
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO, SFT, Terms
 
@@ -39,6 +40,19 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.5, 2.0, 3.0],
+    "long_factor": [4.0, 8.0, 12.0, 16.0],
+    "original_max_position_embeddings": 128,
+}
+GEMMA: dict[str, Any] = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 10,
+    "sliding_window": WINDOW,
+    "tie_word_embeddings": True,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "llama-untied": ("llama", {"tie_word_embeddings": False}),
@@ -59,6 +73,39 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"head_dim": 16, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     ),
+    # Caps that bind, windows that are shorter than the sequences, heads whose scale is not 1/√d.
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}),
+    "gemma2-untied-no-caps": (
+        "gemma2",
+        GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False},
+    ),
+    "gemma2-attention-cap": ("gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": None}),
+    "gemma3": ("gemma3_text", GEMMA | {"sliding_window_pattern": 2}),
+    "gemma3-untied-linear": (
+        "gemma3_text",
+        GEMMA
+        | {
+            "tie_word_embeddings": False,
+            "final_logit_softcapping": 4.0,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+            },
+        },
+    ),
+    "qwen3-tied": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "phi3": ("phi3", {"tie_word_embeddings": False}),
+    "phi3-window-partial-tied": (
+        "phi3",
+        {
+            "sliding_window": WINDOW,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "phi3-longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
+    "olmo2": ("olmo2", {"tie_word_embeddings": False}),
+    "olmo2-tied": ("olmo2", {"tie_word_embeddings": True}),
 }
 
 
@@ -95,7 +142,7 @@ def tokens(draw: np.random.RandomState, n: int) -> np.ndarray:
 def pairs() -> list[Unit]:
     """Every kind of sharing and of length: see the names."""
     draw = np.random.RandomState(1)
-    shared_by_two, shared_by_four, lonely, single = (tokens(draw, n) for n in (9, 6, 12, 1))
+    shared_by_two, shared_by_four, lonely, single, begun = (tokens(draw, n) for n in (9, 6, 12, 1, 5))
     same, a, b, c, one, other_one = (tokens(draw, n) for n in (11, 8, 3, 17, 1, 1))
     assert one[0] != other_one[0]
     rows = [
@@ -111,6 +158,11 @@ def pairs() -> list[Unit]:
         (shared_by_two, (a, b)),  # a whole row again
         (single, (one, other_one)),
         (tokens(draw, 1), (one, tokens(draw, 30))),
+        (begun, (np.r_[b, a], np.r_[b, c])),  # responses that begin alike
+        (begun, (np.r_[b, other_one], b)),  # one that begins another one, and b is now told from two
+        (tokens(draw, 4), (a, np.r_[a, one])),
+        (tokens(draw, 4), (np.r_[c, one], c[:-1])),
+        (tokens(draw, 7), (np.r_[c, one], np.r_[c, other_one])),  # apart in their last token only
     ]
     return [Unit(100 + i, prompt, responses) for i, (prompt, responses) in enumerate(rows)]
 
@@ -139,9 +191,18 @@ def apart(got: torch.Tensor, exact: torch.Tensor) -> float:
     return ((got - exact).abs() / exact.abs()).max().item()
 
 
+def test_every_family_is_tried_tied_and_untied() -> None:
+    tried = {(f, make(name).config.tie_word_embeddings) for name, (f, _) in MODELS.items()}
+    assert tried == {(f, tied) for f in FAMILIES for tied in (False, True)}
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_dpo_equals_plain_float64(name: str) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dpo_equals_plain_float64(name: str, checkpointing: bool) -> None:
     lm = make(name)
+    if checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.train()
     exact = plain.build_plain(lm)
     units = pairs()
     reference = references(units)
@@ -161,6 +222,7 @@ def test_dpo_equals_plain_float64(name: str) -> None:
     for metric, value in expected.items():
         assert means[metric] == pytest.approx(value.item(), rel=1e-5, abs=1e-6 * scale), metric
     error, tensor = worst(gradients(lm), gradients(exact))
+    print(f"{name}: sums {apart(terms.sums, sums.detach()):.1e}, gradients {error:.1e} ({tensor})")
     assert error <= 1e-5, f"{tensor}: {error}"
 
 
@@ -247,7 +309,7 @@ def test_bias_of_the_head() -> None:
     hidden, target = torch.randn(40, 8, requires_grad=True), torch.randint(0, VOCABULARY, (40,))
     weight = torch.randn(40)
     head.attach_logp_head(layer)
-    logps = layer(hidden, target)
+    logps = layer(hidden, target[:, None])[:, 0]
     (logps * weight).sum().backward()
     twin = hidden.detach().double().requires_grad_()
     wanted = torch.log_softmax(exact(twin), -1).gather(-1, target[:, None])[:, 0]
@@ -265,7 +327,7 @@ def test_extreme_logits_stay_finite(offset: float) -> None:
         layer.weight.copy_(torch.tensor([[offset, 0], [0, 0], [0, 1], [1, 0], [0, -1.0]]))
     head.attach_logp_head(layer)
     hidden = torch.tensor([[1.0, 1.0], [-1.0, 1.0]], requires_grad=True)
-    logps = layer(hidden, torch.tensor([0, 0]))
+    logps = layer(hidden, torch.tensor([[0], [0]]))[:, 0]
     wanted = torch.log_softmax(torch.nn.functional.linear(hidden.double(), layer.weight.double()), -1)[:, 0]
     torch.testing.assert_close(logps.double(), wanted, rtol=1e-6, atol=1e-6)
     logps.sum().backward()
@@ -390,7 +452,7 @@ def test_bfloat16_head_gradient_over_many_blocks(monkeypatch: pytest.MonkeyPatch
             layer.weight.copy_(weight)
         head.attach_logp_head(layer)
         hidden.grad = None
-        layer(hidden, target).sum().backward()
+        layer(hidden, target[:, None]).sum().backward()
         assert layer.weight.grad is not None
         assert layer.weight.grad.dtype == torch.bfloat16
         errors[rows] = float((layer.weight.grad.double() - twin.grad).norm() / twin.grad.norm())
@@ -426,27 +488,63 @@ def test_pack_of_a_hand_made_row() -> None:
         [
             Unit(7, ids(1, 2), (ids(3, 4, 5), ids(6))),
             Unit(9, ids(8), (ids(3, 4), ids(9, 9, 9))),
-            Unit(4, ids(1, 2), (ids(6), ids(7, 7))),
+            Unit(4, ids(1, 2), (ids(6), ids(3, 4, 7, 7))),
         ],
         2,
     )
-    #                               prompt  a1    b1 has none, c1   prompt a2   b2
+    #                                prompt  a1   b1 none, c1's rest (7), prompt, a2, b2
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 7, 8, 3, 9, 9]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2]]
-    assert batch.segments == (Segment(0, 0, 0, 4), Segment(0, 2, 4, 5), Segment(5, 5, 5, 7), Segment(5, 6, 7, 9))
-    assert batch.source.tolist() == [1, 2, 3, 1, 1, 4, 5, 6, 5, 7, 8]
-    assert batch.target.tolist() == [3, 4, 5, 6, 7, 7, 3, 4, 9, 9, 9]
-    assert batch.counts.tolist() == [3, 1, 2, 2, 3]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 1, 2]]
+    assert batch.segments == (Segment(0, 0, 0, 4), Segment(0, 4, 4, 5), Segment(5, 5, 5, 7), Segment(5, 6, 7, 9))
+    assert batch.source.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert batch.target.tolist() == [[3, 6], [4, 0], [5, 7], [7, 0], [3, 9], [4, 0], [9, 0], [9, 0]]
+    #                              3  4  5   6   3  4  7  7   3  4    9  9  9
+    assert batch.scored.tolist() == [0, 2, 4, 1, 0, 2, 5, 6, 8, 10, 9, 12, 14]
+    assert batch.counts.tolist() == [3, 1, 4, 2, 3]
     assert batch.units.tolist() == [[0, 1], [3, 4], [1, 2]]
     assert batch.rows == (7, 9, 4)
     assert batch.tokens == 9
+    assert batch.gathered.keys.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 5, 7, 8]
+    assert batch.gathered.query_ends.tolist() == [0, 4, 5, 7, 9]
+    assert batch.gathered.key_ends.tolist() == [0, 4, 9, 11, 14]
+    assert (batch.gathered.longest_query, batch.gathered.longest_key) == (4, 5)
 
 
 def test_every_segment_covers_the_row_once() -> None:
     batch = pack(pairs(), 2)
     covered = [t for s in batch.segments for t in range(s.start, s.end)]
     assert covered == list(range(batch.tokens))
-    assert batch.counts.sum() == len(batch.target) == len(batch.source)
+    assert batch.counts.sum() == len(batch.scored)
+    assert len(batch.target) == len(batch.source) == len(set(batch.source.tolist()))
+
+
+def test_every_scored_token_is_its_response_s() -> None:
+    """What the row says of each sequence, read back: its tokens, predicted by those before them."""
+    units = pairs()
+    batch = pack(units, 2)
+    assert batch.tokens == packed_tokens(units)
+    ends = batch.counts.cumsum(0).tolist()
+    per_state = batch.target.shape[1]
+    for u, sequences in zip(units, batch.units.tolist(), strict=True):
+        for response, q in zip(u.responses, sequences, strict=True):
+            places = batch.scored[ends[q] - int(batch.counts[q]) : ends[q]]
+            assert batch.target.flatten()[places].tolist() == response.tolist()
+            source = batch.source[places // per_state]
+            assert batch.input_ids[0, source].tolist() == [u.prompt[-1], *response[:-1]]
+            assert batch.position_ids[0, source].tolist() == list(
+                range(len(u.prompt) - 1, len(u.prompt) + len(response) - 1)
+            )
+
+
+def test_a_common_beginning_stands_in_the_row_once() -> None:
+    draw = np.random.RandomState(2)
+    prompt, common = tokens(draw, 6), tokens(draw, 5)
+    a, b = np.r_[common, 1, tokens(draw, 3)], np.r_[common, 2, tokens(draw, 7)]
+    a, b = a.astype(np.int32), b.astype(np.int32)
+    batch = pack([Unit(0, prompt, (a, b))], 2)
+    assert batch.tokens == 6 + 5 + 3 + 7
+    assert len(batch.source) == 1 + 5 + 3 + 7
+    assert batch.segments[1].prefix_end == 11
 
 
 def test_to_a_device_keeps_all() -> None:
@@ -454,6 +552,6 @@ def test_to_a_device_keeps_all() -> None:
     moved = batch.to(torch.device("meta"))
     assert moved.segments == batch.segments
     assert moved.rows == batch.rows
-    for n in ("input_ids", "position_ids", "source", "target", "counts", "units"):
+    for n in ("input_ids", "position_ids", "source", "target", "scored", "counts", "units"):
         assert getattr(moved, n).device.type == "meta"
         assert getattr(moved, n).shape == getattr(batch, n).shape
