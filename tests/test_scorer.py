@@ -367,7 +367,28 @@ def test_a_cache_in_the_configuration_changes_nothing(name: str) -> None:
     assert all(torch.equal(s, sums[0]) for s in sums)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "mistral-window", "qwen3"])
+ONE_OF_EACH = ["llama-tied", "mistral-window", "qwen2", "qwen3", "gemma2", "gemma3", "phi3-longrope", "olmo2"]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_other_tokens_of_a_neighbour_change_no_bit(name: str) -> None:
+    """One pair's tokens changed, its lengths kept: the row has the same shape, the others the same bits."""
+    scorer = Scorer(make(name))
+    units = pairs()
+    draw = np.random.RandomState(9)
+    k = 1
+    changed = Unit(1, tokens(draw, len(units[k].prompt)), tuple(tokens(draw, len(r)) for r in units[k].responses))
+    before, after = pack(units, 2), pack([*units[:k], changed, *units[k + 1 :]], 2)
+    assert before.segments == after.segments
+    assert not torch.equal(before.input_ids, after.input_ids)
+    with torch.no_grad():
+        sums, again = scorer(before)[before.units], scorer(after)[after.units]
+    others = [i for i in range(len(units)) if i != k]
+    assert torch.equal(sums[others], again[others])
+    assert apart(again[k], sums[k]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_neighbours_do_not_matter(name: str) -> None:
     """Another pair's tokens changed, lengthened or left out: every other pair keeps its log-probs."""
     scorer = Scorer(make(name))
