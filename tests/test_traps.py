@@ -11,7 +11,7 @@ import numpy as np
 import plain
 import pytest
 import torch
-from test_scorer import MODELS, apart, make, tokens
+from models_for_tests import MODELS, apart, make, tokens
 from transformers import AttentionMaskInterface
 
 from prefopt_dist.data.micro_batch import MicroBatch, Unit, pack
