@@ -221,9 +221,13 @@ def test_an_empty_micro_batch_gives_zeros(name: str, checkpointing: bool) -> Non
             assert torch.count_nonzero(p.grad) == 0, n
 
 
-def test_bfloat16_is_near_float64() -> None:
-    """Against the float64 model of the same (bfloat16) weights: rounding of 8 bits, not errors."""
-    lm = make("llama-untied", torch.bfloat16)
+@pytest.mark.parametrize("name", ["llama-untied", "gemma2", "gemma3", "phi3-window-partial-tied", "olmo2"])
+def test_bfloat16_is_near_float64(name: str) -> None:
+    """Against the float64 model of the same (bfloat16) weights: rounding of 8 bits, not errors.
+
+    The bounds are what transformers' own bfloat16 model has, one sequence at a time: 0.03 (Llama) to 0.074 (Gemma 3).
+    """
+    lm = make(name, torch.bfloat16)
     exact = plain.build_plain(lm)
     units = pairs()
     terms = Scorer(lm)(pack(units, 2), DPO(0.05), references(units))
@@ -234,7 +238,7 @@ def test_bfloat16_is_near_float64() -> None:
     lengths = torch.tensor([[len(r) for r in u.responses] for u in units], dtype=torch.float64)
     assert ((terms.sums - sums.detach()).abs() / lengths.sqrt()).max() <= 0.1
     error, tensor = worst(gradients(lm), gradients(exact))
-    assert error <= 0.05, f"{tensor}: {error}"
+    assert error <= (0.07 if name == "gemma3" else 0.05), f"{tensor}: {error}"
 
 
 def test_frozen_parts_get_no_gradient() -> None:

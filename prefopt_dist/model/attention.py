@@ -24,8 +24,8 @@ NAME = "prefopt_shared_prefix"
 
 VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 """torch before 2.12 says `is_causal` for `window_size=(-1, 0)` and lacks some of window, scale and grouped heads."""
-VARLEN_HEAD_SIZE = 256
-"""The largest head of the flash kernel."""
+VARLEN_HEAD_SIZES = range(8, 257, 8)
+"""What the flash kernel takes; it also needs a GPU of compute capability 8 (Ampere) or more."""
 
 
 def shared_prefix_attention(
@@ -64,7 +64,8 @@ def varlen_can(query: torch.Tensor, window: int | None) -> bool:
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] <= VARLEN_HEAD_SIZE
+        and query.shape[-1] in VARLEN_HEAD_SIZES
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and (window is None or "window_size" in VARLEN_OPTIONS)
     )
 
