@@ -10,12 +10,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from models_for_tests import MODELS, apart, gradients, make, pairs, references, worst
+from models_for_tests import MODELS, apart, gradients, make, pairs, references, tokens, worst
 from torch.nn.attention.varlen import varlen_attn
 
-from prefopt_dist.data.micro_batch import Segment, gather, pack
+from prefopt_dist.data.micro_batch import Segment, Unit, gather, pack
 from prefopt_dist.model import attention
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
@@ -103,6 +104,18 @@ def test_one_call_equals_a_call_a_segment(name: str, kernel: Kernel, monkeypatch
     (sums, grads), (wanted, wanted_grads) = found
     assert apart(sums, wanted) <= 1e-6
     assert worst(grads, wanted_grads)[0] <= 1e-5
+
+
+def test_without_shared_prompts_nothing_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_place(plain_varlen, monkeypatch)
+    draw = np.random.RandomState(3)
+    batch = pack([Unit(i, tokens(draw, 4 + i), (tokens(draw, 9),)) for i in range(3)], 1)
+    assert torch.equal(batch.gathered.keys, torch.arange(batch.tokens))
+    scorer = Scorer(make("llama-tied"))
+    with torch.no_grad():
+        sums = scorer(batch)
+        monkeypatch.setattr(attention, "varlen_can", lambda *_: False)
+        assert apart(sums, scorer(batch)) <= 1e-6
 
 
 def windows(lm: Any) -> list[int | None]:

@@ -84,7 +84,8 @@ def varlen(
     not been run.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
-    k, v = k[gathered.keys], v[gathered.keys]
+    if len(gathered.keys) > len(k):  # without shared prompts the keys stand as they are needed
+        k, v = k[gathered.keys], v[gathered.keys]
     options: dict[str, Any] = {}
     if "window_size" in VARLEN_OPTIONS:
         # The kernel counts the tokens before a token, transformers the token itself too.
