@@ -174,7 +174,10 @@ def _repeated(x: torch.Tensor, repeat: int) -> torch.Tensor:
 def _capped(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float, cap: float
 ) -> torch.Tensor:
-    """softmax(c·tanh(q kᵀ·scaling/c)) v with float32 scores; q [1, h, q, d]; k, v [1, 1, k, d]; mask [q, k]."""
+    """softmax(c·tanh(q kᵀ·scaling/c)) v; q [1, h, q, d]; k, v [1, 1, k, d]; mask [q, k].
+
+    The two products are in the model's dtype, cap and softmax between them in float32.
+    """
     scores = (q @ k.transpose(-1, -2)).float() * scaling
     scores = (torch.tanh(scores / cap) * cap).masked_fill(~mask, -torch.inf)
     return scores.softmax(-1).to(v.dtype) @ v
