@@ -1,9 +1,10 @@
 """The exact answer: float64, unsharded, unpadded, one sequence at a time, by plain transformers and the papers.
 
 Nothing here comes from the package: no packing, no own attention, no own head, no objective. transformers'
-own RMSNorm and eager softmax round to float32 in a float64 model too, so the norms are exchanged for exact
-ones and the attention is torch's; what remains in float32 is the table of rotary angles, which belongs to
-the model (sine and cosine are rounded alike in a float32 model).
+own RMSNorm and eager softmax round to float32 in a float64 model too, and its other attentions know no
+soft-capping, so the norms are exchanged for exact ones and the attention is the textbook's, in float64 with
+transformers' own masks; what remains in float32 is the table of rotary angles, which belongs to the model
+(sine and cosine are rounded alike in a float32 model).
 
 Legend: P pairs.
 """
@@ -19,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.masking_utils import eager_mask
 
 Ids = Sequence[int] | np.ndarray
 
@@ -28,10 +30,10 @@ def build_plain(source: Any) -> nn.Module:
     """A float64 model of its own from a folder (read with from_pretrained) or a model in memory (copied)."""
     if isinstance(source, (str, Path)):
         # The folder's own dtype first: float32 widened to float64 loses nothing.
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64, attn_implementation="plain")
     else:
         config = type(source.config).from_dict(copy.deepcopy(source.config.to_dict()))
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = "plain"
         model = type(source)(config).to(torch.float64)
         model.load_state_dict({k: v.detach().to(torch.float64) for k, v in source.state_dict().items()})
     model.config.use_cache = False
@@ -42,7 +44,31 @@ def build_plain(source: Any) -> nn.Module:
 
 
 def _exact_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    if type(self).__name__.startswith("Gemma"):  # its weights are stored as their distance from 1
+        return (1 + self.weight) * x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
     return self.weight * x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """softmax(q kᵀ · scaling + mask) v; the scores capped by c·tanh(·/c) where the model says so."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return (torch.softmax(scores + attention_mask, dim=-1) @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("plain", _attention)
+AttentionMaskInterface.register("plain", eager_mask)
 
 
 def token_log_probs(model: Any, prompt: Ids, response: Ids) -> torch.Tensor:

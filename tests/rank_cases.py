@@ -5,6 +5,7 @@ Every rank runs every case; rank 0 writes FOLDER/<case>.json with what the case 
 
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from prefopt_dist.training import checkpoint, step
 from prefopt_dist.training.batches import ScoredRows, step_batch, whole_set
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.gate import StartGate
+from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.stopping import Request
 
 PAIRS, G = 37, 11
@@ -52,23 +54,34 @@ def ready(config: Config) -> tuple[ingredients.Models, Any, ScoredRows, str | No
     return models, objective, scored, reference and reference.key
 
 
-def equality(folder: Path, name: str, budget: int, loss: dict[str, object], **sections: dict[str, object]) -> dict:
+def equality(
+    folder: Path,
+    name: str,
+    budget: int,
+    loss: dict[str, object],
+    *,
+    of: str = "model",
+    make_engine: Callable[[Config, ingredients.Models], Any] = train._policy,
+    steps: int | None = None,
+    **sections: dict[str, object],
+) -> dict:
     """One epoch's steps, their gradients, losses and metrics, against float64, unsharded, one sequence at a time."""
+    sections["model"] = {"name_or_path": str(folder / of)} | sections.get("model", {})
     config = config_for(
         folder,
         name,
         loss=loss,
         reference={"name_or_path": str(folder / "reference")} if loss["name"] == "dpo" else {},
-        train={"global_batch_pairs": G, "micro_batch_tokens": budget},
+        train={"global_batch_pairs": G, "micro_batch_tokens": 512},  # what a run may say; the budget here is smaller
         **sections,
     )
     models, objective, scored, _ = ready(config)
-    engine = train._policy(config, models)
+    engine = make_engine(config, models)
     order = Order(scored.rows.source, scored.rows.weights, config.run.seed, G)
-    exact_policy = plain.build_plain(folder / "model")
+    exact_policy = plain.build_plain(folder / of)
     exact_reference = plain.build_plain(folder / "reference")
     found: dict[str, Any] = {"loss": [], "metrics": [], "gradient": [], "sizes": [], "micro_batches": [], "ids": []}
-    for index in range(order.steps_per_epoch):
+    for index in range(steps or order.steps_per_epoch):
         rows = order.step(index).rows.tolist()
         batch = step_batch(scored, rows, objective.responses, budget)
         packed = step.gradient(engine, batch, objective, None)
@@ -148,6 +161,27 @@ def dpo_checkpointing(folder: Path) -> dict:
 
 def sft_many_micro_batches(folder: Path) -> dict:
     return equality(folder, "sft-many", 150, {"name": "sft"})
+
+
+def dpo_gemma2(folder: Path) -> dict:
+    """Caps, windows and a tied head under ZeRO-3; checkpointing around the attention's own."""
+    return equality(folder, "dpo-gemma2", 150, DPO, of="gemma2", steps=2, model={"checkpointing": "all"})
+
+
+def dpo_phi3(folder: Path) -> dict:
+    return equality(folder, "dpo-phi3", 150, DPO, of="phi3", steps=2)
+
+
+def dpo_stage_2(folder: Path) -> dict:
+    """The same module under ZeRO-2: whole parameters on every rank, gradients and optimizer sharded."""
+    return equality(folder, "dpo-stage-2", 150, DPO, make_engine=stage_2_engine, steps=2)
+
+
+def stage_2_engine(config: Config, models: ingredients.Models) -> Any:
+    settings = zero3.policy_settings({"zero_optimization": {"stage": 2}}, dtype=models.dtype, max_grad_norm=None)
+    scorer = Scorer(load_whole(models.policy, dtype=models.dtype)).train()
+    optimizer = adamw(scorer, learning_rate=1e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    return zero3.policy_engine(scorer, optimizer, settings)
 
 
 def whole_evaluation(folder: Path) -> dict:
@@ -396,6 +430,8 @@ def packs_alone_and_together(folder: Path) -> dict:
 def prepare(folder: Path) -> None:
     worlds.write_model(folder / "model", seed=1, scale=2.0)
     worlds.write_model(folder / "reference", seed=2, scale=2.0)
+    worlds.write_family(folder / "gemma2", folder / "model", "gemma2", sliding_window=5)
+    worlds.write_family(folder / "phi3", folder / "model", "phi3", sliding_window=9)
     worlds.write_pairs(folder / "pairs.jsonl", PAIRS)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import worlds
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.digests import file_digest
@@ -28,6 +28,7 @@ from prefopt_dist.model.load import (
 )
 
 KEY = "model.name_or_path"
+NO_SPECIAL: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 Edit = Callable[[Path], None]
 
 
@@ -79,6 +80,19 @@ def split_weights(folder: Path) -> list[Path]:
     return files
 
 
+def small(family: str, **fields: Any) -> PreTrainedConfig:
+    sizes = {
+        "vocab_size": 20,
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    return AutoConfig.for_model(family, **sizes, **NO_SPECIAL, **fields)
+
+
 # Sound folders
 
 
@@ -99,17 +113,7 @@ def test_weights_in_several_files(folder: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_accepted_and_loads(tmp_path: Path, family: str) -> None:
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(small(family)).save_pretrained(tmp_path)
     lm = load_whole(inspect_folder(tmp_path, KEY), dtype=torch.float32)
     assert lm.config._attn_implementation == "prefopt_shared_prefix"
     assert not lm.training
@@ -149,11 +153,69 @@ def test_a_config_that_is_none(folder: Path, text: str) -> None:
     assert "config.json cannot be read" in complaint(folder)
 
 
-def test_an_unsupported_family(folder: Path) -> None:
-    configure(folder, model_type="gpt2")
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("gpt2", "have not been compared"),
+        ("gpt_oss", "have not been compared"),
+        ("cohere", "have not been compared"),
+        ("mamba", "state along the row"),
+        ("jamba", "state along the row"),
+        ("lfm2", "state along the row"),
+        ("qwen3_next", "state along the row"),
+        ("recurrent_gemma", "state along the row"),
+        ("rwkv", "state along the row"),
+        ("gemma3", "takes images too. Save its language model alone (Gemma3ForCausalLM, model_type gemma3_text)"),
+        ("llava", "takes images too"),
+    ],
+)
+def test_an_unsupported_family(folder: Path, family: str, why: str) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": family}))
     message = complaint(folder)
-    assert "'gpt2'" in message
+    assert f"'{family}'" in message
+    assert why in message
     assert all(f in message for f in FAMILIES)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_attention_to_what_follows_is_refused(tmp_path: Path, family: str) -> None:
+    small(family, use_bidirectional_attention=True).save_pretrained(tmp_path)
+    assert "use_bidirectional_attention" in complaint(tmp_path)
+
+
+def test_other_layers_in_a_supported_family_are_refused(tmp_path: Path) -> None:
+    small("qwen3", layer_types=["full_attention", "chunked_attention"]).save_pretrained(tmp_path)
+    assert "layer_types" in complaint(tmp_path)
+    assert "chunked_attention;" in complaint(tmp_path)
+
+
+@pytest.mark.parametrize("layer", ["full_attention", "sliding_attention"])
+def test_rope_is_looked_at_in_every_type_of_layer(tmp_path: Path, layer: str) -> None:
+    rope: dict[str, Any] = {
+        t: {"rope_type": "default", "rope_theta": 1e4} for t in ("full_attention", "sliding_attention")
+    }
+    config = small("gemma3_text", rope_parameters=rope)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert inspect_folder(tmp_path, KEY).config.rope_parameters == rope
+    rope[layer] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    configure(tmp_path, rope_parameters=rope)
+    assert "rope_type 'dynamic'" in complaint(tmp_path)
+
+
+def test_longrope_up_to_the_length_of_its_short_factors(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 64,
+    }
+    config = small("phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert inspect_folder(tmp_path, KEY, max_length=64).config.model_type == "phi3"
+    with pytest.raises(UserError, match=r"Set data.max_length to at most 64 \(it is 65\)"):
+        inspect_folder(tmp_path, KEY, max_length=65)
+    assert "rope_type 'longrope'" in complaint(tmp_path)
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "yarn", "longrope"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,56 +9,24 @@ import numpy as np
 import plain
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from models_for_tests import (
+    MODELS,
+    VOCABULARY,
+    apart,
+    gradients,
+    make,
+    pairs,
+    plain_sums,
+    references,
+    tokens,
+    worst,
+)
 
-from prefopt_dist.data.micro_batch import Segment, Unit, pack
-from prefopt_dist.model import attention, head
+from prefopt_dist.data.micro_batch import Unit, pack
+from prefopt_dist.model import head
+from prefopt_dist.model.load import FAMILIES
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO, SFT, Terms
-
-VOCABULARY = 67
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-WINDOW = 5
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama-untied": ("llama", {"tie_word_embeddings": False}),
-    "llama-mha": ("llama", {"num_key_value_heads": 4}),
-    "llama-mqa-biases": ("llama", {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
-    "llama-rope-llama3": ("llama", {"rope_parameters": LLAMA3}),
-    "llama-rope-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
-    "mistral-window": ("mistral", {"sliding_window": WINDOW, "tie_word_embeddings": False}),
-    "mistral-window-2": ("mistral", {"sliding_window": 2}),
-    "mistral-no-window": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
-    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen2-window-upper-layers": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "tie_word_embeddings": False},
-    ),
-    "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": False}),
-    "qwen3-window": (
-        "qwen3",
-        {"head_dim": 16, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
-    ),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -76,72 +43,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def make(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A random model whose every parameter matters: biases and norms moved off 0 and 1, log-probs wide apart."""
-    family, fields = MODELS[name]
-    config = AutoConfig.for_model(family, **(SIZES | fields | changes))
-    torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.float32)
-    with torch.no_grad():
-        for p in lm.parameters():
-            p.add_(torch.randn_like(p) * 0.15)
-    return lm.to(dtype).eval()
-
-
-def tokens(draw: np.random.RandomState, n: int) -> np.ndarray:
-    return draw.randint(0, VOCABULARY, size=n).astype(np.int32)
-
-
-def pairs() -> list[Unit]:
-    """Every kind of sharing and of length: see the names."""
-    draw = np.random.RandomState(1)
-    shared_by_two, shared_by_four, lonely, single = (tokens(draw, n) for n in (9, 6, 12, 1))
-    same, a, b, c, one, other_one = (tokens(draw, n) for n in (11, 8, 3, 17, 1, 1))
-    assert one[0] != other_one[0]
-    rows = [
-        (shared_by_two, (a, b)),
-        (lonely, (tokens(draw, 20), tokens(draw, 2))),
-        (shared_by_four, (one, other_one)),  # one-token responses first: the prompt's segment is the prompt alone
-        (shared_by_two, (c, a)),  # a: chosen there, rejected here
-        (single, (tokens(draw, 13), one)),
-        (shared_by_four, (same, one)),
-        (shared_by_four, (same, c)),
-        (shared_by_four, (b, same)),
-        (lonely[:-1], (a, c)),  # a prompt that begins another one
-        (shared_by_two, (a, b)),  # a whole row again
-        (single, (one, other_one)),
-        (tokens(draw, 1), (one, tokens(draw, 30))),
-    ]
-    return [Unit(100 + i, prompt, responses) for i, (prompt, responses) in enumerate(rows)]
-
-
-def plain_sums(model: Any, units: list[Unit]) -> torch.Tensor:
-    return torch.stack([torch.stack([plain.sequence_logp(model, u.prompt, r) for r in u.responses]) for u in units])
-
-
-def references(units: list[Unit]) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(3)
-    lengths = torch.tensor([[len(r) for r in u.responses] for u in units], dtype=torch.float64)
-    return -lengths * (3.5 + 2 * torch.rand(lengths.shape, generator=draw, dtype=torch.float64))
-
-
-def gradients(lm: Any) -> dict[str, torch.Tensor]:
-    return {n: p.grad.double().clone() for n, p in lm.named_parameters()}
-
-
-def worst(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """Largest ‖Δ‖/‖g‖ of a tensor, and its name."""
-    assert got.keys() == exact.keys()
-    return max((float((got[n] - exact[n]).norm() / exact[n].norm()), n) for n in exact)
-
-
-def apart(got: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((got - exact).abs() / exact.abs()).max().item()
+def test_every_family_is_tried_tied_and_untied() -> None:
+    tried = {(f, make(name).config.tie_word_embeddings) for name, (f, _) in MODELS.items()}
+    assert tried == {(f, tied) for f in FAMILIES for tied in (False, True)}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_dpo_equals_plain_float64(name: str) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dpo_equals_plain_float64(name: str, checkpointing: bool) -> None:
     lm = make(name)
+    if checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.train()
     exact = plain.build_plain(lm)
     units = pairs()
     reference = references(units)
@@ -161,6 +74,7 @@ def test_dpo_equals_plain_float64(name: str) -> None:
     for metric, value in expected.items():
         assert means[metric] == pytest.approx(value.item(), rel=1e-5, abs=1e-6 * scale), metric
     error, tensor = worst(gradients(lm), gradients(exact))
+    print(f"{name}: sums {apart(terms.sums, sums.detach()):.1e}, gradients {error:.1e} ({tensor})")
     assert error <= 1e-5, f"{tensor}: {error}"
 
 
@@ -186,6 +100,16 @@ def test_the_window_matters() -> None:
     assert abs(narrow - wide) > 1e-2
 
 
+@pytest.mark.parametrize(
+    "change", [{"attn_logit_softcapping": None}, {"final_logit_softcapping": None}, {"sliding_window": 1000}]
+)
+def test_caps_and_windows_of_gemma2_matter(change: dict[str, Any]) -> None:
+    exact, other = plain.build_plain(make("gemma2")), plain.build_plain(make("gemma2", **change))
+    u = pairs()[1]
+    with_it, without = (plain.sequence_logp(m, u.prompt, u.responses[0]) for m in (exact, other))
+    assert abs(with_it - without) > 1e-2
+
+
 def test_plain_of_a_folder_is_plain_of_the_model(tmp_path: Any) -> None:
     lm = make("qwen3")
     lm.save_pretrained(tmp_path)
@@ -194,85 +118,6 @@ def test_plain_of_a_folder_is_plain_of_the_model(tmp_path: Any) -> None:
         plain.sequence_logp(plain.build_plain(s), u.prompt, u.responses[0]) for s in (tmp_path, lm)
     )
     assert from_folder.item() == pytest.approx(from_model.item(), rel=1e-12)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 50, 10**6])
-def test_block_size_of_the_head_does_not_matter(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", rows * VOCABULARY)
-    lm = make("llama-tied")
-    exact = plain.build_plain(lm)
-    units = pairs()
-    terms = Scorer(lm)(pack(units, 2), DPO(0.3), references(units))
-    terms.loss.backward()
-    sums = plain_sums(exact, units)
-    plain.dpo_loss(sums, references(units), 0.3).sum().backward()
-    assert apart(terms.sums, sums.detach()) <= 1e-6
-    assert worst(gradients(lm), gradients(exact))[0] <= 1e-5
-
-
-def test_block_smaller_than_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", VOCABULARY // 2)
-    scorer = Scorer(make("llama-tied"))
-    batch = pack(pairs(), 2)
-    one_row = scorer(batch)
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", VOCABULARY)
-    assert torch.equal(one_row, scorer(batch))
-
-
-def test_never_all_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 6: no tensor of [scored tokens, vocabulary] is made, forward or backward."""
-    made: list[int] = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(t, torch.Tensor) and t.dim() >= 2 and t.shape[-1] == VOCABULARY:
-                    made.append(t.numel() // VOCABULARY)
-            return out
-
-    lm = make("llama-untied")
-    batch = pack(pairs(), 2)
-    assert len(batch.target) > 10 * 7
-    with Watch():
-        Scorer(lm)(batch, DPO(0.3), references(pairs())).loss.backward()
-    rows_at_once = {m for m in made if m != SIZES["hidden_size"]}  # [D, V]: a transposed weight
-    assert max(rows_at_once) <= 7
-
-
-def test_bias_of_the_head() -> None:
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(8, VOCABULARY)
-    exact = copy.deepcopy(layer).double()
-    hidden, target = torch.randn(40, 8, requires_grad=True), torch.randint(0, VOCABULARY, (40,))
-    weight = torch.randn(40)
-    head.attach_logp_head(layer)
-    logps = layer(hidden, target)
-    (logps * weight).sum().backward()
-    twin = hidden.detach().double().requires_grad_()
-    wanted = torch.log_softmax(exact(twin), -1).gather(-1, target[:, None])[:, 0]
-    (wanted * weight.double()).sum().backward()
-    assert apart(logps.double(), wanted) <= 1e-6
-    for got, want in ((layer.weight, exact.weight), (layer.bias, exact.bias), (hidden, twin)):
-        assert (got.grad - want.grad).norm() / want.grad.norm() <= 1e-6
-    assert torch.equal(layer(hidden), torch.nn.functional.linear(hidden, layer.weight, layer.bias))
-
-
-@pytest.mark.parametrize("offset", [1e4, -1e4])
-def test_extreme_logits_stay_finite(offset: float) -> None:
-    layer = torch.nn.Linear(2, 5, bias=False)
-    with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[offset, 0], [0, 0], [0, 1], [1, 0], [0, -1.0]]))
-    head.attach_logp_head(layer)
-    hidden = torch.tensor([[1.0, 1.0], [-1.0, 1.0]], requires_grad=True)
-    logps = layer(hidden, torch.tensor([0, 0]))
-    wanted = torch.log_softmax(torch.nn.functional.linear(hidden.double(), layer.weight.double()), -1)[:, 0]
-    torch.testing.assert_close(logps.double(), wanted, rtol=1e-6, atol=1e-6)
-    logps.sum().backward()
-    assert hidden.grad is not None
-    assert hidden.grad.isfinite().all()
-    assert layer.weight.grad is not None
-    assert layer.weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "mistral-window", "qwen2-window-upper-layers"])
@@ -305,7 +150,28 @@ def test_a_cache_in_the_configuration_changes_nothing(name: str) -> None:
     assert all(torch.equal(s, sums[0]) for s in sums)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "mistral-window", "qwen3"])
+ONE_OF_EACH = ["llama-tied", "mistral-window", "qwen2", "qwen3", "gemma2", "gemma3", "phi3-longrope", "olmo2"]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_other_tokens_of_a_neighbour_change_no_bit(name: str) -> None:
+    """One pair's tokens changed, its lengths kept: the row has the same shape, the others the same bits."""
+    scorer = Scorer(make(name))
+    units = pairs()
+    draw = np.random.RandomState(9)
+    k = 1
+    changed = Unit(1, tokens(draw, len(units[k].prompt)), tuple(tokens(draw, len(r)) for r in units[k].responses))
+    before, after = pack(units, 2), pack([*units[:k], changed, *units[k + 1 :]], 2)
+    assert before.segments == after.segments
+    assert not torch.equal(before.input_ids, after.input_ids)
+    with torch.no_grad():
+        sums, again = scorer(before)[before.units], scorer(after)[after.units]
+    others = [i for i in range(len(units)) if i != k]
+    assert torch.equal(sums[others], again[others])
+    assert apart(again[k], sums[k]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_neighbours_do_not_matter(name: str) -> None:
     """Another pair's tokens changed, lengthened or left out: every other pair keeps its log-probs."""
     scorer = Scorer(make(name))
@@ -355,9 +221,13 @@ def test_an_empty_micro_batch_gives_zeros(name: str, checkpointing: bool) -> Non
             assert torch.count_nonzero(p.grad) == 0, n
 
 
-def test_bfloat16_is_near_float64() -> None:
-    """Against the float64 model of the same (bfloat16) weights: rounding of 8 bits, not errors."""
-    lm = make("llama-untied", torch.bfloat16)
+@pytest.mark.parametrize("name", ["llama-untied", "gemma2", "gemma3", "phi3-window-partial-tied", "olmo2"])
+def test_bfloat16_is_near_float64(name: str) -> None:
+    """Against the float64 model of the same (bfloat16) weights: rounding of 8 bits, not errors.
+
+    The bounds are what transformers' own bfloat16 model has, one sequence at a time: 0.03 (Llama) to 0.074 (Gemma 3).
+    """
+    lm = make(name, torch.bfloat16)
     exact = plain.build_plain(lm)
     units = pairs()
     terms = Scorer(lm)(pack(units, 2), DPO(0.05), references(units))
@@ -368,36 +238,7 @@ def test_bfloat16_is_near_float64() -> None:
     lengths = torch.tensor([[len(r) for r in u.responses] for u in units], dtype=torch.float64)
     assert ((terms.sums - sums.detach()).abs() / lengths.sqrt()).max() <= 0.1
     error, tensor = worst(gradients(lm), gradients(exact))
-    assert error <= 0.05, f"{tensor}: {error}"
-
-
-def test_bfloat16_head_gradient_over_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """2,000 blocks of one row: accumulated in bfloat16 the sum would stall, far from the exact one."""
-    torch.manual_seed(0)
-    n, d = 2000, 16
-    hidden = (torch.randn(n, d) + 0.5).bfloat16().requires_grad_()
-    target = torch.randint(0, VOCABULARY, (n,))
-    weight = (torch.randn(VOCABULARY, d) * 0.3).bfloat16()
-
-    twin_hidden, twin = hidden.detach().double().requires_grad_(), weight.double().requires_grad_()
-    torch.log_softmax(twin_hidden @ twin.t(), -1).gather(-1, target[:, None]).sum().backward()
-    assert twin.grad is not None
-    errors = {}
-    for rows in (1, 16, n):
-        monkeypatch.setattr(head, "LOGITS_AT_ONCE", rows * VOCABULARY)
-        layer = torch.nn.Linear(d, VOCABULARY, bias=False, dtype=torch.bfloat16)
-        with torch.no_grad():
-            layer.weight.copy_(weight)
-        head.attach_logp_head(layer)
-        hidden.grad = None
-        layer(hidden, target).sum().backward()
-        assert layer.weight.grad is not None
-        assert layer.weight.grad.dtype == torch.bfloat16
-        errors[rows] = float((layer.weight.grad.double() - twin.grad).norm() / twin.grad.norm())
-        assert hidden.grad is not None
-        assert twin_hidden.grad is not None
-        assert (hidden.grad.double() - twin_hidden.grad).norm() / twin_hidden.grad.norm() <= 0.02
-    assert max(errors.values()) <= 4e-3, errors  # one rounding to 8 bits is up to 3.9e-3 an element
+    assert error <= (0.07 if name == "gemma3" else 0.05), f"{tensor}: {error}"
 
 
 def test_frozen_parts_get_no_gradient() -> None:
@@ -413,47 +254,3 @@ def test_parameter_names_gain_only_a_prefix() -> None:
     names = [n for n, _ in lm.named_parameters()]
     assert [n for n, _ in Scorer(lm).named_parameters()] == [f"lm.{n}" for n in names]
     assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
-
-
-# The packed row
-
-
-def test_pack_of_a_hand_made_row() -> None:
-    def ids(*t: int) -> np.ndarray:
-        return np.array(t, dtype=np.int32)
-
-    batch = pack(
-        [
-            Unit(7, ids(1, 2), (ids(3, 4, 5), ids(6))),
-            Unit(9, ids(8), (ids(3, 4), ids(9, 9, 9))),
-            Unit(4, ids(1, 2), (ids(6), ids(7, 7))),
-        ],
-        2,
-    )
-    #                               prompt  a1    b1 has none, c1   prompt a2   b2
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 7, 8, 3, 9, 9]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2]]
-    assert batch.segments == (Segment(0, 0, 0, 4), Segment(0, 2, 4, 5), Segment(5, 5, 5, 7), Segment(5, 6, 7, 9))
-    assert batch.source.tolist() == [1, 2, 3, 1, 1, 4, 5, 6, 5, 7, 8]
-    assert batch.target.tolist() == [3, 4, 5, 6, 7, 7, 3, 4, 9, 9, 9]
-    assert batch.counts.tolist() == [3, 1, 2, 2, 3]
-    assert batch.units.tolist() == [[0, 1], [3, 4], [1, 2]]
-    assert batch.rows == (7, 9, 4)
-    assert batch.tokens == 9
-
-
-def test_every_segment_covers_the_row_once() -> None:
-    batch = pack(pairs(), 2)
-    covered = [t for s in batch.segments for t in range(s.start, s.end)]
-    assert covered == list(range(batch.tokens))
-    assert batch.counts.sum() == len(batch.target) == len(batch.source)
-
-
-def test_to_a_device_keeps_all() -> None:
-    batch = pack(pairs(), 2)
-    moved = batch.to(torch.device("meta"))
-    assert moved.segments == batch.segments
-    assert moved.rows == batch.rows
-    for n in ("input_ids", "position_ids", "source", "target", "counts", "units"):
-        assert getattr(moved, n).device.type == "meta"
-        assert getattr(moved, n).shape == getattr(batch, n).shape

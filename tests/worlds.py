@@ -2,14 +2,21 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from prefopt_dist.demo import world
 
 WORDS = "the a red green blue cat dog bird tree house runs sings sleeps over under near old new big small".split()
+
+
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
 
 
 def write_pairs(file: Path, n: int, *, seed: int = 0, longest: int = 60) -> None:
@@ -50,6 +57,19 @@ def write_model(folder: Path, *, seed: int = 0, tied: bool = True, scale: float 
         for p in model.parameters():
             if p.dim() > 1:
                 p.mul_(scale)
+    model.save_pretrained(folder)
+
+
+def write_family(folder: Path, like: Path, family: str, **fields: object) -> None:
+    """A model of another family with the tokenizer and the sizes of the Llama in `like`, its numbers wide apart."""
+    shutil.copytree(like, folder)
+    (folder / "model.safetensors").unlink()
+    sizes = {k: v for k, v in LlamaConfig.from_pretrained(like).to_dict().items() if k in SIZES}
+    torch.manual_seed(4)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | fields)), dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
     model.save_pretrained(folder)
 
 

@@ -1,15 +1,17 @@
 """A micro-batch: one packed row of distinct sequences, and the units (pairs or single rows) over them.
 
-Legend: T packed input tokens, S scored (response) tokens, Q distinct sequences (prompt + response),
-U units, R responses of a unit.
+Legend: T packed input tokens, S scored (response) tokens, N tokens whose hidden states reach the output head,
+K most different tokens that one of them predicts, Q distinct sequences (prompt + response), U units,
+R responses of a unit.
 
 Each distinct prompt of the micro-batch stands in the row once, followed by its distinct responses:
 
-    [ prompt A | response a1 | response a2 | prompt B | response b1 | … ]
+    [ prompt A | response a1 | rest of a2 | prompt B | response b1 | … ]
 
-A response attends to its prompt and to itself (`Segment`), and its positions go on from the prompt's end,
-so every sequence is computed as if it stood alone. A response's last token predicts nothing and is no
-input; the prompt's last token predicts the first token of each of its responses.
+A response attends to its prompt, to the tokens that it begins with in common with the prompt's first
+response (they stand in the row once), and to itself (`Segment`); its positions go on from there, so every
+sequence is computed as if it stood alone. A response's last token predicts nothing and is no input; the
+prompt's last token predicts the first token of each of its responses, by one row of logits for all of them.
 """
 
 from __future__ import annotations
@@ -45,6 +47,41 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """The segments as variable-length attention takes them: queries as they stand, keys and values gathered.
+
+    Made once a micro-batch, on the host; no layer has to look at the segments again.
+    """
+
+    keys: torch.Tensor
+    """int64 [sum of key lengths]: index in the row of each key, segment after segment"""
+    query_ends: torch.Tensor
+    """int32 [segments + 1]: 0 and where each segment's queries end"""
+    key_ends: torch.Tensor
+    """int32 [segments + 1]: 0 and where each segment's gathered keys end"""
+    longest_query: int
+    longest_key: int
+
+    def to(self, device: torch.device) -> Gathered:
+        """The same with its tensors on `device`."""
+        names = ("keys", "query_ends", "key_ends")
+        return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
+
+
+def gather(segments: Sequence[Segment]) -> Gathered:
+    """From segments that cover the row in order, each token a query once."""
+    keys = [np.r_[s.prefix_start : s.prefix_end, s.start : s.end] for s in segments]
+    queries, lengths = [s.end - s.start for s in segments], [len(k) for k in keys]
+    return Gathered(
+        keys=torch.from_numpy(np.concatenate(keys).astype(np.int64)),
+        query_ends=torch.tensor([0, *np.cumsum(queries)], dtype=torch.int32),
+        key_ends=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        longest_query=max(queries),
+        longest_key=max(lengths),
+    )
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """One packed row. An empty one (no units) has a dummy token, so that every rank runs every layer."""
 
@@ -53,10 +90,14 @@ class MicroBatch:
     position_ids: torch.Tensor
     """int64 [1, T]: each token's position in its own sequence"""
     segments: tuple[Segment, ...]
+    gathered: Gathered
+    """The same segments for variable-length attention"""
     source: torch.Tensor
-    """int64 [S]: index in the row of the token that predicts each response token"""
+    """int64 [N]: index in the row of each token that predicts a response token; each such token once"""
     target: torch.Tensor
-    """int64 [S]: the response tokens, sequence after sequence"""
+    """int64 [N, K]: the different tokens that it predicts, filled up with 0"""
+    scored: torch.Tensor
+    """int64 [S]: each response token's place in `target`, flattened; sequence after sequence"""
     counts: torch.Tensor
     """int64 [Q]: response tokens of each sequence; they sum to S"""
     units: torch.Tensor
@@ -71,32 +112,45 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
-        names = ("input_ids", "position_ids", "source", "target", "counts", "units")
-        return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
+        names = ("input_ids", "position_ids", "source", "target", "scored", "counts", "units")
+        moved = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
+        return replace(self, gathered=self.gathered.to(device), **moved)
+
+
+def _groups(units: Sequence[Unit]) -> dict[bytes, tuple[Tokens, dict[bytes, Tokens]]]:
+    """The distinct prompts in order of appearance, each with its distinct responses."""
+    groups: dict[bytes, tuple[Tokens, dict[bytes, Tokens]]] = {}
+    for u in units:
+        _, responses = groups.setdefault(u.prompt.tobytes(), (u.prompt, {}))
+        for r in u.responses:
+            responses.setdefault(r.tobytes(), r)
+    return groups
+
+
+def _shared(first: Tokens, response: Tokens) -> int:
+    """Input tokens that a response begins with in common with the first response to its prompt."""
+    most = min(len(first), len(response)) - 1  # a last token is no input
+    differing = np.flatnonzero(first[:most] != response[:most])
+    return int(differing[0]) if len(differing) else most
 
 
 def packed_tokens(units: Sequence[Unit]) -> int:
     """Input tokens of the row that `pack(units)` makes: each distinct token once."""
-    groups: dict[bytes, tuple[int, dict[bytes, int]]] = {}
-    for u in units:
-        _, responses = groups.setdefault(u.prompt.tobytes(), (len(u.prompt), {}))
-        for r in u.responses:
-            responses[r.tobytes()] = len(r) - 1
-    return sum(p + sum(rs.values()) for p, rs in groups.values())
+    total = 0
+    for prompt, responses in _groups(units).values():
+        first, *others = responses.values()
+        total += len(prompt) + len(first) - 1 + sum(len(r) - 1 - _shared(first, r) for r in others)
+    return total
 
 
 def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
-    """Packs units into one row; equal prompts, and equal responses to one prompt, are taken once."""
+    """Packs units into one row; equal prompts, equal responses to one prompt and their common beginnings stand once."""
     if not units:
         return _empty(responses_per_unit)
-    groups: dict[bytes, tuple[Tokens, dict[bytes, Tokens]]] = {}
     for u in units:
         assert len(u.prompt) > 0, f"row {u.row}: empty prompt"
         assert all(len(r) > 0 for r in u.responses), f"row {u.row}: empty response"
         assert len(u.responses) == responses_per_unit, f"row {u.row}: {len(u.responses)} responses"
-        _, responses = groups.setdefault(u.prompt.tobytes(), (u.prompt, {}))
-        for r in u.responses:
-            responses.setdefault(r.tobytes(), r)
 
     ids: list[Tokens] = []
     positions: list[NDArray[np.int64]] = []
@@ -106,22 +160,25 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
     counts: list[int] = []
     index: dict[tuple[bytes, bytes], int] = {}
     at = 0
-    for key, (prompt, responses) in groups.items():
+    for key, (prompt, responses) in _groups(units).items():
         p_start, p_end = at, at + len(prompt)
         ids.append(prompt)
         positions.append(np.arange(len(prompt)))
         at = p_end
+        first = next(iter(responses.values()))
         for i, (response_key, response) in enumerate(responses.items()):
-            inputs = response[:-1]
+            shared = _shared(first, response) if i else 0
+            inputs = response[shared:-1]
             start, at = at, at + len(inputs)
             ids.append(inputs)
-            positions.append(np.arange(len(prompt), len(prompt) + len(inputs)))
-            # The first response continues the prompt in one causal block: one attention call for both.
+            positions.append(len(prompt) + shared + np.arange(len(inputs)))
+            # The first response continues the prompt in one causal block: one attention call for both. So what
+            # another one shares with it goes on from the prompt in the row, and the prefix is one range.
             if i == 0:
                 segments.append(Segment(p_start, p_start, p_start, at))
             elif len(inputs):
-                segments.append(Segment(p_start, p_end, start, at))
-            source.append(np.concatenate([[p_end - 1], np.arange(start, at)]))
+                segments.append(Segment(p_start, p_end + shared, start, at))
+            source.append(np.r_[p_end - 1 : p_end + shared, start:at])
             target.append(response)
             index[key, response_key] = len(counts)
             counts.append(len(response))
@@ -133,12 +190,31 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
         input_ids=row(ids)[None],
         position_ids=row(positions)[None],
         segments=tuple(segments),
-        source=row(source),
-        target=row(target),
+        gathered=gather(segments),
+        **_needs(np.concatenate(source), np.concatenate(target)),
         counts=torch.tensor(counts),
         units=torch.tensor([[index[u.prompt.tobytes(), r.tobytes()] for r in u.responses] for u in units]),
         rows=tuple(u.row for u in units),
     )
+
+
+def _needs(source: NDArray[np.int64], target: Tokens) -> dict[str, torch.Tensor]:
+    """`source`, `target` and `scored` of a MicroBatch: each state and each of its targets once.
+
+    source, target [S]: for each response token the row index of the token that predicts it, and the token.
+    """
+    states, state = np.unique(source, return_inverse=True)
+    # Each (state, target) once, ordered by state; a target's column is its number among those of its state.
+    pairs, pair = np.unique((state.astype(np.int64) << 32) + target, return_inverse=True)
+    of_state = pairs >> 32
+    column = np.arange(len(pairs)) - np.searchsorted(of_state, of_state)
+    table = np.zeros((len(states), column.max() + 1), dtype=np.int64)
+    table[of_state, column] = pairs & 0xFFFFFFFF
+    return {
+        "source": torch.from_numpy(states),
+        "target": torch.from_numpy(table),
+        "scored": torch.from_numpy((of_state * table.shape[1] + column)[pair]),
+    }
 
 
 def _empty(responses_per_unit: int) -> MicroBatch:
@@ -147,8 +223,10 @@ def _empty(responses_per_unit: int) -> MicroBatch:
         input_ids=zero[None],
         position_ids=zero[None],
         segments=(Segment(0, 0, 0, 1),),
+        gathered=gather([Segment(0, 0, 0, 1)]),
         source=zero,
-        target=zero,
+        target=zero[None],
+        scored=zero,
         counts=torch.ones(1, dtype=torch.int64),
         units=torch.zeros((0, responses_per_unit), dtype=torch.int64),
         rows=(),

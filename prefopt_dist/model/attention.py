@@ -2,20 +2,30 @@
 
 Registered with transformers under `NAME`; a name without a mask function of its own makes transformers
 build no mask at all, and the row's segments reach the function as a keyword argument of the model's call.
+
+Legend: T tokens of the row, H query heads, J key-value heads, d size of a head, q queries and k keys of a segment.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from prefopt_dist.data.micro_batch import Segment
+from prefopt_dist.data.micro_batch import Gathered, Segment
 
 NAME = "prefopt_shared_prefix"
+
+VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
+"""torch before 2.12 says `is_causal` for `window_size=(-1, 0)` and lacks some of window, scale and grouped heads."""
+VARLEN_HEAD_SIZES = range(8, 257, 8)
+"""What the flash kernel takes; it also needs a GPU of compute capability 8 (Ampere) or more."""
 
 
 def shared_prefix_attention(
@@ -27,21 +37,82 @@ def shared_prefix_attention(
     *,
     scaling: float,
     segments: tuple[Segment, ...],
+    gathered: Gathered | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """One call per segment, never a mask over the whole row.
+    """Lower-right causal attention of each segment; never a mask over the whole row.
 
-    query [1, H, T, d]; key, value [1, H_kv, T, d]; returns ([1, T, H, d], None).
+    query [1, H, T, d]; key, value [1, J, T, d]; returns ([1, T, H, d], None).
+    gathered: the segments for one variable-length call, which is taken where the kernel can do it.
     sliding_window: a token sees itself and the window - 1 tokens before it in its own sequence.
+    softcap: c of c·tanh(score/c).
     """
     # A mask or dropout here would mean that the model does not do what the packed row needs: that is our bug.
-    assert attention_mask is None
+    assert attention_mask is None, "a packed row takes no attention mask"
     assert dropout == 0.0
-    repeat = query.shape[1] // key.shape[1]
-    parts = [_segment(query, key, value, s, repeat, scaling, sliding_window) for s in segments]
+    if gathered is not None and softcap is None and varlen_can(query, sliding_window):
+        return varlen(query, key, value, gathered, scaling, sliding_window), None
+    parts = [_segment(query, key, value, s, scaling, sliding_window, softcap) for s in segments]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def varlen_can(query: torch.Tensor, window: int | None) -> bool:
+    """Whether the flash kernel takes these queries and this window."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] in VARLEN_HEAD_SIZES
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and (window is None or "window_size" in VARLEN_OPTIONS)
+    )
+
+
+def varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gathered: Gathered,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    """[1, T, H, d] by one call for all segments, without a look at the device's numbers from the host.
+
+    The arguments are tested on the CPU against a plain stand-in of `varlen_attn`; the CUDA kernel itself has
+    not been run.
+    """
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
+    if len(gathered.keys) > len(k):  # without shared prompts the keys stand as they are needed
+        k, v = k[gathered.keys], v[gathered.keys]
+    options: dict[str, Any] = {}
+    if "window_size" in VARLEN_OPTIONS:
+        # The kernel counts the tokens before a token, transformers the token itself too.
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    else:
+        options["is_causal"] = True
+    if "scale" in VARLEN_OPTIONS:
+        options["scale"] = scaling
+    else:
+        q = q * (scaling * q.shape[-1] ** 0.5)  # the kernel divides by √d
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in VARLEN_OPTIONS:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        gathered.query_ends,
+        gathered.key_ends,
+        gathered.longest_query,
+        gathered.longest_key,
+        **options,
+    )
+    assert isinstance(out, torch.Tensor)
+    return out[None]
 
 
 def _segment(
@@ -49,31 +120,67 @@ def _segment(
     key: torch.Tensor,
     value: torch.Tensor,
     s: Segment,
-    repeat: int,
     scaling: float,
     window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     """[1, H, s.end - s.start, d]: queries of the segment over its prefix and itself."""
     prefix, own = s.prefix_end - s.prefix_start, s.end - s.start
 
     def keys_of(x: torch.Tensor) -> torch.Tensor:
-        x = (
-            torch.cat([x[:, :, s.prefix_start : s.prefix_end], x[:, :, s.start : s.end]], dim=2)
-            if prefix
-            else x[:, :, s.start : s.end]
-        )
-        return x if repeat == 1 else x[:, :, None].expand(-1, -1, repeat, -1, -1).flatten(1, 2)
+        own_keys = x[:, :, s.start : s.end]
+        return torch.cat([x[:, :, s.prefix_start : s.prefix_end], own_keys], dim=2) if prefix else own_keys
 
     q, k, v = query[:, :, s.start : s.end], keys_of(key), keys_of(value)
+    repeat = q.shape[1] // k.shape[1]
     windowed = window is not None and window < prefix + own
-    if not prefix and not windowed:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+    if softcap is None and not prefix and not windowed:
+        return F.scaled_dot_product_attention(
+            q, _repeated(k, repeat), _repeated(v, repeat), is_causal=True, scale=scaling
+        )
     # Lower-right causal: query i stands at position prefix + i of its sequence.
     mask = torch.ones(own, prefix + own, dtype=torch.bool, device=q.device).tril(prefix)
     if windowed:
         assert window is not None
         mask = mask.triu(prefix - window + 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q, _repeated(k, repeat), _repeated(v, repeat), attn_mask=mask, scale=scaling
+        )
+    # One group of heads at a time, each computed again in the backward pass: no more than one group's scores are
+    # alive.
+    groups = [
+        checkpoint(
+            _capped,
+            q_group,
+            k[:, j, None],
+            v[:, j, None],
+            mask,
+            scaling,
+            softcap,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for j, q_group in enumerate(q.chunk(k.shape[1], dim=1))
+    ]
+    return torch.cat(groups, dim=1)
+
+
+def _repeated(x: torch.Tensor, repeat: int) -> torch.Tensor:
+    """[1, J · repeat, k, d]: each key-value head for all of its query heads."""
+    return x if repeat == 1 else x[:, :, None].expand(-1, -1, repeat, -1, -1).flatten(1, 2)
+
+
+def _capped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float, cap: float
+) -> torch.Tensor:
+    """softmax(c·tanh(q kᵀ·scaling/c)) v; q [1, h, q, d]; k, v [1, 1, k, d]; mask [q, k].
+
+    The two products are in the model's dtype, cap and softmax between them in float32.
+    """
+    scores = (q @ k.transpose(-1, -2)).float() * scaling
+    scores = (torch.tanh(scores / cap) * cap).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)

@@ -17,8 +17,14 @@ from transformers.integrations import HfDeepSpeedConfig
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import attention
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2")
 """`model_type`s whose packed log-probs are tested against the plain model's."""
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+"""Layers that a packed row can be computed with; any other carries state along the row or attends otherwise."""
+
+RECURRENT = ("mamba", "ssm", "conv_kernel", "conv_l_cache", "state_size", "linear_attention", "lru_", "rwkv", "xlstm")
+"""Parts of a model_type, a field or a layer type by which a family with state along the row is known."""
 
 ROPE_TYPES = ("default", "linear", "llama3")
 """Rotary scalings that look at a token's own position only, never at the longest sequence of the row."""
@@ -65,23 +71,69 @@ def resolve(name_or_path: str, key: str, *, weights: bool = True) -> Path:
         ) from e
 
 
-def inspect_folder(path: Path, key: str) -> ModelFolder:
-    """Checks a model folder without loading weights: config, family, weight files and their parameter names."""
+def inspect_folder(path: Path, key: str, max_length: int | None = None) -> ModelFolder:
+    """Checks a model folder without loading weights: config, family, weight files and their parameter names.
+
+    max_length: tokens of the run's longest sequence, where it is known; a longrope model is taken only then.
+    """
     config = read_config(path, key)
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"{key}: model_type {config.model_type!r} of {path} is not supported; supported are {', '.join(FAMILIES)}."
-        )
+    _check_family(config, path, key)
     config.return_dict = True  # the scoring module reads results by name
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope not in ROPE_TYPES:
-        raise UserError(
-            f"{key}: rope_type {rope!r} of {path} is not supported, since a neighbour in a packed row would change "
-            f"a sequence's numbers; supported are {', '.join(ROPE_TYPES)}."
-        )
+    _check_rope(config, path, key, max_length)
     folder = ModelFolder(path=path, config=config, weight_files=_weight_files(path, key))
     _check_names(folder, key)
     return folder
+
+
+def _check_family(config: PreTrainedConfig, path: Path, key: str) -> None:
+    """Refuses what a packed row would compute otherwise than the model alone, and what was not tried."""
+    plain = config.to_dict()
+    # A family with recurrent or convolutional layers is told by its fields; its name may be new.
+    kinds = (plain.get("layer_types") or []) + (plain.get("block_types") or [])
+    said = " ".join([config.model_type, *plain, *map(str, kinds)]).lower()
+    if config.model_type in FAMILIES:
+        why = ""
+    elif "vision_config" in plain:
+        why = "it takes images too. Save its language model alone" + (
+            " (Gemma3ForCausalLM, model_type gemma3_text)" if config.model_type == "gemma3" else ""
+        )
+    elif any(field in said for field in RECURRENT):
+        why = "its layers carry state along the row, so a sequence would see its neighbours in a packed row"
+    else:
+        why = "its numbers in a packed row have not been compared with the model's own"
+    if why:
+        raise UserError(
+            f"{key}: model_type {config.model_type!r} of {path} is not supported: {why}. "
+            f"Supported are {', '.join(FAMILIES)}."
+        )
+    other = sorted(set(plain.get("layer_types") or LAYER_TYPES) - set(LAYER_TYPES))
+    if other:
+        raise UserError(f"{key}: layer_types of {path} has {', '.join(other)}; supported are {', '.join(LAYER_TYPES)}.")
+    if plain.get("use_bidirectional_attention"):
+        raise UserError(f"{key}: use_bidirectional_attention of {path} is set: no causal language model.")
+
+
+def _check_rope(config: PreTrainedConfig, path: Path, key: str, max_length: int | None) -> None:
+    """Refuses a rotary scaling by which a neighbour in a packed row would change a sequence's numbers."""
+    found = config.rope_parameters or {}
+    # Gemma 3 has one set of parameters for each type of layer.
+    by_layer = [p for p in found.values() if isinstance(p, dict)] or [found]
+    for parameters in by_layer:
+        rope = parameters.get("rope_type", "default")
+        if rope == "longrope" and max_length is not None:
+            # The factors are chosen by the row's largest position. Positions begin anew with each sequence, so up
+            # to this length it is the short ones for every row, as for every sequence alone.
+            original = parameters["original_max_position_embeddings"]
+            if max_length > original:
+                raise UserError(
+                    f"{key}: {path} has longrope factors for sequences beyond {original} tokens, which a neighbour in "
+                    f"a packed row would switch on. Set data.max_length to at most {original} (it is {max_length})."
+                )
+        elif rope not in ROPE_TYPES:
+            raise UserError(
+                f"{key}: rope_type {rope!r} of {path} is not supported, since a neighbour in a packed row would "
+                f"change a sequence's numbers; supported are {', '.join(ROPE_TYPES)}."
+            )
 
 
 def read_config(path: Path, key: str) -> PreTrainedConfig:

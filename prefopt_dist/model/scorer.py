@@ -21,7 +21,8 @@ class Scorer(nn.Module):
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
-        attach_logp_head(lm.get_output_embeddings())
+        # Gemma's field; the other families have none.
+        attach_logp_head(lm.get_output_embeddings(), lm.config.to_dict().get("final_logit_softcapping"))
 
     def sequence_sums(self, batch: MicroBatch) -> torch.Tensor:
         """float64 [Q]: Σ log π(response token | prompt, response so far) of each sequence."""
@@ -29,9 +30,10 @@ class Scorer(nn.Module):
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             segments=batch.segments,
+            gathered=batch.gathered,
             use_cache=False,  # nothing is generated: a cache would only hold memory
         ).last_hidden_state[0]
-        logps = self.lm.get_output_embeddings()(hidden[batch.source], batch.target)
+        logps = self.lm.get_output_embeddings()(hidden[batch.source], batch.target).flatten()[batch.scored]
         return torch.segment_reduce(logps.double(), "sum", lengths=batch.counts, unsafe=True)
 
     def forward(

@@ -27,7 +27,7 @@ def run(config: Config) -> None:
         if config.evaluate.model is None:
             ranks.decide(lambda: export.chosen_checkpoint(config))  # there is none: said before the first pass
         else:
-            _given(config.evaluate.model)
+            _given(config)
         models = ingredients.load_models(config)
         objective = ingredients.make_objective(config.loss, models.dtype)
         evals = ingredients.load_evals(config, models, objective)
@@ -53,15 +53,15 @@ def run(config: Config) -> None:
 def _model(config: Config, models: Models, folder: RunFolder) -> tuple[ModelFolder, bool, str]:
     """The model to evaluate, whether its folder is only for this, and its name."""
     if config.evaluate.model is not None:
-        return _given(config.evaluate.model), False, config.evaluate.model
+        return _given(config), False, config.evaluate.model
     source = ranks.decide(lambda: export.chosen_checkpoint(config))
     # As a model folder it can be loaded by any number of ranks.
     target = config.run_dir / ".evaluating"
     say(ranks.decide(lambda: export.export_checkpoint(config, models, source, folder, target)))
-    return ranks.together(lambda: inspect_folder(Path(target), "run.dir")), True, source.name
+    return ranks.together(lambda: inspect_folder(Path(target), "run.dir", config.data.max_length)), True, source.name
 
 
-def _given(name_or_path: str) -> ModelFolder:
+def _given(config: Config) -> ModelFolder:
     """The checked folder that `evaluate.model` names."""
-    key = "evaluate.model"
-    return ranks.together(lambda: inspect_folder(resolve(name_or_path, key), key))
+    key, name = "evaluate.model", str(config.evaluate.model)
+    return ranks.together(lambda: inspect_folder(resolve(name, key), key, config.data.max_length))

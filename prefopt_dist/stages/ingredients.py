@@ -115,11 +115,12 @@ def _check_surroundings(config: Config) -> None:
 
 
 def _models(config: Config) -> Models:
-    policy = inspect_folder(resolve(config.model.name_or_path, "model.name_or_path"), "model.name_or_path")
+    longest = config.data.max_length
+    policy = inspect_folder(resolve(config.model.name_or_path, "model.name_or_path"), "model.name_or_path", longest)
     reference = policy
     if config.reference.name_or_path is not None:
         key = "reference.name_or_path"
-        reference = inspect_folder(resolve(config.reference.name_or_path, key), key)
+        reference = inspect_folder(resolve(config.reference.name_or_path, key), key, longest)
     tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
     checks.check_tokenizer(tokenizer, config.data.template, policy.config.vocab_size)
     return Models(policy, reference, tokenizer, DTYPES[config.model.dtype])

@@ -109,7 +109,8 @@ def _float32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 def _verify(folder: Path, manifest: Manifest, dtype: torch.dtype, tolerance: float) -> float:
     """Loads the folder as a user would and scores the probe; what differs from the live policy is refused."""
     batch, said = probe.batch_of(manifest.facts["probe"])
-    scorer = Scorer(load_whole(inspect_folder(folder, "export.dir"), dtype=dtype))
+    longest = int(batch.position_ids.max()) + 2  # the last token of a response is no input
+    scorer = Scorer(load_whole(inspect_folder(folder, "export.dir", longest), dtype=dtype))
     with torch.no_grad():
         sums = scorer(batch)[batch.units]
     worst = float(((sums - said).abs() / said.abs().clamp(min=1.0)).max())

@@ -1,0 +1,80 @@
+"""The fewest operations that a DPO step can do, and the shapes of models that are measured.
+
+Legend: N parameters of the layers' matrices, V vocabulary, d hidden, L layers, a width of all query heads,
+P, C, R tokens of prompt, chosen and rejected; T = P + C + R − 2 distinct input tokens of a pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama."""
+
+    vocabulary: int
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+    tied: bool = False
+    pairs: int = 8
+    """Pairs of a step unless told otherwise"""
+
+    @property
+    def attention_width(self) -> int:
+        """a"""
+        return self.heads * self.head_size
+
+    @property
+    def backbone(self) -> int:
+        """N"""
+        keys = self.key_value_heads * self.head_size
+        attention = 2 * self.hidden * self.attention_width + 2 * self.hidden * keys
+        return self.layers * (attention + 3 * self.hidden * self.mlp)
+
+    @property
+    def head_share(self) -> float:
+        """V·d/N; 0.075 for an 8B Llama 3.1."""
+        return self.vocabulary * self.hidden / self.backbone
+
+
+SHAPES = {
+    # The head weighs what an 8B model's does, and attention a few per cent: a small hidden size beside a large
+    # vocabulary would measure the head alone. So either the vocabulary is small too, or the layers are wide.
+    "small": Shape(1408, 512, 1792, 3, 4, 2, 64),
+    "small-32k": Shape(32_000, 128, 8192, 17, 2, 1, 64, pairs=2),
+    "small-128k": Shape(128_256, 128, 16_384, 34, 2, 1, 64, pairs=2),
+    "tiny": Shape(512, 64, 224, 2, 2, 1, 32, pairs=4),
+    "1b": Shape(128_256, 2048, 8192, 16, 32, 8, 64, tied=True),
+    "8b": Shape(128_256, 4096, 14_336, 32, 32, 8, 128),
+}
+
+
+def forward_flop(shape: Shape, prompt: int, chosen: int, rejected: int) -> float:
+    """2N·T + attention + 2Vd·(C + R) of one pair: every distinct token through the layers once."""
+    tokens = prompt + chosen + rejected - 2
+    first, second = prompt + chosen - 1, rejected - 1
+    attended = first * (first + 1) / 2 + second * prompt + second * (second + 1) / 2
+    attention = 4 * shape.layers * shape.attention_width * attended
+    head = 2 * shape.vocabulary * shape.hidden * (chosen + rejected)
+    return 2 * shape.backbone * tokens + attention + head
+
+
+def first_pass_flop(shape: Shape, lengths: Iterable[tuple[int, int, int]]) -> float:
+    """Of scoring these pairs once."""
+    return sum(forward_flop(shape, *pair) for pair in lengths)
+
+
+def step_flop(shape: Shape, lengths: Iterable[tuple[int, int, int]]) -> float:
+    """Of a training step on these pairs: forward, and twice as much backward."""
+    return 3 * first_pass_flop(shape, lengths)
+
+
+def distinct_tokens(lengths: Iterable[tuple[int, int, int]]) -> int:
+    """Σ T"""
+    return sum(sum(pair) - 2 for pair in lengths)

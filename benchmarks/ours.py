@@ -1,0 +1,111 @@
+"""This package on the task: the first pass and the steps as `train` does them, on one rank under ZeRO-3."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import meter
+from benchmarks.world import Task
+from prefopt_dist.data import DataReport, TokenisedRows, sequence_digest
+from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.model.load import inspect_folder, load_sharded
+from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.objectives import DPO
+from prefopt_dist.reference import first_pass
+from prefopt_dist.reference.store import ReferenceStore
+from prefopt_dist.stages.ingredients import zero_settings
+from prefopt_dist.training import step
+from prefopt_dist.training.batches import ScoredRows, step_batch
+from prefopt_dist.training.optimizer import adamw
+from prefopt_dist.training.stopping import Request
+
+CONFIGS = Path(__file__).resolve().parent.parent / "deepspeed_configs"
+
+
+def tokenised(task: Task) -> TokenisedRows:
+    """The pairs as a data set in memory."""
+    pairs = task.drawn()
+    parts = [np.array(part, dtype=np.int32) for pair in pairs for part in pair]
+    digests = [[np.frombuffer(sequence_digest(p, r), np.uint8) for r in (c, j)] for p, c, j in pairs]
+    n = len(pairs)
+    return TokenisedRows(
+        kind="pair",
+        n=n,
+        responses=2,
+        tokens=np.concatenate(parts),
+        offsets=np.cumsum([0, *map(len, parts)]).astype(np.int64),
+        digests=np.array(digests),
+        labels=None,
+        source=np.zeros(n, dtype=np.int32),
+        line=np.arange(1, n + 1),
+        source_names=("benchmark",),
+        weights=(1.0,),
+        report=DataReport(n, n, {}, {}, {}, n, "pair", {}, "benchmark"),
+    )
+
+
+def run(task: Task, folder: Path) -> dict[str, Any]:
+    """The reference's first pass, then the steps; what both took, and the loss of each step."""
+    ranks.start()
+    model = inspect_folder(folder / "model", "model")
+    rows = tokenised(task)
+    dtype = getattr(torch, task.dtype)
+    baseline = meter.start_peak()
+    reference, took = score(task, folder, model, rows, dtype)
+    first_peak = meter.peak()
+    engine = policy(task, model, dtype)
+    data, objective = ScoredRows(rows, reference), DPO(task.beta)
+    losses, times, micro_batches = [], [], []
+    for k in range(task.warm_up + task.steps):
+        start = meter.Mark.now()
+        batch = step_batch(data, task.rows(k), objective.responses, task.micro_batch_tokens)
+        packed = step.gradient(engine, batch, objective, None)
+        sums, _ = step.agree(packed, Request(False, False))
+        step.update(engine, task.learning_rate)
+        times.append(meter.Mark.now().since(start))
+        losses.append(sums[0] / sums[-1])
+        micro_batches.append(len(batch))
+    found = {"losses": losses, "steps": times, "first_pass": took, "baseline": baseline, "peak": meter.peak()}
+    zero3.release(engine)
+    ranks.end()
+    return found | {
+        "first_pass_peak": first_peak,
+        "micro_batches": micro_batches,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def score(
+    task: Task, folder: Path, model: Any, rows: TokenisedRows, dtype: torch.dtype
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """float64 [n, 2] of the reference, and the seconds of scoring: planning, computing and committing.
+
+    As `run_first_pass`, less loading and the spot checks, which do not grow with the data.
+    """
+    settings = zero3.reference_settings(
+        zero_settings(str(CONFIGS / "reference_zero3.json"), "deepspeed.reference"), dtype=dtype, offload="none"
+    )
+    store = ReferenceStore(folder / "store")
+    engine = zero3.reference_engine(Scorer(load_sharded(model, dtype=dtype, settings=settings)), settings)
+    start = meter.Mark.now()
+    todo = first_pass._look_up(store, [rows], 2, task.micro_batch_tokens)
+    first_pass._score(engine, todo, store, [rows], lambda: False)
+    took = meter.Mark.now().since(start)
+    zero3.release(engine)
+    return first_pass._collect(store, [rows], 2)[0], took
+
+
+def policy(task: Task, model: Any, dtype: torch.dtype) -> Any:
+    """The engine as the training stage makes it."""
+    settings = zero3.policy_settings(
+        zero_settings(str(CONFIGS / "policy_zero3.json"), "deepspeed.policy"),
+        dtype=dtype,
+        max_grad_norm=task.max_grad_norm,
+    )
+    scorer = Scorer(load_sharded(model, dtype=dtype, settings=settings)).train()
+    optimizer = adamw(scorer, learning_rate=task.learning_rate, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    return zero3.policy_engine(scorer, optimizer, settings)

@@ -1,0 +1,82 @@
+"""Preference pairs by their lengths alone: four mixes, drawn the same way everywhere.
+
+A length is lognormal, clipped, with the location chosen so that the mean after clipping is the mix's. The n
+draws are the quantiles (i + ½)/n in an order from the seed, so that a few dozen pairs have the mean and the
+spread of many thousands. Prompt, chosen and rejected lengths of a pair are independent. Tokens are uniform
+over the vocabulary: no two prompts are equal, and the responses of a pair have no common beginning to speak of.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from statistics import NormalDist
+
+FIRST_TOKEN = 3
+"""Ids below are special (unknown, padding, end)."""
+END = 2
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """One lognormal length, clipped to [least, most]."""
+
+    mean: float
+    sigma: float
+    """of the logarithm; 0 makes all lengths equal"""
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Lengths of prompts and of responses, end token included."""
+
+    prompt: Lengths
+    response: Lengths
+
+
+MIXES = {
+    "ultrafeedback-like": Mix(Lengths(190, 0.9, 12, 1000), Lengths(305, 0.6, 12, 1000)),
+    "hh-like": Mix(Lengths(205, 0.6, 20, 800), Lengths(75, 0.7, 6, 400)),
+    "long": Mix(Lengths(1600, 0.35, 600, 3000), Lengths(255, 0.5, 40, 600)),
+    # No padding to save and the responses as long as the prompt: what is left is the prompt computed once.
+    "uniform": Mix(Lengths(256, 0, 256, 256), Lengths(256, 0, 256, 256)),
+}
+
+Lens = tuple[int, int, int]
+"""Tokens of prompt, chosen and rejected."""
+
+
+def draw_lengths(mix: Mix, n: int, seed: int = 0) -> list[Lens]:
+    """n pairs' lengths."""
+    draw = random.Random(seed)
+    return list(
+        zip(_draw(mix.prompt, n, draw), _draw(mix.response, n, draw), _draw(mix.response, n, draw), strict=True)
+    )
+
+
+def _draw(lengths: Lengths, n: int, draw: random.Random) -> list[int]:
+    quantiles = [NormalDist().inv_cdf((i + 0.5) / n) for i in range(n)]
+
+    def at(mu: float) -> list[float]:
+        return [min(max(math.exp(mu + lengths.sigma * z), lengths.least), lengths.most) for z in quantiles]
+
+    low, high = math.log(lengths.least), math.log(lengths.most)
+    for _ in range(50):
+        mu = (low + high) / 2
+        low, high = (mu, high) if sum(at(mu)) / n < lengths.mean else (low, mu)
+    found = [round(x) for x in at(mu)]
+    draw.shuffle(found)
+    return found
+
+
+def draw_pairs(mix: Mix, n: int, vocabulary: int, seed: int = 0) -> list[tuple[list[int], list[int], list[int]]]:
+    """n pairs of token ids (prompt, chosen, rejected); both responses end with the end token."""
+    draw = random.Random(seed + 1)
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(FIRST_TOKEN, vocabulary) for _ in range(count)]
+
+    return [(tokens(p), [*tokens(c - 1), END], [*tokens(r - 1), END]) for p, c, r in draw_lengths(mix, n, seed)]

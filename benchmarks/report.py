@@ -1,0 +1,136 @@
+"""From the contestants' results to a table, a JSON file and a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.floor import distinct_tokens, first_pass_flop, step_flop
+from benchmarks.world import Task
+
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+"""Relative; every contestant must take the same steps before its time means anything."""
+
+NAMES = {
+    "ours": "ours",
+    "ours-small": "ours, 2,048-token micro-batches",
+    "trl": "TRL as it comes",
+    "trl-tuned": "TRL tuned",
+}
+COLUMNS = (
+    *("contestant", "pairs/s", "tokens/s", "s/step", "wall", "first pass", "memory", "ours faster: step"),
+    *("… epoch", "… of the floor"),
+)
+
+
+def check_losses(results: dict[str, dict[str, Any]], dtype: str) -> float:
+    """The worst relative difference from ours at any step; AssertionError beyond the tolerance."""
+    ours, worst = results["ours"]["losses"], 0.0
+    for name, found in results.items():
+        assert len(found["losses"]) == len(ours), f"{name} made {len(found['losses'])} steps, ours {len(ours)}"
+        for k, (mine, other) in enumerate(zip(ours, found["losses"], strict=True)):
+            difference = abs(mine - other) / abs(mine)
+            assert difference <= LOSS_TOLERANCE[dtype], f"step {k}: ours {mine}, {name} {other}"
+            worst = max(worst, difference)
+    return worst
+
+
+def summarise(task: Task, results: dict[str, dict[str, Any]], rate: float) -> dict[str, Any]:
+    """What the table shows of one mix; call `check_losses` first."""
+    lengths = [(len(p), len(c), len(r)) for p, c, r in task.drawn()]
+    timed = lengths[task.warm_up * task.pairs :]
+    floor = step_flop(task.shape, timed) / len(timed)
+    floor_pass = first_pass_flop(task.shape, lengths) / len(lengths)
+    # On the CPU one thread's own seconds, which other processes cannot stretch; on CUDA the clock.
+    clock = "cpu" if task.device == "cpu" else "wall"
+    rows: dict[str, Any] = {}
+    for name, found in results.items():
+        steps = found["steps"][task.warm_up :]
+        pair = sum(s[clock] for s in steps) / len(timed)
+        first = found["first_pass"][clock] / len(lengths) if found["first_pass"] else 0.0
+        rows[name] = {
+            "pairs_per_second": 1 / pair,
+            "tokens_per_second": distinct_tokens(timed) / len(timed) / pair,
+            "step_seconds": pair * task.pairs,
+            "step_wall_seconds": sum(s["wall"] for s in steps) / len(steps),
+            "first_pass_seconds_per_pair": first,
+            "epoch_seconds_per_pair": pair + first,
+            "peak_mib": (found["peak"] - found["baseline"]) / 2**20,
+            "baseline_mib": found["baseline"] / 2**20,
+            "efficiency": floor / pair / rate,
+            "first_pass_efficiency": floor_pass / first / rate if first else None,
+            "losses": found["losses"],
+        }
+    for row in rows.values():
+        row["step_ratio"] = rows["ours"]["pairs_per_second"] / row["pairs_per_second"]
+        row["epoch_ratio"] = row["epoch_seconds_per_pair"] / rows["ours"]["epoch_seconds_per_pair"]
+    return {"floor_gflop_per_pair": floor / 1e9, "tokens_per_pair": distinct_tokens(timed) / len(timed), "rows": rows}
+
+
+def table(mix: str, summary: dict[str, Any]) -> str:
+    """One mix as Markdown. Times in CPU seconds of one thread (on CUDA by the clock), memory above the imports."""
+    lines = [
+        f"### {mix}: {summary['tokens_per_pair']:.0f} distinct tokens and {summary['floor_gflop_per_pair']:.1f} GFLOP "
+        f"a pair; losses equal within {summary['loss_difference']:.0e}",
+        "| " + " | ".join(COLUMNS) + " |",
+        "| --- " + "| ---: " * (len(COLUMNS) - 1) + "|",
+    ]
+    for name, row in summary["rows"].items():
+        first = row["first_pass_seconds_per_pair"]
+        cells = (
+            NAMES.get(name, name),
+            f"{row['pairs_per_second']:.2f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['step_seconds']:.2f}",
+            f"{row['step_wall_seconds']:.2f}",
+            f"{first * 1000:.0f} ms/pair" if first else "–",
+            f"{row['peak_mib']:.0f} MiB",
+            f"{row['step_ratio']:.2f}×",
+            f"{row['epoch_ratio']:.2f}×",
+            f"{row['efficiency']:.0%}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ladder_table(rungs: dict[str, str], summary: dict[str, Any]) -> str:
+    """The rungs as Markdown."""
+    lines = ["| rung | s/step | peak | faster than the first |", "| --- | ---: | ---: | ---: |"]
+    first = summary["rows"][next(iter(rungs))]["step_seconds"]
+    for name, what in {**rungs, "ours": "… under the ZeRO-3 engine, with its metrics: ours"}.items():
+        row = summary["rows"][name]
+        lines.append(
+            f"| {what} | {row['step_seconds']:.2f} | {row['peak_mib'] + row['baseline_mib']:.0f} MiB "
+            f"| {first / row['step_seconds']:.2f}× |"
+        )
+    return "\n".join(lines)
+
+
+def plot(mixes: dict[str, dict[str, Any]], title: str, file: Path) -> None:
+    """Pairs per second of each contestant on each mix, with what the floor would allow."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "prefopt"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(mixes), figsize=(2.6 * len(mixes), 3.2), squeeze=False, layout="constrained")
+    colours = {"ours": "#1b7f5c", "ours-small": "#7fc4a8", "trl-tuned": "#d08c3c", "trl": "#a8443a"}
+    for axis, (mix, summary) in zip(axes[0], mixes.items(), strict=True):
+        rows = {n: r for n, r in summary["rows"].items() if n in colours}
+        bars = axis.bar(
+            [NAMES[n].replace(", ", ",\n").replace(" as", "\nas").replace(" tuned", "\ntuned") for n in rows],
+            [r["pairs_per_second"] for r in rows.values()],
+            color=[colours[n] for n in rows],
+        )
+        axis.bar_label(bars, labels=[f"{1 / r['step_ratio']:.2f}" for r in rows.values()], fontsize=7)
+        ours = summary["rows"]["ours"]
+        limit = ours["pairs_per_second"] / ours["efficiency"]
+        axis.axhline(limit, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(mix, fontsize=9)
+        axis.tick_params(axis="x", labelsize=6)
+        axis.tick_params(axis="y", labelsize=7)
+    axes[0][0].set_ylabel("pairs/s (dotted: the floor at matrix speed)", fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)

@@ -1,0 +1,174 @@
+"""Ours beside TRL's DPOTrainer, measured in one run: python -m benchmarks.step [--cuda] [--ladder]
+
+Each contestant runs in a process of its own on the same model, pairs and steps. The losses of all steps are
+compared before any time is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import meter, report
+from benchmarks.floor import SHAPES, Shape
+from benchmarks.pairs import MIXES
+from benchmarks.world import Task, save_task
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SMALL_MICRO_BATCH = 2048
+
+
+def main() -> None:
+    """The command."""
+    options = _arguments()
+    shape = SHAPES[options.shape]
+    if options.layers:
+        shape = replace(shape, layers=options.layers)
+    if options.vocabulary:
+        shape = replace(shape, vocabulary=options.vocabulary)
+    found: dict[str, Any] = {"shape": options.shape, "head_share": round(shape.head_share, 4), "mixes": {}}
+    for mix in options.mix:
+        task = Task(
+            shape=shape,
+            mix=mix,
+            pairs=options.pairs or shape.pairs,
+            steps=options.steps,
+            warm_up=1,
+            device=options.device,
+            seed=options.seed,
+            micro_batch_tokens=options.micro_batch_tokens,
+        )
+        machine, results = measure(task, options.contestants)
+        difference = report.check_losses(results, task.dtype)
+        rate = machine.pop("rate")
+        if not found["mixes"]:
+            found |= {"machine": machine, "task": _task_facts(task)}
+            print(_heading(options.shape, shape, task, machine), flush=True)
+        summary = report.summarise(task, results, rate)
+        found["mixes"][mix] = summary | {"loss_difference": difference, "matrix_gflops": rate / 1e9}
+        print(f"\n{report.table(mix, found['mixes'][mix])}\nmatrix product: {rate / 1e9:.0f} GFLOP/s", flush=True)
+        if options.ladder and mix == options.mix[0]:
+            found["ladder"] = ladder(task)
+    if options.save:
+        save(found, options.save)
+
+
+def ladder(task: Task) -> dict[str, Any]:
+    """Measures and prints the rungs."""
+    from benchmarks.ladder import RUNGS as rungs
+
+    machine, results = measure(task, [*rungs, "ours"])
+    difference = report.check_losses(results, task.dtype)
+    summary = report.summarise(task, results, machine["rate"]) | {"loss_difference": difference}
+    print(f"\n### the ladder, {task.mix}\n{report.ladder_table(rungs, summary)}", flush=True)
+    return summary
+
+
+def measure(task: Task, contestants: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Facts of the machine with its matrix rate, and each contestant's result."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_task(folder, task)
+        machine = _process("machine", folder, task)
+        results = {}
+        for contestant in contestants:
+            small = contestant == "ours-small"
+            save_task(folder, replace(task, micro_batch_tokens=SMALL_MICRO_BATCH) if small else task)
+            results[contestant] = _process("ours" if small else contestant, folder, task)
+        return machine, results
+
+
+def _process(contestant: str, folder: Path, task: Task) -> dict[str, Any]:
+    """Runs one contestant; whatever it prints is shown only where it fails."""
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        p for p in (str(RESULTS.parent.parent), os.environ.get("PYTHONPATH")) if p
+    )
+    # A store or a cache of an earlier contestant would spare this one its first pass.
+    environment |= {"HF_DATASETS_CACHE": str(folder / f"cache-{contestant}"), "HF_HUB_OFFLINE": "1"}
+    for left in folder.glob("store/*"):
+        left.unlink()
+    if task.device == "cpu":
+        environment |= meter.SINGLE_THREAD | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.contestant", contestant, str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{done.stdout}\n{contestant} ended with {done.returncode}")
+    result: dict[str, Any] = json.loads((folder / f"{contestant}.json").read_text())
+    return result
+
+
+def save(found: dict[str, Any], name: str) -> None:
+    """results/NAME.json, and the plot where matplotlib is installed."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(_rounded(found), indent=1) + "\n")
+    try:
+        report.plot(found["mixes"], _title(found), RESULTS / f"{name}.svg")
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install -e '.[benchmark]')")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
+
+
+def _task_facts(task: Task) -> dict[str, Any]:
+    names = ("pairs", "steps", "warm_up", "device", "dtype", "seed", "beta", "learning_rate", "micro_batch_tokens")
+    return {n: getattr(task, n) for n in names}
+
+
+def _heading(name: str, shape: Shape, task: Task, machine: dict[str, Any]) -> str:
+    return (
+        f"{name}: {shape.layers} layers of width {shape.hidden}, {shape.backbone / 1e6:.1f} M parameters, vocabulary "
+        f"{shape.vocabulary:,} (head {shape.head_share:.1%} of the layers); {task.pairs} pairs a step, {task.steps} "
+        f"steps timed, {task.dtype}\n{machine['gpu'] or machine['cpu'] + ', one thread'}; torch {machine['torch']}, "
+        f"TRL {machine['trl']}"
+    )
+
+
+def _title(found: dict[str, Any]) -> str:
+    machine = found["machine"]
+    where = machine["gpu"] or f"{machine['cpu']}, one thread"
+    return f"DPO training step, model “{found['shape']}”, {where}, TRL {machine['trl']} (bars: share of ours)"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default=None, help="small on the CPU, 1b on CUDA")
+    parser.add_argument("--layers", type=int, help="another depth: what fits")
+    parser.add_argument("--vocabulary", type=int)
+    parser.add_argument("--mix", nargs="+", choices=MIXES, default=list(MIXES))
+    parser.add_argument("--contestants", nargs="+", default=["ours", "ours-small", "trl-tuned", "trl"])
+    parser.add_argument("--pairs", type=int, help="pairs of a step")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps, after one that is not")
+    parser.add_argument("--micro-batch-tokens", type=int, default=8192)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cuda", dest="device", action="store_const", const="cuda", help="--device cuda")
+    parser.add_argument("--ladder", action="store_true", help="also the way there, on the first mix")
+    parser.add_argument("--save", metavar="NAME", help="write results/NAME.json and NAME.svg")
+    options = parser.parse_args()
+    options.shape = options.shape or ("small" if options.device == "cpu" else "1b")
+    if "ours" not in options.contestants:
+        parser.error("--contestants: the losses are compared with those of ours")
+    return options
+
+
+if __name__ == "__main__":
+    main()

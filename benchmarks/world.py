@@ -1,0 +1,96 @@
+"""The model folder and the pairs that every contestant reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.floor import Shape
+from benchmarks.pairs import MIXES, draw_pairs
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured; the same for every contestant."""
+
+    shape: Shape
+    mix: str
+    pairs: int
+    """G, pairs of a step"""
+    steps: int
+    """Timed steps"""
+    warm_up: int
+    """Steps before them, whose losses are compared too"""
+    device: str
+    """cpu or cuda"""
+    seed: int
+    beta: float = 0.1
+    learning_rate: float = 1e-4
+    max_grad_norm: float = 1.0
+    micro_batch_tokens: int = 8192
+
+    @property
+    def dtype(self) -> str:
+        """float32 on the CPU, bfloat16 on CUDA."""
+        return "float32" if self.device == "cpu" else "bfloat16"
+
+    @property
+    def n(self) -> int:
+        """Pairs in all."""
+        return self.pairs * (self.warm_up + self.steps)
+
+    def rows(self, step: int) -> range:
+        """The pairs of a step, in the order of the data."""
+        return range(step * self.pairs, (step + 1) * self.pairs)
+
+    def drawn(self) -> list[tuple[list[int], list[int], list[int]]]:
+        """The pairs' token ids."""
+        return draw_pairs(MIXES[self.mix], self.n, self.shape.vocabulary, self.seed)
+
+
+def save_task(folder: Path, task: Task) -> None:
+    """Writes task.json."""
+    (folder / "task.json").write_text(json.dumps(asdict(task)))
+
+
+def load_task(folder: Path) -> Task:
+    """Reads task.json."""
+    body: dict[str, Any] = json.loads((folder / "task.json").read_text())
+    return Task(**body | {"shape": Shape(**body["shape"])})
+
+
+def write_model(folder: Path, shape: Shape, dtype: str, seed: int) -> None:
+    """A random Llama and a tokenizer whose words are the token ids."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        head_dim=shape.head_size,
+        max_position_embeddings=8192,
+        tie_word_embeddings=shape.tied,
+        bos_token_id=None,
+        pad_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    words = {"<unk>": 0, "<pad>": 1, "</s>": 2} | {str(i): i for i in range(3, shape.vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+def text(ids: list[int]) -> str:
+    """What the tokenizer turns into these ids again."""
+    return " ".join("</s>" if i == 2 else str(i) for i in ids)

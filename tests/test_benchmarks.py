@@ -1,0 +1,136 @@
+"""The benchmark's arithmetic, and that the training's layout keeps its ranks busy; its run with TRL is not tested."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from benchmarks import imbalance, meter, report
+from benchmarks.floor import SHAPES, distinct_tokens, first_pass_flop, forward_flop, step_flop
+from benchmarks.pairs import END, FIRST_TOKEN, MIXES, draw_lengths, draw_pairs
+from benchmarks.world import Task, load_task, save_task, text, write_model
+from prefopt_dist.data.micro_batch import Unit, pack
+
+TINY = SHAPES["tiny"]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("n", [16, 2000])
+def test_lengths_have_the_mix_means(mix: str, n: int) -> None:
+    found = np.array(draw_lengths(MIXES[mix], n, seed=3))
+    expected = MIXES[mix].prompt.mean, MIXES[mix].response.mean, MIXES[mix].response.mean
+    assert found.mean(0) == pytest.approx(expected, rel=0.01)
+    assert draw_lengths(MIXES[mix], n, seed=3) == [tuple(pair) for pair in found]
+    if MIXES[mix].prompt.sigma and n > 100:
+        assert draw_lengths(MIXES[mix], n, seed=4) != [tuple(pair) for pair in found]
+        assert np.log(found[:, 0]).std() == pytest.approx(MIXES[mix].prompt.sigma, rel=0.1)
+        assert abs(np.corrcoef(found[:, 1], found[:, 2])[0, 1]) < 0.1
+
+
+def test_pairs_have_their_lengths_and_end() -> None:
+    pairs = draw_pairs(MIXES["hh-like"], 20, 50)
+    assert [(len(p), len(c), len(r)) for p, c, r in pairs] == draw_lengths(MIXES["hh-like"], 20)
+    assert all(c[-1] == r[-1] == END for _, c, r in pairs)
+    assert all(FIRST_TOKEN <= token < 50 for p, c, r in pairs for token in [*p, *c[:-1], *r[:-1]])
+
+
+def test_floor_is_what_torch_counts(tmp_path) -> None:
+    """Layers by tokens and head by response tokens, as torch counts the matrix products of these calls."""
+    write_model(tmp_path, TINY, "float32", seed=0)
+    lm = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+    prompt, chosen, rejected = 9, 7, 5
+    ids = torch.arange(3, 3 + prompt + chosen + rejected - 2)[None]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        hidden = lm.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        lm.lm_head(hidden[: chosen + rejected])
+    counted = sum(n for kind, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(kind))
+    without_attention = replace(TINY, heads=0, head_size=0)
+    projections = (
+        2 * TINY.layers * TINY.hidden * TINY.head_size * 2 * (TINY.heads + TINY.key_value_heads) * ids.shape[1]
+    )
+    assert counted == forward_flop(without_attention, prompt, chosen, rejected) + projections
+    # Every query with each of its keys, twice 2·d operations a head; counted here one by one.
+    attended = sum(range(1, prompt + chosen)) + sum(prompt + i for i in range(1, rejected))
+    attention = forward_flop(TINY, prompt, chosen, rejected) - counted
+    assert attention == 4 * TINY.layers * TINY.attention_width * attended
+
+
+def test_floor_counts_the_tokens_that_are_packed() -> None:
+    pairs = draw_pairs(MIXES["hh-like"], 8, 500)
+    units = [
+        Unit(i, *[np.array(p, np.int32)], tuple(np.array(r, np.int32) for r in rs)) for i, (p, *rs) in enumerate(pairs)
+    ]
+    lengths = [(len(p), len(c), len(r)) for p, c, r in pairs]
+    batch = pack(units, 2)
+    assert batch.tokens <= distinct_tokens(lengths) <= batch.tokens + 8
+    assert sum(s.end - s.start for s in batch.segments) == batch.tokens
+    assert step_flop(TINY, lengths) == 3 * first_pass_flop(TINY, lengths)
+
+
+@pytest.mark.parametrize("name", ["small", "small-32k", "small-128k"])
+def test_small_shapes_have_the_head_share_of_a_large_model(name: str) -> None:
+    assert SHAPES["8b"].head_share == pytest.approx(0.075, abs=0.001)
+    assert SHAPES[name].head_share == pytest.approx(SHAPES["8b"].head_share, rel=0.05)
+    shape, (p, c, r) = SHAPES[name], (190, 305, 305)
+    attention = forward_flop(shape, p, c, r) - forward_flop(replace(shape, layers=0), p, c, r)
+    attention -= 2 * shape.backbone * (p + c + r - 2)
+    assert 0.01 < attention / forward_flop(shape, p, c, r) < 0.07
+
+
+def test_words_are_token_ids(tmp_path) -> None:
+    write_model(tmp_path, TINY, "float32", seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    (prompt, chosen, _), *_ = draw_pairs(MIXES["hh-like"], 2, TINY.vocabulary)
+    assert tokenizer(text(prompt) + " " + text(chosen))["input_ids"] == prompt + chosen
+
+
+def test_task_survives_its_file(tmp_path) -> None:
+    task = Task(TINY, "long", 4, 2, 1, "cpu", 0)
+    save_task(tmp_path, task)
+    assert load_task(tmp_path) == task
+    assert task.n == 12
+    assert list(task.rows(2)) == [8, 9, 10, 11]
+
+
+def test_peak_memory_is_seen() -> None:
+    baseline = meter.start_peak()
+    held = torch.ones(2**24)
+    del held
+    assert meter.peak() - baseline > 48 * 2**20
+
+
+def result(seconds: float, losses: list[float], first: float | None) -> dict:
+    steps = [{"cpu": 99.0, "wall": 99.0}, {"cpu": seconds, "wall": seconds}]
+    first_pass = {"cpu": first, "wall": first} if first else None
+    return {"losses": losses, "steps": steps, "first_pass": first_pass, "baseline": 0, "peak": 2**20}
+
+
+def test_summary_compares_steps_and_epochs() -> None:
+    task = Task(TINY, "uniform", 4, 1, 1, "cpu", 0)
+    results = {"ours": result(2.0, [0.6, 0.5], 2.0), "trl": result(6.0, [0.6, 0.50001], None)}
+    assert report.check_losses(results, "float32") == pytest.approx(2e-5)
+    found = report.summarise(task, results, rate=1e9)
+    # 4 pairs timed in 2 s; 8 pairs scored in 2 s; the warm-up counts nowhere.
+    ours, trl = found["rows"]["ours"], found["rows"]["trl"]
+    assert ours["pairs_per_second"] == 2
+    assert trl["step_ratio"] == pytest.approx(3)
+    assert trl["epoch_ratio"] == pytest.approx(1.5 / 0.75)
+    assert ours["efficiency"] == pytest.approx(step_flop(TINY, [(256, 256, 256)] * 4) / 2 / 1e9)
+    found["loss_difference"] = 1e-6
+    assert "3.00×" in report.table("uniform", found)
+
+
+@pytest.mark.parametrize("losses", [[0.6, 0.5002], [0.6], [0.6, math.nan]])
+def test_unequal_losses_are_no_comparison(losses: list[float]) -> None:
+    with pytest.raises(AssertionError):
+        report.check_losses({"ours": result(1, [0.6, 0.5], 1), "trl": result(1, losses, None)}, "float32")
+
+
+@pytest.mark.parametrize("mix", ["ultrafeedback-like", "hh-like"])
+def test_ranks_wait_little(mix: str) -> None:
+    """Under 2 % with 8 pairs a rank on 8 ranks."""
+    assert imbalance.lost(draw_lengths(MIXES[mix], 8 * 8 * 16, seed=1), 8, 8) < 0.02

@@ -1,0 +1,143 @@
+"""Floating-point operations of a training step and of the first pass, counted, over the least that they need.
+
+Legend: N parameters without embedding and head, V vocabulary, d hidden, P, C, R tokens of prompt, chosen and
+rejected, T = P + C + R - 2 distinct input tokens of a pair.
+
+Floor of a step, per pair: 3·(2N·T + attention) + 3·2Vd·(C + R); the first pass is a third of it. Attention is
+4·d for each (query, key) pair that the causal mask admits, in both the floor and the count, whatever the
+kernel: the CUDA kernel skips the others, the CPU's computes masked rectangles whole. A fused backward pass
+makes the scores again, which is counted (5 products for the forward's 2, where the floor has 4).
+
+The model is an 8B Llama made smaller by 8 in its width, the lengths likewise, so that the shares of
+attention and head are an 8B's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prefopt_dist.data.micro_batch import Unit, pack
+from prefopt_dist.model import attention
+from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.objectives import DPO
+
+WIDTH, LAYERS = 512, 3
+MIXES = {"UltraFeedback-like": (190, 305), "HH-like": (205, 75), "long": (1600, 255)}
+"""Mean tokens of prompts and of responses"""
+SCALE, PAIRS = 8, 6
+
+
+@cache
+def scorer() -> Scorer:
+    """Vd/N is that of the 8B (128,256 · 4,096 / 6.98e9)."""
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=WIDTH,
+        intermediate_size=7 * WIDTH // 2,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.device("meta"):
+        n = matrices(LlamaForCausalLM(config))
+    config.vocab_size = round(128256 * 4096 / 6.98e9 * n / WIDTH)
+    return Scorer(LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME))
+
+
+def matrices(lm: LlamaForCausalLM) -> int:
+    """N: the norms' vectors take part in no matrix product."""
+    return sum(p.numel() for p in lm.model.layers.parameters() if p.dim() > 1)
+
+
+def sampled(mix: str) -> list[Unit]:
+    """Pairs of log-normal lengths with the mix's means, no prompt twice."""
+    draw = np.random.RandomState(5)
+    prompt, response = (m / SCALE for m in MIXES[mix])
+
+    def tokens(mean: float) -> np.ndarray:
+        n = max(2, round(mean * draw.lognormal(-0.18, 0.6)))
+        return draw.randint(0, scorer().lm.config.vocab_size, n).astype(np.int32)
+
+    return [Unit(i, tokens(prompt), (tokens(response), tokens(response))) for i in range(PAIRS)]
+
+
+def admitted(queries: int, keys: int) -> int:
+    """(query, key) pairs of a lower-right causal mask."""
+    return queries * (keys - queries) + queries * (queries + 1) // 2
+
+
+def floor(units: list[Unit]) -> float:
+    lm = scorer().lm
+    n = matrices(lm)
+    total = 0.0
+    for u in units:
+        p, c, r = len(u.prompt), *map(len, u.responses)
+        pairs = admitted(p + c - 1, p + c - 1) + admitted(r - 1, p + r - 1)
+        scored = 2 * lm.config.vocab_size * WIDTH * (c + r)
+        total += 3 * (2 * n * (p + c + r - 2) + 4 * WIDTH * LAYERS * pairs) + 3 * scored
+    return total
+
+
+def forward_products(query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> int:
+    """2 products over the admitted pairs: scores, output."""
+    return 2 * 2 * query.shape[1] * query.shape[3] * admitted(query.shape[2], key.shape[2])
+
+
+def backward_products(_: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *__: Any, **___: Any) -> int:
+    """5 products: scores again, gradients of the probabilities, queries, keys and values."""
+    return 5 * forward_products(query, key) // 2
+
+
+def added_product(_: torch.Size, a: torch.Size, b: torch.Size, *__: Any, **___: Any) -> int:
+    """A product added in place, which torch's counter does not know."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+forward_products._get_raw = backward_products._get_raw = True  # type: ignore[attr-defined]
+UNKNOWN = {
+    torch.ops.aten.addmm_: added_product,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward_products,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward_products,
+}
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter:
+        yield counter
+    assert list(UNKNOWN)[1] in counter.get_flop_counts()["Global"], "the attention went by another kernel"
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_step_computes_little_more_than_the_floor(mix: str) -> None:
+    units = sampled(mix)
+    with counting() as counter:
+        scorer()(pack(units, 2), DPO(0.1), torch.zeros(PAIRS, 2, dtype=torch.float64)).loss.backward()
+    ratio = counter.get_total_flops() / floor(units)
+    print(f"{mix}: a step is {ratio:.4f} of the floor")
+    assert 1 < ratio <= 1.05
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_the_first_pass_computes_little_more_than_its_floor(mix: str) -> None:
+    """Each sequence a unit of its own, as the pass takes them."""
+    units = sampled(mix)
+    single = [Unit(i, u.prompt, (r,)) for i, u in enumerate(units) for r in u.responses]
+    with counting() as counter, torch.no_grad():
+        scorer()(pack(single, 1))
+    ratio = counter.get_total_flops() / (floor(units) / 3)
+    print(f"{mix}: the first pass is {ratio:.4f} of the floor")
+    assert 0.99 < ratio <= 1.05

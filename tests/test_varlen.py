@@ -1,0 +1,188 @@
+"""Variable-length attention over gathered keys: its arguments, by a plain stand-in of the kernel on the CPU.
+
+The kernel itself needs a GPU and is not run here; the installed function's signature is, and its shapes are
+by its meta implementation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models_for_tests import MODELS, apart, gradients, make, pairs, references, tokens, worst
+from torch.nn.attention.varlen import varlen_attn
+
+from prefopt_dist.data.micro_batch import Segment, Unit, gather, pack
+from prefopt_dist.model import attention
+from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.objectives import DPO
+
+
+def plain_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """softmax(q kᵀ · scale) v of each sequence; query i of n over m keys stands at m - n + i (lower right)."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert len(query) == cu_seq_q[-1]
+    assert len(key) == len(value) == cu_seq_k[-1]
+    assert max_q == cu_seq_q.diff().max()
+    assert max_k == cu_seq_k.diff().max()
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    left, right = window_size
+    assert right == 0
+    groups = query.shape[1] // key.shape[1]
+    parts = []
+    for s in range(len(cu_seq_q) - 1):
+        q = query[cu_seq_q[s] : cu_seq_q[s + 1]].transpose(0, 1)
+        k, v = (x[cu_seq_k[s] : cu_seq_k[s + 1]].transpose(0, 1).repeat_interleave(groups, dim=0) for x in (key, value))
+        distance = torch.arange(q.shape[1])[:, None] + (k.shape[1] - q.shape[1]) - torch.arange(k.shape[1])
+        seen = (distance >= 0) & ((distance <= left) | (left < 0))
+        scores = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
+        parts.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def plain_varlen_of_old(*args: Any, is_causal: bool = False) -> torch.Tensor:
+    """As before torch 2.12: no window, no scale, no groups."""
+    assert is_causal
+    return plain_varlen(*args, scale=args[0].shape[-1] ** -0.5, window_size=(-1, 0))
+
+
+Kernel = Callable[..., torch.Tensor]
+OLD = ["llama-tied", "llama-mqa-biases", "qwen2-window-upper-layers", "gemma3"]
+
+
+def put_in_place(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The stand-in in the kernel's place, on the CPU too; the list grows by a call's queries."""
+    calls: list[int] = []
+
+    def counted(query: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        calls.append(len(query))
+        return kernel(query, *args, **options)
+
+    options = frozenset(inspect.signature(kernel).parameters)
+    monkeypatch.setattr(attention, "varlen_attn", counted)
+    monkeypatch.setattr(attention, "VARLEN_OPTIONS", options)
+    monkeypatch.setattr(attention, "varlen_can", lambda q, window: window is None or "window_size" in options)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"), [(n, plain_varlen) for n in MODELS] + [(n, plain_varlen_of_old) for n in OLD]
+)
+def test_one_call_equals_a_call_a_segment(name: str, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = put_in_place(kernel, monkeypatch)
+    units = pairs()
+    batch = pack(units, 2)
+    found = []
+    for by_segments in (False, True):
+        if by_segments:
+            monkeypatch.setattr(attention, "varlen_can", lambda *_: False)
+        lm = make(name)
+        terms = Scorer(lm)(batch, DPO(0.3), references(units))
+        terms.loss.backward()
+        found.append((terms.sums, gradients(lm)))
+        if not by_segments:
+            calls = len(stand_in)
+    layer_windows = [w for w in windows(lm) if w is None or "window_size" in attention.VARLEN_OPTIONS]
+    capped = lm.config.model_type == "gemma2" and lm.config.attn_logit_softcapping is not None
+    assert calls == len(stand_in) == (0 if capped else len(layer_windows))
+    (sums, grads), (wanted, wanted_grads) = found
+    assert apart(sums, wanted) <= 1e-6
+    assert worst(grads, wanted_grads)[0] <= 1e-5
+
+
+def test_without_shared_prompts_nothing_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_place(plain_varlen, monkeypatch)
+    draw = np.random.RandomState(3)
+    batch = pack([Unit(i, tokens(draw, 4 + i), (tokens(draw, 9),)) for i in range(3)], 1)
+    assert torch.equal(batch.gathered.keys, torch.arange(batch.tokens))
+    scorer = Scorer(make("llama-tied"))
+    with torch.no_grad():
+        sums = scorer(batch)
+        monkeypatch.setattr(attention, "varlen_can", lambda *_: False)
+        assert apart(sums, scorer(batch)) <= 1e-6
+
+
+def windows(lm: Any) -> list[int | None]:
+    """The window of each layer, by its configuration."""
+    config = lm.config.to_dict()
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    kinds = config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"]
+    return [window if k == "sliding_attention" else None for k in kinds]
+
+
+def test_gather_of_hand_made_segments() -> None:
+    found = gather([Segment(0, 0, 0, 3), Segment(0, 2, 3, 5), Segment(5, 5, 5, 6)])
+    assert found.keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5]
+    assert found.query_ends.tolist() == [0, 3, 5, 6]
+    assert found.key_ends.tolist() == [0, 3, 7, 8]
+    assert (found.longest_query, found.longest_key) == (3, 4)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_the_installed_function_takes_our_arguments(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, key_heads: int
+) -> None:
+    """Through torch's own function on the meta device, which has no numbers: nothing is read from the host either."""
+    batch = pack(pairs(), 2).to(torch.device("meta"))
+    if window is not None and "window_size" not in attention.VARLEN_OPTIONS:
+        pytest.skip("this torch has no windows there")
+
+    def empty(heads: int) -> torch.Tensor:
+        return torch.empty(1, heads, batch.tokens, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+
+    bound: list[inspect.BoundArguments] = []
+
+    def watched(*args: Any, **options: Any) -> torch.Tensor:
+        bound.append(inspect.signature(varlen_attn).bind(*args, **options))
+        out = varlen_attn(*args, **options)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    monkeypatch.setattr(attention, "varlen_attn", watched)
+    q, k, v = empty(4), empty(key_heads), empty(key_heads)
+    out = attention.varlen(q, k, v, batch.gathered, 0.1, window)
+    assert out.shape == (1, batch.tokens, 4, 16)
+    out.sum().backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in (q, k, v))
+    if "window_size" in attention.VARLEN_OPTIONS:
+        assert bound[0].arguments["window_size"] == ((-1, 0) if window is None else (window - 1, 0))
+
+
+def test_where_the_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGPU:
+        is_cuda = True
+        device = torch.device("cuda", 0)
+
+        def __init__(self, dtype: torch.dtype, head: int) -> None:
+            self.dtype, self.shape = dtype, (1, 4, 50, head)
+
+    can: Callable[..., bool] = attention.varlen_can
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert can(OnGPU(torch.bfloat16, 128), None)
+    assert can(OnGPU(torch.float16, 256), None)
+    assert not can(OnGPU(torch.float32, 128), None)
+    assert not can(OnGPU(torch.bfloat16, 264), None)
+    assert not can(OnGPU(torch.bfloat16, 20), None)
+    assert not can(torch.empty(1, 4, 50, 128, dtype=torch.bfloat16), None)
+    monkeypatch.setattr(attention, "VARLEN_OPTIONS", frozenset({"is_causal"}))
+    assert can(OnGPU(torch.bfloat16, 128), None)
+    assert not can(OnGPU(torch.bfloat16, 128), 7)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert not can(OnGPU(torch.bfloat16, 128), None)
