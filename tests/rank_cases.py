@@ -54,6 +54,11 @@ def ready(config: Config) -> tuple[ingredients.Models, Any, ScoredRows, str | No
     return models, objective, scored, reference and reference.key
 
 
+def make_policy(config: Config, models: ingredients.Models) -> Any:
+    """The engine, by the job's own way."""
+    return train._policy(config, models)[0]
+
+
 def equality(
     folder: Path,
     name: str,
@@ -61,7 +66,7 @@ def equality(
     loss: dict[str, object],
     *,
     of: str = "model",
-    make_engine: Callable[[Config, ingredients.Models], Any] = train._policy,
+    make_engine: Callable[[Config, ingredients.Models], Any] = make_policy,
     steps: int | None = None,
     **sections: dict[str, object],
 ) -> dict:
@@ -188,7 +193,7 @@ def whole_evaluation(folder: Path) -> dict:
     """An evaluation over a set that no number of ranks divides, against the exact means."""
     config = config_for(folder, "evaluation", loss=DPO, reference={"name_or_path": str(folder / "reference")})
     models, objective, scored, _ = ready(config)
-    engine = train._policy(config, models)
+    engine = make_policy(config, models)
     found = {str(b): evaluate(engine, objective, {"": scored}, b) for b in (120, 5000)}
     exact = exact_step(
         plain.build_plain(folder / "model"),
@@ -270,7 +275,7 @@ def memory(folder: Path) -> dict:
     gc.collect()
     after = psutil.Process().memory_info().rss
     alive = module() is not None or parameter() is not None
-    policy = train._policy(config, models)
+    policy = make_policy(config, models)
     policy_held, policy_whole = zero3.shard_bytes(policy.module)
     ids, positions = torch.arange(3, 43)[None], torch.arange(40)[None]
     inputs = {"input_ids": ids, "position_ids": positions, "segments": (Segment(0, 0, 0, 40),), "use_cache": False}
@@ -294,7 +299,7 @@ def other_reference_is_refused(folder: Path) -> dict:
     """The gate: a stored value that is not the start's ends the run on every rank before any update."""
     config = config_for(folder, "gate", loss={"name": "dpo"})
     models, objective, scored, _ = ready(config)
-    engine = train._policy(config, models)
+    engine = make_policy(config, models)
     found = {}
     for name, change in (("right", 0.0), ("wrong", 0.01)):
         reference = scored.reference.clone()
@@ -316,7 +321,7 @@ def save_fails_on_one_rank(folder: Path) -> dict:
     """A write error of the last rank ends the save on all ranks; the committed checkpoint stays."""
     config = config_for(folder, "save")
     models = ingredients.load_models(config)
-    engine = train._policy(config, models)
+    engine = make_policy(config, models)
     root = folder / "checkpoints"
     common: dict[str, Any] = {"state": {"window": {}}, "facts": {}, "keep": 2}
     checkpoint.save(engine, root, step=1, **common)
@@ -406,7 +411,7 @@ def idle_ranks(folder: Path) -> dict:
     """A step with fewer pairs than ranks: idle ranks take part with weight 0."""
     config = config_for(folder, "idle", loss={"name": "dpo"})
     models, objective, scored, _ = ready(config)
-    engine = train._policy(config, models)
+    engine = make_policy(config, models)
     batch = step_batch(scored, [3], 2, 4096)
     sums, _ = step.agree(step.gradient(engine, batch, objective, None), Request(False, False))
     norm = step.update(engine, 1e-3)

@@ -53,7 +53,7 @@ def test_every_family_is_tried_tied_and_untied() -> None:
 def test_dpo_equals_plain_float64(name: str, checkpointing: bool) -> None:
     lm = make(name)
     if checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.activation_checkpointing_enable({"use_reentrant": False})
         lm.train()
     exact = plain.build_plain(lm)
     units = pairs()
@@ -126,7 +126,7 @@ def test_activation_checkpointing_changes_nothing(name: str) -> None:
     for checkpointing in (False, True):
         lm = make(name, use_cache=True)
         if checkpointing:
-            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            lm.activation_checkpointing_enable({"use_reentrant": False})
             assert lm.is_gradient_checkpointing
         terms = Scorer(lm).train()(pack(pairs(), 2), DPO(0.3), references(pairs()))
         terms.loss.backward()
@@ -210,7 +210,7 @@ def test_an_empty_micro_batch_gives_zeros(name: str, checkpointing: bool) -> Non
     ):
         lm = make(name)
         if checkpointing:
-            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            lm.activation_checkpointing_enable({"use_reentrant": False})
         terms = Scorer(lm).train()(pack([], responses), objective, reference)
         assert terms.loss.item() == 0.0
         assert terms.statistics.tolist() == [0.0] * len(objective.metrics)

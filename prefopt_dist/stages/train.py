@@ -11,6 +11,7 @@ from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.order import Order
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
+from prefopt_dist.model.activations import activation_memory
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.reference.turn import StoppedInFirstPass
@@ -20,7 +21,7 @@ from prefopt_dist.stages.job import requests_for, run_folder
 from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.wandb_feed import WandbFeed
-from prefopt_dist.training import checkpoint, loop
+from prefopt_dist.training import checkpoint, loop, room
 from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.run_folder import RunFolder
 
@@ -59,7 +60,9 @@ def run(config: Config) -> None:
                 reference=None if first_pass is None else first_pass.as_run_json(),
             )
 
-        engine = _policy(config, models)
+        engine, here = _policy(config, models)
+        if ranks.rank() == 0:
+            folder.note(memory=here.as_run_json())
         state: dict[str, Any] | None = None
         start = 0
         if found is not None:
@@ -117,7 +120,8 @@ def _check_resume(config: Config, found: checkpoint.Manifest | None, facts: dict
             )
 
 
-def _policy(config: Config, models: Models) -> Any:
+def _policy(config: Config, models: Models) -> tuple[Any, room.Room]:
+    """The engine, and what activations may take beside it."""
     settings = zero3.policy_settings(
         ranks.together(lambda: ingredients.zero_settings(config.deepspeed.policy, "deepspeed.policy")),
         dtype=models.dtype,
@@ -125,9 +129,6 @@ def _policy(config: Config, models: Models) -> Any:
     )
     torch.manual_seed(config.run.seed)
     lm = load_sharded(models.policy, dtype=models.dtype, settings=settings)
-    checkpointing = config.model.checkpointing
-    if checkpointing == "all" or (checkpointing == "auto" and torch.cuda.is_available()):
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     scorer = Scorer(lm).train()
     optim = config.optim
     optimizer = adamw(
@@ -140,7 +141,15 @@ def _policy(config: Config, models: Models) -> Any:
     engine = zero3.policy_engine(scorer, optimizer, settings)
     held, whole = zero3.shard_bytes(scorer)
     say(f"policy: each rank holds {in_units(held)} of {in_units(whole)} of parameters")
-    return engine
+    here = room.choose(
+        activation_memory(models.policy.config, models.dtype),
+        wish=config.model.checkpointing,
+        tokens=config.train.micro_batch_tokens,
+        available=room.available_bytes(lm, settings["zero_optimization"]),
+    )
+    room.apply(lm, here.checkpointed)
+    say(here.text())
+    return engine, here
 
 
 def _open_log(config: Config, folder: RunFolder, start: int) -> loop.Log:
@@ -183,6 +192,7 @@ def _finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, st
         source = config.run_dir / "checkpoints" / checkpoint.folder_name(job.total_steps)
         text = export.export_checkpoint(config, models, source, folder)
         summary = _summary(config, job.log.metrics.rows(), job.total_steps, text)
+        folder.note(memory=folder.facts["memory"] | {"peak_bytes": loop.peak_memory()})
         folder.done(summary)
         job.requests.obeyed()
         job.log.wandb.finish()

@@ -167,7 +167,7 @@ def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
             "perf/tokens_per_second": window.tokens / window.seconds,
             "perf/pairs_per_second": pairs / window.seconds,
             "perf/data_seconds": window.data_seconds,
-            "perf/peak_memory_gib": _peak_memory() / 2**30,
+            "perf/peak_memory_gib": peak_memory() / 2**30,
         },
     )
     job.log.wandb.feed()
@@ -208,7 +208,7 @@ def _not_finite(job: Job, index: int, what: str) -> str:
     )
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Bytes: of the device, or of the process where it computes on the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()

@@ -1,0 +1,123 @@
+"""The memory of activations: what a training step keeps for its backward pass, by tokens and checkpointed layers.
+
+Nothing is assumed about a family: two models of one and of two layers, without storage (device meta), run
+forward once, and the tensors that autograd keeps are counted. The difference is a layer, the rest is
+embedding, final norm and head. All of it grows with the tokens of the micro-batch in a line, as the attention
+keeps its operands and never a square of scores.
+
+Legend: T tokens of a micro-batch, S tokens that reach the head, L layers, D hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+
+from prefopt_dist.model.head import LOGITS_AT_ONCE
+
+_NAME = "prefopt_counted"
+_TOKENS = 64
+"""Of the counted forward pass; any number does, as everything is linear in it."""
+
+
+@dataclass(frozen=True)
+class ActivationMemory:
+    """Bytes that a forward pass keeps, on one rank."""
+
+    layers: int
+    per_token_layer: float
+    """Bytes a token and layer without checkpointing"""
+    per_token_checkpoint: float
+    """Bytes a token and layer with it: the layer's input"""
+    per_token_ends: float
+    """Bytes a token outside the layers: embedding, final norm, the head's input and its gradient"""
+    block: int
+    """Bytes of the head's block of logits and its gradient, however many tokens there are"""
+
+    def bytes(self, tokens: int, checkpointed: int) -> int:
+        """Peak of a micro-batch of `tokens` with `checkpointed` layers computed again in the backward pass."""
+        kept = (self.layers - checkpointed) * self.per_token_layer + checkpointed * self.per_token_checkpoint
+        # One layer at a time is computed again, whole, and has gradients of its own size in flight.
+        again = self.per_token_layer if checkpointed else 0.0
+        return int(tokens * (kept + again + self.per_token_ends)) + self.block
+
+    def fewest_checkpointed(self, tokens: int, available: int) -> int | None:
+        """As few layers as fit into `available` bytes; None where not even all of them do."""
+        for checkpointed in range(self.layers + 1):
+            if self.bytes(tokens, checkpointed) <= available:
+                return checkpointed
+        return None
+
+    def most_tokens(self, available: int) -> int:
+        """The largest micro-batch that fits with every layer checkpointed."""
+        per_token = self.bytes(1000, self.layers) - self.block
+        return max(0, (available - self.block) * 1000 // per_token)
+
+
+def activation_memory(config: PreTrainedConfig, dtype: torch.dtype) -> ActivationMemory:
+    """Counted on models of one and two layers of this configuration."""
+    one, two = (_kept(config, layers, dtype) for layers in (1, 2))
+    size = torch.empty((), dtype=dtype).element_size()
+    hidden = config.hidden_size * size
+    # The block of logits, its gradient in float32 and a copy in the model's dtype.
+    block = LOGITS_AT_ONCE * (4 + 4 + size)
+    return ActivationMemory(
+        layers=config.num_hidden_layers,
+        per_token_layer=(two - one) / _TOKENS,
+        per_token_checkpoint=hidden,
+        per_token_ends=(2 * one - two) / _TOKENS + 3 * hidden,
+        block=block,
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what an attention without stored scores keeps: its operands, its result, a float32 a head and token."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(query[..., : value.shape[-1]])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
+        raise AssertionError("only the forward pass is counted")
+
+
+def _counted_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **_: Any
+) -> tuple[torch.Tensor, None]:
+    out: torch.Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_NAME, _counted_attention)
+
+
+def _kept(config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> int:
+    """Bytes of the tensors that autograd keeps in a forward pass of `_TOKENS` tokens, weights not counted."""
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = layers
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:layers]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation=_NAME).train()
+        ids = torch.zeros(1, _TOKENS, dtype=torch.int64)
+        positions = torch.arange(_TOKENS)[None]
+    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, or a new storage could get the number of one that is gone
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())

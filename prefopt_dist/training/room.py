@@ -1,0 +1,113 @@
+"""How many layers are computed again in the backward pass: as few as the device's memory asks for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from prefopt_dist.distributed import ranks
+from prefopt_dist.errors import UserError
+from prefopt_dist.model.activations import ActivationMemory
+from prefopt_dist.tracking.console import in_units
+
+KEPT_FREE = 0.1
+"""Of the device's memory: fragments of the allocator, libraries' own workspace."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """The decision, and what it rests on; bytes of one rank."""
+
+    checkpointed: int
+    """Layers computed again, from the first"""
+    layers: int
+    activations: int
+    """Estimated peak of a full micro-batch"""
+    available: int
+    """Free for it on the rank that has least"""
+
+    def as_run_json(self) -> dict[str, int]:
+        """What run.json says of it."""
+        return {
+            "checkpointed_layers": self.checkpointed,
+            "activation_bytes_estimated": self.activations,
+            "available_bytes": self.available,
+        }
+
+    def text(self) -> str:
+        """A line for people."""
+        return (
+            f"activations: {self.checkpointed} of {self.layers} layers computed again; "
+            f"about {in_units(self.activations)} for a full micro-batch, {in_units(self.available)} free"
+        )
+
+
+def choose(memory: ActivationMemory, *, wish: Literal["auto", "none", "all"], tokens: int, available: int) -> Room:
+    """All ranks, with the engine in place: the same choice on each.
+
+    tokens: of the largest micro-batch; available: bytes free on this rank.
+    """
+    least = min(ranks.gather(available))
+    fitting = {"none": 0, "all": memory.layers, "auto": memory.fewest_checkpointed(tokens, least)}[wish]
+    if fitting is None:
+        raise UserError(
+            f"train.micro_batch_tokens: {tokens} tokens need about {in_units(memory.bytes(tokens, memory.layers))} "
+            f"with every layer computed again, and {in_units(least)} are free; lower it to at most "
+            f"{memory.most_tokens(least)}, use more ranks, or set offload_optimizer in deepspeed.policy."
+        )
+    return Room(fitting, memory.layers, memory.bytes(tokens, fitting), least)
+
+
+def apply(lm: PreTrainedModel, checkpointed: int) -> None:
+    """The first `checkpointed` decoder layers are computed again in the backward pass, the others are kept."""
+    if not checkpointed:
+        return
+    lm.activation_checkpointing_enable({"use_reentrant": False})
+    layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = i < checkpointed
+
+
+def available_bytes(lm: PreTrainedModel, zero: Mapping[str, Any]) -> int:
+    """What this rank has for activations once parameters, gradients and optimizer have their place.
+
+    zero: the engine's zero_optimization settings, for the parameters that it gathers and its buckets.
+    """
+    parameters = [p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in lm.parameters()]
+    size = next(lm.parameters()).element_size()
+    gathered = min(sum(parameters), int(zero.get("stage3_max_live_parameters", 1e9)))
+    buckets = int(zero.get("reduce_bucket_size", 5e8)) + int(zero.get("stage3_prefetch_bucket_size", 5e7))
+    coming = size * (gathered + min(2 * sum(parameters), buckets))
+    coming += 4 * max(parameters)  # the head's gradient, float32 until it is rounded once
+    return int(max(0.0, (1 - KEPT_FREE) * _free_bytes() - coming))
+
+
+def _free_bytes() -> int:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the allocator holds without need would look taken
+        return int(torch.cuda.mem_get_info()[0])
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    (free,) = (
+        1024 * int(line.split()[1])
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable:")
+    )
+    limit = _group_limit()
+    return (free if limit is None else min(free, limit)) // ranks_here
+
+
+def _group_limit() -> int | None:
+    """What the control group (a container, a Slurm job) still allows; None where it sets no limit."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except OSError:
+        return None
+    return None if limit == "max" else max(0, int(limit) - used)

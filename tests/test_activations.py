@@ -1,0 +1,116 @@
+"""The estimate of activations against what autograd really keeps, and the choice that rests on it."""
+
+import copy
+
+import pytest
+import torch
+from transformers import Gemma2Config, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen3Config
+
+from prefopt_dist.data.micro_batch import Unit, pack
+from prefopt_dist.errors import UserError
+from prefopt_dist.model import attention
+from prefopt_dist.model.activations import ActivationMemory, activation_memory
+from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.training import room
+
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "phi3": Phi3Config(**SHAPE),
+    "gemma2": Gemma2Config(**SHAPE, head_dim=16, attn_logit_softcapping=None),
+}
+
+
+def kept(config: PreTrainedConfig, checkpointed: int, tokens: int) -> int:
+    """Bytes that a real forward pass over one unshared sequence keeps, weights and the head's block apart."""
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention.NAME)
+    scorer = Scorer(lm).train()
+    room.apply(lm, checkpointed)
+    own = {p.untyped_storage().data_ptr() for p in [*lm.parameters(), *lm.buffers()]}
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.randint(1, 300, (tokens,), generator=torch.Generator().manual_seed(0)).numpy().astype("int32")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        scorer(pack([Unit(0, ids[: tokens // 2], (ids[tokens // 2 :],))], 1))
+    return sum(s.nbytes() for s in found.values())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("checkpointed", [0, 3, 6])
+def test_the_estimate_is_what_autograd_keeps(name: str, checkpointed: int) -> None:
+    config, tokens = CONFIGS[name], 512
+    memory = activation_memory(config, torch.float32)
+    again = tokens * memory.per_token_layer if checkpointed else 0
+    # What comes only in the backward pass is not among what is kept now, and half of the tokens reach the head.
+    estimate = memory.bytes(tokens, checkpointed) - memory.block - again
+    ends = tokens * memory.per_token_ends
+    assert 0.9 * (estimate - ends) <= kept(config, checkpointed, tokens) <= 1.1 * estimate
+
+
+def test_by_hand() -> None:
+    """A Llama layer of width D keeps some tens of D bytes a token in bfloat16, a checkpointed one 2 D."""
+    memory = activation_memory(LlamaConfig(**SHAPE | {"hidden_size": 1024, "intermediate_size": 3584}), torch.bfloat16)
+    assert memory.layers == 6
+    assert memory.per_token_checkpoint == 2 * 1024
+    assert 35 < memory.per_token_layer / 1024 < 65
+
+
+MEMORY = ActivationMemory(layers=4, per_token_layer=100.0, per_token_checkpoint=10.0, per_token_ends=5.0, block=1000)
+
+
+def test_as_few_layers_as_fit() -> None:
+    full = MEMORY.bytes(1000, 0)
+    assert full == 1000 * 405 + 1000
+    assert MEMORY.fewest_checkpointed(1000, full) == 0
+    assert MEMORY.fewest_checkpointed(1000, full - 1) == 2  # one layer saves less than computing it again takes
+    assert MEMORY.fewest_checkpointed(1000, MEMORY.bytes(1000, 4)) == 4
+    assert MEMORY.fewest_checkpointed(1000, MEMORY.bytes(1000, 4) - 1) is None
+    most = MEMORY.most_tokens(50_000)
+    assert MEMORY.bytes(most, 4) <= 50_000 < MEMORY.bytes(most + 1, 4)
+
+
+@pytest.mark.parametrize(("wish", "layers"), [("auto", 2), ("none", 0), ("all", 4)])
+def test_the_rank_with_least_decides(monkeypatch: pytest.MonkeyPatch, wish: str, layers: int) -> None:
+    monkeypatch.setattr(room.ranks, "gather", lambda mine: [mine, MEMORY.bytes(1000, 2)])
+    found = room.choose(MEMORY, wish=wish, tokens=1000, available=10**9)  # type: ignore[arg-type]
+    assert found.checkpointed == layers
+    assert f"{layers} of 4 layers" in found.text()
+
+
+def test_what_cannot_fit_is_refused_with_what_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room.ranks, "gather", lambda mine: [mine])
+    with pytest.raises(UserError, match=r"train\.micro_batch_tokens: 1000 tokens .* at most 337"):
+        room.choose(MEMORY, wish="auto", tokens=1000, available=50_000)
+
+
+def test_some_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient is the same with none, some and all layers computed again."""
+    from transformers import LlamaForCausalLM
+
+    gradients = []
+    for checkpointed in (0, 2, 6):
+        torch.manual_seed(0)
+        lm = LlamaForCausalLM._from_config(copy.deepcopy(CONFIGS["llama"]), attn_implementation=attention.NAME).train()
+        room.apply(lm, checkpointed)
+        ids = torch.arange(5, 60).numpy().astype("int32")
+        Scorer(lm)(pack([Unit(0, ids[:20], (ids[20:],))], 1)).sum().backward()
+        gradients.append([p.grad for p in lm.parameters()])
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))
