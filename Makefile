@@ -8,7 +8,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test test-all lint
+.PHONY: help demo test test-all lint benchmark
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -35,3 +35,8 @@ test: lint ## lint and the quick tests
 
 test-all: lint ## lint and every test
 	@$(BIN)/python -m pytest -q --durations=15
+
+benchmark: $(STAMP) ## Ours beside TRL on one CPU thread, half an hour; RESULT=NAME, OPTIONS=--cuda
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmark]'
+	@$(BIN)/python -m benchmarks.imbalance
+	@$(BIN)/python -m benchmarks.step --ladder --save $(or $(RESULT),cpu) $(OPTIONS)

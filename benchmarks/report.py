@@ -17,9 +17,10 @@ NAMES = {
     "trl": "TRL as it comes",
     "trl-tuned": "TRL tuned",
 }
+PEERS = ("trl", "trl-tuned")
 COLUMNS = (
-    *("contestant", "pairs/s", "tokens/s", "s/step", "wall", "first pass", "memory", "ours faster: step"),
-    *("… epoch", "… of the floor"),
+    *("contestant", "pairs/s", "tokens/s", "s/step", "wall", "first pass", "peak memory", "of the floor"),
+    *("step: times TRL / tuned", "epoch: times TRL / tuned"),
 )
 
 
@@ -61,33 +62,44 @@ def summarise(task: Task, results: dict[str, dict[str, Any]], rate: float) -> di
             "first_pass_efficiency": floor_pass / first / rate if first else None,
             "losses": found["losses"],
         }
-    for row in rows.values():
-        row["step_ratio"] = rows["ours"]["pairs_per_second"] / row["pairs_per_second"]
-        row["epoch_ratio"] = row["epoch_seconds_per_pair"] / rows["ours"]["epoch_seconds_per_pair"]
     return {"floor_gflop_per_pair": floor / 1e9, "tokens_per_pair": distinct_tokens(timed) / len(timed), "rows": rows}
 
 
+def ratios(rows: dict[str, Any], name: str, what: str) -> str:
+    """How many times as many pairs a second as each peer that was measured; what: `step` or `epoch`."""
+
+    def seconds(row: dict[str, Any]) -> float:
+        return 1 / row["pairs_per_second"] if what == "step" else row["epoch_seconds_per_pair"]
+
+    return " / ".join(f"{seconds(rows[peer]) / seconds(rows[name]):.2f}" for peer in PEERS if peer in rows) or "–"
+
+
 def table(mix: str, summary: dict[str, Any]) -> str:
-    """One mix as Markdown. Times in CPU seconds of one thread (on CUDA by the clock), memory above the imports."""
+    """One mix as Markdown.
+
+    Times in CPU seconds of one thread (on CUDA by the clock); memory above what the imports take; an epoch has
+    the first pass of those that have one; efficiency is the floor's operations over time and matrix speed.
+    """
     lines = [
         f"### {mix}: {summary['tokens_per_pair']:.0f} distinct tokens and {summary['floor_gflop_per_pair']:.1f} GFLOP "
         f"a pair; losses equal within {summary['loss_difference']:.0e}",
         "| " + " | ".join(COLUMNS) + " |",
         "| --- " + "| ---: " * (len(COLUMNS) - 1) + "|",
     ]
-    for name, row in summary["rows"].items():
-        first = row["first_pass_seconds_per_pair"]
+    rows = summary["rows"]
+    for name, row in rows.items():
+        first, of_floor = row["first_pass_seconds_per_pair"], row["first_pass_efficiency"]
         cells = (
             NAMES.get(name, name),
             f"{row['pairs_per_second']:.2f}",
             f"{row['tokens_per_second']:.0f}",
             f"{row['step_seconds']:.2f}",
             f"{row['step_wall_seconds']:.2f}",
-            f"{first * 1000:.0f} ms/pair" if first else "–",
+            f"{first * 1000:.0f} ms/pair ({of_floor:.0%})" if first else "–",
             f"{row['peak_mib']:.0f} MiB",
-            f"{row['step_ratio']:.2f}×",
-            f"{row['epoch_ratio']:.2f}×",
             f"{row['efficiency']:.0%}",
+            ratios(rows, name, "step"),
+            ratios(rows, name, "epoch"),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -123,8 +135,9 @@ def plot(mixes: dict[str, dict[str, Any]], title: str, file: Path) -> None:
             [r["pairs_per_second"] for r in rows.values()],
             color=[colours[n] for n in rows],
         )
-        axis.bar_label(bars, labels=[f"{1 / r['step_ratio']:.2f}" for r in rows.values()], fontsize=7)
         ours = summary["rows"]["ours"]
+        speeds = [r["pairs_per_second"] / ours["pairs_per_second"] for r in rows.values()]
+        axis.bar_label(bars, labels=[f"{s:.2f}" for s in speeds], fontsize=7)
         limit = ours["pairs_per_second"] / ours["efficiency"]
         axis.axhline(limit, color="black", linewidth=0.8, linestyle=":")
         axis.set_title(mix, fontsize=9)
