@@ -4,6 +4,7 @@ Every rank runs every case; rank 0 writes FOLDER/<case>.json with what the case 
 """
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ import case_runner
 import numpy as np
 import plain
 import psutil
+import pytest
 import torch
+import torch.distributed as dist
 import worlds
 from deepspeed.utils import safe_get_full_grad
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,11 +26,12 @@ from prefopt_dist.data.micro_batch import Segment, Unit, pack
 from prefopt_dist.data.order import Order
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
+from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import load_sharded, load_whole
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.stages import ingredients, train
 from prefopt_dist.training import checkpoint, step
-from prefopt_dist.training.batches import ScoredRows, step_batch, whole_set
+from prefopt_dist.training.batches import Ahead, ScoredRows, step_batch, whole_set
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.gate import StartGate
 from prefopt_dist.training.optimizer import adamw
@@ -417,6 +421,58 @@ def idle_ranks(folder: Path) -> dict:
     norm = step.update(engine, 1e-3)
     zero3.release(engine)
     return {"pairs": sums[-1], "loss": sums[0], "norm": float(norm)}
+
+
+class Counts:
+    """Calls of collectives and host reads, by the package whose code makes them."""
+
+    COLLECTIVES = (
+        "all_reduce broadcast all_gather all_gather_into_tensor all_gather_object broadcast_object_list barrier"
+    )
+    READS = "item tolist numpy cpu __bool__ __float__ __int__ __index__"
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.found: dict[str, list[str]] = {"collective": [], "read": []}
+        for kind, owner, names in (("collective", dist, self.COLLECTIVES), ("read", torch.Tensor, self.READS)):
+            for name in names.split():
+                patch.setattr(owner, name, self._counted(kind, name, getattr(owner, name)))
+
+    def _counted(self, kind: str, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            frame = sys._getframe(1)
+            while frame is not None:
+                packages = [
+                    p for p in ("/prefopt_dist/", "/deepspeed/", "/transformers/") if p in frame.f_code.co_filename
+                ]
+                if packages:
+                    if packages == ["/prefopt_dist/"]:
+                        self.found[kind].append(name)
+                    break
+                frame = frame.f_back
+            return real(*args, **kwargs)
+
+        return call
+
+
+def collectives_and_host_reads(folder: Path) -> dict:
+    """Two steps of several micro-batches that log nothing, as the loop makes them."""
+    config = config_for(folder, "counts", loss={"name": "dpo"}, optim={"learning_rate": 1e-3})
+    models, objective, scored, _ = ready(config)
+    engine = make_policy(config, models)
+    cost = forward_cost(models.policy.config)
+    found, micro_batches = [], []
+    with Ahead(lambda i: step_batch(scored, range(G * i, G * i + G), 2, 150, cost), range(2)) as batches:
+        for index in range(2):
+            with pytest.MonkeyPatch.context() as patch:
+                counts = Counts(patch)
+                batch = batches.take(index)
+                packed = step.gradient(engine, batch, objective, None)
+                step.agree(packed, Request(False, False))
+                step.update(engine, 1e-3)
+            micro_batches.append(len(batch))
+            found.append(counts.found)
+    zero3.release(engine)
+    return {"steps": found, "micro_batches": micro_batches}
 
 
 def packs_alone_and_together(folder: Path) -> dict:

@@ -59,7 +59,7 @@ def test_the_estimate_is_what_autograd_keeps(name: str, checkpointed: int) -> No
     memory = activation_memory(config, torch.float32)
     again = tokens * memory.per_token_layer if checkpointed else 0
     # What comes only in the backward pass is not among what is kept now, and half of the tokens reach the head.
-    estimate = memory.bytes(tokens, checkpointed) - memory.block - again
+    estimate = memory.bytes(tokens, checkpointed) - memory.block(tokens) - again
     ends = tokens * memory.per_token_ends
     assert 0.9 * (estimate - ends) <= kept(config, checkpointed, tokens) <= 1.1 * estimate
 
@@ -72,12 +72,14 @@ def test_by_hand() -> None:
     assert 35 < memory.per_token_layer / 1024 < 65
 
 
-MEMORY = ActivationMemory(layers=4, per_token_layer=100.0, per_token_checkpoint=10.0, per_token_ends=5.0, block=1000)
+MEMORY = ActivationMemory(
+    layers=4, per_token_layer=100.0, per_token_checkpoint=10.0, per_token_ends=5.0, vocabulary=1, per_logit=1
+)
 
 
 def test_as_few_layers_as_fit() -> None:
     full = MEMORY.bytes(1000, 0)
-    assert full == 1000 * 405 + 1000
+    assert full == 1000 * 406
     assert MEMORY.fewest_checkpointed(1000, full) == 0
     assert MEMORY.fewest_checkpointed(1000, full - 1) == 2  # one layer saves less than computing it again takes
     assert MEMORY.fewest_checkpointed(1000, MEMORY.bytes(1000, 4)) == 4
@@ -96,7 +98,7 @@ def test_the_rank_with_least_decides(monkeypatch: pytest.MonkeyPatch, wish: str,
 
 def test_what_cannot_fit_is_refused_with_what_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room.ranks, "gather", lambda mine: [mine])
-    with pytest.raises(UserError, match=r"train\.micro_batch_tokens: 1000 tokens .* at most 337"):
+    with pytest.raises(UserError, match=r"train\.micro_batch_tokens: 1000 tokens .* at most 342"):
         room.choose(MEMORY, wish="auto", tokens=1000, available=50_000)
 
 

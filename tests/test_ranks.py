@@ -17,6 +17,7 @@ BOTH = [
     "other_reference_is_refused",
     "errors_reach_all",
     "packs_alone_and_together",
+    "collectives_and_host_reads",
 ]
 TWO_ONLY = ["shards", "save_fails_on_one_rank", "idle_ranks"]
 
@@ -136,3 +137,12 @@ def test_memory_of_a_large_model(tmp_path: Path) -> None:
         assert mine["given_back"] >= 0.8
         assert not mine["alive"]
         assert mine["logits_equal"]
+
+
+def test_one_collective_and_one_host_read_a_step(world: tuple[int, Path]) -> None:
+    """Beside the engine's own, and none a micro-batch."""
+    result = found(world, "collectives_and_host_reads")
+    assert min(result["micro_batches"]) > 1
+    for counted in result["steps"]:
+        assert counted["collective"] == ["all_reduce"]
+        assert counted["read"] == ["tolist"]

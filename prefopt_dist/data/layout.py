@@ -7,8 +7,37 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from prefopt_dist.data.micro_batch import Unit, packed_tokens
+
+MOST_SWAPS = 2000
+SMALLEST_GAIN = 1e-9
+"""Of a bin's squared load; below it rounding could swap for ever."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a micro-batch costs, in any unit: tokens alone unless a model's numbers are given."""
+
+    per_token: float = 1.0
+    """For each distinct input token: the layers' matrices"""
+    per_attended: float = 0.0
+    """For each pair of a token and one that it attends to"""
+    per_scored: float = 0.0
+    """For each response token: the output head"""
+
+    def of(self, group: Sequence[Unit], tokens: int) -> float:
+        """Of units of one prompt, which have `tokens` distinct tokens."""
+        prompt = len(group[0].prompt)
+        attended, scored = prompt * (prompt + 1) / 2, 0
+        for n in {r.tobytes(): len(r) for u in group for r in u.responses}.values():
+            attended += (n - 1) * prompt + (n - 1) * n / 2
+            scored += n
+        return self.per_token * tokens + self.per_attended * attended + self.per_scored * scored
 
 
 def groups_within(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
@@ -47,29 +76,76 @@ def fill(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
     return filled
 
 
-def lay_out(units: Sequence[Unit], world_size: int, budget: int) -> list[list[list[Unit]]]:
-    """Places units into micro-batches of at most `budget` tokens, as few and as equal as possible.
+def lay_out(units: Sequence[Unit], world_size: int, budget: int, cost: Cost | None = None) -> list[list[list[Unit]]]:
+    """Places units into micro-batches of at most `budget` tokens, as few and as equal in cost as possible.
 
     Returns layout[j][rank]: the units of rank's j-th micro-batch; every rank has the same number of
     micro-batches, some perhaps empty. A prompt whose units exceed the budget alone gets its own micro-batch.
-    Longest processing time first; under ZeRO-3 the ranks meet at every layer, so micro-batches of like size
-    stand side by side.
+    Longest processing time first, then swaps; under ZeRO-3 the ranks meet at every layer, so micro-batches of
+    like cost stand side by side.
     """
-    items = [(packed_tokens(g), g) for g in groups_within(units, budget)]
-    items.sort(key=lambda item: -item[0])  # stable: ties keep the order of the units
+    cost = cost or Cost()
+    groups = groups_within(units, budget)
+    tokens = np.array([packed_tokens(g) for g in groups], dtype=np.int64)
+    costs = np.array([cost.of(g, int(t)) for g, t in zip(groups, tokens, strict=True)])
     # What exceeds the budget alone fills one micro-batch, however much it exceeds it.
-    per_rank = max(1, -(-sum(min(t, budget) for t, _ in items) // (world_size * budget)))
-    while True:
-        bins: list[list[Unit]] = [[] for _ in range(per_rank * world_size)]
-        members = [0] * len(bins)
-        heap = [(0, i) for i in range(len(bins))]
-        for tokens, group in items:
-            load, i = heap[0]
-            heapq.heapreplace(heap, (load + tokens, i))
-            bins[i] += group
-            members[i] += 1
-        if all(load <= budget or members[i] == 1 for load, i in heap):
-            break
+    per_rank = max(1, -(-int(np.minimum(tokens, budget).sum()) // (world_size * budget)))
+    while (bin_of := _longest_first(costs, tokens, per_rank * world_size, budget)) is None:
         per_rank += 1
-    flat = [bins[i] for _, i in sorted(heap, key=lambda b: (-b[0], b[1]))]
+    _even_out(costs, tokens, bin_of, per_rank * world_size, budget)
+    load = np.bincount(bin_of, costs, per_rank * world_size)
+    bins: list[list[Unit]] = [[] for _ in load]
+    for i in np.argsort(-costs, kind="stable"):
+        bins[bin_of[i]] += groups[i]
+    flat = [bins[i] for i in np.argsort(-load, kind="stable")]
     return [flat[j * world_size : (j + 1) * world_size] for j in range(per_rank)]
+
+
+def _longest_first(
+    costs: NDArray[np.float64], tokens: NDArray[np.int64], bins: int, budget: int
+) -> NDArray[np.int64] | None:
+    """The bin of each group, dearest group first into the cheapest bin; None where a bin exceeds the budget."""
+    bin_of = np.empty(len(costs), dtype=np.int64)
+    heap = [(0.0, i) for i in range(bins)]
+    for i in np.argsort(-costs, kind="stable"):  # ties keep the order of the units
+        load, b = heap[0]
+        heapq.heapreplace(heap, (load + costs[i], b))
+        bin_of[i] = b
+    members = np.bincount(bin_of, minlength=bins)
+    over = np.bincount(bin_of, tokens, bins) > budget
+    return None if (over & (members > 1)).any() else bin_of
+
+
+def _even_out(
+    costs: NDArray[np.float64], tokens: NDArray[np.int64], bin_of: NDArray[np.int64], bins: int, budget: int
+) -> None:
+    """Swaps two groups, or moves one, as long as the dearest or the cheapest bin comes nearer to the others.
+
+    Each exchange is the one that lowers the sum of squared loads most. With eight pairs a rank or more it takes
+    the time lost by waiting from some per cent to a few tenths. Changes `bin_of` in place; deterministic.
+    """
+    load, held = np.bincount(bin_of, costs, bins), np.bincount(bin_of, tokens, bins)
+    # One more partner for each bin: nothing, so that a swap with it is a move.
+    cost_there, tokens_there = np.append(costs, np.zeros(bins)), np.append(tokens, np.zeros(bins, dtype=np.int64))
+    for _ in range(MOST_SWAPS):
+        for here in (int(load.argmax()), int(load.argmin())):
+            mine = np.flatnonzero(bin_of == here)
+            there = np.append(bin_of, np.arange(bins))
+            moved = np.append(costs[mine], 0.0)[:, None] - cost_there[None]
+            grown = tokens_there[None] - np.append(tokens[mine], 0)[:, None]
+            gain = 2 * moved * (load[here] - load[there][None] - moved)
+            fits = (held[here] + grown <= budget) & (held[there][None] - grown <= budget) & (there != here)[None]
+            i, j = divmod(int(np.where(fits, gain, -1.0).argmax()), len(there))
+            if fits[i, j] and gain[i, j] > SMALLEST_GAIN * load[here] ** 2:
+                break
+        else:
+            return
+        other = int(there[j])
+        if i < len(mine):
+            bin_of[mine[i]] = other
+        if j < len(costs):
+            bin_of[j] = here
+        load[here] -= moved[i, j]
+        load[other] += moved[i, j]
+        held[here] += grown[i, j]
+        held[other] -= grown[i, j]

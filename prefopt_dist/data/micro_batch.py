@@ -16,8 +16,9 @@ prompt's last token predicts the first token of each of its responses, by one ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,10 +63,10 @@ class Gathered:
     longest_query: int
     longest_key: int
 
-    def to(self, device: torch.device) -> Gathered:
-        """The same with its tensors on `device`."""
-        names = ("keys", "query_ends", "key_ends")
-        return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
+    def over(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Gathered:
+        """The same with every tensor changed."""
+        changed: dict[str, Any] = {n: change(getattr(self, n)) for n in ("keys", "query_ends", "key_ends")}
+        return replace(self, **changed)
 
 
 def gather(segments: Sequence[Segment]) -> Gathered:
@@ -111,10 +112,17 @@ class MicroBatch:
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with its tensors on `device`."""
+        """The same micro-batch with its tensors on `device`; the host does not wait for what is pinned."""
+        return self._over(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> MicroBatch:
+        """The same micro-batch in page-locked host memory."""
+        return self._over(torch.Tensor.pin_memory)
+
+    def _over(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         names = ("input_ids", "position_ids", "source", "target", "scored", "counts", "units")
-        moved = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
-        return replace(self, gathered=self.gathered.to(device), **moved)
+        changed: dict[str, Any] = {n: change(getattr(self, n)) for n in names}
+        return replace(self, gathered=self.gathered.over(change), **changed)
 
 
 def _groups(units: Sequence[Unit]) -> dict[bytes, tuple[Tokens, dict[bytes, Tokens]]]:

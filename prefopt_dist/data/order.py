@@ -46,8 +46,9 @@ class Order:
 
     def epoch(self, epoch: int) -> NDArray[np.int64]:
         """[rows_per_epoch] the row indices of one epoch, in their order."""
-        if self._cached is not None and self._cached[0] == epoch:
-            return self._cached[1]
+        cached = self._cached  # read once: the thread that prepares the next step asks too
+        if cached is not None and cached[0] == epoch:
+            return cached[1]
         parts = []
         for s, members in enumerate(self._members):
             whole, further = self._take(s)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from prefopt_dist.model.head import LOGITS_AT_ONCE
 
@@ -36,15 +36,20 @@ class ActivationMemory:
     """Bytes a token and layer with it: the layer's input"""
     per_token_ends: float
     """Bytes a token outside the layers: embedding, final norm, the head's input and its gradient"""
-    block: int
-    """Bytes of the head's block of logits and its gradient, however many tokens there are"""
+    vocabulary: int
+    per_logit: int
+    """Bytes of a logit in the head's block: itself, its gradient, a copy of that in the model's dtype"""
 
     def bytes(self, tokens: int, checkpointed: int) -> int:
         """Peak of a micro-batch of `tokens` with `checkpointed` layers computed again in the backward pass."""
         kept = (self.layers - checkpointed) * self.per_token_layer + checkpointed * self.per_token_checkpoint
         # One layer at a time is computed again, whole, and has gradients of its own size in flight.
         again = self.per_token_layer if checkpointed else 0.0
-        return int(tokens * (kept + again + self.per_token_ends)) + self.block
+        return int(tokens * (kept + again + self.per_token_ends)) + self.block(tokens)
+
+    def block(self, tokens: int) -> int:
+        """Of the head's block of logits, which is bounded."""
+        return self.per_logit * min(LOGITS_AT_ONCE, tokens * self.vocabulary)
 
     def fewest_checkpointed(self, tokens: int, available: int) -> int | None:
         """As few layers as fit into `available` bytes; None where not even all of them do."""
@@ -55,8 +60,11 @@ class ActivationMemory:
 
     def most_tokens(self, available: int) -> int:
         """The largest micro-batch that fits with every layer checkpointed."""
-        per_token = self.bytes(1000, self.layers) - self.block
-        return max(0, (available - self.block) * 1000 // per_token)
+        low, high = 0, available  # a token takes a byte at least
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.bytes(middle, self.layers) <= available else (low, middle - 1)
+        return low
 
 
 def activation_memory(config: PreTrainedConfig, dtype: torch.dtype) -> ActivationMemory:
@@ -64,14 +72,13 @@ def activation_memory(config: PreTrainedConfig, dtype: torch.dtype) -> Activatio
     one, two = (_kept(config, layers, dtype) for layers in (1, 2))
     size = torch.empty((), dtype=dtype).element_size()
     hidden = config.hidden_size * size
-    # The block of logits, its gradient in float32 and a copy in the model's dtype.
-    block = LOGITS_AT_ONCE * (4 + 4 + size)
     return ActivationMemory(
         layers=config.num_hidden_layers,
         per_token_layer=(two - one) / _TOKENS,
         per_token_checkpoint=hidden,
         per_token_ends=(2 * one - two) / _TOKENS + 3 * hidden,
-        block=block,
+        vocabulary=config.vocab_size,
+        per_logit=4 + 4 + size,
     )
 
 
@@ -99,14 +106,22 @@ def _counted_attention(
 AttentionInterface.register(_NAME, _counted_attention)
 
 
-def _kept(config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> int:
-    """Bytes of the tensors that autograd keeps in a forward pass of `_TOKENS` tokens, weights not counted."""
+def meta_model(config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> PreTrainedModel:
+    """A model without storage of this configuration's first `layers` layers."""
     small = copy.deepcopy(config)
     small.num_hidden_layers = layers
-    if getattr(small, "layer_types", None):
+    if small.to_dict().get("layer_types"):
         small.layer_types = small.layer_types[:layers]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation=_NAME).train()
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _kept(config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> int:
+    """Bytes of the tensors that autograd keeps in a forward pass of `_TOKENS` tokens, weights not counted."""
+    model = meta_model(config, layers, dtype)
+    with torch.device("meta"):
         ids = torch.zeros(1, _TOKENS, dtype=torch.int64)
         positions = torch.arange(_TOKENS)[None]
     own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}

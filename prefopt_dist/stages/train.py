@@ -12,6 +12,7 @@ from prefopt_dist.data.order import Order
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.activations import activation_memory
+from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.reference.turn import StoppedInFirstPass
@@ -79,6 +80,7 @@ def run(config: Config) -> None:
             order=order,
             total_steps=total_steps,
             requests=requests,
+            cost=forward_cost(models.policy.config),
             gated=objective.needs_reference and models.reference_is_start,
             facts=facts,
             log=_open_log(config, folder, start) if ranks.rank() == 0 else None,

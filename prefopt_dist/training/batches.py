@@ -5,13 +5,14 @@ Legend: U units of a micro-batch, R responses of a unit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.data.layout import fill, lay_out
+from prefopt_dist.data.layout import Cost, fill, lay_out
 from prefopt_dist.data.micro_batch import MicroBatch, Unit, pack, packed_tokens
 from prefopt_dist.distributed import ranks
 
@@ -31,17 +32,22 @@ class ScoredRows:
 
 
 class Batch:
-    """This rank's micro-batches of one step, or of one evaluation; packed one by one as they are taken."""
+    """This rank's micro-batches of one step, or of one evaluation; packed as they are taken, or all by `prepare`."""
 
     def __init__(self, data: ScoredRows, layout: Sequence[Sequence[Sequence[Unit]]], responses: int) -> None:
         """layout[j][rank]: the units of rank's j-th micro-batch."""
         self._data = data
         self._responses = responses
         self._mine = [by_rank[ranks.rank()] for by_rank in layout]
+        self._packed: list[tuple[MicroBatch, torch.Tensor | None]] | None = None
         self.units = sum(len(units) for by_rank in layout for units in by_rank)
         """Units of all ranks."""
         self.tokens = sum(packed_tokens(units) for by_rank in layout for units in by_rank)
         """Distinct input tokens of all ranks."""
+
+    def prepare(self) -> None:
+        """Packs everything now, into memory that a GPU can fetch while it computes."""
+        self._packed = [self._pack(units, pin=torch.cuda.is_available()) for units in self._mine]
 
     def __len__(self) -> int:
         """Micro-batches of a rank; the same on every rank."""
@@ -49,16 +55,47 @@ class Batch:
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, torch.Tensor | None]]:
         device = ranks.device()
-        for units in self._mine:
-            reference = self._data.reference
-            if reference is not None:
-                reference = reference[[u.row for u in units], : self._responses].to(device)
-            yield pack(units, self._responses).to(device), reference
+        for packed, reference in self._packed or map(self._pack, self._mine):
+            yield packed.to(device), None if reference is None else reference.to(device, non_blocking=True)
+
+    def _pack(self, units: Sequence[Unit], pin: bool = False) -> tuple[MicroBatch, torch.Tensor | None]:
+        packed, reference = pack(units, self._responses), self._data.reference
+        if reference is not None:
+            reference = reference[[u.row for u in units], : self._responses]
+        if pin:
+            return packed.pin(), None if reference is None else reference.pin_memory()
+        return packed, reference
 
 
-def step_batch(data: ScoredRows, rows: Iterable[int], responses: int, budget: int) -> Batch:
+class Ahead:
+    """The batches of steps in turn; the next one is laid out and packed in a thread while one is computed."""
+
+    def __init__(self, make: Callable[[int], Batch], steps: range) -> None:
+        """make: the batch of a step, all in host memory; steps: those that will be taken, in order."""
+        self._make = make
+        self._steps = steps
+        self._thread = ThreadPoolExecutor(1, "batches")
+        self._coming: Future[Batch] | None = None
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def take(self, step: int) -> Batch:
+        """This step's batch; the next one is begun."""
+        coming = self._coming or self._thread.submit(self._make, step)
+        batch = coming.result()
+        self._coming = self._thread.submit(self._make, step + 1) if step + 1 in self._steps else None
+        return batch
+
+
+def step_batch(data: ScoredRows, rows: Iterable[int], responses: int, budget: int, cost: Cost | None = None) -> Batch:
     """The given rows over ranks and micro-batches, each rank's load as equal as can be."""
-    return Batch(data, lay_out(data.units(rows, responses), ranks.world_size(), budget), responses)
+    batch = Batch(data, lay_out(data.units(rows, responses), ranks.world_size(), budget, cost), responses)
+    batch.prepare()
+    return batch
 
 
 def whole_set(data: ScoredRows, responses: int, budget: int) -> Batch:

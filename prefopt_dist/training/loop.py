@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from prefopt_dist.config import Config
+from prefopt_dist.data.layout import Cost
 from prefopt_dist.data.order import Order
 from prefopt_dist.distributed import ranks
 from prefopt_dist.objectives import Objective
@@ -19,7 +20,7 @@ from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.progress import Progress
 from prefopt_dist.tracking.wandb_feed import WandbFeed
 from prefopt_dist.training import checkpoint, probe, step
-from prefopt_dist.training.batches import ScoredRows, step_batch
+from prefopt_dist.training.batches import Ahead, Batch, ScoredRows, step_batch
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.gate import StartGate
 from prefopt_dist.training.run_folder import RunFolder
@@ -67,6 +68,8 @@ class Job:
     order: Order
     total_steps: int
     requests: Requests
+    cost: Cost
+    """Of the policy's forward pass, for equal shares."""
     gated: bool
     """The reference is the policy's start, so the step-0 gate holds."""
     facts: dict[str, Any]
@@ -91,14 +94,15 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
         gate = StartGate(job.objective, job.dtype, ranks.device())
     if start_step == 0 and config.eval.at_start:
         _evaluate(job, 0)
-    with Progress(job.total_steps, "train", "steps", ranks.rank(), done=start_step) as progress:
-        for index in range(start_step, job.total_steps):
+    steps = range(start_step, job.total_steps)
+    with (
+        Progress(job.total_steps, "train", "steps", ranks.rank(), done=start_step) as progress,
+        Ahead(lambda index: _batch(job, index), steps) as batches,
+    ):
+        for index in steps:
             done = index + 1
             began = time.perf_counter()
-            position = job.order.step(index)
-            batch = step_batch(
-                job.train, position.rows.tolist(), job.objective.responses, config.train.micro_batch_tokens
-            )
+            batch = batches.take(index)
             data_seconds = time.perf_counter() - began
 
             packed = step.gradient(job.engine, batch, job.objective, gate)
@@ -129,6 +133,11 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             if request.save:
                 job.requests.obeyed()
     return None
+
+
+def _batch(job: Job, index: int) -> Batch:
+    rows = job.order.step(index).rows.tolist()
+    return step_batch(job.train, rows, job.objective.responses, job.config.train.micro_batch_tokens, job.cost)
 
 
 def _due(done: int, every: int | None) -> bool:

@@ -1,0 +1,23 @@
+"""The operations of a forward pass, so that ranks get equal shares of them."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedConfig
+
+from prefopt_dist.data.layout import Cost
+from prefopt_dist.model.activations import meta_model
+
+
+def forward_cost(config: PreTrainedConfig) -> Cost:
+    """FLOP of a packed row: 2 a parameter of the layers and token, attention, and the head. Backward is twice that."""
+    one, two = (meta_model(config, layers, torch.bfloat16) for layers in (1, 2))
+    of_layer = sum(p.numel() for p in two.parameters()) - sum(p.numel() for p in one.parameters())
+    numbers = config.to_dict()
+    heads = numbers["num_attention_heads"]
+    width = heads * (numbers.get("head_dim") or config.hidden_size // heads)
+    return Cost(
+        per_token=2.0 * config.num_hidden_layers * of_layer,
+        per_attended=4.0 * config.num_hidden_layers * width,
+        per_scored=2.0 * config.vocab_size * config.hidden_size,
+    )
