@@ -173,6 +173,7 @@ def test_kill_in_training(world: World, whole: Path) -> None:
     assert [s["step"] for s in starts] == [0, 6]
 
 
+@pytest.mark.slow
 def test_kill_in_first_pass(world: World, whole: Path) -> None:
     """The second start scores only what is missing, in the micro-batches of the plan."""
     run = world.run("killed-early", cache="cache-early")
