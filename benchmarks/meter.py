@@ -12,6 +12,8 @@ from typing import Any
 
 SINGLE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 """On the CPU every contestant has one thread, so that CPU seconds can be compared."""
+ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1073741824"}
+"""As launch/env.sh has it; the peer gets it too, or page faults would be compared."""
 
 
 @dataclass(frozen=True)

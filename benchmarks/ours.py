@@ -12,14 +12,16 @@ from benchmarks import meter
 from benchmarks.world import Task
 from prefopt_dist.data import DataReport, TokenisedRows, sequence_digest
 from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.model.activations import activation_memory
+from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import inspect_folder, load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
 from prefopt_dist.reference import first_pass
 from prefopt_dist.reference.store import ReferenceStore
 from prefopt_dist.stages.ingredients import zero_settings
-from prefopt_dist.training import step
-from prefopt_dist.training.batches import ScoredRows, step_batch
+from prefopt_dist.training import room, step
+from prefopt_dist.training.batches import Ahead, Batch, ScoredRows, step_batch
 from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.stopping import Request
 
@@ -60,15 +62,21 @@ def run(task: Task, folder: Path) -> dict[str, Any]:
     engine = policy(task, model, dtype)
     data, objective = ScoredRows(rows, reference), DPO(task.beta)
     losses, times, micro_batches = [], [], []
-    for k in range(task.warm_up + task.steps):
-        start = meter.Mark.now()
-        batch = step_batch(data, task.rows(k), objective.responses, task.micro_batch_tokens)
-        packed = step.gradient(engine, batch, objective, None)
-        sums, _ = step.agree(packed, Request(False, False))
-        step.update(engine, task.learning_rate)
-        times.append(meter.Mark.now().since(start))
-        losses.append(sums[0] / sums[-1])
-        micro_batches.append(len(batch))
+    cost, steps = forward_cost(model.config), range(task.warm_up + task.steps)
+
+    def make(k: int) -> Batch:
+        return step_batch(data, task.rows(k), objective.responses, task.micro_batch_tokens, cost)
+
+    with Ahead(make, steps) as batches:
+        for k in steps:
+            start = meter.Mark.now()
+            batch = batches.take(k)
+            packed = step.gradient(engine, batch, objective, None)
+            sums, _ = step.agree(packed, Request(False, False))
+            step.update(engine, task.learning_rate)
+            times.append(meter.Mark.now().since(start))
+            losses.append(sums[0] / sums[-1])
+            micro_batches.append(len(batch))
     found = {"losses": losses, "steps": times, "first_pass": took, "baseline": baseline, "peak": meter.peak()}
     zero3.release(engine)
     ranks.end()
@@ -106,6 +114,11 @@ def policy(task: Task, model: Any, dtype: torch.dtype) -> Any:
         dtype=dtype,
         max_grad_norm=task.max_grad_norm,
     )
-    scorer = Scorer(load_sharded(model, dtype=dtype, settings=settings)).train()
+    lm = load_sharded(model, dtype=dtype, settings=settings)
+    scorer = Scorer(lm).train()
     optimizer = adamw(scorer, learning_rate=task.learning_rate, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
-    return zero3.policy_engine(scorer, optimizer, settings)
+    engine = zero3.policy_engine(scorer, optimizer, settings)
+    memory, available = activation_memory(model.config, dtype), room.available_bytes(lm, settings["zero_optimization"])
+    here = room.choose(memory, wish="auto", tokens=task.micro_batch_tokens, available=available)
+    room.apply(lm, here.checkpointed)
+    return engine

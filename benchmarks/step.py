@@ -96,7 +96,7 @@ def _process(contestant: str, folder: Path, task: Task) -> dict[str, Any]:
     for left in folder.glob("store/*"):
         left.unlink()
     if task.device == "cpu":
-        environment |= meter.SINGLE_THREAD | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        environment |= meter.SINGLE_THREAD | meter.ALLOCATOR | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.contestant", contestant, str(folder)],
         env=environment,

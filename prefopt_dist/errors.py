@@ -11,3 +11,8 @@ class UserError(ValueError):
 
 class AgreedUserError(UserError):
     """A UserError that every rank has: rank 0 tells it for all."""
+
+
+def shortened(text: str) -> str:
+    """What a message shows of a value or a key: its beginning."""
+    return text if len(text) <= 80 else text[:77] + "..."

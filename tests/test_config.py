@@ -482,3 +482,20 @@ def test_deepspeed_mistakes(tmp_path: Path, text: str, words: list[str]) -> None
 def test_a_missing_deepspeed_file_is_named_with_its_key(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"deepspeed\.policy does not exist"):
         load_deepspeed_json(tmp_path / "none.json", "deepspeed.policy")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "? !!binary " + "runr" * 2000 + "\n: 1\n",
+        "x" * 900 + ": 1\n",
+        "? " + "x" * 900 + "\n: 1\n? " + "x" * 900 + "\n: 2\n",
+    ],
+)
+def test_a_monstrous_key_is_shown_in_short(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(file)
+    assert "xxx" in str(caught.value) or "is not a string" in str(caught.value)
+    assert len(str(caught.value)) < 1000

@@ -18,7 +18,7 @@ from prefopt_dist.config.losses import LOSSES, Loss
 from prefopt_dist.config.rules import Rule
 from prefopt_dist.config.schema import Config, DataSource
 from prefopt_dist.config.secrets import mask_secrets
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import UserError, shortened
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def mistake(key: str, value: Any, rule: str, remedy: str) -> NoReturn:
 def _shown(value: Any) -> str:
     as_yaml = {None: "null", True: "true", False: "false"}
     text = as_yaml[value] if value is None or isinstance(value, bool) else mask_secrets(repr(value))
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shortened(text)
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -65,7 +65,7 @@ def _build_dataclass(cls: type[T], raw: Any, path: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in raw:
         if key not in fields:
-            raise UserError(f"{_join(path, key)}: unknown key; {nearest(key, fields)}")
+            raise UserError(f"{_join(path, shortened(key))}: unknown key; {nearest(key, fields)}")
     hints = get_type_hints(cls, include_extras=True)
     values = {}
     for name, field in fields.items():

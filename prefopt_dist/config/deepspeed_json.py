@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from prefopt_dist.config.build import nearest
 from prefopt_dist.config.strict_yaml import read_text
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import UserError, shortened
 
 _ALLOWED = {
     "zero_optimization",
@@ -98,7 +98,7 @@ def load_deepspeed_json(path: str | Path, key: str) -> dict[str, Any]:
             raise UserError(f"{place}: {name} is not supported here, remove it; allowed: {', '.join(sorted(_ALLOWED))}")
         if name not in _ALLOWED:
             raise UserError(
-                f"{place}: {name} is not a key that DeepSpeed knows; rename or remove it: {nearest(name, _ALLOWED)}"
+                f"{place}: {shortened(name)} is not a key that DeepSpeed knows; rename or remove it: {nearest(name, _ALLOWED)}"
             )
     _refuse_auto(settings, "", place)
     _check_dtypes(settings, place)
@@ -131,8 +131,7 @@ def _parse(text: str, path: Path, key: str) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shortened(json.dumps(value))
 
 
 def _refuse_auto(value: Any, dotted: str, place: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import UserError, shortened
 
 _SCALARS = [  # tag, pattern, the characters that it can begin with
     ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -52,11 +52,11 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(
-                problem=f"the key {key!r} is not a string; quote it", problem_mark=key_node.start_mark
+                problem=f"the key {shortened(repr(key))} is not a string; quote it", problem_mark=key_node.start_mark
             )
         if key in mapping:
             raise yaml.constructor.ConstructorError(
-                problem=f"the key '{key}' stands twice in one mapping; remove one of them",
+                problem=f"the key '{shortened(key)}' stands twice in one mapping; remove one of them",
                 problem_mark=key_node.start_mark,
             )
         mapping[key] = loader.construct_object(value_node, deep=True)
@@ -120,7 +120,7 @@ def _parse(text: str, place: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
-        problem = error.problem or error.context
+        problem = (error.problem or error.context or "it cannot be read")[:300]
         raise UserError(f"{place}{line}: {problem}; mend it, as this is no YAML that can be read") from None
     except yaml.reader.ReaderError as error:
         line = f":{text.count(chr(10), 0, error.position) + 1}"
