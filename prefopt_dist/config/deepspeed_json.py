@@ -98,7 +98,8 @@ def load_deepspeed_json(path: str | Path, key: str) -> dict[str, Any]:
             raise UserError(f"{place}: {name} is not supported here, remove it; allowed: {', '.join(sorted(_ALLOWED))}")
         if name not in _ALLOWED:
             raise UserError(
-                f"{place}: {shortened(name)} is not a key that DeepSpeed knows; rename or remove it: {nearest(name, _ALLOWED)}"
+                f"{place}: {shortened(name)} is not a key that DeepSpeed knows; rename or remove it: "
+                f"{nearest(name, _ALLOWED)}"
             )
     _refuse_auto(settings, "", place)
     _check_dtypes(settings, place)
