@@ -99,3 +99,16 @@ def test_an_interrupted_conversion_counts_as_none(world: tuple[int, dict[str, An
     assert result["swept"] == ["step-00000002", "universal-step-00000002"]
     assert result["sound"] == ""
     assert result["end"] == ["step-00000002", "universal-step-00000002"]
+
+
+@pytest.mark.slow
+def test_memory_of_a_large_model(tmp_path: Path) -> None:
+    """A form of more than 1 GB, made and loaded by three ranks: each needs a few chunks beside what it holds."""
+    case_runner.run_cases("universal_cases.py", 2, tmp_path, ["large_written"])
+    case_runner.found(tmp_path, "large_written")
+    case_runner.run_cases("universal_cases.py", 3, tmp_path, ["large_resumed"])
+    result = case_runner.found(tmp_path, "large_resumed")
+    print(result)
+    assert 12 * result["elements"] > 1e9
+    assert max(result["converting"]) < 100e6
+    assert max(result["loading"]) < 100e6

@@ -3,10 +3,12 @@
 `written` on two ranks leaves checkpoints and what is in them; the other cases go on from there.
 """
 
+import gc
 import json
 import os
 import random
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ import case_runner
 import torch
 import worlds
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.distributed import partitions, ranks, zero3
@@ -275,6 +278,78 @@ def interrupted_conversion(folder: Path) -> dict[str, Any]:
     form, said = universal.prepare(source, manifest)
     found["sound"] = universal.look_at_share(form, said)
     found["end"] = ranks.decide(lambda: sorted(p.name for p in root.iterdir()))
+    return found
+
+
+def large_config(folder: Path) -> Config:
+    """A model of 425 MB in float32, whose converted form has 1.3 GB."""
+    big = folder / "big"
+
+    def write() -> None:
+        if not (big / "config.json").exists():
+            worlds.write_model(big)
+            config = LlamaConfig.from_pretrained(
+                big, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=8
+            )
+            LlamaForCausalLM(config).save_pretrained(big)
+        worlds.write_run(folder / "large.yaml", big, folder / "pairs.jsonl", folder / "run-large")
+
+    ranks.decide(write)
+    return load_config(folder / "large.yaml")
+
+
+def large_written(folder: Path) -> dict[str, Any]:
+    engine = train._policy(large_config(folder), ingredients.load_models(large_config(folder)))
+    engine.optimizer.initialize_optimizer_states()
+    for master in engine.optimizer.fp32_partitioned_groups_flat:
+        state = engine.optimizer.optimizer.state[master]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state.setdefault(moment, torch.zeros_like(master.data)).normal_()
+        state.setdefault("step", torch.tensor(1.0))
+    checkpoint.save(engine, folder / "large", step=1, state=STATE, facts={}, keep=2)
+    zero3.release(engine)
+    return {}
+
+
+@contextmanager
+def most_memory(found: dict[str, Any], name: str) -> Iterator[None]:
+    """Inside, the most memory of this process's own (mapped files are not) above that at the beginning; in bytes."""
+
+    def own() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+    gc.collect()
+    zero3._trim_heap()  # what is free in the heap would hide what is taken
+    most = [own()] * 2
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            most[1] = max(most[1], own())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+    found[name] = ranks.gather(max(most[1], own()) - most[0])
+
+
+def large_resumed(folder: Path) -> dict[str, Any]:
+    """What converting and loading add to each rank's memory."""
+    root = folder / "large"
+    manifest = checkpoint.find(root)
+    assert manifest is not None
+    found: dict[str, Any] = {}
+    with most_memory(found, "converting"):
+        universal.prepare(root / "step-00000001", manifest)
+    engine = train._policy(large_config(folder), ingredients.load_models(large_config(folder)))
+    found["elements"] = sum(p.ds_numel for p in engine.module.parameters())
+    checkpoint.load(engine, root, manifest)  # Adam's moments are made here where they are not there yet
+    with most_memory(found, "loading"):
+        checkpoint.load(engine, root, manifest)
+    zero3.release(engine)
     return found
 
 

@@ -1,6 +1,6 @@
 """DeepSpeed's engines for the policy and the reference, and giving an engine's memory back.
 
-This file is the only one that leans on DeepSpeed's internals; `TESTED` guards them.
+This file and partitions.py are the only ones that lean on DeepSpeed's internals; `TESTED` guards them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from prefopt_dist.errors import UserError
 
 TESTED = ("0.19.8",)
-"""Versions of DeepSpeed whose internals (`release`, `prepare_deepspeed`) were tried."""
+"""Versions of DeepSpeed whose internals (`release`, `prepare_deepspeed`, `partitions.fill`) were tried."""
 
 
 def prepare_deepspeed() -> None:
