@@ -4,6 +4,7 @@ Every rank runs every case; rank 0 writes FOLDER/<case>.json with what the case 
 """
 
 import gc
+import json
 import sys
 import weakref
 from collections.abc import Callable
@@ -473,6 +474,105 @@ def collectives_and_host_reads(folder: Path) -> dict:
             found.append(counts.found)
     zero3.release(engine)
     return {"steps": found, "micro_batches": micro_batches}
+
+
+class Poison:
+    """Makes loss or gradient of some steps not finite, on the last rank alone; notes what each step began with."""
+
+    def __init__(self, plan: dict[int, str]) -> None:
+        self.plan = plan
+        self.weights: list[list[float]] = []
+        self.counts: set[float] = set()
+
+    def __enter__(self) -> "Poison":
+        self._gradient = step.gradient
+        step.gradient = self.gradient
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        step.gradient = self._gradient
+
+    def gradient(self, engine: Any, *args: Any) -> torch.Tensor:
+        zero = engine.optimizer
+        masters = zero.fp32_partitioned_groups_flat
+        self.weights.append([float(m.double().square().sum()) for m in masters])
+        self.counts = {float(zero.optimizer.state[m].get("step", 0)) for m in masters}
+        what = self.plan.get(len(self.weights)) if ranks.rank() == ranks.world_size() - 1 else None
+        backward = engine.backward
+        if what == "gradient":
+            engine.backward = lambda loss: backward(loss * float("nan"))
+        try:
+            packed = self._gradient(engine, *args)
+        finally:
+            engine.backward = backward
+        return packed * float("nan") if what == "loss" else packed
+
+
+def dropped_gradient(folder: Path) -> dict:
+    """After a gradient was dropped the next one is as if it had never been."""
+    found = {}
+    for name, offload in (("device", {}), ("cpu", {"offload_optimizer": {"device": "cpu"}})):
+        zero = {"zero_optimization": {"stage": 3, **offload}, "data_types": {"grad_accum_dtype": "fp32"}}
+        ranks.decide(lambda name=name, zero=zero: (folder / f"drop-{name}.json").write_text(json.dumps(zero)))
+        policy = str(folder / f"drop-{name}.json")
+        config = config_for(folder, f"drop-{name}", loss={"name": "dpo"}, deepspeed={"policy": policy})
+        _, objective, scored, _ = ready(config)
+        engine = make_policy(config, ingredients.load_models(config))
+        gradients = []
+        for rows in ([3, 4, 5], [7, 8], [3, 4, 5]):
+            batch = step_batch(scored, rows, 2, 100)
+            step.gradient(engine, batch, objective, None)
+            gradients.append({n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters()})
+            zero3.drop_gradient(engine)
+        first, other, again = gradients
+        found[name] = {
+            "same": all(torch.equal(first[n], again[n]) for n in first),
+            "other": all(torch.equal(first[n], other[n]) for n in first),
+        }
+        zero3.release(engine)
+    return found
+
+
+def skipped_updates(folder: Path) -> dict:
+    """Steps 2 and 3 of 4 are not finite: nothing is updated there."""
+    config = config_for(folder, "skips", loss={"name": "dpo"})
+    with Poison({2: "gradient", 3: "loss"}) as poison:
+        train.run(config)
+
+    def rows() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    return {
+        "weights": poison.weights,
+        "counts": sorted(poison.counts),
+        "rows": ranks.decide(rows),
+        "done": (config.run_dir / "DONE").exists(),
+        "files": ranks.decide(lambda: sorted(p.name for p in config.run_dir.glob("nonfinite-*"))),
+        "record": ranks.decide(lambda: json.loads((config.run_dir / "nonfinite-step-00000003.json").read_text())),
+    }
+
+
+def too_many_skipped_updates(folder: Path) -> dict:
+    """The second in a row ends the run where one is allowed, also when the first is behind a checkpoint."""
+    config = config_for(
+        folder, "too-many", loss={"name": "dpo"}, train={"max_skipped_steps": 1}, checkpoint={"every_steps": 1}
+    )
+    said = []
+    for plan in ({2: "loss", 3: "gradient"}, {1: "gradient"}):  # the second start begins at step 3
+        with Poison(plan):
+            try:
+                train.run(config)
+                said.append("ended")
+            except FloatingPointError as e:
+                said.append(str(e))
+    found = {"said": ranks.gather(said), "done": (config.run_dir / "DONE").exists()}
+    found["checkpoints"] = ranks.decide(lambda: [p.name for p in checkpoint.committed(config.run_dir / "checkpoints")])
+    found["files"] = ranks.decide(lambda: sorted(p.name for p in config.run_dir.glob("nonfinite-*")))
+    train.run(config)
+    lines = ranks.decide(lambda: (config.run_dir / "metrics.jsonl").read_text().splitlines())
+    found["skipped"] = [json.loads(line)["train/skipped_steps"] for line in lines]
+    found["ended"] = (config.run_dir / "DONE").exists()
+    return found
 
 
 def packs_alone_and_together(folder: Path) -> dict:

@@ -83,6 +83,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "max_steps": None,
             "global_batch_pairs": 64,
             "micro_batch_tokens": 8192,
+            "max_skipped_steps": 3,
             "max_hours": None,
         },
         "eval": {"every_steps": 100, "at_start": True, "at_end": True},

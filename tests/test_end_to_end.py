@@ -78,10 +78,17 @@ def launch(run: Path, stage: str = "train", *, n: int = 2, expect: int = 0) -> s
     return done.stdout
 
 
-def start_and(run: Path, when: Callable[[], bool], act: Callable[[psutil.Process], None]) -> int:
-    """Starts two ranks, acts once `when` holds, waits for the end; the exit status."""
+def start_and(
+    run: Path,
+    when: Callable[[], bool],
+    act: Callable[[psutil.Process], None],
+    *,
+    n: int = 2,
+    command: list[str] | None = None,
+) -> int:
+    """Starts n ranks (or the command), acts once `when` holds, waits for the end; the exit status."""
     process = subprocess.Popen(
-        ["launch/run.sh", "-n", "2", "train", str(run)],
+        command or ["launch/run.sh", "-n", str(n), "train", str(run)],
         env=ENVIRONMENT,
         cwd=REPOSITORY,
         stdout=subprocess.DEVNULL,
@@ -282,6 +289,60 @@ def test_other_ranks_and_micro_batches(world: World, whole: Path) -> None:
     assert mine["train", 23]["train/loss"] == pytest.approx(weighted, rel=1e-4)
     for step in (0, 10, 20, 23):
         assert mine["eval", step]["eval/loss"] == pytest.approx(theirs["eval", step]["eval/loss"], rel=1e-4)
+
+
+SLOW_CONVERSION = """
+import sys, time
+from prefopt_dist.__main__ import main
+from prefopt_dist.training import universal
+write = universal._write
+universal._write = lambda *a: (time.sleep(0.3), write(*a))[1]
+sys.exit(main(["train", sys.argv[1]]))
+"""
+
+
+def test_two_then_one_then_three_ranks(world: World, whole: Path) -> None:
+    """Stopped on two ranks, killed on one in the middle of the conversion, stopped on one, ended on three.
+
+    Every step has the rows of the run on two ranks, and its numbers within rounding.
+    """
+    run, folder = world.run("numbers"), world.folder / "numbers"
+    checkpoints = folder / "checkpoints"
+
+    def stop(_: psutil.Process) -> None:
+        (folder / "STOP").touch()
+
+    def names() -> list[str]:
+        return sorted(p.name for p in checkpoints.iterdir())
+
+    assert start_and(run, at_step(folder, 7), stop) == 75
+    two = int(names()[-1].removeprefix("step-"))
+    start_and(
+        run,
+        lambda: len(list(checkpoints.glob(".converting/*.f32"))) >= 3,
+        kill_all,
+        command=[sys.executable, "-c", SLOW_CONVERSION, str(run)],
+    )
+    assert names() == [".converting", "step-00000006", f"step-{two:08d}"]
+    assert start_and(run, at_step(folder, two + 5), stop, n=1) == 75
+    one = int(names()[-1].removeprefix("step-"))
+    said = launch(run, n=3)
+    assert f"step-{one:08d} was written by 1 ranks and this job has 3" in said
+    assert names() == ["step-00000018", "step-00000023"], "what was converted is superseded"
+    starts = json.loads((folder / "run.json").read_text())["starts"]
+    assert [(s["world_size"], s["step"]) for s in starts] == [(2, 0), (1, None), (1, two), (3, one)]
+
+    mine, theirs = without_speed(rows(folder)), without_speed(rows(whole))
+    assert [(r["kind"], r["step"], r["pairs_seen"]) for r in mine] == [
+        (r["kind"], r["step"], r["pairs_seen"]) for r in theirs
+    ]
+    for row, other in zip(mine, theirs, strict=True):
+        for name in ("loss", "logps/chosen", "logps/rejected"):
+            key = f"{row['kind']}/{name}"
+            assert row[key] == pytest.approx(other[key], rel=1e-5), (key, row["step"])
+    weights, expected = (load_file(d / "final" / "model.safetensors") for d in (folder, whole))
+    for name in expected:
+        assert float((weights[name] - expected[name]).norm() / expected[name].norm()) <= 1e-5, name
 
 
 def test_evaluate_and_export_on_one_rank(world: World, whole: Path) -> None:

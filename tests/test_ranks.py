@@ -19,6 +19,7 @@ BOTH = [
     "packs_alone_and_together",
     "collectives_and_host_reads",
 ]
+BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates"]
 TWO_ONLY = ["shards", "save_fails_on_one_rank", "idle_ranks"]
 
 
@@ -113,6 +114,46 @@ def test_a_failing_write_commits_nothing(world: tuple[int, Path]) -> None:
     assert result["found"] == 3
     assert all("no checkpoint is sound" in said for said in result["none_left"])  # no silent new start
     assert result["aside"] == ["damaged-step-00000003", "damaged-step-00000004"]
+
+
+def test_a_dropped_gradient_leaves_nothing(world: tuple[int, Path]) -> None:
+    result = found(world, "dropped_gradient")
+    assert result["device"] == result["cpu"] == {"same": True, "other": False}
+
+
+def test_an_update_that_is_not_finite_is_skipped(world: tuple[int, Path]) -> None:
+    """The weights stay as they were, Adam counts the others only, the rows have no gap and no mean that is poisoned."""
+    result = found(world, "skipped_updates")
+    first, second, third, fourth = result["weights"]
+    assert first != second == third == fourth
+    assert result["counts"] == [1.0]  # before the last update
+    rows = result["rows"]
+    assert [(r["step"], r["train/skipped_steps"]) for r in rows] == [(1, 0), (2, 1), (3, 2), (4, 2)]
+    assert [r["pairs_seen"] for r in rows] == [11, 22, 33, 37]
+    assert rows[1]["train/grad_norm"] == rows[2]["train/grad_norm"] == "NaN"
+    assert math.isfinite(rows[1]["train/loss"])
+    assert "train/loss" not in rows[2]
+    assert rows[3]["train/loss"] < 0.6931
+    assert result["done"]
+    assert result["files"] == ["nonfinite-step-00000002.json", "nonfinite-step-00000003.json"]
+    record = result["record"]
+    assert (record["step"], len(record["pairs"])) == (3, 11)
+    assert "the loss is nan" in record["why"]
+    assert all("pairs.jsonl:" in pair["place"] for pair in record["pairs"])
+
+
+def test_too_many_skipped_updates_end_the_run(world: tuple[int, Path]) -> None:
+    """What stands in a row is counted over a resume; the run goes on once it is finite again."""
+    result = found(world, "too_many_skipped_updates")
+    assert len(result["said"]) == world[0]
+    for first, second in result["said"]:
+        assert first.startswith("step 3: the gradient is not finite")
+        assert second.startswith("step 3: the gradient is not finite")
+    assert not result["done"]
+    assert result["checkpoints"] == ["step-00000001", "step-00000002"]
+    assert result["files"] == ["nonfinite-step-00000002.json", "nonfinite-step-00000003.json"]
+    assert result["skipped"] == [0, 1, 1, 1]
+    assert result["ended"]
 
 
 def test_idle_ranks(world: tuple[int, Path]) -> None:

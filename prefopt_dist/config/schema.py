@@ -127,6 +127,8 @@ class Train:
     """G: pairs to an optimizer step, however many ranks there are."""
     micro_batch_tokens: Count = 8192
     """Packed tokens in one forward and backward of one rank; memory and speed, never the result."""
+    max_skipped_steps: Annotated[int, Rule("at least 0", lambda v: v >= 0)] = 3
+    """Updates in a row that are left out because loss or gradient is not finite; one more ends the run."""
     max_hours: Positive | None = None
     """Stops with a checkpoint after this many hours of one start; null: no limit."""
 

@@ -1,6 +1,6 @@
 """DeepSpeed's engines for the policy and the reference, and giving an engine's memory back.
 
-This file is the only one that leans on DeepSpeed's internals; `TESTED` guards them.
+This file and partitions.py are the only ones that lean on DeepSpeed's internals; `TESTED` guards them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from prefopt_dist.errors import UserError
 
 TESTED = ("0.19.8",)
-"""Versions of DeepSpeed whose internals (`release`, `prepare_deepspeed`) were tried."""
+"""Versions whose internals (in `release`, `drop_gradient`, `prepare_deepspeed`, `partitions.fill`) were tried."""
 
 
 def prepare_deepspeed() -> None:
@@ -105,6 +105,11 @@ def shard_bytes(module: nn.Module) -> tuple[int, int]:
         held += shard.numel() * shard.element_size()
         whole += (p.ds_numel if hasattr(p, "ds_numel") else p.numel()) * shard.element_size()
     return held, whole
+
+
+def drop_gradient(engine: Any) -> None:
+    """Forgets the gradient that backward passes have added up, as DeepSpeed itself does where it skips an update."""
+    engine.optimizer._overflow_clean_up(engine.optimizer.loss_scale)
 
 
 def release(engine: Any) -> None:

@@ -14,6 +14,7 @@ from prefopt_dist.stages.job import run_folder
 from prefopt_dist.tracking.console import say
 from prefopt_dist.training import checkpoint
 from prefopt_dist.training.export import export, model_card
+from prefopt_dist.training.manifest import read_manifest
 from prefopt_dist.training.run_folder import RunFolder
 
 
@@ -39,7 +40,7 @@ def export_checkpoint(
 ) -> str:
     """Writes the folder and says so in one line."""
     target = target or config.export_dir
-    manifest = checkpoint.read_manifest(source)
+    manifest = read_manifest(source)
     worst = export(
         source,
         model=models.policy,

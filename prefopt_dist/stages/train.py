@@ -23,6 +23,7 @@ from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.wandb_feed import WandbFeed
 from prefopt_dist.training import checkpoint, loop, room
+from prefopt_dist.training.manifest import Manifest
 from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.run_folder import RunFolder
 
@@ -103,7 +104,7 @@ def _plan_steps(config: Config, rows: TokenisedRows) -> tuple[Order, int]:
     return order, min(total, config.train.max_steps or total)
 
 
-def _check_resume(config: Config, found: checkpoint.Manifest | None, facts: dict[str, Any]) -> None:
+def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any]) -> None:
     if found is None:
         return
     if config.checkpoint.resume == "never":

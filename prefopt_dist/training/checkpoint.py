@@ -7,8 +7,6 @@ it is whole. DeepSpeed's own `latest` file is not used: it is written before the
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import random
 import shutil
@@ -25,58 +23,8 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import checksum, fsync_folder, write_atomic
 from prefopt_dist.tracking.console import say
-
-MANIFEST = "manifest.json"
-REMOVING = ".removing-"
-SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What rank 0 says of a committed checkpoint."""
-
-    step: int
-    world_size: int
-    files: dict[str, dict[str, Any]]
-    """name → {bytes, blake2b}"""
-    facts: dict[str, Any]
-    """What belongs to the run as a whole: the reference key, the export probe."""
-
-    def text(self) -> str:
-        """The manifest file: its content and a checksum over it."""
-        content = json.dumps(
-            {
-                "schema": SCHEMA,
-                "step": self.step,
-                "world_size": self.world_size,
-                "files": self.files,
-                "facts": self.facts,
-            },
-            sort_keys=True,
-        )
-        return json.dumps({"blake2b": _sum(content), "content": content}) + "\n"
-
-
-def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a committed checkpoint, or None where it is missing or damaged."""
-    try:
-        outer = json.loads((folder / MANIFEST).read_text())
-        content = outer["content"]
-        if outer["blake2b"] != _sum(content):
-            return None
-        inner = json.loads(content)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    if inner["schema"] != SCHEMA:
-        raise UserError(
-            f"{folder} has the checkpoint format {inner['schema']}, this version of prefopt_dist reads {SCHEMA}. "
-            "Go on with the version that wrote it, or start a new run."
-        )
-    return Manifest(inner["step"], inner["world_size"], inner["files"], inner["facts"])
-
-
-def _sum(content: str) -> str:
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+from prefopt_dist.training import universal
+from prefopt_dist.training.manifest import MANIFEST, REMOVING, Manifest, damage, read_manifest, remove
 
 
 def folder_name(step: int) -> str:
@@ -96,8 +44,8 @@ class CheckpointNotCommitted(OSError):
 def save(engine: Any, root: Path, *, step: int, state: dict[str, Any], facts: dict[str, Any], keep: int) -> Path:
     """All ranks: commits `root/step-…`, then prunes to the newest `keep`.
 
-    state: what this rank needs beside DeepSpeed's own; its random states are added. facts: rank 0's, in the
-    manifest. A write error on one rank ends the save on all of them.
+    state: what is needed beside DeepSpeed's own, JSON-like and equal on all ranks; each rank's random states are
+    added. facts: rank 0's, in the manifest. A write error on one rank ends the save on all of them.
     """
     name = folder_name(step)
     staging = root / ".saving"
@@ -109,7 +57,7 @@ def save(engine: Any, root: Path, *, step: int, state: dict[str, Any], facts: di
     ranks.decide(clear)
     with _errors_held_back(engine.checkpoint_engine) as errors:
         engine.save_checkpoint(
-            str(staging), tag=name, client_state=state | {"random": _random_states()}, save_latest=False
+            str(staging), tag=name, client_state={"state": state, "random": _random_states()}, save_latest=False
         )
     reports = ranks.gather(_report(staging / name, errors))
     faults = [f"rank {r}: {fault}" for r, (_, fault) in enumerate(reports) if fault]
@@ -124,17 +72,10 @@ def save(engine: Any, root: Path, *, step: int, state: dict[str, Any], facts: di
         shutil.rmtree(staging)
         for old in committed(root)[:-keep]:
             remove(old)
+        universal.sweep(root, set())  # what was converted is older than this
 
     ranks.decide(commit)
     return root / name
-
-
-def remove(folder: Path) -> None:
-    """A checkpoint loses its name before its files, so that no half of one is ever under its name."""
-    doomed = folder.with_name(f"{REMOVING}{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)  # of a kill in the middle of an earlier removal
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def _report(folder: Path, errors: list[str]) -> tuple[dict[str, dict[str, Any]], str]:
@@ -185,11 +126,11 @@ class Loaded:
 
     step: int
     state: dict[str, Any]
-    """This rank's own, as it was given to `save`."""
+    """As it was given to `save`; equal on all ranks."""
 
 
 def find(root: Path) -> Manifest | None:
-    """All ranks: the newest sound checkpoint for this world size; damaged ones are set aside, loudly.
+    """All ranks: the newest sound checkpoint, of any number of ranks; damaged ones are set aside, loudly.
 
     None where there never was one. Where all are damaged the run does not silently start over.
     """
@@ -199,11 +140,6 @@ def find(root: Path) -> Manifest | None:
         if newest is None:
             return None
         folder, manifest = newest
-        if manifest.world_size != ranks.world_size():
-            raise UserError(
-                f"{folder} was written by {manifest.world_size} ranks and this job has {ranks.world_size()}. "
-                f"Start it with {manifest.world_size} ranks."
-            )
         faults = [f for f in ranks.gather(_damage(folder, manifest)) if f]
         if not faults:
             return manifest
@@ -215,17 +151,24 @@ def find(root: Path) -> Manifest | None:
 
 
 def load(engine: Any, root: Path, manifest: Manifest) -> Loaded:
-    """All ranks: puts the checkpoint into the engine, and this rank's random states in place."""
-    path, state = engine.load_checkpoint(str(root), tag=folder_name(manifest.step))
-    assert path is not None, f"DeepSpeed found nothing in {root / folder_name(manifest.step)}"
-    _set_random_states(state["random"])
-    return Loaded(step=manifest.step, state=state)
+    """All ranks: puts the checkpoint that `find` found into the engine, and this rank's random states in place.
+
+    The number of ranks that wrote it resumes with the same bits; another number through a converted form.
+    """
+    folder = root / folder_name(manifest.step)
+    if manifest.world_size != ranks.world_size():
+        return Loaded(step=manifest.step, state=universal.load(engine, folder, manifest))
+    path, saved = engine.load_checkpoint(str(root), tag=folder.name)
+    assert path is not None, f"DeepSpeed found nothing in {folder}"
+    _set_random_states(saved["random"])
+    return Loaded(step=manifest.step, state=saved["state"])
 
 
 def _sweep(root: Path) -> None:
-    """Rank 0: removes what a kill in the middle of a removal left."""
+    """Rank 0: removes what a kill in the middle of a removal or a conversion left."""
     for left in root.glob(f"{REMOVING}*"):
         shutil.rmtree(left)
+    universal.sweep(root, {folder.name for folder in committed(root)})
 
 
 def _newest(root: Path) -> tuple[Path, Manifest] | None:
@@ -245,19 +188,10 @@ def _newest(root: Path) -> tuple[Path, Manifest] | None:
     return None
 
 
-def damage(folder: Path, manifest: Manifest, names: list[str]) -> str:
-    """What is wrong with the named files, or an empty string."""
-    for name in names:
-        file, said = folder / name, manifest.files[name]
-        if not file.is_file() or file.stat().st_size != said["bytes"]:
-            return f"{name} is missing or of another size"
-        if checksum(file) != said["blake2b"]:
-            return f"{name} does not match its checksum"
-    return ""
-
-
 def _damage(folder: Path, manifest: Manifest) -> str:
-    """This rank looks at the files that it is going to read."""
+    """This rank looks at the files that it is going to read; of another number of ranks' at its share of all."""
+    if manifest.world_size != ranks.world_size():
+        return universal.look_at_share(folder, manifest)
     names = [n for n in manifest.files if _owner(n) in (ranks.rank(), 0)]
     # A disk that cannot be read now is no damaged checkpoint: that ends the job, and nothing is set aside.
     return ranks.together(lambda: damage(folder, manifest, names))

@@ -19,7 +19,7 @@ from prefopt_dist.files import fsync_folder, write_json
 from prefopt_dist.model.load import ModelFolder, inspect_folder, load_whole
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.training import probe
-from prefopt_dist.training.checkpoint import Manifest, damage, read_manifest
+from prefopt_dist.training.manifest import Manifest, damage, read_manifest
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """By dtype, the coarser of the trained and the exported: |exported − live| log-prob, relative to it."""

@@ -14,8 +14,9 @@ import torch
 from prefopt_dist.config import Config
 from prefopt_dist.data.layout import Cost
 from prefopt_dist.data.order import Order
-from prefopt_dist.distributed import ranks
+from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.objectives import Objective
+from prefopt_dist.tracking.console import say
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.progress import Progress
 from prefopt_dist.tracking.wandb_feed import WandbFeed
@@ -25,6 +26,7 @@ from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.gate import StartGate
 from prefopt_dist.training.run_folder import RunFolder
 from prefopt_dist.training.schedule import learning_rate
+from prefopt_dist.training.skips import Skips, record
 from prefopt_dist.training.stopping import Requests
 
 
@@ -33,7 +35,7 @@ class Window:
     """What was summed up since the last row of metrics. All of it counts over all ranks."""
 
     sums: list[float]
-    """[K+1] metrics summed over the pairs, and the pairs"""
+    """[K+1] metrics summed over the pairs, and the pairs; without those of a step whose loss is not finite"""
     tokens: int = 0
     seconds: float = 0.0
     data_seconds: float = 0.0
@@ -76,8 +78,10 @@ class Job:
     """For the checkpoints' manifests."""
     log: Log | None
     window: Window = field(init=False)
+    skips: Skips = field(init=False)
 
     def __post_init__(self) -> None:
+        self.skips = Skips()
         self.window = Window([0.0] * (len(self.objective.metrics) + 1))
 
 
@@ -89,6 +93,7 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
     config = job.config
     if state is not None:
         job.window = Window(**state["window"])
+        job.skips = Skips(**state["skips"])
     gate = None
     if job.gated and start_step == 0:
         gate = StartGate(job.objective, job.dtype, ranks.device())
@@ -108,16 +113,21 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             packed = step.gradient(job.engine, batch, job.objective, gate)
             sums, request = step.agree(packed, job.requests.look())
             loss = sums[0] / sums[-1]
-            if not math.isfinite(loss):
-                raise FloatingPointError(_not_finite(job, index, f"the loss is {loss}"))
             if gate is not None:
+                if not math.isfinite(loss):  # the start itself: no step would be better
+                    raise FloatingPointError(_not_finite(job, index, f"the loss is {loss}"))
                 gate.decide(loss)
                 gate = None
             rate = _rate(job, index)
-            try:
+            norm = None
+            if math.isfinite(loss):
                 norm = step.update(job.engine, rate)
-            except FloatingPointError as e:
-                raise FloatingPointError(_not_finite(job, index, str(e))) from e
+            else:
+                sums = [0.0] * len(sums)
+                zero3.drop_gradient(job.engine)
+            job.skips.count(norm is None)
+            if norm is None:
+                _skipped(job, index, "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}")
 
             job.window.add(sums, batch.tokens, time.perf_counter() - began, data_seconds)
             if done % config.tracking.log_every_steps == 0 or done == job.total_steps:
@@ -162,7 +172,9 @@ def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
         return
     position = job.order.step(done - 1)
     pairs = window.sums[-1]
-    means = {f"train/{name}": s / pairs for name, s in zip(job.objective.metrics, window.sums, strict=False)}
+    means = {}
+    if pairs:  # there are none where every step was skipped
+        means = {f"train/{name}": s / pairs for name, s in zip(job.objective.metrics, window.sums, strict=False)}
     job.log.metrics.append(
         "train",
         done,
@@ -171,7 +183,8 @@ def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
         means
         | {
             "train/learning_rate": rate,
-            "train/grad_norm": float(norm),
+            "train/grad_norm": math.nan if norm is None else float(norm),
+            "train/skipped_steps": job.skips.total,
             "train/epoch": position.epoch_fraction,
             "perf/tokens_per_second": window.tokens / window.seconds,
             "perf/pairs_per_second": pairs / window.seconds,
@@ -202,10 +215,21 @@ def _save(job: Job, done: int) -> None:
         job.engine,
         job.config.run_dir / "checkpoints",
         step=done,
-        state={"window": vars(job.window)},
+        state={"window": vars(job.window), "skips": vars(job.skips)},
         facts=facts,
         keep=job.config.checkpoint.keep,
     )
+
+
+def _skipped(job: Job, index: int, why: str) -> None:
+    """All ranks: leaves word of an update that was left out; too many in a row end the run."""
+    if job.log is not None:
+        rows = [int(i) for i in job.order.step(index).rows]
+        record(job.config.run_dir, index + 1, why, rows, [job.train.rows.origin(i) for i in rows])
+    limit = job.config.train.max_skipped_steps
+    if job.skips.in_a_row > limit:
+        raise FloatingPointError(_not_finite(job, index, why))
+    say(f"step {index + 1}: {why}; no update was made ({job.skips.in_a_row} in a row, {limit} are allowed)")
 
 
 def _not_finite(job: Job, index: int, what: str) -> str:

@@ -44,14 +44,13 @@ def agree(packed: torch.Tensor, request: Request) -> tuple[list[float], Request]
     return sums, Request(stop=stop > 0, save=save > 0)
 
 
-def update(engine: Any, learning_rate: float) -> Any:
+def update(engine: Any, learning_rate: float) -> Any | None:
     """Clips and applies the gradient; returns its norm before clipping, equal on all ranks.
 
-    The norm may still be on the device: it is read only where it is logged.
+    None where the norm is not finite: then DeepSpeed has left out the update, on all ranks alike, and has dropped the
+    gradient. The norm may still be on the device: it is read only where it is logged.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     engine.step()
-    if not engine.was_step_applied():
-        raise FloatingPointError("the gradient is not finite")
-    return engine.get_global_grad_norm()
+    return engine.get_global_grad_norm() if engine.was_step_applied() else None
