@@ -345,6 +345,29 @@ def test_two_then_one_then_three_ranks(world: World, whole: Path) -> None:
         assert float((weights[name] - expected[name]).norm() / expected[name].norm()) <= 1e-5, name
 
 
+def test_without_sharing(world: World, whole: Path) -> None:
+    """Every response with a prompt of its own, first pass included: the same ten steps (design 7.2)."""
+    settings = {"eval": {"at_start": False, "every_steps": 100, "at_end": False}}
+    run = world.run("unshared", cache="cache-unshared", train={"global_batch_pairs": G, "max_steps": 10}, **settings)
+    done = subprocess.run(
+        [sys.executable, "tests/unshared_door.py", "train", str(run)],
+        env=ENVIRONMENT,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    shared = world.run("shared", train={"global_batch_pairs": G, "max_steps": 10}, **settings)
+    launch(shared, n=1)
+    mine, theirs = (rows(world.folder / name) for name in ("unshared", "shared"))
+    assert len(mine) == len(theirs) == 10
+    for one, other in zip(mine, theirs, strict=True):
+        for name in ("train/loss", "train/logps/chosen", "train/logps/rejected"):
+            assert one[name] == pytest.approx(other[name], rel=1e-5)
+        assert one["train/rewards/margins"] == pytest.approx(other["train/rewards/margins"], abs=1e-4)
+
+
 def test_evaluate_and_export_on_one_rank(world: World, whole: Path) -> None:
     """Stages on a checkpoint of two ranks, run by one."""
     run = world.run("whole")

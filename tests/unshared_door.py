@@ -1,0 +1,36 @@
+"""The command line with prompts computed once for each response: python tests/unshared_door.py STAGE RUN.yaml …"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from prefopt_dist import __main__
+from prefopt_dist.data import micro_batch
+from prefopt_dist.data.micro_batch import MicroBatch, Unit
+from prefopt_dist.reference import first_pass
+from prefopt_dist.training import batches
+
+
+class Own(np.ndarray):
+    """Tokens that are equal to none but themselves."""
+
+    def tobytes(self, order: str | None = "C") -> bytes:  # type: ignore[override]
+        return super().tobytes() + id(self).to_bytes(8, "little")
+
+
+def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
+    """As the package's, with every response in a row part of its own."""
+    if not units:
+        return micro_batch.pack(units, responses_per_unit)
+    alone = [Unit(u.row, u.prompt.copy().view(Own), (r,)) for u in units for r in u.responses]
+    packed = micro_batch.pack(alone, 1)
+    assert packed.tokens == sum(len(u.prompt) + len(r) - 1 for u in units for r in u.responses)
+    return replace(packed, units=packed.units.view(-1, responses_per_unit), rows=tuple(u.row for u in units))
+
+
+if __name__ == "__main__":
+    first_pass.pack = batches.pack = pack
+    status = __main__.main(sys.argv[1:])
+    __main__._leave(status)
