@@ -88,6 +88,7 @@ def test_any_damaged_byte_is_seen(world: tuple[int, dict[str, Any]]) -> None:
     assert len(result["names"]) > 20
     assert result["missed"] == result["changed"] == []
     assert result["left"] == ["step-00000002", "universal-step-00000002"]
+    assert not result["of_another"]
 
 
 def test_an_interrupted_conversion_counts_as_none(world: tuple[int, dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +241,18 @@ def damaged_forms(folder: Path) -> dict[str, Any]:
         if (form / name).read_bytes() != before or again != (form, said):
             changed.append(name)
         ranks.gather(None)
-    return {"names": names, "missed": missed, "changed": changed, "left": sorted(os.listdir(root))}
+    # A checkpoint of the same step, but another one: what was converted is not its.
+    inode = form.stat().st_ino
+    other = replace(manifest, facts={"reference_key": "another"})
+    ranks.decide(lambda: (source / "manifest.json").write_text(other.text()) and None)
+    universal.prepare(source, other)
+    return {
+        "names": names,
+        "missed": missed,
+        "changed": changed,
+        "left": sorted(os.listdir(root)),
+        "of_another": ranks.decide(lambda: form.stat().st_ino == inode),
+    }
 
 
 def interrupted_conversion(folder: Path) -> dict[str, Any]:
