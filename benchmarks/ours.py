@@ -19,7 +19,7 @@ from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
 from prefopt_dist.reference import first_pass
 from prefopt_dist.reference.store import ReferenceStore
-from prefopt_dist.stages.ingredients import zero_settings
+from prefopt_dist.stages.ingredients import sized, zero_settings
 from prefopt_dist.training import room, step
 from prefopt_dist.training.batches import Ahead, Batch, ScoredRows, step_batch
 from prefopt_dist.training.optimizer import adamw
@@ -95,7 +95,9 @@ def score(
     As `run_first_pass`, less loading and the spot checks, which do not grow with the data.
     """
     settings = zero3.reference_settings(
-        zero_settings(str(CONFIGS / "reference_zero3.json"), "deepspeed.reference"), dtype=dtype, offload="none"
+        sized(zero_settings(str(CONFIGS / "reference_zero3.json"), "deepspeed.reference"), model),
+        dtype=dtype,
+        offload="none",
     )
     store = ReferenceStore(folder / "store")
     engine = zero3.reference_engine(Scorer(load_sharded(model, dtype=dtype, settings=settings)), settings)
@@ -110,7 +112,7 @@ def score(
 def policy(task: Task, model: Any, dtype: torch.dtype) -> Any:
     """The engine as the training stage makes it."""
     settings = zero3.policy_settings(
-        zero_settings(str(CONFIGS / "policy_zero3.json"), "deepspeed.policy"),
+        sized(zero_settings(str(CONFIGS / "policy_zero3.json"), "deepspeed.policy"), model),
         dtype=dtype,
         max_grad_norm=task.max_grad_norm,
     )

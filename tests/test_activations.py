@@ -7,9 +7,11 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen3Config
 
 from prefopt_dist.data.micro_batch import Unit, pack
+from prefopt_dist.distributed import zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import attention
 from prefopt_dist.model.activations import ActivationMemory, activation_memory
+from prefopt_dist.model.cost import layer_parameters
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.training import room
 
@@ -116,3 +118,19 @@ def test_some_layers(monkeypatch: pytest.MonkeyPatch) -> None:
         gradients.append([p.grad for p in lm.parameters()])
     for other in gradients[1:]:
         assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))
+
+
+def test_buckets_hold_a_layer_unless_the_file_says_otherwise() -> None:
+    config = LlamaConfig(**SHAPE | {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8})
+    # q, o: 1024²; k, v of 4 heads: 1024·512; gate, up, down: 1024·4096; two norms
+    layer = 2 * 1024**2 + 2 * 1024 * 512 + 3 * 1024 * 4096 + 2 * 1024
+    assert layer_parameters(config) == layer
+    given = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}}
+    zero = zero3.with_buckets(given, layer=layer, hidden=1024)["zero_optimization"]
+    assert zero == {
+        "stage": 3,
+        "reduce_bucket_size": 7,
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_param_persistence_threshold": 10240,
+    }
+    assert zero3.with_buckets({}, layer=5, hidden=1)["zero_optimization"]["reduce_bucket_size"] == 1_000_000

@@ -22,6 +22,10 @@ TESTED = ("0.19.8",)
 """Versions whose internals (in `release`, `drop_gradient`, `prepare_deepspeed`, `partitions.fill`) were tried."""
 
 
+SMALLEST_BUCKET = 1_000_000
+"""Elements; smaller ones would be many small collectives."""
+
+
 def prepare_deepspeed() -> None:
     """Before the first collective: the version check, and no compilation of operators on CPU."""
     import deepspeed
@@ -47,6 +51,21 @@ def _is_news(record: logging.LogRecord) -> bool:
     text = record.getMessage()
     # The scoring module takes a MicroBatch, whose tensors are indices: there is no gradient to find in it.
     return "unknown inputs or outputs type" not in text
+
+
+def with_buckets(settings: Mapping[str, Any], *, layer: int, hidden: int) -> dict[str, Any]:
+    """The user's settings, with ZeRO's buckets sized by the model where they do not say otherwise.
+
+    layer: parameters of a decoder layer; hidden: its width. A bucket holds a layer, so that one is on its way
+    while another computes; what is as small as a norm's weight stays whole on every rank.
+    """
+    bucket = max(layer, SMALLEST_BUCKET)
+    sized = {
+        "reduce_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": bucket,
+        "stage3_param_persistence_threshold": 10 * hidden,
+    }
+    return {**settings, "zero_optimization": sized | dict(settings.get("zero_optimization", {}))}
 
 
 def policy_settings(zero: Mapping[str, Any], *, dtype: torch.dtype, max_grad_norm: float | None) -> dict[str, Any]:

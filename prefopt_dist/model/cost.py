@@ -9,10 +9,16 @@ from prefopt_dist.data.layout import Cost
 from prefopt_dist.model.activations import meta_model
 
 
+def layer_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of one decoder layer."""
+    one, two = (meta_model(config, layers, torch.bfloat16) for layers in (1, 2))
+    layer: int = sum(p.numel() for p in two.parameters()) - sum(p.numel() for p in one.parameters())
+    return layer
+
+
 def forward_cost(config: PreTrainedConfig) -> Cost:
     """FLOP of a packed row: 2 a parameter of the layers and token, attention, and the head. Backward is twice that."""
-    one, two = (meta_model(config, layers, torch.bfloat16) for layers in (1, 2))
-    of_layer = sum(p.numel() for p in two.parameters()) - sum(p.numel() for p in one.parameters())
+    of_layer = layer_parameters(config)
     numbers = config.to_dict()
     heads = numbers["num_attention_heads"]
     width = heads * (numbers.get("head_dim") or config.hidden_size // heads)

@@ -18,6 +18,7 @@ from prefopt_dist.config import Config, DataSource, DPOLoss, Loss, SFTLoss, load
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows, prepare_rows
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
+from prefopt_dist.model.cost import layer_parameters
 from prefopt_dist.model.digests import FileState, refuse_if_changed, remembered_digest
 from prefopt_dist.model.identity import reference_key
 from prefopt_dist.model.load import ModelFolder, inspect_folder, load_tokenizer, resolve
@@ -246,7 +247,12 @@ def score_reference(
 def reference_settings(config: Config, models: Models) -> dict[str, Any]:
     """All ranks: the DeepSpeed configuration of an engine that only scores."""
     zero = ranks.together(lambda: zero_settings(config.deepspeed.reference, "deepspeed.reference"))
-    return zero3.reference_settings(zero, dtype=models.dtype, offload=config.reference.offload)
+    return zero3.reference_settings(sized(zero, models.reference), dtype=models.dtype, offload=config.reference.offload)
+
+
+def sized(settings: dict[str, Any], model: ModelFolder) -> dict[str, Any]:
+    """DeepSpeed's settings with buckets that suit the model."""
+    return zero3.with_buckets(settings, layer=layer_parameters(model.config), hidden=model.config.hidden_size)
 
 
 def reference_weights(config: Config, models: Models, objective: Objective) -> Weights | None:

@@ -125,8 +125,9 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
 
 def _policy(config: Config, models: Models) -> tuple[Any, room.Room]:
     """The engine, and what activations may take beside it."""
+    zero = ranks.together(lambda: ingredients.zero_settings(config.deepspeed.policy, "deepspeed.policy"))
     settings = zero3.policy_settings(
-        ranks.together(lambda: ingredients.zero_settings(config.deepspeed.policy, "deepspeed.policy")),
+        ingredients.sized(zero, models.policy),
         dtype=models.dtype,
         max_grad_norm=config.optim.max_grad_norm,
     )
