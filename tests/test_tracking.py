@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from prefopt_dist.errors import UserError
+from prefopt_dist.tracking import progress
 from prefopt_dist.tracking.console import rank_fault, say
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.progress import Progress
@@ -434,3 +435,16 @@ def test_rank_0_speaks_and_any_rank_tells_its_fault(
     rank_fault("a\nb")
     out, err = capsys.readouterr()
     assert (out, err) == ("one\n", "[rank 3] a\n[rank 3] b\n")
+
+
+def test_rows_are_told_every_ten_seconds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    tell = progress.rows_read("data.train: tokenising")
+    for at, rows in ((109.0, 1000), (111.0, 2000), (112.0, 3000), (180.0, 123_456)):
+        now[0] = at
+        tell(rows, None)
+    assert capsys.readouterr().err.splitlines() == [
+        "data.train: tokenising  2,000 rows  0:11 elapsed",
+        "data.train: tokenising  123,456 rows  1:20 elapsed",
+    ]

@@ -28,6 +28,7 @@ from prefopt_dist.reference.first_pass import FirstPass, run_first_pass
 from prefopt_dist.reference.store import ReferenceStore
 from prefopt_dist.stages import checks
 from prefopt_dist.tracking.console import in_units, say
+from prefopt_dist.tracking.progress import rows_read
 from prefopt_dist.training.batches import ScoredRows
 from prefopt_dist.training.run_folder import RunFolder
 
@@ -175,25 +176,28 @@ def data_facts(train: TokenisedRows, evals: dict[str, TokenisedRows]) -> dict[st
     return {"train": train.report.as_run_json(), "eval": reports.get("", reports or None)}
 
 
-def _open(config: Config, models: Models, sources: Sequence[DataSource], key: str) -> TokenisedRows:
+def prepared(config: Config, tokenizer: Any, vocabulary: int, sources: Sequence[DataSource], key: str) -> Path:
+    """One process: the folder of these sources' tokenised rows, made where it is not there."""
     data = config.data
+    return prepare_rows(
+        sources,
+        tokenizer=tokenizer,
+        form=data.format,
+        template=data.template,
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
+        on_bad_row=data.on_bad_row,
+        cache_dir=config.cache_dir,
+        vocab_size=vocabulary,
+        key=key,
+        say=say,
+        progress=rows_read(f"{key}: tokenising"),
+    )
 
-    def prepare() -> Path:
-        return prepare_rows(
-            sources,
-            tokenizer=models.tokenizer,
-            form=data.format,
-            template=data.template,
-            max_length=data.max_length,
-            max_prompt_length=data.max_prompt_length,
-            on_bad_row=data.on_bad_row,
-            cache_dir=config.cache_dir,
-            vocab_size=models.policy.config.vocab_size,
-            key=key,
-            say=say,
-        )
 
-    folder = ranks.decide(prepare)
+def _open(config: Config, models: Models, sources: Sequence[DataSource], key: str) -> TokenisedRows:
+    vocabulary = models.policy.config.vocab_size
+    folder = ranks.decide(lambda: prepared(config, models.tokenizer, vocabulary, sources, key))
 
     def open_here() -> TokenisedRows:
         try:

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefopt_dist.config import Config
-from prefopt_dist.data import TokenisedRows, open_rows, prepare_rows
+from prefopt_dist.data import TokenisedRows, open_rows
 from prefopt_dist.model.load import load_tokenizer, read_config, resolve
+from prefopt_dist.stages.ingredients import prepared
 from prefopt_dist.tracking.console import say
 
 
@@ -19,19 +20,7 @@ def run(config: Config) -> None:
     sets = {"data.train": config.data.train}
     sets |= {f"data.eval.{n}".rstrip("."): s for n, s in (config.data.eval or {}).items()}
     for key, sources in sets.items():
-        folder = prepare_rows(
-            sources,
-            tokenizer=tokenizer,
-            form=config.data.format,
-            template=config.data.template,
-            max_length=config.data.max_length,
-            max_prompt_length=config.data.max_prompt_length,
-            on_bad_row=config.data.on_bad_row,
-            cache_dir=config.cache_dir,
-            vocab_size=vocabulary,
-            key=key,
-            say=say,
-        )
+        folder = prepared(config, tokenizer, vocabulary, sources, key)
         rows = open_rows(folder)
         say(f"{key}: {rows.report.text()}")
         say(_lengths(rows))

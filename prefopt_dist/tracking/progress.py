@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 import tqdm
@@ -70,6 +71,21 @@ class Progress:
             line += f"  {self._text}"
         print(line, file=sys.stderr, flush=True)
         self._shown_at, self._shown_done = now, self._done
+
+
+def rows_read(what: str) -> Callable[[int, int | None], None]:
+    """For work whose end nobody knows: a line every ten seconds with the rows so far, first after ten seconds."""
+    started = shown = time.monotonic()
+
+    def tell(rows: int, total: int | None) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown >= _LINE_SECONDS:
+            shown = now
+            of_all = "" if total is None else f" of {total:,}"
+            print(f"{what}  {rows:,}{of_all} rows  {_clock(now - started)} elapsed", file=sys.stderr, flush=True)
+
+    return tell
 
 
 def _clock(seconds: float) -> str:
