@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-from prefopt_dist.config import Config, DataSource, DPOLoss, Loss, SFTLoss, load_deepspeed_json
+from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows, prepare_rows
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.digests import FileState, refuse_if_changed, remembered_digest
 from prefopt_dist.model.identity import reference_key
 from prefopt_dist.model.load import ModelFolder, inspect_folder, load_tokenizer, resolve
-from prefopt_dist.objectives import DPO, SFT, Objective
-from prefopt_dist.objectives.dpo import tie_tolerance
+from prefopt_dist.objectives import Objective
 from prefopt_dist.reference.first_pass import FirstPass, run_first_pass
 from prefopt_dist.reference.store import ReferenceStore
 from prefopt_dist.stages import checks
+from prefopt_dist.stages.losses import make_objective as make_objective  # a stage finds all its parts here
 from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.training.batches import ScoredRows
 from prefopt_dist.training.run_folder import RunFolder
@@ -61,15 +61,6 @@ class Weights:
     """Of their content and of all else that the scores depend on: the folder's name in the reference store"""
     states: dict[Path, FileState]
     """As this node sees them: to know, when they have been loaded, that they are still the same"""
-
-
-def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
-    """The loss that the configuration names."""
-    match loss:
-        case DPOLoss():
-            return DPO(loss.beta, loss.label_smoothing, tie_tolerance(dtype))
-        case SFTLoss():
-            return SFT()
 
 
 def check(config: Config) -> None:
