@@ -80,7 +80,7 @@ def equality(
         folder,
         name,
         loss=loss,
-        reference={"name_or_path": str(folder / "reference")} if loss["name"] == "dpo" else {},
+        reference={"name_or_path": str(folder / "reference")} if loss["name"] in ("dpo", "ipo") else {},
         train={"global_batch_pairs": G, "micro_batch_tokens": 512},  # what a run may say; the budget here is smaller
         **sections,
     )
@@ -135,11 +135,10 @@ def exact_step(policy: Any, reference: Any, scored: ScoredRows, rows: list[int],
                 for i in rows
             ]
         )
-    beta, smoothing = float(loss["beta"]), float(loss["label_smoothing"])
-    reward = beta * (live - start)
-    margin = reward[:, 0] - reward[:, 1]
-    logsigmoid = torch.nn.functional.logsigmoid
-    mean = (-(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)).mean()
+    lengths = torch.tensor([[len(data.response(i, k)) for k in (0, 1)] for i in rows], dtype=torch.float64)
+    terms, reward = plain.pair_loss(loss, live, start, lengths)
+    mean, margin = terms.mean(), reward[:, 0] - reward[:, 1]
+    nat = loss["beta"] if loss["name"] == "dpo" else loss["beta"] / lengths
     return {
         "loss": mean.item(),
         "loss_tensor": mean,
@@ -149,7 +148,7 @@ def exact_step(policy: Any, reference: Any, scored: ScoredRows, rows: list[int],
         "rewards/accuracies": (margin > 0).double().mean().item(),
         "logps/chosen": live[:, 0].mean().item(),
         "logps/rejected": live[:, 1].mean().item(),
-        "scale": (beta * live.abs().sum(1)).mean().item(),
+        "scale": (nat * live.abs()).sum(1).mean().item(),
     }
 
 
@@ -170,6 +169,14 @@ def dpo_checkpointing(folder: Path) -> dict:
 
 def sft_many_micro_batches(folder: Path) -> dict:
     return equality(folder, "sft-many", 150, {"name": "sft"})
+
+
+def ipo(folder: Path) -> dict:
+    return equality(folder, "ipo", 150, {"name": "ipo", "beta": 0.3, "average": "tokens"}, steps=2)
+
+
+def orpo(folder: Path) -> dict:
+    return equality(folder, "orpo", 150, {"name": "orpo", "beta": 0.5}, steps=2)
 
 
 def dpo_gemma2(folder: Path) -> dict:
