@@ -171,3 +171,15 @@ def pair_loss(
     if options.get("sft_weight"):
         loss = loss - options["sft_weight"] * mean[:, 0]  # arXiv:2404.19733, equation 1
     return loss, reward
+
+
+def kto_loss(
+    logps: torch.Tensor, ref_logps: torch.Tensor, desirable: Sequence[bool], z0: float, options: dict[str, Any]
+) -> torch.Tensor:
+    """[P] of P rated rows, [P] each: λ_y − v(x, y), equations 7 and 8 of arXiv:2402.01306, row by row."""
+    losses = []
+    for logp, ref_logp, good in zip(logps, ref_logps, desirable, strict=True):
+        weight = options["desirable_weight" if good else "undesirable_weight"]
+        gain = (logp - ref_logp - z0) if good else (z0 - (logp - ref_logp))
+        losses.append(weight - weight / (1 + torch.exp(-options["beta"] * gain)))
+    return torch.stack(losses)

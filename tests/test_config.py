@@ -170,7 +170,7 @@ def test_what_the_nulls_stand_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("data.eval={a: 1}", ["data.eval.a", "path"]),
         ("tracking.wandb.tags=a", ["tracking.wandb.tags", "list"]),
         ("tracking.wandb=offline", ["tracking.wandb", "mapping"]),
-        ("loss.name=opi", ["loss.name", "'opi'", "dpo, robust, ipo, hinge, simpo, orpo, sft"]),
+        ("loss.name=opi", ["loss.name", "'opi'", "dpo, robust, ipo, hinge, simpo, orpo, kto, sft"]),
         ("loss.name=[dpo]", ["loss.name", "dpo, robust"]),
         ("loss.beta=0", ["loss.beta", "greater than 0"]),
         ("loss.label_smoothing=0.5", ["loss.label_smoothing", "[0, 0.5)"]),
@@ -226,7 +226,7 @@ def test_losses(tmp_path: Path) -> None:
     assert load(tmp_path, "loss.name=sft").loss == SFTLoss()
     message = complaint(tmp_path, "loss.name=sft", "loss.beta=0.1")
     assert "loss.beta" in message
-    assert "dpo, robust, ipo, hinge, simpo, orpo have it" in message
+    assert "dpo, robust, ipo, hinge, simpo, orpo, kto have it" in message
     assert all(cls().name == name for name, cls in LOSSES.items())
 
 
@@ -237,6 +237,8 @@ def test_losses(tmp_path: Path) -> None:
         ("ipo", "beta", "0", ["loss.beta", "got 0", "greater than 0"]),
         ("ipo", "average", "true", ["loss.average", "got true", "one of tokens, sums"]),
         ("hinge", "beta", "-1.0", ["loss.beta", "got -1.0", "greater than 0"]),
+        ("kto", "desirable_weight", "0", ["loss.desirable_weight", "got 0", "greater than 0"]),
+        ("kto", "split_pairs", "1", ["loss.split_pairs", "got 1", "true or false"]),
         ("simpo", "gamma", "-0.5", ["loss.gamma", "got -0.5", "at least 0"]),
         ("orpo", "beta", "inf", ["loss.beta", "'inf'", "number"]),
     ],
@@ -258,13 +260,16 @@ def test_an_option_of_another_loss_is_refused(tmp_path: Path, name: str) -> None
         "average": "tokens",
         "sft_weight": "0.5",
         "gamma": "0.4",
+        "desirable_weight": "1.5",
+        "undesirable_weight": "0.5",
+        "split_pairs": "true",
     }
     fields = {loss: {f.name for f in dataclasses.fields(cls)} - {"name"} for loss, cls in LOSSES.items()}
     assert set().union(*fields.values()) == set(given)
     for option, value in given.items():
         overrides = (f"loss.name={name}", f"loss.{option}={value}")
         if option in fields[name]:
-            assert str(getattr(load(tmp_path, *overrides).loss, option)) == value
+            assert str(getattr(load(tmp_path, *overrides).loss, option)).lower() == value
         else:
             message = complaint(tmp_path, *overrides)
             owners = ", ".join(loss for loss in LOSSES if option in fields[loss])

@@ -91,6 +91,22 @@ class ORPOLoss:
 
 
 @dataclass(frozen=True)
+class KTOLoss:
+    """Kahneman-Tversky optimisation on single responses that are rated true or false."""
+
+    name: Literal["kto"] = "kto"
+    """The loss's name in the registry."""
+    beta: Positive = 0.1
+    """β: how soon gains and losses saturate."""
+    desirable_weight: Positive = 1.0
+    """λ_D: the weight of rows with the label true."""
+    undesirable_weight: Positive = 1.0
+    """λ_U: the weight of rows with the label false."""
+    split_pairs: bool = False
+    """Whether pairs are taken too, the chosen response as a row of label true, the rejected one of label false."""
+
+
+@dataclass(frozen=True)
 class SFTLoss:
     """Mean negative log-likelihood of the chosen responses; needs no reference."""
 
@@ -98,7 +114,7 @@ class SFTLoss:
     """The loss's name in the registry."""
 
 
-Loss = DPOLoss | RobustLoss | IPOLoss | HingeLoss | SimPOLoss | ORPOLoss | SFTLoss
+Loss = DPOLoss | RobustLoss | IPOLoss | HingeLoss | SimPOLoss | ORPOLoss | KTOLoss | SFTLoss
 
 LOSSES: dict[str, type[Loss]] = {
     "dpo": DPOLoss,
@@ -107,6 +123,7 @@ LOSSES: dict[str, type[Loss]] = {
     "hinge": HingeLoss,
     "simpo": SimPOLoss,
     "orpo": ORPOLoss,
+    "kto": KTOLoss,
     "sft": SFTLoss,
 }
 """Every loss by its name. A new loss: a dataclass here, its mathematics in objectives/, a case in stages/losses.py."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +27,7 @@ class Hinge:
     needs_reference: ClassVar[bool] = True
     start_loss: ClassVar[float | None] = 1.0
     metrics: ClassVar[tuple[str, ...]] = REFERENCE_METRICS
+    counted_by: ClassVar[Mapping[str, str]] = {}
 
     def __call__(self, units: Sequences) -> Terms:
         """See the class; rewards as in DPO."""

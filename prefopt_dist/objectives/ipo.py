@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,6 +33,7 @@ class IPO:
     responses: ClassVar[int] = 2
     needs_reference: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = REFERENCE_METRICS
+    counted_by: ClassVar[Mapping[str, str]] = {}
 
     @property
     def start_loss(self) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,6 +36,7 @@ class ORPO:
     needs_reference: ClassVar[bool] = False
     start_loss: ClassVar[float | None] = None
     metrics: ClassVar[tuple[str, ...]] = (*METRICS, "log_odds_ratio", "sft_loss")
+    counted_by: ClassVar[Mapping[str, str]] = {}
 
     def __call__(self, units: Sequences) -> Terms:
         """See the class; rewards are β · mean log π of a token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,6 +34,7 @@ class RobustDPO:
     needs_reference: ClassVar[bool] = True
     start_loss: ClassVar[float | None] = math.log(2.0)
     metrics: ClassVar[tuple[str, ...]] = REFERENCE_METRICS
+    counted_by: ClassVar[Mapping[str, str]] = {}
 
     def __call__(self, units: Sequences) -> Terms:
         """See the class; rewards as in DPO."""

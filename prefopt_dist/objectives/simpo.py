@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,6 +31,7 @@ class SimPO:
     needs_reference: ClassVar[bool] = False
     start_loss: ClassVar[float | None] = None
     metrics: ClassVar[tuple[str, ...]] = METRICS
+    counted_by: ClassVar[Mapping[str, str]] = {}
 
     def __call__(self, units: Sequences) -> Terms:
         """See the class; rewards are β · mean log π of a token (equation 4), margins without γ."""

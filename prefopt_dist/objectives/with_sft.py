@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,11 @@ class WithSFT:
     def metrics(self) -> tuple[str, ...]:
         """Those of the other loss, whose `loss` is now the sum of both, and this one's."""
         return (*self.of.metrics, "sft_loss")
+
+    @property
+    def counted_by(self) -> Mapping[str, str]:
+        """As the other loss."""
+        return self.of.counted_by
 
     @property
     def start_loss(self) -> float | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from prefopt_dist.config import Loss
-from prefopt_dist.config.losses import DPOLoss, HingeLoss, IPOLoss, ORPOLoss, RobustLoss, SFTLoss, SimPOLoss
-from prefopt_dist.objectives import DPO, IPO, ORPO, SFT, Hinge, Objective, RobustDPO, SimPO, WithSFT
+from prefopt_dist.config.losses import DPOLoss, HingeLoss, IPOLoss, KTOLoss, ORPOLoss, RobustLoss, SFTLoss, SimPOLoss
+from prefopt_dist.objectives import DPO, IPO, KTO, ORPO, SFT, Hinge, Objective, RobustDPO, SimPO, WithSFT
 from prefopt_dist.objectives.pairs import tie_tolerance
 
 
@@ -19,6 +19,8 @@ def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
             return SFT()
         case ORPOLoss():
             return ORPO(loss.beta, tie)
+        case KTOLoss():
+            return KTO(loss.beta, loss.desirable_weight, loss.undesirable_weight, tie)
         case DPOLoss():
             objective = DPO(loss.beta, loss.label_smoothing, tie, loss.average == "tokens")
         case RobustLoss():

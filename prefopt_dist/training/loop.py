@@ -18,6 +18,7 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.objectives import Objective
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.progress import Progress
+from prefopt_dist.tracking.statistics import means
 from prefopt_dist.tracking.wandb_feed import WandbFeed
 from prefopt_dist.training import checkpoint, probe, step
 from prefopt_dist.training.batches import Ahead, Batch, ScoredRows, step_batch
@@ -162,13 +163,13 @@ def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
         return
     position = job.order.step(done - 1)
     pairs = window.sums[-1]
-    means = {f"train/{name}": s / pairs for name, s in zip(job.objective.metrics, window.sums, strict=False)}
+    found = means(job.objective.metrics, window.sums, job.objective.counted_by)
     job.log.metrics.append(
         "train",
         done,
         position.epoch_fraction,
         position.rows_seen,
-        means
+        {f"train/{name}": value for name, value in found.items()}
         | {
             "train/learning_rate": rate,
             "train/grad_norm": float(norm),
