@@ -72,6 +72,7 @@ def equality(
     loss: dict[str, object],
     *,
     of: str = "model",
+    against: str = "reference",
     make_engine: Callable[[Config, ingredients.Models], Any] = make_policy,
     steps: int | None = None,
     **sections: dict[str, object],
@@ -82,7 +83,7 @@ def equality(
         folder,
         name,
         loss=loss,
-        reference={"name_or_path": str(folder / "reference")} if loss["name"] in ("dpo", "ipo", "kto") else {},
+        reference={"name_or_path": str(folder / against)} if loss["name"] in ("dpo", "ipo", "kto") else {},
         train={"global_batch_pairs": G, "micro_batch_tokens": 512},  # what a run may say; the budget here is smaller
         **sections,
     )
@@ -90,7 +91,7 @@ def equality(
     engine = make_engine(config, models)
     order = Order(scored.rows.source, scored.rows.weights, config.run.seed, G)
     exact_policy = plain.build_plain(folder / of)
-    exact_reference = plain.build_plain(folder / "reference")
+    exact_reference = plain.build_plain(folder / against)
     found: dict[str, Any] = {"loss": [], "metrics": [], "gradient": [], "sizes": [], "micro_batches": [], "ids": []}
     for index in range(steps or order.steps_per_epoch):
         rows = order.step(index).rows.tolist()
@@ -180,16 +181,20 @@ KTO = {"name": "kto", "beta": 0.05, "desirable_weight": 1.0, "undesirable_weight
 
 
 def kto(folder: Path) -> dict:
-    return equality(folder, "kto", 150, KTO, steps=3)
+    """The models in this order, since in the other z0 is 0."""
+    return equality(folder, "kto", 150, KTO, of="reference", against="model", steps=2)
 
 
 def kto_evaluation(folder: Path) -> dict:
     """z0 over the whole set, and the halves of each pair compared, under two layouts."""
-    config = config_for(folder, "kto-evaluation", loss=KTO, reference={"name_or_path": str(folder / "reference")})
+    names = [str(folder / name) for name in ("reference", "model")]
+    config = config_for(
+        folder, "kto-evaluation", loss=KTO, model={"name_or_path": names[0]}, reference={"name_or_path": names[1]}
+    )
     models, objective, scored, _ = ready(config)
     engine = make_policy(config, models)
     found = {str(b): evaluate(engine, objective, {"": scored}, b) for b in (120, 5000)}
-    models_ = [plain.build_plain(folder / name) for name in ("model", "reference")]
+    models_ = [plain.build_plain(name) for name in names]
     data, n = scored.rows, scored.rows.n
     exact = exact_kto(*models_, data, list(range(n)), KTO)
     with torch.no_grad():

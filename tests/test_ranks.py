@@ -40,7 +40,7 @@ def found(world: tuple[int, Path], case: str) -> dict[str, Any]:
 def test_steps_equal_float64(world: tuple[int, Path], case: str) -> None:
     """G = 11 over 37 pairs: not divisible by two ranks, and a last partial batch of 4."""
     result = found(world, case)
-    assert result["sizes"] == [11, 11, 11, 4][: 3 if case == "kto" else 2 if case in SHORT else 4]
+    assert result["sizes"] == [11, 11, 11, 4][: 2 if case in SHORT else 4]
     print(f"{case} on {world[0]} ranks: gradients {max(result['gradient']):.1e}")
     if "many" in case:
         assert max(result["micro_batches"]) > 2
@@ -55,6 +55,7 @@ def test_steps_equal_float64(world: tuple[int, Path], case: str) -> None:
             if name in exact:
                 assert abs(got[name] - exact[name]) <= 1e-6 * exact["scale"]
         if case == "kto":
+            assert exact["kto/z0"] > 1
             assert got["kto/z0"] == pytest.approx(exact["kto/z0"], rel=1e-5, abs=1e-4)
             assert got["kto/desirable"] == exact["kto/desirable"]
         if "rewards/accuracies" in exact:
