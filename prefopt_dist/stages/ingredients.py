@@ -205,7 +205,7 @@ def check_rows(rows: TokenisedRows, objective: Objective, key: str) -> None:
     if rows.responses < objective.responses:
         raise UserError(
             f"{key}: the rows are of the form {rows.kind!r}, with one response each; this loss compares two. "
-            "Give pairs, or set loss.name=sft."
+            f"Give pairs, or set loss.name={'kto' if rows.kind == 'rated' else 'sft'}."
         )
 
 

@@ -18,7 +18,10 @@ from prefopt_dist.training.reference_point import Halves, at_reference_point
 
 
 def evaluate(engine: Any, objective: Objective, sets: Mapping[str, ScoredRows], budget: int) -> dict[str, float]:
-    """Metrics under `eval/…`, those of a named set under `eval/<name>/…`. All ranks; one collective per set."""
+    """Metrics under `eval/…`, those of a named set under `eval/<name>/…`. All ranks; one collective per set.
+
+    KTO makes one more for its reference point over the whole set, and one for the halves of split pairs.
+    """
     found: dict[str, float] = {}
     was_training = engine.module.training
     engine.module.eval()
