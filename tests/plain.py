@@ -132,3 +132,54 @@ def dpo(
 def sft_loss(model: Any, rows: Sequence[tuple[Ids, Ids]]) -> torch.Tensor:
     """Mean over (prompt, response) rows of −log π(y | x) / |y|; differentiable."""
     return torch.stack([-token_log_probs(model, x, y).mean() for x, y in rows]).mean()
+
+
+def pair_loss(
+    options: dict[str, Any], logps: torch.Tensor, ref_logps: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[P] loss and [P, 2] rewards of the loss with the configuration's `options` (all of them), differentiable.
+
+    logps, ref_logps, lengths [P, 2] (chosen, rejected). Each as its paper prints it; nothing is done for extremes.
+    """
+    name, beta = options["name"], options.get("beta")
+    per_token = options.get("average") == "tokens"
+    ratio = (logps - ref_logps) / (lengths if per_token else torch.ones_like(logps))
+    reward = beta * ratio
+    difference = ratio[:, 0] - ratio[:, 1]
+    mean = logps / lengths
+    match name:
+        case "dpo":  # arXiv:2305.18290, equation 7; per token arXiv:2411.15124; smoothed as cDPO
+            eps = options["label_smoothing"]
+            loss = torch.log1p(torch.exp(-beta * difference)) + eps * beta * difference  # ℓ(−m) = ℓ(m) + m
+        case "robust":  # arXiv:2403.00409: the unbiased estimator
+            eps = options["label_smoothing"]
+            right, wrong = (torch.log1p(torch.exp(s * beta * difference)) for s in (-1, 1))
+            loss = ((1 - eps) * right - eps * wrong) / (1 - 2 * eps)
+        case "ipo":  # arXiv:2310.12036, equation 17: (h − τ⁻¹/2)²
+            loss = (difference - beta**-1 / 2).square()
+        case "hinge":  # arXiv:2309.06657: max(0, 1 − γ[…])
+            loss = torch.maximum(torch.zeros_like(difference), 1 - beta * difference)
+        case "simpo":  # arXiv:2405.14734, equation 6
+            reward = beta * mean
+            loss = torch.log1p(torch.exp(options["gamma"] - (reward[:, 0] - reward[:, 1])))
+        case "orpo":  # arXiv:2403.07691, equations 4 to 7
+            reward = beta * mean
+            odds = torch.exp(mean) / (1 - torch.exp(mean))
+            loss = -mean[:, 0] - beta * torch.log(odds[:, 0] / (odds[:, 0] + odds[:, 1]))  # σ(log x) = x / (1 + x)
+        case _:
+            raise AssertionError(name)
+    if options.get("sft_weight"):
+        loss = loss - options["sft_weight"] * mean[:, 0]  # arXiv:2404.19733, equation 1
+    return loss, reward
+
+
+def kto_loss(
+    logps: torch.Tensor, ref_logps: torch.Tensor, desirable: Sequence[bool], z0: float, options: dict[str, Any]
+) -> torch.Tensor:
+    """[P] of P rated rows, [P] each: λ_y − v(x, y), equations 7 and 8 of arXiv:2402.01306, row by row."""
+    losses = []
+    for logp, ref_logp, good in zip(logps, ref_logps, desirable, strict=True):
+        weight = options["desirable_weight" if good else "undesirable_weight"]
+        gain = (logp - ref_logp - z0) if good else (z0 - (logp - ref_logp))
+        losses.append(weight - weight / (1 + torch.exp(-options["beta"] * gain)))
+    return torch.stack(losses)

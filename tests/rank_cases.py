@@ -25,12 +25,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from prefopt_dist.config import Config, load_config, load_deepspeed_json
 from prefopt_dist.data.micro_batch import Segment, Unit, pack
 from prefopt_dist.data.order import Order
+from prefopt_dist.data.unpaired import UnpairedRows
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import load_sharded, load_whole
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.stages import ingredients, train
+from prefopt_dist.tracking import statistics
 from prefopt_dist.training import checkpoint, step
 from prefopt_dist.training.batches import Ahead, ScoredRows, step_batch, whole_set
 from prefopt_dist.training.evaluation import evaluate
@@ -71,6 +73,7 @@ def equality(
     loss: dict[str, object],
     *,
     of: str = "model",
+    against: str = "reference",
     make_engine: Callable[[Config, ingredients.Models], Any] = make_policy,
     steps: int | None = None,
     **sections: dict[str, object],
@@ -81,7 +84,7 @@ def equality(
         folder,
         name,
         loss=loss,
-        reference={"name_or_path": str(folder / "reference")} if loss["name"] == "dpo" else {},
+        reference={"name_or_path": str(folder / against)} if loss["name"] in ("dpo", "ipo", "kto") else {},
         train={"global_batch_pairs": G, "micro_batch_tokens": 512},  # what a run may say; the budget here is smaller
         **sections,
     )
@@ -89,14 +92,14 @@ def equality(
     engine = make_engine(config, models)
     order = Order(scored.rows.source, scored.rows.weights, config.run.seed, G)
     exact_policy = plain.build_plain(folder / of)
-    exact_reference = plain.build_plain(folder / "reference")
+    exact_reference = plain.build_plain(folder / against)
     found: dict[str, Any] = {"loss": [], "metrics": [], "gradient": [], "sizes": [], "micro_batches": [], "ids": []}
     for index in range(steps or order.steps_per_epoch):
         rows = order.step(index).rows.tolist()
         batch = step_batch(scored, rows, objective.responses, budget)
         packed = step.gradient(engine, batch, objective, None)
         sums, _ = step.agree(packed, Request(False, False))
-        means = {n: s / sums[-1] for n, s in zip(objective.metrics, sums, strict=False)}
+        means = statistics.means(objective.metrics, sums, objective.counted_by)
         grads = {n: safe_get_full_grad(p) for n, p in engine.module.lm.named_parameters()}
         exact_policy.zero_grad()
         expected = exact_step(exact_policy, exact_reference, scored, rows, loss)
@@ -123,6 +126,8 @@ def exact_step(policy: Any, reference: Any, scored: ScoredRows, rows: list[int],
         ]
         mean = torch.stack(terms).mean()
         return {"loss": mean.item(), "loss_tensor": mean}
+    if loss["name"] == "kto":
+        return exact_kto(policy, reference, data, rows, loss)
     live = torch.stack(
         [
             torch.stack(plain.pair_log_probs(policy, data.prompt(i), data.response(i, 0), data.response(i, 1)))
@@ -136,11 +141,10 @@ def exact_step(policy: Any, reference: Any, scored: ScoredRows, rows: list[int],
                 for i in rows
             ]
         )
-    beta, smoothing = float(loss["beta"]), float(loss["label_smoothing"])
-    reward = beta * (live - start)
-    margin = reward[:, 0] - reward[:, 1]
-    logsigmoid = torch.nn.functional.logsigmoid
-    mean = (-(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)).mean()
+    lengths = torch.tensor([[len(data.response(i, k)) for k in (0, 1)] for i in rows], dtype=torch.float64)
+    terms, reward = plain.pair_loss(loss, live, start, lengths)
+    mean, margin = terms.mean(), reward[:, 0] - reward[:, 1]
+    nat = loss["beta"] if loss["name"] == "dpo" else loss["beta"] / lengths
     return {
         "loss": mean.item(),
         "loss_tensor": mean,
@@ -150,8 +154,61 @@ def exact_step(policy: Any, reference: Any, scored: ScoredRows, rows: list[int],
         "rewards/accuracies": (margin > 0).double().mean().item(),
         "logps/chosen": live[:, 0].mean().item(),
         "logps/rejected": live[:, 1].mean().item(),
-        "scale": (beta * live.abs().sum(1)).mean().item(),
+        "scale": (nat * live.abs()).sum(1).mean().item(),
     }
+
+
+def exact_kto(policy: Any, reference: Any, data: UnpairedRows, rows: list[int], loss: dict[str, object]) -> dict:
+    def logps(model: Any, k: int) -> torch.Tensor:
+        return torch.stack([plain.sequence_logp(model, data.prompt(i), data.response(i, k)) for i in rows])
+
+    live = logps(policy, 0)
+    with torch.no_grad():
+        start = logps(reference, 0)
+        z0 = max(0.0, (logps(policy, 1) - logps(reference, 1)).mean().item())
+    good = torch.from_numpy(data.labels[rows] == 1)
+    mean = plain.kto_loss(live, start, good.tolist(), z0, loss).mean()
+    reward = (loss["beta"] * (live - start)).detach()
+    found = {"loss": mean.item(), "loss_tensor": mean, "kto/z0": z0, "kto/desirable": good.double().mean().item()}
+    found["scale"] = (loss["beta"] * live.abs()).max().item()
+    for response, mine in (("chosen", good), ("rejected", ~good)):
+        if mine.any():
+            found[f"rewards/{response}"] = reward[mine].mean().item()
+            found[f"logps/{response}"] = live.detach()[mine].mean().item()
+    return found
+
+
+KTO = {"name": "kto", "beta": 0.05, "desirable_weight": 1.0, "undesirable_weight": 1.3, "split_pairs": True}
+
+
+def kto(folder: Path) -> dict:
+    """The models in this order, since in the other z0 is 0."""
+    return equality(folder, "kto", 150, KTO, of="reference", against="model", steps=2)
+
+
+def kto_evaluation(folder: Path) -> dict:
+    """z0 over the whole set, and the halves of each pair compared, under two layouts."""
+    names = [str(folder / name) for name in ("reference", "model")]
+    config = config_for(
+        folder, "kto-evaluation", loss=KTO, model={"name_or_path": names[0]}, reference={"name_or_path": names[1]}
+    )
+    models, objective, scored, _ = ready(config)
+    engine = make_policy(config, models)
+    found = {str(b): evaluate(engine, objective, {"": scored}, b) for b in (120, 5000)}
+    models_ = [plain.build_plain(name) for name in names]
+    data, n = scored.rows, scored.rows.n
+    exact = exact_kto(*models_, data, list(range(n)), KTO)
+    with torch.no_grad():
+        live, start = (
+            torch.stack([plain.sequence_logp(m, data.prompt(i), data.response(i, 0)) for i in range(n)])
+            for m in models_
+        )
+    reward = live - start
+    exact["rewards/accuracies"] = (reward[0::2] > reward[1::2]).double().mean().item()
+    exact["rewards/margins"] = KTO["beta"] * (reward[0::2] - reward[1::2]).mean().item()
+    zero3.release(engine)
+    del exact["loss_tensor"]
+    return {"found": found, "exact": exact}
 
 
 DPO = {"name": "dpo", "beta": 0.1, "label_smoothing": 0.1}
@@ -171,6 +228,14 @@ def dpo_checkpointing(folder: Path) -> dict:
 
 def sft_many_micro_batches(folder: Path) -> dict:
     return equality(folder, "sft-many", 150, {"name": "sft"})
+
+
+def ipo(folder: Path) -> dict:
+    return equality(folder, "ipo", 150, {"name": "ipo", "beta": 0.3, "average": "tokens"}, steps=2)
+
+
+def orpo(folder: Path) -> dict:
+    return equality(folder, "orpo", 150, {"name": "orpo", "beta": 0.5}, steps=2)
 
 
 def dpo_gemma2(folder: Path) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "on_bad_row": "stop",
         },
         "reference": {"name_or_path": None, "store": None, "offload": "none", "micro_batch_tokens": None},
-        "loss": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0},
+        "loss": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0, "average": "sums", "sft_weight": 0.0},
         "optim": {
             "learning_rate": 5e-7,
             "schedule": "linear",
@@ -170,11 +171,13 @@ def test_what_the_nulls_stand_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("data.eval={a: 1}", ["data.eval.a", "path"]),
         ("tracking.wandb.tags=a", ["tracking.wandb.tags", "list"]),
         ("tracking.wandb=offline", ["tracking.wandb", "mapping"]),
-        ("loss.name=ipo", ["loss.name", "'ipo'", "dpo, sft"]),
-        ("loss.name=[dpo]", ["loss.name", "dpo, sft"]),
+        ("loss.name=opi", ["loss.name", "'opi'", "dpo, robust, ipo, hinge, simpo, orpo, kto, sft"]),
+        ("loss.name=[dpo]", ["loss.name", "dpo, robust"]),
         ("loss.beta=0", ["loss.beta", "greater than 0"]),
         ("loss.label_smoothing=0.5", ["loss.label_smoothing", "[0, 0.5)"]),
         ("loss.bata=1", ["loss.bata", "unknown key", "beta"]),
+        ("loss.average=words", ["loss.average", "'words'", "one of sums, tokens"]),
+        ("loss.sft_weight=-1", ["loss.sft_weight", "got -1", "at least 0"]),
     ],
 )
 def test_mistakes_name_key_value_and_rule(tmp_path: Path, override: str, words: list[str]) -> None:
@@ -224,8 +227,55 @@ def test_losses(tmp_path: Path) -> None:
     assert load(tmp_path, "loss.name=sft").loss == SFTLoss()
     message = complaint(tmp_path, "loss.name=sft", "loss.beta=0.1")
     assert "loss.beta" in message
-    assert "dpo has it" in message
+    assert "dpo, robust, ipo, hinge, simpo, orpo, kto have it" in message
     assert all(cls().name == name for name, cls in LOSSES.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "words"),
+    [
+        ("robust", "label_smoothing", "0.5", ["loss.label_smoothing", "got 0.5", "[0, 0.5)"]),
+        ("ipo", "beta", "0", ["loss.beta", "got 0", "greater than 0"]),
+        ("ipo", "average", "true", ["loss.average", "got true", "one of tokens, sums"]),
+        ("hinge", "beta", "-1.0", ["loss.beta", "got -1.0", "greater than 0"]),
+        ("kto", "desirable_weight", "0", ["loss.desirable_weight", "got 0", "greater than 0"]),
+        ("kto", "split_pairs", "1", ["loss.split_pairs", "got 1", "true or false"]),
+        ("simpo", "gamma", "-0.5", ["loss.gamma", "got -0.5", "at least 0"]),
+        ("orpo", "beta", "inf", ["loss.beta", "'inf'", "number"]),
+    ],
+)
+def test_a_bad_value_of_a_loss_names_key_value_and_rule(
+    tmp_path: Path, name: str, option: str, value: str, words: list[str]
+) -> None:
+    message = complaint(tmp_path, f"loss.name={name}", f"loss.{option}={value}")
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_option_of_another_loss_is_refused(tmp_path: Path, name: str) -> None:
+    """For each option of the family: taken by the losses that have it, refused with their names by the others."""
+    given = {
+        "beta": "0.3",
+        "label_smoothing": "0.2",
+        "average": "tokens",
+        "sft_weight": "0.5",
+        "gamma": "0.4",
+        "desirable_weight": "1.5",
+        "undesirable_weight": "0.5",
+        "split_pairs": "true",
+    }
+    fields = {loss: {f.name for f in dataclasses.fields(cls)} - {"name"} for loss, cls in LOSSES.items()}
+    assert set().union(*fields.values()) == set(given)
+    for option, value in given.items():
+        overrides = (f"loss.name={name}", f"loss.{option}={value}")
+        if option in fields[name]:
+            assert str(getattr(load(tmp_path, *overrides).loss, option)).lower() == value
+        else:
+            message = complaint(tmp_path, *overrides)
+            owners = ", ".join(loss for loss in LOSSES if option in fields[loss])
+            for word in (f"loss.{option}", f"not an option of the loss {name}", f"{owners} ha"):
+                assert word in message
 
 
 # Layers

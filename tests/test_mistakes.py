@@ -198,10 +198,32 @@ def test_a_doubled_template(door: Door) -> None:
 
 
 def test_the_loss(door: Door) -> None:
-    door.refused(["loss.name: ", "got 'dpq'", "must be one of dpo, sft", "take one"], "loss.name=dpq", early=True)
+    door.refused(
+        ["loss.name: ", "got 'dpq'", "must be one of dpo, robust, ipo", "take one"], "loss.name=dpq", early=True
+    )
     door.refused(["loss.beta: ", "got 0,", "must be greater than 0", "change it"], "loss.beta=0", early=True)
-    words = ["loss.beta: ", "got 0.1", "not an option of the loss sft", "dpo has it", "remove it or set loss.name"]
+    words = [
+        "loss.beta: ",
+        "got 0.1",
+        "not an option of the loss sft",
+        "dpo, robust, ipo, hinge",
+        "kto have it",
+        "remove it or set loss.name",
+    ]
     door.refused(words, "loss.name=sft", "loss.beta=0.1", early=True)
+
+
+def test_rows_that_kto_cannot_use(door: Door) -> None:
+    words = ["data.train: ", "of the form 'pair'", "prompt, completion and label", "loss.split_pairs=true"]
+    door.refused(words, "loss.name=kto")
+    rated = [{"prompt": "the cat", "completion": f"{c} sings", "label": True} for c in ("a", "the")]
+    one, two = door.lines("one.jsonl", rated[0]), door.lines("two.jsonl", *rated)
+    door.refused(["data.train: 1 row; ", "needs two"], "loss.name=kto", f"data.train={one}")
+    door.refused(["data.train: ", "'rated'", "compares two"], f"data.train={two}")
+    # What is enough: the next mistake is another one. G counts responses, two of each pair.
+    words = ["train.global_batch_pairs: ", "99 is more than the "]
+    door.refused([*words, "2 rows"], "loss.name=kto", f"data.train={two}", "train.global_batch_pairs=99")
+    door.refused([*words, "80 rows"], "loss.name=kto", "loss.split_pairs=true", "train.global_batch_pairs=99")
 
 
 def test_more_rows_a_step_than_there_are(door: Door) -> None:
@@ -264,7 +286,7 @@ def test_a_first_pass_budget_below_the_longest_sequence(door: Door) -> None:
 def test_a_million_lengths_take_no_time(door: Door) -> None:
     n = 1_000_000
     lengths = np.random.default_rng(0).integers(1, 200, size=3 * n)
-    rows: Any = SimpleNamespace(n=n, responses=2, offsets=np.concatenate([[0], np.cumsum(lengths)]), origin=str)
+    rows: Any = SimpleNamespace(n=n, responses=2, lengths=lambda: lengths.reshape(n, 3), origin=str)
     config = load_config(door.run(), ["train.micro_batch_tokens=600"])
     before = time.perf_counter()
     checks.check_lengths(config, rows, DPO(0.1, 0.0, 1e-6), "data.train", trained=True)

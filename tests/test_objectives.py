@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prefopt_dist.objectives import DPO, SFT, Objective, Sequences, Terms
-from prefopt_dist.objectives.dpo import TIE, tie_tolerance
+from prefopt_dist.objectives.pairs import TIE, tie_tolerance
 
 
 def sequences(sums: list[list[float]], reference: list[list[float]] | None, *, grad: bool = False) -> Sequences:

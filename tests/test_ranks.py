@@ -9,11 +9,12 @@ import case_runner
 import pytest
 
 EQUALITY = ["dpo_many_micro_batches", "dpo_one_micro_batch", "dpo_checkpointing", "sft_many_micro_batches"]
-SHORT = ["dpo_gemma2", "dpo_phi3", "dpo_stage_2"]
+SHORT = ["kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2"]
 BOTH = [
     *EQUALITY,
     *SHORT,
     "whole_evaluation",
+    "kto_evaluation",
     "other_reference_is_refused",
     "errors_reach_all",
     "packs_alone_and_together",
@@ -54,6 +55,10 @@ def test_steps_equal_float64(world: tuple[int, Path], case: str) -> None:
         for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
             if name in exact:
                 assert abs(got[name] - exact[name]) <= 1e-6 * exact["scale"]
+        if case == "kto":
+            assert exact["kto/z0"] > 1
+            assert got["kto/z0"] == pytest.approx(exact["kto/z0"], rel=1e-5, abs=1e-4)
+            assert got["kto/desirable"] == exact["kto/desirable"]
         if "rewards/accuracies" in exact:
             assert got["rewards/accuracies"] == exact["rewards/accuracies"]
 
@@ -70,6 +75,15 @@ def test_evaluation_is_the_exact_mean(world: tuple[int, Path]) -> None:
         assert metrics["eval/loss"] == pytest.approx(result["exact"]["loss"], rel=1e-5)
         assert metrics["eval/rewards/accuracies"] == result["exact"]["rewards/accuracies"]
         assert metrics["eval/logps/chosen"] == pytest.approx(result["exact"]["logps/chosen"], rel=1e-6)
+
+
+def test_an_evaluation_of_kto_compares_the_halves_of_a_pair(world: tuple[int, Path]) -> None:
+    result = found(world, "kto_evaluation")
+    assert result["exact"]["kto/z0"] > 0
+    for metrics in result["found"].values():
+        for name, exact in result["exact"].items():
+            if name != "scale":
+                assert metrics[f"eval/{name}"] == pytest.approx(exact, rel=1e-4, abs=1e-5), name
 
 
 def test_gate(world: tuple[int, Path]) -> None:

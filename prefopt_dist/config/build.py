@@ -194,7 +194,7 @@ def _build_loss(raw: Any, key: str) -> Loss:
         if option not in own and others:
             raise UserError(
                 f"{key}.{option}: got {_shown(raw[option])}, but it is not an option of the loss {name}; "
-                f"{', '.join(others)} has it: remove it or set {key}.name"
+                f"{', '.join(others)} {'has' if len(others) == 1 else 'have'} it: remove it or set {key}.name"
             )
     return _build_dataclass(LOSSES[name], raw, key)
 

@@ -124,7 +124,7 @@ class Train:
     max_steps: Count | None = None
     """Ends training at this step if the epochs have not; null: the epochs alone decide."""
     global_batch_pairs: Count = 64
-    """G: pairs to an optimizer step, however many ranks there are."""
+    """G: pairs to an optimizer step, however many ranks there are; of KTO the rated responses."""
     micro_batch_tokens: Count = 8192
     """Packed tokens in one forward and backward of one rank; memory and speed, never the result."""
     max_skipped_steps: Annotated[int, Rule("at least 0", lambda v: v >= 0)] = 3

@@ -35,6 +35,8 @@ class Unit:
     """Index of the row in its data set; names the unit in messages."""
     prompt: Tokens
     responses: tuple[Tokens, ...]
+    desirable: bool = True
+    """Of a rated row: whether its response is a good one"""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class MicroBatch:
     """int64 [U, R]: the sequences of each unit (for a pair: chosen, rejected)"""
     rows: tuple[int, ...]
     """[U] data-set row of each unit"""
+    desirable: torch.Tensor
+    """bool [U]: of rated rows, whether the response is a good one"""
 
     @property
     def tokens(self) -> int:
@@ -120,7 +124,7 @@ class MicroBatch:
         return self._over(torch.Tensor.pin_memory)
 
     def _over(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        names = ("input_ids", "position_ids", "source", "target", "scored", "counts", "units")
+        names = ("input_ids", "position_ids", "source", "target", "scored", "counts", "units", "desirable")
         changed: dict[str, Any] = {n: change(getattr(self, n)) for n in names}
         return replace(self, gathered=self.gathered.over(change), **changed)
 
@@ -203,6 +207,7 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
         counts=torch.tensor(counts),
         units=torch.tensor([[index[u.prompt.tobytes(), r.tobytes()] for r in u.responses] for u in units]),
         rows=tuple(u.row for u in units),
+        desirable=torch.tensor([u.desirable for u in units]),
     )
 
 
@@ -238,4 +243,5 @@ def _empty(responses_per_unit: int) -> MicroBatch:
         counts=torch.ones(1, dtype=torch.int64),
         units=torch.zeros((0, responses_per_unit), dtype=torch.int64),
         rows=(),
+        desirable=torch.zeros(0, dtype=torch.bool),
     )

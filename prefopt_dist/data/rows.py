@@ -88,6 +88,11 @@ class TokenisedRows:
         assert 0 <= k < self.responses
         return self._part(i, 1 + k)
 
+    def lengths(self) -> NDArray[np.int64]:
+        """[n, 1+R] tokens of each row's prompt and responses."""
+        lengths: NDArray[np.int64] = np.diff(self.offsets).reshape(self.n, 1 + self.responses)
+        return lengths
+
     def length(self, i: int) -> int:
         """Tokens of row i: the prompt once, and every response."""
         first = i * (1 + self.responses)

@@ -46,7 +46,9 @@ class Scorer(nn.Module):
         sums = self.sequence_sums(batch)
         if objective is None:
             return sums
-        units = Sequences(sums=sums[batch.units], counts=batch.counts[batch.units], reference=reference)
+        units = Sequences(
+            sums=sums[batch.units], counts=batch.counts[batch.units], reference=reference, desirable=batch.desirable
+        )
         # Without units (an empty micro-batch) the loss is a sum over nothing *of the sums*, so its backward
         # still runs through every layer and no rank misses a collective.
         return objective(units)

@@ -5,6 +5,7 @@ Legend: U units (pairs, or single rows), R responses of a unit (2 for a pair: ch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -21,6 +22,8 @@ class Sequences:
     """int64 [U, R]: response tokens"""
     reference: torch.Tensor | None
     """float64 [U, R]: log π_ref(response | prompt); None where the loss has no reference"""
+    desirable: torch.Tensor | None = None
+    """bool [U]: whether a rated response is a good one; None where nothing is rated"""
 
 
 class Terms(NamedTuple):
@@ -55,6 +58,11 @@ class Objective(Protocol):
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the K statistics; the first is `loss`."""
+        ...
+
+    @property
+    def counted_by(self) -> Mapping[str, str]:
+        """For a metric that is a mean over some of the units: the metric whose sum counts these."""
         ...
 
     @property

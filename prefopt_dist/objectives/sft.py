@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ class SFT:
     needs_reference: ClassVar[bool] = False
     start_loss: ClassVar[float | None] = None
     metrics: ClassVar[tuple[str, ...]] = ("loss", "logps/chosen")
+    counted_by: ClassVar[Mapping[str, str]] = {}
 
     def __call__(self, units: Sequences) -> Terms:
         """See the class."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.template import read_template
+from prefopt_dist.data.unpaired import UnpairedRows
 from prefopt_dist.errors import UserError
 from prefopt_dist.objectives import Objective
 from prefopt_dist.packages import refuse_absent
@@ -73,12 +74,15 @@ def check_lengths(config: Config, rows: TokenisedRows, objective: Objective, key
 
     trained: the rows of data.train; evaluation packs whole units under the first pass's budget.
     """
-    lengths = np.diff(rows.offsets).reshape(rows.n, 1 + rows.responses)
+    lengths = rows.lengths()
     prompts = lengths[:, 0]
-    inputs = lengths[:, 1 : 1 + objective.responses] - 1  # a response's last token predicts nothing
-    units = prompts + inputs.sum(axis=1)
+    if isinstance(rows, UnpairedRows):
+        units = prompts + lengths[:, 1:].max(axis=1) - 1  # the mismatched response is packed by itself
+    else:
+        units = prompts + (lengths[:, 1 : 1 + objective.responses] - 1).sum(axis=1)
+    # A response's last token predicts nothing: it is no input.
     _refuse_longer(config, rows, units, key, "train.micro_batch_tokens", config.train.micro_batch_tokens)
-    scored = [units] if not trained else [prompts + inputs.max(axis=1)] if objective.needs_reference else []
+    scored = [units] if not trained else [prompts + lengths[:, 1:].max(axis=1) - 1] if objective.needs_reference else []
     for tokens in scored:
         budget = config.reference_micro_batch_tokens
         _refuse_longer(config, rows, tokens, key, "reference.micro_batch_tokens", budget)

@@ -14,19 +14,21 @@ from typing import Any
 
 import torch
 
-from prefopt_dist.config import Config, DataSource, DPOLoss, Loss, SFTLoss, load_deepspeed_json
+from prefopt_dist.config import Config, DataSource, load_deepspeed_json
+from prefopt_dist.config.losses import KTOLoss
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows, prepare_rows
+from prefopt_dist.data.unpaired import unpaired
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.cost import layer_parameters
 from prefopt_dist.model.digests import FileState, refuse_if_changed, remembered_digest
 from prefopt_dist.model.identity import reference_key
 from prefopt_dist.model.load import ModelFolder, inspect_folder, load_tokenizer, resolve
-from prefopt_dist.objectives import DPO, SFT, Objective
-from prefopt_dist.objectives.dpo import tie_tolerance
+from prefopt_dist.objectives import Objective
 from prefopt_dist.reference.first_pass import FirstPass, run_first_pass
 from prefopt_dist.reference.store import ReferenceStore
 from prefopt_dist.stages import checks
+from prefopt_dist.stages.losses import make_objective as make_objective  # a stage finds all its parts here
 from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.tracking.progress import rows_read
 from prefopt_dist.training.batches import ScoredRows
@@ -63,15 +65,6 @@ class Weights:
     """Of their content and of all else that the scores depend on: the folder's name in the reference store"""
     states: dict[Path, FileState]
     """As this node sees them: to know, when they have been loaded, that they are still the same"""
-
-
-def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
-    """The loss that the configuration names."""
-    match loss:
-        case DPOLoss():
-            return DPO(loss.beta, loss.label_smoothing, tie_tolerance(dtype))
-        case SFTLoss():
-            return SFT()
 
 
 def check(config: Config) -> None:
@@ -152,6 +145,7 @@ def load_train(config: Config, models: Models, objective: Objective) -> Tokenise
     train = _open(config, models, config.data.train, "data.train")
     say(f"data.train: {train.report.text()}")
     check_rows(train, objective, "data.train")
+    train = _for_loss(config, train, "data.train")
     ranks.decide(lambda: checks.check_lengths(config, train, objective, "data.train", trained=True))
     return train
 
@@ -164,6 +158,7 @@ def load_evals(config: Config, models: Models, objective: Objective) -> dict[str
         evals[name] = _open(config, models, sources, key)
         say(f"{key}: {evals[name].report.text()}")
         check_rows(evals[name], objective, key)
+        evals[name] = _for_loss(config, evals[name], key)
         ranks.decide(partial(checks.check_lengths, config, evals[name], objective, key, trained=False))
     if not evals:
         say("data.eval is not set: nothing is evaluated")
@@ -215,8 +210,22 @@ def check_rows(rows: TokenisedRows, objective: Objective, key: str) -> None:
     if rows.responses < objective.responses:
         raise UserError(
             f"{key}: the rows are of the form {rows.kind!r}, with one response each; this loss compares two. "
-            "Give pairs, or set loss.name=sft."
+            f"Give pairs, or set loss.name={'kto' if rows.kind == 'rated' else 'sft'}."
         )
+
+
+def _for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRows:
+    """KTO's rated rows with their mismatched partners; for every other loss the rows as they are."""
+    if not isinstance(config.loss, KTOLoss):
+        return rows
+    if rows.kind == "demonstration" or (rows.kind == "pair" and not config.loss.split_pairs):
+        raise UserError(
+            f"{key}: the rows are of the form {rows.kind!r}; the loss kto takes rows of prompt, completion and label. "
+            "Give such rows, or pairs and loss.split_pairs=true."
+        )
+    if rows.n * rows.responses < 2:
+        raise UserError(f"{key}: {rows.n} row; the loss kto needs two, since a row is compared with another one.")
+    return unpaired(rows, config.data.max_length)
 
 
 def score_reference(
@@ -239,7 +248,7 @@ def score_reference(
         store=ReferenceStore(config.reference_store / reference.key),
         check_loaded=lambda: ranks.together(lambda: refuse_if_changed(reference.states)),
         sets=sets,
-        responses=objective.responses,
+        responses=max(rows.responses for rows in sets),  # a pair's two; KTO's own and mismatched one
         dtype=models.dtype,
         settings=reference_settings(config, models),
         budget=config.reference_micro_batch_tokens,

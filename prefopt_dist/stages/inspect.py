@@ -27,7 +27,7 @@ def run(config: Config) -> None:
 
 
 def _lengths(rows: TokenisedRows) -> str:
-    parts = np.diff(rows.offsets).reshape(rows.n, 1 + rows.responses)
+    parts = rows.lengths()
     names = ("prompt", "chosen", "rejected") if rows.kind == "pair" else ("prompt", "response")
     lines = [f"  {name} tokens: {_quantiles(parts[:, i])}" for i, name in enumerate(names)]
     if rows.kind == "pair":

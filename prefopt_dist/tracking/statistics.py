@@ -4,7 +4,7 @@ Sums and counts are added up and reduced, never means of means: a rank with fewe
 K: number of statistics.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -28,9 +28,19 @@ class Statistics:
         """float64 [K+1], a copy that the caller sums over the ranks."""
         return self._sums.clone()
 
-    def means(self, packed_host: Sequence[float]) -> dict[str, float]:
-        """Σ values / Σ units by name, of what `packed` gave, summed over the ranks and read on the host."""
-        *sums, units = packed_host
-        assert len(sums) == len(self._names)
-        assert units > 0
-        return {name: value / units for name, value in zip(self._names, sums, strict=True)}
+    def means(self, packed_host: Sequence[float], counted_by: Mapping[str, str] | None = None) -> dict[str, float]:
+        """`means` of what `packed` gave, summed over the ranks and read on the host."""
+        return means(self._names, packed_host, counted_by or {})
+
+
+def means(names: Sequence[str], packed: Sequence[float], counted_by: Mapping[str, str]) -> dict[str, float]:
+    """Σ values / Σ units by name, of [K+1] global sums.
+
+    counted_by: for a name that is of some units only, the name whose sum counts them; without any, it has no mean
+    and is left out.
+    """
+    *sums, units = packed
+    assert units > 0
+    by_name = dict(zip(names, sums, strict=True))
+    count = {name: by_name[counted_by[name]] if name in counted_by else units for name in names}
+    return {name: value / count[name] for name, value in by_name.items() if count[name] > 0}

@@ -14,7 +14,12 @@ import torch
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.layout import Cost, fill, lay_out
 from prefopt_dist.data.micro_batch import MicroBatch, Unit, pack, packed_tokens
+from prefopt_dist.data.unpaired import UnpairedRows
 from prefopt_dist.distributed import ranks
+
+Layout = Sequence[Sequence[Sequence[Unit]]]
+MISMATCHED = 1
+"""The response of UnpairedRows that belongs to another prompt."""
 
 
 @dataclass(frozen=True)
@@ -25,28 +30,47 @@ class ScoredRows:
     reference: torch.Tensor | None
     """float64 [n, R]; None for a loss without reference"""
 
-    def units(self, indices: Iterable[int], responses: int) -> list[Unit]:
-        """The rows as units of their first `responses` responses."""
-        rows = self.rows
-        return [Unit(i, rows.prompt(i), tuple(rows.response(i, k) for k in range(responses))) for i in indices]
+    def units(self, indices: Iterable[int], responses: int, first: int = 0) -> list[Unit]:
+        """The rows as units of `responses` responses from the `first` on."""
+        rows, columns = self.rows, range(first, first + responses)
+        return [
+            Unit(
+                i,
+                rows.prompt(i),
+                tuple(rows.response(i, k) for k in columns),
+                desirable=rows.labels is None or bool(rows.labels[i]),
+            )
+            for i in indices
+        ]
 
 
 class Batch:
     """This rank's micro-batches of one step, or of one evaluation; packed as they are taken, or all by `prepare`."""
 
-    def __init__(self, data: ScoredRows, layout: Sequence[Sequence[Sequence[Unit]]], responses: int) -> None:
-        """layout[j][rank]: the units of rank's j-th micro-batch."""
+    def __init__(self, data: ScoredRows, layout: Layout, responses: int, first: int = 0) -> None:
+        """layout[j][rank]: the units of rank's j-th micro-batch, of `responses` responses from the `first` on."""
         self._data = data
         self._responses = responses
+        self._first = first
         self._mine = [by_rank[ranks.rank()] for by_rank in layout]
         self._packed: list[tuple[MicroBatch, torch.Tensor | None]] | None = None
         self.units = sum(len(units) for by_rank in layout for units in by_rank)
         """Units of all ranks."""
         self.tokens = sum(packed_tokens(units) for by_rank in layout for units in by_rank)
         """Distinct input tokens of all ranks."""
+        self.mismatched: Batch | None = None
+        """The same rows with the responses of their partners, for a pass before the step; KTO's alone have them."""
+
+    def with_mismatched(self, mismatched: Batch) -> Batch:
+        """This batch, which then also counts the tokens of the pass before it."""
+        self.mismatched = mismatched
+        self.tokens += mismatched.tokens
+        return self
 
     def prepare(self) -> None:
         """Packs everything now, into memory that a GPU can fetch while it computes."""
+        if self.mismatched is not None:
+            self.mismatched.prepare()
         self._packed = [self._pack(units, pin=torch.cuda.is_available()) for units in self._mine]
 
     def __len__(self) -> int:
@@ -61,7 +85,7 @@ class Batch:
     def _pack(self, units: Sequence[Unit], pin: bool = False) -> tuple[MicroBatch, torch.Tensor | None]:
         packed, reference = pack(units, self._responses), self._data.reference
         if reference is not None:
-            reference = reference[[u.row for u in units], : self._responses]
+            reference = reference[[u.row for u in units], self._first : self._first + self._responses]
         if pin:
             return packed.pin(), None if reference is None else reference.pin_memory()
         return packed, reference
@@ -93,14 +117,26 @@ class Ahead:
 
 def step_batch(data: ScoredRows, rows: Iterable[int], responses: int, budget: int, cost: Cost | None = None) -> Batch:
     """The given rows over ranks and micro-batches, each rank's load as equal as can be."""
-    batch = Batch(data, lay_out(data.units(rows, responses), ranks.world_size(), budget, cost), responses)
+
+    def laid_out(first: int) -> Batch:
+        units = data.units(rows, responses, first)
+        return Batch(data, lay_out(units, ranks.world_size(), budget, cost), responses, first)
+
+    rows = list(rows)
+    batch = laid_out(0)
+    if isinstance(data.rows, UnpairedRows):
+        batch.with_mismatched(laid_out(MISMATCHED))
     batch.prepare()
     return batch
 
 
 def whole_set(data: ScoredRows, responses: int, budget: int) -> Batch:
     """Every row of the data set once."""
-    filled = fill(data.units(range(data.rows.n), responses), budget)
-    world = ranks.world_size()
-    filled += [[]] * (-len(filled) % world)
-    return Batch(data, [filled[j : j + world] for j in range(0, len(filled), world)], responses)
+
+    def filled(first: int) -> Batch:
+        filled = fill(data.units(range(data.rows.n), responses, first), budget)
+        world = ranks.world_size()
+        filled += [[]] * (-len(filled) % world)
+        return Batch(data, [filled[j : j + world] for j in range(0, len(filled), world)], responses, first)
+
+    return filled(0).with_mismatched(filled(MISMATCHED)) if isinstance(data.rows, UnpairedRows) else filled(0)

@@ -14,7 +14,7 @@ from prefopt_dist.objectives import Objective, Terms
 LOGP_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest |live − stored| of a sequence over max(1, |stored|), by the model's dtype."""
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Largest distance of the batch's mean loss from its closed form."""
+"""Largest distance of the batch's mean loss from its closed form, relative to it where it is above 1 (IPO's)."""
 
 
 class StartGate:
@@ -43,8 +43,11 @@ class StartGate:
                 f"value; {LOGP_TOLERANCE[self._dtype]:.0e} is allowed in {self._dtype}). The reference store does not "
                 "hold this policy's start: set reference.store to a new folder, or check the model folder."
             )
-        if self._start_loss is not None and not abs(mean_loss - self._start_loss) <= LOSS_TOLERANCE[self._dtype]:
+        if self._start_loss is None:
+            return
+        tolerance = LOSS_TOLERANCE[self._dtype] * max(1.0, self._start_loss)
+        if not abs(mean_loss - self._start_loss) <= tolerance:
             raise UserError(
                 f"step 0: the loss is {mean_loss:.6f}; where policy and reference are equal it must be "
-                f"{self._start_loss:.6f} within {LOSS_TOLERANCE[self._dtype]:.0e} in {self._dtype}."
+                f"{self._start_loss:.6f} within {tolerance:.0e} in {self._dtype}."
             )

@@ -19,6 +19,7 @@ from prefopt_dist.objectives import Objective
 from prefopt_dist.tracking.console import say
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.progress import Progress
+from prefopt_dist.tracking.statistics import means
 from prefopt_dist.tracking.wandb_feed import WandbFeed
 from prefopt_dist.training import checkpoint, probe, step
 from prefopt_dist.training.batches import Ahead, Batch, ScoredRows, step_batch
@@ -172,15 +173,14 @@ def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
         return
     position = job.order.step(done - 1)
     pairs = window.sums[-1]
-    means = {}
-    if pairs:  # there are none where every step was skipped
-        means = {f"train/{name}": s / pairs for name, s in zip(job.objective.metrics, window.sums, strict=False)}
+    # There are none where every step was skipped.
+    found = means(job.objective.metrics, window.sums, job.objective.counted_by) if pairs else {}
     job.log.metrics.append(
         "train",
         done,
         position.epoch_fraction,
         position.rows_seen,
-        means
+        {f"train/{name}": value for name, value in found.items()}
         | {
             "train/learning_rate": rate,
             "train/grad_norm": math.nan if norm is None else float(norm),

@@ -15,6 +15,7 @@ from prefopt_dist.objectives import Objective, Terms
 from prefopt_dist.tracking.statistics import Statistics
 from prefopt_dist.training.batches import Batch
 from prefopt_dist.training.gate import StartGate
+from prefopt_dist.training.reference_point import at_reference_point
 from prefopt_dist.training.stopping import Request
 
 
@@ -23,6 +24,7 @@ def gradient(engine: Any, batch: Batch, objective: Objective, gate: StartGate | 
 
     Each pair weighs 1/G wherever it stands; the engine averages over the ranks, hence the factor world size.
     """
+    objective = at_reference_point(engine, batch, objective)
     statistics = Statistics(objective.metrics, ranks.device())
     weight = ranks.world_size() / batch.units
     for j, (micro_batch, reference) in enumerate(batch):

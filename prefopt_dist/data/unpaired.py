@@ -1,0 +1,96 @@
+"""Rows of one response each, beside a response that belongs to another prompt: what KTO asks for.
+
+Legend: n rated rows, B rows of the data set that they are made of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefopt_dist.data.rows import TokenisedRows, sequence_digest
+
+PARTNER_SEED = 20240202
+"""Of the permutation that gives each row its partner: one for all runs, so that all share the stored reference."""
+
+
+@dataclass(frozen=True)
+class UnpairedRows(TokenisedRows):
+    """Response 0 is the row's own, rated by `labels`; response 1 that of its partner, mismatched to this prompt.
+
+    Nothing is copied: prompts and responses are ranges of the tokens on disk.
+    """
+
+    starts: NDArray[np.int64]
+    """[n, 3] where prompt, own and mismatched response begin in `tokens`"""
+    ends: NDArray[np.int64]
+    """[n, 3] and where they end"""
+    halves: bool
+    """Split from pairs: rows 2i and 2i + 1 are the chosen and the rejected response of one pair"""
+
+    def lengths(self) -> NDArray[np.int64]:
+        """[n, 3] tokens of prompt, own and mismatched response."""
+        return self.ends - self.starts
+
+    def length(self, i: int) -> int:
+        """Tokens of row i: the prompt once, and both responses."""
+        return int((self.ends[i] - self.starts[i]).sum())
+
+    def _part(self, i: int, part: int) -> NDArray[np.int32]:
+        assert 0 <= i < self.n
+        return self.tokens[self.starts[i, part] : self.ends[i, part]]
+
+
+def unpaired(rows: TokenisedRows, longest: int) -> UnpairedRows:
+    """The rated rows, or both halves of each pair, with their partners; at least two.
+
+    longest: tokens of a sequence. Prompt and own response keep to it already; a mismatched response is cut to it.
+    """
+    bounds = np.stack([rows.offsets[:-1], rows.offsets[1:]], axis=-1).reshape(rows.n, 1 + rows.responses, 2)
+    prompts = np.repeat(bounds[:, 0], rows.responses, axis=0)  # [n, 2]
+    own = bounds[:, 1:].reshape(-1, 2)  # row by row, of a pair the chosen first
+    n = len(own)
+    mismatched = own[partners(n)]
+    room = longest - (prompts[:, 1] - prompts[:, 0])
+    mismatched[:, 1] = np.minimum(mismatched[:, 1], mismatched[:, 0] + room)
+    parts = np.stack([prompts, own, mismatched], axis=1)  # [n, 3, 2]
+    halves = rows.responses == 2
+    labels = np.tile(np.array([1, 0], dtype=np.int8), rows.n) if halves else rows.labels
+    assert labels is not None
+    told = f"{rows.report.digest}:{PARTNER_SEED}:{longest}".encode()
+    bare = UnpairedRows(
+        kind="rated",
+        n=n,
+        responses=2,
+        tokens=rows.tokens,
+        offsets=rows.offsets,
+        digests=np.empty((n, 2, 16), dtype=np.uint8),
+        labels=labels,
+        source=np.repeat(rows.source, rows.responses),
+        line=np.repeat(rows.line, rows.responses),
+        source_names=rows.source_names,
+        weights=rows.weights,
+        report=replace(rows.report, digest=blake2b(told, digest_size=16).hexdigest()),
+        starts=np.ascontiguousarray(parts[..., 0]),
+        ends=np.ascontiguousarray(parts[..., 1]),
+        halves=halves,
+    )
+    bare.digests[:, 0] = rows.digests.reshape(n, 16)
+    for i in range(n):
+        bare.digests[i, 1] = np.frombuffer(sequence_digest(bare.prompt(i), bare.response(i, 1)), dtype=np.uint8)
+    return bare
+
+
+def partners(n: int) -> NDArray[np.int64]:
+    """[n] each row's partner, never itself: the next one in a circle of all rows in a seeded order.
+
+    Every row is the partner of exactly one. RandomState, whose streams no version of numpy changes.
+    """
+    assert n > 1
+    circle = np.random.RandomState(PARTNER_SEED).permutation(n)
+    partner = np.empty(n, dtype=np.int64)
+    partner[circle] = np.roll(circle, -1)
+    return partner

@@ -1,0 +1,78 @@
+"""Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306): single responses, rated good or bad."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from prefopt_dist.objectives.objective import Sequences, Terms, terms
+from prefopt_dist.objectives.pairs import TIE
+
+
+@dataclass(frozen=True)
+class KTO:
+    """L = λ_y − v,  v = λ_D σ(β(r − z₀)) for a desirable response, λ_U σ(β(z₀ − r)) for an undesirable one.
+
+    Equations 7 and 8 of the paper: r = log π(y|x) − log π_ref(y|x) is judged against the reference point z₀, the
+    policy's distance KL(π ‖ π_ref) over the step's data: z₀ = max(0, mean of log π(y'|x) − log π_ref(y'|x)) where y'
+    is a response to another prompt. It is known before the loss is computed, and has no gradient.
+    Where policy and reference are equal, z₀ = r = 0 and L = λ_y / 2.
+    """
+
+    beta: float
+    """β > 0: how soon gains and losses saturate"""
+    desirable_weight: float = 1.0
+    """λ_D > 0"""
+    undesirable_weight: float = 1.0
+    """λ_U > 0"""
+    tie_tolerance: float = TIE
+    """τ for the halves of split pairs in evaluation; wider for bfloat16"""
+    z0: torch.Tensor | None = None
+    """float64 []: z₀ of this step, in nats; None until it is known"""
+
+    responses: ClassVar[int] = 1
+    needs_reference: ClassVar[bool] = True
+    metrics: ClassVar[tuple[str, ...]] = (
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "logps/chosen",
+        "logps/rejected",
+        "logratio/chosen",
+        "logratio/rejected",
+        "kto/z0",
+        "kto/desirable",
+        "kto/undesirable",
+    )
+    counted_by: ClassVar[Mapping[str, str]] = {
+        f"{name}/{response}": count
+        for name in ("rewards", "logps", "logratio")
+        for response, count in (("chosen", "kto/desirable"), ("rejected", "kto/undesirable"))
+    }
+
+    @property
+    def start_loss(self) -> float | None:
+        """λ/2 where both classes weigh λ; else it depends on how many rows are of which class."""
+        return self.desirable_weight / 2 if self.desirable_weight == self.undesirable_weight else None
+
+    def __call__(self, units: Sequences) -> Terms:
+        """See the class; the desirable rows are `chosen`, the others `rejected`, rewards are β(log π − log π_ref)."""
+        assert self.z0 is not None
+        assert units.reference is not None
+        assert units.desirable is not None
+        good = units.desirable
+        logp = units.sums[:, 0]
+        logratio = logp - units.reference[:, 0]
+        gain = self.beta * (logratio - self.z0)
+        # λ − λ σ(a) = λ σ(−a), without the cancellation.
+        loss = torch.where(
+            good, self.desirable_weight * torch.sigmoid(-gain), self.undesirable_weight * torch.sigmoid(gain)
+        )
+        zero = torch.zeros_like(logp)
+        by_class = [
+            torch.where(mine, value, zero) for value in (self.beta * logratio, logp, logratio) for mine in (good, ~good)
+        ]
+        return terms(units, loss, [*by_class, self.z0.expand_as(logp), good, ~good])

@@ -1,0 +1,34 @@
+"""From a loss's options in the configuration to its objective."""
+
+from __future__ import annotations
+
+import torch
+
+from prefopt_dist.config import Loss
+from prefopt_dist.config.losses import DPOLoss, HingeLoss, IPOLoss, KTOLoss, ORPOLoss, RobustLoss, SFTLoss, SimPOLoss
+from prefopt_dist.objectives import DPO, IPO, KTO, ORPO, SFT, Hinge, Objective, RobustDPO, SimPO, WithSFT
+from prefopt_dist.objectives.pairs import tie_tolerance
+
+
+def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
+    """The loss that the configuration names."""
+    tie = tie_tolerance(dtype)
+    objective: Objective
+    match loss:
+        case SFTLoss():
+            return SFT()
+        case ORPOLoss():
+            return ORPO(loss.beta, tie)
+        case KTOLoss():
+            return KTO(loss.beta, loss.desirable_weight, loss.undesirable_weight, tie)
+        case DPOLoss():
+            objective = DPO(loss.beta, loss.label_smoothing, tie, loss.average == "tokens")
+        case RobustLoss():
+            objective = RobustDPO(loss.beta, loss.label_smoothing, tie)
+        case IPOLoss():
+            objective = IPO(loss.beta, loss.average == "tokens", tie)
+        case HingeLoss():
+            objective = Hinge(loss.beta, tie)
+        case SimPOLoss():
+            objective = SimPO(loss.beta, loss.gamma, tie)
+    return WithSFT(objective, loss.sft_weight) if loss.sft_weight > 0 else objective
