@@ -1,4 +1,4 @@
-"""Model, pairs and runs for tests/slurm/run.sh: python make_world.py FOLDER."""
+"""Model, pairs and runs for tests/slurm/run.sh: python make_world.py FOLDER EPOCHS; EPOCHS are those of the run that meets its limit."""
 
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ def write(name: str, *, epochs: int, cache: str = "cache", every: int = 100) -> 
 
 write("through", epochs=1)
 for name in ("limited", "whole"):
-    write(name, epochs=int(sys.argv[2]) if len(sys.argv) > 2 else 40)
+    write(name, epochs=int(sys.argv[2]))
 write("cancelled", epochs=2000)
 write("raised", epochs=20)
 write("swept", epochs=1, cache="cache-of-sweep")
