@@ -199,6 +199,14 @@ def test_a_job_starts_one_task_a_node(site: Site) -> None:
     assert site.lines("scontrol") == ["show hostnames n[1-2]", "show node n1"]
 
 
+@pytest.mark.parametrize(("work", "status"), [("", 0), ("exit 2", 2), ("exit 9", 1)])
+def test_the_export_is_one_process(site: Site, work: str, status: int) -> None:
+    assert site.job("export", FAKE_JOB=work).returncode == status
+    [started] = site.lines("srun")
+    assert "--nodes=1|--ntasks=1|" in started
+    assert "/launch/run.sh|export|" in started
+
+
 STOPPED = 'sleep 0.1; echo why >"$FAKE/runs/mine/STOPPED"; '
 ASK = 'kill -{} $PPID; until [[ -e $FAKE/runs/mine/STOP ]]; do sleep 0.1; done; rm "$FAKE/runs/mine/STOP"; '
 REQUEUE = "requeue 7"
@@ -264,7 +272,8 @@ def test_a_job_that_cannot_start(site: Site) -> None:
 )
 def test_containers(site: Site, runtime: str, words: list[str]) -> None:
     (site.folder / "site.env").write_text(
-        f"PREFOPT_RUNTIME={runtime}\nPREFOPT_IMAGE='/my image'\nPREFOPT_MOUNTS=(/data:/data)\nPREFOPT_APPTAINER=(--nv)\n"
+        f"PREFOPT_RUNTIME={runtime}\nPREFOPT_IMAGE='/my image'\n"
+        "PREFOPT_MOUNTS=(/data:/data)\nPREFOPT_APPTAINER=(--nv)\n"
     )
     assert site.job().returncode == 0
     [started] = site.lines("srun")

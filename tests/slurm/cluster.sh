@@ -1,12 +1,14 @@
 # shellcheck shell=bash
 # A Slurm of two nodes on this machine, for tests/slurm/run.sh. As root, on Debian or Ubuntu.
 
+: "${home:?a folder for all of it}" "${python:?}"
 children=()
 
 install_slurm() {
     command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && return
     echo "installing slurm-wlm and munge"
-    { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q slurm-wlm munge; } >"$home/install.log" 2>&1
+    apt-get update -q >"$home/install.log" 2>&1
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -q slurm-wlm munge >>"$home/install.log" 2>&1
 }
 
 free_port() {

@@ -1,4 +1,7 @@
-"""Model, pairs and runs for tests/slurm/run.sh: python make_world.py FOLDER EPOCHS; EPOCHS are those of the run that meets its limit."""
+"""Model, pairs and runs for tests/slurm/run.sh: python make_world.py FOLDER EPOCHS.
+
+EPOCHS are those of the run that meets its time limit.
+"""
 
 import sys
 from pathlib import Path

@@ -6,6 +6,7 @@
 # As root on Debian or Ubuntu: installs slurm-wlm and munge where they are missing, starts munge, slurmctld and two
 # slurmd on ports of 127.0.0.1 in a temporary folder, and ends what it started. --short: through and cancelled.
 # KEEP=1 keeps the folder.
+# shellcheck disable=SC2329 # check, wait_for and a trap call the functions
 set -euo pipefail
 {
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
