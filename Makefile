@@ -27,7 +27,7 @@ lint: $(STAMP) ## ruff, mypy --strict, shellcheck
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy --no-error-summary prefopt_dist
-	@{ git ls-files '*.sh'; printf '%s\n' launch/run.sh launch/env.sh .ci/run; } | sort -u \
+	@{ git ls-files '*.sh' slurm; printf '%s\n' launch/run.sh launch/env.sh .ci/run; } | sort -u \
 		| xargs $(BIN)/shellcheck -x
 
 test: lint ## lint and the quick tests

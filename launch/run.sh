@@ -30,22 +30,6 @@ mistake() {
     exit 2
 }
 
-count_gpus() {
-    if [[ ${DS_ACCELERATOR:-} == cpu ]]; then
-        echo 0
-    elif [[ ${CUDA_VISIBLE_DEVICES:-} == -* ]]; then
-        echo 0 # -1 hides them all
-    elif [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        local -a devices
-        IFS=, read -r -a devices <<<"$CUDA_VISIBLE_DEVICES"
-        echo "${#devices[@]}"
-    elif command -v nvidia-smi >/dev/null; then
-        { nvidia-smi -L 2>/dev/null || true; } | { grep -c '^GPU ' || true; }
-    else
-        echo 0
-    fi
-}
-
 # Arguments
 
 ranks=""
@@ -75,11 +59,7 @@ done
 # shellcheck source=launch/env.sh
 source "$repository/launch/env.sh"
 export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
-python=${PREFOPT_PYTHON:-}
-if [[ -z $python ]]; then
-    python=python3
-    [[ ! -x $repository/.venv/bin/python ]] || python=$repository/.venv/bin/python
-fi
+python=$(choose_python "$repository")
 command -v "$python" >/dev/null || mistake "no Python at '$python'; run make in $repository or set PREFOPT_PYTHON"
 
 gpus=$(count_gpus)
@@ -96,10 +76,7 @@ else
     ranks=${ranks:-2}
 fi
 ((gpus > 0)) || export DS_ACCELERATOR=cpu
-if [[ -z ${OMP_NUM_THREADS:-} ]]; then
-    threads=$(($(nproc) / ranks))
-    export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
-fi
+share_cores "$ranks"
 
 # One process
 

@@ -1,0 +1,171 @@
+# shellcheck shell=bash
+# What the three batch scripts do, sourced by them: one srun task a node, the signals, the requeue, the status.
+#
+# USR1 (the time limit comes near) and TERM (scancel) both make RUN/STOP; the ranks agree, commit a checkpoint and
+# end. After USR1 the job puts itself back into the queue under its own id, at most MAX_RESTARTS times.
+# Exit status: 0 done, 75 stopped on request, 2 the user's mistake, 1 a crash.
+
+fail() { # $1: status, $2: what is wrong
+    echo "slurm: $2" >&2
+    exit "$1"
+}
+
+port_is_free() { # $1: port; on this node, the head of the job
+    ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
+}
+
+# A port by the job's id, so that jobs on one node do not meet; below the range that Linux gives to connections.
+choose_port() { # $1: a number of this start
+    local try port
+    for try in {0..19}; do
+        port=$((20000 + ($1 + 601 * try) % 12000))
+        if port_is_free "$port"; then
+            echo "$port"
+            return
+        fi
+    done
+    return 1
+}
+
+# Where the other nodes reach the first one.
+head_address() {
+    local -a names
+    mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    ((${#names[@]} > 0)) || return 1
+    if [[ -n ${PREFOPT_HEAD_SUFFIX:-} ]]; then
+        echo "${names[0]}$PREFOPT_HEAD_SUFFIX"
+        return
+    fi
+    local address
+    address=$(scontrol show node "${names[0]}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    echo "${address:-${names[0]}}"
+}
+
+# Fills `start`, the one command that begins a step of this job: srun, and the container where there is one.
+build_start() { # $@: further options of srun
+    start=(srun --kill-on-bad-exit=1 --export=ALL "$@" "${PREFOPT_SRUN[@]}")
+    # Since 22.05 srun does not take this from the job.
+    [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || start+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
+    local -a mounts=("$WORK_DIR:$WORK_DIR" "${submission%/*/*}:${submission%/*/*}")
+    [[ -z ${PREFOPT_CACHE:-} ]] || mounts+=("$PREFOPT_CACHE:$PREFOPT_CACHE")
+    mounts+=("${PREFOPT_MOUNTS[@]}")
+    local joined
+    joined=$(IFS=,; echo "${mounts[*]}")
+    case $PREFOPT_RUNTIME in
+        bare) ;;
+        pyxis)
+            [[ -n ${PREFOPT_IMAGE:-} ]] || fail 2 "PREFOPT_IMAGE is not set; site.env must name an image for pyxis"
+            start+=("--container-image=$PREFOPT_IMAGE" "--container-mounts=$joined" "--container-workdir=$WORK_DIR")
+            ;;
+        apptainer)
+            [[ -n ${PREFOPT_IMAGE:-} ]] || fail 2 "PREFOPT_IMAGE is not set; site.env must name an image for apptainer"
+            start+=(apptainer exec "${PREFOPT_APPTAINER[@]}" --bind "$joined" --pwd "$WORK_DIR" "$PREFOPT_IMAGE")
+            ;;
+        *) fail 2 "PREFOPT_RUNTIME is '$PREFOPT_RUNTIME', must be bare, pyxis or apptainer; mend site.env" ;;
+    esac
+}
+
+on_signal() { # $1: USR1 or TERM
+    echo "slurm: $1 at $(date +%T)" >&2
+    # TERM is the stronger: who cancels while the time runs out does not want the job back.
+    [[ $asked == TERM ]] || asked=$1
+}
+
+stopped() { # since this start
+    [[ -e $run_dir/STOPPED && $run_dir/STOPPED -nt $status_file ]]
+}
+
+run_job() { # $1: stage, $2: the folder that slurm/submit wrote
+    asked="" # first of all: from here on no signal is lost
+    trap 'on_signal USR1' USR1
+    trap 'on_signal TERM' TERM
+    stage=$1 submission=$2
+    PREFOPT_SRUN=() PREFOPT_MOUNTS=() PREFOPT_APPTAINER=() PREFOPT_RUNTIME=bare
+    # shellcheck disable=SC1091
+    source "$submission/job.env"
+    set -a
+    # shellcheck disable=SC1091
+    source "$submission/site.env"
+    set +a
+    local name
+    for name in SLURM_JOB_ID SLURM_JOB_NODELIST SLURM_NNODES; do
+        [[ -n ${!name:-} ]] || fail 2 "$name is not set; start this with slurm/submit, not by hand"
+    done
+    export PREFOPT_PYTHON=${PREFOPT_PYTHON:-$SUBMIT_PYTHON}
+
+    local restart=${SLURM_RESTART_COUNT:-0} point=${SLURM_ARRAY_TASK_ID:-0}
+    run_dir=${RUN_DIRS[point]}
+    local logs="$submission/logs/$stage-$SLURM_JOB_ID.$restart"
+    cd "$WORK_DIR" || fail 2 "$WORK_DIR, where it was submitted, is not there on $(hostname)"
+    if declare -F site_setup >/dev/null; then
+        site_setup
+    fi
+
+    status_file=$logs.status
+    : >"$status_file"
+    export PREFOPT_STATUS_FILE=$status_file
+    local code="$submission/code" config="$submission/run-$point.yaml"
+    local -a start command
+    if [[ $stage == export ]]; then
+        build_start --nodes=1 --ntasks=1 "--output=$logs.txt"
+        command=("$code/launch/run.sh" export "$config")
+    else
+        local head port
+        head=$(head_address) || fail 1 "scontrol names no node in '$SLURM_JOB_NODELIST'"
+        port=$(choose_port "$((SLURM_JOB_ID + 37 * restart))") || fail 1 "no free port on $head among 20 of 20000-31999"
+        build_start "--nodes=$SLURM_NNODES" "--ntasks=$SLURM_NNODES" --ntasks-per-node=1 "--output=$logs-node%n.txt"
+        # The rank of a node is read inside the task; here it would be that of the batch shell on every node.
+        command=("$code/launch/node.sh" --nodes "$SLURM_NNODES" --ranks "$RANKS" --head "$head:$port"
+            --job "prefopt-$SLURM_JOB_ID.$restart" "$stage" "$config")
+    fi
+    echo "slurm: $stage, job $SLURM_JOB_ID, start $restart on $SLURM_JOB_NODELIST, run folder $run_dir"
+    echo "slurm: output of the nodes in $logs*"
+
+    local job status=0 made_stop=no
+    if [[ -z $asked ]]; then
+        "${start[@]}" "${command[@]}" &
+        job=$!
+        # As in launch/run.sh: traps run between commands only, and ranks that still start remove a stale STOP.
+        while kill -0 "$job" 2>/dev/null; do
+            if [[ -n $asked && $stage != export && -d $run_dir && ! -e $run_dir/STOP ]]; then
+                touch "$run_dir/STOP" && made_stop=yes
+            fi
+            sleep 0.5 || true # a signal to the whole job ends the sleep too
+        done
+        wait "$job" || status=$?
+        [[ $made_stop == no ]] || rm -f "$run_dir/STOP"
+    fi
+    conclude "$stage" "$status" "$restart"
+}
+
+# The ranks' word counts, not srun's status: that is 143 for a crash here and a signal there.
+conclude() { # $1: stage, $2: srun's status, $3: restarts so far
+    local said=""
+    read -r said <"$status_file" || true
+    if [[ $said == 2 ]]; then
+        tail -n +2 "$status_file" >&2
+        exit 2
+    fi
+    if [[ $1 == export ]]; then
+        (($2 == 0 || $2 == 2)) || fail 1 "export failed with $2; see the logs"
+        exit "$2"
+    fi
+    if stopped || [[ -n $asked && ! -e $run_dir/DONE && $2 == 0 ]]; then
+        [[ ! -e $run_dir/STOPPED ]] || echo "slurm: $(<"$run_dir/STOPPED")"
+        if [[ $asked != USR1 ]]; then
+            echo "slurm: stopped on request; submit again to go on"
+            exit 75
+        fi
+        if (($3 >= MAX_RESTARTS)); then
+            echo "slurm: restarted $3 times already, which is the most; submit again to go on" >&2
+            exit 75
+        fi
+        echo "slurm: back into the queue"
+        trap '' TERM # of the requeue itself
+        scontrol requeue "$SLURM_JOB_ID" || fail 75 "the requeue failed; submit again to go on"
+        sleep 60 || true # Slurm ends this shell; to end by itself would look like the job's end
+        exit 75
+    fi
+    (($2 == 0)) || fail 1 "$1 failed (srun: $2); see the logs of the nodes"
+    exit 0
+}

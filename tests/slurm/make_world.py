@@ -1,0 +1,35 @@
+"""Model, pairs and runs for tests/slurm/run.sh: python make_world.py FOLDER EPOCHS.
+
+EPOCHS are those of the run that meets its time limit.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import worlds
+
+folder = Path(sys.argv[1])
+worlds.write_model(folder / "model", seed=1, scale=2.0)
+worlds.write_pairs(folder / "pairs.jsonl", 240)
+
+
+def write(name: str, *, epochs: int, cache: str = "cache", every: int = 100) -> None:
+    worlds.write_run(
+        folder / f"{name}.yaml",
+        folder / "model",
+        folder / "pairs.jsonl",
+        folder / name,
+        run={"cache": str(folder / cache)},
+        train={"global_batch_pairs": 24, "micro_batch_tokens": 512, "epochs": epochs},
+        checkpoint={"every_steps": every},
+        eval={"every_steps": None},
+    )
+
+
+write("through", epochs=1)
+for name in ("limited", "whole"):
+    write(name, epochs=int(sys.argv[2]))
+write("cancelled", epochs=2000)
+write("raised", epochs=20)
+write("swept", epochs=1, cache="cache-of-sweep")

@@ -1,0 +1,190 @@
+#!/usr/bin/env bash
+# slurm/ on a real Slurm of two nodes on this machine, with a tiny model and one CPU rank a node.
+#
+#   tests/slurm/run.sh [--short] [CASE ...]
+#
+# As root on Debian or Ubuntu: installs slurm-wlm and munge where they are missing, starts munge, slurmctld and two
+# slurmd on ports of 127.0.0.1 in a temporary folder, and ends what it started. --short: through and cancelled.
+# KEEP=1 keeps the folder.
+# shellcheck disable=SC2329 # check, wait_for and a trap call the functions
+set -euo pipefail
+{
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+cd "$repository"
+cases=(through cancelled limited raised swept)
+if [[ ${1:-} == --short ]]; then
+    shift
+    cases=(through cancelled)
+fi
+(($# == 0)) || cases=("$@")
+for case in "${cases[@]}"; do
+    [[ $case =~ ^(through|cancelled|limited|raised|swept)$ ]] || { echo "unknown case '$case'" >&2 && exit 2; }
+done
+[[ $EUID == 0 ]] || { echo "tests/slurm/run.sh: run this as root, in a container for example" >&2 && exit 2; }
+
+# shellcheck source=launch/env.sh
+source launch/env.sh
+python=$(choose_python "$repository")
+python=$(command -v "$python")
+export PREFOPT_PYTHON=$python CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 PYTHONPATH=$repository
+unset PREFOPT_CACHE PREFOPT_SITE WANDB_MODE
+home=$(mktemp -d)
+chmod 755 "$home" # munge has a user of its own
+
+# shellcheck source=tests/slurm/cluster.sh
+source tests/slurm/cluster.sh
+finish() {
+    local status=$?
+    stop_cluster
+    if ((status != 0)); then
+        tail -n 25 "$home"/*.submit/*/logs/*.txt 2>/dev/null || true
+        echo "tests/slurm/run.sh: FAILED" >&2
+    fi
+    if [[ -n ${KEEP:-} ]]; then echo "kept: $home"; else rm -rf "$home"; fi
+}
+trap finish EXIT
+install_slurm
+start_cluster
+"$python" tests/slurm/make_world.py "$home" "${LIMITED_EPOCHS:-24}"
+
+check() { # $1: what, the others: a command that must succeed
+    local what=$1
+    shift
+    "$@" || { echo "$case: not so: $what ($*)" >&2 && exit 1; }
+    echo "$case: $what"
+}
+
+state() { # of job $1; also once it has ended
+    scontrol show job "$1" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' | head -n 1
+}
+
+field() { # $1: job, $2: field
+    scontrol show job "$1" | sed -n "s/.*\b$2=\([^ ]*\).*/\1/p" | head -n 1
+}
+
+wait_for() { # $1: seconds, the others: a command that will succeed
+    local deadline=$((SECONDS + $1))
+    shift
+    until "$@"; do
+        ((SECONDS < deadline)) || { echo "$case: waited in vain for: $*" >&2 && squeue >&2 && exit 1; }
+        sleep 0.5
+    done
+}
+
+ended() { # jobs
+    local id
+    for id in "$@"; do
+        case $(state "$id") in PENDING | RUNNING | COMPLETING | CONFIGURING | SUSPENDED) return 1 ;; esac
+        [[ -z $(squeue -h -j "$id" 2>/dev/null) ]] || return 1
+    done
+}
+
+is_field() { [[ $(field "$1" "$2") == "$3" ]]; }
+is() { [[ $1 == "$2" ]]; }
+at_step() { [[ -e $1/metrics.jsonl ]] && grep -q "\"step\": $2," "$1/metrics.jsonl"; }
+missing() { [[ ! -e $1 ]]; }
+committed() { compgen -G "$1/checkpoints/step-*" >/dev/null; }
+
+submit() { # $@: slurm/submit's; sets reference, train and export to the jobs
+    local said
+    said=$(slurm/submit "$@" --nodes 2)
+    reference=$(sed -n 's/^reference: job //p' <<<"$said")
+    train=$(sed -n 's/^train: job //p' <<<"$said")
+    export=$(sed -n 's/^export: job //p' <<<"$said")
+}
+
+same_end() {
+    "$python" - "$1" "$2" <<'PYTHON'
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+
+a, b = (load_file(Path(f) / "final/model.safetensors") for f in sys.argv[1:])
+assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), "the weights differ"
+rows = [[json.loads(r) for r in (Path(f) / "metrics.jsonl").read_text().splitlines()] for f in sys.argv[1:]]
+mine, theirs = ([{k: v for k, v in r.items() if not k.startswith("perf/")} for r in x] for x in rows)
+assert mine == theirs, "the rows differ"
+PYTHON
+}
+
+scored() { # distinct sequences in a store, and how often one stands twice
+    "$python" - "$1" <<'PYTHON'
+import sys
+from pathlib import Path
+
+content = b"".join(f.read_bytes()[8:-16] for f in Path(sys.argv[1]).glob("reference/*/rows-*.bin"))
+rows = [content[i : i + 32] for i in range(0, len(content), 40)]
+assert rows and len(rows) == len(set(rows)), f"{len(rows)} rows of {len(set(rows))} sequences"
+print(len(rows), "sequences, each once")
+PYTHON
+}
+
+for case in "${cases[@]}"; do
+    began=$SECONDS
+    case $case in
+        through)
+            submit "$home/through.yaml"
+            wait_for 240 ended "$reference" "$train" "$export"
+            for job in "$reference" "$train" "$export"; do
+                check "job $job is completed" is "$(state "$job")" COMPLETED
+            done
+            check "DONE" test -e "$home/through/DONE"
+            check "two ranks" grep -q '"world_size": 2' "$home/through/run.json"
+            check "a log of each node" test -e "$home/through.submit/1/logs/train-$train.0-node1.txt"
+            check "the first pass scored once" scored "$home/cache"
+            ;;
+        cancelled)
+            for how in plain gentle; do
+                submit "$home/cancelled.yaml" "run.dir=$home/cancelled-$how"
+                wait_for 240 at_step "$home/cancelled-$how" 5
+                if [[ $how == plain ]]; then scancel "$train"; else scancel --batch --signal=TERM "$train"; fi
+                wait_for 90 ended "$train" "$export"
+                check "$how: STOPPED" test -e "$home/cancelled-$how/STOPPED"
+                check "$how: a committed checkpoint" committed "$home/cancelled-$how"
+                check "$how: no requeue" is "$(field "$train" Restarts)" 0
+                check "$how: the export is cancelled" is "$(state "$export")" CANCELLED
+                check "$how: STOP is gone" missing "$home/cancelled-$how/STOP"
+            done
+            check "gentle: the job ends with 75" is "$(field "$train" ExitCode)" 75:0
+            ;;
+        limited)
+            submit "$home/limited.yaml" --time 2 --grace 60
+            wait_for 300 test -e "$home/limited/STOPPED"
+            cat "$home/limited/STOPPED"
+            wait_for 60 is_field "$train" Restarts 1
+            scontrol update "JobId=$train" TimeLimit=UNLIMITED # one interruption is enough
+            # Slurm waits two minutes before it starts a requeued job again.
+            wait_for 500 ended "$train" "$export"
+            check "started again under the same id" test "$(field "$train" Restarts)" -ge 1
+            check "the training is completed" is "$(state "$train")" COMPLETED
+            check "the export is completed" is "$(state "$export")" COMPLETED
+            check "one W&B run" grep -q '"wandb_id"' "$home/limited/run.json"
+            launch/run.sh -n 2 train "$home/whole.yaml" >"$home/whole.log" 2>&1
+            check "same bits and rows as without an interruption" same_end "$home/limited" "$home/whole"
+            ;;
+        raised)
+            PREFOPT_TEST_FAULT=1 PYTHONPATH=$repository:$repository/tests/slurm/fault submit "$home/raised.yaml"
+            wait_for 240 at_step "$home/raised" 2
+            crashed=$SECONDS
+            wait_for 60 ended "$train" "$export"
+            echo "$case: ended $((SECONDS - crashed)) s after the crash"
+            check "the training has failed" is "$(state "$train")" FAILED
+            check "with status 1" is "$(field "$train" ExitCode)" 1:0
+            check "the export is cancelled" is "$(state "$export")" CANCELLED
+            ;;
+        swept)
+            submit "$home/swept.yaml" --sweep loss.beta=0.05,0.1,0.3
+            wait_for 400 ended "$reference" "$train" "$export"
+            for beta in 0.05 0.1 0.3; do
+                check "beta $beta is done" test -e "$home/swept-beta$beta/DONE"
+                check "beta $beta scored nothing" grep -q '"sequences_scored": 0' "$home/swept-beta$beta/run.json"
+            done
+            check "each sequence scored once" scored "$home/cache-of-sweep"
+            ;;
+    esac
+    echo "$case: passed in $((SECONDS - began)) s"
+done
+echo "tests/slurm/run.sh: passed: ${cases[*]}"
+exit
+}

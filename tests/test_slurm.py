@@ -1,0 +1,309 @@
+"""slurm/submit and slurm/job.sh without Slurm: stubs of its commands and of Python note what they are asked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+# Stands for the package: the check prints the run folder, --print-config a resolved run, `-` the needs of its loss.
+PYTHON = """#!/usr/bin/env bash
+echo "$*" >>"$FAKE/calls"
+case "$*" in
+    *--check) eval "$FAKE_CHECK"; echo "$FAKE/runs/mine" ;;
+    *--print-config)
+        printf 'run:\\n  dir: x\\n  cache: null\\ndeepspeed:\\n'
+        printf '  policy: deepspeed_configs/policy_zero3.json\\n  reference: mine.json\\n# %s\\n' "$*" ;;
+    -*) cat >/dev/null; echo "$FAKE_REFERENCE" ;;
+esac
+"""
+SBATCH = """#!/usr/bin/env bash
+printf '%s|' "$@" >>"$FAKE/submitted"; echo >>"$FAKE/submitted"
+[[ $* != *"$FAKE_REFUSES"* ]] || exit 1
+echo $((40 + $(wc -l <"$FAKE/submitted")));
+"""
+
+
+class Site:
+    """A folder with stubs on PATH."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.base = folder / "runs" / "mine"
+        (folder / "bin").mkdir()
+        for name, text in {
+            "python": PYTHON,
+            "sbatch": SBATCH,
+            "scancel": '#!/usr/bin/env bash\necho "$*" >>"$FAKE/cancelled"\n',
+            "scontrol": '#!/usr/bin/env bash\necho "$*" >>"$FAKE/scontrol"\n'
+            "case $2 in hostnames) printf 'n1\\nn2\\n' ;; node) echo '   NodeAddr=10.0.0.7 NodeHostName=n1' ;; esac\n",
+            "srun": '#!/usr/bin/env bash\nprintf "%s|" "$@" >"$FAKE/srun"\neval "$FAKE_JOB"\n',
+        }.items():
+            (folder / "bin" / name).write_text(text)
+            (folder / "bin" / name).chmod(0o755)
+        (folder / "site.env").write_text("PREFOPT_SBATCH=(--partition=gpu '--comment=two words')\n")
+
+    def run(self, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            "PREFOPT_PYTHON": str(self.folder / "bin" / "python"),
+            "PREFOPT_SITE": str(self.folder / "site.env"),
+            "FAKE": str(self.folder),
+            "FAKE_CHECK": "",
+            "FAKE_REFERENCE": "True",
+            "FAKE_REFUSES": "nothing",
+            "FAKE_JOB": "",
+            **more,
+        }
+        return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=30)
+
+    def submit(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return self.run(str(REPOSITORY / "slurm" / "submit"), *arguments, **more)
+
+    def lines(self, name: str) -> list[str]:
+        file = self.folder / name
+        return file.read_text().splitlines() if file.exists() else []
+
+    def job(self, stage: str = "train", **more: str) -> subprocess.CompletedProcess[str]:
+        """The batch script of a stage after a submission, as Slurm starts it."""
+        number = self.base.with_name("mine.submit") / "1"
+        if not number.exists():
+            assert self.submit("r.yaml", "--nodes", "2").returncode == 0
+        self.base.mkdir(exist_ok=True)
+        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2"} | more
+        script = number / "code" / "slurm" / f"{stage}.sbatch"
+        return self.run("bash", str(script), str(number), **{k: v for k, v in job.items() if v})
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "RUN.yaml is missing"),
+        (["r.yaml", "--nodes"], "--nodes wants a value"),
+        (["r.yaml", "--nodes", "0"], "--nodes: got '0'"),
+        (["r.yaml", "--gpus-per-node", "two"], "'two'"),
+        (["r.yaml", "--gpus-per-node", "2", "--ranks-per-node", "2"], "one rank a GPU"),
+        (["r.yaml", "--grace", "5m"], "'5m'"),
+        (["r.yaml", "--unknown"], "unknown option '--unknown'"),
+        (["r.yaml", "--sweep", "beta"], "--sweep: got 'beta'"),
+        (["r.yaml", "--sweep", "loss.beta="], "--sweep: got"),
+        (["r.yaml", "--sweep", "loss.beta=0.1,,0.2"], "empty value"),
+        (["r.yaml", "--sweep", "loss.beta=0.1,0.1"], "0.1 stands twice"),
+        (["r.yaml", "--sweep", "loss.beta=$(id)"], "--sweep: got"),
+        (["r.yaml", "--sweep", "run.dir=a,b"], "run.dir names the run itself"),
+    ],
+)
+def test_bad_usage_asks_nobody(site: Site, arguments: list[str], word: str) -> None:
+    done = site.submit(*arguments)
+    assert done.returncode == 2
+    assert word in done.stderr
+    assert site.lines("calls") == site.lines("submitted") == []
+
+
+def test_bad_sites(site: Site) -> None:
+    done = site.submit("r.yaml", PREFOPT_SITE="/nowhere/site.env")
+    assert (done.returncode, "/nowhere/site.env" in done.stderr) == (2, True)
+    for text, word in (
+        ("PREFOPT_RUNTIME=docker", "'docker'"),
+        ("PREFOPT_RUNTIME=pyxis", "wants PREFOPT_IMAGE"),
+        ("PREFOPT_PYTHON=/nowhere/python", "/nowhere/python"),
+    ):
+        (site.folder / "site.env").write_text(text + "\n")
+        done = site.submit("r.yaml")
+        assert (done.returncode, word in done.stderr) == (2, True), done.stderr
+    assert site.lines("submitted") == []
+
+
+@pytest.mark.parametrize(("check", "status"), [("echo bad key >&2; exit 2", 2), ("exit 1", 1)])
+def test_a_mistake_in_the_run_submits_nothing(site: Site, check: str, status: int) -> None:
+    done = site.submit("r.yaml", FAKE_CHECK=check)
+    assert done.returncode == status
+    assert ("bad key" in done.stderr) == (status == 2)
+    assert site.lines("submitted") == []
+    assert not (site.folder / "runs").exists()
+
+
+def test_a_dry_run_writes_and_submits_nothing(site: Site) -> None:
+    before = {f for f in site.folder.iterdir() if f.name != "calls"}
+    done = site.submit("r.yaml", "--dry-run", "--nodes", "4", "--gpus-per-node", "8", "--time", "1:00:00")
+    assert done.returncode == 0, done.stderr
+    reference, train, export = done.stdout.splitlines()
+    for line in (reference, train):
+        assert all(o in line for o in ("--nodes=4", "--gpus-per-node=8", "--time=1:00:00", "--partition=gpu"))
+    assert "afterok:" in train
+    assert "--gpus-per-node" not in export
+    assert {f for f in site.folder.iterdir() if f.name != "calls"} == before
+
+
+def test_a_chain(site: Site) -> None:
+    done = site.submit("r.yaml", "loss.beta=0.3", "--nodes", "2", "--grace", "90")
+    assert done.returncode == 0, done.stderr
+    reference, train, export = (line.split("|") for line in site.lines("submitted"))
+    assert "--signal=B:USR1@90" in reference
+    assert "--comment=two words" in reference
+    assert "--dependency=afterok:41" in train
+    assert "--dependency=afterok:42" in export
+    kept = site.base.with_name("mine.submit") / "1"
+    assert train[-3:-1] == [f"{kept}/code/slurm/train.sbatch", str(kept)]
+    resolved = (kept / "run-0.yaml").read_text()
+    assert f"run.dir={site.base}" in resolved
+    assert f"run.cache={site.base.parent}/.prefopt" in resolved
+    assert f"deepspeed.policy={kept}/code/deepspeed_configs/policy_zero3.json" in resolved
+    assert "deepspeed.reference" not in resolved
+    assert (kept / "code" / "prefopt_dist" / "__main__.py").exists()
+    assert not site.base.exists()  # the run folder is the training's own
+    assert "scancel --batch --signal=TERM 42" in done.stdout
+    assert site.submit("r.yaml").returncode == 0
+    assert (kept.with_name("2") / "job.env").exists()
+
+
+def test_a_loss_without_reference_has_no_first_pass(site: Site) -> None:
+    assert site.submit("r.yaml", FAKE_REFERENCE="False").returncode == 0
+    train, _ = site.lines("submitted")
+    assert "--dependency" not in train
+
+
+def test_a_refused_job_cancels_those_before_it(site: Site) -> None:
+    done = site.submit("r.yaml", FAKE_REFUSES="export.sbatch")
+    assert done.returncode == 1
+    assert site.lines("cancelled") == ["41 42"]
+
+
+def test_a_sweep_is_an_array_after_one_first_pass(site: Site) -> None:
+    done = site.submit("r.yaml", "--sweep", "loss.beta=0.05,1e-1")
+    assert done.returncode == 0, done.stderr
+    reference, train, export = (line.split("|") for line in site.lines("submitted"))
+    assert not any(o.startswith("--array") for o in reference)
+    assert "--array=0-1" in train
+    assert "--dependency=aftercorr:42" in export
+    kept = site.base.with_name("mine.submit") / "1"
+    assert f"run.dir={site.base}-beta1e-1 loss.beta=1e-1" in (kept / "run-1.yaml").read_text()
+    assert "-beta0.05" in (kept / "job.env").read_text()
+
+
+def test_a_job_starts_one_task_a_node(site: Site) -> None:
+    done = site.job()
+    assert done.returncode == 0, done.stderr
+    [started] = site.lines("srun")
+    assert "--nodes=2|--ntasks=2|--ntasks-per-node=1|" in started
+    assert "|--head|10.0.0.7:20007|--job|prefopt-7.0|train|" in started
+    assert site.lines("scontrol") == ["show hostnames n[1-2]", "show node n1"]
+
+
+@pytest.mark.parametrize(("work", "status"), [("", 0), ("exit 2", 2), ("exit 9", 1)])
+def test_the_export_is_one_process(site: Site, work: str, status: int) -> None:
+    assert site.job("export", FAKE_JOB=work).returncode == status
+    [started] = site.lines("srun")
+    assert "--nodes=1|--ntasks=1|" in started
+    assert "/launch/run.sh|export|" in started
+
+
+STOPPED = 'sleep 0.1; echo why >"$FAKE/runs/mine/STOPPED"; '
+ASK = 'kill -{} $PPID; until [[ -e $FAKE/runs/mine/STOP ]]; do sleep 0.1; done; rm "$FAKE/runs/mine/STOP"; '
+REQUEUE = "requeue 7"
+
+
+@pytest.mark.parametrize(
+    ("work", "status", "requeued"),
+    [
+        ("exit 1", 1, False),
+        (STOPPED, 75, False),
+        (ASK.format("TERM") + STOPPED, 75, False),
+        (ASK.format("TERM") + STOPPED + "exit 143", 75, False),
+        (ASK.format("USR1") + STOPPED, 75, True),
+        (ASK.format("USR1") + "kill -TERM $PPID; sleep 0.1; " + STOPPED, 75, False),
+        (ASK.format("USR1") + "exit 1", 1, False),
+        (ASK.format("USR1") + 'touch "$FAKE/runs/mine/DONE"', 0, False),
+        ('printf "2\\nerror: bad key\\n" >"$PREFOPT_STATUS_FILE"; exit 143', 2, False),
+    ],
+)
+def test_the_end_of_a_job(site: Site, work: str, status: int, requeued: bool) -> None:
+    (site.folder / "bin" / "sleep").write_text('#!/bin/bash\n[[ $1 != 60 ]] || exit 0\nexec /bin/sleep "$1"\n')
+    (site.folder / "bin" / "sleep").chmod(0o755)
+    done = site.job(FAKE_JOB=work)
+    assert done.returncode == status, done.stderr
+    assert (REQUEUE in site.lines("scontrol")) == requeued
+    assert not (site.base / "STOP").exists()
+    assert ("error: bad key" in done.stderr) == (status == 2)
+
+
+def test_requeues_are_bounded_and_an_old_word_does_not_count(site: Site) -> None:
+    done = site.job(FAKE_JOB=ASK.format("USR1") + STOPPED, SLURM_RESTART_COUNT="10")
+    assert done.returncode == 75
+    assert "restarted 10 times" in done.stderr
+    assert REQUEUE not in site.lines("scontrol")
+    os.utime(site.base / "STOPPED", (1, 1))
+    assert site.job(FAKE_JOB="exit 1").returncode == 1
+
+
+def test_a_job_that_cannot_start(site: Site) -> None:
+    done = site.job(SLURM_NNODES="")
+    assert (done.returncode, "SLURM_NNODES is not set" in done.stderr) == (2, True)
+    done = site.run("bash", str(REPOSITORY / "slurm" / "train.sbatch"))
+    assert done.returncode != 0
+    assert "the folder that slurm/submit wrote" in done.stderr
+    kept = site.base.with_name("mine.submit") / "1"
+    job_env = kept / "job.env"
+    whole = job_env.read_text()
+    job_env.write_text(whole + "WORK_DIR=/nowhere/at/all\n")
+    done = site.job()
+    assert (done.returncode, "/nowhere/at/all" in done.stderr) == (2, True)
+    job_env.write_text(whole + "port_is_free() { return 1; }\n")
+    done = site.job()
+    assert (done.returncode, "no free port" in done.stderr) == (1, True)
+    assert site.lines("srun") == []
+
+
+@pytest.mark.parametrize(
+    ("runtime", "words"),
+    [
+        ("pyxis", ["--container-image=/my image", "--container-workdir={work}"]),
+        ("apptainer", ["apptainer|exec|--nv|--bind|", "|--pwd|{work}|/my image|"]),
+    ],
+)
+def test_containers(site: Site, runtime: str, words: list[str]) -> None:
+    (site.folder / "site.env").write_text(
+        f"PREFOPT_RUNTIME={runtime}\nPREFOPT_IMAGE='/my image'\n"
+        "PREFOPT_MOUNTS=(/data:/data)\nPREFOPT_APPTAINER=(--nv)\n"
+    )
+    assert site.job().returncode == 0
+    [started] = site.lines("srun")
+    for word in [*words, f"{site.folder}/runs:{site.folder}/runs", ",/data:/data"]:
+        assert word.format(work=site.folder) in started
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--nodes", "2"], "--ranks"),
+        (["--nodes", "x", "--ranks", "1"], "--nodes: got 'x'"),
+        (["--nodes", "2", "--ranks", "1", "--head", "h"], "HOST:PORT"),
+        (["--nodes", "2", "--ranks", "1", "--head", "h:1"], "--job"),
+        (["--nodes", "2", "--ranks", "1", "--head", "h:1", "--job", "j", "train"], "RUN.yaml"),
+        (["--nodes", "2", "--ranks", "9", "--head", "h:1", "--job", "j", "train", "r.yaml"], "9 ranks a node, but 2"),
+    ],
+)
+def test_bad_usage_of_a_node(site: Site, arguments: list[str], word: str) -> None:
+    done = site.run(str(REPOSITORY / "launch" / "node.sh"), *arguments, CUDA_VISIBLE_DEVICES="0,1")
+    assert done.returncode == 2
+    assert word in done.stderr
+
+
+@pytest.mark.parametrize(("node", "is_host"), [("0", "1"), ("1", "0")])
+def test_a_node(site: Site, node: str, is_host: str) -> None:
+    arguments = ["--nodes", "2", "--ranks", "3", "--head", "h:1", "--job", "j", "train", "r.yaml", "a.b=c d"]
+    done = site.run(str(REPOSITORY / "launch" / "node.sh"), *arguments, SLURM_NODEID=node, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    [call] = site.lines("calls")
+    assert call.startswith("-m torch.distributed.run --nnodes 2 --nproc-per-node 3 --max-restarts 0 ")
+    assert f"is_host={is_host}," in call
+    assert call.endswith("-m prefopt_dist train r.yaml a.b=c d")
