@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -33,10 +34,11 @@ class FileLock:
         except BaseException:
             os.close(descriptor)
             raise
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"host {socket.gethostname()}, process {os.getpid()}, since {since}".encode())
         self._descriptor = descriptor
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"host {socket.gethostname()}, process {os.getpid()}, since {since}".encode())
         return None
 
     def give_back(self) -> None:

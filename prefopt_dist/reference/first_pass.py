@@ -94,17 +94,27 @@ def run_first_pass(
     """
     ranks.decide(store.make_folder)
     refuse_local_folder(store.folder, "reference.store", remedy="Set reference.store or run.cache to one that is.")
-    todo = ranks.decide(lambda: _look_up(store, sets, responses, budget))
-    if todo.micro_batches:
+    scored, reused = 0, ranks.decide(lambda: _all_stored(store, sets, responses))
+    if reused is None:
         with my_turn(store.folder, plan_name(sets, responses), stop_asked):
-            # Again: another job may have scored them while this one waited.
+            # A plan is made in one's turn alone. And another job may have scored everything while this one waited.
             todo = ranks.decide(lambda: _look_up(store, sets, responses, budget))
             if todo.micro_batches:
                 _pass(model, store, check_loaded, sets, dtype, settings, todo, stop_asked)
-    if not todo.micro_batches:
-        say(f"reference: all {todo.reused} sequences are in the store")
+            scored, reused = len(todo.missing), todo.reused
+    if not scored:
+        say(f"reference: all {reused} sequences are in the store")
     sums = ranks.decide(lambda: _collect(store, sets, responses))
-    return FirstPass(key=store.folder.name, sums=sums, scored=len(todo.missing), reused=todo.reused)
+    return FirstPass(key=store.folder.name, sums=sums, scored=scored, reused=reused)
+
+
+def _all_stored(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int) -> int | None:
+    """Rank 0: how many sequences are needed, where the store has them all; else None."""
+    places = needed(sets, responses)
+    scores, messages = store.read()
+    for message in messages:
+        say(message)
+    return len(places) if all(digest in scores for digest in places) else None
 
 
 def _pass(

@@ -15,12 +15,16 @@ from numpy.typing import NDArray
 
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
+from prefopt_dist.data.micro_batch import Unit, packed_tokens
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.unpaired import UnpairedRows
 from prefopt_dist.errors import UserError
 from prefopt_dist.objectives import Objective
 from prefopt_dist.packages import refuse_absent
 from prefopt_dist.training.export import check_target
+
+MOST_COUNTED = 10_000
+"""Rows above the budget whose shared beginnings are counted, the longest first."""
 
 
 def check_folders(config: Config, objective: Objective) -> None:
@@ -80,12 +84,22 @@ def check_lengths(config: Config, rows: TokenisedRows, objective: Objective, key
         units = prompts + lengths[:, 1:].max(axis=1) - 1  # the mismatched response is packed by itself
     else:
         units = prompts + (lengths[:, 1 : 1 + objective.responses] - 1).sum(axis=1)
+        units = _less_shared(rows, units, objective.responses, config.train.micro_batch_tokens)
     # A response's last token predicts nothing: it is no input.
     _refuse_longer(config, rows, units, key, "train.micro_batch_tokens", config.train.micro_batch_tokens)
     scored = [units] if not trained else [prompts + lengths[:, 1:].max(axis=1) - 1] if objective.needs_reference else []
     for tokens in scored:
         budget = config.reference_micro_batch_tokens
         _refuse_longer(config, rows, tokens, key, "reference.micro_batch_tokens", budget)
+
+
+def _less_shared(rows: TokenisedRows, units: NDArray[np.int64], responses: int, budget: int) -> NDArray[np.int64]:
+    """The same lengths, exact where they exceed the budget: responses may begin alike, and that stands once."""
+    exact = units.copy()
+    over = np.flatnonzero(units > budget)
+    for i in over[np.argsort(-units[over], kind="stable")][:MOST_COUNTED].tolist():
+        exact[i] = packed_tokens([Unit(i, rows.prompt(i), tuple(rows.response(i, k) for k in range(responses)))])
+    return exact
 
 
 def _refuse_longer(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -98,7 +99,9 @@ class Ahead:
         """make: the batch of a step, all in host memory; steps: those that will be taken, in order."""
         self._make = make
         self._steps = steps
-        self._thread = ThreadPoolExecutor(1, "batches")
+        # A thread begins on the first GPU; what it pins belongs to this rank's.
+        own = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
+        self._thread = ThreadPoolExecutor(1, "batches", initializer=own)
         self._coming: Future[Batch] | None = None
 
     def __enter__(self) -> Ahead:

@@ -38,7 +38,7 @@ def evaluate(engine: Any, objective: Objective, sets: Mapping[str, ScoredRows], 
                 terms = engine(micro_batch, here, reference)
                 if halves is not None:
                     halves.add(micro_batch.rows, terms.per_unit)
-                statistics.add(terms.statistics, terms.statistics.new_tensor(len(micro_batch.rows)))
+                statistics.add(terms.statistics, terms.statistics.new_full((), len(micro_batch.rows)))
                 progress.update()
         packed = statistics.packed()
         dist.all_reduce(packed)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefopt_dist.distributed import ranks
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import AgreedUserError
 from prefopt_dist.model.activations import ActivationMemory
 from prefopt_dist.tracking.console import in_units
 
@@ -57,7 +57,7 @@ def choose(memory: ActivationMemory, *, wish: Literal["auto", "none", "all"], to
     least = min(ranks.gather(available))
     fitting = {"none": 0, "all": memory.layers, "auto": memory.fewest_checkpointed(tokens, least)}[wish]
     if fitting is None:
-        raise UserError(
+        raise AgreedUserError(
             f"train.micro_batch_tokens: {tokens} tokens need about {in_units(memory.bytes(tokens, memory.layers))} "
             f"with every layer computed again, and {in_units(least)} are free; lower it to at most "
             f"{memory.most_tokens(least)}, use more ranks, or set offload_optimizer in deepspeed.policy."
@@ -78,6 +78,8 @@ def apply(lm: PreTrainedModel, checkpointed: int) -> None:
 def available_bytes(lm: PreTrainedModel, zero: Mapping[str, Any]) -> int:
     """What this rank has for activations once parameters, gradients and optimizer have their place.
 
+    To be called with the engine in place and before the first update or the load of a checkpoint.
+
     zero: the engine's zero_optimization settings, for the parameters that it gathers and its buckets.
     """
     parameters = [p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in lm.parameters()]
@@ -85,7 +87,13 @@ def available_bytes(lm: PreTrainedModel, zero: Mapping[str, Any]) -> int:
     gathered = min(sum(parameters), int(zero.get("stage3_max_live_parameters", 1e9)))
     buckets = int(zero.get("reduce_bucket_size", 5e8)) + int(zero.get("stage3_prefetch_bucket_size", 5e7))
     coming = size * (gathered + min(2 * sum(parameters), buckets))
-    coming += 4 * max(parameters)  # the head's gradient, float32 until it is rounded once
+    # The head's gradient: float32 until it is rounded once, and one block's product or the rounded whole beside it.
+    coming += (4 + size) * max(parameters)
+    # Adam's two moments come with the first update, or with a checkpoint: both are still to come.
+    offloaded = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
+    if not (offloaded and torch.cuda.is_available()):
+        held = (p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in lm.parameters())
+        coming += 8 * sum(held)
     return int(max(0.0, (1 - KEPT_FREE) * _free_bytes() - coming))
 
 
@@ -104,10 +112,14 @@ def _free_bytes() -> int:
 
 
 def _group_limit() -> int | None:
-    """What the control group (a container, a Slurm job) still allows; None where it sets no limit."""
+    """What the control group of a container still allows; None where it sets no limit."""
+    group = Path("/sys/fs/cgroup")
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except OSError:
         return None
+    # Pages of files count as used and are given up for the asking.
+    used -= int(counts["inactive_file"]) + int(counts["active_file"])
     return None if limit == "max" else max(0, int(limit) - used)

@@ -31,7 +31,7 @@ def gradient(engine: Any, batch: Batch, objective: Objective, gate: StartGate | 
         engine.set_gradient_accumulation_boundary(j == len(batch) - 1)
         terms: Terms = engine(micro_batch, objective, reference)
         engine.backward(terms.loss * weight)
-        statistics.add(terms.statistics, terms.statistics.new_tensor(len(micro_batch.rows)))
+        statistics.add(terms.statistics, terms.statistics.new_full((), len(micro_batch.rows)))
         if gate is not None and reference is not None:
             gate.add(terms, reference)
     return statistics.packed()

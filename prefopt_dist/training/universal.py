@@ -180,7 +180,7 @@ def _plan(source: Path, manifest: Manifest) -> Plan:
         for name, shape in shapes.items():
             n = prod(shape)
             part = -(-n // manifest.world_size)
-            pieces[name] = Piece(index, offset, part, n, int(adam[index]["step"]))
+            pieces[name] = Piece(index, offset, part, n, int(adam[index]["step"]) if index in adam else 0)
             offset += part
         assert offset == optimizer["fp32_flat_groups"][index].numel(), f"sub-group {index} has another size"
     return Plan(
@@ -213,7 +213,11 @@ def _states_of(shard: Any) -> dict[str, list[torch.Tensor]]:
     optimizer = shard["optimizer_state_dict"]
     adam = optimizer["optimizer_state_dict"]["state"]
     masters = optimizer["fp32_flat_groups"]
-    return {MASTER: masters} | {s: [adam[i][s] for i in range(len(masters))] for s in STATES[1:]}
+    # Before the first update that was made (earlier ones may have been skipped) Adam has no moments: zeros.
+    return {MASTER: masters} | {
+        s: [adam[i][s] if i in adam else torch.zeros_like(master) for i, master in enumerate(masters)]
+        for s in STATES[1:]
+    }
 
 
 def _chunks(shards: list[dict[str, list[torch.Tensor]]], piece: Piece) -> Iterator[np.ndarray[Any, Any]]:
