@@ -125,6 +125,8 @@ for case in "${cases[@]}"; do
     case $case in
         through)
             submit "$home/through.yaml"
+            # The training waits for the first pass; this clone, in the working directory, has no such line.
+            sed -i '1a print("of the copy")' "$home/through.submit/1/code/prefopt_dist/tracking/console.py"
             wait_for 240 ended "$reference" "$train" "$export"
             for job in "$reference" "$train" "$export"; do
                 check "job $job is completed" is "$(state "$job")" COMPLETED
@@ -132,6 +134,7 @@ for case in "${cases[@]}"; do
             check "DONE" test -e "$home/through/DONE"
             check "two ranks" grep -q '"world_size": 2' "$home/through/run.json"
             check "a log of each node" test -e "$home/through.submit/1/logs/train-$train.0-node1.txt"
+            check "the copy of the code runs" grep -q "of the copy" "$home/through.submit/1/logs/train-$train.0-node0.txt"
             check "the first pass scored once" scored "$home/cache"
             ;;
         cancelled)
