@@ -165,9 +165,9 @@ conclude() { # $1: stage, $2: srun's status, $3: restarts so far, $4: whether th
             exit 75
         fi
         echo "slurm: back into the queue"
-        trap '' TERM # of the requeue itself
+        trap - TERM USR1 # the requeue ends this shell by TERM
         scontrol requeue "$SLURM_JOB_ID" || fail 75 "the requeue failed; submit again to go on"
-        sleep 60 || true # Slurm ends this shell; to end by itself would look like the job's end
+        sleep 60 # to end by itself could look like the job's end
         exit 75
     fi
     (($2 == 0)) || fail 1 "$1 failed (srun: $2); see the logs of the nodes"
