@@ -72,6 +72,7 @@ on_signal() { # $1: USR1 or TERM
 }
 
 stopped() { # since this start
+    ls -A -- "$run_dir" >/dev/null 2>&1 || return 1 # a network file system then looks again
     [[ -e $run_dir/STOPPED && $run_dir/STOPPED -nt $status_file ]]
 }
 
@@ -91,7 +92,8 @@ run_job() { # $1: stage, $2: the folder that slurm/submit wrote
     for name in SLURM_JOB_ID SLURM_JOB_NODELIST SLURM_NNODES; do
         [[ -n ${!name:-} ]] || fail 2 "$name is not set; start this with slurm/submit, not by hand"
     done
-    export PREFOPT_PYTHON=${PREFOPT_PYTHON:-$SUBMIT_PYTHON}
+    export PREFOPT_PYTHON=$JOB_PYTHON
+    export PYTHONSAFEPATH=1 # or a clone in the working directory would come before the copy of the code
 
     local restart=${SLURM_RESTART_COUNT:-0} point=${SLURM_ARRAY_TASK_ID:-0}
     run_dir=${RUN_DIRS[point]}
@@ -121,10 +123,11 @@ run_job() { # $1: stage, $2: the folder that slurm/submit wrote
     echo "slurm: $stage, job $SLURM_JOB_ID, start $restart on $SLURM_JOB_NODELIST, run folder $run_dir"
     echo "slurm: output of the nodes in $logs*"
 
-    local job status=0 made_stop=no
+    local job status=0 made_stop=no began=no
     if [[ -z $asked ]]; then
         "${start[@]}" "${command[@]}" &
         job=$!
+        began=yes
         # As in launch/run.sh: traps run between commands only, and ranks that still start remove a stale STOP.
         while kill -0 "$job" 2>/dev/null; do
             if [[ -n $asked && $stage != export && -d $run_dir && ! -e $run_dir/STOP ]]; then
@@ -135,11 +138,11 @@ run_job() { # $1: stage, $2: the folder that slurm/submit wrote
         wait "$job" || status=$?
         [[ $made_stop == no ]] || rm -f "$run_dir/STOP"
     fi
-    conclude "$stage" "$status" "$restart"
+    conclude "$stage" "$status" "$restart" "$began"
 }
 
 # The ranks' word counts, not srun's status: that is 143 for a crash here and a signal there.
-conclude() { # $1: stage, $2: srun's status, $3: restarts so far
+conclude() { # $1: stage, $2: srun's status, $3: restarts so far, $4: whether there were ranks at all
     local said=""
     read -r said <"$status_file" || true
     if [[ $said == 2 ]]; then
@@ -147,11 +150,12 @@ conclude() { # $1: stage, $2: srun's status, $3: restarts so far
         exit 2
     fi
     if [[ $1 == export ]]; then
+        [[ $4 == yes ]] || exit 75
         (($2 == 0 || $2 == 2)) || fail 1 "export failed with $2; see the logs"
         exit "$2"
     fi
-    if stopped || [[ -n $asked && ! -e $run_dir/DONE && $2 == 0 ]]; then
-        [[ ! -e $run_dir/STOPPED ]] || echo "slurm: $(<"$run_dir/STOPPED")"
+    if [[ $4 == no ]] || stopped; then
+        [[ $4 == no ]] || echo "slurm: $(<"$run_dir/STOPPED")"
         if [[ $asked != USR1 ]]; then
             echo "slurm: stopped on request; submit again to go on"
             exit 75
@@ -161,9 +165,9 @@ conclude() { # $1: stage, $2: srun's status, $3: restarts so far
             exit 75
         fi
         echo "slurm: back into the queue"
-        trap '' TERM # of the requeue itself
+        trap - TERM USR1 # the requeue ends this shell by TERM
         scontrol requeue "$SLURM_JOB_ID" || fail 75 "the requeue failed; submit again to go on"
-        sleep 60 || true # Slurm ends this shell; to end by itself would look like the job's end
+        sleep 60 # to end by itself could look like the job's end
         exit 75
     fi
     (($2 == 0)) || fail 1 "$1 failed (srun: $2); see the logs of the nodes"

@@ -10,15 +10,16 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 
-# Stands for the package: the check prints the run folder, --print-config a resolved run, `-` the needs of its loss.
+# Stands for the package: the check, --print-config a resolved run, `-` the needs of its loss
+# and the run folder.
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$FAKE/calls"
 case "$*" in
-    *--check) eval "$FAKE_CHECK"; echo "$FAKE/runs/mine" ;;
+    *--check) eval "$FAKE_CHECK" ;;
     *--print-config)
         printf 'run:\\n  dir: x\\n  cache: null\\ndeepspeed:\\n'
         printf '  policy: deepspeed_configs/policy_zero3.json\\n  reference: mine.json\\n# %s\\n' "$*" ;;
-    -*) cat >/dev/null; echo "$FAKE_REFERENCE" ;;
+    -*) cat >/dev/null; echo "$FAKE_REFERENCE"; echo "$FAKE/runs/mine" ;;
 esac
 """
 SBATCH = """#!/usr/bin/env bash
@@ -41,6 +42,7 @@ class Site:
             "scancel": '#!/usr/bin/env bash\necho "$*" >>"$FAKE/cancelled"\n',
             "scontrol": '#!/usr/bin/env bash\necho "$*" >>"$FAKE/scontrol"\n'
             "case $2 in hostnames) printf 'n1\\nn2\\n' ;; node) echo '   NodeAddr=10.0.0.7 NodeHostName=n1' ;; esac\n",
+            "sleep": "#!/usr/bin/env bash\n[[ $1 == 60 ]] || exec /bin/sleep 0.05\n",
             "srun": '#!/usr/bin/env bash\nprintf "%s|" "$@" >"$FAKE/srun"\neval "$FAKE_JOB"\n',
         }.items():
             (folder / "bin" / name).write_text(text)
@@ -115,11 +117,13 @@ def test_bad_sites(site: Site) -> None:
     for text, word in (
         ("PREFOPT_RUNTIME=docker", "'docker'"),
         ("PREFOPT_RUNTIME=pyxis", "wants PREFOPT_IMAGE"),
-        ("PREFOPT_PYTHON=/nowhere/python", "/nowhere/python"),
     ):
         (site.folder / "site.env").write_text(text + "\n")
         done = site.submit("r.yaml")
         assert (done.returncode, word in done.stderr) == (2, True), done.stderr
+    (site.folder / "site.env").write_text("")
+    done = site.submit("r.yaml", PREFOPT_PYTHON="/nowhere/python")
+    assert (done.returncode, "/nowhere/python" in done.stderr) == (2, True)
     assert site.lines("submitted") == []
 
 
@@ -227,8 +231,6 @@ REQUEUE = "requeue 7"
     ],
 )
 def test_the_end_of_a_job(site: Site, work: str, status: int, requeued: bool) -> None:
-    (site.folder / "bin" / "sleep").write_text('#!/bin/bash\n[[ $1 != 60 ]] || exit 0\nexec /bin/sleep "$1"\n')
-    (site.folder / "bin" / "sleep").chmod(0o755)
     done = site.job(FAKE_JOB=work)
     assert done.returncode == status, done.stderr
     assert (REQUEUE in site.lines("scontrol")) == requeued
@@ -272,11 +274,12 @@ def test_a_job_that_cannot_start(site: Site) -> None:
 )
 def test_containers(site: Site, runtime: str, words: list[str]) -> None:
     (site.folder / "site.env").write_text(
-        f"PREFOPT_RUNTIME={runtime}\nPREFOPT_IMAGE='/my image'\n"
+        f"PREFOPT_RUNTIME={runtime}\nPREFOPT_IMAGE='/my image'\nPREFOPT_PYTHON=/image/python\n"
         "PREFOPT_MOUNTS=(/data:/data)\nPREFOPT_APPTAINER=(--nv)\n"
     )
     assert site.job().returncode == 0
     [started] = site.lines("srun")
+    assert "JOB_PYTHON=/image/python\n" in (site.base.with_name("mine.submit") / "1" / "job.env").read_text()
     for word in [*words, f"{site.folder}/runs:{site.folder}/runs", ",/data:/data"]:
         assert word.format(work=site.folder) in started
 

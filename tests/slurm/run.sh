@@ -125,6 +125,8 @@ for case in "${cases[@]}"; do
     case $case in
         through)
             submit "$home/through.yaml"
+            # The training waits for the first pass; this clone, in the working directory, has no such line.
+            sed -i '1a print("of the copy")' "$home/through.submit/1/code/prefopt_dist/tracking/console.py"
             wait_for 240 ended "$reference" "$train" "$export"
             for job in "$reference" "$train" "$export"; do
                 check "job $job is completed" is "$(state "$job")" COMPLETED
@@ -132,6 +134,7 @@ for case in "${cases[@]}"; do
             check "DONE" test -e "$home/through/DONE"
             check "two ranks" grep -q '"world_size": 2' "$home/through/run.json"
             check "a log of each node" test -e "$home/through.submit/1/logs/train-$train.0-node1.txt"
+            check "the copy of the code runs" grep -q "of the copy" "$home/through.submit/1/logs/train-$train.0-node0.txt"
             check "the first pass scored once" scored "$home/cache"
             ;;
         cancelled)
@@ -151,7 +154,8 @@ for case in "${cases[@]}"; do
         limited)
             submit "$home/limited.yaml" --time 2 --grace 60
             wait_for 300 test -e "$home/limited/STOPPED"
-            cat "$home/limited/STOPPED"
+            echo "$case: $(<"$home/limited/STOPPED")"
+            wandb=$(grep '"wandb_id"' "$home/limited/run.json")
             wait_for 60 is_field "$train" Restarts 1
             scontrol update "JobId=$train" TimeLimit=UNLIMITED # one interruption is enough
             # Slurm waits two minutes before it starts a requeued job again.
@@ -159,7 +163,8 @@ for case in "${cases[@]}"; do
             check "started again under the same id" test "$(field "$train" Restarts)" -ge 1
             check "the training is completed" is "$(state "$train")" COMPLETED
             check "the export is completed" is "$(state "$export")" COMPLETED
-            check "one W&B run" grep -q '"wandb_id"' "$home/limited/run.json"
+            check "a first pass and two starts" is "$(grep -c '"world_size": 2' "$home/limited/run.json")" 3
+            check "one W&B run" is "$(grep '"wandb_id"' "$home/limited/run.json")" "$wandb"
             launch/run.sh -n 2 train "$home/whole.yaml" >"$home/whole.log" 2>&1
             check "same bits and rows as without an interruption" same_end "$home/limited" "$home/whole"
             ;;
