@@ -86,10 +86,11 @@ def available_bytes(lm: PreTrainedModel, zero: Mapping[str, Any]) -> int:
     buckets = int(zero.get("reduce_bucket_size", 5e8)) + int(zero.get("stage3_prefetch_bucket_size", 5e7))
     coming = size * (gathered + min(2 * sum(parameters), buckets))
     coming += 4 * max(parameters)  # the head's gradient, float32 until it is rounded once
-    return int(max(0.0, (1 - KEPT_FREE) * _free_bytes() - coming))
+    return int(max(0.0, (1 - KEPT_FREE) * free_bytes() - coming))
 
 
-def _free_bytes() -> int:
+def free_bytes() -> int:
+    """What this rank may still take: of its GPU, or its share of the machine's free memory."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what the allocator holds without need would look taken
         return int(torch.cuda.mem_get_info()[0])
