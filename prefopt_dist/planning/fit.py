@@ -9,7 +9,7 @@ from typing import Literal
 from prefopt_dist.errors import UserError
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.machine import Machine
-from prefopt_dist.planning.memory import Phase, Place, ZeroSettings
+from prefopt_dist.planning.memory import LOADING, Phase, Place, ZeroSettings
 from prefopt_dist.planning.sizes import ModelSizes
 from prefopt_dist.tracking.console import in_units
 from prefopt_dist.training.room import KEPT_FREE
@@ -49,10 +49,9 @@ class Fit:
         """Bytes at the worst moment."""
         return max(p.device for p in self.phases)
 
-    @property
-    def host(self) -> int:
-        """Bytes of the host's memory that the rank takes at the worst moment."""
-        return max(p.host for p in self.phases)
+    def host(self, ranks: int) -> int:
+        """Bytes of the memory of a node with so many ranks at the worst moment; rank 0 alone maps the checkpoint."""
+        return max(p.host * (1 if p.name == LOADING else ranks) for p in self.phases)
 
 
 def fit(needs: Needs, machine: Machine, ranks: int | None = None, name: str = "as configured") -> Fit:
@@ -60,12 +59,13 @@ def fit(needs: Needs, machine: Machine, ranks: int | None = None, name: str = "a
     place = Place(ranks or machine.ranks, machine.is_gpu)
     available = int((1 - KEPT_FREE) * machine.memory)
     sizes, layers = needs.sizes, needs.sizes.activations.layers
-    fixed = [memory.update(sizes, needs.policy, place), memory.load(sizes, place)]
+    fixed = [memory.load(sizes, place)]
     if needs.reference_tokens is not None:
         fixed.append(memory.first_pass(sizes, needs.reference, place, needs.reference_tokens))
 
     def phases(checkpointed: int) -> tuple[Phase, ...]:
-        return (memory.backward(sizes, needs.policy, place, needs.tokens, checkpointed), *fixed)
+        asked = (sizes, needs.policy, place, needs.tokens, checkpointed)
+        return (memory.backward(*asked), memory.update(*asked), *fixed)
 
     tried = {"none": [0], "all": [layers], "auto": list(range(layers + 1))}[needs.wish]
     for checkpointed in tried:
@@ -80,7 +80,9 @@ def offloadings(needs: Needs, machine: Machine) -> list[Fit]:
     found = [fit(needs, machine)]
     if machine.is_gpu:
         optimizer = replace(needs, policy=needs.policy.offloading(True, needs.policy.offload_param))
-        both = replace(needs, policy=needs.policy.offloading(True, True), reference=needs.reference.offloading(False, True))
+        both = replace(
+            needs, policy=needs.policy.offloading(True, True), reference=needs.reference.offloading(False, True)
+        )
         found += [
             fit(changed, machine, name=name)
             for name, changed in (("offload_optimizer", optimizer), ("and offload_param", both))
@@ -114,7 +116,7 @@ def _remedies(needs: Needs, machine: Machine, found: list[Fit]) -> str:
         if way.checkpointed is not None:
             ways.append(
                 f"set {way.name.replace('and ', 'offload_optimizer and ')} (device cpu) in deepspeed.policy, which "
-                f"takes {in_units(way.host * machine.ranks_a_node)} of each node's memory"
+                f"takes {in_units(way.host(machine.ranks_a_node))} of each node's memory"
             )
             break
     if machine.is_gpu and (nodes := _enough_nodes(needs, machine)) is not None:

@@ -14,12 +14,21 @@ from typing import Any
 
 from prefopt_dist.planning.sizes import ModelSizes
 
+LOADING = "loading, rank 0"
+"""The phase that is rank 0's alone."""
 MASTER = 4
 """Bytes of a float32 master weight"""
 MOMENTS = 8
 """Bytes of AdamW's two float32 moments"""
-HEAP_PARTS = 2
-"""Temporaries of AdamW on the CPU, of the size of a float32 sub-group: the denominator and what it is made of."""
+ADAM_TEMPORARIES = 2
+"""Of AdamW on the CPU, of the size of a float32 sub-group: the denominator and what it is made of."""
+
+# glibc gives pieces below 32 MiB back to the system only from the heap's end, so what was freed stays resident on the
+# CPU, and pieces between pieces are lost. Measured (tests/plan_cases.py), not derived:
+HEAP = 1.25
+"""Resident bytes of the heap over those of the activations in it."""
+LOAD_LEFT = 0.8
+"""Of the model's bytes that stay in the heap of a rank after loading."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class ZeroSettings:
     """What of a DeepSpeed JSON decides memory; numbers of elements."""
 
     max_live: int
+    prefetch: int
     reduce_bucket: int
     sub_group: int
     persistence: int
@@ -46,6 +56,7 @@ class ZeroSettings:
 
         return cls(
             max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
+            prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
             reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
             sub_group=int(zero.get("sub_group_size", 1e9)),
             persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)),
@@ -104,11 +115,12 @@ def shard(sizes: ModelSizes, place: Place) -> int:
 def load(sizes: ModelSizes, place: Place) -> Phase:
     """Rank 0, which reads the checkpoint for all; the mapped files are the host's memory."""
     return Phase(
-        "loading, rank 0",
+        LOADING,
         (
             Part("parameters", sizes.item * shard(sizes, place), "s·N/W"),
             Part("the checkpoint, mapped", sizes.file_item * sizes.parameters, "bytes of the files", place.is_gpu),
             Part("the largest parameter, whole", sizes.item * sizes.head, "s·V·d"),
+            *_left(sizes, place, flat=False),
         ),
     )
 
@@ -121,9 +133,10 @@ def first_pass(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int)
         "first pass",
         (
             Part("parameters", sizes.item * shard(sizes, place), "s·N/W", zero.offload_param and place.is_gpu),
-            _gathered(sizes, zero, place),
-            Part("one layer", int(layer + tokens * memory.per_token_ends), "tokens × bytes a layer"),
-            Part("head block", memory.block(tokens), "bounded, model/head.py"),
+            *_gathered(sizes, zero, place),
+            *_left(sizes, place, flat=False),
+            Part("one layer", _resident(layer + tokens * memory.per_token_ends, place), "tokens × bytes a layer"),
+            Part("head block", _resident(memory.block(tokens), place), "bounded, model/head.py"),
         ),
     )
 
@@ -153,15 +166,15 @@ def backward(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int, c
 
 def around(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[Part, ...]:
     """A backward pass without its activations."""
-    # On the CPU a bucket's pages are taken when they are written: never more than there are gradients.
-    bucket = min(zero.reduce_bucket, sizes.parameters)
+    copies = 1 if place.is_gpu or place.ranks == 1 else 2  # gloo reduces a copy of its own
     return (
         *states(sizes, zero, place),
-        _gathered(sizes, zero, place),
+        *_gathered(sizes, zero, place),
+        *_left(sizes, place, flat=True),
         Part(
             "reduce buffers",
-            sizes.item * ((zero.reduce_bucket if place.is_gpu else bucket) + bucket),
-            "s·(reduce_bucket_size + its copy)",
+            sizes.item * (_bucket(sizes, zero, place) + copies * min(zero.reduce_bucket, sizes.parameters)),
+            "s·(reduce_bucket_size + its copy" + (")" if copies == 1 else ", and gloo's)"),
         ),
         Part("head gradient", (4 + (sizes.item if sizes.item != 4 else 0)) * sizes.head, "4·V·d, and s·V·d rounded"),
     )
@@ -171,25 +184,51 @@ def activations(sizes: ModelSizes, place: Place, tokens: int, checkpointed: int)
     """Bytes of a micro-batch, the head's block included."""
     memory = sizes.activations
     kept = memory.layers - checkpointed + (1 if checkpointed else 0)
-    return memory.bytes(tokens, checkpointed) + tokens * kept * _repeated(sizes, place)
+    return _resident(memory.bytes(tokens, checkpointed) + tokens * kept * _repeated(sizes, place), place)
 
 
-def update(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> Phase:
-    """AdamW on the rank's share, a sub-group at a time."""
+def update(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int, checkpointed: int) -> Phase:
+    """AdamW on the rank's share, a sub-group at a time; on the CPU beside what the heap keeps of the backward pass."""
     group = 4 * min(zero.sub_group, shard(sizes, place))
     away = zero.offload_optimizer and place.is_gpu
     parts = [Part("flat gradient", group, "4·min(N/W, sub_group_size)", away)]
     if away or not place.is_gpu:  # on the GPU the fused AdamW has none
-        parts.append(Part("AdamW's temporaries", HEAP_PARTS * group, "8·min(N/W, sub_group_size), CPU", away))
-    bucket = sizes.item * zero.reduce_bucket
-    buffers = [Part("reduce buffer", bucket, "s·reduce_bucket_size")] if place.is_gpu else []
-    return Phase("training: update", (*states(sizes, zero, place), *buffers, *parts))
+        name, how = "AdamW's temporaries", "8·min(N/W, sub_group_size), CPU"
+        parts.append(Part(name, ADAM_TEMPORARIES * group, how, away))
+    if not place.is_gpu:
+        kept = activations(sizes, place, tokens, checkpointed)
+        parts += [*_gathered(sizes, zero, place), *_left(sizes, place, flat=True)]
+        parts.append(Part("activations' heap", kept, "freed, and kept by glibc"))
+    bucket = Part("reduce buffer", sizes.item * _bucket(sizes, zero, place), "s·reduce_bucket_size")
+    return Phase("training: update", (*states(sizes, zero, place), bucket, *parts))
 
 
-def _gathered(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> Part:
-    """Whole parameters; a single rank has no need of any."""
-    live = 0 if place.ranks == 1 and not zero.offload_param else min(sizes.parameters - sizes.persistent, zero.max_live)
-    return Part("gathered parameters", sizes.item * live, "s·min(N, stage3_max_live_parameters)")
+def _bucket(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> int:
+    """Elements of the reduce bucket; on the CPU its pages are taken when they are written: as many as gradients."""
+    return zero.reduce_bucket if place.is_gpu else min(zero.reduce_bucket, sizes.parameters)
+
+
+def _gathered(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[Part, ...]:
+    """Whole parameters and the flat buffer that a gather fills; a single rank has no need of any."""
+    if place.ranks == 1 and not zero.offload_param:
+        return ()
+    whole = sizes.parameters - sizes.persistent
+    return (
+        Part("gathered parameters", sizes.item * min(whole, zero.max_live), "s·min(N, stage3_max_live_parameters)"),
+        Part("prefetch buffer", sizes.item * min(whole, zero.prefetch), "s·min(N, stage3_prefetch_bucket_size)"),
+    )
+
+
+def _left(sizes: ModelSizes, place: Place, *, flat: bool) -> tuple[Part, ...]:
+    """What loading leaves in the heap of a CPU rank; flat: also the shards that were copied into flat tensors."""
+    if place.is_gpu:
+        return ()
+    left = LOAD_LEFT * sizes.item * sizes.parameters + (sizes.item * shard(sizes, place) if flat else 0)
+    return (Part("loading's heap", int(left), f"{LOAD_LEFT}·s·N{' + s·N/W' * flat}, freed, kept by glibc"),)
+
+
+def _resident(size: float, place: Place) -> int:
+    return int(size * (1.0 if place.is_gpu else HEAP))
 
 
 def _repeated(sizes: ModelSizes, place: Place) -> int:

@@ -65,9 +65,9 @@ def from_rows(config: Config, train: TokenisedRows, evals: Mapping[str, Tokenise
     sets = [train, *evals.values()]
     scored_tokens, scored_flop, sequences = _scored(config, sets, responses, cost) if scored else (0, 0.0, 0)
     evaluated = sum(
-        _total(groups_within([_unit(rows, i, responses) for i in range(rows.n)], config.train.micro_batch_tokens), cost)[
-            1
-        ]
+        _total(
+            groups_within([_unit(rows, i, responses) for i in range(rows.n)], config.train.micro_batch_tokens), cost
+        )[1]
         for rows in evals.values()
     )
     return Work(
@@ -122,9 +122,7 @@ def _total(groups: Sequence[Sequence[Unit]], cost: Cost) -> tuple[int, float]:
     return sum(tokens), sum(cost.of(g, t) for g, t in zip(groups, tokens, strict=True))
 
 
-def _scored(
-    config: Config, sets: Sequence[TokenisedRows], responses: int, cost: Cost
-) -> tuple[int, float, int]:
+def _scored(config: Config, sets: Sequence[TokenisedRows], responses: int, cost: Cost) -> tuple[int, float, int]:
     places = list(needed(sets, responses).values())
     units = [place.unit(sets, i) for i, place in enumerate(places)]
     tokens, flop = _total(groups_within(units, config.reference_micro_batch_tokens), cost)
