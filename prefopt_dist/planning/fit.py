@@ -31,6 +31,13 @@ class Needs:
     """Of one of the first pass; None for a loss without reference"""
     wish: Literal["auto", "none", "all"]
     """model.checkpointing"""
+    follows: bool = True
+    """The first pass's micro-batch is twice training's, as nothing else is said of it"""
+
+    def with_tokens(self, tokens: int) -> Needs:
+        """With other micro-batches of training, and of the first pass where they follow."""
+        followed = 2 * tokens if self.follows and self.reference_tokens is not None else self.reference_tokens
+        return replace(self, tokens=tokens, reference_tokens=followed)
 
 
 @dataclass(frozen=True)
@@ -130,13 +137,13 @@ def _largest(needs: Needs, machine: Machine) -> int | None:
     """Tokens of a micro-batch of training that would fit; None where the number is not what is wrong."""
 
     def fits(tokens: int) -> bool:
-        return fit(replace(needs, tokens=tokens), machine).checkpointed is not None
+        return fit(needs.with_tokens(tokens), machine).checkpointed is not None
 
     return _most(fits, needs.tokens)
 
 
 def _largest_of_first_pass(needs: Needs, machine: Machine) -> int | None:
-    if needs.reference_tokens is None:
+    if needs.reference_tokens is None or needs.follows:
         return None
     return _most(
         lambda tokens: fit(replace(needs, reference_tokens=tokens), machine).checkpointed is not None,

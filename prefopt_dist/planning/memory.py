@@ -52,7 +52,7 @@ class ZeroSettings:
         wanted = settings.get("data_types", {}).get("grad_accum_dtype")
 
         def offloaded(name: str) -> bool:
-            return (zero.get(name) or {}).get("device", "none") == "cpu"
+            return bool((zero.get(name) or {}).get("device") == "cpu")
 
         return cls(
             max_live=int(zero.get("stage3_max_live_parameters", 1e9)),

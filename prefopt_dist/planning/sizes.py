@@ -38,8 +38,9 @@ def model_sizes(config: PreTrainedConfig, dtype: torch.dtype, persistence_thresh
     layers = config.num_hidden_layers
 
     def whole(of: Callable[[torch.Tensor], int]) -> int:
-        first = sum(map(of, one))
-        return first + (layers - 1) * (sum(map(of, two)) - first)
+        first, both = sum(map(of, one)), sum(map(of, two))
+        total: int = first + (layers - 1) * (both - first)
+        return total
 
     item = torch.empty((), dtype=dtype).element_size()
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else dtype

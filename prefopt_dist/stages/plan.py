@@ -59,6 +59,7 @@ def _needs(config: Config, model: PreTrainedConfig) -> Needs:
         tokens=config.train.micro_batch_tokens,
         reference_tokens=None if config.loss.name == "sft" else config.reference_micro_batch_tokens,
         wish=config.model.checkpointing,
+        follows=config.reference.micro_batch_tokens is None,
     )
 
 
