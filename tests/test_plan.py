@@ -101,7 +101,7 @@ def test_disk_by_hand() -> None:
     sizes = needs_of("8B").sizes
     found = disk(sizes, 2, 2, 1000)
     n = sizes.parameters
-    assert (found.checkpoint, found.checkpoints, found.conversion) == (14 * n, 42 * n, 12 * n)
+    assert (found.checkpoint, found.checkpoints, found.conversion) == (12 * n, 36 * n, 12 * n)
     assert (found.export, found.store) == (2 * n, 40_000)
 
 

@@ -17,7 +17,7 @@ class Disk:
     """What stands on disk at most, in bytes."""
 
     checkpoint: int
-    """One: the model's shards (s·N), master weights and moments (12·N)"""
+    """One: master weights and moments (12·N); the model's own dtype is made of them again"""
     checkpoints: int
     """At a save: those that stay, and the new one before the oldest goes"""
     conversion: int
@@ -31,10 +31,9 @@ class Disk:
 def disk(sizes: ModelSizes, keep: int, export_item: int, sequences: int | None) -> Disk:
     """keep: checkpoints that stay."""
     states = (MASTER + MOMENTS) * sizes.parameters
-    one = sizes.item * sizes.parameters + states
     return Disk(
-        checkpoint=one,
-        checkpoints=(keep + 1) * one,
+        checkpoint=states,
+        checkpoints=(keep + 1) * states,
         conversion=states,
         export=export_item * sizes.parameters,
         store=None if sequences is None else ROW.itemsize * sequences,

@@ -189,9 +189,15 @@ def activations(sizes: ModelSizes, place: Place, tokens: int, checkpointed: int)
 
 def update(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int, checkpointed: int) -> Phase:
     """AdamW on the rank's share, a sub-group at a time; on the CPU beside what the heap keeps of the backward pass."""
-    group = 4 * min(zero.sub_group, shard(sizes, place))
+    mine = shard(sizes, place)
+    group = 4 * min(zero.sub_group, mine)
     away = zero.offload_optimizer and place.is_gpu
-    parts = [Part("flat gradient", group, "4·min(N/W, sub_group_size)", away)]
+    # Offloaded, every sub-group has one that stays.
+    parts = [
+        Part("flat gradient", 4 * mine, "4·N/W", away)
+        if away
+        else Part("flat gradient", group, "4·min(N/W, sub_group_size)")
+    ]
     if away or not place.is_gpu:  # on the GPU the fused AdamW has none
         name, how = "AdamW's temporaries", "8·min(N/W, sub_group_size), CPU"
         parts.append(Part(name, ADAM_TEMPORARIES * group, how, away))
