@@ -97,6 +97,13 @@ def test_one_rank_gathers_nothing() -> None:
         assert ("gathered parameters" in names) == gathers
 
 
+def test_the_second_shard_of_hpz() -> None:
+    sizes = needs_of("8B").sizes
+    zero = replace(ZeroSettings.of(POLICY, 2), secondary=8)
+    names = by_name(memory.backward(sizes, zero, Place(64, True), 10, 0))
+    assert names["second shard (hpZ)"] == pytest.approx(2 * sizes.parameters / 8, rel=1e-3)
+
+
 def test_disk_by_hand() -> None:
     sizes = needs_of("8B").sizes
     found = disk(sizes, 2, 2, 1000)

@@ -40,6 +40,8 @@ class ZeroSettings:
     reduce_bucket: int
     sub_group: int
     persistence: int
+    secondary: int
+    """hpZ: ranks that share a second copy of the parameters among them; 1 is off"""
     gradient_item: int
     """Bytes of an accumulated gradient"""
     offload_optimizer: bool
@@ -60,6 +62,7 @@ class ZeroSettings:
             reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
             sub_group=int(zero.get("sub_group_size", 1e9)),
             persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)),
+            secondary=int(zero.get("zero_hpz_partition_size", 1)),
             gradient_item={None: item, "fp32": 4, "bf16": 2}[wanted],
             offload_optimizer=offloaded("offload_optimizer"),
             offload_param=offloaded("offload_param"),
@@ -219,7 +222,9 @@ def _gathered(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[Part
     if place.ranks == 1 and not zero.offload_param:
         return ()
     whole = sizes.parameters - sizes.persistent
+    second = sizes.item * -(-whole // zero.secondary)
     return (
+        *([Part("second shard (hpZ)", second, "s·N/zero_hpz_partition_size")] if zero.secondary > 1 else []),
         Part("gathered parameters", sizes.item * min(whole, zero.max_live), "s·min(N, stage3_max_live_parameters)"),
         Part("prefetch buffer", sizes.item * min(whole, zero.prefetch), "s·min(N, stage3_prefetch_bucket_size)"),
     )
