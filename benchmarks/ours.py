@@ -95,7 +95,7 @@ def score(
     As `run_first_pass`, less loading and the spot checks, which do not grow with the data.
     """
     settings = zero3.reference_settings(
-        sized(zero_settings(str(CONFIGS / "reference_zero3.json"), "deepspeed.reference"), model),
+        sized(zero_settings(str(CONFIGS / "reference_zero3.json"), "deepspeed.reference"), model.config),
         dtype=dtype,
         offload="none",
     )
@@ -112,7 +112,7 @@ def score(
 def policy(task: Task, model: Any, dtype: torch.dtype) -> Any:
     """The engine as the training stage makes it."""
     settings = zero3.policy_settings(
-        sized(zero_settings(str(CONFIGS / "policy_zero3.json"), "deepspeed.policy"), model),
+        sized(zero_settings(str(CONFIGS / "policy_zero3.json"), "deepspeed.policy"), model.config),
         dtype=dtype,
         max_grad_norm=task.max_grad_norm,
     )

@@ -16,11 +16,14 @@ from prefopt_dist.tracking.console import rank_fault
 
 STAGES = {
     "inspect": "read and tokenise the data, report what is wrong with it and how long it is",
+    "plan": "what the job needs on a machine: memory, steps, time, disk; refuse what cannot fit",
     "reference": "the first pass alone: score the data with the reference into the store",
     "train": "the whole job: first pass where rows are missing, training, export; resumes by itself",
     "evaluate": "a model or checkpoint against the reference on data.eval",
     "export": "a checkpoint to a Hugging Face folder, verified by loading it back",
 }
+ALONE = ("inspect", "plan")
+"""Stages of one process without a process group, which need neither weights nor a run folder."""
 USER_MISTAKE = 2
 
 
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check(config: Config, stage: str) -> None:
-    if stage != "inspect":
+    if stage not in ALONE:
         from prefopt_dist.stages import ingredients
 
         ingredients.check(config)
@@ -68,7 +71,7 @@ def _check(config: Config, stage: str) -> None:
 
 def _run(config: Config, stage: str) -> None:
     module = importlib.import_module(f"prefopt_dist.stages.{stage}")
-    if stage == "inspect":
+    if stage in ALONE:
         module.run(config)
         return
     from prefopt_dist.distributed import ranks

@@ -99,6 +99,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         },
         "export": {"dir": None, "checkpoint": None, "dtype": None},
         "evaluate": {"model": None},
+        "plan": {"gpu": None, "nodes": 1, "gpus_per_node": None, "file": None},
     }
 
 

@@ -286,7 +286,15 @@ def test_a_first_pass_budget_below_the_longest_sequence(door: Door) -> None:
 def test_a_million_lengths_take_no_time(door: Door) -> None:
     n = 1_000_000
     lengths = np.random.default_rng(0).integers(1, 200, size=3 * n)
-    rows: Any = SimpleNamespace(n=n, responses=2, lengths=lambda: lengths.reshape(n, 3), origin=str)
+    of_row = lengths.reshape(n, 3)
+    rows: Any = SimpleNamespace(
+        n=n,
+        responses=2,
+        lengths=lambda: of_row,
+        origin=str,
+        prompt=lambda i: np.zeros(of_row[i, 0], dtype=np.int32),
+        response=lambda i, k: np.full(of_row[i, 1 + k], k, dtype=np.int32),
+    )
     config = load_config(door.run(), ["train.micro_batch_tokens=600"])
     before = time.perf_counter()
     checks.check_lengths(config, rows, DPO(0.1, 0.0, 1e-6), "data.train", trained=True)

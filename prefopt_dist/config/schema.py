@@ -214,6 +214,20 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """The stage that says what a job needs: the machine it is planned for."""
+
+    gpu: Literal["h200", "h100", "a100-80", "a100-40", "l40s", "cpu"] | None = None
+    """The kind of GPU, or this machine's CPU; null: what this machine has."""
+    nodes: Count = 1
+    """Machines."""
+    gpus_per_node: Count | None = None
+    """GPUs (or CPU ranks) of each; null: what is here, 8 of a kind that is named, or 2 CPU ranks."""
+    file: Text | None = None
+    """Where the plan is written as JSON; null: nowhere."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One run's whole configuration, and what its nulls stand for."""
 
@@ -243,6 +257,8 @@ class Config:
     """The export stage."""
     evaluate: Evaluate = field(default_factory=Evaluate)
     """The evaluate stage."""
+    plan: Plan = field(default_factory=Plan)
+    """The plan stage."""
 
     @property
     def run_dir(self) -> Path:

@@ -77,12 +77,17 @@ def inspect_folder(path: Path, key: str, max_length: int | None = None) -> Model
     max_length: tokens of the run's longest sequence, where it is known; a longrope model is taken only then.
     """
     config = read_config(path, key)
-    _check_family(config, path, key)
+    check_config(config, path, key, max_length)
     config.return_dict = True  # the scoring module reads results by name
-    _check_rope(config, path, key, max_length)
     folder = ModelFolder(path=path, config=config, weight_files=_weight_files(path, key))
     _check_names(folder, key)
     return folder
+
+
+def check_config(config: PreTrainedConfig, path: Path, key: str, max_length: int | None) -> None:
+    """What can be said of a model by its configuration alone; max_length as in `inspect_folder`."""
+    _check_family(config, path, key)
+    _check_rope(config, path, key, max_length)
 
 
 def _check_family(config: PreTrainedConfig, path: Path, key: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.config.losses import KTOLoss
@@ -260,12 +261,14 @@ def score_reference(
 def reference_settings(config: Config, models: Models) -> dict[str, Any]:
     """All ranks: the DeepSpeed configuration of an engine that only scores."""
     zero = ranks.together(lambda: zero_settings(config.deepspeed.reference, "deepspeed.reference"))
-    return zero3.reference_settings(sized(zero, models.reference), dtype=models.dtype, offload=config.reference.offload)
+    return zero3.reference_settings(
+        sized(zero, models.reference.config), dtype=models.dtype, offload=config.reference.offload
+    )
 
 
-def sized(settings: dict[str, Any], model: ModelFolder) -> dict[str, Any]:
+def sized(settings: dict[str, Any], model: PreTrainedConfig) -> dict[str, Any]:
     """DeepSpeed's settings with buckets that suit the model."""
-    return zero3.with_buckets(settings, layer=layer_parameters(model.config), hidden=model.config.hidden_size)
+    return zero3.with_buckets(settings, layer=layer_parameters(model), hidden=model.hidden_size)
 
 
 def reference_weights(config: Config, models: Models, objective: Objective) -> Weights | None:

@@ -94,10 +94,11 @@ def available_bytes(lm: PreTrainedModel, zero: Mapping[str, Any]) -> int:
     if not (offloaded and torch.cuda.is_available()):
         held = (p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in lm.parameters())
         coming += 8 * sum(held)
-    return int(max(0.0, (1 - KEPT_FREE) * _free_bytes() - coming))
+    return int(max(0.0, (1 - KEPT_FREE) * free_bytes() - coming))
 
 
-def _free_bytes() -> int:
+def free_bytes() -> int:
+    """What this rank may still take: of its GPU, or its share of the machine's free memory."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what the allocator holds without need would look taken
         return int(torch.cuda.mem_get_info()[0])

@@ -1,0 +1,99 @@
+"""The machine that a job is planned for: memory and speed of a GPU, or of this machine's CPU.
+
+The table has the makers' data sheets: NVIDIA H200, H100 (SXM), A100 (SXM 80 GB, PCIe 40 GB) and L40S. A sheet's
+"GB" is read as 10⁹ bytes, which is a little less than the driver reports; the peak is that of dense bfloat16
+products with float32 sums, the sheets' figures "with sparsity" halved.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from prefopt_dist.config import Plan
+from prefopt_dist.training.room import free_bytes
+
+GPUS = {
+    "h200": (141e9, 989e12),
+    "h100": (80e9, 989e12),
+    "a100-80": (80e9, 312e12),
+    "a100-40": (40e9, 312e12),
+    "l40s": (48e9, 362e12),
+}
+"""(bytes of memory, peak in FLOP a second) by the name that `plan.gpu` takes."""
+
+GPU_EFFICIENCY = 0.4
+"""Of the peak that a training step reaches: what well-built jobs on A100 and H100 report as model FLOP utilisation
+(0.35 to 0.5; PaLM's 0.46, Chowdhery et al. 2022, MegatronLM's 0.4 to 0.5). Not measured here."""
+CPU_EFFICIENCY = 0.6
+"""Of the speed of a large matrix product on the same cores, which is what a CPU's peak is here."""
+
+GPUS_A_NODE = 8
+"""Of a named GPU, where nothing else is said."""
+CPU_RANKS = 2
+"""What launch/run.sh starts where there is no GPU."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Equal ranks on equal nodes."""
+
+    name: str
+    nodes: int
+    ranks_a_node: int
+    memory: int
+    """Bytes that one rank may use"""
+    peak: float | None
+    """FLOP a second of one rank at its best; None where it is not known"""
+    efficiency: float
+    """The share of the peak that is reckoned with"""
+    is_gpu: bool
+
+    @property
+    def ranks(self) -> int:
+        """Of all nodes."""
+        return self.nodes * self.ranks_a_node
+
+    def text(self) -> str:
+        """A line for people."""
+        unit = "GPU" if self.is_gpu else "CPU rank"
+        nodes = "node" if self.nodes == 1 else "nodes"
+        return f"{self.nodes} {nodes} of {self.ranks_a_node} {unit}{'s' * (self.ranks_a_node > 1)} ({self.name})"
+
+
+def planned(plan: Plan) -> Machine:
+    """The machine that the section names; null is the one at hand."""
+    name = plan.gpu or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        ranks = plan.gpus_per_node or CPU_RANKS
+        return Machine("cpu", plan.nodes, ranks, free_bytes() // ranks, _product_speed() / ranks, CPU_EFFICIENCY, False)
+    if name == "cuda":
+        found = torch.cuda.get_device_properties(0)
+        ranks = plan.gpus_per_node or torch.cuda.device_count()
+        known = known_gpu(found.name, found.total_memory)
+        peak = GPUS[known][1] if known else None
+        return Machine(found.name, plan.nodes, ranks, found.total_memory, peak, GPU_EFFICIENCY, True)
+    memory, peak = GPUS[name]
+    return Machine(name, plan.nodes, plan.gpus_per_node or GPUS_A_NODE, int(memory), peak, GPU_EFFICIENCY, True)
+
+
+def known_gpu(device: str, memory: int) -> str | None:
+    """The table's name for a device, by what the driver calls it; None for one that is not in the table."""
+    for name, (size, _) in GPUS.items():
+        if name.partition("-")[0].upper() in device.upper() and memory < 1.3 * size:
+            return name
+    return None
+
+
+def _product_speed() -> float:
+    """FLOP a second of a float32 product on all threads of this process; a fifth of a second."""
+    n = 1024
+    a = torch.ones(n, n)
+    a @ a
+    start, products = time.perf_counter(), 0
+    while (passed := time.perf_counter() - start) < 0.2:
+        a @ a
+        products += 1
+    return 2 * n**3 * products / passed

@@ -1,0 +1,246 @@
+"""Memory of one rank in both passes, part by part.
+
+Legend: N parameters, W ranks, s bytes of a number in the model's dtype, V vocabulary, d hidden size.
+ZeRO-3 (Rajbhandari et al. 2020, section 5) divides parameters, gradients and optimizer by W; what it gathers, and
+its buffers, are read off DeepSpeed 0.19.8: `runtime/zero/stage3.py` (bucket, flat gradient, sub-groups),
+`partition_parameters.py` (a single rank gathers nothing), `comm/coalesced_collectives.py` (the bucket's copy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prefopt_dist.planning.sizes import ModelSizes
+
+LOADING = "loading, rank 0"
+"""The phase that is rank 0's alone."""
+MASTER = 4
+"""Bytes of a float32 master weight"""
+MOMENTS = 8
+"""Bytes of AdamW's two float32 moments"""
+ADAM_TEMPORARIES = 2
+"""Of AdamW on the CPU, of the size of a float32 sub-group: the denominator and what it is made of."""
+
+# glibc gives pieces below 32 MiB back to the system only from the heap's end, so what was freed stays resident on the
+# CPU, and pieces between pieces are lost. Measured (tests/plan_cases.py), not derived:
+HEAP = 1.25
+"""Resident bytes of the heap over those of the activations in it."""
+LOAD_LEFT = 0.8
+"""Of the model's bytes that stay in the heap of a rank after loading."""
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """What of a DeepSpeed JSON decides memory; numbers of elements."""
+
+    max_live: int
+    prefetch: int
+    reduce_bucket: int
+    sub_group: int
+    persistence: int
+    secondary: int
+    """hpZ: ranks that share a second copy of the parameters among them; 1 is off"""
+    gradient_item: int
+    """Bytes of an accumulated gradient"""
+    offload_optimizer: bool
+    offload_param: bool
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], item: int) -> ZeroSettings:
+        """From a whole DeepSpeed JSON, with DeepSpeed's defaults; item: bytes of a number in the model's dtype."""
+        zero = settings.get("zero_optimization", {})
+        wanted = settings.get("data_types", {}).get("grad_accum_dtype")
+
+        def offloaded(name: str) -> bool:
+            return bool((zero.get(name) or {}).get("device") == "cpu")
+
+        return cls(
+            max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
+            prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+            reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
+            sub_group=int(zero.get("sub_group_size", 1e9)),
+            persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)),
+            secondary=int(zero.get("zero_hpz_partition_size", 1)),
+            gradient_item={None: item, "fp32": 4, "bf16": 2}[wanted],
+            offload_optimizer=offloaded("offload_optimizer"),
+            offload_param=offloaded("offload_param"),
+        )
+
+    def offloading(self, optimizer: bool, param: bool) -> ZeroSettings:
+        """The same with other offloading."""
+        return replace(self, offload_optimizer=optimizer, offload_param=param)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes on the device, and on the host where they are offloaded."""
+
+    name: str
+    bytes: int
+    how: str
+    """The formula"""
+    on_host: bool = False
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is alive at one moment, on one rank."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def device(self) -> int:
+        """Bytes of the device."""
+        return sum(p.bytes for p in self.parts if not p.on_host)
+
+    @property
+    def host(self) -> int:
+        """Bytes of the host's memory."""
+        return sum(p.bytes for p in self.parts if p.on_host)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank computes: what is divided by how many, and what the device does of its own."""
+
+    ranks: int
+    is_gpu: bool
+
+
+def shard(sizes: ModelSizes, place: Place) -> int:
+    """Parameters that a rank holds: its share, and all the small ones."""
+    return -(-(sizes.parameters - sizes.persistent) // place.ranks) + sizes.persistent
+
+
+def load(sizes: ModelSizes, place: Place) -> Phase:
+    """Rank 0, which reads the checkpoint for all; the mapped files are the host's memory."""
+    return Phase(
+        LOADING,
+        (
+            Part("parameters", sizes.item * shard(sizes, place), "s·N/W"),
+            Part("the checkpoint, mapped", sizes.file_item * sizes.parameters, "bytes of the files", place.is_gpu),
+            Part("the largest parameter, whole", sizes.item * sizes.head, "s·V·d"),
+            *_left(sizes, place, flat=False),
+        ),
+    )
+
+
+def first_pass(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int) -> Phase:
+    """The reference scores a micro-batch: one layer's tensors at a time, and the head's block."""
+    memory = sizes.activations
+    layer = tokens * (memory.per_token_layer + _repeated(sizes, place))
+    return Phase(
+        "first pass",
+        (
+            Part("parameters", sizes.item * shard(sizes, place), "s·N/W", zero.offload_param and place.is_gpu),
+            *_gathered(sizes, zero, place),
+            *_left(sizes, place, flat=False),
+            Part("one layer", _resident(layer + tokens * memory.per_token_ends, place), "tokens × bytes a layer"),
+            Part("head block", _resident(memory.block(tokens), place), "bounded, model/head.py"),
+        ),
+    )
+
+
+def states(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[Part, ...]:
+    """What training holds all the time."""
+    mine = shard(sizes, place)
+    away = zero.offload_optimizer and place.is_gpu
+    return (
+        Part("parameters", sizes.item * mine, "s·N/W", zero.offload_param and place.is_gpu),
+        Part("gradients", zero.gradient_item * mine, "grad_accum_dtype·N/W", away),
+        Part("master weights", MASTER * mine, "4·N/W", away),
+        Part("AdamW's moments", MOMENTS * mine, "8·N/W", away),
+    )
+
+
+def backward(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int, checkpointed: int) -> Phase:
+    """Forward and backward of a micro-batch, the parts' peaks taken together."""
+    return Phase(
+        "training: backward",
+        (
+            *around(sizes, zero, place),
+            Part("activations", activations(sizes, place, tokens, checkpointed), "model/activations.py"),
+        ),
+    )
+
+
+def around(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[Part, ...]:
+    """A backward pass without its activations."""
+    copies = 1 if place.is_gpu or place.ranks == 1 else 2  # gloo reduces a copy of its own
+    return (
+        *states(sizes, zero, place),
+        *_gathered(sizes, zero, place),
+        *_left(sizes, place, flat=True),
+        Part(
+            "reduce buffers",
+            sizes.item * (_bucket(sizes, zero, place) + copies * min(zero.reduce_bucket, sizes.parameters)),
+            "s·(reduce_bucket_size + its copy" + (")" if copies == 1 else ", and gloo's)"),
+        ),
+        Part("head gradient", (4 + (sizes.item if sizes.item != 4 else 0)) * sizes.head, "4·V·d, and s·V·d rounded"),
+    )
+
+
+def activations(sizes: ModelSizes, place: Place, tokens: int, checkpointed: int) -> int:
+    """Bytes of a micro-batch, the head's block included."""
+    memory = sizes.activations
+    kept = memory.layers - checkpointed + (1 if checkpointed else 0)
+    return _resident(memory.bytes(tokens, checkpointed) + tokens * kept * _repeated(sizes, place), place)
+
+
+def update(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int, checkpointed: int) -> Phase:
+    """AdamW on the rank's share, a sub-group at a time; on the CPU beside what the heap keeps of the backward pass."""
+    mine = shard(sizes, place)
+    group = 4 * min(zero.sub_group, mine)
+    away = zero.offload_optimizer and place.is_gpu
+    # Offloaded, every sub-group has one that stays.
+    parts = [
+        Part("flat gradient", 4 * mine, "4·N/W", away)
+        if away
+        else Part("flat gradient", group, "4·min(N/W, sub_group_size)")
+    ]
+    if away or not place.is_gpu:  # on the GPU the fused AdamW has none
+        name, how = "AdamW's temporaries", "8·min(N/W, sub_group_size), CPU"
+        parts.append(Part(name, ADAM_TEMPORARIES * group, how, away))
+    if not place.is_gpu:
+        kept = activations(sizes, place, tokens, checkpointed)
+        parts += [*_gathered(sizes, zero, place), *_left(sizes, place, flat=True)]
+        parts.append(Part("activations' heap", kept, "freed, and kept by glibc"))
+    bucket = Part("reduce buffer", sizes.item * _bucket(sizes, zero, place), "s·reduce_bucket_size")
+    return Phase("training: update", (*states(sizes, zero, place), bucket, *parts))
+
+
+def _bucket(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> int:
+    """Elements of the reduce bucket; on the CPU its pages are taken when they are written: as many as gradients."""
+    return zero.reduce_bucket if place.is_gpu else min(zero.reduce_bucket, sizes.parameters)
+
+
+def _gathered(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[Part, ...]:
+    """Whole parameters and the flat buffer that a gather fills; a single rank has no need of any."""
+    if place.ranks == 1 and not zero.offload_param:
+        return ()
+    whole = sizes.parameters - sizes.persistent
+    second = sizes.item * -(-whole // zero.secondary)
+    return (
+        *([Part("second shard (hpZ)", second, "s·N/zero_hpz_partition_size")] if zero.secondary > 1 else []),
+        Part("gathered parameters", sizes.item * min(whole, zero.max_live), "s·min(N, stage3_max_live_parameters)"),
+        Part("prefetch buffer", sizes.item * min(whole, zero.prefetch), "s·min(N, stage3_prefetch_bucket_size)"),
+    )
+
+
+def _left(sizes: ModelSizes, place: Place, *, flat: bool) -> tuple[Part, ...]:
+    """What loading leaves in the heap of a CPU rank; flat: also the shards that were copied into flat tensors."""
+    if place.is_gpu:
+        return ()
+    left = LOAD_LEFT * sizes.item * sizes.parameters + (sizes.item * shard(sizes, place) if flat else 0)
+    return (Part("loading's heap", int(left), f"{LOAD_LEFT}·s·N{' + s·N/W' * flat}, freed, kept by glibc"),)
+
+
+def _resident(size: float, place: Place) -> int:
+    return int(size * (1.0 if place.is_gpu else HEAP))
+
+
+def _repeated(sizes: ModelSizes, place: Place) -> int:
+    return 0 if place.is_gpu else sizes.repeated

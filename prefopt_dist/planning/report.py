@@ -1,0 +1,132 @@
+"""The plan as a table for people and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prefopt_dist.planning.disk import Disk
+from prefopt_dist.planning.fit import Fit
+from prefopt_dist.planning.machine import Machine
+from prefopt_dist.planning.memory import Phase
+from prefopt_dist.planning.sizes import ModelSizes
+from prefopt_dist.planning.work import Work
+from prefopt_dist.tracking.console import in_units
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a plan says."""
+
+    machine: Machine
+    sizes: ModelSizes
+    fits: Sequence[Fit]
+    """The settings as they are first, then others"""
+    micro_batch_tokens: int
+    work: Work
+    step_seconds: float | None
+    """None where the device's peak is not known"""
+    first_pass_seconds: float | None
+    evaluation_seconds: float | None
+    disk: Disk
+
+    @property
+    def total_seconds(self) -> float | None:
+        """First pass, training and evaluation, without loading, saving and waiting."""
+        if self.step_seconds is None or self.work.steps is None:
+            return None
+        return self.step_seconds * self.work.steps + (self.first_pass_seconds or 0) + (self.evaluation_seconds or 0)
+
+    def text(self) -> str:
+        """The whole table."""
+        return "\n".join([*self._head(), *_memory(self.fits[0]), *self._settings(), *self._work(), *self._disk()])
+
+    def as_json(self) -> dict[str, Any]:
+        """Bytes, seconds and counts under plain names."""
+        return {
+            "machine": asdict(self.machine) | {"ranks": self.machine.ranks},
+            "model": {"parameters": self.sizes.parameters, "layers": self.sizes.activations.layers},
+            "memory": [
+                {
+                    "settings": f.name,
+                    "fits": f.checkpointed is not None,
+                    "checkpointed_layers": f.checkpointed,
+                    "available_bytes": f.available,
+                    "device_bytes": f.device,
+                    "host_bytes_a_node": f.host(self.machine.ranks_a_node),
+                    "phases": [asdict(p) | {"device_bytes": p.device, "host_bytes": p.host} for p in f.phases],
+                }
+                for f in self.fits
+            ],
+            "work": asdict(self.work),
+            "seconds": {
+                "step": self.step_seconds,
+                "first_pass": self.first_pass_seconds,
+                "evaluation": self.evaluation_seconds,
+                "total": self.total_seconds,
+            },
+            "disk_bytes": asdict(self.disk),
+        }
+
+    def _head(self) -> list[str]:
+        m = self.machine
+        count = self.sizes.parameters
+        size = f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M"
+        return [
+            f"plan: a model of {size} parameters on {m.text()}, {in_units(m.memory)} each",
+            f"  micro-batches of {self.micro_batch_tokens} tokens",
+        ]
+
+    def _settings(self) -> list[str]:
+        lines = ["settings                  each rank    host, a node    layers computed again"]
+        for f in self.fits:
+            layers = f"{f.checkpointed} of {self.sizes.activations.layers}"
+            said = layers if f.checkpointed is not None else "does not fit"
+            host = in_units(f.host(self.machine.ranks_a_node)) if f.host(1) else "-"
+            lines.append(f"  {f.name:22} {in_units(f.device):>10} {host:>15}    {said}")
+        return [*lines, f"  a rank may use {in_units(self.fits[0].available)}: a tenth is left free"]
+
+    def _work(self) -> list[str]:
+        w = self.work
+        steps = "unknown (train.max_steps is null)" if w.steps is None else str(w.steps)
+        most = "" if w.known else " at most"
+        lines = [f"steps: {steps}, of{most} {w.step_tokens:,.0f} distinct tokens each"]
+        if w.first_pass_tokens is not None:
+            lines.append(f"first pass: {w.sequences:,} sequences, {w.first_pass_tokens:,} distinct tokens")
+        if self.step_seconds is None:
+            return [*lines, "time: the device's peak is not known"]
+        lines.append(f"time, at {self.machine.efficiency:.0%} of the peak: {self.step_seconds:.3g} s a step{most}")
+        if self.total_seconds is not None:
+            rest = [("first pass", self.first_pass_seconds), ("evaluation", self.evaluation_seconds)]
+            parts = "".join(f", {name} {_clock(s)}" for name, s in rest if s)
+            lines[-1] += f"{parts}; {_clock(self.total_seconds)} in all, without loading and saving"
+        return lines
+
+    def _disk(self) -> list[str]:
+        d = self.disk
+        store = "" if d.store is None else f"; reference store {in_units(d.store)}"
+        return [
+            f"disk: {in_units(d.checkpoints)} of checkpoints at most ({in_units(d.checkpoint)} each), "
+            f"{in_units(d.conversion)} more to go on with another number of ranks, export {in_units(d.export)}{store}"
+        ]
+
+
+def _memory(fit: Fit) -> list[str]:
+    lines = []
+    for phase in fit.phases:
+        host = f", {in_units(phase.host)} of the host" if phase.host else ""
+        lines.append(f"{phase.name}: {in_units(phase.device)}{host}")
+        lines += [_part(phase, i) for i in range(len(phase.parts))]
+    return lines
+
+
+def _part(phase: Phase, i: int) -> str:
+    part = phase.parts[i]
+    return f"  {part.name:28} {in_units(part.bytes):>10}  {part.how}{' (host)' if part.on_host else ''}"
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"

@@ -1,0 +1,60 @@
+"""What of a model decides its memory: counts of parameters and what attention repeats, from its configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from prefopt_dist.model.activations import ActivationMemory, activation_memory, meta_model
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Counts of parameters, and bytes a token."""
+
+    parameters: int
+    """N"""
+    layer: int
+    """Of one layer"""
+    head: int
+    """V·d of the output head"""
+    persistent: int
+    """In parameters so small that ZeRO-3 leaves them whole on every rank"""
+    item: int
+    """Bytes of a number in the model's dtype"""
+    file_item: int
+    """Bytes of a number in the weight files"""
+    repeated: int
+    """Bytes a token and layer of keys and values repeated for grouped queries, which attention on the CPU keeps"""
+    activations: ActivationMemory
+
+
+def model_sizes(config: PreTrainedConfig, dtype: torch.dtype, persistence_threshold: int) -> ModelSizes:
+    """Counted on models without storage of one and two layers; the layers of the supported families are alike."""
+    one, two = (list(meta_model(config, layers, dtype).parameters()) for layers in (1, 2))
+    layers = config.num_hidden_layers
+
+    def whole(of: Callable[[torch.Tensor], int]) -> int:
+        first, both = sum(map(of, one)), sum(map(of, two))
+        total: int = first + (layers - 1) * (both - first)
+        return total
+
+    item = torch.empty((), dtype=dtype).element_size()
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else dtype
+    numbers = config.to_dict()
+    heads = numbers["num_attention_heads"]
+    size = numbers.get("head_dim") or config.hidden_size // heads
+    grouped = heads - (numbers.get("num_key_value_heads") or heads)
+    return ModelSizes(
+        parameters=whole(torch.Tensor.numel),
+        layer=sum(p.numel() for p in two) - sum(p.numel() for p in one),
+        head=config.vocab_size * config.hidden_size,
+        persistent=whole(lambda p: p.numel() if p.numel() <= persistence_threshold else 0),
+        item=item,
+        file_item=torch.empty((), dtype=stored).element_size(),
+        repeated=2 * grouped * size * item,
+        activations=activation_memory(config, dtype),
+    )

@@ -1,0 +1,133 @@
+"""Steps, tokens and time of a job: from the data's lengths, or from the longest rows that the settings allow.
+
+Tokens are the distinct ones, as packing computes them; FLOP are those of model/cost.py, thrice for training
+(forward, and twice as much backward), and the layers that are computed again once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prefopt_dist.config import Config
+from prefopt_dist.data import TokenisedRows
+from prefopt_dist.data.layout import Cost, groups_within
+from prefopt_dist.data.micro_batch import Unit, packed_tokens
+from prefopt_dist.data.order import Order
+from prefopt_dist.errors import UserError
+from prefopt_dist.objectives import Objective
+from prefopt_dist.reference.plan import needed
+
+MOST_ROWS = 20_000
+"""Of an epoch that are looked at; the rest is taken to be like them."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be computed."""
+
+    known: bool
+    """From the data; else every row has the longest prompt and the longest responses that the settings allow"""
+    steps: int | None
+    """None where neither the data nor train.max_steps say it"""
+    step_tokens: float
+    """Distinct tokens of a step, on average"""
+    step_flop: float
+    """Of a forward pass over them"""
+    first_pass_tokens: int | None
+    """Of what the reference scores, evaluation included; None where the rows are not known or none are scored"""
+    first_pass_flop: float
+    sequences: int | None
+    """That the reference store will hold"""
+    evaluation_flop: float
+    """Of all evaluations"""
+
+
+def from_rows(
+    config: Config, train: TokenisedRows, evals: Mapping[str, TokenisedRows], cost: Cost, objective: Objective
+) -> Work:
+    """The job's work by its tokenised rows, with an empty reference store."""
+    responses, scored = objective.responses, objective.needs_reference
+    per_step = config.train.global_batch_pairs
+    order = Order(train.source, train.weights, config.run.seed, per_step)
+    if per_step > order.rows_per_epoch:
+        raise UserError(
+            f"train.global_batch_pairs: {per_step} is more than the {order.rows_per_epoch} rows of an epoch. "
+            "Lower it, or give more data."
+        )
+    total = config.train.epochs * order.steps_per_epoch
+    steps = min(total, config.train.max_steps or total)
+    looked = min(steps, order.steps_per_epoch, max(1, MOST_ROWS // per_step))
+    tokens = flop = 0.0
+    for index in range(looked):
+        units = [_unit(train, int(i), responses) for i in order.step(index).rows]
+        found = _total(groups_within(units, config.train.micro_batch_tokens), cost)
+        tokens, flop = tokens + found[0], flop + found[1]
+    sets = [train, *evals.values()]
+    scored_tokens, scored_flop, sequences = _scored(config, sets, responses, cost) if scored else (0, 0.0, 0)
+    evaluated = sum(
+        _total(
+            groups_within([_unit(rows, i, responses) for i in range(rows.n)], config.train.micro_batch_tokens), cost
+        )[1]
+        for rows in evals.values()
+    )
+    return Work(
+        known=True,
+        steps=steps,
+        step_tokens=tokens / looked,
+        step_flop=flop / looked,
+        first_pass_tokens=scored_tokens if scored else None,
+        first_pass_flop=scored_flop,
+        sequences=sequences if scored else None,
+        evaluation_flop=_evaluations(config, steps) * evaluated,
+    )
+
+
+def worst_case(config: Config, cost: Cost, objective: Objective) -> Work:
+    """Every row as long as data.max_length lets it be, where the data cannot be read."""
+    responses = objective.responses
+    prompt = config.data.max_prompt_length
+    response = config.data.max_length - prompt
+    tokens = prompt + responses * (response - 1)
+    draw = np.arange(response, dtype=np.int32)
+    unit = Unit(0, np.zeros(prompt, dtype=np.int32), tuple(draw + k for k in range(responses)))
+    pairs = config.train.global_batch_pairs
+    return Work(
+        known=False,
+        steps=config.train.max_steps,
+        step_tokens=float(pairs * tokens),
+        step_flop=pairs * cost.of([unit], tokens),
+        first_pass_tokens=None,
+        first_pass_flop=0.0,
+        sequences=None,
+        evaluation_flop=0.0,
+    )
+
+
+def training_flop(work: Work, cost: Cost, again: float) -> float:
+    """Of one step: forward, backward, and the share `again` of the layers' forward pass once more."""
+    return 3 * work.step_flop + again * min(work.step_flop, cost.per_token * work.step_tokens)
+
+
+def _unit(rows: TokenisedRows, i: int, responses: int) -> Unit:
+    return Unit(i, rows.prompt(i), tuple(rows.response(i, k) for k in range(responses)))
+
+
+def _total(groups: Sequence[Sequence[Unit]], cost: Cost) -> tuple[int, float]:
+    tokens = [packed_tokens(g) for g in groups]
+    return sum(tokens), sum(cost.of(g, t) for g, t in zip(groups, tokens, strict=True))
+
+
+def _scored(config: Config, sets: Sequence[TokenisedRows], responses: int, cost: Cost) -> tuple[int, float, int]:
+    places = list(needed(sets, responses).values())
+    units = [place.unit(sets, i) for i, place in enumerate(places)]
+    tokens, flop = _total(groups_within(units, config.reference_micro_batch_tokens), cost)
+    return tokens, flop, len(places)
+
+
+def _evaluations(config: Config, steps: int) -> int:
+    every = config.eval.every_steps
+    within = (steps - 1) // every if every else 0
+    return within + config.eval.at_start + config.eval.at_end

@@ -1,0 +1,113 @@
+"""`plan`: what the job needs on a machine, from the model's config.json and the data's lengths; no model weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from prefopt_dist.config import Config
+from prefopt_dist.data import TokenisedRows, open_rows
+from prefopt_dist.data.layout import Cost
+from prefopt_dist.errors import UserError
+from prefopt_dist.files import write_json
+from prefopt_dist.model.cost import forward_cost
+from prefopt_dist.model.load import check_config, load_tokenizer, read_config, resolve
+from prefopt_dist.planning import work
+from prefopt_dist.planning.disk import disk
+from prefopt_dist.planning.fit import Needs, offloadings, refuse_misfit
+from prefopt_dist.planning.machine import Machine, planned
+from prefopt_dist.planning.memory import ZeroSettings
+from prefopt_dist.planning.report import Report
+from prefopt_dist.planning.sizes import model_sizes
+from prefopt_dist.stages.ingredients import DTYPES, prepared, sized, zero_settings
+from prefopt_dist.stages.losses import make_objective
+from prefopt_dist.tracking.console import say
+
+
+def run(config: Config) -> None:
+    """One process, no process group."""
+    key = "model.name_or_path"
+    folder = resolve(config.model.name_or_path, key, weights=False)
+    model = read_config(folder, key)
+    check_config(model, folder, key, config.data.max_length)
+    machine = planned(config.plan)
+    cost = forward_cost(model)
+    work_to_do = _work(config, model, cost)
+    needs = _needs(config, model)
+    fits = offloadings(needs, machine)
+    report = _report(config, machine, needs, fits, work_to_do, cost)
+    say(report.text())
+    refuse_misfit(needs, machine, fits)
+    if config.plan.file is not None:
+        _write(Path(config.plan.file), report.as_json())
+        say(f"written: {config.plan.file}")
+
+
+def _needs(config: Config, model: PreTrainedConfig) -> Needs:
+    dtype = DTYPES[config.model.dtype]
+    objective = make_objective(config.loss, dtype)
+    policy = sized(zero_settings(config.deepspeed.policy, "deepspeed.policy"), model)
+    reference = sized(zero_settings(config.deepspeed.reference, "deepspeed.reference"), model)
+    for_policy = ZeroSettings.of(policy, dtype.itemsize)
+    for_reference = ZeroSettings.of(reference, dtype.itemsize)
+    if config.reference.offload == "cpu":
+        for_reference = for_reference.offloading(False, True)
+    return Needs(
+        sizes=model_sizes(model, dtype, for_policy.persistence),
+        policy=for_policy,
+        reference=for_reference,
+        tokens=config.train.micro_batch_tokens,
+        reference_tokens=config.reference_micro_batch_tokens if objective.needs_reference else None,
+        wish=config.model.checkpointing,
+        follows=config.reference.micro_batch_tokens is None,
+    )
+
+
+def _work(config: Config, model: PreTrainedConfig, cost: Cost) -> work.Work:
+    objective = make_objective(config.loss, DTYPES[config.model.dtype])
+    try:
+        tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
+        train = _rows(config, tokenizer, model.vocab_size, "data.train", config.data.train)
+        evals = {
+            name: _rows(config, tokenizer, model.vocab_size, f"data.eval.{name}".rstrip("."), sources)
+            for name, sources in (config.data.eval or {}).items()
+        }
+    except UserError as e:
+        say(f"the data cannot be read here, so every row is taken to be as long as data.max_length allows: {e}")
+        return work.worst_case(config, cost, objective)
+    return work.from_rows(config, train, evals, cost, objective)
+
+
+def _rows(config: Config, tokenizer: Any, vocabulary: int, key: str, sources: Any) -> TokenisedRows:
+    return open_rows(prepared(config, tokenizer, vocabulary, sources, key))
+
+
+def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], todo: work.Work, cost: Cost) -> Report:
+    layers = needs.sizes.activations.layers
+    again = (layers if fits[0].checkpointed is None else fits[0].checkpointed) / layers
+    speed = None if machine.peak is None else machine.peak * machine.efficiency * machine.ranks
+
+    def seconds(flop: float) -> float | None:
+        return None if speed is None else flop / speed
+
+    written = DTYPES[config.export.dtype or config.model.dtype].itemsize
+    return Report(
+        machine=machine,
+        sizes=needs.sizes,
+        fits=fits,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        work=todo,
+        step_seconds=seconds(work.training_flop(todo, cost, again)),
+        first_pass_seconds=seconds(todo.first_pass_flop),
+        evaluation_seconds=seconds(todo.evaluation_flop),
+        disk=disk(needs.sizes, config.checkpoint.keep, written, todo.sequences),
+    )
+
+
+def _write(path: Path, plan: dict[str, Any]) -> None:
+    try:
+        write_json(path, plan)
+    except OSError as e:
+        raise UserError(f"plan.file: {path} cannot be written ({e.strerror}). Choose a folder that exists.") from e

@@ -1,0 +1,272 @@
+"""`plan`: the bytes by hand, what is refused and with what remedy, and the estimate against measured peaks."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import case_runner
+import plan_cases
+import pytest
+import torch
+import worlds
+from transformers import LlamaConfig
+
+from prefopt_dist.__main__ import main
+from prefopt_dist.config import Plan, load_deepspeed_json
+from prefopt_dist.errors import UserError
+from prefopt_dist.planning import memory
+from prefopt_dist.planning.disk import disk
+from prefopt_dist.planning.fit import Fit, Needs, fit, offloadings, refuse_misfit
+from prefopt_dist.planning.machine import GPUS, Machine, known_gpu, planned
+from prefopt_dist.planning.memory import Phase, Place, ZeroSettings
+from prefopt_dist.planning.sizes import model_sizes
+
+GIB = 2**30
+POLICY = load_deepspeed_json("deepspeed_configs/policy_zero3.json", "deepspeed.policy")
+REFERENCE = load_deepspeed_json("deepspeed_configs/reference_zero3.json", "deepspeed.reference")
+LARGE = {"vocab_size": 128_256, "num_key_value_heads": 8, "tie_word_embeddings": False, "dtype": "bfloat16"}
+LLAMAS = {
+    "8B": LlamaConfig(
+        hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32, **LARGE
+    ),
+    "70B": LlamaConfig(
+        hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64, **LARGE
+    ),
+}
+
+
+def needs_of(name: str, **changes: Any) -> Needs:
+    zero, reference = ZeroSettings.of(POLICY, 2), ZeroSettings.of(REFERENCE, 2)
+    sizes = model_sizes(LLAMAS[name], torch.bfloat16, zero.persistence)
+    return replace(Needs(sizes, zero, reference, 8192, 16_384, "auto"), **changes)
+
+
+def h200(nodes: int) -> Machine:
+    return planned(Plan(gpu="h200", nodes=nodes))
+
+
+def by_name(phase: Phase) -> dict[str, int]:
+    return {part.name: part.bytes for part in phase.parts}
+
+
+def test_a_tiny_model_by_hand() -> None:
+    """V 100, d 8, one layer of 4 heads of 2 (2 of keys): 64+32+32+64 of attention, 3·8·16 of the MLP, 2·8 norms."""
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+    )
+    sizes = model_sizes(config, torch.bfloat16, 8)
+    layer = 64 + 32 + 32 + 64 + 3 * 8 * 16 + 2 * 8
+    n, small = 2 * 100 * 8 + 3 * layer + 8, 7 * 8
+    assert (sizes.parameters, sizes.layer, sizes.head, sizes.persistent) == (n, layer, 800, small)
+    assert sizes.repeated == 2 * (4 - 2) * 2 * 2
+    zero = replace(ZeroSettings.of(POLICY, 2), reduce_bucket=1000, max_live=500, prefetch=300)
+    mine = (n - small) // 2 + small
+    parts = by_name(memory.backward(sizes, zero, Place(2, True), 10, 0))
+    assert parts == {
+        "parameters": 2 * mine,
+        "gradients": 4 * mine,
+        "master weights": 4 * mine,
+        "AdamW's moments": 8 * mine,
+        "gathered parameters": 2 * 500,
+        "prefetch buffer": 2 * 300,
+        "reduce buffers": 2 * (1000 + 1000),
+        "head gradient": 4 * 800 + 2 * 800,
+        "activations": sizes.activations.bytes(10, 0),
+    }
+    parts = by_name(memory.update(sizes, zero, Place(2, True), 10, 0))
+    assert parts["flat gradient"] == 4 * mine
+    assert "AdamW's temporaries" not in parts, "the fused AdamW of the GPU has none"
+    first = memory.first_pass(sizes, zero, Place(2, True), 10)
+    assert first.device < memory.backward(sizes, zero, Place(2, True), 10, 0).device
+    loading = memory.load(sizes, Place(2, True))
+    assert (loading.device, loading.host) == (2 * mine + 2 * 800, 2 * n)
+
+
+def test_one_rank_gathers_nothing() -> None:
+    sizes = needs_of("8B").sizes
+    for place, gathers in ((Place(1, True), False), (Place(2, True), True)):
+        names = by_name(memory.backward(sizes, ZeroSettings.of(POLICY, 2), place, 10, 0))
+        assert ("gathered parameters" in names) == gathers
+
+
+def test_the_second_shard_of_hpz() -> None:
+    sizes = needs_of("8B").sizes
+    zero = replace(ZeroSettings.of(POLICY, 2), secondary=8)
+    names = by_name(memory.backward(sizes, zero, Place(64, True), 10, 0))
+    assert names["second shard (hpZ)"] == pytest.approx(2 * sizes.parameters / 8, rel=1e-3)
+
+
+def test_disk_by_hand() -> None:
+    sizes = needs_of("8B").sizes
+    found = disk(sizes, 2, 2, 1000)
+    n = sizes.parameters
+    assert (found.checkpoint, found.checkpoints, found.conversion) == (12 * n, 36 * n, 12 * n)
+    assert (found.export, found.store) == (2 * n, 40_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes", "parameters", "states", "worst", "checkpointed"),
+    [
+        ("8B", 1, 8_030_261_248, 16.8, 72.1, 0),
+        ("8B", 8, 8_030_261_248, 2.1, 57.4, 0),
+        ("70B", 8, 70_553_706_496, 18.5, 117.2, 54),
+    ],
+)
+def test_large_models_on_h200(
+    name: str, nodes: int, parameters: int, states: float, worst: float, checkpointed: int
+) -> None:
+    """18 bytes a parameter over the ranks: bfloat16 weights, float32 gradients, master weights and two moments."""
+    needs, machine = needs_of(name), h200(nodes)
+    assert needs.sizes.parameters == parameters
+    found = fit(needs, machine)
+    held = sum(p.bytes for p in memory.states(needs.sizes, needs.policy, Place(machine.ranks, True)))
+    assert held == pytest.approx(18 * parameters / machine.ranks, rel=0.01)
+    assert held / GIB == pytest.approx(states, abs=0.1)
+    assert found.device / GIB == pytest.approx(worst, abs=1.0)
+    assert found.checkpointed is not None
+    assert abs(found.checkpointed - checkpointed) <= 1
+
+
+def refused(needs: Needs, machine: Machine) -> str:
+    with pytest.raises(UserError) as e:
+        refuse_misfit(needs, machine, offloadings(needs, machine))
+    return str(e.value)
+
+
+def test_70b_on_8_gpus_is_refused_with_what_would_do() -> None:
+    message = refused(needs_of("70B"), h200(1))
+    assert message.startswith("plan: training: backward needs about 170 GiB on each of 1 node of 8 GPUs (h200)")
+    assert "118 GiB of 131 GiB may be used" in message
+    assert "set offload_optimizer (device cpu) in deepspeed.policy" in message
+    assert "use at least 16 such GPUs (plan.nodes=2)" in message
+    assert "micro_batch_tokens" not in message, "the states alone do not fit"
+    assert fit(needs_of("70B"), h200(2)).checkpointed is not None
+
+
+def test_a_micro_batch_that_is_too_large_is_refused_with_one_that_fits() -> None:
+    needs = needs_of("8B").with_tokens(600_000)
+    message = refused(needs, h200(1))
+    most = int(message.split("from 600000 to at most ")[1].split(";")[0].rstrip("."))
+    assert fit(needs.with_tokens(most), h200(1)).checkpointed is not None
+    assert fit(needs.with_tokens(most + 1), h200(1)).checkpointed is None
+
+
+def test_a_first_pass_that_is_too_large_is_told_from_training() -> None:
+    message = refused(needs_of("8B", reference_tokens=2_000_000, follows=False), h200(1))
+    assert message.startswith("plan: first pass needs")
+    assert "lower reference.micro_batch_tokens from 2000000 to at most" in message
+    assert "lower train.micro_batch_tokens" not in message
+
+
+def test_checkpointing_none_is_refused_where_auto_would_do() -> None:
+    assert "set model.checkpointing=auto" in refused(needs_of("8B", tokens=30_000, wish="none"), h200(1))
+
+
+def test_machines() -> None:
+    assert planned(Plan(gpu="a100-40", nodes=2)).ranks == 16
+    assert planned(Plan(gpu="l40s", gpus_per_node=4)).memory == 48e9
+    here = planned(Plan(gpu="cpu"))
+    assert (here.ranks, here.is_gpu) == (2, False)
+    assert here.peak is not None
+    assert here.peak > 1e8
+    assert known_gpu("NVIDIA H200", 150 * 10**9) == "h200"
+    assert known_gpu("NVIDIA A100-SXM4-40GB", 42 * 10**9) in GPUS
+    assert known_gpu("Unheard of", 10**9) is None
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    worlds.write_model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()  # the plan needs none
+    worlds.write_pairs(tmp_path / "pairs.jsonl", 40)
+    worlds.write_run(tmp_path / "run.yaml", tmp_path / "model", tmp_path / "pairs.jsonl", tmp_path / "runs" / "run")
+    return tmp_path
+
+
+def planned_by(world: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[int, str, dict[str, Any]]:
+    """Status, all that was said, and the JSON."""
+    file = world / "plan.json"
+    status = main(["plan", str(world / "run.yaml"), f"plan.file={file}", "plan.gpu=h100", *overrides])
+    said = capsys.readouterr()
+    return status, said.out + said.err, json.loads(file.read_text()) if file.exists() else {}
+
+
+def test_the_command(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said, plan = planned_by(world, capsys)
+    assert status == 0, said
+    assert "8 GPUs (h100)" in said
+    assert plan["work"]["steps"] == 4
+    assert plan["work"]["known"]
+    assert plan["disk_bytes"]["store"] == 40 * plan["work"]["sequences"]
+    assert plan["memory"][0]["fits"]
+    assert plan["seconds"]["total"] > 4 * plan["seconds"]["step"] > 0
+    assert not (world / "runs" / "run").exists()
+
+
+def test_data_that_cannot_be_read(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "pairs.jsonl").unlink()
+    status, said, plan = planned_by(world, capsys)
+    assert status == 0, said
+    assert "every row is taken to be as long as data.max_length allows" in said
+    assert plan["work"]["steps"] is None
+    assert plan["work"]["step_tokens"] == 11 * (128 + 2 * 127)
+    assert planned_by(world, capsys, "train.max_steps=7")[2]["work"]["steps"] == 7
+
+
+def test_a_refusal_ends_with_2(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said, plan = planned_by(world, capsys, "train.micro_batch_tokens=900000000")
+    assert status == 2
+    assert "error: plan: " in said
+    assert "train.micro_batch_tokens from 900000000 to at most" in said
+    assert not plan
+
+
+def estimated(name: str, which: str, checkpointing: str, ranks: int) -> int:
+    """Of the pass that plan_cases.py measures."""
+    sizes = model_sizes(plan_cases.shape(name), torch.float32, ZeroSettings.of(POLICY, 4).persistence)
+    tokens = plan_cases.TOKENS
+    wish: Any = checkpointing
+    machine = Machine("cpu", 1, ranks, 2**50, None, 1.0, False)
+    needs = Needs(sizes, ZeroSettings.of(POLICY, 4), ZeroSettings.of(REFERENCE, 4), tokens, 2 * tokens, wish)
+    found = fit(needs, machine)
+    phases = {p.name: p.device for p in found.phases}
+    first, load = phases.pop("first pass"), phases[memory.LOADING]
+    return max(first, load) if which == "reference" else max(phases.values())
+
+
+def deviations(folder: Path, ranks: int, cases: list[str]) -> dict[str, float]:
+    """(estimate - measured peak) / measured peak of each case; every case in processes of its own."""
+    found = {}
+    for case in cases:
+        which, name, checkpointing = case.split("-")
+        case_runner.run_cases("plan_cases.py", ranks, folder, [case])
+        peaks = case_runner.found(folder, case)["ranks"]
+        measured = max(moment[0] for of_rank in peaks for moment in of_rank.values())
+        found[case] = estimated(name, which, checkpointing, ranks) / measured - 1
+    return found
+
+
+def test_a_measured_peak(tmp_path: Path) -> None:
+    (deviation,) = deviations(tmp_path, 1, ["train-20M-all"]).values()
+    assert abs(deviation) < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_measured_peaks(tmp_path: Path, ranks: int) -> None:
+    found = deviations(tmp_path, ranks, ["reference-60M-none", "train-60M-none", "train-60M-all"])
+    assert all(abs(d) <= 0.15 for d in found.values()), found
+
+
+def test_no_setting_is_said_twice() -> None:
+    needs = needs_of("8B", policy=ZeroSettings.of(POLICY, 2).offloading(True, True))
+    needs = replace(needs, reference=needs.reference.offloading(False, True))
+    assert [f.name for f in offloadings(needs, h200(1)) if isinstance(f, Fit)].count("and offload_param") == 0
