@@ -129,6 +129,8 @@ class Train:
     """Packed tokens in one forward and backward of one rank; memory and speed, never the result."""
     max_hours: Positive | None = None
     """Stops with a checkpoint after this many hours of one start; null: no limit."""
+    hang_minutes: Positive | None = 30.0
+    """Ends every stage where no rank has got on for so long; more than the longest load of a model; null: never."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from prefopt_dist.objectives.dpo import tie_tolerance
 from prefopt_dist.reference.first_pass import FirstPass, run_first_pass
 from prefopt_dist.reference.store import ReferenceStore
 from prefopt_dist.stages import checks
+from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.training.batches import ScoredRows
 from prefopt_dist.training.run_folder import RunFolder
@@ -178,6 +179,7 @@ def _open(config: Config, models: Models, sources: Sequence[DataSource], key: st
     data = config.data
 
     def prepare() -> Path:
+        heartbeat.beat(f"reading {key}")
         return prepare_rows(
             sources,
             tokenizer=models.tokenizer,
@@ -190,6 +192,7 @@ def _open(config: Config, models: Models, sources: Sequence[DataSource], key: st
             vocab_size=models.policy.config.vocab_size,
             key=key,
             say=say,
+            progress=lambda rows, _: heartbeat.beat(f"tokenising {key}, {rows} rows"),
         )
 
     folder = ranks.decide(prepare)
@@ -260,6 +263,7 @@ def weights(model: ModelFolder, dtype: torch.dtype, cache: Path) -> Weights:
     states = {file: FileState.of(file) for file in files}  # before the hashing, which may take minutes
 
     def hash_mine() -> list[str]:
+        heartbeat.beat("reading the weight files")
         return [remembered_digest(file, cache / "digests") for file in files[ranks.rank() :: world]]
 
     parts = ranks.gather(ranks.together(hash_mine))
