@@ -4,7 +4,7 @@ PREFOPT_FAULTS are the plans: [{"target": "module:Class.function", "call": n, "b
 when rank `at` makes its n-th call of the function, `who` dies by SIGKILL, before the call or after it: "self" that
 rank, "other" the other ranks, "all" the ranks, torchrun and the launcher. The first plan to be reached strikes.
 PREFOPT_FAULT_NOTES is a file that gets a line before the kill, PREFOPT_TRAIL one that gets a line a step and rank:
-the rows of the update just made.
+the rows of the update just made. PREFOPT_JUMPING_CLOCK sets the wall clock to and fro.
 
 The interpreter runs this before anything else; the package knows nothing of it.
 """
@@ -64,6 +64,12 @@ def _planted(function, plan):
         _kill(plan["who"])
 
     return wrapper
+
+
+def _let_the_clock_jump():
+    """The wall clock is two hours late or early, in turns of a second."""
+    wall, steady = time.time, time.monotonic
+    time.time = lambda: wall() + (7200 if int(steady()) % 2 else -7200)
 
 
 _step = {}
@@ -134,6 +140,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 def _install():
     if "RANK" not in os.environ or not os.environ.get("PREFOPT_TRAIL"):
         return  # the launcher's check, torchrun itself
+    if os.environ.get("PREFOPT_JUMPING_CLOCK"):
+        _let_the_clock_jump()
     patches = {
         "prefopt_dist.training.step": [("gradient", _trail_gradient), ("update", _trail_update)],
         "prefopt_dist.training.loop": [("_rate", _trail_rate)],
