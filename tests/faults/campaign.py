@@ -138,6 +138,16 @@ class Start:
             time.sleep(0.05)
         return self.process.returncode
 
+    def ends(self, moment: Fault | None, usual: float) -> tuple[int | None, bool]:
+        """Its status, and whether it was the death at `moment`, a share of the `usual` seconds."""
+        if moment is not None:
+            status = self.wait(moment.share * usual)
+            if status is not None:
+                return status, False
+            struck = self.kill(moment)
+            return self.wait(), struck
+        return self.wait(), False
+
     def kill(self, fault: Fault) -> bool:
         """A death by the clock: False where there is nobody to die."""
         self.look()
@@ -187,11 +197,11 @@ def live(world: World, name: str, faults: list[Fault], schedule: list[int], reco
         began = time.monotonic()
         start = Start(world, name, schedule[number % len(schedule)], waiting)
         moment = moments[-1] if moments and (number % 3 == 1 or not waiting) else None
-        status, by_clock = None, False
-        if moment is not None:
-            status = start.wait(moment.share * usual)
-            by_clock = status is None and start.kill(moment)
-        status = start.wait() if status is None else status
+        try:
+            status, by_clock = start.ends(moment, usual)
+        except BaseException:  # the campaign is stopped: its job has a session of its own and would go on
+            start.kill(Fault("", "all"))
+            raise
         if status is None:
             start.kill(Fault("", "all"))
             raise SystemExit(f"{name}: start {number} did not end in {PATIENCE} s\n{start.said()}")
