@@ -27,10 +27,11 @@ def told(fault: BaseException, folders: Iterable[tuple[str, Path]]) -> str | Non
     certain = any(isinstance(f, OSError) and f.errno in _ERRORS for f in faults) or any(w in text for w in _WORDS)
     if not certain and not (full and any(word in text for word in _WRITERS)):
         return None
-    files = [str(f.filename) for f in faults if isinstance(f, OSError) and f.filename]
-    place = "; ".join(f"{key}: the disk of {folder} is full" for key, folder in full)
+    # Of a copy the second name is the one that was written.
+    files = [str(f.filename2 or f.filename) for f in faults if isinstance(f, OSError) and f.filename]
+    place = ", ".join(f"{key}: the disk of {folder} is full" for key, folder in full[:1])
     return (
-        f"{place or 'a disk is full, or its quota used up'} ({(files or [str(fault).splitlines()[0]])[0]}). What was "
+        f"{place or 'a disk is full, or its quota used up'} ({(files or [text.splitlines()[0]])[0]}). What was "
         "committed before is sound: free some space, or move the folder and name its new place, and start again."
     )
 

@@ -78,8 +78,10 @@ def test_a_full_disk_at_a_checkpoint(world: World, small_disk: Path) -> None:
     run = small_disk / "run"
     status, said = start(world, "full", f"run.dir={run}", "eval.at_end=true")
     assert status == 2, said
-    for words in (f"run.dir: the disk of {run} is full", "checkpoint of step 6 not committed", "start again"):
+    for words in (f"run.dir: the disk of {run} is full", "start again"):
         assert words in said, said
+    # Whichever file met it first: DeepSpeed's own, or one that it copies.
+    assert "checkpoint of step 6 not committed" in said or str(run / "checkpoints" / ".saving") in said, said
     assert "Traceback" not in said.split("error: run.dir")[1]
     assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == ["step-00000003"]
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
