@@ -115,10 +115,11 @@ def test_a_full_disk_at_a_store_shard(world: World, small_disk: Path) -> None:
     assert verdict.stored(small_disk) == verdict.stored(world.whole / "cache")
 
 
-def test_a_read_only_folder(world: World, small_disk: Path) -> None:
+def test_a_read_only_folder(tmp_path: Path, small_disk: Path) -> None:
+    """Said before a model or data are looked at."""
     mount(small_disk, "size=1m,ro")
     for key in ("run.dir", "run.cache"):
-        status, said = start(world, "read-only", f"{key}={small_disk / 'here'}")
+        status, said = start(World(tmp_path), "read-only", f"{key}={small_disk / 'here'}")
         assert status == 2, said
         for words in (f"error: {key}: ", str(small_disk), "Read-only file system", "Choose a folder"):
             assert words in said, said
