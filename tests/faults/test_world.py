@@ -82,7 +82,8 @@ def test_a_full_disk_at_a_checkpoint(world: World, small_disk: Path) -> None:
         assert words in said, said
     # Whichever file met it first: DeepSpeed's own, or one that it copies.
     assert "checkpoint of step 6 not committed" in said or str(run / "checkpoints" / ".saving") in said, said
-    assert "Traceback" not in said.split("error: run.dir")[1]
+    assert "Traceback" not in said.split("error: run.dir")[0], "torchrun's own comes after"
+    assert said.rstrip().splitlines()[-1].startswith("error: run.dir"), "once more, below torchrun's block"
     assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == ["step-00000003"]
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     status, said = start(world, "full", f"run.dir={run}")
