@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from prefopt_dist import full_disk
 from prefopt_dist.config import Config, load_config, mask_secrets, to_yaml
 from prefopt_dist.errors import AgreedUserError, UserError
 from prefopt_dist.tracking.console import rank_fault
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         elif asked.check:
             _check(config, asked.stage)
         else:
-            _run(config, asked.stage)
+            return _run_on_disks(config, asked.stage)
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
             message = f"error: {mask_secrets(str(e))}"
@@ -59,6 +60,33 @@ def main(arguments: Sequence[str]) -> int:
             rank_fault(f"error: {mask_secrets(str(e))}")
         return USER_MISTAKE
     return 0
+
+
+def _run_on_disks(config: Config, stage: str) -> int:
+    """Runs the stage; a full disk is the user's to mend, and starting again by itself would not help."""
+    try:
+        _run(config, stage)
+    except UserError:
+        raise
+    except Exception as e:
+        told = _full_disk(e, config)
+        if told is None:
+            raise
+        rank_fault(told)
+        _leave_status(USER_MISTAKE, told)  # whichever rank met it
+        return USER_MISTAKE
+    return 0
+
+
+def _full_disk(fault: Exception, config: Config) -> str | None:
+    folders = [
+        ("run.dir", config.run_dir),
+        ("run.cache", config.cache_dir),
+        ("reference.store", config.reference_store),
+        ("export.dir", config.export_dir),
+    ]
+    text = full_disk.told(fault, folders)
+    return None if text is None else f"error: {mask_secrets(text)}"
 
 
 def _check(config: Config, stage: str) -> None:

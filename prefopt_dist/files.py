@@ -4,12 +4,16 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from prefopt_dist.errors import UserError
 
 _CHUNK_BYTES = 4 << 20
+_FORGOTTEN_SECONDS = 24 * 3600
 
 
 def fsync_folder(path: Path) -> None:
@@ -41,6 +45,18 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Removes what writers that were killed left under temporary names a day ago or earlier.
+
+    By age, because another job may be writing under such a name at this moment.
+    """
+    for left in folder.glob(pattern):
+        with suppress(OSError):  # gone, or not ours to remove
+            youngest = max(p.stat().st_mtime for p in [left, *left.glob("*")])
+            if time.time() - youngest > _FORGOTTEN_SECONDS:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def checksum(path: Path) -> str:

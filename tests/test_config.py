@@ -86,6 +86,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "micro_batch_tokens": 8192,
             "max_skipped_steps": 3,
             "max_hours": None,
+            "hang_minutes": 30.0,
         },
         "eval": {"every_steps": 100, "at_start": True, "at_end": True},
         "checkpoint": {"every_steps": 100, "keep": 2, "resume": "auto"},
@@ -438,7 +439,7 @@ def test_identity_holds_what_a_run_is(tmp_path: Path, override: str, line: str) 
 def test_identity_leaves_out_what_may_change(tmp_path: Path) -> None:
     changed = [
         "run.dir=b", "run.cache=c", "reference.store=s", "reference.offload=cpu", "model.checkpointing=all",
-        "data.eval=e", "train.micro_batch_tokens=1", "train.max_hours=1", "deepspeed.policy=p",
+        "data.eval=e", "train.micro_batch_tokens=1", "train.max_hours=1", "train.hang_minutes=9", "deepspeed.policy=p",
         "eval.every_steps=3", "checkpoint.every_steps=null", "tracking.log_every_steps=2",
         "reference.micro_batch_tokens=3", "export.dir=d", "evaluate.model=m",
     ]  # fmt: skip

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from prefopt_dist.errors import UserError
-from prefopt_dist.files import checksum, read_json, write_atomic, write_json
+from prefopt_dist.files import checksum, read_json, sweep, write_atomic, write_json
 
 
 def test_write_replaces_whole_content_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -68,3 +69,21 @@ def test_json_round_trip_and_refusals(tmp_path: Path) -> None:
     path.write_bytes(b'"\xff"')
     with pytest.raises(UserError, match="not UTF-8"):
         read_json(path)
+
+
+def test_what_a_killed_writer_left_goes_after_a_day(tmp_path: Path) -> None:
+    """A folder is as young as the youngest file in it: its writer may be at work."""
+    old = time.time() - 25 * 3600
+    for name in ("old", "written", "young"):
+        (tmp_path / f".building-{name}").mkdir()
+        (tmp_path / f".building-{name}" / "tokens.bin").write_text("x")
+    for path in (".building-old/tokens.bin", ".building-old", ".building-written"):
+        os.utime(tmp_path / path, (old, old))
+    for name in (".a.tmp", "rows.bin"):
+        (tmp_path / name).write_text("x")
+        os.utime(tmp_path / name, (old, old))
+    (tmp_path / ".b.tmp").write_text("x")
+    sweep(tmp_path, ".building-*")
+    sweep(tmp_path, ".*.tmp")
+    assert sorted(os.listdir(tmp_path)) == [".b.tmp", ".building-written", ".building-young", "rows.bin"]
+    sweep(tmp_path / "absent", "*")

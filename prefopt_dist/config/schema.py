@@ -131,6 +131,8 @@ class Train:
     """Updates in a row that are left out because loss or gradient is not finite; one more ends the run."""
     max_hours: Positive | None = None
     """Stops with a checkpoint after this many hours of one start; null: no limit."""
+    hang_minutes: Positive | None = 30.0
+    """Ends every stage where no rank has got on for so long; more than the longest load of a model; null: never."""
 
 
 @dataclass(frozen=True)

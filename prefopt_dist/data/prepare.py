@@ -34,7 +34,7 @@ from prefopt_dist.data.sources import OpenSource, RawRow, SourceLike, open_sourc
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
 from prefopt_dist.errors import UserError
-from prefopt_dist.files import fsync_folder
+from prefopt_dist.files import fsync_folder, sweep
 
 BATCH = 256
 """Rows that are tokenised together, and written as one block."""
@@ -112,6 +112,7 @@ def prepare_rows(
     building = parent / f".building-{digest}-{uuid.uuid4().hex}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        sweep(parent, ".building-*")
         building.mkdir()
     except OSError as error:
         raise UserError(

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from prefopt_dist.errors import AgreedUserError, UserError
+from prefopt_dist.tracking import heartbeat
 
 T = TypeVar("T")
 
@@ -102,12 +103,16 @@ def gather(value: T) -> list[T]:
 
 
 def decide(what: Callable[[], T]) -> T:
-    """Runs `what` on rank 0 alone and gives its result to every rank; if it raises, every rank ends."""
+    """Runs `what`, which holds no collective, on rank 0 alone and gives its result to every rank.
+
+    If it raises, every rank ends.
+    """
     box: list[Any] = [None, None]
     error: Exception | None = None
     if rank() == 0:
         try:
-            box = [what(), None]
+            with heartbeat.alone():
+                box = [what(), None]
         except Exception as e:  # told to the others below, then raised again here
             error = e
             box = [None, _told(e)]
@@ -123,7 +128,8 @@ def together(what: Callable[[], T]) -> T:
     result: Any = None
     error: Exception | None = None
     try:
-        result = what()
+        with heartbeat.alone():
+            result = what()
     except Exception as e:  # told to the others below, then raised again here
         error = e
     for r, told in enumerate(gather(None if error is None else _told(error))):

@@ -20,6 +20,7 @@ from prefopt_dist.data.micro_batch import pack
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.distributed.shared import refuse_local_folder
 from prefopt_dist.errors import UserError
+from prefopt_dist.files import sweep
 from prefopt_dist.model.load import ModelFolder, load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.reference.plan import (
@@ -146,6 +147,7 @@ def _pass(
 def _look_up(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int, budget: int) -> _Todo:
     """Rank 0: what the store lacks, by the saved plans where they cover it, by a new one where they don't."""
     places = needed(sets, responses)
+    sweep(store.folder, ".*.tmp")
     scores, messages = store.read()
     for message in messages:
         say(message)

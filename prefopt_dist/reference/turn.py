@@ -18,6 +18,7 @@ from pathlib import Path
 
 from prefopt_dist.distributed import ranks
 from prefopt_dist.file_lock import FileLock
+from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
 
 ROUND_SECONDS = 5.0
@@ -50,6 +51,7 @@ def my_turn(folder: Path, name: str, stop_asked: Callable[[], bool]) -> Iterator
 def _try_for_a_while(lock: FileLock) -> str | None:
     deadline = time.monotonic() + ROUND_SECONDS
     while True:
+        heartbeat.beat("waiting for another job's first pass")
         try:
             holder = lock.take()
         except OSError as e:

@@ -11,6 +11,7 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.stages import ingredients
 from prefopt_dist.stages.ingredients import DTYPES, Models
 from prefopt_dist.stages.job import run_folder
+from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
 from prefopt_dist.training import checkpoint
 from prefopt_dist.training.export import export, model_card
@@ -40,6 +41,7 @@ def export_checkpoint(
 ) -> str:
     """Writes the folder and says so in one line."""
     target = target or config.export_dir
+    heartbeat.beat("the export")
     manifest = read_manifest(source)
     worst = export(
         source,

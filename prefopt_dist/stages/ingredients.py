@@ -30,6 +30,7 @@ from prefopt_dist.reference.first_pass import FirstPass, run_first_pass
 from prefopt_dist.reference.store import ReferenceStore
 from prefopt_dist.stages import checks
 from prefopt_dist.stages.losses import make_objective as make_objective  # a stage finds all its parts here
+from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.tracking.progress import rows_read
 from prefopt_dist.training.batches import ScoredRows
@@ -172,9 +173,21 @@ def data_facts(train: TokenisedRows, evals: dict[str, TokenisedRows]) -> dict[st
     return {"train": train.report.as_run_json(), "eval": reports.get("", reports or None)}
 
 
+def _tokenising(key: str) -> Callable[[int, int | None], None]:
+    """Tells a person and the watchdog how far it is."""
+    tell = rows_read(f"{key}: tokenising")
+
+    def progress(rows: int, total: int | None) -> None:
+        heartbeat.beat(f"tokenising {key}, {rows} rows")
+        tell(rows, total)
+
+    return progress
+
+
 def prepared(config: Config, tokenizer: Any, vocabulary: int, sources: Sequence[DataSource], key: str) -> Path:
     """One process: the folder of these sources' tokenised rows, made where it is not there."""
     data = config.data
+    heartbeat.beat(f"reading {key}")
     return prepare_rows(
         sources,
         tokenizer=tokenizer,
@@ -187,7 +200,7 @@ def prepared(config: Config, tokenizer: Any, vocabulary: int, sources: Sequence[
         vocab_size=vocabulary,
         key=key,
         say=say,
-        progress=rows_read(f"{key}: tokenising"),
+        progress=_tokenising(key),
     )
 
 
@@ -282,6 +295,7 @@ def weights(model: ModelFolder, dtype: torch.dtype, cache: Path) -> Weights:
     states = {file: FileState.of(file) for file in files}  # before the hashing, which may take minutes
 
     def hash_mine() -> list[str]:
+        heartbeat.beat("reading the weight files")
         return [remembered_digest(file, cache / "digests") for file in files[ranks.rank() :: world]]
 
     parts = ranks.gather(ranks.together(hash_mine))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks
 from prefopt_dist.distributed.shared import refuse_local_folder
+from prefopt_dist.distributed.watchdog import Watchdog
 from prefopt_dist.errors import UserError
 from prefopt_dist.training.run_folder import RunFolder
 from prefopt_dist.training.stopping import Requests
@@ -20,12 +21,20 @@ def run_folder(config: Config, *, begins: bool) -> Iterator[RunFolder]:
     ranks.decide(lambda: folder.open(config, world_size=ranks.world_size(), begins=begins))
     try:
         refuse_local_folder(config.run_dir, "run.dir", remedy="Choose another folder.")
-        yield folder
+        with _watched(config):
+            yield folder
     except UserError:
         folder.discard_unused()  # rank 0 alone has opened it
         raise
     finally:
         folder.close()
+
+
+def _watched(config: Config) -> AbstractContextManager[object]:
+    minutes = config.train.hang_minutes
+    if minutes is None:
+        return nullcontext()
+    return Watchdog(config.run_dir, rank=ranks.rank(), world_size=ranks.world_size(), minutes=minutes)
 
 
 def requests_for(config: Config) -> Requests:

@@ -7,14 +7,16 @@ from types import TracebackType
 
 import tqdm
 
+from prefopt_dist.tracking import heartbeat
+
 _LINE_SECONDS = 10.0
 
 
 class Progress:
     """A bar on a terminal; in a log file plain lines, the first, the last, and one every ten seconds.
 
-    Rank 0 shows it, the other ranks show nothing. `done` is what earlier starts did: it is shown but
-    does not count in the speed.
+    Rank 0 shows it, the other ranks show nothing; each update is a heartbeat on all of them. `done` is what
+    earlier starts did: it is shown but does not count in the speed.
     """
 
     def __init__(self, total: int, what: str, unit: str, rank: int, done: int = 0) -> None:
@@ -33,6 +35,7 @@ class Progress:
         """`n` more units are done; `text` stands behind the numbers, such as the loss."""
         self._done += n
         self._text = text
+        heartbeat.beat(f"{self._what} {self._done}/{self._total} {self._unit}")
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(n)

@@ -13,10 +13,12 @@ Where the cursor stands at a start:
 
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
 from prefopt_dist.tracking.metrics_file import MetricsFile
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _INIT_SECONDS = 90.0
 _FINISH_SECONDS = 120.0
 _GRACE_SECONDS = 60.0
+_BEAT_SECONDS = 5.0
 _MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "dryrun": "offline"}
 
 
@@ -86,7 +89,10 @@ class WandbFeed:
         self._exit_code = exit_code
         self._ending = True
         self._wake.set()
-        self._thread.join(self._patience)
+        deadline = time.monotonic() + self._patience
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            heartbeat.beat("waiting for W&B to take the last rows")  # patience is no hang
+            self._thread.join(min(_BEAT_SECONDS, self._patience))
         if self._thread.is_alive():
             self._say_failed("it does not answer")
 

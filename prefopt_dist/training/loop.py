@@ -16,6 +16,7 @@ from prefopt_dist.data.layout import Cost
 from prefopt_dist.data.order import Order
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.objectives import Objective
+from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.progress import Progress
@@ -208,6 +209,7 @@ def _evaluate(job: Job, done: int) -> None:
 
 
 def _save(job: Job, done: int) -> None:
+    heartbeat.beat(f"the checkpoint of step {done}")
     facts = job.facts | {"probe": probe.make(job.engine, job.train, job.objective.responses)}
     if job.log is not None:
         job.log.metrics.sync()  # a checkpoint stands for the rows up to its step

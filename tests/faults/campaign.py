@@ -1,0 +1,295 @@
+"""Kills a small job over and over, starts it again until it is done, and compares it with one that nobody disturbed.
+
+    make faults KILLS=100 SEED=0          or  python tests/faults/campaign.py --kills 100 --seed 0
+
+A life is one run folder with an empty cache: started by launch/run.sh, killed, started again by the same command
+until DONE. What happened goes to a JSONL file as it happens, so a campaign that was itself stopped goes on with its
+next life. --ranks 2,1 gives the starts of a life these numbers of ranks in turn (weights are then compared within
+rounding); it has not been tried: it needs a job that resumes on another number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+sys.path[:0] = [str(REPOSITORY), str(HERE.parent), str(HERE)]
+
+import verdict  # noqa: E402
+import worlds  # noqa: E402
+from points import Fault, life  # noqa: E402
+
+PAIRS, G, STEPS = 140, 12, 12
+PATIENCE = 300
+"""Seconds for one start; a job that neither ends nor dies in this time has failed the campaign."""
+KILLS_A_LIFE = 14
+
+
+@dataclass(frozen=True)
+class World:
+    """Model and data of all lives, and the run that nobody disturbs."""
+
+    folder: Path
+
+    @property
+    def whole(self) -> Path:
+        """The undisturbed run."""
+        return self.folder / "whole"
+
+    @classmethod
+    def make(cls, folder: Path, ranks: int) -> World:
+        """Written once; a campaign that goes on finds it."""
+        world = cls(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "model" / "model.safetensors").exists():
+            worlds.write_model(folder / "model", seed=1, scale=2.0)
+            worlds.write_pairs(folder / "pairs.jsonl", PAIRS)
+            worlds.write_pairs(folder / "eval.jsonl", 23, seed=1)
+        if not (world.whole / "run" / "DONE").exists():
+            shutil.rmtree(world.whole, ignore_errors=True)
+            began = time.monotonic()
+            start = Start(world, "whole", ranks, [])
+            assert start.wait() == 0, start.said()
+            (world.whole / "seconds").write_text(str(time.monotonic() - began))
+        return world
+
+    def run(self, name: str) -> Path:
+        """<name>.yaml; run folder <name>/run, a cache of its own in <name>/cache."""
+        file, folder = self.folder / f"{name}.yaml", self.folder / name
+        worlds.write_run(
+            file,
+            self.folder / "model",
+            self.folder / "pairs.jsonl",
+            folder / "run",
+            run={"dir": str(folder / "run"), "cache": str(folder / "cache")},
+            data={"eval": str(self.folder / "eval.jsonl")},
+            reference={"micro_batch_tokens": 512},
+            train={"global_batch_pairs": G, "micro_batch_tokens": 512},
+            eval={"every_steps": 5},
+            checkpoint={"every_steps": 3},
+        )
+        return file
+
+
+def environment(folder: Path, faults: list[Fault]) -> dict[str, str]:
+    """Of a start of the life in `folder`, with the planted faults that wait for it."""
+    return os.environ | {
+        "PYTHONPATH": f"{HERE / 'planted'}:{REPOSITORY}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PREFOPT_PYTHON": sys.executable,
+        "PREFOPT_TRAIL": str(folder / "trail.jsonl"),
+        "PREFOPT_FAULT_NOTES": str(folder / "notes.jsonl"),
+        "PREFOPT_FAULTS": json.dumps([f.plan() for f in faults if f.target]),
+    }
+
+
+class Start:
+    """One start of a life, with the faults that wait for it."""
+
+    def __init__(self, world: World, name: str, ranks: int, faults: list[Fault]) -> None:
+        self.folder = world.folder / name
+        self.folder.mkdir(exist_ok=True)
+        self.notes, self.log = self.folder / "notes.jsonl", self.folder / "last-start.log"
+        self.notes.unlink(missing_ok=True)
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                ["launch/run.sh", "-n", str(ranks), "train", str(world.run(name))],
+                env=environment(self.folder, faults),
+                cwd=REPOSITORY,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.seen: dict[int, psutil.Process] = {}
+
+    def look(self) -> None:
+        """Remembers the job's processes: after the launcher's death nothing leads to them."""
+        try:
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                self.seen.setdefault(process.pid, process)
+        except psutil.NoSuchProcess:
+            pass
+
+    def wait(self, until: float = PATIENCE) -> int | None:
+        """The status, or None when the time is over."""
+        deadline = time.monotonic() + until
+        while self.process.poll() is None:
+            if time.monotonic() > deadline:
+                return None
+            self.look()
+            time.sleep(0.05)
+        return self.process.returncode
+
+    def ends(self, moment: Fault | None, usual: float) -> tuple[int | None, bool]:
+        """Its status, and whether it was the death at `moment`, a share of the `usual` seconds."""
+        if moment is not None:
+            status = self.wait(moment.share * usual)
+            if status is not None:
+                return status, False
+            struck = self.kill(moment)
+            return self.wait(), struck
+        return self.wait(), False
+
+    def kill(self, fault: Fault) -> bool:
+        """A death by the clock: False where there is nobody to die."""
+        self.look()
+        if fault.who == "all":
+            victims = [*self.seen.values(), psutil.Process(self.process.pid)]
+        else:
+            victims = [p for p in self.seen.values() if _rank(p) == fault.at]
+        for process in victims:
+            process.kill() if process.is_running() else None
+        return bool(victims)
+
+    def struck(self) -> dict[str, Any] | None:
+        """The plan that struck, if one did."""
+        return json.loads(self.notes.read_text().splitlines()[0])["plan"] if self.notes.exists() else None
+
+    def orphans(self) -> list[int]:
+        """Processes of the job that live on after it; they are ended."""
+        deadline = time.monotonic() + 5
+        left = [p for p in self.seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        while left and time.monotonic() < deadline:
+            time.sleep(0.1)
+            left = [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        for process in left:
+            process.kill()
+        return [p.pid for p in left]
+
+    def said(self) -> str:
+        """The end of what it said."""
+        return self.log.read_text()[-4000:]
+
+
+def _rank(process: psutil.Process) -> int | None:
+    try:
+        rank = process.environ().get("RANK")
+        return None if rank is None else int(rank)
+    except (psutil.Error, OSError):
+        return None
+
+
+def live(world: World, name: str, faults: list[Fault], schedule: list[int], record: Any) -> dict[str, Any]:
+    """One life to its end; `record` gets each death. The verdict."""
+    shutil.rmtree(world.folder / name, ignore_errors=True)
+    usual = float((world.whole / "seconds").read_text())
+    waiting, moments = [f for f in faults if f.target], [f for f in faults if not f.target]
+    faulty: list[str] = []
+    for number in range(len(faults) + 2):
+        began = time.monotonic()
+        start = Start(world, name, schedule[number % len(schedule)], waiting)
+        moment = moments[-1] if moments and (number % 3 == 1 or not waiting) else None
+        try:
+            status, by_clock = start.ends(moment, usual)
+        except BaseException:  # the campaign is stopped: its job has a session of its own and would go on
+            start.kill(Fault("", "all"))
+            raise
+        if status is None:
+            start.kill(Fault("", "all"))
+            raise SystemExit(f"{name}: start {number} did not end in {PATIENCE} s\n{start.said()}")
+        plan = start.struck()
+        orphans = start.orphans()
+        faulty += [f"orphans {orphans}"] if orphans and not (by_clock or (plan and plan["who"] == "all")) else []
+        faulty += verdict.half_things(start.folder)
+        if plan is not None:
+            waiting.remove(Fault(**plan))
+        if by_clock and moment is not None:
+            moments.remove(moment)
+            plan = plan or moment.plan()
+        if plan is not None:
+            record({"life": name, "start": number, "status": status, "seconds": time.monotonic() - began} | plan)
+        elif status != 0:
+            raise SystemExit(f"{name}: start {number} ended with {status} though nobody killed it\n{start.said()}")
+        if status == 0 and plan is None:
+            break
+    else:
+        raise SystemExit(f"{name}: not done after {number + 1} starts\n{start.said()}")
+    return verdict.compare(world.folder / name, world.whole, PAIRS, STEPS, exact=len(set(schedule)) == 1) | {
+        "faulty": faulty
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """What was injected by stage, and what the lives came to."""
+    ends = {row["life"]: row for row in rows if "verdict" in row}
+    deaths = [row for row in rows if "stage" in row and row["life"] in ends]
+    good = {name for name, row in ends.items() if not verdict.faults(row["verdict"])}
+    lines = ["| stage | killed | survived |", "| --- | ---: | ---: |"]
+    by_stage = Counter(row["stage"] for row in deaths)
+    survived = Counter(row["stage"] for row in deaths if row["life"] in good)
+    lines += [f"| {stage} | {n} | {survived[stage]} |" for stage, n in by_stage.items()]
+    lines.append(f"| **all** | {len(deaths)} | {survived.total()} |")
+    who = Counter(row["who"] for row in deaths)
+    found = [row["verdict"] for row in ends.values()]
+    lines.append(
+        f"\n{len(ends)} lives; victims: {who['all']} times all processes, {who['self'] + who['other']} times one rank; "
+        f"weights equal {sum(v['weights_equal'] for v in found)} of {len(found)}; metrics equal "
+        f"{sum(v['metrics_equal'] for v in found)} of {len(found)}; pairs lost {sum(v['lost'] for v in found)}, "
+        f"repeated {sum(v['repeated'] for v in found)}."
+    )
+    debris = [n for v in found for n in v["debris"]]
+    lines.append(f"Left behind under names that no reader takes: {len(debris)}{' ' if debris else ''}{debris or ''}")
+    lines += [f"{name}: {fault}" for name, row in ends.items() for fault in verdict.faults(row["verdict"])]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Lives until so many kills are done."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; start again to go on"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", default="2", help="ranks of a life's starts in turn, such as 2,1,3 (untried)")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "prefopt-faults")
+    asked = parser.parse_args()
+    schedule = [int(n) for n in asked.ranks.split(",")]
+    world = World.make(asked.folder / asked.ranks, schedule[0])
+    results = world.folder / f"seed-{asked.seed}.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+    def record(row: dict[str, Any]) -> None:
+        rows.append(row)
+        with results.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+        print(
+            {k: v for k, v in row.items() if k in ("life", "stage", "who", "status", "seconds", "verdict")}, flush=True
+        )
+
+    number = 0
+    while True:
+        ended = {row["life"] for row in rows if "verdict" in row}
+        if sum("stage" in row and row["life"] in ended for row in rows) >= asked.kills:
+            break
+        name = f"life-{asked.seed}-{number}"
+        number += 1
+        if name not in ended:
+            # The deaths of a life that was cut short do not count: it begins again.
+            rows[:] = [row for row in rows if row["life"] != name]
+            results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            faults = life(random.Random(f"{asked.seed}/{name}"), KILLS_A_LIFE, min(schedule))
+            record({"life": name, "verdict": live(world, name, faults, schedule, record)})
+    print(table(rows))
+    if any(verdict.faults(row["verdict"]) for row in rows if "verdict" in row):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Where a job can be killed, in the order in which it gets there, and a seeded life of many deaths."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Point:
+    """A function of the package; a process dies at the edge of one of its calls."""
+
+    stage: str
+    target: str
+    """module:function or module:Class.function"""
+    most: int
+    """The call is drawn from the first so many."""
+    edge: str = "either"
+    """before, after, either"""
+    one: bool = False
+    """Rank 0 alone calls it."""
+
+
+P = "prefopt_dist."
+POINTS = (
+    Point("start", P + "training.run_folder:RunFolder.note", 1, one=True),
+    Point("start", P + "distributed.shared:refuse_local_folder", 1),
+    Point("tokenising", P + "data.prepare:_Build._write", 2, one=True),
+    Point("tokenising", P + "data.prepare:_publish", 2, one=True),
+    Point("loading the reference", P + "distributed.zero3:reference_engine", 1),
+    Point("first pass", P + "reference.first_pass:_sums", 12),
+    Point("first pass", P + "reference.first_pass:_sums", 20),
+    Point("between store shards", P + "reference.store:ReferenceStore.commit", 2, "after"),
+    Point("inside a store shard", P + "reference.store:ReferenceStore._claim", 2),
+    Point("inside a store shard", P + "reference.store:_check", 3, one=True),
+    Point("loading the policy", P + "distributed.zero3:policy_engine", 1),
+    Point("evaluation", P + "training.evaluation:evaluate", 1),
+    Point("training step", P + "training.step:gradient", 3),
+    Point("training step", P + "training.step:agree", 3),
+    Point("checkpoint, staging", P + "training.checkpoint:_random_states", 1),
+    Point("checkpoint, staging", P + "training.checkpoint:_report", 1),
+    Point("checkpoint, before the rename", P + "training.checkpoint:Manifest.text", 1, one=True),
+    Point("training step", P + "training.step:update", 6),
+    Point("checkpoint, after the rename", P + "training.checkpoint:fsync_folder", 1, one=True),
+    Point("loading a checkpoint", P + "training.checkpoint:load", 1),
+    Point("metrics row", P + "tracking.metrics_file:MetricsFile.append", 6, one=True),
+    Point("metrics row", P + "tracking.metrics_file:MetricsFile.cut_back", 1, one=True),
+    Point("pruning", P + "training.checkpoint:remove", 1, one=True),
+    Point("clearing or pruning", P + "training.checkpoint:shutil.rmtree", 8, one=True),
+    Point("pruning", P + "training.checkpoint:_sweep", 1, one=True),
+    Point("training step", P + "training.step:gradient", 3),
+    Point("evaluation", P + "training.evaluation:evaluate", 1),
+    Point("checkpoint, before the rename", P + "training.checkpoint:Manifest.text", 1, one=True),
+    Point("pruning", P + "training.checkpoint:remove", 1, one=True),
+    Point("export", P + "training.export:_write", 1, one=True),
+    Point("export", P + "training.export:_verify", 1, one=True),
+    Point("export", P + "training.export:fsync_folder", 1, one=True),
+    Point("export", P + "training.run_folder:RunFolder.done", 1, "before", one=True),
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One planned death: at a point, or, without a target, after a share of an undisturbed start's time."""
+
+    stage: str
+    who: str
+    """self, other, all"""
+    at: int = 0
+    target: str = ""
+    call: int = 1
+    before: bool = True
+    share: float = 0.0
+
+    def plan(self) -> dict[str, Any]:
+        """For the planted killer and the record."""
+        return asdict(self)
+
+
+def life(draw: random.Random, kills: int, world_size: int) -> list[Fault]:
+    """The deaths that wait for one job; a start dies of the first that it reaches."""
+    moments = kills // 6
+    planted = draw.sample(POINTS, min(kills - moments, len(POINTS)))
+    return [_at(point, draw, world_size) for point in planted] + [
+        Fault("any moment", draw.choice(("self", "all")), at=draw.randrange(world_size), share=draw.uniform(0.1, 0.95))
+        for _ in range(moments)
+    ]
+
+
+def _at(point: Point, draw: random.Random, world_size: int) -> Fault:
+    return Fault(
+        point.stage,
+        who=draw.choice(("self", "other", "all") if world_size > 1 else ("all",)),
+        at=0 if point.one else draw.randrange(world_size),
+        target=point.target,
+        call=draw.randint(1, point.most),
+        before=draw.random() < 0.5 if point.edge == "either" else point.edge == "before",
+    )

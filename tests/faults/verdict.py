@@ -1,0 +1,89 @@
+"""Whether a job that was killed ends as one that was not, and whether a kill left anything that passes for whole."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from prefopt_dist.reference.store import _rows
+from prefopt_dist.training.checkpoint import committed, damage, read_manifest
+
+
+def half_things(folder: Path) -> list[str]:
+    """Right after a death: what has the name of something whole and is not."""
+    found = []
+    for checkpoint in committed(folder / "run" / "checkpoints"):
+        manifest = read_manifest(checkpoint)
+        wrong = "no manifest" if manifest is None else damage(checkpoint, manifest, list(manifest.files))
+        if wrong:
+            found.append(f"{checkpoint.name}: {wrong}")
+    found += [p.name for p in (folder / "cache").glob("reference/*/rows-*.bin") if _rows(p.read_bytes()) is None]
+    found += [p.name for p in (folder / "cache").glob("tokenised/[!.]*") if not (p / "manifest.json").exists()]
+    if (folder / "run" / "DONE").exists() and not (folder / "run" / "final" / "model.safetensors").exists():
+        found.append("DONE without final/")
+    return found
+
+
+def compare(folder: Path, whole: Path, pairs: int, steps: int, *, exact: bool) -> dict[str, Any]:
+    """The end of a killed life beside the undisturbed run; exact: bit for bit, else within rounding."""
+    mine, theirs = (load_file(f / "run" / "final" / "model.safetensors") for f in (folder, whole))
+    same = torch.equal if exact else (lambda a, b: torch.allclose(a, b, rtol=1e-3, atol=1e-5))
+    rows, expected = metrics(folder / "run"), metrics(whole / "run")
+    keys = [(r["kind"], r["step"]) for r in rows]
+    used = Counter(trained_rows(folder, steps))
+    return {
+        "weights_equal": mine.keys() == theirs.keys() and all(same(mine[n], theirs[n]) for n in mine),
+        "metrics_equal": rows == expected if exact else keys == [(r["kind"], r["step"]) for r in expected],
+        "metrics_repeated": len(keys) - len(set(keys)),
+        "pairs_seen": rows[-1]["pairs_seen"],
+        "lost": len(set(range(pairs)) - used.keys()),
+        "repeated": sum(n - 1 for n in used.values()),
+        "store_equal": not exact or stored(folder / "cache") == stored(whole / "cache"),
+        "leftovers": sorted(n for n in listing(folder) ^ listing(whole) if not _hidden(n)),
+        "debris": sorted(n for n in listing(folder) ^ listing(whole) if _hidden(n)),
+    }
+
+
+def faults(verdict: dict[str, Any]) -> list[str]:
+    """What a verdict has against a life, in words."""
+    wrong = [name for name in ("weights_equal", "metrics_equal", "store_equal") if not verdict[name]]
+    wrong += [f"{name}: {verdict[name]}" for name in ("metrics_repeated", "lost", "repeated") if verdict[name]]
+    return wrong + verdict["leftovers"] + verdict["faulty"]
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without the speeds."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]
+
+
+def trained_rows(folder: Path, steps: int) -> list[int]:
+    """The rows of all updates on the committed trajectory: of a step that was made again, the last time counts."""
+    last: dict[tuple[int, int], list[int]] = {}
+    for line in (folder / "trail.jsonl").read_text().splitlines():
+        update = json.loads(line)
+        last[update["step"], update["rank"]] = update["rows"]
+    assert {step for step, _ in last} == set(range(1, steps + 1))
+    return [row for rows in last.values() for row in rows]
+
+
+def stored(cache: Path) -> list[bytes]:
+    """Every row of every shard, sorted; one standing twice is there twice."""
+    content = b"".join(f.read_bytes()[8:-16] for f in cache.glob("reference/*/rows-*.bin"))
+    return sorted(content[i : i + 40] for i in range(0, len(content), 40))
+
+
+def _hidden(name: str) -> bool:
+    """Of a writer that died: no reader takes such a name for anything."""
+    return any(part.startswith(".") for part in Path(name).parts)
+
+
+def listing(folder: Path) -> set[str]:
+    """All files and folders of a run folder and its cache, but for shards (their number depends on the kills)."""
+    names = {str(p.relative_to(folder)) for top in ("run", "cache") for p in (folder / top).rglob("*")}
+    return {n for n in names if "/rows-" not in n and "/digests/" not in n and "/.heartbeats" not in n}
