@@ -17,6 +17,8 @@ from prefopt_dist.__main__ import main
 from prefopt_dist.distributed import ranks
 
 LINES = 8
+HEARTBEATS = ".heartbeats"
+"""Left after a crash, which here is a thread that raises: they tell who was where."""
 """What 'one message of a few lines' means."""
 
 
@@ -112,10 +114,13 @@ class Door:
 
     def _nothing_left(self, before: dict[str, bytes | None], after: dict[str, bytes | None]) -> None:
         """All is as it was, but for the lock's word and whole tokenised data sets, which the next start reuses."""
-        assert not [path for path in after if Path(path).name.startswith(".") and Path(path).name != ".lock"]
+        hidden = {path for path in after if Path(path).name.startswith(".")}
+        left = [path for path in hidden if Path(path).name not in (".lock", HEARTBEATS)]
+        assert not left, left
 
         def told(found: dict[str, bytes | None]) -> dict[str, bytes | None]:
-            return {p: c for p, c in found.items() if p.split("/")[0] != "cache" and not p.endswith("/.lock")}
+            kept = {p: c for p, c in found.items() if p.split("/")[0] != "cache" and not p.endswith("/.lock")}
+            return {p: c for p, c in kept.items() if HEARTBEATS not in p}
 
         assert told(after) == told(before)
         new = after.keys() - before.keys()

@@ -21,6 +21,7 @@ from prefopt_dist.planning.fit import Fit, Needs, fit, offloadings, refuse_misfi
 from prefopt_dist.planning.machine import GPUS, Machine, known_gpu, planned
 from prefopt_dist.planning.memory import Phase, Place, ZeroSettings
 from prefopt_dist.planning.sizes import model_sizes
+from prefopt_dist.stages.ingredients import sized
 
 GIB = 2**30
 POLICY = load_deepspeed_json("deepspeed_configs/policy_zero3.json", "deepspeed.policy")
@@ -37,8 +38,9 @@ LLAMAS = {
 
 
 def needs_of(name: str, **changes: Any) -> Needs:
-    zero, reference = ZeroSettings.of(POLICY, 2), ZeroSettings.of(REFERENCE, 2)
-    sizes = model_sizes(LLAMAS[name], torch.bfloat16, zero.persistence)
+    model = LLAMAS[name]
+    zero, reference = (ZeroSettings.of(sized(settings, model), 2) for settings in (POLICY, REFERENCE))
+    sizes = model_sizes(model, torch.bfloat16, zero.persistence)
     return replace(Needs(sizes, zero, reference, 8192, 16_384, "auto"), **changes)
 
 
@@ -143,7 +145,7 @@ def refused(needs: Needs, machine: Machine) -> str:
 
 def test_70b_on_8_gpus_is_refused_with_what_would_do() -> None:
     message = refused(needs_of("70B"), h200(1))
-    assert message.startswith("plan: training: backward needs about 170 GiB on each of 1 node of 8 GPUs (h200)")
+    assert message.startswith("plan: training: backward needs about 175 GiB on each of 1 node of 8 GPUs (h200)")
     assert "118 GiB of 131 GiB may be used" in message
     assert "set offload_optimizer (device cpu) in deepspeed.policy" in message
     assert "use at least 16 such GPUs (plan.nodes=2)" in message
