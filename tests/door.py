@@ -114,13 +114,11 @@ class Door:
 
     def _nothing_left(self, before: dict[str, bytes | None], after: dict[str, bytes | None]) -> None:
         """All is as it was, but for the lock's word and whole tokenised data sets, which the next start reuses."""
-        hidden = {path for path in after if Path(path).name.startswith(".")}
-        left = [path for path in hidden if Path(path).name not in (".lock", HEARTBEATS)]
-        assert not left, left
+        before, after = ({p: c for p, c in found.items() if HEARTBEATS not in p} for found in (before, after))
+        assert not [path for path in after if Path(path).name.startswith(".") and Path(path).name != ".lock"]
 
         def told(found: dict[str, bytes | None]) -> dict[str, bytes | None]:
-            kept = {p: c for p, c in found.items() if p.split("/")[0] != "cache" and not p.endswith("/.lock")}
-            return {p: c for p, c in kept.items() if HEARTBEATS not in p}
+            return {p: c for p, c in found.items() if p.split("/")[0] != "cache" and not p.endswith("/.lock")}
 
         assert told(after) == told(before)
         new = after.keys() - before.keys()
