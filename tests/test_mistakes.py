@@ -7,8 +7,8 @@ four. What `Door.refused` looks at besides is said there.
 from __future__ import annotations
 
 import json
-import shutil
 import os
+import shutil
 import subprocess
 import sys
 import time
