@@ -171,6 +171,7 @@ def test_what_a_run_leaves(whole: Path) -> None:
     assert not (whole / "STOPPED").exists()
 
 
+@pytest.mark.slow
 def test_kill_in_training(world: World, whole: Path) -> None:
     run = world.run("killed")
     start_and(run, at_step(world.folder / "killed", 9), kill_all)
@@ -345,6 +346,7 @@ def test_two_then_one_then_three_ranks(world: World, whole: Path) -> None:
         assert float((weights[name] - expected[name]).norm() / expected[name].norm()) <= 1e-5, name
 
 
+@pytest.mark.slow
 def test_without_sharing(world: World, whole: Path) -> None:
     """Every response with a prompt of its own, first pass included: the same ten steps (design 7.2)."""
     settings = {"eval": {"at_start": False, "every_steps": 100, "at_end": False}}

@@ -256,6 +256,7 @@ def deviations(folder: Path, ranks: int, cases: list[str]) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 def test_a_measured_peak(tmp_path: Path) -> None:
     (deviation,) = deviations(tmp_path, 1, ["train-20M-all"]).values()
     assert abs(deviation) < 0.3
