@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
-def load(folder: Path, content: bytes, overrides: list[str]) -> str:
+def check_load(folder: Path, content: bytes, overrides: list[str]) -> str:
     """Loads, and what is saved of it loads back equal; or it is the user's mistake."""
     file = folder / "run.yaml"
     file.write_bytes(content)
@@ -78,14 +78,14 @@ CONFIGURATIONS = given(content=mostly(configurations(), YAML_NOISE), overrides=O
 @QUICK
 @CONFIGURATIONS
 def test_configurations(folder: Path, content: bytes, overrides: list[str]) -> None:
-    event(load(folder, content, overrides))
+    event(check_load(folder, content, overrides))
 
 
 @pytest.mark.slow
 @LONG
 @CONFIGURATIONS
 def test_configurations_at_length(folder: Path, content: bytes, overrides: list[str]) -> None:
-    event(load(folder, content, overrides))
+    event(check_load(folder, content, overrides))
 
 
 RUN = "run: {dir: x}\nmodel: {name_or_path: m}\ndata: {train: d}\n"
@@ -132,7 +132,7 @@ def no_waiting_for_the_disk() -> Any:
         yield
 
 
-def prepare(folder: Path, content: bytes, **changes: Any) -> str:
+def check_prepare(folder: Path, content: bytes, **changes: Any) -> str:
     """Reads and tokenises the file: rows = used + dropped, or the user's mistake, and nothing half-made."""
     file = folder / "rows.jsonl"
     file.write_bytes(content)
@@ -177,14 +177,14 @@ DATA = given(
 @QUICK
 @DATA
 def test_data(folder: Path, content: bytes, max_length: int, **changes: Any) -> None:
-    event(prepare(folder, content, max_length=max_length, max_prompt_length=max_length // 2, **changes))
+    event(check_prepare(folder, content, max_length=max_length, max_prompt_length=max_length // 2, **changes))
 
 
 @pytest.mark.slow
 @LONG
 @DATA
 def test_data_at_length(folder: Path, content: bytes, max_length: int, **changes: Any) -> None:
-    event(prepare(folder, content, max_length=max_length, max_prompt_length=max_length // 2, **changes))
+    event(check_prepare(folder, content, max_length=max_length, max_prompt_length=max_length // 2, **changes))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_faults_found_in_data(tmp_path: Path, tools: str) -> None:
     row = {"prompt": "what is blue?", "chosen": "the sky", "rejected": "grass"}
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in (row, row | {"tools": tools})))
-    assert prepare(tmp_path, file.read_bytes(), tokenizer="tools") == "used, some dropped"
+    assert check_prepare(tmp_path, file.read_bytes(), tokenizer="tools") == "used, some dropped"
     with pytest.raises(UserError, match=r"rows\.jsonl:2: wrong_type: tools must be a list of objects, or JSON text"):
         prepare_rows(
             [DataSource(str(file))], tokenizer=TOKENIZERS["tools"], form="auto", template="auto", max_length=200,

@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 MODELS, DATA = ("model.name_or_path", "reference.name_or_path", "model.tokenizer"), ("data.train", "data.eval")
 
 
-def refused(folder: Path, models: list[str], data: list[str], **environment: str) -> None:
+def check_refused(folder: Path, models: list[str], data: list[str], **environment: str) -> None:
     """Each of the keys with a hub name: what is said of models and data. `inspect` reads data, `--check` models."""
     keys = [*MODELS, *DATA]
     run = str(folder / "run.yaml")
@@ -105,15 +105,15 @@ NO_DATA = ["no file or folder here", "the hub gave no split 'train'", "correct t
 
 
 def test_offline(folder: Path) -> None:
-    refused(folder, NO_MODEL, NO_DATA, HF_HUB_OFFLINE="1")
+    check_refused(folder, NO_MODEL, NO_DATA, HF_HUB_OFFLINE="1")
 
 
 def test_no_network(folder: Path) -> None:
-    refused(folder, NO_MODEL, NO_DATA, HF_ENDPOINT="http://127.0.0.1:9")
+    check_refused(folder, NO_MODEL, NO_DATA, HF_ENDPOINT="http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_gated(folder: Path, status: int) -> None:
     words = ["is gated on the hub", "set HF_TOKEN"]
     with gated_hub(status) as address:
-        refused(folder, [*words, "Accept its licence"], [*words, "accept its terms"], HF_ENDPOINT=address)
+        check_refused(folder, [*words, "Accept its licence"], [*words, "accept its terms"], HF_ENDPOINT=address)

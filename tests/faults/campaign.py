@@ -122,11 +122,9 @@ class Start:
 
     def look(self) -> None:
         """Remembers the job's processes: after the launcher's death nothing leads to them."""
-        try:
+        with suppress(psutil.NoSuchProcess):  # it has ended: there is nobody left to be remembered
             for process in psutil.Process(self.process.pid).children(recursive=True):
                 self.seen.setdefault(process.pid, process)
-        except psutil.NoSuchProcess:
-            pass
 
     def wait(self, until: float = PATIENCE) -> int | None:
         """The status, or None when the time is over."""
