@@ -86,7 +86,7 @@ class Door:
         status = main([stage, str(run), *overrides])
         return status, self.capsys.readouterr().err
 
-    def check_refused(
+    def fails(
         self, words: Sequence[str], *overrides: str, stage: str = "train", early: bool = False, run: Path | None = None
     ) -> str:
         """The message of a call that must end with 2, say all `words` and leave nothing behind.

@@ -74,9 +74,7 @@ def _copy(source: Path, target: Path) -> None:
 def test_a_missing_model_folder(door: Door) -> None:
     where = door.path("nowhere")
     for key in ("model.name_or_path", "reference.name_or_path", "model.tokenizer"):
-        door.check_refused(
-            [key, where, "is no folder", "Give a Hugging Face model folder"], f"{key}={where}", early=True
-        )
+        door.fails([key, where, "is no folder", "Give a Hugging Face model folder"], f"{key}={where}", early=True)
 
 
 HALF: list[tuple[str, Callable[[Path], object], list[str]]] = [
@@ -104,25 +102,25 @@ HALF: list[tuple[str, Callable[[Path], object], list[str]]] = [
 def test_a_half_written_model_folder(door: Door, name: str, spoil: Callable[[Path], object], words: list[str]) -> None:
     spoil(door.model(name))
     for key in ("model.name_or_path", "reference.name_or_path"):
-        door.check_refused([f"{key}: ", door.path(name), *words], f"{key}={door.path(name)}", early=True)
+        door.fails([f"{key}: ", door.path(name), *words], f"{key}={door.path(name)}", early=True)
 
 
 def test_a_tokenizer_without_an_end(door: Door) -> None:
     endless = small_tokenizer(None, eos=None)
     endless.save_pretrained(door.path("endless"))
     said = ["model.tokenizer: ", door.path("endless"), "neither an eos token nor", "set eos_token in"]
-    door.check_refused(said, f"model.tokenizer={door.path('endless')}", early=True)
+    door.fails(said, f"model.tokenizer={door.path('endless')}", early=True)
     # A template that ends a turn with ordinary text ends nothing either.
     endless.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     endless.save_pretrained(door.path("endless"))
-    door.check_refused(said, f"model.tokenizer={door.path('endless')}", early=True)
+    door.fails(said, f"model.tokenizer={door.path('endless')}", early=True)
 
 
 def test_a_tokenizer_of_another_vocabulary(door: Door) -> None:
     small_tokenizer(CHATML).save_pretrained(door.path("other"))
     tokens = len(small_tokenizer(CHATML))
     words = ["model.tokenizer: ", f"it has {tokens} tokens", "vocab_size is 300", "give the tokenizer of the model"]
-    door.check_refused(words, f"model.tokenizer={door.path('other')}", early=True)
+    door.fails(words, f"model.tokenizer={door.path('other')}", early=True)
 
 
 def test_a_tokenizer_whose_added_tokens_the_model_lacks(door: Door) -> None:
@@ -133,7 +131,7 @@ def test_a_tokenizer_whose_added_tokens_the_model_lacks(door: Door) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(grown))
     data = door.lines("grown.jsonl", *[PAIR | {"prompt": f"say <|new|> {i}"} for i in range(20)])
     words = ["data.train: ", "makes token 300", "vocabulary has 300 entries", "must be the tokenizer of the model"]
-    door.check_refused(words, f"model.tokenizer={folder}", f"data.train={data}")
+    door.fails(words, f"model.tokenizer={folder}", f"data.train={data}")
 
 
 # Data
@@ -159,11 +157,11 @@ BAD_ROWS: list[tuple[str, Any, list[str]]] = [
 def test_a_row_that_cannot_be_used(door: Door, name: str, row: Any, words: list[str]) -> None:
     data = door.lines(f"{name}.jsonl", PAIR, row, PAIR)
     said = [f"{data}:2: ", *words, "mend the row" if "not_" not in words[0] and name != "blank" else "", STOPS]
-    door.check_refused(said, f"data.train={data}")
-    door.check_refused(said, f"data.eval={data}")
+    door.fails(said, f"data.train={data}")
+    door.fails(said, f"data.eval={data}")
     assert door.ends(door.run(), f"data.train={data}", stage="inspect") == (
         2,
-        door.check_refused(said, f"data.train={data}"),
+        door.fails(said, f"data.train={data}"),
     )
 
 
@@ -172,23 +170,21 @@ def test_an_empty_data_file(door: Door, name: str, content: bytes) -> None:
     (door.folder / name).write_bytes(content)
     for key in ("data.train", "data.eval"):
         words = [f"{key}: ", door.path(name), "holds no row", "name a source with at least one row"]
-        door.check_refused(words, f"{key}={door.path(name)}")
+        door.fails(words, f"{key}={door.path(name)}")
 
 
 def test_a_missing_data_file(door: Door) -> None:
     for key in ("data.train", "data.eval"):
-        door.check_refused(
-            [f"{key}: ", door.path("no.jsonl"), "there is no file", "correct"], f"{key}={door.path('no.jsonl')}"
-        )
+        door.fails([f"{key}: ", door.path("no.jsonl"), "there is no file", "correct"], f"{key}={door.path('no.jsonl')}")
         words = [f"{key}: ", door.path("no.jsonl"), "does not exist", "Give a file"]
-        door.check_refused(words, f"{key}={door.path('no.jsonl')}", "--check")
+        door.fails(words, f"{key}={door.path('no.jsonl')}", "--check")
 
 
 def test_a_prompt_that_cannot_be_cut(door: Door) -> None:
     turns = [{"role": "system", "content": "the " * 60}, {"role": "user", "content": "the cat"}]
     data = door.lines("long.jsonl", CHOSEN, {"prompt": turns, "chosen": "sings", "rejected": "sleeps"})
     words = [f"{data}:2: ", "prompt_too_long", "data.max_prompt_length=20", "tokens'", "raise data.max_prompt_length"]
-    door.check_refused([*words, STOPS], f"data.train={data}", "data.format=pair", "data.max_length=60",
+    door.fails([*words, STOPS], f"data.train={data}", "data.format=pair", "data.max_length=60",
                  "data.max_prompt_length=20")  # fmt: skip
 
 
@@ -197,17 +193,15 @@ def test_a_doubled_template(door: Door) -> None:
     (folder / "chat_template.jinja").write_text(INST)
     data = door.lines("doubled.jsonl", PAIR, PAIR | {"prompt": "[INST] the cat [/INST]"})
     words = [f"{data}:2: ", "doubled_template", "'[INST]'", "got '[INST] the cat", "remove the markers", STOPS]
-    door.check_refused(words, f"data.train={data}", "data.template=chat", f"model.tokenizer={folder}")
+    door.fails(words, f"data.train={data}", "data.template=chat", f"model.tokenizer={folder}")
 
 
 # The loss, sizes and budgets
 
 
 def test_the_loss(door: Door) -> None:
-    door.check_refused(
-        ["loss.name: ", "got 'dpq'", "must be one of dpo, robust, ipo", "take one"], "loss.name=dpq", early=True
-    )
-    door.check_refused(["loss.beta: ", "got 0,", "must be greater than 0", "change it"], "loss.beta=0", early=True)
+    door.fails(["loss.name: ", "got 'dpq'", "must be one of dpo, robust, ipo", "take one"], "loss.name=dpq", early=True)
+    door.fails(["loss.beta: ", "got 0,", "must be greater than 0", "change it"], "loss.beta=0", early=True)
     words = [
         "loss.beta: ",
         "got 0.1",
@@ -216,25 +210,25 @@ def test_the_loss(door: Door) -> None:
         "kto have it",
         "remove it or set loss.name",
     ]
-    door.check_refused(words, "loss.name=sft", "loss.beta=0.1", early=True)
+    door.fails(words, "loss.name=sft", "loss.beta=0.1", early=True)
 
 
 def test_rows_that_kto_cannot_use(door: Door) -> None:
     words = ["data.train: ", "of the form 'pair'", "prompt, completion and label", "loss.split_pairs=true"]
-    door.check_refused(words, "loss.name=kto")
+    door.fails(words, "loss.name=kto")
     rated = [{"prompt": "the cat", "completion": f"{c} sings", "label": True} for c in ("a", "the")]
     one, two = door.lines("one.jsonl", rated[0]), door.lines("two.jsonl", *rated)
-    door.check_refused(["data.train: 1 row; ", "needs two"], "loss.name=kto", f"data.train={one}")
-    door.check_refused(["data.train: ", "'rated'", "compares two"], f"data.train={two}")
+    door.fails(["data.train: 1 row; ", "needs two"], "loss.name=kto", f"data.train={one}")
+    door.fails(["data.train: ", "'rated'", "compares two"], f"data.train={two}")
     # What is enough: the next mistake is another one. G counts responses, two of each pair.
     words = ["train.global_batch_pairs: ", "99 is more than the "]
-    door.check_refused([*words, "2 rows"], "loss.name=kto", f"data.train={two}", "train.global_batch_pairs=99")
-    door.check_refused([*words, "80 rows"], "loss.name=kto", "loss.split_pairs=true", "train.global_batch_pairs=99")
+    door.fails([*words, "2 rows"], "loss.name=kto", f"data.train={two}", "train.global_batch_pairs=99")
+    door.fails([*words, "80 rows"], "loss.name=kto", "loss.split_pairs=true", "train.global_batch_pairs=99")
 
 
 def test_more_rows_a_step_than_there_are(door: Door) -> None:
     words = ["train.global_batch_pairs: ", "41 is more than the 40 rows", "Lower it, or give more data"]
-    door.check_refused(words, "train.global_batch_pairs=41")
+    door.fails(words, "train.global_batch_pairs=41")
 
 
 LONG = PAIR | {"prompt": "the cat sings", "chosen_response": "the red house " * 12, "rejected_response": "a bird " * 9}
@@ -242,11 +236,7 @@ LONG = PAIR | {"prompt": "the cat sings", "chosen_response": "the red house " * 
 
 def budget_message(door: Door, *overrides: str) -> str:
     """The part that names the smallest budget that would do."""
-    return (
-        door.check_refused(["raise it to at least "], *overrides)
-        .partition("raise it to at least ")[2]
-        .partition(",")[0]
-    )
+    return door.fails(["raise it to at least "], *overrides).partition("raise it to at least ")[2].partition(",")[0]
 
 
 def test_a_budget_below_the_longest_pair(door: Door) -> None:
@@ -258,16 +248,14 @@ def test_a_budget_below_the_longest_pair(door: Door) -> None:
         "one micro-batch",
         "or lower data.max_length (now 256)",
     ]
-    door.check_refused([*words, "(data.train)"], f"data.train={data}", "train.micro_batch_tokens=40")
+    door.fails([*words, "(data.train)"], f"data.train={data}", "train.micro_batch_tokens=40")
     short = door.lines("short.jsonl", *[PAIR] * 12)
-    door.check_refused(
-        [*words, "(data.eval)"], f"data.train={short}", f"data.eval={data}", "train.micro_batch_tokens=40"
-    )
+    door.fails([*words, "(data.eval)"], f"data.train={short}", f"data.eval={data}", "train.micro_batch_tokens=40")
     # What the message says is enough, and one token less is not.
     least = int(budget_message(door, f"data.train={data}", "train.micro_batch_tokens=40"))
     assert budget_message(door, f"data.train={data}", f"train.micro_batch_tokens={least - 1}") == str(least)
     enough = (f"data.train={data}", f"train.micro_batch_tokens={least}", "train.global_batch_pairs=99")
-    door.check_refused(["train.global_batch_pairs: "], *enough)
+    door.fails(["train.global_batch_pairs: "], *enough)
     # Without a reference only the chosen response counts.
     sft = (f"data.train={data}", "loss.name=sft")
     assert int(budget_message(door, *sft, "train.micro_batch_tokens=40")) < least
@@ -283,16 +271,16 @@ def test_a_first_pass_budget_below_the_longest_sequence(door: Door) -> None:
         "or lower data.max_length (now 256)",
     ]
     for stage in ("train", "reference"):
-        door.check_refused(words, *small, stage=stage)
+        door.fails(words, *small, stage=stage)
     least = int(budget_message(door, *small))
     assert least < int(budget_message(door, f"data.train={data}", "train.micro_batch_tokens=40"))
     enough = f"reference.micro_batch_tokens={least}"
-    door.check_refused(["train.global_batch_pairs: "], f"data.train={data}", enough, "train.global_batch_pairs=99")
+    door.fails(["train.global_batch_pairs: "], f"data.train={data}", enough, "train.global_batch_pairs=99")
     # Evaluation packs pairs under this budget; and a loss without a reference has no first pass to fit in.
     short = door.lines("short.jsonl", *[PAIR] * 12)
     words = ["reference.micro_batch_tokens: ", f"got {least}", f"{data}:13 (data.eval)"]
-    door.check_refused(words, f"data.train={short}", f"data.eval={data}", enough)
-    door.check_refused(["train.global_batch_pairs: "], *small, "loss.name=sft", "train.global_batch_pairs=99")
+    door.fails(words, f"data.train={short}", f"data.eval={data}", enough)
+    door.fails(["train.global_batch_pairs: "], *small, "loss.name=sft", "train.global_batch_pairs=99")
 
 
 def test_a_million_lengths_take_no_time(door: Door) -> None:
@@ -347,12 +335,12 @@ DEEPSPEED: list[tuple[str, list[str]]] = [
 def test_a_deepspeed_file(door: Door, text: str, words: list[str]) -> None:
     (door.folder / "ds.json").write_text(text)
     for key in ("deepspeed.policy", "deepspeed.reference"):
-        door.check_refused([door.path("ds.json"), f"({key})", *words], f"{key}={door.path('ds.json')}", early=True)
+        door.fails([door.path("ds.json"), f"({key})", *words], f"{key}={door.path('ds.json')}", early=True)
 
 
 def test_a_missing_deepspeed_file(door: Door) -> None:
     words = [door.path("none.json"), "the DeepSpeed file of deepspeed.policy does not exist", "check the path"]
-    door.check_refused(words, f"deepspeed.policy={door.path('none.json')}", early=True)
+    door.fails(words, f"deepspeed.policy={door.path('none.json')}", early=True)
 
 
 def test_offloading_may_be_null(door: Door) -> None:
@@ -374,19 +362,19 @@ def test_a_folder_that_cannot_be_written(door: Door, key: str, below: str) -> No
     words = [f"{key}: ", folder, "cannot be written", "Choose a"]
     for stage in ("train", "reference", "evaluate"):
         if stage != "evaluate":
-            door.check_refused(words, f"{key}={folder}", stage=stage)
-        door.check_refused(words, f"{key}={folder}", "--check", stage=stage)
+            door.fails(words, f"{key}={folder}", stage=stage)
+        door.fails(words, f"{key}={folder}", "--check", stage=stage)
 
 
 def test_a_cache_that_cannot_be_written_is_found_by_inspect(door: Door) -> None:
     (door.folder / "file").write_text("")
     words = ["run.cache: ", door.path("file"), "cannot be written", "name a folder"]
-    door.check_refused(words, f"run.cache={door.path('file')}", stage="inspect")
+    door.fails(words, f"run.cache={door.path('file')}", stage="inspect")
 
 
 def test_an_export_over_somebodys_model(door: Door) -> None:
     words = ["export.dir: ", door.path("model"), "is no export of this job", "Choose another folder"]
-    door.check_refused(words, f"export.dir={door.path('model')}", early=True)
+    door.fails(words, f"export.dir={door.path('model')}", early=True)
 
 
 @pytest.fixture
@@ -404,12 +392,12 @@ def begun(door: Door) -> Path:
 
 def test_a_folder_of_another_run(door: Door, begun: Path) -> None:
     words = ["run.dir: ", str(begun), "holds another run", "loss.beta: was 0.1, now 0.3", "Choose another run.dir"]
-    door.check_refused([*words, "put these keys back"], "loss.beta=0.3", early=True)
+    door.fails([*words, "put these keys back"], "loss.beta=0.3", early=True)
 
 
 def test_a_later_start_with_a_mistake_leaves_the_record_as_it_was(door: Door, begun: Path) -> None:
     before = tree(begun)
-    door.check_refused(["train.micro_batch_tokens: "], "train.micro_batch_tokens=9")
+    door.fails(["train.micro_batch_tokens: "], "train.micro_batch_tokens=9")
     assert tree(begun).keys() == before.keys()
     assert json.loads((begun / "run.json").read_text())["starts"] == json.loads(before["run.json"] or b"")["starts"]
 
@@ -417,29 +405,29 @@ def test_a_later_start_with_a_mistake_leaves_the_record_as_it_was(door: Door, be
 @pytest.mark.parametrize("content", ["{}", "[]", "7", '{"identity": 5}', "{"])
 def test_a_damaged_record(door: Door, begun: Path, content: str) -> None:
     (begun / "run.json").write_text(content)
-    door.check_refused([str(begun / "run.json")], early=True)
+    door.fails([str(begun / "run.json")], early=True)
 
 
 def test_two_jobs_on_one_folder(door: Door, begun: Path) -> None:
     lock = FileLock(begun / ".lock")
     assert lock.take() is None
     words = ["run.dir: ", str(begun), "is held by another job", f"process {os.getpid()}", "since 20", "host "]
-    door.check_refused([*words, "Wait for it", str(begun / "STOP"), "choose another run.dir"])
+    door.fails([*words, "Wait for it", str(begun / "STOP"), "choose another run.dir"])
     lock.give_back()
 
 
 def test_stages_that_need_a_run(door: Door) -> None:
     for stage in ("evaluate", "export"):
         words = ["run.dir: ", door.path("runs/run"), "holds no run", "train first"]
-        door.check_refused(words, f"data.eval={door.path('pairs.jsonl')}", stage=stage)
+        door.fails(words, f"data.eval={door.path('pairs.jsonl')}", stage=stage)
 
 
 def test_evaluate_finds_its_mistakes_before_the_first_pass(door: Door, begun: Path) -> None:
     data = f"data.eval={door.path('pairs.jsonl')}"
-    door.check_refused(["run.dir: ", str(begun), "has no committed checkpoint", "Train first"], data, stage="evaluate")
+    door.fails(["run.dir: ", str(begun), "has no committed checkpoint", "Train first"], data, stage="evaluate")
     words = ["evaluate.model: ", "./nowhere", "is no folder", "Give a Hugging Face model folder"]
-    door.check_refused(words, data, "evaluate.model=./nowhere", stage="evaluate")
-    door.check_refused(["data.eval: not set", "Name a data set"], stage="evaluate")
+    door.fails(words, data, "evaluate.model=./nowhere", stage="evaluate")
+    door.fails(["data.eval: not set", "Name a data set"], stage="evaluate")
 
 
 # Packages
@@ -464,20 +452,20 @@ def test_an_absent_package(door: Door, without: Callable[[str], None]) -> None:
     (door.folder / "saved" / "dataset_info.json").write_text("{}")
     without("pyarrow")
     words = ["data.train: ", door.path("rows.parquet"), "needs the package pyarrow", "pip install pyarrow", ".jsonl"]
-    door.check_refused(words, f"data.train={door.path('rows.parquet')}")
+    door.fails(words, f"data.train={door.path('rows.parquet')}")
     without("datasets")
     words = ["needs the package datasets", "pip install datasets", "or give the rows as .jsonl"]
     for name in (door.path("saved"), "nobody/pairs"):
-        door.check_refused(["data.train: ", f"'{name}'", *words], f"data.train={name}")
+        door.fails(["data.train: ", f"'{name}'", *words], f"data.train={name}")
     without("accelerate")
     words = ["model.name_or_path: ", "needs the package accelerate", "pip install accelerate"]
-    door.check_refused(words, early=True)
+    door.fails(words, early=True)
 
 
 def test_an_absent_wandb(door: Door, without: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     without("wandb")
     words = ["'offline' needs the package wandb", "pip install wandb", "tracking.wandb.mode=disabled"]
-    door.check_refused(["tracking.wandb.mode: ", *words], "tracking.wandb.mode=offline", early=True)
+    door.fails(["tracking.wandb.mode: ", *words], "tracking.wandb.mode=offline", early=True)
     assert door.ends(door.run(), "--check") == (0, "")
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert door.ends(door.run(), "tracking.wandb.mode=online", "--check") == (0, "")
