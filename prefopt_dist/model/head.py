@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-LOGITS_AT_ONCE = 2**27
-"""Elements of the block of logits that is alive at a time (512 MiB in float32): a thousand rows of a vocabulary of
-128k, which is most pairs whole."""
+LOGITS_AT_ONCE = 100 * 2**20
+"""Elements of the block of logits that is alive at a time (400 MiB in float32): 800 rows of a vocabulary of 128k, so
+that most pairs' fit into one."""
 
 PartialLoss = Callable[[int, int, torch.Tensor], torch.Tensor]
 """(first part, end, their log-probs float32 [n, K]) → float64 [], what these parts add to the loss, differentiable"""
