@@ -219,7 +219,6 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
     def row(parts: Sequence[NDArray[np.int32] | NDArray[np.int64]]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
-    needs = _needs(np.concatenate(source), np.concatenate(target))
     number = {prompt: i for i, prompt in enumerate(groups)}
     of_unit = np.array([number[u.prompt.tobytes()] for u in units])
     return MicroBatch(
@@ -227,22 +226,26 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
         position_ids=row(positions)[None],
         segments=tuple(segments),
         gathered=gather(segments),
-        **needs,
+        **_needs(np.concatenate(source), np.concatenate(target)),
         counts=torch.tensor(counts),
         units=torch.tensor([[index[u.prompt.tobytes(), r.tobytes()] for r in u.responses] for u in units]),
         rows=tuple(u.row for u in units),
         desirable=torch.tensor([u.desirable for u in units]),
         by_prompt=torch.from_numpy(of_unit.argsort(kind="stable")),
-        prompts=_ends(of_unit, needs["source"], counts, row_ends, sequence_ends),
+        prompts=_ends(of_unit, np.unique(np.concatenate(source)), counts, row_ends, sequence_ends),
     )
 
 
 def _ends(
-    of_unit: NDArray[np.int64], source: torch.Tensor, counts: list[int], row_ends: list[int], sequence_ends: list[int]
+    of_unit: NDArray[np.int64],
+    states: NDArray[np.int64],
+    counts: list[int],
+    row_ends: list[int],
+    sequence_ends: list[int],
 ) -> tuple[Ends, ...]:
-    """`prompts` of a MicroBatch, from the number of each unit's prompt and the ends of each prompt's own."""
+    """`prompts` of a MicroBatch, from each unit's prompt, the states' rows and the ends of each prompt's own."""
     ends = zip(
-        np.searchsorted(source.numpy(), row_ends).tolist(),
+        np.searchsorted(states, row_ends).tolist(),
         np.cumsum(counts)[np.array(sequence_ends) - 1].tolist(),
         sequence_ends,
         np.cumsum(np.bincount(of_unit)).tolist(),
