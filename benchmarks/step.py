@@ -113,9 +113,19 @@ def _process(contestant: str, folder: Path, task: Task) -> dict[str, Any]:
 
 
 def save(found: dict[str, Any], name: str) -> None:
-    """results/NAME.json, and the plot where matplotlib is installed."""
+    """results/NAME.json, and the plot where matplotlib is installed.
+
+    Mixes that were measured before with the same model, task and versions on the same machine stay, so that one can
+    be measured again, or all of them one by one.
+    """
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(_rounded(found), indent=1) + "\n")
+    file = RESULTS / f"{name}.json"
+    found = _rounded(found)
+    before = json.loads(file.read_text()) if file.exists() else {}
+    if all(before.get(key) == found[key] for key in ("shape", "head_share", "machine", "task")):
+        mixes = before["mixes"] | found["mixes"]
+        found = before | found | {"mixes": {mix: mixes[mix] for mix in MIXES if mix in mixes}}
+    file.write_text(json.dumps(found, indent=1) + "\n")
     try:
         report.plot(found["mixes"], _title(found), RESULTS / f"{name}.svg")
     except ImportError:
