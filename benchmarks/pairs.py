@@ -23,7 +23,7 @@ FIRST_TOKEN = 3
 END = 2
 MANY = 8192
 """Pairs that stand for the whole mix"""
-SHUFFLES = 400
+SHUFFLES = 200
 
 
 @dataclass(frozen=True)

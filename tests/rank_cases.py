@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import case_runner
+import matrix_cases
 import numpy as np
 import plain
 import psutil
@@ -232,6 +233,14 @@ def dpo_small_blocks(folder: Path) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head, "LOGITS_AT_ONCE", 30 * LlamaConfig.from_pretrained(folder / "model").vocab_size)
         return equality(folder, "dpo-blocks", 300, DPO, steps=2)
+
+
+def pairwise(folder: Path) -> dict:
+    return matrix_cases.steps_equal(folder, matrix_cases.pairwise(ranks.world_size()))
+
+
+def full_matrix(folder: Path) -> dict:
+    return matrix_cases.steps_equal(folder, matrix_cases.full())
 
 
 def sft_many_micro_batches(folder: Path) -> dict:

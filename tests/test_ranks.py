@@ -1,11 +1,13 @@
 """Real ranks: everything in rank_cases.py on one process and on two under torchrun."""
 
+import itertools
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import case_runner
+import matrix_cases
 import pytest
 
 EQUALITY = ["dpo_many_micro_batches", "dpo_one_micro_batch", "dpo_checkpointing", "sft_many_micro_batches"]
@@ -13,6 +15,7 @@ SHORT = ["dpo_small_blocks", "kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dp
 BOTH = [
     *EQUALITY,
     *SHORT,
+    "pairwise",
     "whole_evaluation",
     "kto_evaluation",
     "other_reference_is_refused",
@@ -61,6 +64,34 @@ def test_steps_equal_float64(world: tuple[int, Path], case: str) -> None:
             assert got["kto/desirable"] == exact["kto/desirable"]
         if "rewards/accuracies" in exact:
             assert got["rewards/accuracies"] == exact["rewards/accuracies"]
+
+
+def check_matrix(result: dict[str, Any], settings: list[matrix_cases.Setting]) -> None:
+    assert [tuple(r[:4]) for r in result["settings"]] == settings
+    for *setting, sums, gradient, micro_batches in result["settings"]:
+        print(f"{setting}: sums {sums:.1e}, gradients {gradient:.1e}")
+        assert sums <= 1e-6, setting
+        assert gradient <= 1e-5, setting
+        assert micro_batches > 1
+
+
+def test_families_heads_stages_and_checkpointing(world: tuple[int, Path]) -> None:
+    """Pairwise: see matrix_cases.py."""
+    check_matrix(found(world, "pairwise"), matrix_cases.pairwise(world[0]))
+
+
+def test_any_two_values_stand_together() -> None:
+    rows = [(n, *s) for n in (1, 2) for s in matrix_cases.pairwise(n)]
+    every = [(n, *s) for n in (1, 2) for s in matrix_cases.full()]
+    for a, b in itertools.combinations(range(5), 2):
+        assert {(r[a], r[b]) for r in rows} == {(r[a], r[b]) for r in every}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_full_matrix(tmp_path: Path, n: int) -> None:
+    case_runner.run_cases("rank_cases.py", n, tmp_path, ["full_matrix"])
+    check_matrix(found((n, tmp_path), "full_matrix"), matrix_cases.full())
 
 
 def test_every_row_once(world: tuple[int, Path]) -> None:
