@@ -25,7 +25,7 @@ from prefopt_dist.objectives import DPO
 from prefopt_dist.training import room
 from prefopt_dist.training.optimizer import adamw
 
-BUDGET = 90
+BUDGET = 60
 """Tokens of a micro-batch: several on each rank, and prompts that are shared by two responses and by more in one"""
 BETA = 0.3
 
