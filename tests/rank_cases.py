@@ -84,7 +84,7 @@ def equality(
         folder,
         name,
         loss=loss,
-        reference={"name_or_path": str(folder / against)} if loss["name"] in ("dpo", "ipo", "kto") else {},
+        reference={"name_or_path": str(folder / against)} if loss["name"] in ("dpo", "ipo", "kto", "mix") else {},
         train={"global_batch_pairs": G, "micro_batch_tokens": 512},  # what a run may say; the budget here is smaller
         **sections,
     )
@@ -144,7 +144,8 @@ def exact_step(policy: Any, reference: Any, scored: ScoredRows, rows: list[int],
     lengths = torch.tensor([[len(data.response(i, k)) for k in (0, 1)] for i in rows], dtype=torch.float64)
     terms, reward = plain.pair_loss(loss, live, start, lengths)
     mean, margin = terms.mean(), reward[:, 0] - reward[:, 1]
-    nat = loss["beta"] if loss["name"] == "dpo" else loss["beta"] / lengths
+    first = next(iter(loss["of"].values())) if loss["name"] == "mix" else loss
+    nat = first["beta"] if loss["name"] in ("dpo", "mix") else first["beta"] / lengths
     return {
         "loss": mean.item(),
         "loss_tensor": mean,
@@ -236,6 +237,15 @@ def ipo(folder: Path) -> dict:
 
 def orpo(folder: Path) -> dict:
     return equality(folder, "orpo", 150, {"name": "orpo", "beta": 0.5}, steps=2)
+
+
+def mix(folder: Path) -> dict:
+    parts = {
+        "dpo": {"weight": 1.0, "beta": 0.1, "label_smoothing": 0.1},
+        "ipo": {"weight": 0.01, "beta": 0.3, "average": "tokens"},
+        "orpo": {"weight": 0.5, "beta": 0.5},
+    }
+    return equality(folder, "mix", 150, {"name": "mix", "of": parts}, steps=2)
 
 
 def dpo_gemma2(folder: Path) -> dict:

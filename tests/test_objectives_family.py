@@ -26,11 +26,27 @@ FAMILY: list[dict[str, Any]] = [
     {"name": "simpo", "beta": 2.0, "gamma": 1.0, "sft_weight": 0.0},
     {"name": "simpo", "beta": 2.5, "gamma": 0.0, "sft_weight": 0.2},
     {"name": "orpo", "beta": 0.5},
+    {
+        "name": "mix",
+        "of": {
+            "dpo": {"weight": 1.0, "beta": 0.1, "label_smoothing": 0.0, "average": "sums"},
+            "orpo": {"weight": 0.2, "beta": 0.5},
+        },
+    },
+    {
+        "name": "mix",
+        "of": {
+            "dpo": {"weight": 0.8, "beta": 5.0, "label_smoothing": 0.1, "average": "tokens"},
+            "ipo": {"weight": 0.05, "beta": 0.3, "average": "tokens"},
+            "hinge": {"weight": 2.0, "beta": 0.1},
+        },
+    },
+    {"name": "mix", "of": {"simpo": {"weight": 0.5, "beta": 2.0, "gamma": 1.0}, "sft": {"weight": 3.0}}},
 ]
 
 
 def called(options: dict[str, Any]) -> str:
-    return "-".join(str(v) for v in options.values())
+    return "-".join(str(v) if not isinstance(v, dict) else "+".join(v) for v in options.values())
 
 
 def made(options: dict[str, Any]) -> Objective:
@@ -110,6 +126,9 @@ def test_closed_form_at_the_start(options: dict[str, Any]) -> None:
     sums, _, lengths = drawn(20)
     found = objective(units(objective, sums, sums, lengths))
     form = {"dpo": math.log(2), "robust": math.log(2), "ipo": 0.25 * options.get("beta", 1) ** -2, "hinge": 1.0}
+    if options["name"] == "mix" and options["of"].keys() <= form.keys():
+        form["ipo"] = 0.25 * options["of"]["ipo"]["beta"] ** -2
+        form["mix"] = sum(part["weight"] * form[name] for name, part in options["of"].items())
     if options.get("sft_weight") or options["name"] not in form:
         assert objective.start_loss is None
         return
@@ -147,6 +166,10 @@ def test_extreme_margins(options: dict[str, Any], margin: float) -> None:
 
 def _exact(options: dict[str, Any], s: list[Any]) -> Any:
     """The loss of one pair of one-token responses whose reference is −20 each, in 60 digits."""
+    if options["name"] == "mix":
+        return sum(mpmath.mpf(o["weight"]) * _exact({"name": n, **o}, s) for n, o in options["of"].items())
+    if options["name"] == "sft":
+        return -s[0]
     beta, name = mpmath.mpf(options["beta"]), options["name"]
 
     def ell(x: Any) -> Any:
@@ -278,6 +301,43 @@ def test_nan_is_not_hidden() -> None:
         assert math.isnan(found.loss.item()), options
         shown = dict(zip(objective.metrics, found.per_unit[0].tolist(), strict=True))
         assert (shown["rewards/accuracies"], shown["ties"]) == (0, 0), options
+
+
+def test_a_mix_shows_its_parts() -> None:
+    """Each part's loss under its own name, as it is alone; the rewards are those of the first in the registry."""
+    sums, reference, lengths = drawn(9)
+    parts = {"orpo": {"weight": 0.2, "beta": 0.5}, "ipo": {"weight": 0.3}, "dpo": {"weight": 2, "beta": 0.2}}
+    objective = made({"name": "mix", "of": parts})
+    shown = dict(zip(objective.metrics, objective(Sequences(sums, lengths, reference)).per_unit.unbind(1), strict=True))
+    for name, part in parts.items():
+        options = {k: v for k, v in part.items() if k != "weight"}
+        alone = made({"name": name, **options})
+        found = alone(units(alone, sums, reference, lengths)).per_unit.unbind(1)
+        own = dict(zip(alone.metrics, found, strict=True))
+        assert torch.equal(shown[f"{name}_loss"], own.pop("loss"))
+        for metric, values in own.items():
+            if name == "dpo" or not metric.startswith("rewards/"):
+                assert torch.equal(shown[metric], values), (name, metric)
+    total = sum(part["weight"] * shown[f"{name}_loss"] for name, part in parts.items())
+    torch.testing.assert_close(shown["loss"], total, rtol=1e-14, atol=0)
+    assert objective == made({"name": "mix", "of": dict(reversed(parts.items()))}), "the file's order decides nothing"
+
+
+@pytest.mark.parametrize("name", ["dpo", "robust", "ipo", "hinge", "simpo"])
+def test_sft_in_a_mix_is_the_sft_weight_of_one_loss(name: str) -> None:
+    sums, reference, lengths = drawn(9)
+    one, mix = (
+        made(options)
+        for options in (
+            {"name": name, "sft_weight": 0.7},
+            {"name": "mix", "of": {"sft": {"weight": 0.7}, name: {"weight": 1.0}}},
+        )
+    )
+    assert mix.needs_reference == one.needs_reference
+    a, b = (o(units(o, sums, reference, lengths)) for o in (one, mix))
+    columns = [mix.metrics.index(metric) for metric in one.metrics]
+    torch.testing.assert_close(b.per_unit[:, columns], a.per_unit, rtol=1e-14, atol=0)
+    assert b.loss.item() == pytest.approx(a.loss.item(), rel=1e-14)
 
 
 def test_an_sft_term_of_weight_0_is_none() -> None:

@@ -9,7 +9,7 @@ import case_runner
 import pytest
 
 EQUALITY = ["dpo_many_micro_batches", "dpo_one_micro_batch", "dpo_checkpointing", "sft_many_micro_batches"]
-SHORT = ["kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2"]
+SHORT = ["kto", "ipo", "orpo", "mix", "dpo_gemma2", "dpo_phi3", "dpo_stage_2"]
 BOTH = [
     *EQUALITY,
     *SHORT,
