@@ -9,19 +9,21 @@ import case_runner
 import pytest
 
 EQUALITY = ["dpo_many_micro_batches", "dpo_one_micro_batch", "dpo_checkpointing", "sft_many_micro_batches"]
-SHORT = ["kto", "ipo", "orpo", "mix", "dpo_gemma2", "dpo_phi3", "dpo_stage_2"]
+SHORT = ["kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2"]
 BOTH = [
     *EQUALITY,
     *SHORT,
     "whole_evaluation",
     "kto_evaluation",
+    "kto_one_micro_batch",
+    "family",
     "other_reference_is_refused",
     "errors_reach_all",
     "packs_alone_and_together",
     "collectives_and_host_reads",
 ]
 BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates"]
-TWO_ONLY = ["shards", "save_fails_on_one_rank", "idle_ranks"]
+TWO_ONLY = ["shards", "save_fails_on_one_rank", "idle_ranks", "resumed"]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
@@ -61,6 +63,57 @@ def test_steps_equal_float64(world: tuple[int, Path], case: str) -> None:
             assert got["kto/desirable"] == exact["kto/desirable"]
         if "rewards/accuracies" in exact:
             assert got["rewards/accuracies"] == exact["rewards/accuracies"]
+
+
+def test_every_loss_of_the_family_equals_float64(world: tuple[int, Path]) -> None:
+    """One step under many micro-batches and under one: loss, margin, gradient; each with its own metrics."""
+    result = found(world, "family")
+    for case, got in result.items():
+        assert (got["micro_batches"] > 1) == case.endswith(" 150"), case
+        assert got["loss"][0] == pytest.approx(got["loss"][1], rel=1e-5), case
+        assert got["margin"][0] == pytest.approx(got["margin"][1], rel=1e-4, abs=1e-6), case
+        assert got["gradient"] <= 1e-5, case
+    assert result["orpo, 150"]["metrics"].keys() >= {"log_odds_ratio", "sft_loss"}
+    mix = result["mix, 150"]["metrics"]
+    total = mix["dpo_loss"] + 0.01 * mix["ipo_loss"] + 0.5 * mix["orpo_loss"]
+    assert mix["loss"] == pytest.approx(total, rel=1e-12)
+    assert mix["orpo_loss"] == pytest.approx(result["orpo, 150"]["metrics"]["loss"], rel=1e-6)
+
+
+def test_kto_in_one_micro_batch(world: tuple[int, Path]) -> None:
+    """The reference point and the gradient are those of many micro-batches, which are float64's."""
+    one, many = found(world, "kto_one_micro_batch"), found(world, "kto")
+    assert one["micro_batches"][0] < many["micro_batches"][0]
+    assert max(one["gradient"]) <= 1e-5
+    (got, exact), (other, _) = one["metrics"][0], many["metrics"][0]
+    assert got["kto/z0"] == pytest.approx(exact["kto/z0"], rel=1e-5) == pytest.approx(other["kto/z0"], rel=1e-5)
+    assert got["loss"] == pytest.approx(exact["loss"], rel=1e-5) == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_kto_orpo_and_a_mix_resume(world: tuple[int, Path]) -> None:
+    """On two ranks, with evaluation: the same bits and rows as the run that nothing interrupts."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "resumed")
+    for loss, ends in result.items():
+        assert ends["stopped"]["starts"] == [0, 2], loss
+        assert ends["crashed"]["starts"] == [0, 3], loss
+        for how in ("stopped", "crashed"):
+            assert ends[how]["weights"] == ends["whole"]["weights"], (loss, how)
+            assert ends[how]["rows"] == ends["whole"]["rows"], (loss, how)
+        rows = ends["whole"]["rows"]
+        kinds = [(r["kind"], r["step"]) for r in rows]
+        assert [s for kind, s in kinds if kind == "eval"] == [0, 2, 4, 5]
+        assert rows[-1]["eval/loss"] < rows[0]["eval/loss"], loss
+        assert rows[-1]["eval/rewards/accuracies"] > 0.5, loss
+    own = {"kto": "kto/z0", "orpo": "log_odds_ratio", "mix": "robust_loss"}
+    for loss, name in own.items():
+        rows = result[loss]["whole"]["rows"]
+        assert all(f"{row['kind']}/{name}" in row for row in rows), loss
+    first = next(r for r in result["mix"]["whole"]["rows"] if r["kind"] == "train")
+    assert first["train/loss"] == pytest.approx(1.5 * math.log(2) + 0.05 * 25, abs=1e-4)
+    first = next(r for r in result["kto"]["whole"]["rows"] if r["kind"] == "train")
+    assert first["train/loss"] == pytest.approx(0.5, abs=1e-4)
 
 
 def test_every_row_once(world: tuple[int, Path]) -> None:
