@@ -236,34 +236,34 @@ def plain_pairs(model: Any, data: TokenisedRows, rows: list[int]) -> torch.Tenso
     return torch.stack([torch.stack(plain.pair_log_probs(model, *pair)) for pair in pairs])
 
 
-RESUMED: dict[str, dict[str, object]] = {
-    "kto": {"name": "kto", "beta": 0.5, "split_pairs": True},
-    "orpo": {"name": "orpo", "beta": 0.5},
-    "mix": {"name": "mix", "of": {"dpo": {"weight": 1.0}, "ipo": {"weight": 0.05}, "robust": {"weight": 0.5}}},
+RESUMED: dict[str, tuple[str, dict[str, object]]] = {
+    "kto": ("crashed", {"name": "kto", "beta": 0.5, "split_pairs": True}),
+    "mix": (
+        "stopped",
+        {"name": "mix", "of": {"dpo": {"weight": 1.0}, "ipo": {"weight": 0.05}, "robust": {"weight": 0.5}}},
+    ),
 }
 
 
 def resumed(folder: Path) -> dict:
-    """Whole, stopped after its second step, and crashed in its fourth behind a checkpoint: the same end."""
+    """Stopped after the second step, or crashed in the fourth behind a checkpoint: as the run that goes through."""
     found: dict[str, Any] = {}
-    for name, loss in RESUMED.items():
-        ends = {}
-        for how in ("whole", "stopped", "crashed"):
+    for name, (how, loss) in RESUMED.items():
+        for end in ("whole", how):
             config = config_for(
                 folder,
-                f"{name}-{how}",
+                f"{name}-{end}",
                 loss=loss,
                 data={"eval": str(folder / "pairs.jsonl")},
-                train={"max_steps": 5},
+                train={"max_steps": 4},
                 eval={"every_steps": 2},
                 checkpoint={"every_steps": 3},
             )
-            if how != "whole":
+            if end != "whole":
                 with Interrupted(config.run_dir, how) as interrupted:
                     interrupted.run(config)
             train.run(config)
-            ends[how] = ranks.decide(partial(the_end, config.run_dir))
-        found[name] = ends
+            found[f"{name} {end}"] = ranks.decide(partial(the_end, config.run_dir))
     return found
 
 
