@@ -229,6 +229,43 @@ def test_certain_tokens_have_finite_odds(sums: list[float]) -> None:
     assert shown["log_odds_ratio"] == pytest.approx(float(capped[0] - capped[1]), rel=1e-12, abs=1e-12)
 
 
+SMALLEST = -(2.0**-23)
+"""A mean log-prob that float32 has next to 0."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("chosen", [SMALLEST, -1e-5, -0.1, -3.0, -60.0, -1e4])
+@pytest.mark.parametrize("rejected", [SMALLEST, -0.5, -1e4])
+def test_orpo_from_p_near_1_to_p_near_0(chosen: float, rejected: float, dtype: torch.dtype) -> None:
+    """The whole loss and both slopes, a few roundings of the dtype from 60 digits (an even ratio cancels: absolute)."""
+    sums = torch.tensor([[chosen * 4, rejected * 8]], dtype=dtype, requires_grad=True)
+    found = ORPO(0.5)(Sequences(sums, torch.tensor([[4, 8]]), None))
+    got = slope(found.loss, sums)
+    options = {"name": "orpo", "beta": 0.5}
+    with mpmath.workdps(60):
+        means = [mpmath.mpf(s) / n for s, n in zip(sums[0].tolist(), (4, 8), strict=True)]
+        value = _exact(options, means)
+        ratio = _log_odds(means[0]) - _log_odds(means[1])
+        pull = mpmath.mpf(0.5) / (1 + mpmath.exp(ratio))
+        slopes = [
+            (-1 - pull / (1 - mpmath.exp(means[0]))) / 4,
+            pull / (1 - mpmath.exp(means[1])) / 8,
+        ]
+    eps = torch.finfo(dtype).eps
+    assert found.loss.item() == pytest.approx(float(value), rel=20 * eps, abs=20 * eps * float(1 + abs(ratio)))
+    for mine, exact in zip(got[0].tolist(), slopes, strict=True):
+        assert mine == pytest.approx(float(exact), rel=20 * eps * float(1 + abs(ratio)), abs=1e-30)
+
+
+def test_the_naive_odds_are_dead_in_float32() -> None:
+    """What the form in use is for: log(1 − eˣ) as it is written is −∞ near p = 1 and 0 near p = 0."""
+    near_1, near_0 = torch.tensor(-2e-8), torch.tensor(-30.0)
+    assert torch.log(1 - torch.exp(near_1)).item() == -math.inf
+    assert torch.log(1 - torch.exp(near_0)).item() == 0
+    assert log1mexp(torch.tensor(CERTAIN)).item() == pytest.approx(-24 * math.log(2), rel=1e-6)
+    assert log1mexp(near_0).item() == pytest.approx(-math.exp(-30), rel=1e-6)
+
+
 def test_orpo_by_hand() -> None:
     """p = 0.8 and 0.5 a token: odds 4 and 1, log OR = ln 4, loss −ln 0.8 + β ln(1 + ¼)."""
     sums = torch.tensor([[3 * math.log(0.8), 7 * math.log(0.5)]], dtype=torch.float64)
