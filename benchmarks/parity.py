@@ -249,7 +249,7 @@ class Ours:
         self.policy.zero_grad()
         loss.backward()
         gradient = {n: p.grad.double().clone() for n, p in self.policy.lm.named_parameters() if p.grad is not None}
-        return Value(float(loss), gradient)
+        return Value(loss.item(), gradient)
 
 
 def _loss(options: dict[str, Any]) -> Any:

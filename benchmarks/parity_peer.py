@@ -107,5 +107,5 @@ def _batch(trainer: Any) -> Any:
 def _value(trainer: Any, loss: torch.Tensor) -> Value:
     loss.backward()
     return Value(
-        float(loss), {n: p.grad.double().clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+        loss.item(), {n: p.grad.double().clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,23 @@ def test_a_mix_without_its_name(tmp_path: Path) -> None:
     assert "set loss.name=mix" in message
     one = complaint(tmp_path, "loss.name=mix", "loss.of.dpo.weight=1")
     assert "two losses or more" in one
+
+
+def test_the_page_on_losses_names_keys_that_exist(tmp_path: Path) -> None:
+    """docs/losses.md, which translates TRL's names to ours."""
+    page = (REPOSITORY / "docs" / "losses.md").read_text()
+    sections = "|".join(field.name for field in dataclasses.fields(Config))
+    keys = set(re.findall(rf"`((?:{sections})\.[a-z_.]+)", page))
+    options = {f"loss.{field.name}" for cls in LOSSES.values() for field in dataclasses.fields(cls)}
+    options |= {"loss.of"} | {key.replace("loss.", "loss.of.dpo.") for key in options} | {"loss.of.LOSS."}
+    known = to_dict(load(tmp_path))
+    for key in keys - options:
+        place: Any = known
+        for part in key.rstrip(".").split("."):
+            assert part in place, key
+            place = place[part]
+    named = set(re.findall(r"`loss\.name: ([a-z]+)`", page))
+    assert {"dpo", "kto", "mix"} <= named <= {*LOSSES, "mix"}
 
 
 # Layers
