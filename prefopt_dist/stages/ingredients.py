@@ -29,6 +29,7 @@ from prefopt_dist.objectives import Objective
 from prefopt_dist.reference.first_pass import FirstPass, run_first_pass
 from prefopt_dist.reference.store import ReferenceStore
 from prefopt_dist.stages import checks
+from prefopt_dist.stages.losses import described
 from prefopt_dist.stages.losses import make_objective as make_objective  # a stage finds all its parts here
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import in_units, say
@@ -255,7 +256,7 @@ def score_reference(
     reference: its weights, None for a loss without reference.
     """
     if reference is None:
-        say(f"loss {config.loss.name}: no reference, no first pass")
+        say(f"loss {described(config.loss)}: no reference, no first pass")
         return [ScoredRows(rows, None) for rows in sets], None
     done = run_first_pass(
         model=models.reference,

@@ -19,6 +19,7 @@ from prefopt_dist.reference.turn import StoppedInFirstPass
 from prefopt_dist.stages import export, ingredients
 from prefopt_dist.stages.ingredients import Models
 from prefopt_dist.stages.job import requests_for, run_folder
+from prefopt_dist.stages.losses import described
 from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.wandb_feed import WandbFeed
@@ -205,7 +206,7 @@ def _what_comes(config: Config, order: Order, start: int, total: int) -> str:
         times.insert(0, ("evaluation", config.eval.every_steps))
     every = [f"{what} every {steps} steps" if steps else f"{what} at the end" for what, steps in times]
     return (
-        f"training: {config.loss.name}, steps {start + 1} to {total} of {per_step} rows "
+        f"training: {described(config.loss)}, steps {start + 1} to {total} of {per_step} rows "
         f"({order.rows_per_epoch} an epoch, {epochs} {'epoch' if epochs == 1 else 'epochs'}) "
         f"on {ranks.world_size()} ranks; {'; '.join(every)}"
     )
