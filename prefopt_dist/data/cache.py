@@ -13,13 +13,16 @@ from prefopt_dist.data.rows import DamagedRows, TokenisedRows, open_rows
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import fsync_folder, sweep
 
+Say = Callable[[str], None]
+"""Takes lines for a person."""
+
 
 def place(cache_dir: Path, digest: str) -> Path:
     """Where the data set of this digest is or will be."""
     return Path(cache_dir) / "tokenised" / digest
 
 
-def intact_rows(folder: Path, key: str, say: Callable[[str], None]) -> TokenisedRows | None:
+def intact_rows(folder: Path, key: str, say: Say) -> TokenisedRows | None:
     """The rows of the folder; None where there is none, or a damaged one, which is said and removed."""
     if not folder.exists():
         return None

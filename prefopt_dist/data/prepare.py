@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.data.bad_row import BadRow
-from prefopt_dist.data.cache import build, intact_rows, place
+from prefopt_dist.data.cache import Say, build, intact_rows, place
 from prefopt_dist.data.example import Example
 from prefopt_dist.data.forms import FORMS, detect_form, kind_of, read_form
 from prefopt_dist.data.report import Tally
@@ -37,7 +37,6 @@ BATCH = 256
 FIRST_READ = 64
 """Rows of a source that are read before its form is decided."""
 
-Say = Callable[[str], None]
 Progress = Callable[[int, int | None], None]
 
 
@@ -85,7 +84,8 @@ def prepare_rows(
     """The folder of the tokenised rows, for `open_rows`.
 
     It is `<cache_dir>/tokenised/<digest>`, by the content of sources and tokenizer and the settings; an
-    intact one is used again, whatever `on_bad_row`. `say` gets lines for a person; `progress(rows, None)` is called a block.
+    intact one is used again, whatever `on_bad_row`. `say` gets lines for a person; `progress(rows, None)` is called
+    a block.
     Raises UserError: a source that cannot be read, wrong settings, a bad row under on_bad_row=stop,
     no row left, a token outside the model's vocabulary.
     """

@@ -36,7 +36,7 @@ class DataReport:
     form: str
     """The form read; several sources' forms joined by a comma where they differ."""
     examples: dict[str, tuple[str, ...]]
-    """Up to `EXAMPLES` messages `origin: kind: rule; got value; remedy` of each kind of fault, the first found first."""
+    """Up to `EXAMPLES` messages `origin: kind: rule; got value; remedy` of each kind of fault, the first kind first."""
     digest: str
     """Hex digest of the tokenised rows in their order: equal digest, equal data."""
     named: dict[str, dict[str, int]] = field(default_factory=dict)

@@ -60,7 +60,7 @@ def prompt_keys(rows: TokenisedRows) -> Keys:
     for block in range(0, rows.n, BLOCK):
         bounds = rows.offsets[block * parts : min(block + BLOCK, rows.n) * parts + 1].tolist()
         begin = bounds[0]
-        tokens = memoryview(np.array(rows.tokens[begin : bounds[-1]])).cast("B")
+        tokens = memoryview(rows.tokens[begin : bounds[-1]].tobytes())
         for i in range(0, len(bounds) - 1, parts):
             ids = tokens[4 * (bounds[i] - begin) : 4 * (bounds[i + 1] - begin)]
             digests += blake2b(ids, digest_size=16).digest()

@@ -20,7 +20,7 @@ FEW = 10_000
 LONGER_CHOSEN = (0.4, 0.6)
 """Shares of the pairs of different length in which the longer response is chosen that are taken for harmless."""
 SIGMAS = 3.0
-"""Standard deviations of a fair coin by which such a share must differ from one half, so that few pairs raise no alarm."""
+"""Standard deviations of a fair coin by which such a share must differ from a half: few pairs raise no alarm."""
 BALANCE = (0.5, 2.0)
 """Weight × rows of label true over that of label false: KTO's losses of the two kinds are then about equal."""
 
@@ -148,7 +148,7 @@ def _leaked(rows: TokenisedRows, evals: Mapping[str, TokenisedRows]) -> Iterator
     def prompt_stands(i: int) -> str:
         return f"has the prompt of {_origin(held, [np.arange(one.n) for one in held], prompt_at[i])}"
 
-    yield _by_row(rows, "eval_pairs", "eval_pairs", (at >= 0).all(axis=1), stands)
+    yield _by_row(rows, "eval_pairs", "eval_pairs", np.asarray((at >= 0).all(axis=1)), stands)
     yield _by_row(rows, "eval_prompts", "eval_prompts", prompt_at >= 0, prompt_stands)
 
 
