@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from prefopt_dist.config.findings import Inspect
 from prefopt_dist.config.losses import DPOLoss, Loss
 from prefopt_dist.config.rules import Count, Dtype, Fraction, NotNegative, Positive, Rule, Text
 from prefopt_dist.errors import UserError
@@ -261,6 +262,8 @@ class Config:
     """The evaluate stage."""
     plan: Plan = field(default_factory=Plan)
     """The plan stage."""
+    inspect: Inspect = field(default_factory=Inspect)
+    """What findings in the data do."""
 
     @property
     def run_dir(self) -> Path:
