@@ -9,6 +9,7 @@ parameters keep their values; their names get a `base_layer.` in them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,4 +123,6 @@ def _settings(adapter: Adapter) -> Any:
 
 def _peft() -> Any:
     """Imported where it is needed: it takes seconds, and most runs have no adapters."""
+    # peft asks the model by a name that transformers is about to change.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     return needed("peft", "lora", "a run with adapters", "remove the section lora")
