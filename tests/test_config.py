@@ -460,7 +460,7 @@ def test_identity_leaves_out_what_may_change(tmp_path: Path) -> None:
 def test_identity_has_what_decides_which_rows_are_dropped(tmp_path: Path) -> None:
     drop = "inspect.eval_prompts=drop"
     before, after = identity(load(tmp_path, drop, "data.eval=e")), identity(load(tmp_path, drop, "data.eval=f"))
-    assert differing(before, after) == ["data.eval.[0].path: was e, now f"]
+    assert differing(before, after) == ["data.eval[0].path: was e, now f"]
 
 
 # Secrets
