@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ import worlds
 from data_for_tests import lines, prepare
 from tokenizers_for_tests import INST, small_tokenizer
 
+from prefopt_dist import data
 from prefopt_dist.__main__ import main
 from prefopt_dist.config import load_config
 from prefopt_dist.data import TokenisedRows, open_rows
+from prefopt_dist.data.rows import flag_bits
 from prefopt_dist.errors import UserError
 from prefopt_dist.inspection.advice import ADVICE
 from prefopt_dist.inspection.equal import first_in, group
@@ -110,6 +114,8 @@ def test_the_text_names_each_finding_with_its_remedy(world: World) -> None:
         assert f"    → {ADVICE[kind][1]}" in said
     assert "verdict: can be used; look first at duplicates, contradictions, eval_pairs" in said
     assert "left out: missing_field, " in said
+    assert "  cut responses: chosen only 1, rejected only 1, both 1; fair: both responses of each pair" in said
+    assert "  the longer response is chosen in " in said
     for part in ("prompt", "chosen", "rejected", "sequence"):
         assert part in said
     assert "█" in said
@@ -234,6 +240,23 @@ def test_special_tokens_of_strings_that_carry_the_template(tmp_path: Path) -> No
     assert [found[k] for k in "missing_bos missing_end double_bos double_end stray_special".split()] == [
         [1], [4], [2], [], [3],
     ]  # fmt: skip
+
+
+def test_an_unfair_cut_would_be_found(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "chosen": "yes", "rejected": "no " * k} for k in (1, 9, 9)]
+    made = open_rows(prepare(tmp_path, lines(tmp_path / "rows.jsonl", rows)))
+    first, second = (flag_bits([f"cut_response_{k}"]) for k in (0, 1))
+    made = replace(made, flags=np.array([0, second, first | second], dtype=np.uint16))
+    found = {f.name: f.rows.tolist() for f in row_findings(made, {})}
+    assert (found["cut_response"], found["unfair_cut"]) == ([1, 2], [2])
+
+
+def test_every_fault_has_its_advice() -> None:
+    sources = "".join(file.read_text() for file in Path(data.__file__).parent.glob("*.py"))
+    kinds = set(re.findall(r'BadRow\(\s*"(\w+)"', sources))
+    assert len(kinds) >= 19
+    assert kinds <= ADVICE.keys()
+    assert {*ROW_KINDS, "few_rows", "length_bias", "label_balance"} == ADVICE.keys() - kinds
 
 
 def test_equal_rows_as_a_dictionary_finds_them() -> None:
