@@ -5,7 +5,8 @@ from prefopt_dist.config.dump import to_dict, to_yaml
 from prefopt_dist.config.findings import Inspect
 from prefopt_dist.config.identity import differing, identity
 from prefopt_dist.config.load import load_config
-from prefopt_dist.config.losses import LOSSES, DPOLoss, Loss, SFTLoss
+from prefopt_dist.config.lora import Lora
+from prefopt_dist.config.losses import LOSSES, DPOLoss, Loss, MixLoss, SFTLoss
 from prefopt_dist.config.schema import (
     Checkpoint,
     Config,
@@ -38,7 +39,9 @@ __all__ = [
     "Evaluate",
     "Export",
     "Inspect",
+    "Lora",
     "Loss",
+    "MixLoss",
     "Model",
     "Optim",
     "Plan",

@@ -21,6 +21,7 @@ from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows
 from prefopt_dist.data.unpaired import unpaired
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
+from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.cost import layer_parameters
 from prefopt_dist.model.digests import FileState, refuse_if_changed, remembered_digest
 from prefopt_dist.model.identity import reference_key
@@ -29,6 +30,7 @@ from prefopt_dist.objectives import Objective
 from prefopt_dist.reference.first_pass import FirstPass, run_first_pass
 from prefopt_dist.reference.store import ReferenceStore
 from prefopt_dist.stages import checks
+from prefopt_dist.stages.losses import described
 from prefopt_dist.stages.losses import make_objective as make_objective  # a stage finds all its parts here
 from prefopt_dist.stages.rows import eval_sets, prepared, prepared_train
 from prefopt_dist.tracking import heartbeat
@@ -52,6 +54,8 @@ class Models:
     """The policy's own where the configuration names no other."""
     tokenizer: Any
     dtype: torch.dtype
+    adapter: Adapter | None
+    """What is trained beside the policy's folder; None where all of its weights are"""
 
     @property
     def reference_is_start(self) -> bool:
@@ -115,7 +119,8 @@ def _models(config: Config) -> Models:
         reference = inspect_folder(resolve(config.reference.name_or_path, key), key, longest)
     tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
     checks.check_tokenizer(tokenizer, config.data.template, policy.config.vocab_size)
-    return Models(policy, reference, tokenizer, DTYPES[config.model.dtype])
+    adapter = checks.adapter_of(config.lora, policy.config, config.model.name_or_path)
+    return Models(policy, reference, tokenizer, DTYPES[config.model.dtype], adapter)
 
 
 def load_models(config: Config) -> Models:
@@ -218,7 +223,7 @@ def score_reference(
     reference: its weights, None for a loss without reference.
     """
     if reference is None:
-        say(f"loss {config.loss.name}: no reference, no first pass")
+        say(f"loss {described(config.loss)}: no reference, no first pass")
         return [ScoredRows(rows, None) for rows in sets], None
     done = run_first_pass(
         model=models.reference,

@@ -21,6 +21,7 @@ from prefopt_dist.planning.machine import Machine, planned
 from prefopt_dist.planning.memory import ZeroSettings
 from prefopt_dist.planning.report import Report
 from prefopt_dist.planning.sizes import model_sizes
+from prefopt_dist.stages.checks import adapter_of
 from prefopt_dist.stages.ingredients import DTYPES, sized, zero_settings
 from prefopt_dist.stages.losses import make_objective
 from prefopt_dist.stages.rows import eval_sets, prepared, prepared_train
@@ -55,8 +56,9 @@ def _needs(config: Config, model: PreTrainedConfig) -> Needs:
     for_reference = ZeroSettings.of(reference, dtype.itemsize)
     if config.reference.offload == "cpu":
         for_reference = for_reference.offloading(False, True)
+    adapter = adapter_of(config.lora, model, config.model.name_or_path)
     return Needs(
-        sizes=model_sizes(model, dtype, for_policy.persistence),
+        sizes=model_sizes(model, dtype, for_policy.persistence, adapter),
         policy=for_policy,
         reference=for_reference,
         tokens=config.train.micro_batch_tokens,
@@ -96,10 +98,10 @@ def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], tod
         fits=fits,
         micro_batch_tokens=config.train.micro_batch_tokens,
         work=todo,
-        step_seconds=seconds(work.training_flop(todo, cost, again)),
+        step_seconds=seconds(work.training_flop(todo, cost, again, needs.sizes.frozen)),
         first_pass_seconds=seconds(todo.first_pass_flop),
         evaluation_seconds=seconds(todo.evaluation_flop),
-        disk=disk(needs.sizes, config.checkpoint.keep, written, todo.sequences),
+        disk=disk(needs.sizes, config.checkpoint.keep, written, todo.sequences, merged=config.export.merged),
     )
 
 
