@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -308,3 +309,10 @@ def test_the_picture(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_report_that_cannot_be_written(world: World) -> None:
     status, _, message = world.inspect("data.on_bad_row=drop", f"inspect.file={world.folder}/no/report.json")
     assert (status, "inspect.file: " in message, "Choose a folder that exists" in message) == (2, True, True)
+
+
+@pytest.mark.slow
+def test_the_benchmark_finds_what_it_planted() -> None:
+    command = [sys.executable, "-m", "benchmarks.inspect", "--pairs", "3004", "--words", "3"]
+    said = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
+    assert "found: 12 contradictions, 4 duplicates, 4 empty_response, 3 eval_pairs, 3 eval_prompts, all that" in said
