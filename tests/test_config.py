@@ -534,6 +534,13 @@ def test_identity_leaves_out_what_may_change(tmp_path: Path) -> None:
     assert differing(identity(load(tmp_path)), identity(load(tmp_path, *changed))) == []
 
 
+def test_a_policy_about_evaluation_needs_evaluation(tmp_path: Path) -> None:
+    for policy in ("drop", "stop"):
+        with pytest.raises(UserError, match=rf"^inspect\.eval_pairs: got {policy}, but data\.eval is null.*keep$"):
+            load(tmp_path, f"inspect.eval_pairs={policy}")
+    load(tmp_path, "inspect.eval_pairs=drop", "data.eval=e")
+
+
 def test_identity_has_what_decides_which_rows_are_dropped(tmp_path: Path) -> None:
     drop = "inspect.eval_prompts=drop"
     before, after = identity(load(tmp_path, drop, "data.eval=e")), identity(load(tmp_path, drop, "data.eval=f"))
