@@ -1,4 +1,4 @@
-"""`inspect` on many synthetic pairs: python -m benchmarks.inspect --pairs 1000000
+"""`inspect` on many synthetic pairs: python -m benchmarks.inspect --pairs 1000000 (or --rows: without tokenising)
 
 Writes the pairs, tokenises them as every stage does, then looks for the findings: the time of both parts, and the
 memory of a process of its own for each. Faults are planted at a known rate, and must be found to the last one.
@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -97,8 +98,6 @@ def measured(folder: Path) -> dict[str, Any]:
 
 def stage(run: str) -> None:
     """Runs the stage and prints what its parts took, and the process's peak memory."""
-    import threading
-
     from prefopt_dist.__main__ import main as door
     from prefopt_dist.stages import inspect
 
@@ -106,19 +105,80 @@ def stage(run: str) -> None:
     worked: Counter[str] = Counter()
     for name in ("prepared", "find"):
         _time(inspect, name, took, worked)
-    before, peak, ended = anonymous_mib(), [0.0], threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.05):
-            peak[0] = max(peak[0], anonymous_mib())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    status = door(["inspect", run])
-    ended.set()
-    watcher.join()
+    with Watch() as watch:
+        status = door(["inspect", run])
     assert status == 0
-    print(json.dumps({"parts": took, "cpu": worked, "mib_at_start": before, "mib_at_most": peak[0]}))
+    print(json.dumps({"parts": took, "cpu": worked, "mib_at_start": watch.at_start, "mib_at_most": watch.at_most}))
+
+
+def write_rows(folder: Path, n: int, seed: int = 0) -> Counter[str]:
+    """A folder of n tokenised pairs of random tokens and digests; every thousandth is repeated and contradicted."""
+    import numpy as np
+
+    from prefopt_dist.data.report import DataReport
+    from prefopt_dist.data.rows import COLUMNS, Column, content_digest, write_manifest
+
+    folder.mkdir()
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(5, 60, 3 * n)
+    digests = draw.integers(0, 256, (n, 2, 16)).astype(np.uint8)
+    digests[1::EVERY] = digests[: n - 1 : EVERY]
+    digests[2::EVERY] = digests[: n - 2 : EVERY, ::-1]
+    values = {
+        "tokens": draw.integers(0, 30_000, lengths.sum()),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]),
+        "digests": digests,
+        "source": np.zeros(n),
+        "line": np.arange(1, n + 1),
+        "flags": np.zeros(n),
+    }
+    columns = {name: Column(folder, name) for name in COLUMNS if name in values}
+    for name, column in columns.items():
+        column.append(values[name])
+    files = {name: column.finish() for name, column in columns.items()}
+    report = DataReport(n, n, {}, {}, {}, 0, "pair", {}, content_digest(files))
+    write_manifest(folder, kind="pair", files=files, names=["rows"], weights=[1.0], report=report)
+    return Counter(duplicates=len(digests[1::EVERY]), contradictions=3 * len(digests[2::EVERY]))
+
+
+def look(folder: str) -> None:
+    """Finds what is in tokenised rows, with the rows themselves as evaluation set: the most that there can be to do."""
+    from prefopt_dist.data import open_rows
+    from prefopt_dist.inspection.equal import group, prompt_keys
+    from prefopt_dist.inspection.findings import row_findings, set_findings
+    from prefopt_dist.inspection.report import SetReport
+
+    rows = open_rows(Path(folder), checksums=False)
+    with Watch() as watch:
+        began, working = time.monotonic(), time.process_time()
+        found = [*row_findings(rows, {"data.eval": rows}), *set_findings(rows, (1.0, 1.0))]
+        prompts = len(group(prompt_keys(rows)).first)
+        SetReport.of("data.train", rows, found, None, "drop", prompts).text()
+        took, worked = time.monotonic() - began, time.process_time() - working
+    counts = {f.name: f.count for f in found if f.count}
+    print(
+        f"{rows.n:,} tokenised pairs, {counts}: {took:.1f} s ({worked:.1f} s of processor); "
+        f"memory {watch.at_start:.0f} MiB at the start, {watch.at_most:.0f} MiB at most"
+    )
+
+
+class Watch:
+    """The most memory within a block, looked at twenty times a second."""
+
+    def __enter__(self) -> Watch:
+        self.at_start = self.at_most = anonymous_mib()
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._look)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._watcher.join()
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.05):
+            self.at_most = max(self.at_most, anonymous_mib())
 
 
 def _time(module: Any, name: str, took: Counter[str], worked: Counter[str]) -> None:
@@ -146,10 +206,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--words", type=int, default=12, help="mean words of a prompt or response")
+    parser.add_argument("--rows", type=int, help="make so many tokenised pairs directly, and only look for findings")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
+    parser.add_argument("--look", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.stage is not None:
         stage(asked.stage)
+        return
+    if asked.look is not None:
+        look(asked.look)
+        return
+    if asked.rows is not None:
+        with tempfile.TemporaryDirectory(prefix="prefopt-inspect-") as made:
+            print(f"planted: {dict(write_rows(Path(made) / 'rows', asked.rows))}", flush=True)
+            # A process of its own: the memory of what made the rows is not that of what looks at them.
+            subprocess.run([sys.executable, "-m", "benchmarks.inspect", "--look", f"{made}/rows"], check=True)
         return
     with tempfile.TemporaryDirectory(prefix="prefopt-inspect-") as made:
         folder = Path(made)
