@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.config.losses import KTOLoss
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows, prepare_rows
-from prefopt_dist.data.unpaired import unpaired
+from prefopt_dist.data.unpaired import OnePromptRules, unpaired
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.cost import layer_parameters
@@ -240,7 +240,13 @@ def _for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRows:
         )
     if rows.n * rows.responses < 2:
         raise UserError(f"{key}: {rows.n} row; the loss kto needs two, since a row is compared with another one.")
-    return unpaired(rows, config.data.max_length)
+    try:
+        return unpaired(rows, config.data.max_length)
+    except OnePromptRules as found:
+        raise UserError(
+            f"{key}: {found} rows answer the same prompt; the loss kto measures each row by a response to another "
+            "prompt, so no prompt may have more than half of the rows. Give rows of more prompts."
+        ) from None
 
 
 def score_reference(
