@@ -94,15 +94,8 @@ def run(config: Config) -> None:
 
 
 def _plan_steps(config: Config, rows: TokenisedRows) -> tuple[Order, int]:
-    per_step = config.train.global_batch_pairs
-    order = Order(rows.source, rows.weights, config.run.seed, per_step)
-    if per_step > order.rows_per_epoch:
-        raise UserError(
-            f"train.global_batch_pairs: {per_step} is more than the {order.rows_per_epoch} rows of an epoch. "
-            "Lower it, or give more data."
-        )
-    total = config.train.epochs * order.steps_per_epoch
-    return order, min(total, config.train.max_steps or total)
+    order = Order.of_run(rows.source, rows.weights, config.run.seed, config.train.global_batch_pairs)
+    return order, order.total_steps(config.train.epochs, config.train.max_steps)
 
 
 def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any]) -> None:
