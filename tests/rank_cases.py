@@ -611,15 +611,18 @@ def errors_reach_all(folder: Path) -> dict:
 
 
 def idle_ranks(folder: Path) -> dict:
-    """A step with fewer pairs than ranks: idle ranks take part with weight 0."""
-    config = config_for(folder, "idle", loss={"name": "dpo"})
-    models, objective, scored, _ = ready(config)
-    engine = make_policy(config, models)
-    batch = step_batch(scored, [3], 2, 4096)
-    sums, _ = step.agree(step.gradient(engine, batch, objective, None), Request(False, False))
-    norm = step.update(engine, 1e-3)
-    zero3.release(engine)
-    return {"pairs": sums[-1], "loss": sums[0], "norm": float(norm)}
+    """A step with fewer pairs than ranks: idle ranks take part with weight 0, in KTO's pass before the step too."""
+    found: dict[str, Any] = {}
+    for name, loss in (("dpo", {"name": "dpo"}), ("kto", KTO)):
+        config = config_for(folder, f"idle-{name}", loss=loss)
+        models, objective, scored, _ = ready(config)
+        engine = make_policy(config, models)
+        batch = step_batch(scored, [3], objective.responses, 4096)
+        sums, _ = step.agree(step.gradient(engine, batch, objective, None), Request(False, False))
+        norm = step.update(engine, 1e-3)
+        zero3.release(engine)
+        found[name] = {"pairs": sums[-1], "loss": sums[0], "norm": float(norm)}
+    return found
 
 
 class Counts:
