@@ -79,6 +79,7 @@ def equality(
     of: str = "model",
     against: str = "reference",
     make_engine: Callable[[Config, ingredients.Models], Any] = make_policy,
+    exact_start: Callable[[Path], Any] = plain.build_plain,
     steps: int | None = None,
     **sections: dict[str, object],
 ) -> dict:
@@ -95,7 +96,7 @@ def equality(
     models, objective, scored, _ = ready(config)
     engine = make_engine(config, models)
     order = Order(scored.rows.source, scored.rows.weights, config.run.seed, G)
-    exact_policy = plain.build_plain(folder / of)
+    exact_policy = exact_start(folder / of)
     exact_reference = plain.build_plain(folder / against)
     found: dict[str, Any] = {"loss": [], "metrics": [], "gradient": [], "sizes": [], "micro_batches": [], "ids": []}
     for index in range(steps or order.steps_per_epoch):
@@ -104,12 +105,14 @@ def equality(
         packed = step.gradient(engine, batch, objective, None)
         sums, _ = step.agree(packed, Request(False, False))
         means = statistics.means(objective.metrics, sums, objective.counted_by)
-        grads = {n: safe_get_full_grad(p) for n, p in engine.module.lm.named_parameters()}
+        grads = {n: safe_get_full_grad(p) for n, p in engine.module.lm.named_parameters() if p.requires_grad}
         exact_policy.zero_grad()
         expected = exact_step(exact_policy, exact_reference, scored, rows, loss)
         expected["loss_tensor"].backward()
         worst = 0.0
-        for n, p in exact_policy.named_parameters():
+        trained = {n: p for n, p in exact_policy.named_parameters() if p.requires_grad}
+        assert grads.keys() == trained.keys()
+        for n, p in trained.items():
             worst = max(worst, float((grads[n].double() - p.grad).norm() / p.grad.norm()))
         found["gradient"].append(worst)
         found["loss"].append([means["loss"], expected["loss"]])
@@ -798,4 +801,6 @@ def prepare(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    case_runner.serve(globals(), prepare)
+    import lora_cases  # which has its cases from this file's parts
+
+    case_runner.serve(globals() | vars(lora_cases), prepare)

@@ -104,6 +104,15 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         "export": {"dir": None, "checkpoint": None, "dtype": None},
         "evaluate": {"model": None},
         "plan": {"gpu": None, "nodes": 1, "gpus_per_node": None, "file": None},
+        "inspect": {
+            **dict.fromkeys(
+                "duplicates contradictions eval_pairs eval_prompts cut special_tokens".split()
+                + "length_bias label_balance few_rows".split(),
+                "keep",
+            ),
+            "file": None,
+            "picture": None,
+        },
     }
 
 
@@ -502,6 +511,7 @@ def test_resolved_text_loads_back_equal(tmp_path: Path, overrides: list[str]) ->
         ("train.global_batch_pairs=8", "train.global_batch_pairs: was 64, now 8"),
         ("train.epochs=2", "train.epochs: was 1, now 2"),
         ("train.max_steps=2", "train.max_steps: was None, now 2"),
+        ("inspect.duplicates=drop", "inspect.duplicates: was absent, now drop"),
     ],
 )
 def test_identity_holds_what_a_run_is(tmp_path: Path, override: str, line: str) -> None:
@@ -515,8 +525,15 @@ def test_identity_leaves_out_what_may_change(tmp_path: Path) -> None:
         "data.eval=e", "train.micro_batch_tokens=1", "train.max_hours=1", "train.hang_minutes=9", "deepspeed.policy=p",
         "eval.every_steps=3", "checkpoint.every_steps=null", "tracking.log_every_steps=2",
         "reference.micro_batch_tokens=3", "export.dir=d", "evaluate.model=m",
+        "inspect.duplicates=stop", "inspect.file=f", "inspect.picture=p.png",
     ]  # fmt: skip
     assert differing(identity(load(tmp_path)), identity(load(tmp_path, *changed))) == []
+
+
+def test_identity_has_what_decides_which_rows_are_dropped(tmp_path: Path) -> None:
+    drop = "inspect.eval_prompts=drop"
+    before, after = identity(load(tmp_path, drop, "data.eval=e")), identity(load(tmp_path, drop, "data.eval=f"))
+    assert differing(before, after) == ["data.eval.[0].path: was e, now f"]
 
 
 # Secrets

@@ -9,7 +9,7 @@ import case_runner
 import pytest
 
 EQUALITY = ["dpo_many_micro_batches", "dpo_one_micro_batch", "dpo_checkpointing", "sft_many_micro_batches"]
-SHORT = ["kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2"]
+SHORT = ["kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2", "lora", "lora_gemma2"]
 BOTH = [
     *EQUALITY,
     *SHORT,
@@ -19,6 +19,7 @@ BOTH = [
     "errors_reach_all",
     "packs_alone_and_together",
     "collectives_and_host_reads",
+    "lora_resume",
 ]
 BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates"]
 TWO_ONLY = ["shards", "save_fails_on_one_rank", "idle_ranks", "family", "kto_one_micro_batch", "resumed"]
@@ -254,3 +255,24 @@ def test_one_collective_and_one_host_read_a_step(world: tuple[int, Path]) -> Non
     for counted in result["steps"]:
         assert counted["collective"] == ["all_reduce"]
         assert counted["read"] == ["tolist"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_start_at_the_base_and_resume_to_the_bit(world: tuple[int, Path], dtype: str) -> None:
+    result = found(world, "lora_resume")[dtype]
+    assert result["zero"], "B = 0, so the start is the base model"
+    assert result["losses"][0] == pytest.approx(math.log(2), rel=1e-6 if dtype == "float32" else 1e-2)
+    assert result["losses"][2] < result["losses"][0]
+    assert result["moved"] == 1
+    assert result["step"] == 2
+    assert result["equal"]
+    assert result["again"] == result["losses"][2]
+
+
+def test_a_checkpoint_of_adapters_holds_them_alone(world: tuple[int, Path]) -> None:
+    """r = 4 beside q, o (32·32), k, v (32·16), gate, up, down (32·96) of two layers; 12 bytes each on disk."""
+    trained = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 96))
+    for result in found(world, "lora_resume").values():
+        assert result["trained"] == trained
+        assert trained <= sum(result["optimized"]) <= 1.05 * trained
+        assert result["bytes"] == pytest.approx(12 * sum(result["optimized"]), abs=100), "Adam's counts beside it"

@@ -66,9 +66,8 @@ def unpaired(rows: TokenisedRows, longest: int) -> UnpairedRows:
     halves = rows.responses == 2
     labels = np.tile(np.array([1, 0], dtype=np.int8), rows.n) if halves else rows.labels
     assert labels is not None
-    told = (
-        f"{rows.report.digest}:{PARTNER_SEED}:{longest}{'' if np.array_equal(mended, partner) else ':mended'}".encode()
-    )
+    exchanged = "" if np.array_equal(mended, partner) else ":exchanged"
+    told = f"{rows.report.digest}:{PARTNER_SEED}:{longest}{exchanged}".encode()
     bare = UnpairedRows(
         kind="rated",
         n=n,
@@ -79,6 +78,7 @@ def unpaired(rows: TokenisedRows, longest: int) -> UnpairedRows:
         labels=labels,
         source=np.repeat(rows.source, rows.responses),
         line=np.repeat(rows.line, rows.responses),
+        flags=np.repeat(rows.flags, rows.responses),
         source_names=rows.source_names,
         weights=rows.weights,
         report=replace(rows.report, digest=blake2b(told, digest_size=16).hexdigest()),
