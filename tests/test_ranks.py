@@ -22,7 +22,7 @@ BOTH = [
     "lora_resume",
 ]
 BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates"]
-TWO_ONLY = ["shards", "save_fails_on_one_rank", "idle_ranks", "family", "kto_one_micro_batch", "resumed"]
+TWO_ONLY = ["shards", "save_fails_on_one_rank", "idle_ranks", "family", "kto_one_micro_batch", "whole_runs"]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
@@ -93,21 +93,18 @@ def test_kto_in_one_micro_batch(world: tuple[int, Path]) -> None:
     assert got["loss"] == pytest.approx(exact["loss"], rel=1e-5) == pytest.approx(other["loss"], rel=1e-5)
 
 
-def test_kto_and_a_mix_resume(world: tuple[int, Path]) -> None:
-    """With evaluation on pairs: the same bits and rows as the run that nothing interrupts."""
+def test_whole_runs_of_kto_and_a_mix(world: tuple[int, Path]) -> None:
+    """With evaluation on pairs and metrics of their own; KTO resumes to the same bits and rows."""
     if world[0] == 1:
         pytest.skip("two ranks")
-    result = found(world, "resumed")
+    result = found(world, "whole_runs")
+    again = result["run-kto-crashed"]
+    assert again["starts"] == [0, 3]
+    assert again["weights"] == result["run-kto-whole"]["weights"]
+    assert again["rows"] == result["run-kto-whole"]["rows"]
     # Both have a closed form at the start: λ/2, and ln 2 + ½ ln 2 + 0.05 / (2 · 0.1)².
-    for loss, how, step, own, at_start in (
-        ("kto", "crashed", 3, "kto/z0", 0.5),
-        ("mix", "stopped", 2, "robust_loss", 1.5 * math.log(2) + 1.25),
-    ):
-        whole, again = result[f"{loss} whole"], result[f"{loss} {how}"]
-        assert (whole["starts"], again["starts"]) == ([0], [0, step])
-        assert again["weights"] == whole["weights"], loss
-        assert again["rows"] == whole["rows"], loss
-        rows = whole["rows"]
+    for name, own, at_start in (("kto", "kto/z0", 0.5), ("mix", "robust_loss", 1.5 * math.log(2) + 1.25)):
+        rows = result[f"run-{name}-whole"]["rows"]
         assert [r["step"] for r in rows if r["kind"] == "eval"] == [0, 2, 4]
         assert all(f"{row['kind']}/{own}" in row for row in rows)
         assert rows[0]["eval/loss"] == pytest.approx(at_start, rel=1e-4)
