@@ -27,8 +27,9 @@ from prefopt_dist import model as model_package
 from prefopt_dist.config import load_config
 from prefopt_dist.errors import UserError
 from prefopt_dist.file_lock import FileLock
+from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.objectives import DPO, SFT
-from prefopt_dist.stages import checks
+from prefopt_dist.stages import checks, ingredients
 
 REPOSITORY = Path(__file__).parents[1]
 PAIR = {"prompt": "the cat", "chosen_response": "sings", "rejected_response": "sleeps"}
@@ -163,6 +164,30 @@ def test_a_row_that_cannot_be_used(door: Door, name: str, row: Any, words: list[
         2,
         door.fails(said, f"data.train={data}"),
     )
+
+
+def test_a_finding_whose_policy_is_stop(door: Door) -> None:
+    data = door.lines("twice.jsonl", PAIR, PAIR | {"prompt": "a dog"}, PAIR)
+    said = ["inspect.duplicates: stop", "1 duplicates", f"{data}:3 repeats {data}:1", "set it to drop or keep"]
+    message = door.fails(said, f"data.train={data}", "inspect.duplicates=stop")
+    assert door.ends(door.run(), f"data.train={data}", "inspect.duplicates=stop", stage="inspect") == (2, message)
+    words = ["inspect.few_rows: got 'drop'", "one of keep, stop"]
+    door.fails(words, "inspect.few_rows=drop", early=True)
+
+
+def test_training_reads_what_the_policies_leave(door: Door) -> None:
+    """What load_train gives every rank, and what it says."""
+    data = door.lines("twice.jsonl", PAIR, PAIR | {"prompt": "a dog"}, PAIR)
+    tokenizer = load_tokenizer(door.folder / "model", "model.tokenizer")
+    policy = SimpleNamespace(config=SimpleNamespace(vocab_size=300))
+    for overrides, left in (([], [1, 2, 3]), (["inspect.duplicates=drop"], [1, 2])):
+        config = load_config(str(door.run()), [f"data.train={data}", *overrides])
+        models: Any = SimpleNamespace(tokenizer=tokenizer, policy=policy)
+        rows = ingredients.load_train(config, models, DPO(0.1, 0.0, 0.0, False))
+        assert rows.line.tolist() == left
+        facts = ingredients.data_facts(rows, {})["train"]
+        assert (facts["rows"], facts["used"], sum(facts["dropped"].values())) == (3, len(left), 3 - len(left))
+    assert f"dropped 1 duplicates\n    {data}:3 repeats {data}:1" in door.capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "content"), [("zero.jsonl", b""), ("blank.jsonl", b"\n  \n\n"), ("z.jsonl.gz", b"")])

@@ -275,6 +275,12 @@ class Config:
             raise UserError(
                 "export.merged: got true, but this run has no section lora, so its export is a whole model; remove it"
             )
+        for name in ("eval_pairs", "eval_prompts"):
+            if self.data.eval is None and self.inspect.policies[name] != "keep":
+                raise UserError(
+                    f"inspect.{name}: got {self.inspect.policies[name]}, but data.eval is null, so there is nothing to "
+                    "compare with; set data.eval, or set this to keep"
+                )
 
     @property
     def run_dir(self) -> Path:
