@@ -43,7 +43,9 @@ class Site:
             "scontrol": '#!/usr/bin/env bash\necho "$*" >>"$FAKE/scontrol"\n'
             "case $2 in hostnames) printf 'n1\\nn2\\n' ;; node) echo '   NodeAddr=10.0.0.7 NodeHostName=n1' ;; esac\n",
             "sleep": "#!/usr/bin/env bash\n[[ $1 == 60 ]] || exec /bin/sleep 0.05\n",
-            "srun": '#!/usr/bin/env bash\nprintf "%s|" "$@" >"$FAKE/srun"\neval "$FAKE_JOB"\n',
+            "srun": "#!/usr/bin/env bash\nif [[ $* == *check_node.sh* ]]; then\n"
+            'echo "$*" >"$FAKE/checked"; eval "$FAKE_NODES"; exit; fi\n'
+            'printf "%s|" "$@" >"$FAKE/srun"\neval "$FAKE_JOB"\n',
         }.items():
             (folder / "bin" / name).write_text(text)
             (folder / "bin" / name).chmod(0o755)
@@ -59,6 +61,7 @@ class Site:
             "FAKE_REFERENCE": "True",
             "FAKE_REFUSES": "nothing",
             "FAKE_JOB": "",
+            "FAKE_NODES": "",
             **more,
         }
         return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=30)
@@ -201,6 +204,28 @@ def test_a_job_starts_one_task_a_node(site: Site) -> None:
     assert "--nodes=2|--ntasks=2|--ntasks-per-node=1|" in started
     assert "|--head|10.0.0.7:20007|--job|prefopt-7.0|train|" in started
     assert site.lines("scontrol") == ["show hostnames n[1-2]", "show node n1"]
+
+
+def test_the_nodes_are_checked_before_a_job(site: Site) -> None:
+    done = site.job(FAKE_NODES="echo nodes: n2: why; exit 1")
+    assert (done.returncode, "nodes: n2: why" in done.stdout) == (1, True)
+    assert "exclude what is named" in done.stderr
+    [checked] = site.lines("checked")
+    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 " in checked
+    assert f"--hosts n1,n2 --ranks 1 --head 10.0.0.7:20014 --folder {site.base}" in checked
+    assert site.lines("srun") == []
+    (site.folder / "checked").unlink()
+    assert site.job(PREFOPT_CHECK_NODES="no").returncode == 0
+    assert site.job("export").returncode == 0
+    assert site.lines("checked") == []
+    # A job that wants GPUs says so to the check, or a node without a driver would compute on its CPU.
+    assert site.submit("r.yaml", "--gpus-per-node", "8").returncode == 0
+    assert "GPUS=8" in (site.base.with_name("mine.submit") / "2" / "job.env").read_text().split()
+
+
+def test_a_job_that_is_cancelled_in_the_check_has_stopped(site: Site) -> None:
+    done = site.job(FAKE_NODES="kill -TERM $PPID; sleep 0.1; exit 143")
+    assert (done.returncode, site.lines("srun")) == (75, [])
 
 
 @pytest.mark.parametrize(("work", "status"), [("", 0), ("exit 2", 2), ("exit 9", 1)])
