@@ -18,7 +18,9 @@ case "$*" in
     *--check) eval "$FAKE_CHECK" ;;
     *--print-config)
         printf 'run:\\n  dir: x\\n  cache: null\\ndeepspeed:\\n'
-        printf '  policy: deepspeed_configs/policy_zero3.json\\n  reference: mine.json\\n# %s\\n' "$*" ;;
+        printf '  policy: deepspeed_configs/policy_zero3.json\\n  reference: mine.json\\n# %s\\n' "$*"
+        printf 'plan:\\n  gpu: %s\\n' "$FAKE_GPU" ;;
+    "-m prefopt_dist plan "*) eval "$FAKE_PLAN" ;;
     -*) cat >/dev/null; echo "$FAKE_REFERENCE"; echo "$FAKE/runs/mine" ;;
 esac
 """
@@ -62,6 +64,8 @@ class Site:
             "FAKE_REFUSES": "nothing",
             "FAKE_JOB": "",
             "FAKE_NODES": "",
+            "FAKE_GPU": "null",
+            "FAKE_PLAN": "exit 9",
             **more,
         }
         return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=30)
@@ -171,6 +175,35 @@ def test_a_chain(site: Site) -> None:
     assert "scancel --batch --signal=TERM 42" in done.stdout
     assert site.submit("r.yaml").returncode == 0
     assert (kept.with_name("2") / "job.env").exists()
+
+
+def test_a_run_that_cannot_fit_is_not_submitted(site: Site) -> None:
+    done = site.submit(
+        "r.yaml", "--nodes", "4", "--gpus-per-node", "8", FAKE_GPU="h200", FAKE_PLAN="echo no>&2; exit 2"
+    )
+    assert (done.returncode, "no" in done.stderr.splitlines(), site.lines("submitted")) == (2, True, [])
+    [asked] = [line for line in site.lines("calls") if " plan " in line]
+    assert asked.endswith(" plan.nodes=4 plan.gpus_per_node=8")
+    # The copy of the code, with its DeepSpeed files, is not there yet.
+    assert f"deepspeed.policy={REPOSITORY}/deepspeed_configs/policy_zero3.json" in asked
+    assert site.submit("r.yaml", FAKE_GPU="h200", FAKE_PLAN="exit 7").returncode == 1
+    assert site.submit("r.yaml", FAKE_GPU="h200", FAKE_PLAN="echo it fits").returncode == 0
+    assert (site.base.with_name("mine.submit") / "1" / "plan.txt").read_text() == "it fits\n"
+    assert "plan.gpu is not set" in site.submit("r.yaml").stderr
+
+
+def test_no_secret_is_kept_with_a_submission(site: Site) -> None:
+    """Neither of the environment nor of files beside the code; the site's own values are kept as they are."""
+    names = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")
+    done = site.submit("r.yaml", **dict.fromkeys(names, "planted-secret"))
+    assert done.returncode == 0
+    assert site.job(**dict.fromkeys(names, "planted-secret")).returncode == 0
+    kept = [f for f in site.base.with_name("mine.submit").rglob("*") if f.is_file()]
+    assert len(kept) > 100
+    assert [f for f in kept if b"planted-secret" in f.read_bytes()] == []
+    # Their environment is Slurm's to pass on; it stands in no option.
+    assert "planted-secret" not in "".join(site.lines("submitted") + site.lines("srun") + site.lines("checked"))
+    assert "planted-secret" not in done.stdout + done.stderr
 
 
 def test_a_loss_without_reference_has_no_first_pass(site: Site) -> None:

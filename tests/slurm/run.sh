@@ -27,6 +27,7 @@ source launch/env.sh
 python=$(choose_python "$repository")
 python=$(command -v "$python")
 export PREFOPT_PYTHON=$python CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 PYTHONPATH=$repository
+export WANDB_API_KEY=planted-$RANDOM-$RANDOM HF_TOKEN=hf_planted-$RANDOM-$RANDOM
 export PREFOPT_CHECK_NODES=no # but where it is what is tried
 faults=$repository:$repository/tests/slurm/fault
 unset PREFOPT_CACHE PREFOPT_SITE WANDB_MODE
@@ -86,6 +87,9 @@ is() { [[ $1 == "$2" ]]; }
 is_not() { [[ $1 != "$2" ]]; }
 at_step() { [[ -e $1/metrics.jsonl ]] && grep -q "\"step\": $2," "$1/metrics.jsonl"; }
 steps() { grep '"kind": "train"' "$1/metrics.jsonl" | grep -o '"step": [0-9]*'; }
+no_secret() { # in the files of these folders
+    ! grep -rqF -e "$WANDB_API_KEY" -e "$HF_TOKEN" -- "$@"
+}
 missing() { [[ ! -e $1 ]]; }
 committed() { compgen -G "$1/checkpoints/step-*" >/dev/null; }
 
@@ -150,6 +154,7 @@ for case in "${cases[@]}"; do
             check "a log of each node" test -e "$home/through.submit/1/logs/train-$train.0-node1.txt"
             check "the copy of the code runs" grep -q "of the copy" "$home/through.submit/1/logs/train-$train.0-node0.txt"
             check "the first pass scored once" scored "$home/cache"
+            check "no secret in the run, its submission and the logs" no_secret "$home/through" "$home/through.submit"
             ;;
         requeued)
             # The signal that Slurm sends before the time limit, sent by hand: the limit itself takes two minutes.
