@@ -11,7 +11,7 @@ set -euo pipefail
 {
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 cd "$repository"
-cases=(through cancelled gently limited raised unfit swept)
+cases=(through unfit raised cancelled gently swept limited)
 if [[ ${1:-} == --short ]]; then
     shift
     cases=(requeued cancelled)
