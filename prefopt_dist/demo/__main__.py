@@ -25,7 +25,7 @@ from prefopt_dist.tracking.metrics_file import MetricsFile
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = Path("runs/demo")
-TRAIN, EVALUATION, DEMONSTRATIONS = 2400, 400, 2400
+TRAIN, EVALUATION, DEMONSTRATIONS, UNSEEN = 2400, 400, 2400, 400
 SHOWN_SEED = 7
 """Seed of the prompts that are answered for show; far from those of the data files."""
 
@@ -39,7 +39,8 @@ def main() -> int:
     world = FOLDER / "world"
     if not (world / "model" / "tokenizer_config.json").is_file():
         print("demo: making a world of letters, a tokenizer and a small Llama", flush=True)
-        write_world(world, train=TRAIN, evaluation=EVALUATION, demonstrations=DEMONSTRATIONS)
+        sizes = {"train": TRAIN, "evaluation": EVALUATION, "demonstrations": DEMONSTRATIONS, "unseen": UNSEEN}
+        write_world(world, **sizes)
         write_model(world / "model")
     for recipe in ("demo_sft", "demo"):
         print(f"\ndemo: launch/run.sh -n 2 train launch/recipes/{recipe}.yaml", flush=True)
