@@ -319,3 +319,36 @@ def test_a_stage_without_stop_ends_at_once_on_several_machines(launcher: Launche
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 1
+
+
+REPOSITORY = RUN_SH.parents[1]
+
+
+def script(name: str, *arguments: str, path: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["/bin/bash", REPOSITORY / name, *arguments], env={"PATH": path}, capture_output=True, text=True, timeout=30
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("tests/slurm/run.sh", ["thorough"], "unknown case 'thorough'"),
+        ("tests/docker/run.sh", ["--keep"], "unknown argument '--keep'"),
+        ("tests/docker/run.sh", ["--home"], "a folder"),
+    ],
+)
+def test_tests_of_the_system_refuse_what_they_do_not_know(name: str, arguments: list[str], words: str) -> None:
+    done = script(name, *arguments, path=os.environ["PATH"])
+    assert done.returncode in (1, 2)
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize(("make", "status"), [("exit 0", 0), ("exit 2", 2)])
+def test_continuous_integration_says_what_it_leaves_out(tmp_path: Path, make: str, status: int) -> None:
+    (tmp_path / "make").write_text(f"#!/bin/bash\n{make}\n")
+    (tmp_path / "make").chmod(0o755)
+    (tmp_path / "dirname").symlink_to("/usr/bin/dirname")
+    done = script(".ci/run", path=str(tmp_path))  # there is no apt-get
+    assert done.returncode == status
+    assert ("NOT RUN: tests/slurm/run.sh --short" in done.stderr) == (status == 0)

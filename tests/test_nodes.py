@@ -190,3 +190,20 @@ def test_a_driver_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sc
     faults, _ = gpus.look(8)
     assert len(faults) == 1
     assert fault in faults[0]
+
+
+def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(REPOSITORY / name), *arguments],
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def test_the_check_without_python_or_number() -> None:
+    done = script("launch/check_node.sh", SLURM_NODEID="0", PREFOPT_PYTHON="/nowhere/python")
+    assert (done.returncode, "no Python at '/nowhere/python'" in done.stderr) == (2, True)
+    done = script("launch/check_node.sh", "--hosts", "n1", PREFOPT_PYTHON=sys.executable)
+    assert (done.returncode, "SLURM_NODEID" in done.stderr) == (1, True)
