@@ -119,6 +119,12 @@ def test_ranks_that_hang_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "did not reduce within" in nodes._reduce(meeting, 1)["fault"]
 
 
+def test_ranks_that_fail_say_why() -> None:
+    meeting = Meeting(("n1",), 0, f"127.0.0.1:{free_port()}", 10)
+    meeting.port = 65536  # there is no such port
+    assert nodes._reduce(meeting, 1)["fault"].startswith("rank 0 of it failed to reduce: ")
+
+
 def test_a_head_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PREFOPT_MEETING_SECONDS", "1")
     head = f"127.0.0.1:{free_port()}"

@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,26 +59,31 @@ def _reduce(meeting: Meeting, ranks: int) -> dict[str, Any]:
     """This machine's ranks take part in the reductions; {"inside": …, "all": …} in GB/s, or {"fault": …}."""
     numbers = map(str, (meeting.port, len(meeting.hosts), ranks, meeting.node))
     command = [sys.executable, "-m", "prefopt_dist.nodes.reduction", meeting.host, *numbers]
+    # Files, as a pipe that nobody reads yet would hold up a rank that says much (NCCL_DEBUG).
+    logs = [tempfile.TemporaryFile("w+") for _ in range(ranks)]  # noqa: SIM115
     started = [
-        subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for i in range(ranks)
+        subprocess.Popen([*command, str(i)], stdout=log, stderr=subprocess.STDOUT, text=True)
+        for i, log in enumerate(logs)
     ]
     until = time.monotonic() + REDUCTION_SECONDS
-    said = []
+    last: list[str] = []
     fault = ""
-    for i, process in enumerate(started):
+    for i, (process, log) in enumerate(zip(started, logs, strict=True)):
+        in_time = True
         try:
-            out, errors = process.communicate(timeout=max(0.1, until - time.monotonic()))
-            said.append(out)
+            process.wait(timeout=max(0.1, until - time.monotonic()))
         except subprocess.TimeoutExpired:
+            in_time = False
             process.kill()
-            process.communicate()
+            process.wait()
+        with log:
+            log.seek(0)
+            last.append((log.read().strip().splitlines() or ["no word"])[-1])
+        if not in_time:
             fault = fault or f"rank {i} of it did not reduce within {REDUCTION_SECONDS:.0f} s"
-            continue
-        if process.returncode != 0:
-            last = (errors.strip().splitlines() or ["no word"])[-1]
-            fault = fault or f"rank {i} of it failed to reduce: {last}"
-    figures: dict[str, Any] = {"fault": fault} if fault else json.loads(said[0])
+        elif process.returncode != 0:
+            fault = fault or f"rank {i} of it failed to reduce: {last[-1]}"
+    figures: dict[str, Any] = {"fault": fault} if fault else json.loads(last[0])
     return figures
 
 

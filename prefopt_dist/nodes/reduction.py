@@ -18,7 +18,7 @@ from prefopt_dist.nodes.meeting import connect
 
 BYTES = {"nccl": 256 * 2**20, "gloo": 8 * 2**20}
 ROUNDS = 5
-SECONDS = 30.0
+SECONDS = 20.0
 """For a collective; a link that is down answers never."""
 
 
@@ -46,7 +46,7 @@ def _finish(device: torch.device) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """One rank: python -m prefopt_dist.nodes.reduction HOST PORT NODES RANKS NODE LOCAL; prints its figures as JSON."""
+    """One rank: python -m prefopt_dist.nodes.reduction HOST PORT NODES RANKS NODE LOCAL; figures: the last line."""
     host, (port, nodes, ranks, node, local) = arguments[0], map(int, arguments[1:])
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     backend = "nccl" if on_gpu else "gloo"
