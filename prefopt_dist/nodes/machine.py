@@ -20,6 +20,8 @@ from prefopt_dist.nodes import gpus
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "numpy", "safetensors")
 SHARED_MEMORY = Path("/dev/shm")
 GIB = 2**30
+SCRATCH_GIB = 1.0
+"""A job keeps little in the temporary folder, and on many sites that is small."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Wanted:
     folder: Path
     """The run's, or the first folder above it that exists"""
     disk_gib: float
-    """Free, in the folder and in the temporary one"""
+    """Free in the folder; the temporary one is well with SCRATCH_GIB"""
     shared_memory_gib: float
     """Free in /dev/shm, through which the ranks of a machine talk"""
 
@@ -53,7 +55,7 @@ def look(host: str, wanted: Wanted) -> Report:
         folder = folder.parent
     for place, least, key in (
         (folder, wanted.disk_gib, "PREFOPT_MIN_DISK_GIB"),
-        (Path(tempfile.gettempdir()), wanted.disk_gib, "PREFOPT_MIN_DISK_GIB"),
+        (Path(tempfile.gettempdir()), min(wanted.disk_gib, SCRATCH_GIB), "PREFOPT_MIN_DISK_GIB"),
         (SHARED_MEMORY, wanted.shared_memory_gib, "PREFOPT_MIN_SHM_GIB"),
     ):
         free = shutil.disk_usage(place).free / GIB
