@@ -95,10 +95,15 @@ committed() { compgen -G "$1/checkpoints/step-*" >/dev/null; }
 
 waits_again() { is_field "$1" Restarts "${2:-1}" && is "$(state "$1")" PENDING; }
 
+no_steps() { ! pgrep -f "^slurmstepd: \\[$1\\." >/dev/null; }
+
 again() { # $1: a job that has put itself back, $2: how often so far (1)
     wait_for 90 waits_again "$@"
     check "job $1 is back in the queue under its id" is_field "$1" Restarts "${2:-1}"
-    # Slurm lets a requeued job wait for two minutes; one interruption is enough.
+    # Slurm lets a requeued job wait for two minutes, so that the end of its first start is not taken for that of the
+    # second. Here one can see when nothing of it is left. And one interruption is enough.
+    wait_for 60 no_steps "$1"
+    sleep 3
     scontrol update "JobId=$1" StartTime=now TimeLimit=UNLIMITED
 }
 
