@@ -91,5 +91,8 @@ stop_cluster() { # what start_cluster started, and the jobs in it
     for ((pid = ${#children[@]} - 1; pid >= 0; pid--)); do
         kill "${children[pid]}" 2>/dev/null || true
     done
+    # A slurmd whose slurmctld is gone may wait for it.
+    (sleep 15 && kill -KILL "${children[@]}") >/dev/null 2>&1 &
     wait "${children[@]}" 2>/dev/null || true
+    kill "$!" 2>/dev/null || true
 }
