@@ -34,10 +34,12 @@ from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.stages import ingredients, train
 from prefopt_dist.tracking import statistics
 from prefopt_dist.training import checkpoint, step
+from prefopt_dist.training import spikes as spikes_of_training
 from prefopt_dist.training.batches import Ahead, ScoredRows, step_batch, whole_set
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.gate import StartGate
 from prefopt_dist.training.optimizer import adamw
+from prefopt_dist.training.spikes import Spikes
 from prefopt_dist.training.stopping import Request
 
 PAIRS, G = 37, 11
@@ -534,7 +536,7 @@ def collectives_and_host_reads(folder: Path) -> dict:
                 batch = batches.take(index)
                 packed = step.gradient(engine, batch, objective, None)
                 step.agree(packed, Request(False, False))
-                step.update(engine, 1e-3)
+                step.update(engine, 1e-3, Spikes(10.0, [1e9] * 16) if index else None)
             micro_batches.append(len(batch))
             found.append(counts.found)
     zero3.release(engine)
@@ -542,7 +544,7 @@ def collectives_and_host_reads(folder: Path) -> dict:
 
 
 class Poison:
-    """Makes loss or gradient of some steps not finite, on the last rank alone; notes what each step began with."""
+    """Spoils loss or gradient of some steps, on the last rank alone; notes what each step began with."""
 
     def __init__(self, plan: dict[int, str]) -> None:
         self.plan = plan
@@ -564,8 +566,8 @@ class Poison:
         self.counts = {float(zero.optimizer.state[m].get("step", 0)) for m in masters}
         what = self.plan.get(len(self.weights)) if ranks.rank() == ranks.world_size() - 1 else None
         backward = engine.backward
-        if what == "gradient":
-            engine.backward = lambda loss: backward(loss * float("nan"))
+        if what in ("gradient", "spike"):
+            engine.backward = lambda loss: backward(loss * (1e3 if what == "spike" else float("nan")))
         try:
             packed = self._gradient(engine, *args)
         finally:
@@ -574,7 +576,7 @@ class Poison:
 
 
 def dropped_gradient(folder: Path) -> dict:
-    """After a gradient was dropped the next one is as if it had never been."""
+    """After a gradient was dropped, or left out as a spike, the next one is as if it had never been."""
     found = {}
     for name, offload in (("device", {}), ("cpu", {"offload_optimizer": {"device": "cpu"}})):
         zero = {"zero_optimization": {"stage": 3, **offload}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -584,15 +586,19 @@ def dropped_gradient(folder: Path) -> dict:
         _, objective, scored, _ = ready(config)
         engine = make_policy(config, ingredients.load_models(config))
         gradients = []
-        for rows in ([3, 4, 5], [7, 8], [3, 4, 5]):
+        for rows, spikes in (([3, 4, 5], None), ([7, 8], None), ([7, 8], Spikes(2.0, [1e-9] * 16)), ([3, 4, 5], None)):
             batch = step_batch(scored, rows, 2, 100)
             step.gradient(engine, batch, objective, None)
             gradients.append({n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters()})
-            zero3.drop_gradient(engine)
-        first, other, again = gradients
+            if spikes is None:
+                zero3.drop_gradient(engine)
+            else:
+                norm, why = step.update(engine, 1.0, spikes), spikes.why()
+        first, other, _, again = gradients
         found[name] = {
             "same": all(torch.equal(first[n], again[n]) for n in first),
             "other": all(torch.equal(first[n], other[n]) for n in first),
+            "spike": [norm, why],
         }
         zero3.release(engine)
     return found
@@ -638,6 +644,42 @@ def too_many_skipped_updates(folder: Path) -> dict:
     found["skipped"] = [json.loads(line)["train/skipped_steps"] for line in lines]
     found["ended"] = (config.run_dir / "DONE").exists()
     return found
+
+
+def spikes_skipped_and_stopped(folder: Path) -> dict:
+    """Steps 3 and 4 of 4 have a gradient a thousand times as large, and two norms are enough to call it a spike.
+
+    In the run that stops, the second start knows norms from its checkpoint alone.
+    """
+    found: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spikes_of_training, "FEWEST", 2)
+        config = config_for(folder, "spike-skip", loss={"name": "dpo"}, train={"on_spike": "skip"})
+        with Poison({3: "spike", 4: "spike"}) as poison:
+            train.run(config)
+        found["weights"], found["counts"] = poison.weights, sorted(poison.counts)
+        keys = {"loss": {"name": "dpo"}, "checkpoint": {"every_steps": 1}}
+        stops = config_for(folder, "spike-stop", train={"on_spike": "stop"}, **keys)
+        with Poison({3: "spike"}):
+            try:
+                train.run(stops)
+            except FloatingPointError as e:
+                found["said"] = ranks.gather(str(e))
+        again = config_for(folder, "spike-stop", train={"on_spike": "skip", "max_skipped_steps": 1}, **keys)
+        with Poison({1: "spike", 2: "spike"}):
+            try:
+                train.run(again)
+            except FloatingPointError as e:
+                found["limit"] = ranks.gather(str(e))
+    for name in ("spike-skip", "spike-stop"):
+        run = folder / f"run-{name}"
+        lines = ranks.decide(lambda run=run: (run / "metrics.jsonl").read_text().splitlines())
+        found[name] = {
+            "rows": [json.loads(line) for line in lines],
+            "files": ranks.decide(lambda run=run: sorted(p.name for p in run.glob("*-step-*.json"))),
+        }
+    record = config.run_dir / "spike-step-00000003.json"
+    return found | {"record": ranks.decide(lambda: json.loads(record.read_text()))}
 
 
 def packs_alone_and_together(folder: Path) -> dict:

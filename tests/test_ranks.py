@@ -20,7 +20,7 @@ BOTH = [
     "packs_alone_and_together",
     "collectives_and_host_reads",
 ]
-BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates"]
+BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates", "spikes_skipped_and_stopped"]
 TWO_ONLY = ["shards", "save_fails_on_one_rank", "idle_ranks"]
 
 
@@ -132,6 +132,10 @@ def test_a_failing_write_commits_nothing(world: tuple[int, Path]) -> None:
 
 def test_a_dropped_gradient_leaves_nothing(world: tuple[int, Path]) -> None:
     result = found(world, "dropped_gradient")
+    for name in ("device", "cpu"):
+        norm, why = result[name].pop("spike")
+        assert norm is None
+        assert "times the median of the last 16" in why
     assert result["device"] == result["cpu"] == {"same": True, "other": False}
 
 
@@ -168,6 +172,35 @@ def test_too_many_skipped_updates_end_the_run(world: tuple[int, Path]) -> None:
     assert result["files"] == ["nonfinite-step-00000002.json", "nonfinite-step-00000003.json"]
     assert result["skipped"] == [0, 1, 1, 1]
     assert result["ended"]
+
+
+def test_a_spike_is_skipped(world: tuple[int, Path]) -> None:
+    """As an update that is not finite, but its norm and its loss are numbers and stand in the row."""
+    result = found(world, "spikes_skipped_and_stopped")
+    first, second, third, fourth = result["weights"]
+    assert first != second != third == fourth
+    assert result["counts"] == [2.0]
+    rows = result["spike-skip"]["rows"]
+    assert [(r["step"], r["train/skipped_steps"]) for r in rows] == [(1, 0), (2, 0), (3, 1), (4, 2)]
+    assert all(math.isfinite(r["train/loss"]) for r in rows)
+    assert rows[2]["train/grad_norm"] > 100 * rows[1]["train/grad_norm"]
+    assert result["spike-skip"]["files"] == ["spike-step-00000003.json", "spike-step-00000004.json"]
+    record = result["record"]
+    assert (record["step"], len(record["pairs"])) == (3, 11)
+    assert "times the median of the last 2" in record["why"]
+
+
+def test_a_spike_stops_the_run(world: tuple[int, Path]) -> None:
+    """On all ranks alike; the next start, told to skip, judges by the norms of the checkpoint, up to the limit."""
+    result = found(world, "spikes_skipped_and_stopped")
+    assert len(result["said"]) == len(result["limit"]) == world[0]
+    for said, limit in zip(result["said"], result["limit"], strict=True):
+        for words in ("step 3: the gradient norm ", "no update was made", "pairs.jsonl:", "train.on_spike=skip"):
+            assert words in said
+        assert "step 4: the gradient norm" in limit
+    stopped = result["spike-stop"]
+    assert [(r["step"], r["train/skipped_steps"]) for r in stopped["rows"]] == [(1, 0), (2, 0), (3, 1)]
+    assert stopped["files"] == ["spike-step-00000003.json", "spike-step-00000004.json"]
 
 
 def test_idle_ranks(world: tuple[int, Path]) -> None:

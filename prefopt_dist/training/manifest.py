@@ -15,7 +15,7 @@ from prefopt_dist.files import checksum
 
 MANIFEST = "manifest.json"
 REMOVING = ".removing-"
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
