@@ -4,7 +4,9 @@ Every rank runs every case; rank 0 writes FOLDER/<case>.json with what the case 
 """
 
 import gc
+import io
 import json
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -389,6 +391,23 @@ def other_reference_is_refused(folder: Path) -> dict:
     return found
 
 
+def full(*_: Any) -> Any:
+    """What the system says when the disk is full."""
+    raise OSError(28, "No space left on device")
+
+
+class Full(io.FileIO):
+    """A file on a disk that gets full within it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self._room = 5000
+
+    def write(self, data: Any) -> int:
+        self._room -= len(data)
+        return super().write(data) if self._room > 0 else full()
+
+
 def save_fails_on_one_rank(folder: Path) -> dict:
     """A write error of the last rank ends the save on all ranks; the committed checkpoint stays."""
     config = config_for(folder, "save")
@@ -397,30 +416,21 @@ def save_fails_on_one_rank(folder: Path) -> dict:
     root = folder / "checkpoints"
     common: dict[str, Any] = {"state": {"window": {}}, "facts": {}, "keep": 2}
     checkpoint.save(engine, root, step=1, **common)
-    write = engine.checkpoint_engine.save
-
-    def broken(state_dict: Any, path: str, *args: Any, **kwargs: Any) -> Any:
-        if ranks.rank() == ranks.world_size() - 1:
-            raise OSError(28, "No space left on device")
-        return write(state_dict, path, *args, **kwargs)
-
-    engine.checkpoint_engine.save = broken
-    original = type(engine.checkpoint_engine).save
-    try:
-        type(engine.checkpoint_engine).save = lambda self, state_dict, path, *a, **k: (
-            broken(state_dict, path)
-            if ranks.rank() == ranks.world_size() - 1
-            else original(self, state_dict, path, *a, **k)
-        )
-        del engine.checkpoint_engine.save
-        try:
-            checkpoint.save(engine, root, step=2, **common)
-            said = "committed"
-        except checkpoint.CheckpointNotCommitted as e:
-            said = str(e)
-    finally:
-        type(engine.checkpoint_engine).save = original
-    said_by_all = ranks.gather(said)
+    said = []
+    # The disk is full when a file is opened, in the middle of it, at its end.
+    for place, owner in (("open", Path), ("write", Full), ("fsync", os)):
+        with pytest.MonkeyPatch.context() as patch:
+            if ranks.rank() == ranks.world_size() - 1:
+                if place == "write":
+                    patch.setattr(Path, "open", lambda path, mode: Full(path))
+                else:
+                    patch.setattr(owner, place, full)
+            try:
+                checkpoint.save(engine, root, step=2, **common)
+                said.append("committed")
+            except checkpoint.CheckpointNotCommitted as e:
+                said.append(str(e))
+    said_by_all = [text for of_rank in ranks.gather(said) for text in of_rank]
     left = [p.name for p in checkpoint.committed(root)]
     checkpoint.save(engine, root, step=3, **common)
     checkpoint.save(engine, root, step=4, **common)
