@@ -184,7 +184,7 @@ def test_a_time_budget_and_two_jobs_on_one_folder(world: World) -> None:
     run = world.folder / name / "run"
     status, said = start(world, name, "train.max_hours=0.0002")
     assert status == 75, said
-    assert "train.max_hours=0.0002 are over; stopped " in (run / "STOPPED").read_text()
+    assert "train.max_hours=0.0002 are over; stopped in the first pass" in (run / "STOPPED").read_text()
     job: list[tuple[int, str]] = []
     thread = threading.Thread(target=lambda: job.append(start(world, name)))
     thread.start()
