@@ -3,6 +3,7 @@
 Every rank runs every case; rank 0 writes FOLDER/<case>.json with what the case found, or with the error.
 """
 
+import contextlib
 import gc
 import io
 import json
@@ -656,40 +657,64 @@ def too_many_skipped_updates(folder: Path) -> dict:
     return found
 
 
-def spikes_skipped_and_stopped(folder: Path) -> dict:
+def spikes_stopped_and_skipped(folder: Path) -> dict:
     """Steps 3 and 4 of 4 have a gradient a thousand times as large, and two norms are enough to call it a spike.
 
-    In the run that stops, the second start knows norms from its checkpoint alone.
+    The first start stops at step 3, the second, from the checkpoint of step 2 and its norms, skips both.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"weights": []}
+
+    def start(on_spike: str, plan: dict[int, str]) -> None:
+        keys: dict[str, Any] = {"loss": {"name": "dpo"}, "checkpoint": {"every_steps": 1}}
+        with Poison(plan) as poison:
+            try:
+                train.run(config_for(folder, "spikes", train={"on_spike": on_spike}, **keys))
+            finally:
+                found["weights"].append(poison.weights)
+                found["counts"] = sorted(poison.counts)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spikes_of_training, "FEWEST", 2)
-        config = config_for(folder, "spike-skip", loss={"name": "dpo"}, train={"on_spike": "skip"})
-        with Poison({3: "spike", 4: "spike"}) as poison:
-            train.run(config)
-        found["weights"], found["counts"] = poison.weights, sorted(poison.counts)
-        keys = {"loss": {"name": "dpo"}, "checkpoint": {"every_steps": 1}}
-        stops = config_for(folder, "spike-stop", train={"on_spike": "stop"}, **keys)
-        with Poison({3: "spike"}):
-            try:
-                train.run(stops)
-            except FloatingPointError as e:
-                found["said"] = ranks.gather(str(e))
-        again = config_for(folder, "spike-stop", train={"on_spike": "skip", "max_skipped_steps": 1}, **keys)
-        with Poison({1: "spike", 2: "spike"}):
-            try:
-                train.run(again)
-            except FloatingPointError as e:
-                found["limit"] = ranks.gather(str(e))
-    for name in ("spike-skip", "spike-stop"):
-        run = folder / f"run-{name}"
-        lines = ranks.decide(lambda run=run: (run / "metrics.jsonl").read_text().splitlines())
-        found[name] = {
-            "rows": [json.loads(line) for line in lines],
-            "files": ranks.decide(lambda run=run: sorted(p.name for p in run.glob("*-step-*.json"))),
+        try:
+            start("stop", {3: "spike"})
+        except FloatingPointError as e:
+            found["said"] = ranks.gather(str(e))
+        start("skip", {1: "spike", 2: "spike"})
+    run = folder / "run-spikes"
+
+    def left() -> dict[str, Any]:
+        return {
+            "rows": [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()],
+            "files": sorted(p.name for p in run.glob("*-step-*.json")),
+            "record": json.loads((run / "spike-step-00000003.json").read_text()),
         }
-    record = config.run_dir / "spike-step-00000003.json"
-    return found | {"record": ranks.decide(lambda: json.loads(record.read_text()))}
+
+    return found | ranks.decide(left)
+
+
+def killed_before_pruning(folder: Path) -> dict:
+    """The last checkpoint is committed, the one too many still there; the next start removes it and ends the run."""
+    config = config_for(folder, "unpruned", loss={"name": "dpo"}, checkpoint={"every_steps": 1})
+    removed: list[str] = []
+
+    def dies(old: Path) -> None:
+        if removed:
+            full()
+        removed.append(old.name)
+        remove(old)
+
+    def names() -> list[str]:
+        return [p.name for p in checkpoint.committed(config.run_dir / "checkpoints")]
+
+    found = {"done": []}
+    remove = checkpoint.remove
+    for patch in (dies, remove):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(checkpoint, "remove", patch)
+            with contextlib.suppress(OSError, ranks.OtherRankFailed):
+                train.run(config)
+        found["done"].append([ranks.decide(names), (config.run_dir / "DONE").exists()])
+    return found
 
 
 def packs_alone_and_together(folder: Path) -> dict:

@@ -37,6 +37,12 @@ def committed(root: Path) -> list[Path]:
     return sorted(root.glob("step-????????"))
 
 
+def prune(root: Path, keep: int) -> None:
+    """Rank 0, when the newest is known to be sound: removes all but the newest `keep`."""
+    for old in committed(root)[:-keep]:
+        remove(old)
+
+
 class CheckpointNotCommitted(OSError):
     """A rank could not write its part; the earlier checkpoints are as they were."""
 
@@ -70,8 +76,7 @@ def save(engine: Any, root: Path, *, step: int, state: dict[str, Any], facts: di
         (staging / name).rename(root / name)
         fsync_folder(root)
         shutil.rmtree(staging)
-        for old in committed(root)[:-keep]:
-            remove(old)
+        prune(root, keep)
         universal.sweep(root, set())  # what was converted is older than this
 
     ranks.decide(commit)
