@@ -38,9 +38,11 @@ def committed(root: Path) -> list[Path]:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Rank 0, when the newest is known to be sound: removes all but the newest `keep`."""
-    for old in committed(root)[:-keep]:
+    """Rank 0, when the newest is known to be sound: removes all but the newest `keep`, and older converted forms."""
+    found = committed(root)
+    for old in found[:-keep]:
         remove(old)
+    universal.sweep(root, {found[-1].name})
 
 
 class CheckpointNotCommitted(OSError):
@@ -77,7 +79,6 @@ def save(engine: Any, root: Path, *, step: int, state: dict[str, Any], facts: di
         fsync_folder(root)
         shutil.rmtree(staging)
         prune(root, keep)
-        universal.sweep(root, set())  # what was converted is older than this
 
     ranks.decide(commit)
     return root / name
