@@ -1,7 +1,8 @@
 """Steps, tokens and time of a job: from the data's lengths, or from the longest rows that the settings allow.
 
 Tokens are the distinct ones, as packing computes them; FLOP are those of model/cost.py, thrice for training
-(forward, and twice as much backward), and the layers that are computed again once more.
+(forward, and twice as much backward; once where the weights are frozen), and the layers that are computed again once
+more.
 """
 
 from __future__ import annotations
@@ -99,9 +100,12 @@ def worst_case(config: Config, cost: Cost, objective: Objective) -> Work:
     )
 
 
-def training_flop(work: Work, cost: Cost, again: float) -> float:
-    """Of one step: forward, backward, and the share `again` of the layers' forward pass once more."""
-    return 3 * work.step_flop + again * min(work.step_flop, cost.per_token * work.step_tokens)
+def training_flop(work: Work, cost: Cost, again: float, frozen: bool = False) -> float:
+    """Of one step: forward, backward, and the share `again` of the layers' forward pass once more.
+
+    frozen: without the weights' gradients, which are half of the backward pass; the adapters' own are left out.
+    """
+    return (2 if frozen else 3) * work.step_flop + again * min(work.step_flop, cost.per_token * work.step_tokens)
 
 
 def _unit(rows: TokenisedRows, i: int, responses: int) -> Unit:

@@ -27,7 +27,7 @@ POINTS = (
     Point("start", P + "training.run_folder:RunFolder.note", 1, one=True),
     Point("start", P + "distributed.shared:refuse_local_folder", 1),
     Point("tokenising", P + "data.prepare:_Build._write", 2, one=True),
-    Point("tokenising", P + "data.prepare:_publish", 2, one=True),
+    Point("tokenising", P + "data.cache:_publish", 2, one=True),
     Point("loading the reference", P + "distributed.zero3:reference_engine", 1),
     Point("first pass", P + "reference.first_pass:_sums", 12),
     Point("first pass", P + "reference.first_pass:_sums", 20),
