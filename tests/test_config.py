@@ -88,6 +88,8 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "max_steps": None,
             "global_batch_pairs": 64,
             "micro_batch_tokens": 8192,
+            "on_spike": "none",
+            "spike_factor": 10.0,
             "max_skipped_steps": 3,
             "max_hours": None,
             "hang_minutes": 30.0,

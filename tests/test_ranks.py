@@ -21,8 +21,9 @@ BOTH = [
     "collectives_and_host_reads",
     "lora_resume",
 ]
-BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates"]
-TWO_ONLY = ["shards", "save_fails_on_one_rank", "idle_ranks", "family", "kto_one_micro_batch", "whole_runs"]
+BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates", "spikes_stopped_and_skipped"]
+TWO_ONLY = ["shards", "save_fails_on_one_rank", "killed_before_pruning", "idle_ranks"]
+TWO_ONLY += ["family", "kto_one_micro_batch", "whole_runs"]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
@@ -171,7 +172,7 @@ def test_a_failing_write_commits_nothing(world: tuple[int, Path]) -> None:
     if world[0] == 1:
         pytest.skip("two ranks")
     result = found(world, "save_fails_on_one_rank")
-    assert len(result["said"]) == 2
+    assert len(result["said"]) == 2 * 3
     assert all("rank 1" in said and "No space left" in said for said in result["said"])
     assert result["left"] == ["step-00000001"]
     assert result["kept"] == ["step-00000003", "step-00000004"]
@@ -180,8 +181,21 @@ def test_a_failing_write_commits_nothing(world: tuple[int, Path]) -> None:
     assert result["aside"] == ["damaged-step-00000003", "damaged-step-00000004"]
 
 
+def test_a_start_prunes_what_a_kill_left(world: tuple[int, Path]) -> None:
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    assert found(world, "killed_before_pruning")["done"] == [
+        [["step-00000002", "step-00000003", "step-00000004"], False],
+        [["step-00000003", "step-00000004"], True],
+    ]
+
+
 def test_a_dropped_gradient_leaves_nothing(world: tuple[int, Path]) -> None:
     result = found(world, "dropped_gradient")
+    for name in ("device", "cpu"):
+        norm, why = result[name].pop("spike")
+        assert norm is None
+        assert "times the median of the last 16" in why
     assert result["device"] == result["cpu"] == {"same": True, "other": False}
 
 
@@ -218,6 +232,26 @@ def test_too_many_skipped_updates_end_the_run(world: tuple[int, Path]) -> None:
     assert result["files"] == ["nonfinite-step-00000002.json", "nonfinite-step-00000003.json"]
     assert result["skipped"] == [0, 1, 1, 1]
     assert result["ended"]
+
+
+def test_a_spike_stops_the_run_or_is_skipped(world: tuple[int, Path]) -> None:
+    """On all ranks alike, by the norms of the checkpoint; norm and loss are numbers and stand in the row."""
+    result = found(world, "spikes_stopped_and_skipped")
+    assert len(result["said"]) == world[0]
+    for said in result["said"]:
+        for words in ("step 3: the gradient norm ", "no update was made", "pairs.jsonl:", "train.on_spike=skip"):
+            assert words in said
+    (first, second, third), again = result["weights"]
+    assert first != second != third
+    assert again == [third, third]
+    assert result["counts"] == [2.0]
+    rows = result["rows"]
+    assert [(r["step"], r["train/skipped_steps"]) for r in rows] == [(1, 0), (2, 0), (3, 1), (4, 2)]
+    assert all(math.isfinite(r["train/loss"]) for r in rows)
+    assert rows[2]["train/grad_norm"] > 100 * rows[1]["train/grad_norm"]
+    assert result["files"] == ["spike-step-00000003.json", "spike-step-00000004.json"]
+    assert (result["record"]["step"], len(result["record"]["pairs"])) == (3, 11)
+    assert "times the median of the last 2" in result["record"]["why"]
 
 
 def test_idle_ranks(world: tuple[int, Path]) -> None:

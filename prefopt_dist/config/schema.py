@@ -129,8 +129,12 @@ class Train:
     """G: pairs to an optimizer step, however many ranks there are; of KTO the rated responses."""
     micro_batch_tokens: Count = 8192
     """Packed tokens in one forward and backward of one rank; memory and speed, never the result."""
+    on_spike: Literal["none", "skip", "stop"] = "none"
+    """What an update with a gradient norm far above the last ones does: be made, be left out, end the run."""
+    spike_factor: Annotated[float, Rule("greater than 1", lambda v: v > 1)] = 10.0
+    """How many times the median of the last 64 norms is far above them; the first 16 updates have none to compare."""
     max_skipped_steps: Annotated[int, Rule("at least 0", lambda v: v >= 0)] = 3
-    """Updates in a row that are left out because loss or gradient is not finite; one more ends the run."""
+    """Updates in a row that are left out because loss or gradient is not finite or a spike; one more ends the run."""
     max_hours: Positive | None = None
     """Stops with a checkpoint after this many hours of one start; null: no limit."""
     hang_minutes: Positive | None = 30.0

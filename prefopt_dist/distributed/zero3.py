@@ -9,7 +9,8 @@ import functools
 import gc
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import nn
 from prefopt_dist.errors import UserError
 
 TESTED = ("0.19.8",)
-"""Versions whose internals (in `release`, `drop_gradient`, `prepare_deepspeed`, `partitions.fill`) were tried."""
+"""Versions whose internals were tried: in `release`, `drop_gradient`, `leaving_out`, `prepare_deepspeed`, and in
+`partitions.fill`."""
 
 
 SMALLEST_BUCKET = 1_000_000
@@ -134,6 +136,30 @@ def trained_parameters(module: nn.Module) -> int:
 def drop_gradient(engine: Any) -> None:
     """Forgets the gradient that backward passes have added up, as DeepSpeed itself does where it skips an update."""
     engine.optimizer._overflow_clean_up(engine.optimizer.loss_scale)
+
+
+@contextmanager
+def leaving_out(engine: Any, wrong: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Inside, `engine.step()` leaves out an update whose gradient norm is `wrong`, as it does one that is not finite.
+
+    wrong: the norm of the whole gradient before clipping, a scalar equal on all ranks, to a bool scalar beside it.
+    """
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    optimizer = engine.optimizer
+    norms_of_groups = optimizer._get_norm_groups
+
+    def judged() -> list[torch.Tensor]:
+        norms = norms_of_groups()
+        leave_out = wrong(combine_grad_norm_groups(norms))
+        # DeepSpeed's own mark of a group without a valid norm, which it looks for on the host in any case.
+        return [torch.where(leave_out, torch.full_like(norm, -1.0), norm) for norm in norms]
+
+    optimizer._get_norm_groups = judged
+    try:
+        yield
+    finally:
+        del optimizer._get_norm_groups  # the class's own method is back
 
 
 def release(engine: Any) -> None:

@@ -80,6 +80,8 @@ def run(config: Config) -> None:
         if found is not None:
             loaded = checkpoint.load(engine, root, found)
             start, state = loaded.step, loaded.state
+            # A kill right after a commit leaves one too many; after the last commit nobody else would remove it.
+            ranks.decide(lambda: checkpoint.prune(root, config.checkpoint.keep))
             say(f"resuming from {checkpoint.folder_name(start)}")
         job = loop.Job(
             config=config,
