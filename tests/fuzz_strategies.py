@@ -71,6 +71,7 @@ GOOD = [
     "loss.name=ipo", "loss.name=simpo", "loss.gamma=1", "loss.average=tokens", "loss.sft_weight=0.5",
     "data.eval=null", "data.train=[a, {path: b, split: c}]", 'run.cache="a b"', 'tracking.wandb.name="é\\n\\t\\u2028"',
     "train.max_steps=5", "train.max_hours=0.5", "data.max_length=513", 'run.dir="~"', 'run.dir="null"', 'run.dir="010"',
+    "lora.r=4", "lora.target_modules=[a]",
     "data.eval.more=x", "evaluate.model=5e-7x", 'model.tokenizer="=<<"', "tracking.wandb.tags=['1', ':', '- a', ' b']",
 ]  # fmt: skip
 GOOD_KEYS = [override.partition("=")[0] for override in GOOD]

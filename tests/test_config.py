@@ -69,6 +69,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "on_bad_row": "stop",
         },
         "reference": {"name_or_path": None, "store": None, "offload": "none", "micro_batch_tokens": None},
+        "lora": None,
         "loss": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0, "average": "sums", "sft_weight": 0.0},
         "optim": {
             "learning_rate": 5e-7,
@@ -98,7 +99,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "policy": "deepspeed_configs/policy_zero3.json",
             "reference": "deepspeed_configs/reference_zero3.json",
         },
-        "export": {"dir": None, "checkpoint": None, "dtype": None},
+        "export": {"dir": None, "checkpoint": None, "dtype": None, "merged": False},
         "evaluate": {"model": None},
         "plan": {"gpu": None, "nodes": 1, "gpus_per_node": None, "file": None},
     }
@@ -405,6 +406,7 @@ def test_scalars_and_their_way_back(tmp_path: Path, text: str, value: Any) -> No
     [
         [],
         ["loss.name=sft", "data.eval=[a, {path: b, split: '1e5'}]"],
+        ["lora.target_modules=[q_proj, 'no']", "lora.rslora=true", "export.merged=true"],
         ["data.eval={x: a, y: [b, {path: c, weight: 0.25}]}", "tracking.wandb.tags=['no', '1', 'é']"],
         ["optim.learning_rate=1E-300", "optim.max_grad_norm=null", "run.dir='null'", "run.seed=4294967295"],
         [f"model.name_or_path=hub/snapshots/{'0123456789' * 4}", "model.tokenizer=hf_models/x"],
@@ -429,6 +431,8 @@ def test_resolved_text_loads_back_equal(tmp_path: Path, overrides: list[str]) ->
         ("train.global_batch_pairs=8", "train.global_batch_pairs: was 64, now 8"),
         ("train.epochs=2", "train.epochs: was 1, now 2"),
         ("train.max_steps=2", "train.max_steps: was None, now 2"),
+        ("lora.r=8", "lora.r: was absent, now 8"),
+        ("lora.target_modules=[q_proj]", "lora.target_modules: was absent, now ['q_proj']"),
     ],
 )
 def test_identity_holds_what_a_run_is(tmp_path: Path, override: str, line: str) -> None:
