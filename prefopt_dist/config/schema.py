@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from prefopt_dist.config.findings import Inspect
 from prefopt_dist.config.lora import Lora
 from prefopt_dist.config.losses import DPOLoss, Loss
 from prefopt_dist.config.rules import Count, Dtype, Fraction, NotNegative, Positive, Rule, Text
@@ -266,6 +267,8 @@ class Config:
     """The evaluate stage."""
     plan: Plan = field(default_factory=Plan)
     """The plan stage."""
+    inspect: Inspect = field(default_factory=Inspect)
+    """What findings in the data do."""
 
     def __post_init__(self) -> None:
         if self.export.merged and self.lora is None:

@@ -17,7 +17,6 @@ from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.layout import Cost, groups_within
 from prefopt_dist.data.micro_batch import Unit, packed_tokens
 from prefopt_dist.data.order import Order
-from prefopt_dist.errors import UserError
 from prefopt_dist.objectives import Objective
 from prefopt_dist.reference.plan import needed
 
@@ -52,14 +51,8 @@ def from_rows(
     """The job's work by its tokenised rows, with an empty reference store."""
     responses, scored = objective.responses, objective.needs_reference
     per_step = config.train.global_batch_pairs
-    order = Order(train.source, train.weights, config.run.seed, per_step)
-    if per_step > order.rows_per_epoch:
-        raise UserError(
-            f"train.global_batch_pairs: {per_step} is more than the {order.rows_per_epoch} rows of an epoch. "
-            "Lower it, or give more data."
-        )
-    total = config.train.epochs * order.steps_per_epoch
-    steps = min(total, config.train.max_steps or total)
+    order = Order.of_run(train.source, train.weights, config.run.seed, per_step)
+    steps = order.total_steps(config.train.epochs, config.train.max_steps)
     looked = min(steps, order.steps_per_epoch, max(1, MOST_ROWS // per_step))
     tokens = flop = 0.0
     for index in range(looked):

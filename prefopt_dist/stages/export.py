@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
-from prefopt_dist.config import Config
+from prefopt_dist.config import Config, to_dict
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.stages import ingredients
@@ -58,7 +57,7 @@ def export_checkpoint(
         target=target,
         card=model_card(
             base=config.model.name_or_path,
-            loss=asdict(config.loss),
+            loss=to_dict(config)["loss"],
             step=manifest.step if manifest else 0,
             run_id=folder.facts["run_id"],
             adapter=models.adapter is not None and not merged,

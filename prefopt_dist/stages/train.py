@@ -23,6 +23,7 @@ from prefopt_dist.stages import export, ingredients
 from prefopt_dist.stages.base import base_weights
 from prefopt_dist.stages.ingredients import Models
 from prefopt_dist.stages.job import requests_for, run_folder
+from prefopt_dist.stages.losses import described
 from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.wandb_feed import WandbFeed
@@ -102,15 +103,8 @@ def run(config: Config) -> None:
 
 
 def _plan_steps(config: Config, rows: TokenisedRows) -> tuple[Order, int]:
-    per_step = config.train.global_batch_pairs
-    order = Order(rows.source, rows.weights, config.run.seed, per_step)
-    if per_step > order.rows_per_epoch:
-        raise UserError(
-            f"train.global_batch_pairs: {per_step} is more than the {order.rows_per_epoch} rows of an epoch. "
-            "Lower it, or give more data."
-        )
-    total = config.train.epochs * order.steps_per_epoch
-    return order, min(total, config.train.max_steps or total)
+    order = Order.of_run(rows.source, rows.weights, config.run.seed, config.train.global_batch_pairs)
+    return order, order.total_steps(config.train.epochs, config.train.max_steps)
 
 
 def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any]) -> None:
@@ -227,7 +221,7 @@ def _what_comes(config: Config, order: Order, start: int, total: int) -> str:
         times.insert(0, ("evaluation", config.eval.every_steps))
     every = [f"{what} every {steps} steps" if steps else f"{what} at the end" for what, steps in times]
     return (
-        f"training: {config.loss.name}, steps {start + 1} to {total} of {per_step} rows "
+        f"training: {described(config.loss)}, steps {start + 1} to {total} of {per_step} rows "
         f"({order.rows_per_epoch} an epoch, {epochs} {'epoch' if epochs == 1 else 'epochs'}) "
         f"on {ranks.world_size()} ranks; {'; '.join(every)}"
     )
