@@ -13,6 +13,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.model import adapter as adapters
+from prefopt_dist.model.load import load_whole
 from prefopt_dist.stages import ingredients, train
 from prefopt_dist.training import checkpoint, step
 from prefopt_dist.training.batches import ScoredRows, step_batch
@@ -91,6 +92,15 @@ def tensor_bytes(file: Path) -> int:
     return count(torch.load(file, weights_only=False))
 
 
+def whole_start(models: ingredients.Models) -> dict[str, torch.Tensor]:
+    """The adapters' start beside a whole model in one process, with the run's seed."""
+    lm = load_whole(models.policy, dtype=models.dtype)
+    torch.manual_seed(0)
+    assert models.adapter is not None
+    adapters.attach(lm, models.adapter)
+    return {name: p.detach().float() for name, p in lm.named_parameters() if p.requires_grad}
+
+
 def lora_resume(folder: Path) -> dict[str, Any]:
     """Two updates, a checkpoint, a third update; and again from the checkpoint by a new engine."""
     found: dict[str, Any] = {}
@@ -121,7 +131,7 @@ def lora_resume(folder: Path) -> dict[str, Any]:
             "equal": expected.keys() == mine.keys() and all(torch.equal(mine[n], expected[n]) for n in expected),
             "moved": sum(not torch.equal(start[n], expected[n]) for n in start) / len(start),
             "zero": all(not t.any() for n, t in start.items() if ".lora_B." in n),
-            "start": hashlib.blake2b(b"".join(start[n].numpy().tobytes() for n in sorted(start))).hexdigest(),
+            "as_whole": all(torch.equal(start[n], t) for n, t in whole_start(models).items()),
             "bytes": ranks.decide(lambda root=root: sum(map(tensor_bytes, (root / "step-00000002").glob("*.pt")))),
             "trained": trained,
             "optimized": ranks.gather(optimized),

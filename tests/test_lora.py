@@ -160,16 +160,13 @@ def newest(run_dir: Path) -> Path:
 
 
 def test_an_evaluation_of_the_checkpoint(door: Door, whole: Path) -> None:
-    """Of the adapters beside their base, and of the merged model: what the run's last evaluation found."""
+    """Of the adapters beside their base: what the run's last evaluation found."""
     last = rows(whole)[-1]
-    for overrides in ([], [f"evaluate.model={door.folder / 'merged'}"]):
-        if overrides and not (door.folder / "merged").exists():
-            started(door, "whole", "export.merged=true", f"export.dir={door.folder / 'merged'}", stage="export")
-        started(door, "whole", *overrides, stage="evaluate")
-        found = json.loads((whole / "evaluation.json").read_text())
-        assert found["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
-        assert found["eval/rewards/margins"] == pytest.approx(last["eval/rewards/margins"], rel=1e-4)
-        assert found["eval/rewards/accuracies"] == last["eval/rewards/accuracies"]
+    started(door, "whole", stage="evaluate")
+    found = json.loads((whole / "evaluation.json").read_text())
+    assert found["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
+    assert found["eval/rewards/margins"] == pytest.approx(last["eval/rewards/margins"], rel=1e-4)
+    assert found["eval/rewards/accuracies"] == last["eval/rewards/accuracies"]
     assert not (whole / ".evaluating").exists()
 
 
@@ -251,3 +248,36 @@ def test_layers_by_name() -> None:
     assert set(found.modules) == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     assert found.base == "hub/name"
     assert adapter_of(None, config, "hub/name") is None
+
+
+# Two ranks, as a user runs it
+
+
+@pytest.mark.slow
+def test_two_ranks_stopped_killed_and_gone_on_with(tmp_path: Path) -> None:
+    """STOP on two ranks, a kill on one, to the end on two; the same adapters within rounding; the export merged."""
+    worlds.write_model(tmp_path / "model", seed=1, scale=2.0)
+    worlds.write_pairs(tmp_path / "pairs.jsonl", job.PAIRS)
+    worlds.write_pairs(tmp_path / "eval.jsonl", 61, seed=1)
+    world = job.World(tmp_path)
+    job.launch(world.run("whole", lora=LORA))
+    run, folder = world.run("moved", lora=LORA), tmp_path / "moved"
+    assert job.start_and(run, job.at_step(folder, 4), lambda _: (folder / "STOP").touch()) == 75
+    job.start_and(run, job.at_step(folder, 14), job.kill_all, n=1)
+    job.launch(run)
+    for row, other in zip(job.rows(folder), job.rows(tmp_path / "whole"), strict=True):
+        assert (row["kind"], row["step"], row["pairs_seen"]) == (other["kind"], other["step"], other["pairs_seen"])
+        name = f"{row['kind']}/loss"
+        assert row[name] == pytest.approx(other[name], rel=1e-5), row["step"]
+    mine, theirs = (load_file(f / "final" / adapters.WEIGHTS) for f in (folder, tmp_path / "whole"))
+    for name in theirs:
+        assert float((mine[name] - theirs[name]).norm() / theirs[name].norm()) <= 1e-4, name
+    job.launch(world.run("moved", lora=LORA, export={"merged": True, "dir": str(tmp_path / "merged")}), "export")
+    job.launch(world.run("moved", lora=LORA), "evaluate")
+    found, last = json.loads((folder / "evaluation.json").read_text()), job.rows(folder)[-1]
+    assert found["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
+    # The merged model as the policy of another run, evaluated against the same base.
+    other = world.run("moved", lora=LORA, evaluate={"model": str(tmp_path / "merged")})
+    job.launch(other, "evaluate", n=1)
+    merged = json.loads((folder / "evaluation.json").read_text())
+    assert merged["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
