@@ -258,14 +258,13 @@ def test_one_collective_and_one_host_read_a_step(world: tuple[int, Path]) -> Non
         assert counted["read"] == ["tolist"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters_start_at_the_base_and_resume_to_the_bit(world: tuple[int, Path], dtype: str) -> None:
+def test_adapters_start_at_the_base_and_resume_to_the_bit(world: tuple[int, Path]) -> None:
     if world[0] == 1:
         pytest.skip("two ranks; on one tests/test_lora.py resumes a run")
-    result = found(world, "lora_resume")[dtype]
+    result = found(world, "lora_resume")
     assert result["zero"], "B = 0, so the start is the base model"
     assert result["as_whole"], "on any number of ranks the same start"
-    assert result["losses"][0] == pytest.approx(math.log(2), rel=1e-6 if dtype == "float32" else 1e-2)
+    assert result["losses"][0] == pytest.approx(math.log(2), rel=1e-6)
     assert result["losses"][2] < result["losses"][0]
     assert result["moved"] == 1
     assert result["step"] == 2
@@ -278,7 +277,7 @@ def test_a_checkpoint_of_adapters_holds_them_alone(world: tuple[int, Path]) -> N
     trained = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 96))
     if world[0] == 1:
         pytest.skip("two ranks")
-    for result in found(world, "lora_resume").values():
-        assert result["trained"] == trained
-        assert trained <= sum(result["optimized"]) <= 1.05 * trained
-        assert result["bytes"] == pytest.approx(12 * sum(result["optimized"]), abs=100), "Adam's counts beside it"
+    result = found(world, "lora_resume")
+    assert result["trained"] == trained
+    assert trained <= sum(result["optimized"]) <= 1.05 * trained
+    assert result["bytes"] == pytest.approx(12 * sum(result["optimized"]), abs=100), "Adam's counts beside it"
