@@ -16,7 +16,8 @@ install=("$venv/bin/python" -m pip install --no-cache-dir --disable-pip-version-
 import tomllib
 
 with open("pyproject.toml", "rb") as file:
-    print(*tomllib.load(file)["project"]["dependencies"], sep="\n")
+    project = tomllib.load(file)["project"]
+print(*project["dependencies"], *project["optional-dependencies"]["lora"], sep="\n")
 PYTHON
 "${install[@]}" setuptools wheel ninja
 grep -v '^deepspeed' needed.txt >others.txt
