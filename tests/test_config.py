@@ -515,6 +515,8 @@ def test_resolved_text_loads_back_equal(tmp_path: Path, overrides: list[str]) ->
         ("train.global_batch_pairs=8", "train.global_batch_pairs: was 64, now 8"),
         ("train.epochs=2", "train.epochs: was 1, now 2"),
         ("train.max_steps=2", "train.max_steps: was None, now 2"),
+        ("lora.r=8", "lora.r: was absent, now 8"),
+        ("lora.target_modules=[q_proj]", "lora.target_modules: was absent, now ['q_proj']"),
         ("inspect.duplicates=drop", "inspect.duplicates: was absent, now drop"),
         ("lora.r=8", "lora.r: was absent, now 8"),
         ("lora.target_modules=[q_proj]", "lora.target_modules: was absent, now ['q_proj']"),

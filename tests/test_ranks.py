@@ -9,7 +9,7 @@ import case_runner
 import pytest
 
 EQUALITY = ["dpo_many_micro_batches", "dpo_one_micro_batch", "dpo_checkpointing", "sft_many_micro_batches"]
-SHORT = ["kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2", "lora", "lora_gemma2"]
+SHORT = ["kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2", "lora"]
 BOTH = [
     *EQUALITY,
     *SHORT,
@@ -19,11 +19,11 @@ BOTH = [
     "errors_reach_all",
     "packs_alone_and_together",
     "collectives_and_host_reads",
-    "lora_resume",
 ]
 BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates", "spikes_stopped_and_skipped"]
 TWO_ONLY = ["shards", "save_fails_on_one_rank", "killed_before_pruning", "idle_ranks"]
 TWO_ONLY += ["family", "kto_one_micro_batch", "whole_runs"]
+TWO_ONLY += ["lora_gemma2", "lora_resume"]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
@@ -39,11 +39,13 @@ def found(world: tuple[int, Path], case: str) -> dict[str, Any]:
     return case_runner.found(world[1], case)
 
 
-@pytest.mark.parametrize("case", [*EQUALITY, *SHORT])
+@pytest.mark.parametrize("case", [*EQUALITY, *SHORT, "lora_gemma2"])
 def test_steps_equal_float64(world: tuple[int, Path], case: str) -> None:
     """G = 11 over 37 pairs: not divisible by two ranks, and a last partial batch of 4."""
+    if case in TWO_ONLY and world[0] == 1:
+        pytest.skip("two ranks")
     result = found(world, case)
-    assert result["sizes"] == [11, 11, 11, 4][: 2 if case in SHORT else 4]
+    assert result["sizes"] == [11, 11, 11, 4][: 4 if case in EQUALITY else 2]
     print(f"{case} on {world[0]} ranks: gradients {max(result['gradient']):.1e}")
     if "many" in case:
         assert max(result["micro_batches"]) > 2
@@ -288,11 +290,13 @@ def test_one_collective_and_one_host_read_a_step(world: tuple[int, Path]) -> Non
         assert counted["read"] == ["tolist"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters_start_at_the_base_and_resume_to_the_bit(world: tuple[int, Path], dtype: str) -> None:
-    result = found(world, "lora_resume")[dtype]
+def test_adapters_start_at_the_base_and_resume_to_the_bit(world: tuple[int, Path]) -> None:
+    if world[0] == 1:
+        pytest.skip("two ranks; on one tests/test_lora.py resumes a run")
+    result = found(world, "lora_resume")
     assert result["zero"], "B = 0, so the start is the base model"
-    assert result["losses"][0] == pytest.approx(math.log(2), rel=1e-6 if dtype == "float32" else 1e-2)
+    assert result["as_whole"], "on any number of ranks the same start"
+    assert result["losses"][0] == pytest.approx(math.log(2), rel=1e-6)
     assert result["losses"][2] < result["losses"][0]
     assert result["moved"] == 1
     assert result["step"] == 2
@@ -303,7 +307,9 @@ def test_adapters_start_at_the_base_and_resume_to_the_bit(world: tuple[int, Path
 def test_a_checkpoint_of_adapters_holds_them_alone(world: tuple[int, Path]) -> None:
     """r = 4 beside q, o (32·32), k, v (32·16), gate, up, down (32·96) of two layers; 12 bytes each on disk."""
     trained = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 96))
-    for result in found(world, "lora_resume").values():
-        assert result["trained"] == trained
-        assert trained <= sum(result["optimized"]) <= 1.05 * trained
-        assert result["bytes"] == pytest.approx(12 * sum(result["optimized"]), abs=100), "Adam's counts beside it"
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "lora_resume")
+    assert result["trained"] == trained
+    assert trained <= sum(result["optimized"]) <= 1.05 * trained
+    assert result["bytes"] == pytest.approx(12 * sum(result["optimized"]), abs=100), "Adam's counts beside it"

@@ -55,16 +55,16 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "unknown inputs or outputs type" not in text
 
 
-def with_buckets(settings: Mapping[str, Any], *, layer: int, hidden: int) -> dict[str, Any]:
+def with_buckets(settings: Mapping[str, Any], *, layer: int, hidden: int, trained: int | None = None) -> dict[str, Any]:
     """The user's settings, with ZeRO's buckets sized by the model where they do not say otherwise.
 
-    layer: parameters of a decoder layer; hidden: its width. A bucket holds a layer, so that one is on its way
+    layer: parameters of a decoder layer; hidden: its width; trained: how many of the layer's get a gradient, where not
+    all do. A bucket holds a layer, so that one is on its way
     while another computes; what is as small as a norm's weight stays whole on every rank.
     """
-    bucket = max(layer, SMALLEST_BUCKET)
     sized = {
-        "reduce_bucket_size": bucket,
-        "stage3_prefetch_bucket_size": bucket,
+        "reduce_bucket_size": max(layer if trained is None else trained, SMALLEST_BUCKET),
+        "stage3_prefetch_bucket_size": max(layer, SMALLEST_BUCKET),
         "stage3_param_persistence_threshold": 10 * hidden,
     }
     return {**settings, "zero_optimization": sized | dict(settings.get("zero_optimization", {}))}

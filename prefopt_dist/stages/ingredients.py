@@ -22,7 +22,7 @@ from prefopt_dist.data.unpaired import OnePromptRules, unpaired
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.adapter import Adapter
-from prefopt_dist.model.cost import layer_parameters
+from prefopt_dist.model.cost import adapter_parameters, layer_parameters
 from prefopt_dist.model.digests import FileState, refuse_if_changed, remembered_digest
 from prefopt_dist.model.identity import reference_key
 from prefopt_dist.model.load import ModelFolder, inspect_folder, load_tokenizer, resolve
@@ -253,9 +253,10 @@ def reference_settings(config: Config, models: Models) -> dict[str, Any]:
     )
 
 
-def sized(settings: dict[str, Any], model: PreTrainedConfig) -> dict[str, Any]:
-    """DeepSpeed's settings with buckets that suit the model."""
-    return zero3.with_buckets(settings, layer=layer_parameters(model), hidden=model.hidden_size)
+def sized(settings: dict[str, Any], model: PreTrainedConfig, adapter: Adapter | None = None) -> dict[str, Any]:
+    """DeepSpeed's settings with buckets that suit the model, and the adapters that are trained in its place."""
+    trained = None if adapter is None else adapter_parameters(model, adapter)
+    return zero3.with_buckets(settings, layer=layer_parameters(model), hidden=model.hidden_size, trained=trained)
 
 
 def reference_weights(config: Config, models: Models, objective: Objective) -> Weights | None:

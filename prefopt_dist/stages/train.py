@@ -133,7 +133,7 @@ def _policy(config: Config, models: Models) -> tuple[Any, room.Room]:
     """The engine, and what activations may take beside it."""
     zero = ranks.together(lambda: ingredients.zero_settings(config.deepspeed.policy, "deepspeed.policy"))
     settings = zero3.policy_settings(
-        ingredients.sized(zero, models.policy.config),
+        ingredients.sized(zero, models.policy.config, models.adapter),
         dtype=models.dtype,
         max_grad_norm=config.optim.max_grad_norm,
     )
