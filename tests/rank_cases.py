@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import case_runner
+import matrix_cases
 import numpy as np
 import plain
 import psutil
@@ -35,6 +36,7 @@ from prefopt_dist.data.order import Order
 from prefopt_dist.data.unpaired import UnpairedRows
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
+from prefopt_dist.model import head
 from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import load_sharded, load_whole
 from prefopt_dist.model.scorer import Scorer
@@ -347,6 +349,21 @@ def dpo_one_micro_batch(folder: Path) -> dict:
 
 def dpo_checkpointing(folder: Path) -> dict:
     return equality(folder, "dpo-checkpointing", 300, DPO, model={"checkpointing": "all"})
+
+
+def dpo_small_blocks(folder: Path) -> dict:
+    """Some prompts' logits fit into a block, others are made again in the forward pass."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head, "LOGITS_AT_ONCE", 30 * LlamaConfig.from_pretrained(folder / "model").vocab_size)
+        return equality(folder, "dpo-blocks", 300, DPO, steps=2)
+
+
+def pairwise(folder: Path) -> dict:
+    return matrix_cases.steps_equal(folder, matrix_cases.pairwise(ranks.world_size()))
+
+
+def full_matrix(folder: Path) -> dict:
+    return matrix_cases.steps_equal(folder, matrix_cases.full())
 
 
 def sft_many_micro_batches(folder: Path) -> dict:

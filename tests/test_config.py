@@ -518,8 +518,6 @@ def test_resolved_text_loads_back_equal(tmp_path: Path, overrides: list[str]) ->
         ("lora.r=8", "lora.r: was absent, now 8"),
         ("lora.target_modules=[q_proj]", "lora.target_modules: was absent, now ['q_proj']"),
         ("inspect.duplicates=drop", "inspect.duplicates: was absent, now drop"),
-        ("lora.r=8", "lora.r: was absent, now 8"),
-        ("lora.target_modules=[q_proj]", "lora.target_modules: was absent, now ['q_proj']"),
     ],
 )
 def test_identity_holds_what_a_run_is(tmp_path: Path, override: str, line: str) -> None:

@@ -1,18 +1,21 @@
 """Real ranks: everything in rank_cases.py on one process and on two under torchrun."""
 
+import itertools
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import case_runner
+import matrix_cases
 import pytest
 
 EQUALITY = ["dpo_many_micro_batches", "dpo_one_micro_batch", "dpo_checkpointing", "sft_many_micro_batches"]
-SHORT = ["kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2", "lora"]
+SHORT = ["dpo_small_blocks", "kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2", "lora"]
 BOTH = [
     *EQUALITY,
     *SHORT,
+    "pairwise",
     "whole_evaluation",
     "kto_evaluation",
     "other_reference_is_refused",
@@ -114,6 +117,34 @@ def test_whole_runs_of_kto_and_a_mix(world: tuple[int, Path]) -> None:
         assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
         assert (rows[0]["eval/rewards/accuracies"], rows[0]["eval/ties"]) == (0, 1)
         assert rows[-1]["eval/rewards/accuracies"] > 0.5
+
+
+def check_matrix(result: dict[str, Any], settings: list[matrix_cases.Setting]) -> None:
+    assert [tuple(r[:4]) for r in result["settings"]] == settings
+    for *setting, sums, gradient, micro_batches in result["settings"]:
+        print(f"{setting}: sums {sums:.1e}, gradients {gradient:.1e}")
+        assert sums <= 1e-6, setting
+        assert gradient <= 1e-5, setting
+        assert micro_batches > 1
+
+
+def test_families_heads_stages_and_checkpointing(world: tuple[int, Path]) -> None:
+    """Pairwise: see matrix_cases.py."""
+    check_matrix(found(world, "pairwise"), matrix_cases.pairwise(world[0]))
+
+
+def test_any_two_values_stand_together() -> None:
+    rows = [(n, *s) for n in (1, 2) for s in matrix_cases.pairwise(n)]
+    every = [(n, *s) for n in (1, 2) for s in matrix_cases.full()]
+    for a, b in itertools.combinations(range(5), 2):
+        assert {(r[a], r[b]) for r in rows} == {(r[a], r[b]) for r in every}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_full_matrix(tmp_path: Path, n: int) -> None:
+    case_runner.run_cases("rank_cases.py", n, tmp_path, ["full_matrix"])
+    check_matrix(found((n, tmp_path), "full_matrix"), matrix_cases.full())
 
 
 def test_every_row_once(world: tuple[int, Path]) -> None:

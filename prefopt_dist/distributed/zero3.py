@@ -106,6 +106,7 @@ def policy_engine(scorer: nn.Module, optimizer: torch.optim.Optimizer, settings:
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings)
+    _trim_heap()  # of what loading took and freed
     return engine
 
 
@@ -115,6 +116,7 @@ def reference_engine(scorer: nn.Module, settings: dict[str, Any]) -> Any:
 
     engine, *_ = deepspeed.initialize(model=scorer.requires_grad_(False).eval(), config=settings)
     engine.eval()
+    _trim_heap()  # of what loading took and freed
     return engine
 
 
@@ -186,8 +188,7 @@ def release(engine: Any) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    else:
-        _trim_heap()
+    _trim_heap()
 
 
 def _caches_of(cls: type) -> Iterator[Any]:

@@ -18,6 +18,7 @@ from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.digests import refuse_if_changed
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.planning.machine import device_peak
 from prefopt_dist.reference.turn import StoppedInFirstPass
 from prefopt_dist.stages import export, ingredients
 from prefopt_dist.stages.base import base_weights
@@ -94,6 +95,7 @@ def run(config: Config) -> None:
             total_steps=total_steps,
             requests=requests,
             cost=forward_cost(models.policy.config),
+            peak=device_peak(),
             gated=objective.needs_reference and models.reference_is_start,
             facts=facts,
             log=_open_log(config, folder, start) if ranks.rank() == 0 else None,

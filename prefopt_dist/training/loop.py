@@ -42,13 +42,29 @@ class Window:
     tokens: int = 0
     seconds: float = 0.0
     data_seconds: float = 0.0
+    flop: float = 0.0
+    """That the steps needed"""
 
-    def add(self, sums: list[float], tokens: int, seconds: float, data_seconds: float) -> None:
+    def add(self, sums: list[float], batch: Batch, seconds: float, data_seconds: float) -> None:
         """One step more."""
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
-        self.tokens += tokens
+        self.tokens += batch.tokens
+        self.flop += batch.flop
         self.seconds += seconds
         self.data_seconds += data_seconds
+
+    def performance(self, peak: float | None) -> dict[str, float]:
+        """`perf/…`; peak: operations a second of all ranks at their best, None where it is not known.
+
+        mfu counts what the steps needed, not what was computed: layers computed again raise it by nothing.
+        """
+        found = {
+            "perf/tokens_per_second": self.tokens / self.seconds,
+            "perf/pairs_per_second": self.sums[-1] / self.seconds,
+            "perf/data_seconds": self.data_seconds,
+            "perf/peak_memory_gib": peak_memory() / 2**30,
+        }
+        return found if peak is None else found | {"perf/mfu": self.flop / self.seconds / peak}
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,9 @@ class Job:
     total_steps: int
     requests: Requests
     cost: Cost
-    """Of the policy's forward pass, for equal shares."""
+    """Of the policy's forward pass, for equal shares and for perf/mfu."""
+    peak: float | None
+    """Operations a second of one rank's device at its best, where that is known"""
     gated: bool
     """The reference is the policy's start, so the step-0 gate holds."""
     facts: dict[str, Any]
@@ -149,7 +167,7 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             if norm is None:
                 norm = _skipped(job, index, loss)
 
-            job.window.add(sums, batch.tokens, time.perf_counter() - began, data_seconds)
+            job.window.add(sums, batch, time.perf_counter() - began, data_seconds)
             if done % config.tracking.log_every_steps == 0 or done == job.total_steps:
                 _write_row(job, done, rate, norm)
             last = done == job.total_steps
@@ -191,9 +209,8 @@ def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
     if job.log is None:
         return
     position = job.order.step(done - 1)
-    pairs = window.sums[-1]
-    # There are none where every step was skipped.
-    found = means(job.objective.metrics, window.sums, job.objective.counted_by) if pairs else {}
+    # There are no pairs where every step was skipped.
+    found = means(job.objective.metrics, window.sums, job.objective.counted_by) if window.sums[-1] else {}
     job.log.metrics.append(
         "train",
         done,
@@ -205,11 +222,8 @@ def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
             "train/grad_norm": math.nan if norm is None else float(norm),
             "train/skipped_steps": job.skips.total,
             "train/epoch": position.epoch_fraction,
-            "perf/tokens_per_second": window.tokens / window.seconds,
-            "perf/pairs_per_second": pairs / window.seconds,
-            "perf/data_seconds": window.data_seconds,
-            "perf/peak_memory_gib": peak_memory() / 2**30,
-        },
+        }
+        | window.performance(None if job.peak is None else job.peak * ranks.world_size()),
     )
     job.log.wandb.feed()
 
