@@ -4,7 +4,7 @@
 #   launch/run.sh [-n N] STAGE RUN.yaml [section.key=value ...]
 #
 # Ends with 0 done, 75 stopped on request (start again), 2 the user's mistake, 1 a crash.
-# To stop reference or train, send TERM, USR1, HUP or INT (Ctrl-C) to this script: it creates RUN/STOP
+# To stop reference, train, generate or rounds, send TERM, USR1, HUP or INT (Ctrl-C) to this script: it creates RUN/STOP
 # and waits until the checkpoint is committed. A second INT ends the ranks at once (status 1).
 #
 # The ranks have a session of their own, so that a signal to this script's process group (a scheduler's,
@@ -18,7 +18,7 @@ repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 usage() {
     cat <<'USAGE'
 usage: launch/run.sh [-n N] STAGE RUN.yaml [section.key=value ...]
-  STAGE  inspect | plan | reference | train | evaluate | export
+  STAGE  inspect | plan | reference | train | evaluate | generate | rounds | export
   -n N   ranks on this machine; default: one a GPU, or 2 where there is none
 CUDA_VISIBLE_DEVICES= (empty) runs on the CPU of a machine with GPUs.
 USAGE
@@ -98,7 +98,7 @@ fi
 
 obeys_stop=no # whether the stage looks for RUN/STOP
 case $stage in
-    reference | train) obeys_stop=yes ;;
+    reference | train | generate | rounds) obeys_stop=yes ;;
 esac
 job=""
 requests=0

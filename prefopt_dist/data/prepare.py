@@ -265,12 +265,13 @@ def _cache_digest(
     for source, weight in zip(sources, weights, strict=True):
         # Names and weights stand in the folder, so another name is another folder.
         state.update(json.dumps([source.name, weight, source.digest().hex()]).encode())
-    state.update(_tokenizer_content(tokenizer))
+    state.update(tokenizer_content(tokenizer))
     state.update(json.dumps([SCHEMA, vars(settings)], sort_keys=True).encode())
     return state.hexdigest()
 
 
-def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
+def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """All that decides what a text becomes."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Every call sets these two; they are state of the object, not content of the tokenizer.
     backend["truncation"] = backend["padding"] = None

@@ -69,12 +69,16 @@ class Weights:
     """As this node sees them: to know, when they have been loaded, that they are still the same"""
 
 
-def check(config: Config) -> None:
-    """In one process and before any queue: every mistake that can be found without reading data or weights."""
+def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | None = None) -> None:
+    """In one process and before any queue: every mistake that can be found without reading data or weights.
+
+    sets: the sources that the stage reads, by their dotted keys; None: data.train and data.eval.
+    """
     RunFolder(config.run_dir).check_identity(config)
     _check_surroundings(config)
     _models(config)
-    sets = [("data.train", config.data.train), *_eval_sources(config)]
+    if sets is None:
+        sets = [("data.train", config.data.train), *_eval_sources(config)]
     for key, sources in sets:
         for source in sources:
             looks_local = source.path.startswith((".", "/", "~")) or source.path.endswith(FILE_ENDINGS)
