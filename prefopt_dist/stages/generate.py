@@ -27,10 +27,10 @@ FACTS = "generation.json"
 """What RUN/pairs.jsonl was made of and what became of all answers."""
 
 
-def run(config: Config, requests: Requests | None = None) -> bool:
-    """All ranks; whether the pairs are made. requests: those of the rounds that this is a part of."""
+def run(config: Config, asked: Requests | None = None) -> bool:
+    """All ranks; whether the pairs are made. asked: as in train.run."""
     with run_folder(config, begins=True) as folder:
-        asked = requests or requests_for(config)
+        requests = asked or requests_for(config)
         models = ingredients.load_models(config)
         generate = config.generate
         job = answering.prepare(
@@ -46,16 +46,16 @@ def run(config: Config, requests: Requests | None = None) -> bool:
         )
         ranks.decide(lambda: _refuse_others(config, _made_of(job)))
         try:
-            job.run(lambda: asked.look().stop)
+            job.run(lambda: requests.look().stop)
         except StoppedInFirstPass:
             if ranks.rank() == 0:
-                folder.stopped(asked.reason(), None, "while generating")
-                asked.obeyed()
+                folder.stopped(requests.reason(), None, "while generating")
+                requests.obeyed()
             say("stopped on request while generating; start again to go on")
             return False
         say(ranks.decide(lambda: _write_pairs(config, job)))
         if ranks.rank() == 0:
-            asked.obeyed()
+            requests.obeyed()
     return True
 
 
