@@ -56,7 +56,7 @@ def pairs_of(found: Answered, rule: Rule, tally: Tally) -> list[tuple[Scored, Sc
     if len(usable) < 2:
         tally.prompts["fewer than two answers"] += 1
         return []
-    # Of equal rewards the earlier answer; sorted() keeps their order.
+    # Of equal rewards the earlier answer is the best one and the later the worst: sorted() keeps their order.
     ranked = sorted(usable, key=lambda s: -s.reward)
     best, worst = ranked[0], ranked[-1]
     if best.reward == worst.reward:
