@@ -22,7 +22,7 @@ from prefopt_dist.tracking.metrics_file import MetricsFile
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = Path("runs/demo")
-TRAIN, EVALUATION, DEMONSTRATIONS = 2400, 400, 2400
+TRAIN, EVALUATION, DEMONSTRATIONS, PROMPTS = 2400, 400, 2400, 800
 SHOWN_SEED = 7
 """Seed of the prompts that are answered for show; far from those of the data files."""
 
@@ -36,7 +36,7 @@ def main() -> int:
     world = FOLDER / "world"
     if not (world / "model" / "tokenizer_config.json").is_file():
         print("demo: making a world of letters, a tokenizer and a small Llama", flush=True)
-        write_world(world, train=TRAIN, evaluation=EVALUATION, demonstrations=DEMONSTRATIONS)
+        write_world(world, train=TRAIN, evaluation=EVALUATION, demonstrations=DEMONSTRATIONS, prompts=PROMPTS)
         write_model(world / "model")
     for recipe in ("demo_sft", "demo"):
         print(f"\ndemo: launch/run.sh -n 2 train launch/recipes/{recipe}.yaml", flush=True)

@@ -69,8 +69,13 @@ def letters(seed: int) -> Iterable[tuple[str, bool, str, str]]:
             yield prompt, to in FORMAL_TO, formal, casual
 
 
-def write_world(folder: Path, *, train: int, evaluation: int, demonstrations: int, seed: int = 0) -> None:
-    """Writes train.jsonl and eval.jsonl (raw pairs) and sft.jsonl (demonstrations); no prompt stands in two."""
+def write_world(
+    folder: Path, *, train: int, evaluation: int, demonstrations: int, prompts: int = 0, seed: int = 0
+) -> None:
+    """Writes train.jsonl and eval.jsonl (raw pairs), sft.jsonl (demonstrations) and prompts.jsonl (prompts alone).
+
+    No prompt stands in two of them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stream = iter(letters(seed))
     for file, rows in (("train.jsonl", train), ("eval.jsonl", evaluation)):
@@ -84,6 +89,9 @@ def write_world(folder: Path, *, train: int, evaluation: int, demonstrations: in
         for _ in range(demonstrations):
             prompt, _, formal, casual = next(stream)
             f.write(json.dumps({"prompt": prompt, "completion": coin.choice((formal, casual))}) + "\n")
+    with (folder / "prompts.jsonl").open("w") as f:
+        for _ in range(prompts):
+            f.write(json.dumps({"prompt": next(stream)[0]}) + "\n")
 
 
 def write_model(
