@@ -11,7 +11,7 @@ import worlds
 
 from prefopt_dist.config import Config, load_config
 
-PROMPTS = 200
+PROMPTS = 150
 
 
 def write_world(folder: Path) -> None:

@@ -105,6 +105,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+QUICK = ("llama", "gemma2", "gemma3_text", "mistral")
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama") / "model"
@@ -130,7 +133,7 @@ def alone(folder: Path, prompts: list[Prompt], sampling: Sampling) -> list[list[
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_batches_with_a_cache_sample_what_each_response_alone_does(family: str, llama: Path, tmp_path: Path) -> None:
     """Whatever the batch, also where rows leave it and where windows are shorter than the sequences."""
     folder = llama

@@ -1,4 +1,5 @@
-"""Sampling with vLLM, for clusters; the package is an extra, and this file has not been run with it.
+"""Sampling with vLLM, for clusters. This file has not been run with it: vLLM 0.33.0 pins torch 2.14 and transformers
+below 5.21, so it cannot be installed beside what this package is tested with.
 
 vLLM draws by a seed for each request, so its responses depend on (seed, prompt, number) too, but they are not those
 of the transformers engine, and whether they survive another batch is up to vLLM's kernels.
@@ -6,6 +7,8 @@ of the transformers engine, and whether they survive another batch is up to vLLM
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +22,7 @@ from prefopt_dist.generation.noise import uniforms
 from prefopt_dist.generation.prompts import Prompt
 from prefopt_dist.generation.sampling import Sampling
 from prefopt_dist.model.load import ModelFolder
-from prefopt_dist.packages import needed, refuse_absent
 
-KEY, WHAT, OTHERWISE = "generate.engine", "the engine 'vllm'", "set generate.engine=transformers"
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MEMORY_SHARE = 0.85
 """Of the GPU; the rest is the job's own context."""
@@ -29,16 +30,22 @@ MEMORY_SHARE = 0.85
 
 def refuse_where_absent() -> None:
     """Refuses the engine where vLLM is not installed or no GPU is there."""
-    refuse_absent("vllm", KEY, WHAT, OTHERWISE)
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "generate.engine: 'vllm' needs the package vllm, which is not installed; install a version that takes the "
+            "torch and transformers that are here, or set generate.engine=transformers"
+        )
     if not torch.cuda.is_available():
-        raise UserError(f"{KEY}: vllm needs a GPU, and this machine shows none; {OTHERWISE}")
+        raise UserError(
+            "generate.engine: 'vllm' needs a GPU, and this machine shows none; set generate.engine=transformers"
+        )
 
 
 class VllmEngine:
     """The model of a folder in a vLLM engine of this rank's own GPU."""
 
     def __init__(self, folder: ModelFolder, *, dtype: torch.dtype, longest: int) -> None:
-        vllm = needed("vllm", KEY, WHAT, OTHERWISE)
+        vllm = importlib.import_module("vllm")
         self._parameters = vllm.SamplingParams
         with _alone_on_its_gpu():
             self._engine: Any = vllm.LLM(
