@@ -53,6 +53,11 @@ def check_for(config: Config, stage: str) -> None:
             "evaluate.prompts: not set, so no round could be told from the one before; name prompts that are not "
             "among those of the training"
         )
+    if stage == "rounds" and config.lora is not None and not config.export.merged:
+        raise UserError(
+            "export.merged: got false, but with a section lora a round's adapters must be added into the model that "
+            "the next round starts from; set export.merged=true"
+        )
     if stage in ("generate", "rounds") or (stage == "evaluate" and config.evaluate.prompts is not None):
         check(config)
 

@@ -7,6 +7,8 @@ answers.
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import write_json
+from prefopt_dist.model.adapter import attach_saved
 from prefopt_dist.model.load import ModelFolder, inspect_folder, load_sharded, resolve
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import Objective
@@ -39,25 +42,25 @@ def run(config: Config) -> None:
             _given("evaluate.model", config.evaluate.model, config)
         models = ingredients.load_models(config)
         prepared = _prepared(config, models) if config.data.eval else None
-        model, temporary, name = _model(config, models, folder)
-        found: dict[str, Any] = {"model": name}
+        evaluated = _model(config, models, folder)
+        found: dict[str, Any] = {"model": evaluated.name}
         if prepared is not None:
-            found |= _on_given(config, models, model, *prepared)
+            found |= _on_given(config, models, evaluated, *prepared)
         if config.evaluate.prompts is not None:
             against = models.reference
             if config.evaluate.against is not None:
                 against = _given("evaluate.against", config.evaluate.against, config)
-            found["answers"] = comparing.compare(config, models, model, against, models.reference)
+            found["answers"] = comparing.compare(config, models, evaluated.model, against, models.reference)
         if ranks.rank() == 0:
             write_json(config.run_dir / "evaluation.json", found)
-            if temporary:
-                shutil.rmtree(model.path)
-        say(f"evaluated {name}:")
+            if evaluated.temporary is not None:
+                shutil.rmtree(evaluated.temporary)
+        say(f"evaluated {evaluated.name}:")
         for metric, value in found.items():
             if isinstance(value, float):
                 say(f"  {metric}: {value:.4f}")
         if "answers" in found:
-            say(comparing.compared_text(found["answers"], name, config.evaluate.against or "the reference"))
+            say(comparing.compared_text(found["answers"], evaluated.name, config.evaluate.against or "the reference"))
 
 
 def _prepared(config: Config, models: Models) -> tuple[Objective, dict[str, ScoredRows]]:
@@ -72,26 +75,50 @@ def _prepared(config: Config, models: Models) -> tuple[Objective, dict[str, Scor
 
 
 def _on_given(
-    config: Config, models: Models, model: ModelFolder, objective: Objective, sets: dict[str, ScoredRows]
+    config: Config, models: Models, evaluated: _Evaluated, objective: Objective, sets: dict[str, ScoredRows]
 ) -> dict[str, float]:
     """The metrics on given responses."""
     settings = ingredients.reference_settings(config, models)
-    engine = zero3.reference_engine(Scorer(load_sharded(model, dtype=models.dtype, settings=settings)), settings)
+    lm = load_sharded(evaluated.model, dtype=models.dtype, settings=settings)
+    if evaluated.adapters is not None:
+        ranks.together(partial(attach_saved, lm, evaluated.adapters))
+    engine = zero3.reference_engine(Scorer(lm), settings)
     found = evaluate(engine, objective, sets, config.reference_micro_batch_tokens)
     zero3.release(engine)
     del engine
     return found
 
 
-def _model(config: Config, models: Models, folder: RunFolder) -> tuple[ModelFolder, bool, str]:
-    """The model to evaluate, whether its folder is only for this, and its name."""
+@dataclass(frozen=True)
+class _Evaluated:
+    """What is evaluated."""
+
+    name: str
+    model: ModelFolder
+    adapters: Path | None = None
+    """The folder of those that stand beside the model"""
+    temporary: Path | None = None
+    """A folder that was made for this alone"""
+
+
+def _model(config: Config, models: Models, folder: RunFolder) -> _Evaluated:
     if config.evaluate.model is not None:
-        return _given("evaluate.model", config.evaluate.model, config), False, config.evaluate.model
+        return _Evaluated(config.evaluate.model, _given("evaluate.model", config.evaluate.model, config))
     source = ranks.decide(lambda: export.chosen_checkpoint(config))
-    # As a model folder it can be loaded by any number of ranks.
+    # As a model folder, or one of adapters, it can be loaded by any number of ranks.
     target = config.run_dir / ".evaluating"
-    say(ranks.decide(lambda: export.export_checkpoint(config, models, source, folder, target)))
-    return ranks.together(lambda: inspect_folder(Path(target), "run.dir", config.data.max_length)), True, source.name
+
+    # An engine that answers takes whole models.
+    merged = models.adapter is not None and config.evaluate.prompts is not None
+
+    def exported() -> str:
+        return export.export_checkpoint(config, models, source, folder, target=target, merged=merged)
+
+    say(ranks.decide(exported))
+    if models.adapter is not None and not merged:
+        return _Evaluated(source.name, models.policy, adapters=target, temporary=target)
+    model = ranks.together(lambda: inspect_folder(target, "run.dir", config.data.max_length))
+    return _Evaluated(source.name, model, temporary=target)
 
 
 def _given(key: str, name: str, config: Config) -> ModelFolder:
