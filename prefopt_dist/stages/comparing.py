@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,17 @@ from prefopt_dist.stages.ingredients import Models
 
 
 def compare(
-    config: Config, models: Models, policy: ModelFolder, against: ModelFolder, reference: ModelFolder
+    config: Config,
+    models: Models,
+    policy: ModelFolder,
+    against: ModelFolder,
+    reference: ModelFolder,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """All ranks: both models answer evaluate.prompts; rewards, wins, and the policy's KL from the live reference."""
+    """All ranks: both models answer evaluate.prompts; rewards, wins, and the policy's KL from the live reference.
+
+    Raises StoppedInFirstPass where a stop was asked; what was answered is kept.
+    """
     evaluate = config.evaluate
     assert evaluate.prompts is not None
     found: list[list[Answered]] = []
@@ -39,7 +47,7 @@ def compare(
             top_p=1.0,  # all tokens, as the KL is over all of them
             what=what,
         )
-        job.run(lambda: False)
+        job.run(stop_asked)
         found.append(ranks.together(job.answered))
     mine, theirs = found
     units = units_of(mine)

@@ -15,6 +15,7 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.files import read_json, write_json
 from prefopt_dist.generation.comparison import shown
 from prefopt_dist.model.load import ModelFolder, inspect_folder
+from prefopt_dist.reference.turn import StoppedInFirstPass
 from prefopt_dist.stages import answering, comparing, generate, ingredients, train
 from prefopt_dist.stages.job import run_folder
 from prefopt_dist.tracking.console import say
@@ -55,10 +56,13 @@ def run(config: Config) -> None:
             finished_round = generate.run(of_round, asked)
             if number == 1 and ranks.rank() == 0:
                 folder.note_start_step(0)  # from here on there is something to go on with
-            if not finished_round or not _trained(of_round, asked):
+            found = None
+            if finished_round and _trained(of_round, asked):
+                found = _compared(config, of_round, first, number, asked)
+            if found is None:
                 _stopped(folder, asked, number)
                 return
-            done.append(_compared(config, of_round, first, number))
+            done.append(found)
             say(table(done))
         ranks.decide(lambda: _conclude(config, folder, asked, done))
         say(f"done: {config.rounds.count} rounds; the model is {round_config(config, config.rounds.count).export_dir}")
@@ -116,8 +120,10 @@ def _stopped(folder: RunFolder, asked: Asked, number: int) -> None:
     say(f"stopped on request in round {number}; start again to go on")
 
 
-def _compared(config: Config, of_round: Config, first: ingredients.Models, number: int) -> dict[str, Any]:
-    """The round's model beside the one before, and its KL from the first one; made once."""
+def _compared(
+    config: Config, of_round: Config, first: ingredients.Models, number: int, asked: Requests
+) -> dict[str, Any] | None:
+    """The round's model beside the one before, and its KL from the first, made once; None where a stop was asked."""
     file = of_round.run_dir / COMPARISON
     made_of = {"evaluate": repr(config.evaluate), "rewards": repr(config.generate.rewards)}
     found: dict[str, Any] | None = ranks.decide(lambda: read_json(file) if file.exists() else None)
@@ -126,7 +132,10 @@ def _compared(config: Config, of_round: Config, first: ingredients.Models, numbe
         if number == 1:
             before = first.policy  # may be a hub name
         # By the rounds' own seed: the same noise for every model, and each one's answers are sampled once.
-        compared = comparing.compare(config, first, policy, before, first.policy)
+        try:
+            compared = comparing.compare(config, first, policy, before, first.policy, lambda: asked.look().stop)
+        except StoppedInFirstPass:
+            return None
         found = {"round": number, "pairs": _pairs(of_round), "made_of": made_of, **compared}
         content = found
         ranks.decide(lambda: write_json(file, content))
