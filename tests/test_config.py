@@ -105,7 +105,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "reference": "deepspeed_configs/reference_zero3.json",
         },
         "export": {"dir": None, "checkpoint": None, "dtype": None, "merged": False},
-        "evaluate": {"model": None},
+        "evaluate": {"model": None, "prompts": None, "against": None, "samples": 1, "temperature": 1.0},
         "plan": {"gpu": None, "nodes": 1, "gpus_per_node": None, "file": None},
         "inspect": {
             **dict.fromkeys(
@@ -116,6 +116,22 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "file": None,
             "picture": None,
         },
+        "generate": {
+            "rewards": [],
+            "prompts": None,
+            "n": 8,
+            "temperature": 0.9,
+            "top_p": 1.0,
+            "max_new_tokens": 256,
+            "batch_tokens": 32768,
+            "pairing": "best_worst",
+            "min_margin": 0.0,
+            "on_bad_reward": "stop",
+            "engine": "transformers",
+            "pairs": None,
+        },
+        "rounds": {"count": 3, "reference": "start"},
+        "lora": None,
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from prefopt_dist.config import Config, load_deepspeed_json
+from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.config.losses import KTOLoss
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows
 from prefopt_dist.data.unpaired import OnePromptRules, unpaired
@@ -73,12 +73,17 @@ class Weights:
     """As this node sees them: to know, when they have been loaded, that they are still the same"""
 
 
-def check(config: Config) -> None:
-    """In one process and before any queue: every mistake that can be found without reading data or weights."""
+def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | None = None) -> None:
+    """In one process and before any queue: every mistake that can be found without reading data or weights.
+
+    sets: the sources that the stage reads, by their dotted keys; None: data.train and data.eval.
+    """
     RunFolder(config.run_dir).check_identity(config)
     _check_surroundings(config)
     _models(config)
-    for key, sources in {"data.train": config.data.train, **eval_sets(config)}.items():
+    if sets is None:
+        sets = [("data.train", config.data.train), *eval_sets(config).items()]
+    for key, sources in sets:
         for source in sources:
             looks_local = source.path.startswith((".", "/", "~")) or source.path.endswith(FILE_ENDINGS)
             if looks_local and not Path(source.path).exists():

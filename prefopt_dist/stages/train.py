@@ -32,16 +32,17 @@ from prefopt_dist.training import checkpoint, loop, room
 from prefopt_dist.training.manifest import Manifest
 from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.run_folder import RunFolder
+from prefopt_dist.training.stopping import Requests
 
 
-def run(config: Config) -> None:
-    """All ranks."""
+def run(config: Config, asked: Requests | None = None) -> None:
+    """All ranks. asked: what the rounds are asked that this run is a part of; None: this run's own."""
     with run_folder(config, begins=True) as folder:
         finished = ranks.decide(folder.summary)
         if finished is not None:
             say(f"{config.run_dir} is done:\n{finished}")
             return
-        requests = requests_for(config)
+        requests = asked or requests_for(config)
         models = ingredients.load_models(config)
         objective = ingredients.make_objective(config.loss, models.dtype)
         train = ingredients.load_train(config, models, objective)
