@@ -131,7 +131,6 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "pairs": None,
         },
         "rounds": {"count": 3, "reference": "start"},
-        "lora": None,
     }
 
 
