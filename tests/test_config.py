@@ -88,6 +88,8 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "max_steps": None,
             "global_batch_pairs": 64,
             "micro_batch_tokens": 8192,
+            "on_spike": "none",
+            "spike_factor": 10.0,
             "max_skipped_steps": 3,
             "max_hours": None,
             "hang_minutes": 30.0,
@@ -103,7 +105,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "reference": "deepspeed_configs/reference_zero3.json",
         },
         "export": {"dir": None, "checkpoint": None, "dtype": None, "merged": False},
-        "evaluate": {"model": None},
+        "evaluate": {"model": None, "prompts": None, "against": None, "samples": 1, "temperature": 1.0},
         "plan": {"gpu": None, "nodes": 1, "gpus_per_node": None, "file": None},
         "inspect": {
             **dict.fromkeys(
@@ -114,6 +116,21 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "file": None,
             "picture": None,
         },
+        "generate": {
+            "rewards": [],
+            "prompts": None,
+            "n": 8,
+            "temperature": 0.9,
+            "top_p": 1.0,
+            "max_new_tokens": 256,
+            "batch_tokens": 32768,
+            "pairing": "best_worst",
+            "min_margin": 0.0,
+            "on_bad_reward": "stop",
+            "engine": "transformers",
+            "pairs": None,
+        },
+        "rounds": {"count": 3, "reference": "start"},
     }
 
 
@@ -513,9 +530,9 @@ def test_resolved_text_loads_back_equal(tmp_path: Path, overrides: list[str]) ->
         ("train.global_batch_pairs=8", "train.global_batch_pairs: was 64, now 8"),
         ("train.epochs=2", "train.epochs: was 1, now 2"),
         ("train.max_steps=2", "train.max_steps: was None, now 2"),
-        ("inspect.duplicates=drop", "inspect.duplicates: was absent, now drop"),
         ("lora.r=8", "lora.r: was absent, now 8"),
         ("lora.target_modules=[q_proj]", "lora.target_modules: was absent, now ['q_proj']"),
+        ("inspect.duplicates=drop", "inspect.duplicates: was absent, now drop"),
     ],
 )
 def test_identity_holds_what_a_run_is(tmp_path: Path, override: str, line: str) -> None:

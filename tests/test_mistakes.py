@@ -238,11 +238,23 @@ def test_the_loss(door: Door) -> None:
     door.fails(words, "loss.name=sft", "loss.beta=0.1", early=True)
 
 
+def test_a_mix_that_is_none(door: Door) -> None:
+    words = ["loss.of.kto", "cannot be mixed"]
+    door.fails(words, "loss.name=mix", "loss.of.dpo.weight=1", "loss.of.kto.weight=1", early=True)
+    rated = door.lines("rated.jsonl", *({"prompt": c, "completion": c + c, "label": True} for c in "abc"))
+    mix = ("loss.name=mix", "loss.of.dpo.weight=1", "loss.of.sft.weight=1")
+    door.fails(["data.train: the rows are of the form 'rated'", "compares two"], *mix, f"data.train={rated}")
+
+
 def test_rows_that_kto_cannot_use(door: Door) -> None:
     words = ["data.train: ", "of the form 'pair'", "prompt, completion and label", "loss.split_pairs=true"]
     door.fails(words, "loss.name=kto")
-    rated = [{"prompt": "the cat", "completion": f"{c} sings", "label": True} for c in ("a", "the")]
+    rated = [{"prompt": f"{c} cat", "completion": f"{c} sings", "label": True} for c in ("a", "the")]
     one, two = door.lines("one.jsonl", rated[0]), door.lines("two.jsonl", *rated)
+    same = door.lines("same.jsonl", rated[0], rated[0] | {"label": False}, rated[1])
+    door.fails(
+        ["data.train: 2 of 3 rows answer the same prompt", "more prompts"], "loss.name=kto", f"data.train={same}"
+    )
     door.fails(["data.train: 1 row; ", "needs two"], "loss.name=kto", f"data.train={one}")
     door.fails(["data.train: ", "'rated'", "compares two"], f"data.train={two}")
     # What is enough: the next mistake is another one. G counts responses, two of each pair.
