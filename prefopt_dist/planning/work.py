@@ -103,9 +103,8 @@ def training_flop(work: Work, cost: Cost, again: float, frozen: bool = False) ->
 
     frozen: without the weights' gradients, which are half of the backward pass; the adapters' own are left out.
     """
-    return (FROZEN if frozen else TRAINING) * work.step_flop + again * min(
-        work.step_flop, cost.per_token * work.step_tokens
-    )
+    passes = FROZEN if frozen else TRAINING
+    return passes * work.step_flop + again * min(work.step_flop, cost.per_token * work.step_tokens)
 
 
 def _unit(rows: TokenisedRows, i: int, responses: int) -> Unit:

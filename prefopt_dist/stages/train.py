@@ -33,16 +33,17 @@ from prefopt_dist.training import checkpoint, loop, room
 from prefopt_dist.training.manifest import Manifest
 from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.run_folder import RunFolder
+from prefopt_dist.training.stopping import Requests
 
 
-def run(config: Config) -> None:
-    """All ranks."""
+def run(config: Config, asked: Requests | None = None) -> None:
+    """All ranks. asked: what the rounds are asked that this run is a part of; None: this run's own."""
     with run_folder(config, begins=True) as folder:
         finished = ranks.decide(folder.summary)
         if finished is not None:
             say(f"{config.run_dir} is done:\n{finished}")
             return
-        requests = requests_for(config)
+        requests = asked or requests_for(config)
         models = ingredients.load_models(config)
         objective = ingredients.make_objective(config.loss, models.dtype)
         train = ingredients.load_train(config, models, objective)
@@ -82,6 +83,8 @@ def run(config: Config) -> None:
         if found is not None:
             loaded = checkpoint.load(engine, root, found)
             start, state = loaded.step, loaded.state
+            # A kill right after a commit leaves one too many; after the last commit nobody else would remove it.
+            ranks.decide(lambda: checkpoint.prune(root, config.checkpoint.keep))
             say(f"resuming from {checkpoint.folder_name(start)}")
         job = loop.Job(
             config=config,
@@ -135,7 +138,7 @@ def _policy(config: Config, models: Models) -> tuple[Any, room.Room]:
     """The engine, and what activations may take beside it."""
     zero = ranks.together(lambda: ingredients.zero_settings(config.deepspeed.policy, "deepspeed.policy"))
     settings = zero3.policy_settings(
-        ingredients.sized(zero, models.policy.config),
+        ingredients.sized(zero, models.policy.config, models.adapter),
         dtype=models.dtype,
         max_grad_norm=config.optim.max_grad_norm,
     )

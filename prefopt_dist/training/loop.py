@@ -29,6 +29,7 @@ from prefopt_dist.training.gate import StartGate
 from prefopt_dist.training.run_folder import RunFolder
 from prefopt_dist.training.schedule import learning_rate
 from prefopt_dist.training.skips import Skips, record
+from prefopt_dist.training.spikes import Spikes
 from prefopt_dist.training.stopping import Requests
 
 
@@ -101,10 +102,28 @@ class Job:
     log: Log | None
     window: Window = field(init=False)
     skips: Skips = field(init=False)
+    spikes: Spikes | None = field(init=False)
+    """None where nothing is called one."""
 
     def __post_init__(self) -> None:
         self.skips = Skips()
+        self.spikes = self._judge_of([])
         self.window = Window([0.0] * (len(self.objective.metrics) + 1))
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; equal on all ranks."""
+        norms = [] if self.spikes is None else self.spikes.state()
+        return {"window": vars(self.window), "skips": vars(self.skips), "norms": norms}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """From a checkpoint's state."""
+        self.window = Window(**state["window"])
+        self.skips = Skips(**state["skips"])
+        self.spikes = self._judge_of(state["norms"])
+
+    def _judge_of(self, norms: list[float]) -> Spikes | None:
+        train = self.config.train
+        return None if train.on_spike == "none" else Spikes(train.spike_factor, norms)
 
 
 def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None:
@@ -114,8 +133,7 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
     """
     config = job.config
     if state is not None:
-        job.window = Window(**state["window"])
-        job.skips = Skips(**state["skips"])
+        job.go_on(state)
     gate = None
     if job.gated and start_step == 0:
         gate = StartGate(job.objective, job.dtype, ranks.device())
@@ -143,13 +161,13 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             rate = _rate(job, index)
             norm = None
             if math.isfinite(loss):
-                norm = step.update(job.engine, rate)
+                norm = step.update(job.engine, rate, job.spikes)
             else:
                 sums = [0.0] * len(sums)
                 zero3.drop_gradient(job.engine)
             job.skips.count(norm is None)
             if norm is None:
-                _skipped(job, index, "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}")
+                norm = _skipped(job, index, loss)
 
             job.window.add(sums, batch, time.perf_counter() - began, data_seconds)
             if done % config.tracking.log_every_steps == 0 or done == job.total_steps:
@@ -234,30 +252,47 @@ def _save(job: Job, done: int) -> None:
         job.engine,
         job.config.run_dir / "checkpoints",
         step=done,
-        state={"window": vars(job.window), "skips": vars(job.skips)},
+        state=job.state(),
         facts=facts,
         keep=job.config.checkpoint.keep,
     )
 
 
-def _skipped(job: Job, index: int, why: str) -> None:
-    """All ranks: leaves word of an update that was left out; too many in a row end the run."""
+def _skipped(job: Job, index: int, loss: float) -> Any | None:
+    """All ranks: leaves word of an update that was left out, or ends the run; its gradient norm where it has one."""
+    train = job.config.train
+    spike = job.spikes.why() if job.spikes is not None and math.isfinite(loss) else None
+    why = spike or ("the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}")
     if job.log is not None:
         rows = [int(i) for i in job.order.step(index).rows]
-        record(job.config.run_dir, index + 1, why, rows, [job.train.rows.origin(i) for i in rows])
-    limit = job.config.train.max_skipped_steps
-    if job.skips.in_a_row > limit:
-        raise FloatingPointError(_not_finite(job, index, why))
+        places = [job.train.rows.origin(i) for i in rows]
+        record(job.config.run_dir, "spike" if spike else "nonfinite", index + 1, why, rows, places)
+    limit = train.max_skipped_steps
+    if (spike and train.on_spike == "stop") or job.skips.in_a_row > limit:
+        raise FloatingPointError(_spiked(job, index, why) if spike else _not_finite(job, index, why))
     say(f"step {index + 1}: {why}; no update was made ({job.skips.in_a_row} in a row, {limit} are allowed)")
+    return job.spikes.norm if spike and job.spikes is not None else None
 
 
 def _not_finite(job: Job, index: int, what: str) -> str:
-    rows = job.order.step(index).rows
-    places = ", ".join(job.train.rows.origin(int(i)) for i in rows[:8])
     return (
-        f"step {index + 1}: {what}; no update was made. Its rows: {places}{' …' if len(rows) > 8 else ''}. "
+        f"step {index + 1}: {what}; no update was made. {_rows(job, index)}. "
         "The committed checkpoints are sound; lower optim.learning_rate or look at these rows."
     )
+
+
+def _spiked(job: Job, index: int, what: str) -> str:
+    return (
+        f"step {index + 1}: {what}; no update was made. {_rows(job, index)}. "
+        "The committed checkpoints are sound. Look at these rows; then start again with train.on_spike=skip to leave "
+        "out such updates, with a larger train.spike_factor, or with train.on_spike=none to make them."
+    )
+
+
+def _rows(job: Job, index: int) -> str:
+    rows = job.order.step(index).rows
+    places = ", ".join(job.train.rows.origin(int(i)) for i in rows[:8])
+    return f"Its rows: {places}{' …' if len(rows) > 8 else ''}"
 
 
 def peak_memory() -> int:
