@@ -14,7 +14,7 @@ import numpy as np
 
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.data.layout import TRAINING, Cost, groups_within, work_of
+from prefopt_dist.data.layout import TRAINING, TRAINING_FROZEN, Cost, groups_within, work_of
 from prefopt_dist.data.micro_batch import Unit
 from prefopt_dist.data.order import Order
 from prefopt_dist.objectives import Objective
@@ -101,9 +101,9 @@ def worst_case(config: Config, cost: Cost, objective: Objective) -> Work:
 def training_flop(work: Work, cost: Cost, again: float, frozen: bool = False) -> float:
     """Of one step: forward, backward, and the share `again` of the layers' forward pass once more.
 
-    frozen: without the weights' gradients, which are half of the backward pass; the adapters' own are left out.
+    frozen: without the weights' gradients.
     """
-    passes = TRAINING - 1 if frozen else TRAINING
+    passes = TRAINING_FROZEN if frozen else TRAINING
     return passes * work.step_flop + again * min(work.step_flop, cost.per_token * work.step_tokens)
 
 

@@ -59,8 +59,10 @@ class Batch:
         """Units of all ranks."""
         self.tokens = sum(packed_tokens(units) for by_rank in layout for units in by_rank)
         """Distinct input tokens of all ranks."""
+        self.forward_flop = 0.0
+        """Operations of a forward pass over them, of all ranks; 0 where no cost was given."""
         self.flop = 0.0
-        """Operations that a training step on them needs, of all ranks; 0 where no cost was given."""
+        """Those that a training step on them needs."""
         self.mismatched: Batch | None = None
         """The same rows with the responses of their partners, for a pass before the step; KTO's alone have them."""
 
@@ -68,7 +70,7 @@ class Batch:
         """This batch, which then also counts the tokens of the pass before it."""
         self.mismatched = mismatched
         self.tokens += mismatched.tokens
-        self.flop += mismatched.flop / TRAINING  # a forward pass alone
+        self.flop += mismatched.forward_flop
         return self
 
     def prepare(self) -> None:
@@ -121,14 +123,25 @@ class Ahead:
         return batch
 
 
-def step_batch(data: ScoredRows, rows: Iterable[int], responses: int, budget: int, cost: Cost | None = None) -> Batch:
-    """The given rows over ranks and micro-batches, each rank's load as equal as can be."""
+def step_batch(
+    data: ScoredRows,
+    rows: Iterable[int],
+    responses: int,
+    budget: int,
+    cost: Cost | None = None,
+    passes: int = TRAINING,
+) -> Batch:
+    """The given rows over ranks and micro-batches, each rank's load as equal as can be.
+
+    passes: forward passes' operations that a training step needs.
+    """
 
     def laid_out(first: int) -> Batch:
         units = data.units(rows, responses, first)
         batch = Batch(data, lay_out(units, ranks.world_size(), budget, cost), responses, first)
         if cost is not None:
-            batch.flop = TRAINING * work_of(groups_within(units, budget), cost)[1]
+            batch.forward_flop = work_of(groups_within(units, budget), cost)[1]
+            batch.flop = passes * batch.forward_flop
         return batch
 
     rows = list(rows)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from prefopt_dist.config import Config
-from prefopt_dist.data.layout import Cost
+from prefopt_dist.data.layout import TRAINING, TRAINING_FROZEN, Cost
 from prefopt_dist.data.order import Order
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.objectives import Objective
@@ -185,7 +185,8 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
 
 def _batch(job: Job, index: int) -> Batch:
     rows = job.order.step(index).rows.tolist()
-    return step_batch(job.train, rows, job.objective.responses, job.config.train.micro_batch_tokens, job.cost)
+    passes = TRAINING if job.config.lora is None else TRAINING_FROZEN
+    return step_batch(job.train, rows, job.objective.responses, job.config.train.micro_batch_tokens, job.cost, passes)
 
 
 def _due(done: int, every: int | None) -> bool:
