@@ -230,6 +230,19 @@ def test_a_sweep_is_an_array_after_one_first_pass(site: Site) -> None:
     assert "-beta0.05" in (kept / "job.env").read_text()
 
 
+def test_rounds_are_one_job_that_comes_back(site: Site) -> None:
+    done = site.submit("r.yaml", "--rounds", "--nodes", "2", "--time", "4:00:00")
+    assert done.returncode == 0, done.stderr
+    (job,) = (line.split("|") for line in site.lines("submitted"))
+    assert job[-3].endswith("/code/slurm/rounds.sbatch")
+    assert {"--nodes=2", "--time=4:00:00", "--signal=B:USR1@300"} <= set(job)
+    assert all(call.startswith("-m prefopt_dist rounds ") for call in site.lines("calls") if call.startswith("-m"))
+    assert "--signal=TERM 41 " in done.stdout
+    assert site.job("rounds", FAKE_JOB='touch "$FAKE/runs/mine/DONE"').returncode == 0
+    assert "|rounds|" in site.lines("srun")[0]
+    assert site.submit("r.yaml", "--rounds", "--sweep", "loss.beta=0.1,0.2").returncode == 2
+
+
 def test_a_job_starts_one_task_a_node(site: Site) -> None:
     done = site.job()
     assert done.returncode == 0, done.stderr
