@@ -186,8 +186,9 @@ class _Loss(torch.autograd.Function):
             sum_of_losses += value.detach()
             if len(blocks) == 1:
                 gradients.add(part, block, total, slope, target[part], grad)
+                del block, slope  # before the next one is made
             else:
-                del block  # before the next one is made
+                del block
                 gradients.add_again(part, normaliser[part], target[part], grad)
         ctx.gradients = gradients
         ctx.mark_non_differentiable(logps)

@@ -14,7 +14,7 @@ import numpy as np
 
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.data.layout import TRAINING, Cost, groups_within, work_of
+from prefopt_dist.data.layout import FROZEN, TRAINING, Cost, groups_within, work_of
 from prefopt_dist.data.micro_batch import Unit
 from prefopt_dist.data.order import Order
 from prefopt_dist.objectives import Objective
@@ -103,7 +103,7 @@ def training_flop(work: Work, cost: Cost, again: float, frozen: bool = False) ->
 
     frozen: without the weights' gradients, which are half of the backward pass; the adapters' own are left out.
     """
-    passes = TRAINING - 1 if frozen else TRAINING
+    passes = FROZEN if frozen else TRAINING
     return passes * work.step_flop + again * min(work.step_flop, cost.per_token * work.step_tokens)
 
 
