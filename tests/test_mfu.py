@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks.floor import SHAPES, step_flop
 from benchmarks.ours import tokenised
 from benchmarks.world import Task, write_model
-from prefopt_dist.config import Lora
 from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import inspect_folder
 from prefopt_dist.planning.machine import device_peak
-from prefopt_dist.training import batches, loop
+from prefopt_dist.training import batches
 from prefopt_dist.training.loop import Window
 
 TASK = Task(SHAPES["tiny"], "hh-like", 4, 2, 0, "cpu", 0)
@@ -55,26 +51,11 @@ def test_a_pass_before_the_step_counts_once(world: int) -> None:
     """KTO's, a forward alone."""
     rows = tokenised(TASK)
     data = batches.ScoredRows(rows, torch.zeros(rows.n, 2, dtype=torch.float64))
-    step, before = (batches.step_batch(data, part, 2, 10_000, TASK.shape.cost) for part in (range(4), range(4, 8)))
+    step = batches.step_batch(data, range(4), 2, 10_000, TASK.shape.cost)
+    before = batches.step_batch(data, range(4, 8), 2, 10_000, TASK.shape.cost, 1)
     alone, other = step.flop, before.flop
-    assert step.with_mismatched(before).flop == pytest.approx(alone + other / 3)
-
-
-def test_frozen_weights_need_a_pass_less(world: int) -> None:
-    """A run with adapters says so; what KTO has before its step stays one forward pass."""
-    rows = tokenised(TASK)
-    data = batches.ScoredRows(rows, torch.zeros(rows.n, 2, dtype=torch.float64))
-
-    def job(lora: Lora | None) -> Any:
-        config = SimpleNamespace(lora=lora, train=SimpleNamespace(micro_batch_tokens=10_000))
-        order = SimpleNamespace(step=lambda index: SimpleNamespace(rows=np.arange(4)))
-        objective = SimpleNamespace(responses=2)
-        return SimpleNamespace(config=config, order=order, train=data, objective=objective, cost=TASK.shape.cost)
-
-    whole, frozen = (loop._batch(job(lora), 0) for lora in (None, Lora()))
-    assert whole.flop == 3 * whole.forward_flop > 0
-    assert frozen.flop == 2 * whole.forward_flop
-    assert frozen.with_mismatched(whole).flop == 3 * whole.forward_flop
+    assert other == pytest.approx(batches.step_batch(data, range(4, 8), 2, 10_000, TASK.shape.cost).flop / 3)
+    assert step.with_mismatched(before).flop == alone + other
 
 
 def test_by_hand() -> None:

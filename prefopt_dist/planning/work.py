@@ -14,7 +14,7 @@ import numpy as np
 
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.data.layout import TRAINING, TRAINING_FROZEN, Cost, groups_within, work_of
+from prefopt_dist.data.layout import FROZEN, TRAINING, Cost, groups_within, work_of
 from prefopt_dist.data.micro_batch import Unit
 from prefopt_dist.data.order import Order
 from prefopt_dist.data.unpaired import MISMATCHED, UnpairedRows
@@ -116,7 +116,7 @@ def training_flop(work: Work, cost: Cost, again: float, frozen: bool = False) ->
 
     frozen: without the weights' gradients.
     """
-    passes = TRAINING_FROZEN if frozen else TRAINING
+    passes = FROZEN if frozen else TRAINING
     return work.ahead_flop + passes * work.step_flop + again * min(work.step_flop, cost.per_token * work.step_tokens)
 
 

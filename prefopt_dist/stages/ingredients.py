@@ -41,6 +41,7 @@ from prefopt_dist.training.run_folder import RunFolder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+REPOSITORY = Path(__file__).parents[2]
 FILE_ENDINGS = (".jsonl", ".json", ".gz", ".parquet")
 """A data path that ends so is a file; a hub name may have dots too."""
 
@@ -91,7 +92,14 @@ def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | Non
 
 
 def zero_settings(path: str, key: str) -> dict[str, Any]:
-    """A DeepSpeed JSON, checked, also for what this package cannot do with it."""
+    """A DeepSpeed JSON, checked, also for what this package cannot do with it.
+
+    One of deepspeed_configs/ that the working folder has not is the repository's, or a run in another folder
+    would have to name what it takes by default.
+    """
+    own = REPOSITORY / path
+    if not os.path.exists(path) and own.parent == REPOSITORY / "deepspeed_configs" and own.exists():
+        path = str(own)
     settings = load_deepspeed_json(path, key)
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") != 3:

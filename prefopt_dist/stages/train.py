@@ -9,6 +9,7 @@ import torch
 
 from prefopt_dist.config import Config, mask_secrets, to_dict
 from prefopt_dist.data import TokenisedRows
+from prefopt_dist.data.layout import FROZEN, TRAINING
 from prefopt_dist.data.order import Order
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
@@ -96,6 +97,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
             total_steps=total_steps,
             requests=requests,
             cost=forward_cost(models.policy.config),
+            passes=TRAINING if models.adapter is None else FROZEN,
             peak=device_peak(),
             gated=objective.needs_reference and models.reference_is_start,
             facts=facts,

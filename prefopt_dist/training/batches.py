@@ -57,10 +57,8 @@ class Batch:
         """Units of all ranks."""
         self.tokens = sum(packed_tokens(units) for by_rank in layout for units in by_rank)
         """Distinct input tokens of all ranks."""
-        self.forward_flop = 0.0
-        """Operations of a forward pass over them, of all ranks; 0 where no cost was given."""
         self.flop = 0.0
-        """Those that a training step on them needs."""
+        """Operations that a training step on them needs, of all ranks; 0 where no cost was given."""
         self.mismatched: Batch | None = None
         """The same rows with the responses of their partners, for a pass before the step; KTO's alone have them."""
 
@@ -68,7 +66,7 @@ class Batch:
         """This batch, which then also counts the tokens of the pass before it."""
         self.mismatched = mismatched
         self.tokens += mismatched.tokens
-        self.flop += mismatched.forward_flop
+        self.flop += mismatched.flop
         return self
 
     def prepare(self) -> None:
@@ -131,21 +129,20 @@ def step_batch(
 ) -> Batch:
     """The given rows over ranks and micro-batches, each rank's load as equal as can be.
 
-    passes: forward passes' operations that a training step needs.
+    cost: of a forward pass; passes: forward passes' operations that a step needs.
     """
 
-    def laid_out(first: int) -> Batch:
+    def laid_out(first: int, passes: int) -> Batch:
         units = data.units(rows, responses, first)
         batch = Batch(data, lay_out(units, ranks.world_size(), budget, cost), responses, first)
         if cost is not None:
-            batch.forward_flop = work_of(groups_within(units, budget), cost)[1]
-            batch.flop = passes * batch.forward_flop
+            batch.flop = passes * work_of(groups_within(units, budget), cost)[1]
         return batch
 
     rows = list(rows)
-    batch = laid_out(0)
+    batch = laid_out(0, passes)
     if isinstance(data.rows, UnpairedRows):
-        batch.with_mismatched(laid_out(MISMATCHED))
+        batch.with_mismatched(laid_out(MISMATCHED, 1))  # scored without gradient
     batch.prepare()
     return batch
 
