@@ -287,6 +287,13 @@ def test_a_refusal_ends_with_2(world: Path, capsys: pytest.CaptureFixture[str]) 
     assert not plan
 
 
+def test_data_that_would_stop_the_job_stops_its_plan(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said, plan = planned_by(world, capsys, "inspect.few_rows=stop")
+    assert status == 2
+    assert "inspect.few_rows" in said
+    assert not plan
+
+
 def estimated(name: str, which: str, checkpointing: str, ranks: int) -> int:
     """Of the pass that plan_cases.py measures."""
     sizes = model_sizes(plan_cases.shape(name), torch.float32, ZeroSettings.of(POLICY, 4).persistence)
