@@ -124,7 +124,7 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
         )
     for name, key, what in (
         ("reference_key", "reference", "the weights or the configuration of the model folder"),
-        ("data_digest", "data.train", "the data files or the tokenizer"),
+        ("data_digest", "data.train", "the data files, the tokenizer or (for inspect.eval_…=drop) data.eval"),
         ("base_key", "model.name_or_path", "the weights or the configuration of the base model's folder"),
     ):
         if name in facts and found.facts[name] != facts[name]:
