@@ -160,7 +160,7 @@ def load_train(config: Config, models: Models, objective: Objective) -> Tokenise
     train = _open(lambda: prepared_train(config, models.tokenizer, models.policy.config.vocab_size))
     say(f"data.train: {train.report.text()}")
     check_rows(train, objective, "data.train")
-    train = _for_loss(config, train, "data.train")
+    train = rows_for_loss(config, train, "data.train")
     ranks.decide(lambda: checks.check_lengths(config, train, objective, "data.train", trained=True))
     return train
 
@@ -172,7 +172,7 @@ def load_evals(config: Config, models: Models, objective: Objective) -> dict[str
         evals[name] = _open(partial(prepared, config, models.tokenizer, models.policy.config.vocab_size, sources, key))
         say(f"{key}: {evals[name].report.text()}")
         check_rows(evals[name], objective, key)
-        evals[name] = _for_loss(config, evals[name], key)
+        evals[name] = rows_for_loss(config, evals[name], key)
         ranks.decide(partial(checks.check_lengths, config, evals[name], objective, key, trained=False))
     if not evals:
         say("data.eval is not set: nothing is evaluated")
@@ -209,7 +209,7 @@ def check_rows(rows: TokenisedRows, objective: Objective, key: str) -> None:
         )
 
 
-def _for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRows:
+def rows_for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRows:
     """KTO's rated rows with their mismatched partners; for every other loss the rows as they are."""
     if not isinstance(config.loss, KTOLoss):
         return rows

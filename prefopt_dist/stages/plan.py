@@ -22,9 +22,9 @@ from prefopt_dist.planning.memory import ZeroSettings
 from prefopt_dist.planning.report import Report
 from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.stages.checks import adapter_of
-from prefopt_dist.stages.ingredients import DTYPES, sized, zero_settings
+from prefopt_dist.stages.ingredients import DTYPES, rows_for_loss, sized, zero_settings
 from prefopt_dist.stages.losses import make_objective
-from prefopt_dist.stages.rows import eval_sets, prepared, prepared_train
+from prefopt_dist.stages.rows import TRAIN, eval_sets, prepared, prepared_train
 from prefopt_dist.tracking.console import say
 
 
@@ -72,9 +72,9 @@ def _work(config: Config, model: PreTrainedConfig, cost: Cost) -> work.Work:
     objective = make_objective(config.loss, DTYPES[config.model.dtype])
     try:
         tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
-        train = open_rows(prepared_train(config, tokenizer, model.vocab_size))
+        train = rows_for_loss(config, open_rows(prepared_train(config, tokenizer, model.vocab_size)), TRAIN)
         evals = {
-            key: open_rows(prepared(config, tokenizer, model.vocab_size, sources, key))
+            key: rows_for_loss(config, open_rows(prepared(config, tokenizer, model.vocab_size, sources, key)), key)
             for key, sources in eval_sets(config).items()
         }
     except UserError as e:

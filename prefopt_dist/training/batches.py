@@ -15,12 +15,10 @@ import torch
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.layout import TRAINING, Cost, fill, groups_within, lay_out, work_of
 from prefopt_dist.data.micro_batch import MicroBatch, Unit, pack, packed_tokens
-from prefopt_dist.data.unpaired import UnpairedRows
+from prefopt_dist.data.unpaired import MISMATCHED, UnpairedRows
 from prefopt_dist.distributed import ranks
 
 Layout = Sequence[Sequence[Sequence[Unit]]]
-MISMATCHED = 1
-"""The response of UnpairedRows that belongs to another prompt."""
 
 
 @dataclass(frozen=True)
