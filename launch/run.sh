@@ -121,7 +121,7 @@ interrupts=0
 end_by=TERM # what ends the ranks at once
 ((nodes == 1)) || end_by=INT # launch/node.sh ignores TERM
 
-# shellcheck disable=SC2329 # traps call it
+# shellcheck disable=SC2317,SC2329 # traps call it
 on_signal() { # $1: the signal
     requests=$((requests + 1))
     if [[ $1 == INT ]]; then
@@ -162,7 +162,7 @@ fi
 PREFOPT_STATUS_FILE=$(mktemp)
 export PREFOPT_STATUS_FILE
 made_stop=no
-# shellcheck disable=SC2329 # a trap calls it
+# shellcheck disable=SC2317,SC2329 # a trap calls it
 clean_up() {
     rm -f "$PREFOPT_STATUS_FILE"
     # Only what this script made: the job has ended, and a stale STOP would be a riddle.

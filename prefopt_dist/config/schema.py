@@ -129,8 +129,12 @@ class Train:
     """G: pairs to an optimizer step, however many ranks there are; of KTO the rated responses."""
     micro_batch_tokens: Count = 8192
     """Packed tokens in one forward and backward of one rank; memory and speed, never the result."""
+    on_spike: Literal["none", "skip", "stop"] = "none"
+    """What an update with a gradient norm far above the last ones does: be made, be left out, end the run."""
+    spike_factor: Annotated[float, Rule("greater than 1", lambda v: v > 1)] = 10.0
+    """How many times the median of the last 64 norms is far above them; the first 16 updates have none to compare."""
     max_skipped_steps: Annotated[int, Rule("at least 0", lambda v: v >= 0)] = 3
-    """Updates in a row that are left out because loss or gradient is not finite; one more ends the run."""
+    """Updates in a row that are left out because loss or gradient is not finite or a spike; one more ends the run."""
     max_hours: Positive | None = None
     """Stops with a checkpoint after this many hours of one start; null: no limit."""
     hang_minutes: Positive | None = 30.0
@@ -189,7 +193,10 @@ class Tracking:
 
 @dataclass(frozen=True)
 class DeepSpeed:
-    """DeepSpeed's own files: ZeRO, communication and offload keys only."""
+    """DeepSpeed's own files: ZeRO, communication and offload keys only.
+
+    A file of deepspeed_configs/ that the working folder has not is taken from this package's repository.
+    """
 
     policy: Text = "deepspeed_configs/policy_zero3.json"
     """For the trained model."""
@@ -346,6 +353,12 @@ class Config:
             raise UserError(
                 "export.merged: got true, but this run has no section lora, so its export is a whole model; remove it"
             )
+        for name in ("eval_pairs", "eval_prompts"):
+            if self.data.eval is None and self.inspect.policies[name] != "keep":
+                raise UserError(
+                    f"inspect.{name}: got {self.inspect.policies[name]}, but data.eval is null, so there is nothing to "
+                    "compare with; set data.eval, or set this to keep"
+                )
 
     @property
     def run_dir(self) -> Path:

@@ -11,6 +11,7 @@ from prefopt_dist.data.rows import TokenisedRows
 from prefopt_dist.inspection.advice import ADVICE
 from prefopt_dist.inspection.findings import Finding, LongerChosen, longer_chosen
 from prefopt_dist.inspection.lengths import Lengths
+from prefopt_dist.inspection.policy import rows_left
 
 NAMES_SHOWN = 10
 """Names of a field that the text shows, the most frequent first."""
@@ -78,7 +79,7 @@ class SetReport:
             counts=rows.report,
             told=[*bad, *others],
             lengths=Lengths.of(rows),
-            longer=longer_chosen(rows) if pairs else None,
+            longer=longer_chosen(rows, rows_left(rows.n, found, policies)) if pairs else None,
             cut_sides=_cut_sides(rows) if pairs else {},
             distinct_prompts=distinct_prompts,
         )
@@ -121,11 +122,14 @@ class SetReport:
             shown = ", ".join(f"{name} {n:,}" for name, n in list(counts.items())[:NAMES_SHOWN])
             more = f", {len(counts) - NAMES_SHOWN} more" if len(counts) > NAMES_SHOWN else ""
             yield f"  {field}: {shown}{more}"
-        if self.longer is not None and not any(told.name == "length_bias" and told.count for told in self.told):
-            yield f"  {self.longer.text()}"
+        looked_for = {told.name: told for told in self.told}
+        for name in ("length_bias", "label_balance"):
+            if name in looked_for and not looked_for[name].count:
+                yield f"  {looked_for[name].examples[0]}"
         if any(self.cut_sides.values()):
             sides = ", ".join(f"{name} {n:,}" for name, n in self.cut_sides.items())
-            yield f"  cut responses: {sides}; both responses of a pair have the same budget"
+            fair = "" if looked_for["unfair_cut"].count else "; fair: both responses of each pair had the same budget"
+            yield f"  cut responses: {sides}{fair}"
 
     def _verdict_text(self) -> str:
         by_policy: dict[str, list[str]] = {"stop": [], "drop": [], "keep": []}

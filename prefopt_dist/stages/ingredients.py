@@ -18,11 +18,11 @@ from transformers import PreTrainedConfig
 from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.config.losses import KTOLoss
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows
-from prefopt_dist.data.unpaired import unpaired
+from prefopt_dist.data.unpaired import OnePromptRules, unpaired
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.adapter import Adapter
-from prefopt_dist.model.cost import layer_parameters
+from prefopt_dist.model.cost import adapter_parameters, layer_parameters
 from prefopt_dist.model.digests import FileState, refuse_if_changed, remembered_digest
 from prefopt_dist.model.identity import reference_key
 from prefopt_dist.model.load import ModelFolder, inspect_folder, load_tokenizer, resolve
@@ -41,6 +41,7 @@ from prefopt_dist.training.run_folder import RunFolder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+REPOSITORY = Path(__file__).parents[2]
 FILE_ENDINGS = (".jsonl", ".json", ".gz", ".parquet")
 """A data path that ends so is a file; a hub name may have dots too."""
 
@@ -91,7 +92,14 @@ def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | Non
 
 
 def zero_settings(path: str, key: str) -> dict[str, Any]:
-    """A DeepSpeed JSON, checked, also for what this package cannot do with it."""
+    """A DeepSpeed JSON, checked, also for what this package cannot do with it.
+
+    One of deepspeed_configs/ that the working folder has not is the repository's, or a run in another folder
+    would have to name what it takes by default.
+    """
+    own = REPOSITORY / path
+    if not os.path.exists(path) and own.parent == REPOSITORY / "deepspeed_configs" and own.exists():
+        path = str(own)
     settings = load_deepspeed_json(path, key)
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") != 3:
@@ -152,7 +160,7 @@ def load_train(config: Config, models: Models, objective: Objective) -> Tokenise
     train = _open(lambda: prepared_train(config, models.tokenizer, models.policy.config.vocab_size))
     say(f"data.train: {train.report.text()}")
     check_rows(train, objective, "data.train")
-    train = _for_loss(config, train, "data.train")
+    train = rows_for_loss(config, train, "data.train")
     ranks.decide(lambda: checks.check_lengths(config, train, objective, "data.train", trained=True))
     return train
 
@@ -164,7 +172,7 @@ def load_evals(config: Config, models: Models, objective: Objective) -> dict[str
         evals[name] = _open(partial(prepared, config, models.tokenizer, models.policy.config.vocab_size, sources, key))
         say(f"{key}: {evals[name].report.text()}")
         check_rows(evals[name], objective, key)
-        evals[name] = _for_loss(config, evals[name], key)
+        evals[name] = rows_for_loss(config, evals[name], key)
         ranks.decide(partial(checks.check_lengths, config, evals[name], objective, key, trained=False))
     if not evals:
         say("data.eval is not set: nothing is evaluated")
@@ -201,7 +209,7 @@ def check_rows(rows: TokenisedRows, objective: Objective, key: str) -> None:
         )
 
 
-def _for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRows:
+def rows_for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRows:
     """KTO's rated rows with their mismatched partners; for every other loss the rows as they are."""
     if not isinstance(config.loss, KTOLoss):
         return rows
@@ -212,7 +220,13 @@ def _for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRows:
         )
     if rows.n * rows.responses < 2:
         raise UserError(f"{key}: {rows.n} row; the loss kto needs two, since a row is compared with another one.")
-    return unpaired(rows, config.data.max_length)
+    try:
+        return unpaired(rows, config.data.max_length)
+    except OnePromptRules as found:
+        raise UserError(
+            f"{key}: {found} rows answer the same prompt; the loss kto measures each row by a response to another "
+            "prompt, so no prompt may have more than half of the rows. Give rows of more prompts."
+        ) from None
 
 
 def score_reference(
@@ -252,9 +266,10 @@ def reference_settings(config: Config, models: Models) -> dict[str, Any]:
     )
 
 
-def sized(settings: dict[str, Any], model: PreTrainedConfig) -> dict[str, Any]:
-    """DeepSpeed's settings with buckets that suit the model."""
-    return zero3.with_buckets(settings, layer=layer_parameters(model), hidden=model.hidden_size)
+def sized(settings: dict[str, Any], model: PreTrainedConfig, adapter: Adapter | None = None) -> dict[str, Any]:
+    """DeepSpeed's settings with buckets that suit the model, and the adapters that are trained in its place."""
+    trained = None if adapter is None else adapter_parameters(model, adapter)
+    return zero3.with_buckets(settings, layer=layer_parameters(model), hidden=model.hidden_size, trained=trained)
 
 
 def reference_weights(config: Config, models: Models, objective: Objective) -> Weights | None:

@@ -9,6 +9,7 @@ import torch
 
 from prefopt_dist.config import Config, mask_secrets, to_dict
 from prefopt_dist.data import TokenisedRows
+from prefopt_dist.data.layout import FROZEN, TRAINING
 from prefopt_dist.data.order import Order
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
@@ -18,6 +19,7 @@ from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.digests import refuse_if_changed
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.planning.machine import device_peak
 from prefopt_dist.reference.turn import StoppedInFirstPass
 from prefopt_dist.stages import export, ingredients
 from prefopt_dist.stages.base import base_weights
@@ -81,6 +83,8 @@ def run(config: Config, asked: Requests | None = None) -> None:
         if found is not None:
             loaded = checkpoint.load(engine, root, found)
             start, state = loaded.step, loaded.state
+            # A kill right after a commit leaves one too many; after the last commit nobody else would remove it.
+            ranks.decide(lambda: checkpoint.prune(root, config.checkpoint.keep))
             say(f"resuming from {checkpoint.folder_name(start)}")
         job = loop.Job(
             config=config,
@@ -93,6 +97,8 @@ def run(config: Config, asked: Requests | None = None) -> None:
             total_steps=total_steps,
             requests=requests,
             cost=forward_cost(models.policy.config),
+            passes=TRAINING if models.adapter is None else FROZEN,
+            peak=device_peak(),
             gated=objective.needs_reference and models.reference_is_start,
             facts=facts,
             log=_open_log(config, folder, start) if ranks.rank() == 0 else None,
@@ -118,7 +124,7 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
         )
     for name, key, what in (
         ("reference_key", "reference", "the weights or the configuration of the model folder"),
-        ("data_digest", "data.train", "the data files or the tokenizer"),
+        ("data_digest", "data.train", "the data files, the tokenizer or (for inspect.eval_…=drop) data.eval"),
         ("base_key", "model.name_or_path", "the weights or the configuration of the base model's folder"),
     ):
         if name in facts and found.facts[name] != facts[name]:
@@ -132,7 +138,7 @@ def _policy(config: Config, models: Models) -> tuple[Any, room.Room]:
     """The engine, and what activations may take beside it."""
     zero = ranks.together(lambda: ingredients.zero_settings(config.deepspeed.policy, "deepspeed.policy"))
     settings = zero3.policy_settings(
-        ingredients.sized(zero, models.policy.config),
+        ingredients.sized(zero, models.policy.config, models.adapter),
         dtype=models.dtype,
         max_grad_norm=config.optim.max_grad_norm,
     )

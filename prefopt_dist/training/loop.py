@@ -29,6 +29,7 @@ from prefopt_dist.training.gate import StartGate
 from prefopt_dist.training.run_folder import RunFolder
 from prefopt_dist.training.schedule import learning_rate
 from prefopt_dist.training.skips import Skips, record
+from prefopt_dist.training.spikes import Spikes
 from prefopt_dist.training.stopping import Requests
 
 
@@ -41,13 +42,29 @@ class Window:
     tokens: int = 0
     seconds: float = 0.0
     data_seconds: float = 0.0
+    flop: float = 0.0
+    """That the steps needed"""
 
-    def add(self, sums: list[float], tokens: int, seconds: float, data_seconds: float) -> None:
+    def add(self, sums: list[float], batch: Batch, seconds: float, data_seconds: float) -> None:
         """One step more."""
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
-        self.tokens += tokens
+        self.tokens += batch.tokens
+        self.flop += batch.flop
         self.seconds += seconds
         self.data_seconds += data_seconds
+
+    def performance(self, peak: float | None) -> dict[str, float]:
+        """`perf/…`; peak: operations a second of all ranks at their best, None where it is not known.
+
+        mfu counts what the steps needed, not what was computed: layers computed again raise it by nothing.
+        """
+        found = {
+            "perf/tokens_per_second": self.tokens / self.seconds,
+            "perf/pairs_per_second": self.sums[-1] / self.seconds,
+            "perf/data_seconds": self.data_seconds,
+            "perf/peak_memory_gib": peak_memory() / 2**30,
+        }
+        return found if peak is None else found | {"perf/mfu": self.flop / self.seconds / peak}
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,11 @@ class Job:
     total_steps: int
     requests: Requests
     cost: Cost
-    """Of the policy's forward pass, for equal shares."""
+    """Of the policy's forward pass, for equal shares and for perf/mfu."""
+    passes: int
+    """Forward passes' operations that a step needs"""
+    peak: float | None
+    """Operations a second of one rank's device at its best, where that is known"""
     gated: bool
     """The reference is the policy's start, so the step-0 gate holds."""
     facts: dict[str, Any]
@@ -81,10 +102,28 @@ class Job:
     log: Log | None
     window: Window = field(init=False)
     skips: Skips = field(init=False)
+    spikes: Spikes | None = field(init=False)
+    """None where nothing is called one."""
 
     def __post_init__(self) -> None:
         self.skips = Skips()
+        self.spikes = self._judge_of([])
         self.window = Window([0.0] * (len(self.objective.metrics) + 1))
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; equal on all ranks."""
+        norms = [] if self.spikes is None else self.spikes.state()
+        return {"window": vars(self.window), "skips": vars(self.skips), "norms": norms}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """From a checkpoint's state."""
+        self.window = Window(**state["window"])
+        self.skips = Skips(**state["skips"])
+        self.spikes = self._judge_of(state["norms"])
+
+    def _judge_of(self, norms: list[float]) -> Spikes | None:
+        train = self.config.train
+        return None if train.on_spike == "none" else Spikes(train.spike_factor, norms)
 
 
 def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None:
@@ -94,8 +133,7 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
     """
     config = job.config
     if state is not None:
-        job.window = Window(**state["window"])
-        job.skips = Skips(**state["skips"])
+        job.go_on(state)
     gate = None
     if job.gated and start_step == 0:
         gate = StartGate(job.objective, job.dtype, ranks.device())
@@ -123,15 +161,15 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             rate = _rate(job, index)
             norm = None
             if math.isfinite(loss):
-                norm = step.update(job.engine, rate)
+                norm = step.update(job.engine, rate, job.spikes)
             else:
                 sums = [0.0] * len(sums)
                 zero3.drop_gradient(job.engine)
             job.skips.count(norm is None)
             if norm is None:
-                _skipped(job, index, "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}")
+                norm = _skipped(job, index, loss)
 
-            job.window.add(sums, batch.tokens, time.perf_counter() - began, data_seconds)
+            job.window.add(sums, batch, time.perf_counter() - began, data_seconds)
             if done % config.tracking.log_every_steps == 0 or done == job.total_steps:
                 _write_row(job, done, rate, norm)
             last = done == job.total_steps
@@ -149,7 +187,8 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
 
 def _batch(job: Job, index: int) -> Batch:
     rows = job.order.step(index).rows.tolist()
-    return step_batch(job.train, rows, job.objective.responses, job.config.train.micro_batch_tokens, job.cost)
+    budget = job.config.train.micro_batch_tokens
+    return step_batch(job.train, rows, job.objective.responses, budget, job.cost, job.passes)
 
 
 def _due(done: int, every: int | None) -> bool:
@@ -173,9 +212,8 @@ def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
     if job.log is None:
         return
     position = job.order.step(done - 1)
-    pairs = window.sums[-1]
-    # There are none where every step was skipped.
-    found = means(job.objective.metrics, window.sums, job.objective.counted_by) if pairs else {}
+    # There are no pairs where every step was skipped.
+    found = means(job.objective.metrics, window.sums, job.objective.counted_by) if window.sums[-1] else {}
     job.log.metrics.append(
         "train",
         done,
@@ -187,11 +225,8 @@ def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
             "train/grad_norm": math.nan if norm is None else float(norm),
             "train/skipped_steps": job.skips.total,
             "train/epoch": position.epoch_fraction,
-            "perf/tokens_per_second": window.tokens / window.seconds,
-            "perf/pairs_per_second": pairs / window.seconds,
-            "perf/data_seconds": window.data_seconds,
-            "perf/peak_memory_gib": peak_memory() / 2**30,
-        },
+        }
+        | window.performance(None if job.peak is None else job.peak * ranks.world_size()),
     )
     job.log.wandb.feed()
 
@@ -217,30 +252,47 @@ def _save(job: Job, done: int) -> None:
         job.engine,
         job.config.run_dir / "checkpoints",
         step=done,
-        state={"window": vars(job.window), "skips": vars(job.skips)},
+        state=job.state(),
         facts=facts,
         keep=job.config.checkpoint.keep,
     )
 
 
-def _skipped(job: Job, index: int, why: str) -> None:
-    """All ranks: leaves word of an update that was left out; too many in a row end the run."""
+def _skipped(job: Job, index: int, loss: float) -> Any | None:
+    """All ranks: leaves word of an update that was left out, or ends the run; its gradient norm where it has one."""
+    train = job.config.train
+    spike = job.spikes.why() if job.spikes is not None and math.isfinite(loss) else None
+    why = spike or ("the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}")
     if job.log is not None:
         rows = [int(i) for i in job.order.step(index).rows]
-        record(job.config.run_dir, index + 1, why, rows, [job.train.rows.origin(i) for i in rows])
-    limit = job.config.train.max_skipped_steps
-    if job.skips.in_a_row > limit:
-        raise FloatingPointError(_not_finite(job, index, why))
+        places = [job.train.rows.origin(i) for i in rows]
+        record(job.config.run_dir, "spike" if spike else "nonfinite", index + 1, why, rows, places)
+    limit = train.max_skipped_steps
+    if (spike and train.on_spike == "stop") or job.skips.in_a_row > limit:
+        raise FloatingPointError(_spiked(job, index, why) if spike else _not_finite(job, index, why))
     say(f"step {index + 1}: {why}; no update was made ({job.skips.in_a_row} in a row, {limit} are allowed)")
+    return job.spikes.norm if spike and job.spikes is not None else None
 
 
 def _not_finite(job: Job, index: int, what: str) -> str:
-    rows = job.order.step(index).rows
-    places = ", ".join(job.train.rows.origin(int(i)) for i in rows[:8])
     return (
-        f"step {index + 1}: {what}; no update was made. Its rows: {places}{' …' if len(rows) > 8 else ''}. "
+        f"step {index + 1}: {what}; no update was made. {_rows(job, index)}. "
         "The committed checkpoints are sound; lower optim.learning_rate or look at these rows."
     )
+
+
+def _spiked(job: Job, index: int, what: str) -> str:
+    return (
+        f"step {index + 1}: {what}; no update was made. {_rows(job, index)}. "
+        "The committed checkpoints are sound. Look at these rows; then start again with train.on_spike=skip to leave "
+        "out such updates, with a larger train.spike_factor, or with train.on_spike=none to make them."
+    )
+
+
+def _rows(job: Job, index: int) -> str:
+    rows = job.order.step(index).rows
+    places = ", ".join(job.train.rows.origin(int(i)) for i in rows[:8])
+    return f"Its rows: {places}{' …' if len(rows) > 8 else ''}"
 
 
 def peak_memory() -> int:
