@@ -32,7 +32,8 @@ from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import load_sharded, load_whole
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.stages import ingredients, train
-from prefopt_dist.tracking import statistics
+from prefopt_dist.tracking import own_work, statistics
+from prefopt_dist.tracking.diagnosis import Diagnosis
 from prefopt_dist.training import checkpoint, step
 from prefopt_dist.training.batches import Ahead, ScoredRows, step_batch, whole_set
 from prefopt_dist.training.evaluation import evaluate
@@ -526,14 +527,16 @@ def collectives_and_host_reads(folder: Path) -> dict:
     models, objective, scored, _ = ready(config)
     engine = make_policy(config, models)
     cost = forward_cost(models.policy.config)
+    diagnosis = Diagnosis(objective, scored.rows, ranks.device())
     found, micro_batches = [], []
     with Ahead(lambda i: step_batch(scored, range(G * i, G * i + G), 2, 150, cost), range(2)) as batches:
         for index in range(2):
             with pytest.MonkeyPatch.context() as patch:
                 counts = Counts(patch)
                 batch = batches.take(index)
-                packed = step.gradient(engine, batch, objective, None)
-                step.agree(packed, Request(False, False))
+                packed = step.gradient(engine, batch, objective, None, diagnosis)
+                own = packed.new_tensor(own_work.places(ranks.rank(), ranks.world_size(), 0.5))
+                step.agree(torch.cat([packed, diagnosis.take(), own]), Request(False, False))
                 step.update(engine, 1e-3)
             micro_batches.append(len(batch))
             found.append(counts.found)

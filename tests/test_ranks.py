@@ -77,6 +77,22 @@ def test_evaluation_is_the_exact_mean(world: tuple[int, Path]) -> None:
         assert metrics["eval/logps/chosen"] == pytest.approx(result["exact"]["logps/chosen"], rel=1e-6)
 
 
+EVALUATIONS: list[dict[str, Any]] = []
+"""Of the worlds so far."""
+
+
+def test_an_evaluation_is_the_same_for_any_ranks_and_micro_batches(world: tuple[int, Path]) -> None:
+    """Every metric of it, the diagnosis included."""
+    EVALUATIONS.extend(found(world, "whole_evaluation")["found"].values())
+    first, *others = EVALUATIONS
+    assert len(first) > 25
+    assert len(others) == 2 * world[0] - 1
+    for other in others:
+        assert other.keys() == first.keys()
+        for name, value in first.items():
+            assert other[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
+
+
 def test_an_evaluation_of_kto_compares_the_halves_of_a_pair(world: tuple[int, Path]) -> None:
     result = found(world, "kto_evaluation")
     assert result["exact"]["kto/z0"] > 0

@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,10 +15,14 @@ from prefopt_dist.config import Config
 from prefopt_dist.data.layout import Cost
 from prefopt_dist.data.order import Order
 from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.distributed.waits import Waits
 from prefopt_dist.objectives import Objective
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
+from prefopt_dist.tracking.diagnosis import Diagnosis
 from prefopt_dist.tracking.metrics_file import MetricsFile
+from prefopt_dist.tracking.own_work import metrics as own_metrics
+from prefopt_dist.tracking.own_work import places
 from prefopt_dist.tracking.progress import Progress
 from prefopt_dist.tracking.statistics import means
 from prefopt_dist.tracking.wandb_feed import WandbFeed
@@ -38,16 +42,32 @@ class Window:
 
     sums: list[float]
     """[K+1] metrics summed over the pairs, and the pairs; without those of a step whose loss is not finite"""
+    diagnosis: list[float]
+    """[D] the diagnosis's sums over the same pairs"""
+    ranks: list[float]
+    """[2W] each rank's own work and memory"""
+    steps: int = 0
     tokens: int = 0
-    seconds: float = 0.0
-    data_seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By what they went into"""
 
-    def add(self, sums: list[float], tokens: int, seconds: float, data_seconds: float) -> None:
+    @staticmethod
+    def empty(job: Job) -> Window:
+        """Nothing yet."""
+        k, d = len(job.objective.metrics) + 1, len(job.diagnosis.names)
+        return Window([0.0] * k, [0.0] * d, [0.0] * (2 * ranks.world_size()))
+
+    def add(self, sums: list[float], diagnosis: list[float], own: list[float], tokens: int) -> None:
         """One step more."""
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
+        self.diagnosis = [a + b for a, b in zip(self.diagnosis, diagnosis, strict=True)]
+        self.ranks = [a + b for a, b in zip(self.ranks, own, strict=True)]
+        self.steps += 1
         self.tokens += tokens
-        self.seconds += seconds
-        self.data_seconds += data_seconds
+
+    def took(self, what: str, seconds: float) -> None:
+        """So long for that."""
+        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
 
 
 @dataclass(frozen=True)
@@ -79,12 +99,14 @@ class Job:
     facts: dict[str, Any]
     """For the checkpoints' manifests."""
     log: Log | None
+    diagnosis: Diagnosis = field(init=False)
     window: Window = field(init=False)
     skips: Skips = field(init=False)
 
     def __post_init__(self) -> None:
         self.skips = Skips()
-        self.window = Window([0.0] * (len(self.objective.metrics) + 1))
+        self.diagnosis = Diagnosis(self.objective, self.train.rows, ranks.device())
+        self.window = Window.empty(self)
 
 
 def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None:
@@ -94,7 +116,7 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
     """
     config = job.config
     if state is not None:
-        job.window = Window(**state["window"])
+        job.window = replace(Window(**state["window"]), ranks=job.window.ranks)  # there may be others now
         job.skips = Skips(**state["skips"])
     gate = None
     if job.gated and start_step == 0:
@@ -105,15 +127,20 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
     with (
         Progress(job.total_steps, "train", "steps", ranks.rank(), done=start_step) as progress,
         Ahead(lambda index: _batch(job, index), steps) as batches,
+        Waits() as waits,
     ):
         for index in steps:
             done = index + 1
             began = time.perf_counter()
             batch = batches.take(index)
-            data_seconds = time.perf_counter() - began
+            data_seconds, waited = time.perf_counter() - began, waits.seconds
 
-            packed = step.gradient(job.engine, batch, job.objective, gate)
-            sums, request = step.agree(packed, job.requests.look())
+            packed = step.gradient(job.engine, batch, job.objective, gate, job.diagnosis)
+            worked = time.perf_counter() - began - (waits.seconds - waited)
+            told = _told(job, packed, data_seconds if torch.cuda.is_available() else worked)
+            everything, request = step.agree(told, job.requests.look())
+            sums, diagnosis, own = _parted(job, everything)
+            computed = time.perf_counter()
             loss = sums[0] / sums[-1]
             if gate is not None:
                 if not math.isfinite(loss):  # the start itself: no step would be better
@@ -125,13 +152,16 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             if math.isfinite(loss):
                 norm = step.update(job.engine, rate)
             else:
-                sums = [0.0] * len(sums)
+                sums, diagnosis = [0.0] * len(sums), [0.0] * len(diagnosis)
                 zero3.drop_gradient(job.engine)
             job.skips.count(norm is None)
             if norm is None:
                 _skipped(job, index, "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}")
 
-            job.window.add(sums, batch.tokens, time.perf_counter() - began, data_seconds)
+            job.window.add(sums, diagnosis, own, batch.tokens)
+            job.window.took("data", data_seconds)
+            job.window.took("forward_backward", computed - began - data_seconds)
+            job.window.took("update", time.perf_counter() - computed)
             if done % config.tracking.log_every_steps == 0 or done == job.total_steps:
                 _write_row(job, done, rate, norm)
             last = done == job.total_steps
@@ -145,6 +175,18 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             if request.save:
                 job.requests.obeyed()
     return None
+
+
+def _told(job: Job, packed: torch.Tensor, own_seconds: float) -> torch.Tensor:
+    """float64 [K+1 + D + 2W]: all that this rank tells the others of its step."""
+    own = places(ranks.rank(), ranks.world_size(), own_seconds)
+    return torch.cat([packed, job.diagnosis.take(), packed.new_tensor(own)])
+
+
+def _parted(job: Job, everything: list[float]) -> tuple[list[float], list[float], list[float]]:
+    """The global sums of `_told`: the objective's, the diagnosis's, the ranks'."""
+    k, d = len(job.objective.metrics) + 1, len(job.diagnosis.names)
+    return everything[:k], everything[k : k + d], everything[k + d :]
 
 
 def _batch(job: Job, index: int) -> Batch:
@@ -169,13 +211,17 @@ def _rate(job: Job, index: int) -> float:
 
 def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
     """A row of metrics: exact means over the pairs since the last row."""
-    window, job.window = job.window, Window([0.0] * (len(job.objective.metrics) + 1))
+    window, job.window = job.window, Window.empty(job)
     if job.log is None:
         return
     position = job.order.step(done - 1)
     pairs = window.sums[-1]
     # There are none where every step was skipped.
-    found = means(job.objective.metrics, window.sums, job.objective.counted_by) if pairs else {}
+    found: dict[str, Any] = {}
+    if pairs:
+        found = means(job.objective.metrics, window.sums, job.objective.counted_by)
+        found |= job.diagnosis.metrics(window.diagnosis)
+    seconds = sum(window.seconds[what] for what in ("data", "forward_backward", "update"))
     job.log.metrics.append(
         "train",
         done,
@@ -187,11 +233,12 @@ def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
             "train/grad_norm": math.nan if norm is None else float(norm),
             "train/skipped_steps": job.skips.total,
             "train/epoch": position.epoch_fraction,
-            "perf/tokens_per_second": window.tokens / window.seconds,
-            "perf/pairs_per_second": pairs / window.seconds,
-            "perf/data_seconds": window.data_seconds,
+            "perf/tokens_per_second": window.tokens / seconds,
+            "perf/pairs_per_second": pairs / seconds,
             "perf/peak_memory_gib": peak_memory() / 2**30,
-        },
+        }
+        | {f"perf/{what}_seconds": spent for what, spent in window.seconds.items()}
+        | own_metrics(window.ranks, window.steps),
     )
     job.log.wandb.feed()
 
@@ -201,7 +248,9 @@ def _evaluate(job: Job, done: int) -> None:
     written = ranks.decide(lambda: job.log is not None and job.log.metrics.has("eval", done))
     if not job.eval_sets or written:
         return
+    began = time.perf_counter()
     found = evaluate(job.engine, job.objective, job.eval_sets, job.config.reference_micro_batch_tokens)
+    found["perf/evaluation_seconds"] = time.perf_counter() - began
     if job.log is not None:
         seen = job.order.step(done - 1) if done else None
         job.log.metrics.append("eval", done, seen.epoch_fraction if seen else 0.0, seen.rows_seen if seen else 0, found)
@@ -209,6 +258,7 @@ def _evaluate(job: Job, done: int) -> None:
 
 
 def _save(job: Job, done: int) -> None:
+    began = time.perf_counter()
     heartbeat.beat(f"the checkpoint of step {done}")
     facts = job.facts | {"probe": probe.make(job.engine, job.train, job.objective.responses)}
     if job.log is not None:
@@ -221,6 +271,7 @@ def _save(job: Job, done: int) -> None:
         facts=facts,
         keep=job.config.checkpoint.keep,
     )
+    job.window.took("checkpoint", time.perf_counter() - began)
 
 
 def _skipped(job: Job, index: int, why: str) -> None:
