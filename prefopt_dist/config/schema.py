@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from prefopt_dist.config.health import Health
 from prefopt_dist.config.losses import DPOLoss, Loss
 from prefopt_dist.config.rules import Count, Dtype, Fraction, NotNegative, Positive, Rule, Text
 from prefopt_dist.errors import UserError
@@ -253,6 +254,8 @@ class Config:
     """When to commit."""
     tracking: Tracking = field(default_factory=Tracking)
     """Where the metrics go."""
+    health: Health = field(default_factory=Health)
+    """The thresholds of the health rules."""
     deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
     """DeepSpeed's files."""
     export: Export = field(default_factory=Export)

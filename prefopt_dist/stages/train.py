@@ -15,11 +15,13 @@ from prefopt_dist.model.activations import activation_memory
 from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.objectives import Objective
 from prefopt_dist.reference.turn import StoppedInFirstPass
 from prefopt_dist.stages import export, ingredients
 from prefopt_dist.stages.ingredients import Models
 from prefopt_dist.stages.job import requests_for, run_folder
 from prefopt_dist.tracking.console import in_units, say
+from prefopt_dist.tracking.health import Finding, RunFacts, Watch
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.wandb_feed import WandbFeed
 from prefopt_dist.training import checkpoint, loop, room
@@ -84,7 +86,7 @@ def run(config: Config) -> None:
             cost=forward_cost(models.policy.config),
             gated=objective.needs_reference and models.reference_is_start,
             facts=facts,
-            log=_open_log(config, folder, start) if ranks.rank() == 0 else None,
+            log=_open_log(config, folder, start, total_steps, objective) if ranks.rank() == 0 else None,
         )
         say(_what_comes(config, order, start, total_steps))
         stopped_at = loop.train(job, start, state)
@@ -156,7 +158,7 @@ def _policy(config: Config, models: Models) -> tuple[Any, room.Room]:
     return engine, here
 
 
-def _open_log(config: Config, folder: RunFolder, start: int) -> loop.Log:
+def _open_log(config: Config, folder: RunFolder, start: int, total_steps: int, objective: Objective) -> loop.Log:
     metrics = MetricsFile(folder.metrics)
     again = metrics.cut_back(start)
     if again:
@@ -176,7 +178,26 @@ def _open_log(config: Config, folder: RunFolder, start: int) -> loop.Log:
         metrics=metrics,
     )
     feed.feed()
-    return loop.Log(folder, metrics, feed)
+    facts = RunFacts(total_steps, config.tracking.log_every_steps, objective.start_loss)
+    folder.note(training=facts.as_json())
+    return loop.Log(folder, metrics, feed, _open_watch(config, folder, metrics, feed, facts))
+
+
+def _open_watch(config: Config, folder: RunFolder, metrics: MetricsFile, feed: WandbFeed, facts: RunFacts) -> Watch:
+    told = [(rule, step) for rule, step in folder.facts.get("health_told", [])]
+
+    def tell(new: list[Finding], found: list[Finding]) -> None:
+        told.extend((f.id, f.step) for f in new)
+        folder.note(health=[f.as_json() for f in found], health_told=told)
+        for finding in new:
+            say(finding.text())
+            if finding.level == "warning":
+                feed.alert(finding.title, finding.text())
+
+    watch = Watch(metrics, facts, config.health, told, tell)
+    watch.look()
+    folder.note(health=[f.as_json() for f in watch.found])
+    return watch
 
 
 def _finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, stopped_at: int | None) -> None:

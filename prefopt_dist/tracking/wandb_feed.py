@@ -12,6 +12,7 @@ Where the cursor stands at a start:
 """
 
 import os
+import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
+from prefopt_dist.tracking.diagnosis import BIN_EDGES
 from prefopt_dist.tracking.metrics_file import MetricsFile
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ class WandbFeed:
             key: value for variable, (key, value) in given.items() if variable not in os.environ
         }
         self._config = dict(config)
+        self._alerts: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._ending = False
         self._failed = False
@@ -80,6 +83,11 @@ class WandbFeed:
 
     def feed(self) -> None:
         """Rows were appended: send them. Returns at once."""
+        self._wake.set()
+
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B tell the run's people, by mail or Slack as they chose. Returns at once."""
+        self._alerts.put((title, text))
         self._wake.set()
 
     def finish(self, exit_code: int = 0) -> None:
@@ -144,9 +152,12 @@ class WandbFeed:
             rows, offset = self._metrics.rows_after(offset)
             for row in rows:
                 if index >= known:
-                    values = {key: value for key, value in row.items() if key != "kind"}
+                    values = {key: _shown(value) for key, value in row.items() if key != "kind"}
                     run.log(values, step=index, commit=True)  # commit: the last row must not wait for a next
                 index += 1
+            while not self._alerts.empty():
+                title, text = self._alerts.get()
+                run.alert(title=title, text=text, level="WARN")
             if ending:
                 return
             self._wake.wait()
@@ -164,6 +175,16 @@ class WandbFeed:
         if not self._failed:
             self._failed = True
             say(f"W&B: off for this start, training goes on and metrics.jsonl has every row ({why})")
+
+
+def _shown(value: Any) -> Any:
+    """A row's value as W&B takes it: counts of margins as its own histogram, which has an end on both sides."""
+    if not isinstance(value, list):
+        return value
+    import wandb
+
+    edges = (10 * BIN_EDGES[0], *BIN_EDGES, 10 * BIN_EDGES[-1])
+    return wandb.Histogram(np_histogram=(value, edges))
 
 
 def _agreed_mode(mode: str) -> str:

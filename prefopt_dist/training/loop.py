@@ -20,6 +20,7 @@ from prefopt_dist.objectives import Objective
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
 from prefopt_dist.tracking.diagnosis import Diagnosis
+from prefopt_dist.tracking.health import Watch
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.own_work import metrics as own_metrics
 from prefopt_dist.tracking.own_work import places
@@ -77,6 +78,12 @@ class Log:
     folder: RunFolder
     metrics: MetricsFile
     wandb: WandbFeed
+    watch: Watch
+
+    def rows_came(self) -> None:
+        """A row was appended: everybody who follows the file may look."""
+        self.wandb.feed()
+        self.watch.look()
 
 
 @dataclass
@@ -240,7 +247,7 @@ def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
         | {f"perf/{what}_seconds": spent for what, spent in window.seconds.items()}
         | own_metrics(window.ranks, window.steps),
     )
-    job.log.wandb.feed()
+    job.log.rows_came()
 
 
 def _evaluate(job: Job, done: int) -> None:
@@ -254,7 +261,7 @@ def _evaluate(job: Job, done: int) -> None:
     if job.log is not None:
         seen = job.order.step(done - 1) if done else None
         job.log.metrics.append("eval", done, seen.epoch_fraction if seen else 0.0, seen.rows_seen if seen else 0, found)
-        job.log.wandb.feed()
+        job.log.rows_came()
 
 
 def _save(job: Job, done: int) -> None:
