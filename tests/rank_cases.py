@@ -8,6 +8,7 @@ import json
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -641,6 +642,38 @@ def too_many_skipped_updates(folder: Path) -> dict:
     found["skipped"] = [json.loads(line)["train/skipped_steps"] for line in lines]
     found["ended"] = (config.run_dir / "DONE").exists()
     return found
+
+
+def early_stop(folder: Path) -> dict:
+    """By a metric that never changes: the first evaluation is the best; killed before the export, started again."""
+    metric = "eval/lengths/chosen"
+    config = config_for(
+        folder,
+        "early",
+        loss={"name": "dpo"},
+        data={"eval": str(folder / "pairs.jsonl")},
+        train={"epochs": 2, "early_stop": {"metric": metric, "evaluations": 3}},
+        eval={"every_steps": 1},
+        checkpoint={"every_steps": 1, "keep_best": metric},
+    )
+    train.run(config)
+    ranks.decide(lambda: (config.run_dir / "DONE").unlink())
+    train.run(config)
+    unknown = replace(config, run=replace(config.run, dir=str(folder / "unknown")))
+    unknown = replace(unknown, checkpoint=replace(config.checkpoint, keep_best="eval/los"))
+    try:
+        train.run(unknown)
+        said = "accepted"
+    except UserError as e:
+        said = str(e)
+    lines = ranks.decide(lambda: (config.run_dir / "metrics.jsonl").read_text().splitlines())
+    return {
+        "rows": [[row["kind"], row["step"]] for row in map(json.loads, lines)],
+        "checkpoints": ranks.decide(lambda: [p.name for p in checkpoint.committed(config.run_dir / "checkpoints")]),
+        "done": ranks.decide(lambda: (config.run_dir / "DONE").read_text()),
+        "best": ranks.decide(lambda: json.loads((config.run_dir / "run.json").read_text())["best"]),
+        "said": said,
+    }
 
 
 def packs_alone_and_together(folder: Path) -> dict:

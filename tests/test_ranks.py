@@ -20,7 +20,7 @@ BOTH = [
     "packs_alone_and_together",
     "collectives_and_host_reads",
 ]
-BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates"]
+BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates", "early_stop"]
 TWO_ONLY = ["shards", "save_fails_on_one_rank", "idle_ranks"]
 
 
@@ -184,6 +184,17 @@ def test_too_many_skipped_updates_end_the_run(world: tuple[int, Path]) -> None:
     assert result["files"] == ["nonfinite-step-00000002.json", "nonfinite-step-00000003.json"]
     assert result["skipped"] == [0, 1, 1, 1]
     assert result["ended"]
+
+
+def test_training_ends_early_and_the_best_checkpoint_stays(world: tuple[int, Path]) -> None:
+    """After three evaluations without a new best; the one of step 1 is best, since step 0 has no checkpoint."""
+    result = found(world, "early_stop")
+    assert [row for row in result["rows"] if row[0] == "train"] == [["train", 1], ["train", 2], ["train", 3]]
+    assert result["checkpoints"] == ["step-00000001", "step-00000002", "step-00000003"]
+    assert result["best"] == {"metric": "eval/lengths/chosen", "step": 1}
+    assert result["done"].startswith("done: 3 steps")
+    assert "checkpoint.keep_best: got 'eval/los'" in result["said"]
+    assert "eval/loss" in result["said"]
 
 
 def test_idle_ranks(world: tuple[int, Path]) -> None:

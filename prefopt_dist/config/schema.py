@@ -117,6 +117,16 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class EarlyStop:
+    """Ends the training where an evaluation has not got better for long; the run is then done."""
+
+    metric: Text = "eval/loss"
+    """A metric of the evaluations; what ends in loss is better where it is lower, all else where it is higher."""
+    evaluations: Count = 3
+    """So many in a row without a new best end it."""
+
+
+@dataclass(frozen=True)
 class Train:
     """How long and in what portions."""
 
@@ -130,6 +140,8 @@ class Train:
     """Packed tokens in one forward and backward of one rank; memory and speed, never the result."""
     max_skipped_steps: Annotated[int, Rule("at least 0", lambda v: v >= 0)] = 3
     """Updates in a row that are left out because loss or gradient is not finite; one more ends the run."""
+    early_stop: EarlyStop | None = None
+    """{metric, evaluations}: ends the training where an evaluation has not got better; null: never."""
     max_hours: Positive | None = None
     """Stops with a checkpoint after this many hours of one start; null: no limit."""
     hang_minutes: Positive | None = 30.0
@@ -156,6 +168,8 @@ class Checkpoint:
     """Every this many steps; null: at the last step only."""
     keep: Annotated[int, Rule("at least 2", lambda v: v >= 2)] = 2
     """The newest this many stay; two, so that one is whole whatever happens to the other."""
+    keep_best: Text | None = None
+    """A metric of the evaluations, such as eval/loss: the checkpoint that is best by it stays too; null: none."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint; never: refuse a run folder that has one."""
 

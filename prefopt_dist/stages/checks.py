@@ -62,6 +62,16 @@ def check_packages(config: Config) -> None:
         refuse_absent("wandb", "tracking.wandb.mode", f"the mode {mode!r}", "set tracking.wandb.mode=disabled")
 
 
+def check_evaluations(config: Config) -> None:
+    """Refuses to be led by evaluations that there will not be."""
+    for key, asked in (
+        ("train.early_stop", config.train.early_stop),
+        ("checkpoint.keep_best", config.checkpoint.keep_best),
+    ):
+        if asked is not None and (not config.data.eval or config.eval.every_steps is None):
+            raise UserError(f"{key}: it goes by evaluations, so set data.eval and eval.every_steps, or {key} to null")
+
+
 def check_tokenizer(tokenizer: Any, template: str, vocab_size: int) -> None:
     """Refuses a tokenizer that cannot end a response, or that is not the model's."""
     end = read_template(tokenizer, template).end

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +41,17 @@ class CheckpointNotCommitted(OSError):
     """A rank could not write its part; the earlier checkpoints are as they were."""
 
 
-def save(engine: Any, root: Path, *, step: int, state: dict[str, Any], facts: dict[str, Any], keep: int) -> Path:
-    """All ranks: commits `root/step-…`, then prunes to the newest `keep`.
+def save(
+    engine: Any,
+    root: Path,
+    *,
+    step: int,
+    state: dict[str, Any],
+    facts: dict[str, Any],
+    keep: int,
+    best: Callable[[Collection[int]], int | None] = lambda steps: None,
+) -> Path:
+    """All ranks: commits `root/step-…`, then prunes to the newest `keep` and the one that rank 0's `best` names.
 
     state: what is needed beside DeepSpeed's own, JSON-like and equal on all ranks; each rank's random states are
     added. facts: rank 0's, in the manifest. A write error on one rank ends the save on all of them.
@@ -70,8 +79,11 @@ def save(engine: Any, root: Path, *, step: int, state: dict[str, Any], facts: di
         (staging / name).rename(root / name)
         fsync_folder(root)
         shutil.rmtree(staging)
-        for old in committed(root)[:-keep]:
-            remove(old)
+        there = committed(root)
+        spared = best([int(folder.name.removeprefix("step-")) for folder in there])
+        for old in there[:-keep]:
+            if spared is None or old.name != folder_name(spared):
+                remove(old)
         universal.sweep(root, set())  # what was converted is older than this
 
     ranks.decide(commit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from prefopt_dist.tracking.own_work import places
 from prefopt_dist.tracking.progress import Progress
 from prefopt_dist.tracking.statistics import means
 from prefopt_dist.tracking.wandb_feed import WandbFeed
-from prefopt_dist.training import checkpoint, probe, step
+from prefopt_dist.training import best, checkpoint, probe, step
 from prefopt_dist.training.batches import Ahead, Batch, ScoredRows, step_batch
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.gate import StartGate
@@ -130,6 +130,8 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
         gate = StartGate(job.objective, job.dtype, ranks.device())
     if start_step == 0 and config.eval.at_start:
         _evaluate(job, 0)
+    if start_step and _stops_early(job, start_step):
+        return None
     steps = range(start_step, job.total_steps)
     with (
         Progress(job.total_steps, "train", "steps", ranks.rank(), done=start_step) as progress,
@@ -174,6 +176,10 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             last = done == job.total_steps
             if _due(done, config.eval.every_steps) or (last and config.eval.at_end):
                 _evaluate(job, done)
+                if _stops_early(job, done):
+                    last = True
+                    if job.window.steps:
+                        _write_row(job, done, rate, norm)
             if _due(done, config.checkpoint.every_steps) or last or request.stop or request.save:
                 _save(job, done)
             progress.update(text=f"loss {loss:.4f}")
@@ -181,6 +187,8 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
                 return done
             if request.save:
                 job.requests.obeyed()
+            if last:
+                break
     return None
 
 
@@ -257,11 +265,48 @@ def _evaluate(job: Job, done: int) -> None:
         return
     began = time.perf_counter()
     found = evaluate(job.engine, job.objective, job.eval_sets, job.config.reference_micro_batch_tokens)
+    for key, metric in _judged_by(job.config):
+        best.refuse_unknown(metric, key, found)
     found["perf/evaluation_seconds"] = time.perf_counter() - began
     if job.log is not None:
         seen = job.order.step(done - 1) if done else None
         job.log.metrics.append("eval", done, seen.epoch_fraction if seen else 0.0, seen.rows_seen if seen else 0, found)
         job.log.rows_came()
+
+
+def _stops_early(job: Job, done: int) -> bool:
+    """All ranks: whether the evaluation at this step was one too many without a new best; then it is the last step."""
+    early = job.config.train.early_stop
+    if early is None or done == job.total_steps:
+        return False
+
+    def look() -> bool:
+        assert job.log is not None
+        rows = job.log.metrics.rows()
+        return job.log.metrics.has("eval", done) and best.stops(rows, early.metric, early.evaluations)
+
+    if not ranks.decide(look):
+        return False
+    say(f"step {done}: {early.metric} has had no new best for {early.evaluations} evaluations; training ends here")
+    job.total_steps = done
+    return True
+
+
+def _judged_by(config: Config) -> list[tuple[str, str]]:
+    """Keys of the configuration that name a metric of the evaluations, and that metric."""
+    early, keep = config.train.early_stop, config.checkpoint.keep_best
+    named = [] if early is None else [("train.early_stop.metric", early.metric)]
+    return named if keep is None else [*named, ("checkpoint.keep_best", keep)]
+
+
+def _best(job: Job, steps: Collection[int]) -> int | None:
+    """Rank 0: the checkpoint to keep beside the newest ones."""
+    metric = job.config.checkpoint.keep_best
+    if metric is None or job.log is None:
+        return None
+    found = best.best_step(job.log.metrics.rows(), metric, steps)
+    job.log.folder.note(best={"metric": metric, "step": found})
+    return found
 
 
 def _save(job: Job, done: int) -> None:
@@ -277,6 +322,7 @@ def _save(job: Job, done: int) -> None:
         state={"window": vars(job.window), "skips": vars(job.skips)},
         facts=facts,
         keep=job.config.checkpoint.keep,
+        best=lambda steps: _best(job, steps),
     )
     job.window.took("checkpoint", time.perf_counter() - began)
 
