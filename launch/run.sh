@@ -18,7 +18,7 @@ repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 usage() {
     cat <<'USAGE'
 usage: launch/run.sh [-n N] STAGE RUN.yaml [section.key=value ...]
-  STAGE  inspect | plan | reference | train | evaluate | export
+  STAGE  inspect | plan | reference | train | evaluate | report | export
   -n N   ranks on this machine; default: one a GPU, or 2 where there is none
 CUDA_VISIBLE_DEVICES= (empty) runs on the CPU of a machine with GPUs.
 USAGE
@@ -65,7 +65,7 @@ command -v "$python" >/dev/null || mistake "no Python at '$python'; run make in 
 gpus=$(count_gpus)
 one_process=no
 case $stage in
-    inspect | plan | export) one_process=yes ;;
+    inspect | plan | report | export) one_process=yes ;;
 esac
 if [[ $one_process == yes ]]; then
     ranks=1

@@ -21,10 +21,11 @@ STAGES = {
     "reference": "the first pass alone: score the data with the reference into the store",
     "train": "the whole job: first pass where rows are missing, training, export; resumes by itself",
     "evaluate": "a model or checkpoint against the reference on data.eval",
+    "report": "a page with the curves and the diagnosis of a run, from its folder alone",
     "export": "a checkpoint to a Hugging Face folder, verified by loading it back",
 }
-ALONE = ("inspect", "plan")
-"""Stages of one process without a process group, which need neither weights nor a run folder."""
+ALONE = ("inspect", "plan", "report")
+"""Stages of one process without a process group, which need no weights and hold no run folder."""
 USER_MISTAKE = 2
 
 

@@ -245,6 +245,16 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Report:
+    """The stage that makes a page about a run."""
+
+    compare: tuple[Text, ...] = ()
+    """Run folders to show side by side instead of run.dir."""
+    file: Text | None = None
+    """The page to write; null: RUN/report.html, or report.html beside run.dir where runs are compared."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One run's whole configuration, and what its nulls stand for."""
 
@@ -278,6 +288,8 @@ class Config:
     """The evaluate stage."""
     plan: Plan = field(default_factory=Plan)
     """The plan stage."""
+    report: Report = field(default_factory=Report)
+    """The report stage."""
 
     @property
     def run_dir(self) -> Path:
