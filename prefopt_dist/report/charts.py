@@ -92,7 +92,7 @@ class Chart:
                 axes.set_yscale("log")
             axes.set(title=self.title, xlabel=self.x, ylabel=self.y)
             if len(self.lines) > 1:
-                _legend(figure, axes, len(self.lines))
+                _legend(figure, axes)
             return _svg(figure, self.title)
 
 
@@ -131,7 +131,7 @@ def histogram(title: str, counts: Sequence[tuple[str, Sequence[int]]]) -> str:
         axes.set_xlim(-widest, widest)
         axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
         axes.set(title=title, xlabel="reward margin (logarithmic beyond ±0.1)", ylabel="share of the pairs")
-        _legend(figure, axes, len(counts))
+        _legend(figure, axes)
         return _svg(figure, title)
 
 
@@ -166,9 +166,11 @@ def _draw(axes: Axes, line: Line) -> None:
         axes.fill_between(line.x, *line.band, color=colour, alpha=0.2, linewidth=0)
 
 
-def _legend(figure: Figure, axes: Axes, entries: int) -> None:
-    """Below the axes, where it covers no curve."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(entries, 3))
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Below the axes, where it covers no curve; as many columns as the longest label lets in."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, min(len(labels), 3, 60 // (max(map(len, labels)) + 6)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def _thinned(values: list[float]) -> list[float]:

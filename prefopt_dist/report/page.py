@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -81,12 +82,20 @@ def _render(template: str, **values: Any) -> str:
     )
     environment.filters["number"] = number
     environment.filters["flat"] = flat
+    environment.filters["breakable"] = breakable
     return environment.get_template(template).render(made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), **values)
 
 
 def number(value: Any) -> str:
-    """Four digits of a float, all else as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
+    """Four digits of a float, none behind the fourth decimal; all else as it is."""
+    if isinstance(value, float):
+        return f"{round(value, 4) + 0.0:.4g}" if abs(value) >= 5e-5 or value == 0 else f"{value:.0e}"
+    return "–" if value is None else str(value)
+
+
+def breakable(name: str) -> str:
+    """The name with a place to break the line after each slash and dot."""
+    return re.sub(r"([/._])(?=\w)", "\\1\u200b", name)
 
 
 def flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
