@@ -82,6 +82,7 @@ def test_every_number_is_that_of_plain_arithmetic() -> None:
     }
     for i, name in enumerate(("one.jsonl", "two.jsonl", "three.jsonl")):
         exact[f"rewards/accuracies_of/{name}"] = won[i == SOURCE].mean()
+        exact[f"rewards/margins_of/{name}"] = margin[i == SOURCE].mean()
         exact[f"pairs_of/{name}"] = (i == SOURCE).sum()
     histogram = found.pop("rewards/margins_histogram")
     for q, share in (("p10", 10), ("p50", 50), ("p90", 90)):

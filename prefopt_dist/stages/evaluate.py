@@ -14,6 +14,7 @@ from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.stages import export, ingredients
 from prefopt_dist.stages.ingredients import Models
 from prefopt_dist.stages.job import run_folder
+from prefopt_dist.tracking import evaluation_table
 from prefopt_dist.tracking.console import say
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.run_folder import RunFolder
@@ -21,7 +22,8 @@ from prefopt_dist.training.run_folder import RunFolder
 
 def run(config: Config) -> None:
     """All ranks, of any number. A signal ends it as it ends any process: there is nothing to go on with."""
-    with run_folder(config, begins=False) as folder:
+    # A model folder needs no run: it is measured against the reference that the configuration names.
+    with run_folder(config, begins=False, bare=config.evaluate.model is not None) as folder:
         if not config.data.eval:
             raise UserError("data.eval: not set, so there is nothing to evaluate on. Name a data set.")
         if config.evaluate.model is None:
@@ -41,13 +43,12 @@ def run(config: Config) -> None:
         found = evaluate(engine, objective, dict(zip(evals, scored, strict=True)), config.reference_micro_batch_tokens)
         zero3.release(engine)
         del engine
+        found = evaluation_table.with_intervals(found)
         if ranks.rank() == 0:
             write_json(config.run_dir / "evaluation.json", {"model": name, **found})
             if temporary:
                 shutil.rmtree(model.path)
-        say(f"evaluated {name}:")
-        for metric, value in found.items():
-            say(f"  {metric}: {value:.4f}")
+        say(f"evaluated {name}:\n{evaluation_table.text(found)}")
 
 
 def _model(config: Config, models: Models, folder: RunFolder) -> tuple[ModelFolder, bool, str]:

@@ -49,7 +49,7 @@ class Diagnosis:
             names += _PAIR_SUMS
             names += ["reference_won", "reference_per_token_won"] if self._reference else []
             names += [f"bin{i}" for i in range(len(BIN_EDGES) + 1)]
-            names += [f"{what}:{label}" for label in self._sources for what in ("of", "won")]
+            names += [f"{what}:{label}" for label in self._sources for what in ("of", "won", "margin")]
         self.names = tuple(names)
         """[D]"""
         self._edges = torch.tensor(BIN_EDGES, dtype=torch.float64, device=device)
@@ -115,13 +115,13 @@ class Diagnosis:
         return [f.sum() for f in found] + list((above - below).unbind())
 
     def _by_source(self, terms: Terms, micro_batch: MicroBatch) -> list[torch.Tensor]:
-        won = terms.per_unit[:, self._columns["rewards/accuracies"]]
+        won, margin = (terms.per_unit[:, self._columns[f"rewards/{name}"]] for name in ("accuracies", "margins"))
         source = torch.from_numpy(self._source[list(micro_batch.rows)].astype("int64"))
         source = source.to(won.device, non_blocking=True)
         found = []
         for i in range(len(self._sources)):
             mine = source == i
-            found += [mine.sum(), (won * mine).sum()]
+            found += [mine.sum(), (won * mine).sum(), (margin * mine).sum()]
         return found
 
 
@@ -198,6 +198,7 @@ def _metrics(sums: Mapping[str, float], sources: Sequence[str]) -> dict[str, Any
         found["rewards/margins_histogram"] = [round(c) for c in counts]
     for label in sources:
         put(f"rewards/accuracies_of/{label}", sums[f"won:{label}"], sums[f"of:{label}"])
+        put(f"rewards/margins_of/{label}", sums[f"margin:{label}"], sums[f"of:{label}"])
         found[f"pairs_of/{label}"] = round(sums[f"of:{label}"])
     return found
 

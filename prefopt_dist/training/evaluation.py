@@ -50,6 +50,6 @@ def evaluate(engine: Any, objective: Objective, sets: Mapping[str, ScoredRows], 
         means = statistics.means(everything[:k], objective.counted_by) | diagnosis.metrics(everything[k:])
         if halves is not None:
             means |= halves.metrics()
-        found |= {prefix + metric: value for metric, value in means.items()}
+        found |= {prefix + metric: value for metric, value in means.items()} | {f"{prefix}rows": batch.units}
     engine.module.train(was_training)
     return found
