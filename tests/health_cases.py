@@ -113,7 +113,9 @@ def run(
 
 
 def sft(folder: Path, name: str) -> dict[str, Any]:
-    return run(folder, name, SFT, name, start="", optim={"learning_rate": 3e-3, "schedule": "linear"})
+    """What the others start from: letters of either tone, or of the fitting one."""
+    train = {"global_batch_pairs": G, "micro_batch_tokens": 4096, "epochs": 3}
+    return run(folder, name, SFT, name, start="", optim={"learning_rate": 5e-3, "schedule": "linear"}, train=train)
 
 
 def slow_rank(folder: Path) -> dict[str, Any]:

@@ -85,14 +85,29 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "global_batch_pairs": 64,
             "micro_batch_tokens": 8192,
             "max_skipped_steps": 3,
+            "early_stop": None,
             "max_hours": None,
             "hang_minutes": 30.0,
         },
         "eval": {"every_steps": 100, "at_start": True, "at_end": True},
-        "checkpoint": {"every_steps": 100, "keep": 2, "resume": "auto"},
+        "checkpoint": {"every_steps": 100, "keep": 2, "keep_best": None, "resume": "auto"},
         "tracking": {
             "wandb": {"mode": "online", "project": "prefopt", "name": None, "group": None, "tags": []},
             "log_every_steps": 1,
+            "tensorboard": False,
+        },
+        "health": {
+            "grace": 0.333,
+            "stuck_accuracy": 0.6,
+            "wrong_share": 0.15,
+            "flipped_accuracy": 0.35,
+            "chosen_fall": 0.5,
+            "overfit_rise": 0.1,
+            "length_correlation": 0.6,
+            "divergence": 1.25,
+            "gradient_spike": 10.0,
+            "slow_rank": 1.5,
+            "memory_growth": 0.05,
         },
         "deepspeed": {
             "policy": "deepspeed_configs/policy_zero3.json",
@@ -101,6 +116,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         "export": {"dir": None, "checkpoint": None, "dtype": None},
         "evaluate": {"model": None},
         "plan": {"gpu": None, "nodes": 1, "gpus_per_node": None, "file": None},
+        "report": {"compare": [], "file": None},
     }
 
 

@@ -198,6 +198,8 @@ class Tracking:
     """Weights & Biases."""
     log_every_steps: Count = 1
     """A row is the mean over the pairs of this many steps."""
+    tensorboard: bool = False
+    """Event files in RUN/tensorboard too; needs the package tensorboard."""
 
 
 @dataclass(frozen=True)

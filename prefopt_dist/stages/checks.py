@@ -60,6 +60,8 @@ def check_packages(config: Config) -> None:
     mode = os.environ.get("WANDB_MODE", config.tracking.wandb.mode)
     if mode in ("online", "offline", "dryrun"):
         refuse_absent("wandb", "tracking.wandb.mode", f"the mode {mode!r}", "set tracking.wandb.mode=disabled")
+    if config.tracking.tensorboard:
+        refuse_absent("tensorboard", "tracking.tensorboard", "it", "set tracking.tensorboard=false")
 
 
 def check_evaluations(config: Config) -> None:

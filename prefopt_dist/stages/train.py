@@ -21,8 +21,10 @@ from prefopt_dist.stages import export, ingredients
 from prefopt_dist.stages.ingredients import Models
 from prefopt_dist.stages.job import requests_for, run_folder
 from prefopt_dist.tracking.console import in_units, say
+from prefopt_dist.tracking.feed import Feed, Feeds
 from prefopt_dist.tracking.health import Finding, RunFacts, Watch
 from prefopt_dist.tracking.metrics_file import MetricsFile
+from prefopt_dist.tracking.tensorboard_feed import TensorBoardFeed
 from prefopt_dist.tracking.wandb_feed import WandbFeed
 from prefopt_dist.training import checkpoint, loop, room
 from prefopt_dist.training.manifest import Manifest
@@ -166,7 +168,8 @@ def _open_log(config: Config, folder: RunFolder, start: int, total_steps: int, o
     folder.note_start_step(start)
     masked = mask_secrets(to_dict(config))
     wandb = masked["tracking"]["wandb"]
-    feed = WandbFeed(
+    made_of = {name: folder.facts[name] for name in ("run_id", "data", "reference", "versions")}
+    wandb_feed = WandbFeed(
         mode=wandb["mode"],
         project=wandb["project"],
         name=wandb["name"] or config.run_dir.name,
@@ -174,16 +177,17 @@ def _open_log(config: Config, folder: RunFolder, start: int, total_steps: int, o
         tags=wandb["tags"],
         run_id=folder.facts["wandb_id"],
         folder=folder.path,
-        config=masked,
+        config=masked | {"made_of": made_of},
         metrics=metrics,
     )
-    feed.feed()
+    feeds = Feeds(wandb_feed, TensorBoardFeed(folder.path, metrics)) if config.tracking.tensorboard else wandb_feed
+    feeds.feed()
     facts = RunFacts(total_steps, config.tracking.log_every_steps, objective.start_loss)
     folder.note(training=facts.as_json())
-    return loop.Log(folder, metrics, feed, _open_watch(config, folder, metrics, feed, facts))
+    return loop.Log(folder, metrics, feeds, _open_watch(config, folder, metrics, feeds, facts))
 
 
-def _open_watch(config: Config, folder: RunFolder, metrics: MetricsFile, feed: WandbFeed, facts: RunFacts) -> Watch:
+def _open_watch(config: Config, folder: RunFolder, metrics: MetricsFile, feeds: Feed, facts: RunFacts) -> Watch:
     told = [(rule, step) for rule, step in folder.facts.get("health_told", [])]
 
     def tell(new: list[Finding], found: list[Finding]) -> None:
@@ -192,7 +196,7 @@ def _open_watch(config: Config, folder: RunFolder, metrics: MetricsFile, feed: W
         for finding in new:
             say(finding.text())
             if finding.level == "warning":
-                feed.alert(finding.title, finding.text())
+                feeds.alert(finding.title, finding.text())
 
     watch = Watch(metrics, facts, config.health, told, tell)
     watch.look()
@@ -208,7 +212,7 @@ def _finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, st
         if job.log is not None:
             folder.stopped(job.requests.reason(), stopped_at)
             job.requests.obeyed()
-            job.log.wandb.finish()  # last: a W&B that hangs must not hold the word back
+            job.log.feeds.finish()  # last: a W&B that hangs must not hold the word back
         say(f"stopped after step {stopped_at} of {job.total_steps}; start again to go on")
         return
 
@@ -220,7 +224,7 @@ def _finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, st
         folder.note(memory=folder.facts["memory"] | {"peak_bytes": loop.peak_memory()})
         folder.done(summary)
         job.requests.obeyed()
-        job.log.wandb.finish()
+        job.log.feeds.finish()
         return summary
 
     say(ranks.decide(conclude))

@@ -31,6 +31,7 @@ _INIT_SECONDS = 90.0
 _FINISH_SECONDS = 120.0
 _GRACE_SECONDS = 60.0
 _BEAT_SECONDS = 5.0
+BEST_OF = ("/loss", "/rewards/accuracies", "/rewards/margins")
 _MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "dryrun": "offline"}
 
 
@@ -55,7 +56,10 @@ class WandbFeed:
         config: Mapping[str, Any],
         metrics: MetricsFile,
     ) -> None:
-        """`folder` is the run folder (W&B makes `wandb/` in it); `config` has its secrets masked already."""
+        """`folder` is the run folder (W&B makes `wandb/` in it); `config` has its secrets masked already.
+
+        What the run was made of (digests, versions) may stand in the config too: W&B can filter by it.
+        """
         self._mode = _agreed_mode(mode)
         self._metrics = metrics
         self._folder = folder
@@ -71,6 +75,7 @@ class WandbFeed:
         }
         self._config = dict(config)
         self._alerts: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self._warnings = 0
         self._wake = threading.Event()
         self._ending = False
         self._failed = False
@@ -108,6 +113,7 @@ class WandbFeed:
         try:
             run = self._open()
             self._follow(run)
+            run.summary.update(self._summary())
             run.finish(exit_code=self._exit_code)
         except BaseException as fault:  # this thread is W&B's alone: whatever it throws ends here
             self._say_failed(f"{type(fault).__name__}: {(str(fault).splitlines() or ['no message'])[0]}")
@@ -157,10 +163,22 @@ class WandbFeed:
                 index += 1
             while not self._alerts.empty():
                 title, text = self._alerts.get()
+                self._warnings += 1
                 run.alert(title=title, text=text, level="WARN")
             if ending:
                 return
             self._wake.wait()
+
+    def _summary(self) -> dict[str, Any]:
+        """What W&B's own summary, each metric's last value, does not say: the best evaluation, the warnings."""
+        rows = self._metrics.rows()
+        best: dict[str, Any] = {}
+        for row in rows:
+            for name, value in row.items():
+                if row["kind"] == "eval" and name.endswith(BEST_OF):
+                    better = min if name.endswith("loss") else max
+                    best[f"best/{name}"] = better(best.get(f"best/{name}", value), value)
+        return best | {"health/warnings": self._warnings}
 
     def _set_aside_offline_folders(self) -> None:
         folder = self._folder / "wandb"

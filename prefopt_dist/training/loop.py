@@ -20,13 +20,13 @@ from prefopt_dist.objectives import Objective
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
 from prefopt_dist.tracking.diagnosis import Diagnosis
+from prefopt_dist.tracking.feed import Feed
 from prefopt_dist.tracking.health import Watch
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.own_work import metrics as own_metrics
 from prefopt_dist.tracking.own_work import places
 from prefopt_dist.tracking.progress import Progress
 from prefopt_dist.tracking.statistics import means
-from prefopt_dist.tracking.wandb_feed import WandbFeed
 from prefopt_dist.training import best, checkpoint, probe, step
 from prefopt_dist.training.batches import Ahead, Batch, ScoredRows, step_batch
 from prefopt_dist.training.evaluation import evaluate
@@ -77,12 +77,12 @@ class Log:
 
     folder: RunFolder
     metrics: MetricsFile
-    wandb: WandbFeed
+    feeds: Feed
     watch: Watch
 
     def rows_came(self) -> None:
         """A row was appended: everybody who follows the file may look."""
-        self.wandb.feed()
+        self.feeds.feed()
         self.watch.look()
 
 
