@@ -21,9 +21,9 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.stages import train
 
-G, STEPS = 32, 48
+G, STEPS = 32, 60
 PAIRS, HELD_OUT = G * STEPS, 128
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 1e-3
 BETA = 0.3
 SFT = {"name": "sft"}
 DPO = {"name": "dpo", "beta": BETA}

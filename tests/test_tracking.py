@@ -4,16 +4,15 @@ import json
 import math
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import wandb_reader
 
 from prefopt_dist.errors import UserError
 from prefopt_dist.tracking import progress
@@ -140,48 +139,6 @@ def test_a_cursor_reads_each_row_once(tmp_path: Path) -> None:
 # --- Weights & Biases
 
 
-def _wandb_records(path: Path) -> Iterator[Any]:
-    """Records of a .wandb file: LevelDB's log format, blocks of 32 KiB, crc32, u16 length, u8 type, data."""
-    from wandb.proto import wandb_internal_pb2
-
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    position, parts = 7, b""  # W&B's own header takes the first 7 bytes of the first block
-    while position + 7 <= len(data):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:  # too little for a header: zeros to the block's end
-            position += left_in_block
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        if kind == 0:  # preallocated, never written
-            return
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or last part
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            yield record
-            parts = b""
-
-
-def _history(folder: Path) -> tuple[set[str], list[dict[str, Any]]]:
-    """Run ids and rows in a run folder of W&B."""
-    (path,) = folder.glob("run-*.wandb")
-    ids: set[str] = set()
-    rows: list[dict[str, Any]] = []
-    for record in _wandb_records(path):
-        if record.WhichOneof("record_type") == "run":
-            ids.add(record.run.run_id)
-        elif record.WhichOneof("record_type") == "history":
-            row = {}
-            for item in record.history.item:
-                value = item.WhichOneof("value")
-                name = item.key or "/".join(item.nested_key)
-                row[name] = getattr(item, value) if value else json.loads(item.value_json)
-            rows.append(row)
-    return ids, rows
-
-
 def _feed(run: Path, metrics: MetricsFile, mode: str = "offline") -> WandbFeed:
     config = {"loss": {"name": "dpo", "beta": 0.1}}
     return WandbFeed(
@@ -244,7 +201,7 @@ def test_offline_the_newest_folder_holds_every_row_once_after_a_kill(tmp_path: P
     assert (run / "wandb" / "offline-run-20200101_000000-other").exists()
     # What `wandb sync RUN/wandb` would take: the folders that hold a .wandb file, one deep.
     assert {path.resolve().parent for path in (run / "wandb").glob("*/*.wandb")} == {newest.resolve()}
-    ids, rows = _history(newest)
+    ids, rows = wandb_reader.history(newest)
     assert ids == {"abc123"}
     truth = metrics.rows()
     assert len(truth) == 421

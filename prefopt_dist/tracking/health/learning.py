@@ -23,11 +23,13 @@ LONGER_SHARE = 0.9
 LENGTH_GAP = 0.3
 """Between the accuracies on pairs whose chosen response is the longer one and the shorter one."""
 FEW_PAIRS = 50
+MOST_REFERENCE_ROWS = 1000
+"""The reference does not change: more rows tell no more."""
 
 
 def labels_flipped(history: History, thresholds: Health) -> str | None:
-    """The start's log-prob accuracy on the training pairs, over all rows or, without a reference, the first ones."""
-    rows, whose = history.train, "reference"
+    """The start's log-prob accuracy on the training pairs, by the reference or, without one, in the first window."""
+    rows, whose = history.train[:MOST_REFERENCE_ROWS], "reference"
     if not rows or "train/reference/accuracies" not in rows[-1]:
         rows, whose = history.first(), "logps"
     summed, per_token = (mean(rows, f"train/{whose}/accuracies{suffix}") for suffix in ("", "_per_token"))
@@ -126,17 +128,18 @@ def chosen_falls(history: History, thresholds: Health) -> str | None:
 
 
 def rewards_fall(history: History, thresholds: Health) -> str | None:
-    """Both rewards below 0 and the margin above it, without a steep fall."""
+    """Both rewards below 0, without a steep fall."""
     rows = history.latest()
-    if not rows or "train/logratio/chosen_per_token" not in rows[-1]:  # without reference a reward is below 0 always
-        return None
+    fallen = mean(rows, "train/logratio/chosen_per_token")  # without reference a reward is below 0 always
     chosen, rejected = (mean(rows, f"train/rewards/{response}") for response in ("chosen", "rejected"))
-    fallen = mean(rows, "train/logratio/chosen_per_token")
     if chosen is None or rejected is None or fallen is None or fallen > -STILL:
         return None
-    if not rejected < chosen < 0 or chosen_falls(history, thresholds):
+    if max(chosen, rejected) >= 0 or chosen_falls(history, thresholds):
         return None
-    return f"train/rewards/chosen is {chosen:.3g} and train/rewards/rejected {rejected:.3g}, the margin is above 0"
+    return (
+        f"train/rewards/chosen is {chosen:.3g} and train/rewards/rejected {rejected:.3g}, the margin is "
+        f"{chosen - rejected:.3g}"
+    )
 
 
 def overfit(history: History, thresholds: Health) -> str | None:
@@ -165,9 +168,12 @@ def _values(rows: list[Row], name: str) -> list[float]:
 
 
 def length_bias(history: History, thresholds: Health) -> str | None:
-    """The margin follows the difference in length, or the data cannot tell the two apart."""
+    """The margin follows the difference in length, or the data cannot tell the two apart.
+
+    Not while accuracy is stuck: a policy that begins to learn often first likes one style, and so one length.
+    """
     rows = history.latest_pairs()
-    if not rows:
+    if not rows or history.progress < thresholds.grace or accuracy_stuck(history, thresholds):
         return None
     n = history.pairs(rows)
     longer, shorter = (mean(rows, f"train/lengths/chosen_{which}") for which in ("longer", "shorter"))
