@@ -8,7 +8,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test test-all faults lint benchmark
+.PHONY: help demo test test-all faults lint parity benchmark
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -36,8 +36,12 @@ test: lint ## lint and the quick tests
 test-all: lint ## lint and every test
 	@$(BIN)/python -m pytest -q --durations=15
 
-faults: $(STAMP) ## Kill a small job KILLS times (100), SEED=0, and compare; goes on where it was stopped; half an hour
-	@$(BIN)/python tests/faults/campaign.py --kills $(or $(KILLS),100) --seed $(or $(SEED),0)
+faults: $(STAMP) ## Kill a small job KILLS times (100) and compare; SEED=0, RANKS=2 or 2,1,3; goes on where it was stopped
+	@$(BIN)/python tests/faults/campaign.py --kills $(or $(KILLS),100) --seed $(or $(SEED),0) --ranks $(or $(RANKS),2)
+
+parity: $(STAMP) ## Each loss beside TRL's on the same model and rows, a minute; fails where they differ
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmark]'
+	@$(BIN)/python -m benchmarks.parity
 
 benchmark: $(STAMP) ## Ours beside TRL on one CPU thread, half an hour; RESULT=NAME, OPTIONS=--cuda
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmark]'

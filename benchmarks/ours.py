@@ -44,6 +44,7 @@ def tokenised(task: Task) -> TokenisedRows:
         labels=None,
         source=np.zeros(n, dtype=np.int32),
         line=np.arange(1, n + 1),
+        flags=np.zeros(n, dtype=np.uint16),
         source_names=("benchmark",),
         weights=(1.0,),
         report=DataReport(n, n, {}, {}, {}, n, "pair", {}, "benchmark"),

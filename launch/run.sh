@@ -3,6 +3,10 @@
 #
 #   launch/run.sh [-n N] STAGE RUN.yaml [section.key=value ...]
 #
+# On several machines that see one run folder, the same command on each, with PREFOPT_NODES (how many), PREFOPT_NODE
+# (which one this is, from 0) and PREFOPT_HEAD (HOST:PORT of machine 0) in the environment; -n is then a machine's.
+# A signal to one of them stops all. The user's mistake ends with 2 where rank 0 is, elsewhere with 1.
+#
 # Ends with 0 done, 75 stopped on request (start again), 2 the user's mistake, 1 a crash.
 # To stop reference or train, send TERM, USR1, HUP or INT (Ctrl-C) to this script: it creates RUN/STOP
 # and waits until the checkpoint is committed. A second INT ends the ranks at once (status 1).
@@ -21,6 +25,7 @@ usage: launch/run.sh [-n N] STAGE RUN.yaml [section.key=value ...]
   STAGE  inspect | plan | reference | train | evaluate | report | export
   -n N   ranks on this machine; default: one a GPU, or 2 where there is none
 CUDA_VISIBLE_DEVICES= (empty) runs on the CPU of a machine with GPUs.
+On several machines: PREFOPT_NODES, PREFOPT_NODE and PREFOPT_HEAD=HOST:PORT in the environment.
 USAGE
 }
 
@@ -54,6 +59,15 @@ for argument in "${arguments[@]}"; do
     [[ $argument != -* ]] || mistake "'$argument': options stand before STAGE; overrides are section.key=value"
 done
 
+nodes=${PREFOPT_NODES:-1}
+[[ $nodes =~ ^[1-9][0-9]*$ ]] || mistake "PREFOPT_NODES: got '$nodes', must be a number of machines, at least 1"
+if ((nodes > 1)); then
+    [[ ${PREFOPT_NODE:-} =~ ^(0|[1-9][0-9]*)$ && ${PREFOPT_NODE:-} -lt $nodes ]] ||
+        mistake "PREFOPT_NODE: got '${PREFOPT_NODE:-}', must be this machine's number, 0 to $((nodes - 1))"
+    [[ ${PREFOPT_HEAD:-} =~ ^.+:[0-9]+$ ]] ||
+        mistake "PREFOPT_HEAD: got '${PREFOPT_HEAD:-}', must be HOST:PORT of machine 0"
+fi
+
 # Environment
 
 # shellcheck source=launch/env.sh
@@ -68,6 +82,7 @@ case $stage in
     inspect | plan | report | export) one_process=yes ;;
 esac
 if [[ $one_process == yes ]]; then
+    ((nodes == 1)) || mistake "$stage is one process; unset PREFOPT_NODES"
     ranks=1
 elif ((gpus > 0)); then
     ranks=${ranks:-$gpus}
@@ -103,6 +118,8 @@ esac
 job=""
 requests=0
 interrupts=0
+end_by=TERM # what ends the ranks at once
+((nodes == 1)) || end_by=INT # launch/node.sh ignores TERM
 
 # shellcheck disable=SC2329 # traps call it
 on_signal() { # $1: the signal
@@ -113,7 +130,7 @@ on_signal() { # $1: the signal
     [[ -n $job ]] || return 0
     if [[ $obeys_stop == no ]] || ((interrupts > 1)); then
         echo "launch/run.sh: $1: ending the ranks" >&2
-        kill -TERM "$job" 2>/dev/null || true
+        kill "-$end_by" "$job" 2>/dev/null || true
     elif ((requests == 1)); then
         echo "launch/run.sh: $1: asked for a stop (RUN/STOP); waiting for the checkpoint" >&2
     fi
@@ -154,11 +171,17 @@ clean_up() {
 trap clean_up EXIT
 
 echo "launch/run.sh: $stage on $ranks $( ((gpus > 0)) && echo GPU || echo CPU) ranks, run folder $run_dir" >&2
-setsid "$python" -m torch.distributed.run --standalone --max-restarts 0 --nproc-per-node "$ranks" \
-    -m prefopt_dist "${arguments[@]}" &
+if ((nodes == 1)); then
+    command=("$python" -m torch.distributed.run --standalone --max-restarts 0 --nproc-per-node "$ranks" -m prefopt_dist)
+else
+    echo "launch/run.sh: machine $PREFOPT_NODE of $nodes, which meet at $PREFOPT_HEAD" >&2
+    command=("$repository/launch/node.sh" --nodes "$nodes" --ranks "$ranks" --head "$PREFOPT_HEAD" --job prefopt)
+    ((PREFOPT_NODE > 0)) || command+=(--is-head)
+fi
+setsid "${command[@]}" "${arguments[@]}" &
 job=$!
 if ((requests > 0)) && [[ $obeys_stop == no ]]; then # a signal between the check and here
-    kill -TERM "$job" 2>/dev/null || true
+    kill "-$end_by" "$job" 2>/dev/null || true
 fi
 
 # bash runs a trap only between two commands, and a signal just before a long `wait` would lie until the job

@@ -140,7 +140,14 @@ def pair_loss(
     """[P] loss and [P, 2] rewards of the loss with the configuration's `options` (all of them), differentiable.
 
     logps, ref_logps, lengths [P, 2] (chosen, rejected). Each as its paper prints it; nothing is done for extremes.
+    A mix's rewards are the first part's.
     """
+    if options["name"] == "mix":
+        parts = [pair_loss({"name": n, **o}, logps, ref_logps, lengths) for n, o in options["of"].items()]
+        weights = [part["weight"] for part in options["of"].values()]
+        return sum(w * loss for w, (loss, _) in zip(weights, parts, strict=True)), parts[0][1]
+    if options["name"] == "sft":
+        return -logps[:, 0] / lengths[:, 0], torch.zeros_like(logps)
     name, beta = options["name"], options.get("beta")
     per_token = options.get("average") == "tokens"
     ratio = (logps - ref_logps) / (lengths if per_token else torch.ones_like(logps))

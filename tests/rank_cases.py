@@ -4,11 +4,13 @@ Every rank runs every case; rank 0 writes FOLDER/<case>.json with what the case 
 """
 
 import gc
+import hashlib
 import json
 import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from deepspeed.utils import safe_get_full_grad
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt_dist.config import Config, load_config, load_deepspeed_json
+from prefopt_dist.config.build import _build_loss
+from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.micro_batch import Segment, Unit, pack
 from prefopt_dist.data.order import Order
 from prefopt_dist.data.unpaired import UnpairedRows
@@ -77,6 +81,7 @@ def equality(
     of: str = "model",
     against: str = "reference",
     make_engine: Callable[[Config, ingredients.Models], Any] = make_policy,
+    exact_start: Callable[[Path], Any] = plain.build_plain,
     steps: int | None = None,
     **sections: dict[str, object],
 ) -> dict:
@@ -93,7 +98,7 @@ def equality(
     models, objective, scored, _ = ready(config)
     engine = make_engine(config, models)
     order = Order(scored.rows.source, scored.rows.weights, config.run.seed, G)
-    exact_policy = plain.build_plain(folder / of)
+    exact_policy = exact_start(folder / of)
     exact_reference = plain.build_plain(folder / against)
     found: dict[str, Any] = {"loss": [], "metrics": [], "gradient": [], "sizes": [], "micro_batches": [], "ids": []}
     for index in range(steps or order.steps_per_epoch):
@@ -102,12 +107,14 @@ def equality(
         packed = step.gradient(engine, batch, objective, None)
         sums, _ = step.agree(packed, Request(False, False))
         means = statistics.means(objective.metrics, sums, objective.counted_by)
-        grads = {n: safe_get_full_grad(p) for n, p in engine.module.lm.named_parameters()}
+        grads = {n: safe_get_full_grad(p) for n, p in engine.module.lm.named_parameters() if p.requires_grad}
         exact_policy.zero_grad()
         expected = exact_step(exact_policy, exact_reference, scored, rows, loss)
         expected["loss_tensor"].backward()
         worst = 0.0
-        for n, p in exact_policy.named_parameters():
+        trained = {n: p for n, p in exact_policy.named_parameters() if p.requires_grad}
+        assert grads.keys() == trained.keys()
+        for n, p in trained.items():
             worst = max(worst, float((grads[n].double() - p.grad).norm() / p.grad.norm()))
         found["gradient"].append(worst)
         found["loss"].append([means["loss"], expected["loss"]])
@@ -130,19 +137,9 @@ def exact_step(policy: Any, reference: Any, scored: ScoredRows, rows: list[int],
         return {"loss": mean.item(), "loss_tensor": mean}
     if loss["name"] == "kto":
         return exact_kto(policy, reference, data, rows, loss)
-    live = torch.stack(
-        [
-            torch.stack(plain.pair_log_probs(policy, data.prompt(i), data.response(i, 0), data.response(i, 1)))
-            for i in rows
-        ]
-    )
+    live = plain_pairs(policy, data, rows)
     with torch.no_grad():
-        start = torch.stack(
-            [
-                torch.stack(plain.pair_log_probs(reference, data.prompt(i), data.response(i, 0), data.response(i, 1)))
-                for i in rows
-            ]
-        )
+        start = plain_pairs(reference, data, rows)
     lengths = torch.tensor([[len(data.response(i, k)) for k in (0, 1)] for i in rows], dtype=torch.float64)
     terms, reward = plain.pair_loss(loss, live, start, lengths)
     mean, margin = terms.mean(), reward[:, 0] - reward[:, 1]
@@ -178,6 +175,141 @@ def exact_kto(policy: Any, reference: Any, data: UnpairedRows, rows: list[int], 
             found[f"rewards/{response}"] = reward[mine].mean().item()
             found[f"logps/{response}"] = live.detach()[mine].mean().item()
     return found
+
+
+FAMILY: dict[str, dict[str, Any]] = {
+    "dpo per token": {"name": "dpo", "beta": 5.0, "label_smoothing": 0.0, "average": "tokens"},
+    "dpo with sft": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.7},
+    "robust": {"name": "robust", "beta": 0.2, "label_smoothing": 0.2},
+    "ipo on sums": {"name": "ipo", "beta": 0.05, "average": "sums"},
+    "hinge": {"name": "hinge", "beta": 0.1, "sft_weight": 0.0},
+    "simpo": {"name": "simpo", "beta": 2.0, "gamma": 1.0},
+    "orpo": {"name": "orpo", "beta": 0.5},
+    "mix": {
+        "name": "mix",
+        "of": {
+            "dpo": {"weight": 1.0, "beta": 0.1, "label_smoothing": 0.1},
+            "ipo": {"weight": 0.01, "beta": 0.3, "average": "tokens"},
+            "orpo": {"weight": 0.5, "beta": 0.5},
+        },
+    },
+    "mix without reference": {
+        "name": "mix",
+        "of": {"simpo": {"weight": 1.0, "beta": 2.0, "gamma": 0.5}, "sft": {"weight": 0.3}},
+    },
+}
+
+
+def family(folder: Path) -> dict:
+    """One step of every other loss, under many micro-batches and one, on the same engine and rows."""
+    config = config_for(folder, "family", loss=DPO, reference={"name_or_path": str(folder / "reference")})
+    models, _, scored, _ = ready(config)
+    engine = make_policy(config, models)
+    rows = list(range(G))
+    policy, reference = (plain.build_plain(folder / name) for name in ("model", "reference"))
+    live = plain_pairs(policy, scored.rows, rows)
+    with torch.no_grad():
+        start = plain_pairs(reference, scored.rows, rows)
+    lengths = torch.tensor([[len(scored.rows.response(i, k)) for k in (0, 1)] for i in rows], dtype=torch.float64)
+    found: dict[str, Any] = {}
+    for name, options in FAMILY.items():
+        objective = ingredients.make_objective(_build_loss(options, "loss"), torch.float32)
+        data = scored if objective.needs_reference else ScoredRows(scored.rows, None)
+        terms, reward = plain.pair_loss(options, live, start, lengths)
+        policy.zero_grad()
+        terms.mean().backward(retain_graph=True)
+        exact = {n: p.grad.clone() for n, p in policy.named_parameters()}
+        for budget in (150, 100_000):
+            batch = step_batch(data, rows, 2, budget)
+            sums, _ = step.agree(step.gradient(engine, batch, objective, None), Request(False, False))
+            means = statistics.means(objective.metrics, sums, objective.counted_by)
+            grads = {n: safe_get_full_grad(p) for n, p in engine.module.lm.named_parameters()}
+            engine.optimizer.zero_grad()
+            found[f"{name}, {budget}"] = {
+                "micro_batches": len(batch),
+                "loss": [means["loss"], terms.mean().item()],
+                "margin": [means["rewards/margins"], (reward[:, 0] - reward[:, 1]).mean().item()],
+                "gradient": max(float((grads[n].double() - exact[n]).norm() / exact[n].norm()) for n in exact),
+                "metrics": means,
+            }
+    zero3.release(engine)
+    return found
+
+
+def plain_pairs(model: Any, data: TokenisedRows, rows: list[int]) -> torch.Tensor:
+    pairs = [(data.prompt(i), data.response(i, 0), data.response(i, 1)) for i in rows]
+    return torch.stack([torch.stack(plain.pair_log_probs(model, *pair)) for pair in pairs])
+
+
+RESUMED: dict[str, tuple[str, dict[str, object]]] = {
+    "kto": ("crashed", {"name": "kto", "beta": 0.5, "split_pairs": True}),
+    "mix": (
+        "stopped",
+        {"name": "mix", "of": {"dpo": {"weight": 1.0}, "ipo": {"weight": 0.05}, "robust": {"weight": 0.5}}},
+    ),
+}
+
+
+def resumed(folder: Path) -> dict:
+    """Stopped after the second step, or crashed in the fourth behind a checkpoint: as the run that goes through."""
+    found: dict[str, Any] = {}
+    for name, (how, loss) in RESUMED.items():
+        for end in ("whole", how):
+            config = config_for(
+                folder,
+                f"{name}-{end}",
+                loss=loss,
+                data={"eval": str(folder / "pairs.jsonl")},
+                train={"max_steps": 4},
+                eval={"every_steps": 2},
+                checkpoint={"every_steps": 3},
+            )
+            if end != "whole":
+                with Interrupted(config.run_dir, how) as interrupted:
+                    interrupted.run(config)
+            train.run(config)
+            found[f"{name} {end}"] = ranks.decide(partial(the_end, config.run_dir))
+    return found
+
+
+class Interrupted:
+    """A start that ends early, on all ranks."""
+
+    def __init__(self, run_dir: Path, how: str) -> None:
+        self.run_dir, self.how, self.steps = run_dir, how, 0
+
+    def __enter__(self) -> "Interrupted":
+        self._gradient = step.gradient
+        step.gradient = self.gradient
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        step.gradient = self._gradient
+
+    def run(self, config: Config) -> None:
+        try:
+            train.run(config)
+            assert (config.run_dir / "STOPPED").exists()
+        except ConnectionAbortedError:
+            assert self.how == "crashed"
+
+    def gradient(self, engine: Any, *args: Any) -> torch.Tensor:
+        self.steps += 1
+        if self.how == "stopped" and self.steps == 2:
+            ranks.decide(lambda: (self.run_dir / "STOP").touch())
+        if self.how == "crashed" and self.steps == 4:
+            raise ConnectionAbortedError
+        return self._gradient(engine, *args)
+
+
+def the_end(run_dir: Path) -> dict[str, Any]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    weights = (run_dir / "final" / "model.safetensors").read_bytes()
+    return {
+        "weights": hashlib.sha256(weights).hexdigest(),
+        "rows": [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows],
+        "starts": [s["step"] for s in json.loads((run_dir / "run.json").read_text())["starts"]],
+    }
 
 
 KTO = {"name": "kto", "beta": 0.05, "desirable_weight": 1.0, "undesirable_weight": 1.3, "split_pairs": True}
@@ -238,6 +370,10 @@ def ipo(folder: Path) -> dict:
 
 def orpo(folder: Path) -> dict:
     return equality(folder, "orpo", 150, {"name": "orpo", "beta": 0.5}, steps=2)
+
+
+def kto_one_micro_batch(folder: Path) -> dict:
+    return equality(folder, "kto-one", 100_000, KTO, of="reference", against="model", steps=1)
 
 
 def dpo_gemma2(folder: Path) -> dict:
@@ -698,4 +834,6 @@ def prepare(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    case_runner.serve(globals(), prepare)
+    import lora_cases  # which has its cases from this file's parts
+
+    case_runner.serve(globals() | vars(lora_cases), prepare)

@@ -6,13 +6,16 @@ import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen3Config
 
+from prefopt_dist.config import Lora
 from prefopt_dist.data.micro_batch import Unit, pack
 from prefopt_dist.distributed import zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import attention
 from prefopt_dist.model.activations import ActivationMemory, activation_memory
+from prefopt_dist.model.adapter import Adapter, attach
 from prefopt_dist.model.cost import layer_parameters
 from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.stages.checks import adapter_of
 from prefopt_dist.training import room
 
 SHAPE = {
@@ -32,11 +35,13 @@ CONFIGS = {
 }
 
 
-def kept(config: PreTrainedConfig, checkpointed: int, tokens: int) -> int:
+def kept(config: PreTrainedConfig, checkpointed: int, tokens: int, adapter: Adapter | None = None) -> int:
     """Bytes that a real forward pass over one unshared sequence keeps, weights and the head's block apart."""
     from transformers import AutoModelForCausalLM
 
     lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention.NAME)
+    if adapter is not None:
+        attach(lm, adapter)
     scorer = Scorer(lm).train()
     room.apply(lm, checkpointed)
     own = {p.untyped_storage().data_ptr() for p in [*lm.parameters(), *lm.buffers()]}
@@ -64,6 +69,21 @@ def test_the_estimate_is_what_autograd_keeps(name: str, checkpointed: int) -> No
     estimate = memory.bytes(tokens, checkpointed) - memory.block(tokens) - again
     ends = tokens * memory.per_token_ends
     assert 0.9 * (estimate - ends) <= kept(config, checkpointed, tokens) <= 1.1 * estimate
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("checkpointed", [0, 3])
+def test_the_estimate_with_adapters(name: str, checkpointed: int) -> None:
+    """A frozen layer keeps nothing for its weight; an adapter keeps its input and the r numbers between A and B."""
+    config, tokens = CONFIGS[name], 512
+    adapter = adapter_of(Lora(r=8), config, "some/model")
+    memory, whole = (activation_memory(config, torch.float32, a) for a in (adapter, None))
+    assert memory.per_token_layer < 1.1 * whole.per_token_layer
+    again = tokens * memory.per_token_layer if checkpointed else 0
+    estimate = memory.bytes(tokens, checkpointed) - memory.block(tokens) - again
+    ends = tokens * memory.per_token_ends
+    # The first layer's input has no gradient, so that it keeps less than the others, by which it is counted.
+    assert 0.85 * (estimate - ends) <= kept(config, checkpointed, tokens, adapter) <= 1.1 * estimate
 
 
 def test_by_hand() -> None:

@@ -1,6 +1,7 @@
 """The benchmark's arithmetic, and that the training's layout keeps its ranks busy; its run with TRL is not tested."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from benchmarks import imbalance, meter, report
+from benchmarks import imbalance, meter, parity, report
 from benchmarks.floor import SHAPES, distinct_tokens, first_pass_flop, forward_flop, step_flop
 from benchmarks.pairs import END, FIRST_TOKEN, MIXES, draw_lengths, draw_pairs
 from benchmarks.world import Task, load_task, save_task, text, write_model
@@ -137,3 +138,28 @@ def test_unequal_losses_are_no_comparison(losses: list[float]) -> None:
 def test_ranks_wait_little(mix: str, world: int, steps: int) -> None:
     """Under 2 % with 8 pairs a rank."""
     assert imbalance.lost(draw_lengths(MIXES[mix], world * 8 * steps, seed=1), world, 8) < 0.02
+
+
+def test_parity_finds_what_is_not_equal(capsys: pytest.CaptureFixture[str]) -> None:
+    """A loss or a gradient beyond the tolerance, or none at all; a whole run needs TRL and is not tested."""
+    value = parity.Value(0.5, {"w": torch.tensor([3.0, 4.0]).double()})
+    assert not parity.line("dpo", "DPO", "loss", value, value)
+    for other in (
+        parity.Value(0.5001, value.gradient),
+        parity.Value(math.nan, value.gradient),
+        parity.Value(0.5, {"w": torch.tensor([3.0, 4.1]).double()}),
+        parity.Value(0.5, {"w": torch.tensor([-3.0, -4.0]).double()}),
+    ):
+        assert parity.line("dpo", "DPO", "loss", other, value)
+    assert capsys.readouterr().out.count("BEYOND") == 4
+
+
+def test_parity_measures_ours_by_hand(tmp_path) -> None:
+    """Where policy and reference are one model: ln 2, and z0 = 0."""
+    parity.write_apart(tmp_path / "policy", 0)
+    shutil.copytree(tmp_path / "policy", tmp_path / "reference")
+    ours = parity.Ours(tmp_path)
+    rows = draw_pairs(parity.LENGTHS, 4, parity.SHAPE.vocabulary)
+    assert ours.pairs({"name": "dpo"}, rows, less_sft=False).loss == pytest.approx(math.log(2), rel=1e-6)
+    z0, value = ours.kto({"name": "kto"}, [(p, c, i < 2) for i, (p, c, _) in enumerate(rows)])
+    assert (z0, value.loss) == (0, 0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from prefopt_dist.config import (
     Config,
     DataSource,
     DPOLoss,
+    MixLoss,
     SFTLoss,
     differing,
     identity,
@@ -23,6 +25,7 @@ from prefopt_dist.config import (
     to_dict,
     to_yaml,
 )
+from prefopt_dist.config.losses import IPOLoss, ORPOLoss, Part
 from prefopt_dist.config.strict_yaml import dump_yaml, load_yaml, parse_value
 from prefopt_dist.errors import UserError
 
@@ -117,6 +120,15 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         "evaluate": {"model": None},
         "plan": {"gpu": None, "nodes": 1, "gpus_per_node": None, "file": None},
         "report": {"compare": [], "file": None},
+        "inspect": {
+            **dict.fromkeys(
+                "duplicates contradictions eval_pairs eval_prompts cut special_tokens".split()
+                + "length_bias label_balance few_rows".split(),
+                "keep",
+            ),
+            "file": None,
+            "picture": None,
+        },
     }
 
 
@@ -296,6 +308,76 @@ def test_an_option_of_another_loss_is_refused(tmp_path: Path, name: str) -> None
                 assert word in message
 
 
+MIX = MINIMAL + "loss: {name: mix, of: {orpo: {weight: 0.2}, dpo: {weight: 1, beta: 0.3}}}\n"
+
+
+def test_a_mix(tmp_path: Path) -> None:
+    """Each part with its own options, over layers and by dotted override; the order of the file decides nothing."""
+    loss = load(tmp_path, text=MIX).loss
+    assert loss == MixLoss({"dpo": Part(1.0, DPOLoss(beta=0.3)), "orpo": Part(0.2, ORPOLoss())})
+    assert list(loss.of) == ["dpo", "orpo"]
+    changed = load(tmp_path, "loss.of.dpo.beta=0.5", "loss.of.sft.weight=0.1", text=MIX)
+    assert changed.loss.of["dpo"].loss.beta == 0.5
+    assert changed.loss.of["sft"] == Part(0.1, SFTLoss())
+    assert load(tmp_path, text=to_yaml(changed)) == changed
+    differ = differing(identity(load(tmp_path, text=MIX)), identity(changed))
+    assert differ[0] == "loss.of.dpo.beta: was 0.3, now 0.5"
+    assert "loss.of.sft.weight: was absent, now 0.1" in differ
+    assert load(tmp_path, "loss.name=ipo", text=MIX).loss == IPOLoss()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("loss.of.dpo.gamma=1", ["loss.of.dpo.gamma", "got 1", "not an option of the loss dpo; simpo has it"]),
+        ("loss.of.dpo.bata=1", ["loss.of.dpo.bata", "unknown key", "beta"]),
+        ("loss.of.dpo.beta=0", ["loss.of.dpo.beta", "got 0", "greater than 0"]),
+        ("loss.of.dpo.weight=0", ["loss.of.dpo.weight", "got 0", "greater than 0"]),
+        ("loss.of.dpo.weight=true", ["loss.of.dpo.weight", "got true", "a number"]),
+        ("loss.of.dpo.name=ipo", ["loss.of.dpo.name", "the key names the loss"]),
+        ("loss.of.dpo.sft_weight=1", ["loss.of.dpo.sft_weight", "got 1", "sft: {weight: …}"]),
+        ("loss.of.dpo=3", ["loss.of.dpo", "got 3", "a mapping of its weight and options"]),
+        ("loss.of.sft={}", ["loss.of.sft.weight", "missing", "loss.of.sft.weight=VALUE"]),
+        ("loss.of.kto.weight=1", ["loss.of.kto", "cannot be mixed", "single responses"]),
+        ("loss.of.mix.weight=1", ["loss.of.mix", "cannot be mixed"]),
+        ("loss.of.dop.weight=1", ["loss.of.dop", "'dop'", "one of dpo, robust"]),
+        ("loss.of=[dpo, orpo]", ["loss.of", "a map of two losses or more"]),
+        ("loss.of=null", ["loss.of", "got null", "a map of two losses or more", "{dpo: {weight: 1"]),
+        ("loss.beta=0.1", ["loss.beta", "got 0.1", "loss.of.LOSS.beta"]),
+        ("loss.off=1", ["loss.off", "unknown key", "did you mean of?"]),
+    ],
+)
+def test_a_mistake_in_a_mix(tmp_path: Path, override: str, words: list[str]) -> None:
+    message = complaint(tmp_path, override, text=MIX)
+    for word in words:
+        assert word in message
+
+
+def test_a_mix_without_its_name(tmp_path: Path) -> None:
+    message = complaint(tmp_path, "loss.of.dpo.weight=1")
+    assert "loss.of" in message
+    assert "set loss.name=mix" in message
+    one = complaint(tmp_path, "loss.name=mix", "loss.of.dpo.weight=1")
+    assert "two losses or more" in one
+
+
+def test_the_page_on_losses_names_keys_that_exist(tmp_path: Path) -> None:
+    """docs/losses.md, which translates TRL's names to ours."""
+    page = (REPOSITORY / "docs" / "losses.md").read_text()
+    sections = "|".join(field.name for field in dataclasses.fields(Config))
+    keys = set(re.findall(rf"`((?:{sections})\.[a-z_.]+)", page))
+    options = {f"loss.{field.name}" for cls in LOSSES.values() for field in dataclasses.fields(cls)}
+    options |= {"loss.of"} | {key.replace("loss.", "loss.of.dpo.") for key in options} | {"loss.of.LOSS."}
+    known = to_dict(load(tmp_path))
+    for key in keys - options:
+        place: Any = known
+        for part in key.rstrip(".").split("."):
+            assert part in place, key
+            place = place[part]
+    named = set(re.findall(r"`loss\.name: ([a-z]+)`", page))
+    assert {"dpo", "kto", "mix"} <= named <= {*LOSSES, "mix"}
+
+
 # Layers
 
 
@@ -445,6 +527,7 @@ def test_resolved_text_loads_back_equal(tmp_path: Path, overrides: list[str]) ->
         ("train.global_batch_pairs=8", "train.global_batch_pairs: was 64, now 8"),
         ("train.epochs=2", "train.epochs: was 1, now 2"),
         ("train.max_steps=2", "train.max_steps: was None, now 2"),
+        ("inspect.duplicates=drop", "inspect.duplicates: was absent, now drop"),
     ],
 )
 def test_identity_holds_what_a_run_is(tmp_path: Path, override: str, line: str) -> None:
@@ -458,8 +541,15 @@ def test_identity_leaves_out_what_may_change(tmp_path: Path) -> None:
         "data.eval=e", "train.micro_batch_tokens=1", "train.max_hours=1", "train.hang_minutes=9", "deepspeed.policy=p",
         "eval.every_steps=3", "checkpoint.every_steps=null", "tracking.log_every_steps=2",
         "reference.micro_batch_tokens=3", "export.dir=d", "evaluate.model=m",
+        "inspect.duplicates=stop", "inspect.file=f", "inspect.picture=p.png",
     ]  # fmt: skip
     assert differing(identity(load(tmp_path)), identity(load(tmp_path, *changed))) == []
+
+
+def test_identity_has_what_decides_which_rows_are_dropped(tmp_path: Path) -> None:
+    drop = "inspect.eval_prompts=drop"
+    before, after = identity(load(tmp_path, drop, "data.eval=e")), identity(load(tmp_path, drop, "data.eval=f"))
+    assert differing(before, after) == ["data.eval.[0].path: was e, now f"]
 
 
 # Secrets

@@ -403,6 +403,27 @@ def test_without_sharing(world: World, whole: Path) -> None:
         assert one["train/rewards/margins"] == pytest.approx(other["train/rewards/margins"], abs=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kto", "mix"])
+def test_kill_with_another_loss(world: World, name: str) -> None:
+    """Killed in training on two ranks; the same end as the run that goes through, evaluated on one rank."""
+    loss: dict[str, object] = {"name": "kto", "split_pairs": True}
+    if name == "mix":
+        loss = {"name": "mix", "of": {"dpo": {"weight": 1.0}, "orpo": {"weight": 0.2}}}
+    settings = {"loss": loss, "train": {"global_batch_pairs": G, "micro_batch_tokens": 512, "max_steps": 23}}
+    launch(world.run(f"{name}-whole", **settings))  # type: ignore[arg-type]
+    whole, killed = world.folder / f"{name}-whole", world.folder / f"{name}-killed"
+    run = world.run(f"{name}-killed", **settings)  # type: ignore[arg-type]
+    start_and(run, at_step(killed, 9), kill_all)
+    launch(run)
+    assert_same_end(killed, whole)
+    assert [s["step"] for s in json.loads((killed / "run.json").read_text())["starts"]] == [0, 6]
+    launch(run, "evaluate", n=1)
+    found, last = json.loads((killed / "evaluation.json").read_text()), rows(killed)[-1]
+    for metric in ("loss", "rewards/accuracies", "rewards/margins", "kto/z0" if name == "kto" else "orpo_loss"):
+        assert found[f"eval/{metric}"] == pytest.approx(last[f"eval/{metric}"], rel=1e-4), metric
+
+
 def test_evaluate_and_export_on_one_rank(world: World, whole: Path) -> None:
     """Stages on a checkpoint of two ranks, run by one."""
     run = world.run("whole")

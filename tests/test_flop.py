@@ -14,6 +14,7 @@ attention and head are an 8B's.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -25,10 +26,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prefopt_dist.config import Lora
 from prefopt_dist.data.micro_batch import Unit, pack
 from prefopt_dist.model import attention
+from prefopt_dist.model.adapter import attach
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
+from prefopt_dist.stages.checks import adapter_of
 
 WIDTH, LAYERS = 512, 3
 MIXES = {"UltraFeedback-like": (190, 305), "HH-like": (205, 75), "long": (1600, 255)}
@@ -129,6 +133,28 @@ def test_a_step_computes_little_more_than_the_floor(mix: str) -> None:
     ratio = counter.get_total_flops() / floor(units)
     print(f"{mix}: a step is {ratio:.4f} of the floor")
     assert 1 < ratio <= 1.05
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    """With adapters the products for the weights' gradients are left out, those of the head too."""
+    units = sampled("HH-like")
+    batch, none = pack(units, 2), torch.zeros(PAIRS, 2, dtype=torch.float64)
+    lm = LlamaForCausalLM._from_config(copy.deepcopy(scorer().lm.config), attn_implementation=attention.NAME)
+    adapter = adapter_of(Lora(r=1), lm.config, "some/model")
+    assert adapter is not None
+    attach(lm, adapter)
+    with counting() as adapted:
+        Scorer(lm)(batch, DPO(0.1), none).loss.backward()
+    with counting() as whole:
+        scorer()(batch, DPO(0.1), none).loss.backward()
+    tokens, rows = batch.input_ids.numel(), len(batch.source)
+    saved = 2 * matrices(scorer().lm) * tokens + 2 * lm.config.vocab_size * WIDTH * rows
+    own = 3 * 2 * sum(p.numel() for p in lm.parameters() if p.requires_grad) * tokens
+    # And in the first layer nothing asks for the gradient of q, k and v's input.
+    layer = lm.model.layers[0].self_attn
+    first = 2 * tokens * sum(p.numel() for m in (layer.q_proj, layer.k_proj, layer.v_proj) for p in m.parameters())
+    first -= 2 * tokens * sum(m.lora_B["default"].weight.numel() for m in (layer.q_proj, layer.k_proj, layer.v_proj))
+    assert whole.get_total_flops() - adapted.get_total_flops() == saved - own + first
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import mpmath
 import numpy as np
 import plain
 import pytest
@@ -63,6 +64,23 @@ def test_far_gains_saturate(far: float) -> None:
     wanted = [0.0, 1.5] if far > 0 else [0.8, 0.0]
     assert found.per_unit[:, 0].tolist() == [pytest.approx(v, abs=1e-40) for v in wanted]
     assert slope.abs().max() < 1e-40
+
+
+@pytest.mark.parametrize("gain", [0.0, 1e-9, -1e-9, 0.7, -0.7, 30.0, -30.0, 700.0, -700.0])
+@pytest.mark.parametrize("good", [True, False])
+def test_from_the_reference_point_to_the_far_ends(gain: float, good: bool) -> None:
+    """Value and slope as exact as float64, where 1 − σ would have lost all digits: against 60 of them."""
+    logps = torch.tensor([-9000.0 + gain], dtype=torch.float64, requires_grad=True)
+    found = kto(2.0, beta=1.0)(sequences(logps, torch.tensor([-9002.0]).double(), torch.tensor([good])))
+    (slope,) = torch.autograd.grad(found.loss, logps)
+    with mpmath.workdps(60):
+        weight = mpmath.mpf(OPTIONS["desirable_weight" if good else "undesirable_weight"])
+        sign = 1 if good else -1
+        a = sign * (mpmath.mpf(logps.item()) + 9000)
+        value = 1 / (1 + mpmath.exp(a))
+        wanted = float(weight * value), float(-sign * weight * value * (1 - value))
+    assert found.loss.item() == pytest.approx(wanted[0], rel=1e-13)
+    assert slope.item() == pytest.approx(wanted[1], rel=1e-12)
 
 
 def test_closed_form_at_the_start() -> None:

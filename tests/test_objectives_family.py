@@ -26,11 +26,27 @@ FAMILY: list[dict[str, Any]] = [
     {"name": "simpo", "beta": 2.0, "gamma": 1.0, "sft_weight": 0.0},
     {"name": "simpo", "beta": 2.5, "gamma": 0.0, "sft_weight": 0.2},
     {"name": "orpo", "beta": 0.5},
+    {
+        "name": "mix",
+        "of": {
+            "dpo": {"weight": 1.0, "beta": 0.1, "label_smoothing": 0.0, "average": "sums"},
+            "orpo": {"weight": 0.2, "beta": 0.5},
+        },
+    },
+    {
+        "name": "mix",
+        "of": {
+            "dpo": {"weight": 0.8, "beta": 5.0, "label_smoothing": 0.1, "average": "tokens"},
+            "ipo": {"weight": 0.05, "beta": 0.3, "average": "tokens"},
+            "hinge": {"weight": 2.0, "beta": 0.1},
+        },
+    },
+    {"name": "mix", "of": {"simpo": {"weight": 0.5, "beta": 2.0, "gamma": 1.0}, "sft": {"weight": 3.0}}},
 ]
 
 
 def called(options: dict[str, Any]) -> str:
-    return "-".join(str(v) for v in options.values())
+    return "-".join(str(v) if not isinstance(v, dict) else "+".join(v) for v in options.values())
 
 
 def made(options: dict[str, Any]) -> Objective:
@@ -110,6 +126,9 @@ def test_closed_form_at_the_start(options: dict[str, Any]) -> None:
     sums, _, lengths = drawn(20)
     found = objective(units(objective, sums, sums, lengths))
     form = {"dpo": math.log(2), "robust": math.log(2), "ipo": 0.25 * options.get("beta", 1) ** -2, "hinge": 1.0}
+    if options["name"] == "mix" and options["of"].keys() <= form.keys():
+        form["ipo"] = 0.25 * options["of"]["ipo"]["beta"] ** -2
+        form["mix"] = sum(part["weight"] * form[name] for name, part in options["of"].items())
     if options.get("sft_weight") or options["name"] not in form:
         assert objective.start_loss is None
         return
@@ -147,6 +166,10 @@ def test_extreme_margins(options: dict[str, Any], margin: float) -> None:
 
 def _exact(options: dict[str, Any], s: list[Any]) -> Any:
     """The loss of one pair of one-token responses whose reference is −20 each, in 60 digits."""
+    if options["name"] == "mix":
+        return sum(mpmath.mpf(o["weight"]) * _exact({"name": n, **o}, s) for n, o in options["of"].items())
+    if options["name"] == "sft":
+        return -s[0]
     beta, name = mpmath.mpf(options["beta"]), options["name"]
 
     def ell(x: Any) -> Any:
@@ -204,6 +227,43 @@ def test_certain_tokens_have_finite_odds(sums: list[float]) -> None:
     with mpmath.workdps(50):
         capped = [_log_odds(mpmath.mpf(min(s, CERTAIN))) for s in sums]
     assert shown["log_odds_ratio"] == pytest.approx(float(capped[0] - capped[1]), rel=1e-12, abs=1e-12)
+
+
+SMALLEST = -(2.0**-23)
+"""A mean log-prob that float32 has next to 0."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("chosen", [SMALLEST, -1e-5, -0.1, -3.0, -60.0, -1e4])
+@pytest.mark.parametrize("rejected", [SMALLEST, -0.5, -1e4])
+def test_orpo_from_p_near_1_to_p_near_0(chosen: float, rejected: float, dtype: torch.dtype) -> None:
+    """The whole loss and both slopes, a few roundings of the dtype from 60 digits (an even ratio cancels: absolute)."""
+    sums = torch.tensor([[chosen * 4, rejected * 8]], dtype=dtype, requires_grad=True)
+    found = ORPO(0.5)(Sequences(sums, torch.tensor([[4, 8]]), None))
+    got = slope(found.loss, sums)
+    options = {"name": "orpo", "beta": 0.5}
+    with mpmath.workdps(60):
+        means = [mpmath.mpf(s) / n for s, n in zip(sums[0].tolist(), (4, 8), strict=True)]
+        value = _exact(options, means)
+        ratio = _log_odds(means[0]) - _log_odds(means[1])
+        pull = mpmath.mpf(0.5) / (1 + mpmath.exp(ratio))
+        slopes = [
+            (-1 - pull / (1 - mpmath.exp(means[0]))) / 4,
+            pull / (1 - mpmath.exp(means[1])) / 8,
+        ]
+    eps = torch.finfo(dtype).eps
+    assert found.loss.item() == pytest.approx(float(value), rel=20 * eps, abs=20 * eps * float(1 + abs(ratio)))
+    for mine, exact in zip(got[0].tolist(), slopes, strict=True):
+        assert mine == pytest.approx(float(exact), rel=20 * eps * float(1 + abs(ratio)), abs=1e-30)
+
+
+def test_the_naive_odds_are_dead_in_float32() -> None:
+    """What the form in use is for: log(1 − eˣ) as it is written is −∞ near p = 1 and 0 near p = 0."""
+    near_1, near_0 = torch.tensor(-2e-8), torch.tensor(-30.0)
+    assert torch.log(1 - torch.exp(near_1)).item() == -math.inf
+    assert torch.log(1 - torch.exp(near_0)).item() == 0
+    assert log1mexp(torch.tensor(CERTAIN)).item() == pytest.approx(-24 * math.log(2), rel=1e-6)
+    assert log1mexp(near_0).item() == pytest.approx(-math.exp(-30), rel=1e-6)
 
 
 def test_orpo_by_hand() -> None:
@@ -278,6 +338,43 @@ def test_nan_is_not_hidden() -> None:
         assert math.isnan(found.loss.item()), options
         shown = dict(zip(objective.metrics, found.per_unit[0].tolist(), strict=True))
         assert (shown["rewards/accuracies"], shown["ties"]) == (0, 0), options
+
+
+def test_a_mix_shows_its_parts() -> None:
+    """Each part's loss under its own name, as it is alone; the rewards are those of the first in the registry."""
+    sums, reference, lengths = drawn(9)
+    parts = {"orpo": {"weight": 0.2, "beta": 0.5}, "ipo": {"weight": 0.3}, "dpo": {"weight": 2, "beta": 0.2}}
+    objective = made({"name": "mix", "of": parts})
+    shown = dict(zip(objective.metrics, objective(Sequences(sums, lengths, reference)).per_unit.unbind(1), strict=True))
+    for name, part in parts.items():
+        options = {k: v for k, v in part.items() if k != "weight"}
+        alone = made({"name": name, **options})
+        found = alone(units(alone, sums, reference, lengths)).per_unit.unbind(1)
+        own = dict(zip(alone.metrics, found, strict=True))
+        assert torch.equal(shown[f"{name}_loss"], own.pop("loss"))
+        for metric, values in own.items():
+            if name == "dpo" or not metric.startswith("rewards/"):
+                assert torch.equal(shown[metric], values), (name, metric)
+    total = sum(part["weight"] * shown[f"{name}_loss"] for name, part in parts.items())
+    torch.testing.assert_close(shown["loss"], total, rtol=1e-14, atol=0)
+    assert objective == made({"name": "mix", "of": dict(reversed(parts.items()))}), "the file's order decides nothing"
+
+
+@pytest.mark.parametrize("name", ["dpo", "robust", "ipo", "hinge", "simpo"])
+def test_sft_in_a_mix_is_the_sft_weight_of_one_loss(name: str) -> None:
+    sums, reference, lengths = drawn(9)
+    one, mix = (
+        made(options)
+        for options in (
+            {"name": name, "sft_weight": 0.7},
+            {"name": "mix", "of": {"sft": {"weight": 0.7}, name: {"weight": 1.0}}},
+        )
+    )
+    assert mix.needs_reference == one.needs_reference
+    a, b = (o(units(o, sums, reference, lengths)) for o in (one, mix))
+    columns = [mix.metrics.index(metric) for metric in one.metrics]
+    torch.testing.assert_close(b.per_unit[:, columns], a.per_unit, rtol=1e-14, atol=0)
+    assert b.loss.item() == pytest.approx(a.loss.item(), rel=1e-14)
 
 
 def test_an_sft_term_of_weight_0_is_none() -> None:

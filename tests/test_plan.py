@@ -13,7 +13,7 @@ import worlds
 from transformers import LlamaConfig
 
 from prefopt_dist.__main__ import main
-from prefopt_dist.config import Plan, load_deepspeed_json
+from prefopt_dist.config import Lora, Plan, load_deepspeed_json
 from prefopt_dist.errors import UserError
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.disk import disk
@@ -21,6 +21,7 @@ from prefopt_dist.planning.fit import Fit, Needs, fit, offloadings, refuse_misfi
 from prefopt_dist.planning.machine import GPUS, Machine, known_gpu, planned
 from prefopt_dist.planning.memory import Phase, Place, ZeroSettings
 from prefopt_dist.planning.sizes import model_sizes
+from prefopt_dist.stages.checks import adapter_of
 from prefopt_dist.stages.ingredients import sized
 
 GIB = 2**30
@@ -112,6 +113,40 @@ def test_disk_by_hand() -> None:
     n = sizes.parameters
     assert (found.checkpoint, found.checkpoints, found.conversion) == (12 * n, 36 * n, 12 * n)
     assert (found.export, found.store) == (2 * n, 40_000)
+
+
+def with_adapters(name: str, **options: Any) -> Needs:
+    adapter = adapter_of(Lora(**options), LLAMAS[name], "some/model")
+    sizes = model_sizes(LLAMAS[name], torch.bfloat16, 40_960, adapter)
+    return replace(needs_of(name), sizes=sizes)
+
+
+def test_adapters_by_hand() -> None:
+    """Of an 8B: r · (in + out) of q, o (4096 → 4096), k, v (→ 1024), gate, up, down (4096 ↔ 14,336) of 32 layers."""
+    needs, whole = with_adapters("8B", r=16), needs_of("8B")
+    layer = 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14_336))
+    trained = 32 * layer
+    assert trained == 41_943_040
+    assert (needs.sizes.trained, needs.sizes.parameters) == (trained, whole.sizes.parameters + trained)
+    assert whole.sizes.trained == whole.sizes.parameters
+    place = Place(8, True)
+    parts = by_name(memory.backward(needs.sizes, needs.policy, place, 10, 0))
+    assert parts["gradients"] == parts["master weights"] == 4 * trained // 8
+    assert parts["AdamW's moments"] == 8 * trained // 8
+    assert parts["parameters"] == pytest.approx(2 * 8_072_204_288 / 8, rel=0.01)
+    assert "head gradient" not in parts
+    assert by_name(memory.update(needs.sizes, needs.policy, place, 10, 0))["flat gradient"] == 4 * trained // 8
+    for merged, size in ((False, trained), (True, needs.sizes.parameters)):
+        found = disk(needs.sizes, 2, 2, None, merged=merged)
+        assert (found.checkpoint, found.conversion, found.export) == (12 * trained, 12 * trained, 2 * size)
+    named = with_adapters("8B", r=8, target_modules=("q_proj", "v_proj"))
+    assert named.sizes.trained == 32 * 8 * (4096 + 4096 + 4096 + 1024)
+
+
+def test_adapters_let_a_70b_fit_on_8_gpus() -> None:
+    """Which training all of its weights does not: see below."""
+    assert fit(needs_of("70B"), h200(1)).checkpointed is None
+    assert fit(with_adapters("70B"), h200(1)).checkpointed is not None
 
 
 @pytest.mark.parametrize(
@@ -211,6 +246,11 @@ def test_the_command(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["memory"][0]["fits"]
     assert plan["seconds"]["total"] > 4 * plan["seconds"]["step"] > 0
     assert not (world / "runs" / "run").exists()
+    status, said, adapted = planned_by(world, capsys, "lora.r=4")
+    assert status == 0, said
+    assert "in adapters, which alone are trained" in said
+    assert adapted["model"]["trained"] == 4864 < plan["model"]["trained"] == plan["model"]["parameters"]
+    assert adapted["seconds"]["step"] == pytest.approx(2 / 3 * plan["seconds"]["step"])
 
 
 def test_data_that_cannot_be_read(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

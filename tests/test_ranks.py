@@ -9,7 +9,7 @@ import case_runner
 import pytest
 
 EQUALITY = ["dpo_many_micro_batches", "dpo_one_micro_batch", "dpo_checkpointing", "sft_many_micro_batches"]
-SHORT = ["kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2"]
+SHORT = ["kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2", "lora", "lora_gemma2"]
 BOTH = [
     *EQUALITY,
     *SHORT,
@@ -19,9 +19,10 @@ BOTH = [
     "errors_reach_all",
     "packs_alone_and_together",
     "collectives_and_host_reads",
+    "lora_resume",
 ]
 BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates", "early_stop"]
-TWO_ONLY = ["shards", "save_fails_on_one_rank", "idle_ranks"]
+TWO_ONLY = ["shards", "save_fails_on_one_rank", "idle_ranks", "family", "kto_one_micro_batch", "resumed"]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
@@ -61,6 +62,58 @@ def test_steps_equal_float64(world: tuple[int, Path], case: str) -> None:
             assert got["kto/desirable"] == exact["kto/desirable"]
         if "rewards/accuracies" in exact:
             assert got["rewards/accuracies"] == exact["rewards/accuracies"]
+
+
+def test_every_loss_of_the_family_equals_float64(world: tuple[int, Path]) -> None:
+    """One step under many micro-batches and under one: loss, margin, gradient; each with its own metrics."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "family")
+    for case, got in result.items():
+        assert (got["micro_batches"] > 1) == case.endswith(" 150"), case
+        assert got["loss"][0] == pytest.approx(got["loss"][1], rel=1e-5), case
+        assert got["margin"][0] == pytest.approx(got["margin"][1], rel=1e-4, abs=1e-6), case
+        assert got["gradient"] <= 1e-5, case
+    assert result["orpo, 150"]["metrics"].keys() >= {"log_odds_ratio", "sft_loss"}
+    mix = result["mix, 150"]["metrics"]
+    total = mix["dpo_loss"] + 0.01 * mix["ipo_loss"] + 0.5 * mix["orpo_loss"]
+    assert mix["loss"] == pytest.approx(total, rel=1e-12)
+    assert mix["orpo_loss"] == pytest.approx(result["orpo, 150"]["metrics"]["loss"], rel=1e-6)
+
+
+def test_kto_in_one_micro_batch(world: tuple[int, Path]) -> None:
+    """The reference point and the gradient are those of many micro-batches, which are float64's."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    one, many = found(world, "kto_one_micro_batch"), found(world, "kto")
+    assert one["micro_batches"][0] < many["micro_batches"][0]
+    assert max(one["gradient"]) <= 1e-5
+    (got, exact), (other, _) = one["metrics"][0], many["metrics"][0]
+    assert got["kto/z0"] == pytest.approx(exact["kto/z0"], rel=1e-5) == pytest.approx(other["kto/z0"], rel=1e-5)
+    assert got["loss"] == pytest.approx(exact["loss"], rel=1e-5) == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_kto_and_a_mix_resume(world: tuple[int, Path]) -> None:
+    """With evaluation on pairs: the same bits and rows as the run that nothing interrupts."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "resumed")
+    # Both have a closed form at the start: λ/2, and ln 2 + ½ ln 2 + 0.05 / (2 · 0.1)².
+    for loss, how, step, own, at_start in (
+        ("kto", "crashed", 3, "kto/z0", 0.5),
+        ("mix", "stopped", 2, "robust_loss", 1.5 * math.log(2) + 1.25),
+    ):
+        whole, again = result[f"{loss} whole"], result[f"{loss} {how}"]
+        assert (whole["starts"], again["starts"]) == ([0], [0, step])
+        assert again["weights"] == whole["weights"], loss
+        assert again["rows"] == whole["rows"], loss
+        rows = whole["rows"]
+        assert [r["step"] for r in rows if r["kind"] == "eval"] == [0, 2, 4]
+        assert all(f"{row['kind']}/{own}" in row for row in rows)
+        assert rows[0]["eval/loss"] == pytest.approx(at_start, rel=1e-4)
+        assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
+        assert (rows[0]["eval/rewards/accuracies"], rows[0]["eval/ties"]) == (0, 1)
+        assert rows[-1]["eval/rewards/accuracies"] > 0.5
 
 
 def test_every_row_once(world: tuple[int, Path]) -> None:
@@ -228,3 +281,24 @@ def test_one_collective_and_one_host_read_a_step(world: tuple[int, Path]) -> Non
     for counted in result["steps"]:
         assert counted["collective"] == ["all_reduce"]
         assert counted["read"] == ["tolist"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_start_at_the_base_and_resume_to_the_bit(world: tuple[int, Path], dtype: str) -> None:
+    result = found(world, "lora_resume")[dtype]
+    assert result["zero"], "B = 0, so the start is the base model"
+    assert result["losses"][0] == pytest.approx(math.log(2), rel=1e-6 if dtype == "float32" else 1e-2)
+    assert result["losses"][2] < result["losses"][0]
+    assert result["moved"] == 1
+    assert result["step"] == 2
+    assert result["equal"]
+    assert result["again"] == result["losses"][2]
+
+
+def test_a_checkpoint_of_adapters_holds_them_alone(world: tuple[int, Path]) -> None:
+    """r = 4 beside q, o (32·32), k, v (32·16), gate, up, down (32·96) of two layers; 12 bytes each on disk."""
+    trained = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 96))
+    for result in found(world, "lora_resume").values():
+        assert result["trained"] == trained
+        assert trained <= sum(result["optimized"]) <= 1.05 * trained
+        assert result["bytes"] == pytest.approx(12 * sum(result["optimized"]), abs=100), "Adam's counts beside it"

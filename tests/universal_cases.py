@@ -37,6 +37,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bfloat16": ({"model": {"dtype": "bfloat16"}, "optim": {"weight_decay": 0.1}}, ZERO),
     "untied": ({"optim": {"weight_decay": 0.1}}, ZERO | {"sub_group_size": 5000}),
     "offload": ({"optim": {"weight_decay": 0.1}}, ZERO | {"offload_optimizer": {"device": "cpu"}}),
+    "lora": ({"optim": {"weight_decay": 0.1}, "lora": {"r": 3}}, ZERO | {"sub_group_size": 1000}),
 }
 """Sections of the run and ZeRO's settings; a small sub_group_size makes several sub-groups of a group."""
 STATE = {"window": {"sums": [1 / 3, 2.0], "tokens": 7, "seconds": 0.1, "data_seconds": 1e-9}}
@@ -81,10 +82,15 @@ def update(engine: Any, objective: Any, scored: ScoredRows, index: int) -> float
     return sums[0] / sums[-1]
 
 
+def trained(engine: Any) -> dict[str, Any]:
+    """Every parameter that an update changes."""
+    return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+
+
 def contents(engine: Any) -> dict[str, torch.Tensor]:
-    """Every parameter's master weight and moments, whole."""
+    """Every trained parameter's master weight and moments, whole."""
     found = {}
-    for name, p in engine.module.named_parameters():
+    for name, p in trained(engine).items():
         found[f"{name}/fp32"] = safe_get_full_fp32_param(p).clone()
         for moment in ("exp_avg", "exp_avg_sq"):
             found[f"{name}/{moment}"] = safe_get_full_optimizer_state(p, moment).clone()
@@ -174,8 +180,8 @@ def resumed(folder: Path) -> dict[str, Any]:
             "steps": counts,
             "half": all(ranks.gather(half)),
             "taken": ranks.gather(sum(taken)),
-            "elements": sum(p.ds_numel for p in engine.module.parameters()),
-            "parameters": len(list(engine.module.parameters())),
+            "elements": sum(p.ds_numel for p in trained(engine).values()),
+            "parameters": len(trained(engine)),
             "loss": [loss, told["loss"]],
             "steps_after": [float(zero.optimizer.state[m]["step"]) for m in masters],
             "worst": max(float((after[n] - t).norm() / t.norm()) for n, t in told["after"].items() if "fp32" in n),

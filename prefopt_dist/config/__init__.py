@@ -2,9 +2,11 @@
 
 from prefopt_dist.config.deepspeed_json import load_deepspeed_json
 from prefopt_dist.config.dump import to_dict, to_yaml
+from prefopt_dist.config.findings import Inspect
 from prefopt_dist.config.identity import differing, identity
 from prefopt_dist.config.load import load_config
-from prefopt_dist.config.losses import LOSSES, DPOLoss, Loss, SFTLoss
+from prefopt_dist.config.lora import Lora
+from prefopt_dist.config.losses import LOSSES, DPOLoss, Loss, MixLoss, SFTLoss
 from prefopt_dist.config.schema import (
     Checkpoint,
     Config,
@@ -36,7 +38,10 @@ __all__ = [
     "Eval",
     "Evaluate",
     "Export",
+    "Inspect",
+    "Lora",
     "Loss",
+    "MixLoss",
     "Model",
     "Optim",
     "Plan",

@@ -14,8 +14,8 @@ import types
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from prefopt_dist.config.losses import LOSSES, Loss
-from prefopt_dist.config.rules import Rule
+from prefopt_dist.config.losses import LOSSES, MIX, NOT_MIXED, Loss, MixLoss, Part
+from prefopt_dist.config.rules import Positive, Rule
 from prefopt_dist.config.schema import Config, DataSource
 from prefopt_dist.config.secrets import mask_secrets
 from prefopt_dist.errors import UserError, shortened
@@ -186,18 +186,70 @@ def _build_loss(raw: Any, key: str) -> Loss:
     if not isinstance(raw, dict):
         mistake(key, raw, "a mapping of options", "write loss: {name: dpo}")
     name = raw.get("name", "dpo")
+    if name == MIX:
+        return _build_mix(raw, key)
     if not isinstance(name, str) or name not in LOSSES:
-        mistake(f"{key}.name", name, f"one of {', '.join(LOSSES)}", "take one of them")
-    own = _field_names(LOSSES[name])
-    for option in raw:
-        others = [other for other, cls in LOSSES.items() if option in _field_names(cls)]
-        if option not in own and others:
-            raise UserError(
-                f"{key}.{option}: got {_shown(raw[option])}, but it is not an option of the loss {name}; "
-                f"{', '.join(others)} {'has' if len(others) == 1 else 'have'} it: remove it or set {key}.name"
-            )
+        mistake(f"{key}.name", name, f"one of {', '.join([*LOSSES, MIX])}", "take one of them")
+    if "of" in raw:
+        raise UserError(f"{key}.of: got {_shown(raw['of'])}, but only the loss {MIX} has it; set {key}.name={MIX}")
+    _refuse_foreign_options(name, raw, key, remedy=f"remove it or set {key}.name")
     return _build_dataclass(LOSSES[name], raw, key)
 
 
-def _field_names(cls: type[Loss]) -> set[str]:
+def _refuse_foreign_options(name: str, raw: dict[str, Any], key: str, remedy: str) -> None:
+    for option in raw:
+        others = [other for other, cls in LOSSES.items() if option in _field_names(cls)]
+        if option not in _field_names(LOSSES[name]) and others:
+            raise UserError(
+                f"{key}.{option}: got {_shown(raw[option])}, but it is not an option of the loss {name}; "
+                f"{', '.join(others)} {'has' if len(others) == 1 else 'have'} it: {remedy}"
+            )
+
+
+def _build_mix(raw: dict[str, Any], key: str) -> MixLoss:
+    for option in raw:
+        if option not in ("name", "of"):
+            _refuse_option_of_a_part(option, raw, key)
+    parts = raw.get("of")
+    shape = "write of: {dpo: {weight: 1, beta: 0.1}, sft: {weight: 0.2}}"
+    if not isinstance(parts, dict) or len(parts) < 2:
+        mistake(f"{key}.of", parts, "a map of two losses or more", shape)
+    mixed = [name for name in LOSSES if name not in NOT_MIXED]
+    for name in parts:
+        if name in NOT_MIXED:
+            raise UserError(f"{key}.of.{name}: {name} cannot be mixed: {NOT_MIXED[name]}; remove it")
+        if name not in mixed:
+            mistake(_join(f"{key}.of", name), name, f"one of {', '.join(mixed)}", "take one of them")
+    return MixLoss({name: _build_part(name, parts[name], f"{key}.of.{name}") for name in mixed if name in parts})
+
+
+def _refuse_option_of_a_part(option: str, raw: dict[str, Any], key: str) -> NoReturn:
+    if any(option in _field_names(cls) for cls in LOSSES.values()):
+        raise UserError(
+            f"{key}.{option}: got {_shown(raw[option])}, but the losses of a mix have their options each; "
+            f"set it as {key}.of.LOSS.{option}"
+        )
+    raise UserError(f"{_join(key, shortened(option))}: unknown key; {nearest(option, ('name', 'of'))}")
+
+
+def _build_part(name: str, raw: Any, key: str) -> Part:
+    if not isinstance(raw, dict):
+        mistake(key, raw, "a mapping of its weight and options", "write {weight: 1}")
+    if "weight" not in raw:
+        raise UserError(f"{key}.weight: missing, it has no default; set it in the file or as {key}.weight=VALUE")
+    if "name" in raw:
+        raise UserError(f"{key}.name: got {_shown(raw['name'])}, but the key names the loss; remove it")
+    if "sft_weight" in raw:
+        raise UserError(
+            f"{key}.sft_weight: got {_shown(raw['sft_weight'])}, but in a mix SFT is a part of its own; "
+            f"write sft: {{weight: …}} beside {name}"
+        )
+    options = {option: value for option, value in raw.items() if option != "weight"}
+    _refuse_foreign_options(name, options, key, remedy="remove it")
+    # The options' type decides which loss it is, and the key has said which: mypy cannot follow.
+    loss: Any = _build_dataclass(LOSSES[name], options, key)
+    return Part(_build(Positive, raw["weight"], f"{key}.weight"), loss)
+
+
+def _field_names(cls: type[Any]) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)}

@@ -1,7 +1,8 @@
 """What a run is: the keys that may not change between its starts.
 
 Left out is what changes speed, memory, place or sight but not the run: micro-batches, activation
-checkpointing, folders, tracking, checkpoints, evaluation.
+checkpointing, folders, tracking, checkpoints, evaluation. Of the policies of findings only those that drop rows
+count, and they add a key instead of changing one, so runs from before there were any still go on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "data": ("train", "format", "template", "max_length", "max_prompt_length", "on_bad_row"),
     "train": ("epochs", "max_steps", "global_batch_pairs"),
 }
-_WHOLE_SECTIONS = ("loss", "optim")
+_WHOLE_SECTIONS = ("loss", "lora", "optim")
 _ABSENT = "absent"
 
 
@@ -35,7 +36,12 @@ def identity(config: Config) -> dict[str, Any]:
         for key in keys:
             _flatten(f"{section}.{key}", sections[section][key], flat)
     for section in _WHOLE_SECTIONS:
-        _flatten(section, sections[section], flat)
+        if sections[section] is not None:  # lora: a run without it may have begun before there was such a section
+            _flatten(section, sections[section], flat)
+    dropped = [name for name, policy in config.inspect.policies.items() if policy == "drop"]
+    flat |= {f"inspect.{name}": "drop" for name in dropped}
+    if {"eval_pairs", "eval_prompts"} & set(dropped):
+        _flatten("data.eval", sections["data"]["eval"], flat)  # it decides what is left of data.train
     return flat
 
 

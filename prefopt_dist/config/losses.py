@@ -114,9 +114,32 @@ class SFTLoss:
     """The loss's name in the registry."""
 
 
-Loss = DPOLoss | RobustLoss | IPOLoss | HingeLoss | SimPOLoss | ORPOLoss | KTOLoss | SFTLoss
+PairLoss = DPOLoss | RobustLoss | IPOLoss | HingeLoss | SimPOLoss | ORPOLoss | SFTLoss
 
-LOSSES: dict[str, type[Loss]] = {
+
+@dataclass(frozen=True)
+class Part:
+    """One loss of a mix."""
+
+    weight: Positive
+    """w: how much of it is added."""
+    loss: PairLoss
+    """The loss and its options."""
+
+
+@dataclass(frozen=True)
+class MixLoss:
+    """A weighted sum of losses on pairs, each with options of its own."""
+
+    of: dict[str, Part]
+    """Two losses or more by name, each {weight: w, option: value, …}; in the order of LOSSES."""
+    name: Literal["mix"] = "mix"
+    """The loss's name in the registry."""
+
+
+Loss = DPOLoss | RobustLoss | IPOLoss | HingeLoss | SimPOLoss | ORPOLoss | KTOLoss | SFTLoss | MixLoss
+
+LOSSES: dict[str, type[PairLoss | KTOLoss]] = {
     "dpo": DPOLoss,
     "robust": RobustLoss,
     "ipo": IPOLoss,
@@ -127,3 +150,10 @@ LOSSES: dict[str, type[Loss]] = {
     "sft": SFTLoss,
 }
 """Every loss by its name. A new loss: a dataclass here, its mathematics in objectives/, a case in stages/losses.py."""
+MIX = "mix"
+"""The name of a weighted sum of them."""
+NOT_MIXED = {
+    "kto": "it rates single responses by a reference point of other rows, and a mix is of losses on pairs",
+    MIX: "its parts can be named here themselves",
+}
+"""Which losses cannot be part of a mix, and why."""

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from prefopt_dist.config.findings import Inspect
 from prefopt_dist.config.health import Health
+from prefopt_dist.config.lora import Lora
 from prefopt_dist.config.losses import DPOLoss, Loss
 from prefopt_dist.config.rules import Count, Dtype, Fraction, NotNegative, Positive, Rule, Text
 from prefopt_dist.errors import UserError
@@ -222,6 +224,8 @@ class Export:
     """The checkpoint to export; null: the newest."""
     dtype: Dtype | None = None
     """The dtype of the written weights; null: model.dtype."""
+    merged: bool = False
+    """Of a run with adapters the whole model with them added in; otherwise the adapters alone."""
 
 
 @dataclass(frozen=True)
@@ -268,6 +272,8 @@ class Config:
     """The preference data."""
     reference: Reference = field(default_factory=Reference)
     """The frozen model."""
+    lora: Lora | None = None
+    """Adapters in place of the whole policy; null: every weight is trained."""
     loss: Loss = field(default_factory=DPOLoss)
     """The loss and its options."""
     optim: Optim = field(default_factory=Optim)
@@ -292,6 +298,14 @@ class Config:
     """The plan stage."""
     report: Report = field(default_factory=Report)
     """The report stage."""
+    inspect: Inspect = field(default_factory=Inspect)
+    """What findings in the data do."""
+
+    def __post_init__(self) -> None:
+        if self.export.merged and self.lora is None:
+            raise UserError(
+                "export.merged: got true, but this run has no section lora, so its export is a whole model; remove it"
+            )
 
     @property
     def run_dir(self) -> Path:

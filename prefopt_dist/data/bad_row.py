@@ -28,5 +28,5 @@ class BadRow(Exception):
         self.remedy = remedy
 
     def message(self, origin: str) -> str:
-        """The fault in one line: origin, kind, rule and value."""
-        return f"{origin}: {self.kind}: {self.rule}; got {self.shown}"
+        """The fault in one line: origin, kind, rule, value and remedy."""
+        return f"{origin}: {self.kind}: {self.rule}; got {self.shown}; {self.remedy}"

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Who may speak."""
 PASSED_ON = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
 """Further keys of a message that templates read; others are ignored like other columns."""
 

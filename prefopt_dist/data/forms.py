@@ -19,10 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prefopt_dist.data.bad_row import BadRow
-from prefopt_dist.data.example import PASSED_ON, Example, Message, Messages
+from prefopt_dist.data.example import PASSED_ON, ROLES, Example, Message, Messages
 from prefopt_dist.errors import UserError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 TURN = re.compile(r"\n\n(Human|Assistant):")
 FIRST_ROWS = 64
 """Rows that `auto` looks at."""

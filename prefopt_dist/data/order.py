@@ -5,10 +5,14 @@ what remains. So the rows of step k are a pure function of (seed, row counts, we
 needs to remember nothing but k.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from prefopt_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,22 @@ class Order:
         self.rows_per_epoch = sum(self._take(s)[0] * len(m) + self._take(s)[1] for s, m in enumerate(self._members))
         self.steps_per_epoch = -(-self.rows_per_epoch // rows_per_step)
         self._cached: tuple[int, NDArray[np.int64]] | None = None
+
+    @classmethod
+    def of_run(cls, source: NDArray[np.int32], weights: tuple[float, ...], seed: int, pairs: int) -> Order:
+        """The order of a run whose steps take `pairs` rows; UserError where an epoch has fewer."""
+        order = cls(source, weights, seed, pairs)
+        if pairs > order.rows_per_epoch:
+            raise UserError(
+                f"train.global_batch_pairs: {pairs} is more than the {order.rows_per_epoch} rows of an epoch. "
+                "Lower it, or give more data."
+            )
+        return order
+
+    def total_steps(self, epochs: int, max_steps: int | None) -> int:
+        """Updates of a run of so many epochs, which `max_steps` may end earlier."""
+        total = epochs * self.steps_per_epoch
+        return min(total, max_steps or total)
 
     def _take(self, source: int) -> tuple[int, int]:
         """(whole passes, further rows) that an epoch takes from a source; at least one row, so none is unused."""

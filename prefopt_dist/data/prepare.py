@@ -1,11 +1,8 @@
 """From sources to a folder of tokenised rows: found where it exists, built where it does not."""
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, islice
@@ -16,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.cache import Say, build, intact_rows, place
 from prefopt_dist.data.example import Example
 from prefopt_dist.data.forms import FORMS, detect_form, kind_of, read_form
 from prefopt_dist.data.report import Tally
@@ -23,10 +21,9 @@ from prefopt_dist.data.rows import (
     COLUMNS,
     SCHEMA,
     Column,
-    DamagedRows,
     Kind,
     content_digest,
-    open_rows,
+    flag_bits,
     sequence_digest,
     write_manifest,
 )
@@ -34,14 +31,12 @@ from prefopt_dist.data.sources import OpenSource, RawRow, SourceLike, open_sourc
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
 from prefopt_dist.errors import UserError
-from prefopt_dist.files import fsync_folder, sweep
 
 BATCH = 256
 """Rows that are tokenised together, and written as one block."""
 FIRST_READ = 64
 """Rows of a source that are read before its form is decided."""
 
-Say = Callable[[str], None]
 Progress = Callable[[int, int | None], None]
 
 
@@ -89,42 +84,31 @@ def prepare_rows(
     """The folder of the tokenised rows, for `open_rows`.
 
     It is `<cache_dir>/tokenised/<digest>`, by the content of sources and tokenizer and the settings; an
-    intact one is used again. `say` gets lines for a person; `progress(rows, None)` is called a block.
+    intact one is used again, whatever `on_bad_row`. `say` gets lines for a person; `progress(rows, None)` is called
+    a block.
     Raises UserError: a source that cannot be read, wrong settings, a bad row under on_bad_row=stop,
     no row left, a token outside the model's vocabulary.
     """
     settings = Settings(form, template, max_length, max_prompt_length, on_bad_row)
     settings.check()
     opened = [open_source(source, index, key) for index, source in enumerate(sources)]
-    digest = _cache_digest(opened, [source.weight for source in sources], tokenizer, settings)
-    parent = Path(cache_dir) / "tokenised"
-    folder = parent / digest
-    if folder.exists():
-        try:
-            rows = open_rows(folder)
-            _check_vocabulary(rows.tokens.max(), vocab_size, key)
-            return folder
-        except DamagedRows as damage:
-            say(f"{key}: the tokenised data is damaged and built again: {damage}")
-            _remove(folder)
+    weights = [source.weight for source in sources]
+    folder = place(cache_dir, _cache_digest(opened, weights, tokenizer, settings))
+    rows = intact_rows(folder, key, say)
+    if rows is not None:
+        _check_vocabulary(rows.tokens.max(), vocab_size, key)
+        if on_bad_row == "stop" and rows.report.first_fault is not None:
+            raise stopped_by(rows.report.first_fault)
+        return folder
     tokeniser = Tokeniser(read_template(tokenizer, template), max_length, max_prompt_length)
-    # Not mkdtemp: its folders are their maker's alone, and a cache may be shared.
-    building = parent / f".building-{digest}-{uuid.uuid4().hex}"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        sweep(parent, ".building-*")
-        building.mkdir()
-    except OSError as error:
-        raise UserError(
-            f"run.cache: {cache_dir} cannot be written ({error.strerror}); name a folder where files can be made"
-        ) from error
-    try:
-        build = _Build(opened, tokeniser, settings)
-        build.run(building, [source.weight for source in sources], vocab_size, key, say, progress)
-        _publish(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)  # gone already, unless something failed
+    made = _Build(opened, tokeniser, settings)
+    build(folder, lambda building: made.run(building, weights, vocab_size, key, say, progress))
     return folder
+
+
+def stopped_by(fault: str) -> UserError:
+    """What a row that cannot be used does under data.on_bad_row=stop; `fault` is the message of a `BadRow`."""
+    return UserError(f"{fault}, or leave such rows out with data.on_bad_row=drop")
 
 
 class _Build:
@@ -209,15 +193,15 @@ class _Build:
         for raw, item in block:
             outcome = item if isinstance(item, BadRow) else next(encoded)
             origin = f"{self.sources[raw.source].name}:{raw.line}"
+            if isinstance(raw.fields, dict):
+                self.tally.name(raw.fields)
             if isinstance(outcome, TokenisedRow):
                 self.tally.use(outcome)
                 rows.append((raw, outcome))
             elif self.settings.on_bad_row == "drop":
                 self.tally.drop(outcome, origin)
             else:
-                raise UserError(
-                    f"{outcome.message(origin)}; {outcome.remedy}, or leave such rows out with data.on_bad_row=drop"
-                )
+                raise stopped_by(outcome.message(origin))
         return rows
 
     def _write(
@@ -240,6 +224,7 @@ class _Build:
         columns["labels"].append([row.label is True for _, row in rows])
         columns["source"].append([raw.source for raw, _ in rows])
         columns["line"].append([raw.line for raw, _ in rows])
+        columns["flags"].append([flag_bits(row.flags) for _, row in rows])
         return int(ends[-1])
 
 
@@ -266,7 +251,9 @@ def _cache_digest(
         # Names and weights stand in the folder, so another name is another folder.
         state.update(json.dumps([source.name, weight, source.digest().hex()]).encode())
     state.update(_tokenizer_content(tokenizer))
-    state.update(json.dumps([SCHEMA, vars(settings)], sort_keys=True).encode())
+    # A build that stops at a bad row is never published, so both values of on_bad_row make the same folder.
+    decisive = {name: value for name, value in vars(settings).items() if name != "on_bad_row"}
+    state.update(json.dumps([SCHEMA, decisive], sort_keys=True).encode())
     return state.hexdigest()
 
 
@@ -276,22 +263,3 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
     backend["truncation"] = backend["padding"] = None
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return json.dumps([backend, special, tokenizer.chat_template], sort_keys=True).encode()
-
-
-def _remove(folder: Path) -> None:
-    """Takes the folder out of its place at once, then deletes it."""
-    aside = folder.parent / f".damaged-{uuid.uuid4().hex}"
-    with suppress(FileNotFoundError):  # another process found the damage too and was first
-        os.rename(folder, aside)
-        shutil.rmtree(aside)
-
-
-def _publish(building: Path, folder: Path) -> None:
-    """Gives the finished folder its name; where another process was first, its folder stays."""
-    try:
-        os.rename(building, folder)
-    except OSError:
-        # A folder that stands there already refuses the rename; any other failure is real.
-        if not folder.exists():
-            raise
-    fsync_folder(folder.parent)

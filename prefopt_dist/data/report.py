@@ -1,7 +1,8 @@
 """What became of the rows: used, dropped, cut and repaired, by kind."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from prefopt_dist.data.bad_row import BadRow
@@ -9,6 +10,13 @@ from prefopt_dist.data.tokenise import TokenisedRow
 
 EXAMPLES = 3
 """Faults of a kind that the report shows."""
+NAMING_FIELDS = ("source", "dataset", "subset")
+"""Fields by which a row often says where it comes from."""
+MOST_NAMES = 100
+"""Names of a field that are counted apart, so that a field of a million addresses takes no memory."""
+MOST_LETTERS = 80
+"""Letters of a name."""
+OTHERS = "(others)"
 
 
 @dataclass(frozen=True)
@@ -28,9 +36,16 @@ class DataReport:
     form: str
     """The form read; several sources' forms joined by a comma where they differ."""
     examples: dict[str, tuple[str, ...]]
-    """Up to `EXAMPLES` messages `origin: kind: rule; got value` of each kind of fault."""
+    """Up to `EXAMPLES` messages `origin: kind: rule; got value; remedy` of each kind of fault, the first kind first."""
     digest: str
     """Hex digest of the tokenised rows in their order: equal digest, equal data."""
+    named: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Rows read by the name that a field of `NAMING_FIELDS` gives, for each such field that rows have."""
+
+    @property
+    def first_fault(self) -> str | None:
+        """The message of the first row that was found unfit."""
+        return next((shown[0] for shown in self.examples.values()), None)
 
     def as_run_json(self) -> dict[str, Any]:
         """What `run.json` holds of the data set."""
@@ -60,6 +75,16 @@ class Tally:
         self.cut: Counter[str] = Counter()
         self.repaired: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
+        self.named: dict[str, Counter[str]] = {}
+
+    def name(self, fields: Mapping[str, Any]) -> None:
+        """Counts a row read under the names that it gives its origin."""
+        for column in NAMING_FIELDS:
+            value = fields.get(column)
+            if isinstance(value, str):
+                value = value[:MOST_LETTERS]
+                counts = self.named.setdefault(column, Counter())
+                counts[value if value in counts or len(counts) < MOST_NAMES else OTHERS] += 1
 
     def drop(self, bad: BadRow, origin: str) -> None:
         """Counts a row left out."""
@@ -87,4 +112,5 @@ class Tally:
             form=form,
             examples={kind: tuple(examples) for kind, examples in self.examples.items()},
             digest=digest,
+            named={column: dict(counts.most_common()) for column, counts in self.named.items()},
         )

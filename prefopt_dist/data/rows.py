@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from prefopt_dist.data.report import DataReport
 from prefopt_dist.files import checksum, write_json
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of this folder's layout and of what the tokens mean."""
 SEQUENCE_SCHEMA = 1
 """Version of `sequence_digest`; stored log-probs are found by it."""
@@ -31,7 +31,13 @@ COLUMNS = {
     "labels": "|i1",
     "source": "<i4",
     "line": "<i8",
+    "flags": "<u2",
 }
+FLAGS = (
+    *("cut_prompt", "cut_response_0", "cut_response_1"),
+    *("double_bos", "double_end", "missing_bos", "missing_end", "stray_special", "as_is"),
+)
+"""What is kept of how each row was made, a bit each from the lowest; words of `TokenisedRow`."""
 MANIFEST = "manifest.json"
 
 Kind = Literal["pair", "demonstration", "rated"]
@@ -74,6 +80,8 @@ class TokenisedRows:
     """[n] index into `source_names`"""
     line: NDArray[np.int64]
     """[n] line of a file, or row of a data set; both from 1"""
+    flags: NDArray[np.uint16]
+    """[n] bits of `FLAGS`"""
     source_names: tuple[str, ...]
     weights: tuple[float, ...]
     """Passes per epoch, by source."""
@@ -102,10 +110,20 @@ class TokenisedRows:
         """`file:line` of row i."""
         return f"{self.source_names[self.source[i]]}:{self.line[i]}"
 
+    def flagged(self, *names: str) -> NDArray[np.bool_]:
+        """[n] whether any of the flags is set."""
+        found: NDArray[np.bool_] = (self.flags & flag_bits(names)) != 0
+        return found
+
     def _part(self, i: int, part: int) -> NDArray[np.int32]:
         assert 0 <= i < self.n
         at = i * (1 + self.responses) + part
         return self.tokens[self.offsets[at] : self.offsets[at + 1]]
+
+
+def flag_bits(names: Iterable[str]) -> int:
+    """The bits of these flags."""
+    return sum(1 << FLAGS.index(name) for name in set(names))
 
 
 class Column:
@@ -194,6 +212,7 @@ def open_rows(folder: Path, checksums: bool = True) -> TokenisedRows:
         labels=arrays.get("labels"),
         source=arrays["source"],
         line=arrays["line"],
+        flags=arrays["flags"],
         source_names=tuple(body["source_names"]),
         weights=tuple(body["weights"]),
         report=DataReport(**{**report, "examples": examples}),

@@ -5,13 +5,14 @@ A string is *carried* when it already holds a turn marker of the template; such 
 
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.data.bad_row import BadRow
-from prefopt_dist.data.example import Example, Message, Messages
+from prefopt_dist.data.example import ROLES, Example, Message, Messages
 from prefopt_dist.errors import UserError
 
 PLAIN_TEMPLATE = (
@@ -39,6 +40,10 @@ class Rendered:
     """The strings were taken as they are; no template was applied."""
     repaired: frozenset[str]
     """Kinds of repairs made: `double_end`, `double_bos`."""
+    carried: bool = False
+    """The prompt holds the template's turn markers already."""
+    missing_end: bool = False
+    """Carried, and a response lacked its end token."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,10 @@ class Template:
     bos: str | None
     starts_with_bos: bool
     """Every sequence begins with `bos`: the tokenizer adds it, or the template writes it."""
+    writes_bos: bool
+    """The template writes `bos` itself, so a carried prompt has it too."""
+    stray_ids: frozenset[int]
+    """Special tokens that the template never writes: in a sequence they come from the data."""
 
     def render(self, example: Example) -> Rendered:
         """The texts of the example.
@@ -86,7 +95,8 @@ class Template:
         end = self.end if carried else self.untemplated_end
         bodies, repaired = self._without_end(example.responses, (end,), allowed=1)
         fulls = tuple(f"{example.prompt}{body}" for body in bodies)
-        return Rendered(example.prompt, fulls, self._id(end), True, frozenset(repaired))
+        missing = carried and any(body == whole for body, whole in zip(bodies, example.responses, strict=True))
+        return Rendered(example.prompt, fulls, self._id(end), True, frozenset(repaired), carried, missing)
 
     def _templated(self, example: Example) -> Rendered:
         if example.tools and "tools" not in self.text:
@@ -225,6 +235,8 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str) -> Template:
     else:
         raise _no_end(tokenizer)
     pieces = [*start.split(PROBE_USER), after]
+    writes_bos = bos is not None and start.startswith(bos)
+    written = {token for token in specials if token in _all_written(tokenizer, text)} | {end, bos}
     return Template(
         tokenizer=tokenizer,
         mode=mode,
@@ -234,8 +246,21 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str) -> Template:
         untemplated_end=eos or end,
         markers=_markers(pieces, specials, {eos, bos, end}),
         bos=bos,
-        starts_with_bos=bos is not None and (start.startswith(bos) or _adds_bos(tokenizer) or (not own and bos != eos)),
+        starts_with_bos=bos is not None and (writes_bos or _adds_bos(tokenizer) or (not own and bos != eos)),
+        writes_bos=writes_bos,
+        stray_ids=frozenset(tokenizer.convert_tokens_to_ids([token for token in specials if token not in written])),
     )
+
+
+def _all_written(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The template and what it makes of every role that it takes."""
+    written = [text]
+    for role in ROLES:
+        turns = (Message("user", PROBE_USER), Message("assistant", PROBE_REPLY), Message(role, PROBE_USER))
+        for probe in (turns, turns[2:] + turns[:2]):  # a system turn often may only come first
+            with suppress(Exception):  # the template refuses the role there
+                written.append(_apply(tokenizer, text, probe, None, True))
+    return "".join(written)
 
 
 def _markers(pieces: list[str], specials: list[str], ends: set[str | None]) -> tuple[str, ...]:

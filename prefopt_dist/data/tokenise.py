@@ -27,6 +27,17 @@ class TokenisedRow:
     """`double_bos`, `double_end`."""
     as_is: bool
     """The prompt carried the template already, or `template` is none."""
+    noticed: frozenset[str] = frozenset()
+    """`missing_bos`, `missing_end`: added to strings that carry the template without them; `stray_special`: a special
+    token that the template does not write."""
+    cut_responses: frozenset[int] = frozenset()
+    """Which responses truncation shortened."""
+
+    @property
+    def flags(self) -> set[str]:
+        """What `rows.FLAGS` keeps of the row."""
+        names = {*self.repaired, *self.noticed, *(f"cut_response_{k}" for k in self.cut_responses)}
+        return names | {name for name, holds in (("cut_prompt", "prompt" in self.cut), ("as_is", self.as_is)) if holds}
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,7 @@ class Tokeniser:
             if not response or response[-1] != rendered.end_id:
                 response.append(rendered.end_id)
             responses.append(response)
+        given = prompt
         prompt, doubled = self._with_bos(prompt)
         if not prompt:
             raise BadRow("empty_prompt", "a token of its own must remain of the prompt", rendered.prompt)
@@ -85,7 +97,16 @@ class Tokeniser:
             rule = "chosen and rejected must differ as tokens"
             raise BadRow("identical_responses", rule, rendered.fulls[0][len(rendered.prompt) :])
         repaired = rendered.repaired | ({"double_bos"} if doubled else frozenset())
-        return TokenisedRow(prompt, tuple(responses), None, frozenset(), repaired, rendered.as_is)
+        stray = self.template.stray_ids
+        noticed = {
+            "missing_bos": rendered.carried and self.template.writes_bos and len(prompt) > len(given),
+            "missing_end": rendered.missing_end,
+            "stray_special": not (
+                stray.isdisjoint(prompt) and all(stray.isdisjoint(response[:-1]) for response in responses)
+            ),
+        }
+        kinds = frozenset(name for name, holds in noticed.items() if holds)
+        return TokenisedRow(prompt, tuple(responses), None, frozenset(), repaired, rendered.as_is, kinds)
 
     def _with_bos(self, prompt: Ids) -> tuple[Ids, bool]:
         """The prompt with one beginning-of-sequence token, and whether there were more."""
@@ -112,7 +133,8 @@ class Tokeniser:
                 rule = f"the responses must differ within data.max_length={self.max_length} tokens"
                 text = self.tokenizer.decode(responses[0][:64])
                 raise BadRow("identical_after_cut", rule, text, "raise data.max_length")
-            row = replace(row, responses=responses)
+            shortened = frozenset(k for k, response in enumerate(row.responses) if len(response) > budget)
+            row = replace(row, responses=responses, cut_responses=shortened)
             cut.add("response")
         return replace(row, cut=frozenset(cut), label=example.label)
 

@@ -71,6 +71,7 @@ def unpaired(rows: TokenisedRows, longest: int) -> UnpairedRows:
         labels=labels,
         source=np.repeat(rows.source, rows.responses),
         line=np.repeat(rows.line, rows.responses),
+        flags=np.repeat(rows.flags, rows.responses),
         source_names=rows.source_names,
         weights=rows.weights,
         report=replace(rows.report, digest=blake2b(told, digest_size=16).hexdigest()),

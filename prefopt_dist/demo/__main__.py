@@ -7,9 +7,12 @@ starts anew.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from prefopt_dist.tracking.metrics_file import MetricsFile
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = Path("runs/demo")
-TRAIN, EVALUATION, DEMONSTRATIONS = 2400, 400, 2400
+TRAIN, EVALUATION, DEMONSTRATIONS, UNSEEN = 2400, 400, 2400, 400
 SHOWN_SEED = 7
 """Seed of the prompts that are answered for show; far from those of the data files."""
 
@@ -36,18 +39,29 @@ def main() -> int:
     world = FOLDER / "world"
     if not (world / "model" / "tokenizer_config.json").is_file():
         print("demo: making a world of letters, a tokenizer and a small Llama", flush=True)
-        write_world(world, train=TRAIN, evaluation=EVALUATION, demonstrations=DEMONSTRATIONS)
+        sizes = {"train": TRAIN, "evaluation": EVALUATION, "demonstrations": DEMONSTRATIONS, "unseen": UNSEEN}
+        write_world(world, **sizes)
         write_model(world / "model")
     for recipe in ("demo_sft", "demo"):
         print(f"\ndemo: launch/run.sh -n 2 train launch/recipes/{recipe}.yaml", flush=True)
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PREFOPT_PYTHON": sys.executable}
-        done = subprocess.run(
-            ["launch/run.sh", "-n", "2", "train", f"launch/recipes/{recipe}.yaml"], env=environment, check=False
-        )
-        if done.returncode != 0:
-            return done.returncode
+        job = subprocess.Popen(["launch/run.sh", "-n", "2", "train", f"launch/recipes/{recipe}.yaml"], env=environment)
+        with _passed_on(signal.SIGTERM, job):
+            status = job.wait()
+        if status != 0:
+            return status
     print(_result(time.monotonic() - began))
     return 0
+
+
+@contextmanager
+def _passed_on(number: int, job: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A signal to this process goes to the job, which commits a checkpoint."""
+    before = signal.signal(number, lambda *_: job.send_signal(number))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def _result(seconds: float) -> str:

@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -69,21 +70,37 @@ def letters(seed: int) -> Iterable[tuple[str, bool, str, str]]:
             yield prompt, to in FORMAL_TO, formal, casual
 
 
-def write_world(folder: Path, *, train: int, evaluation: int, demonstrations: int, seed: int = 0) -> None:
-    """Writes train.jsonl and eval.jsonl (raw pairs) and sft.jsonl (demonstrations); no prompt stands in two."""
+def write_world(
+    folder: Path, *, train: int, evaluation: int, demonstrations: int, unseen: int = 0, seed: int = 0
+) -> None:
+    """Writes the data files; no prompt stands in two of those that are made of letters of their own.
+
+    train.jsonl, eval.jsonl and unseen.jsonl: raw pairs, the last for figures on which nothing was chosen. sft.jsonl:
+    demonstrations. rated.jsonl: one letter of each pair of train.jsonl, rated true or false; the other is in no row.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stream = iter(letters(seed))
-    for file, rows in (("train.jsonl", train), ("eval.jsonl", evaluation)):
-        with (folder / file).open("w") as f:
-            for _ in range(rows):
-                prompt, formal_fits, formal, casual = next(stream)
-                chosen, rejected = (formal, casual) if formal_fits else (casual, formal)
-                f.write(json.dumps({"prompt": prompt, "chosen_response": chosen, "rejected_response": rejected}) + "\n")
+    _write(folder / "train.jsonl", pairs := [_pair(*next(stream)) for _ in range(train)])
+    _write(folder / "eval.jsonl", [_pair(*next(stream)) for _ in range(evaluation)])
     coin = random.Random(seed + 1)
-    with (folder / "sft.jsonl").open("w") as f:
-        for _ in range(demonstrations):
-            prompt, _, formal, casual = next(stream)
-            f.write(json.dumps({"prompt": prompt, "completion": coin.choice((formal, casual))}) + "\n")
+    demonstrated = [next(stream) for _ in range(demonstrations)]
+    _write(folder / "sft.jsonl", [{"prompt": p, "completion": coin.choice(two)} for p, _, *two in demonstrated])
+    _write(folder / "unseen.jsonl", [_pair(*next(stream)) for _ in range(unseen)])
+    _write(folder / "rated.jsonl", [_rated(pair, coin.random() < 0.5) for pair in pairs])
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _pair(prompt: str, formal_fits: bool, formal: str, casual: str) -> dict[str, Any]:
+    chosen, rejected = (formal, casual) if formal_fits else (casual, formal)
+    return {"prompt": prompt, "chosen_response": chosen, "rejected_response": rejected}
+
+
+def _rated(pair: dict[str, Any], good: bool) -> dict[str, Any]:
+    completion = pair["chosen_response" if good else "rejected_response"]
+    return {"prompt": pair["prompt"], "completion": completion, "label": good}
 
 
 def write_model(

@@ -126,6 +126,11 @@ def shard_bytes(module: nn.Module) -> tuple[int, int]:
     return held, whole
 
 
+def trained_parameters(module: nn.Module) -> int:
+    """Of the whole model, however it is sharded."""
+    return sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in module.parameters() if p.requires_grad)
+
+
 def drop_gradient(engine: Any) -> None:
     """Forgets the gradient that backward passes have added up, as DeepSpeed itself does where it skips an update."""
     engine.optimizer._overflow_clean_up(engine.optimizer.loss_scale)

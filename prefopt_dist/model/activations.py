@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from prefopt_dist.model.adapter import Adapter, attach
 from prefopt_dist.model.head import LOGITS_AT_ONCE
 
 _NAME = "prefopt_counted"
@@ -67,9 +68,9 @@ class ActivationMemory:
         return low
 
 
-def activation_memory(config: PreTrainedConfig, dtype: torch.dtype) -> ActivationMemory:
-    """Counted on models of one and two layers of this configuration."""
-    one, two = (_kept(config, layers, dtype) for layers in (1, 2))
+def activation_memory(config: PreTrainedConfig, dtype: torch.dtype, adapter: Adapter | None = None) -> ActivationMemory:
+    """Counted on models of one and two layers of this configuration, with adapters where there are some."""
+    one, two = (_kept(meta_model(config, layers, dtype, adapter)) for layers in (1, 2))
     size = torch.empty((), dtype=dtype).element_size()
     hidden = config.hidden_size * size
     return ActivationMemory(
@@ -106,21 +107,27 @@ def _counted_attention(
 AttentionInterface.register(_NAME, _counted_attention)
 
 
-def meta_model(config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> PreTrainedModel:
-    """A model without storage of this configuration's first `layers` layers."""
+def meta_model(
+    config: PreTrainedConfig, layers: int, dtype: torch.dtype, adapter: Adapter | None = None
+) -> PreTrainedModel:
+    """A model without storage of this configuration's first `layers` layers, with adapters where there are some."""
     small = copy.deepcopy(config)
     small.num_hidden_layers = layers
     if small.to_dict().get("layer_types"):
         small.layer_types = small.layer_types[:layers]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation=_NAME).train()
-    assert isinstance(model, PreTrainedModel)
+        assert isinstance(model, PreTrainedModel)
+        if adapter is not None:
+            attach(model, adapter)
+            model.to(dtype)  # what has no storage does not follow its layer by itself
     return model
 
 
-def _kept(config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> int:
+def _kept(model: PreTrainedModel) -> int:
     """Bytes of the tensors that autograd keeps in a forward pass of `_TOKENS` tokens, weights not counted."""
-    model = meta_model(config, layers, dtype)
+    # With frozen weights the first layer's input has no gradient, so that the layer keeps less than any other.
+    model.get_input_embeddings().requires_grad_(True)
     with torch.device("meta"):
         ids = torch.zeros(1, _TOKENS, dtype=torch.int64)
         positions = torch.arange(_TOKENS)[None]

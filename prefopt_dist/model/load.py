@@ -143,6 +143,11 @@ def _check_rope(config: PreTrainedConfig, path: Path, key: str, max_length: int 
 
 def read_config(path: Path, key: str) -> PreTrainedConfig:
     """The config.json of a model folder."""
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{key}: {path} holds adapters, not a whole model. Give a whole one: of a run with adapters, what the "
+            "stage export writes with export.merged=true."
+        )
     if not (path / "config.json").is_file():
         raise UserError(f"{key}: {path} has no config.json. Give a folder written by save_pretrained.")
     try:

@@ -4,6 +4,7 @@ from prefopt_dist.objectives.dpo import DPO
 from prefopt_dist.objectives.hinge import Hinge
 from prefopt_dist.objectives.ipo import IPO
 from prefopt_dist.objectives.kto import KTO
+from prefopt_dist.objectives.mix import Mix, Part
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
 from prefopt_dist.objectives.orpo import ORPO
 from prefopt_dist.objectives.robust import RobustDPO
@@ -18,7 +19,9 @@ __all__ = [
     "ORPO",
     "SFT",
     "Hinge",
+    "Mix",
     "Objective",
+    "Part",
     "RobustDPO",
     "Sequences",
     "SimPO",

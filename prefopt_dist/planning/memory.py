@@ -1,6 +1,7 @@
 """Memory of one rank in both passes, part by part.
 
-Legend: N parameters, W ranks, s bytes of a number in the model's dtype, V vocabulary, d hidden size.
+Legend: N parameters, Nₜ of them trained, W ranks, s bytes of a number in the model's dtype, V vocabulary, d hidden
+size.
 ZeRO-3 (Rajbhandari et al. 2020, section 5) divides parameters, gradients and optimizer by W; what it gathers, and
 its buffers, are read off DeepSpeed 0.19.8: `runtime/zero/stage3.py` (bucket, flat gradient, sub-groups),
 `partition_parameters.py` (a single rank gathers nothing), `comm/coalesced_collectives.py` (the bucket's copy).
@@ -115,6 +116,14 @@ def shard(sizes: ModelSizes, place: Place) -> int:
     return -(-(sizes.parameters - sizes.persistent) // place.ranks) + sizes.persistent
 
 
+def trained_shard(sizes: ModelSizes, place: Place) -> int:
+    """Parameters of which a rank holds gradient, master weight and moments.
+
+    The small ones' are divided too, which matters of adapters, most of which may be small.
+    """
+    return -(-sizes.trained // place.ranks) if sizes.frozen else shard(sizes, place)
+
+
 def load(sizes: ModelSizes, place: Place) -> Phase:
     """Rank 0, which reads the checkpoint for all; the mapped files are the host's memory."""
     return Phase(
@@ -146,13 +155,14 @@ def first_pass(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int)
 
 def states(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[Part, ...]:
     """What training holds all the time."""
-    mine = shard(sizes, place)
+    mine = trained_shard(sizes, place)
     away = zero.offload_optimizer and place.is_gpu
+    n = _count(sizes)
     return (
-        Part("parameters", sizes.item * mine, "s·N/W", zero.offload_param and place.is_gpu),
-        Part("gradients", zero.gradient_item * mine, "grad_accum_dtype·N/W", away),
-        Part("master weights", MASTER * mine, "4·N/W", away),
-        Part("AdamW's moments", MOMENTS * mine, "8·N/W", away),
+        Part("parameters", sizes.item * shard(sizes, place), "s·N/W", zero.offload_param and place.is_gpu),
+        Part("gradients", zero.gradient_item * mine, f"grad_accum_dtype·{n}/W", away),
+        Part("master weights", MASTER * mine, f"4·{n}/W", away),
+        Part("AdamW's moments", MOMENTS * mine, f"8·{n}/W", away),
     )
 
 
@@ -176,11 +186,19 @@ def around(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[Part, .
         *_left(sizes, place, flat=True),
         Part(
             "reduce buffers",
-            sizes.item * (_bucket(sizes, zero, place) + copies * min(zero.reduce_bucket, sizes.parameters)),
+            sizes.item * (_bucket(sizes, zero, place) + copies * min(zero.reduce_bucket, sizes.trained)),
             "s·(reduce_bucket_size + its copy" + (")" if copies == 1 else ", and gloo's)"),
         ),
-        Part("head gradient", (4 + (sizes.item if sizes.item != 4 else 0)) * sizes.head, "4·V·d, and s·V·d rounded"),
+        *_head_gradient(sizes),
     )
+
+
+def _head_gradient(sizes: ModelSizes) -> tuple[Part, ...]:
+    """A frozen head has none."""
+    if sizes.frozen:
+        return ()
+    rounded = sizes.item if sizes.item != 4 else 0
+    return (Part("head gradient", (4 + rounded) * sizes.head, "4·V·d, and s·V·d rounded"),)
 
 
 def activations(sizes: ModelSizes, place: Place, tokens: int, checkpointed: int) -> int:
@@ -192,17 +210,18 @@ def activations(sizes: ModelSizes, place: Place, tokens: int, checkpointed: int)
 
 def update(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int, checkpointed: int) -> Phase:
     """AdamW on the rank's share, a sub-group at a time; on the CPU beside what the heap keeps of the backward pass."""
-    mine = shard(sizes, place)
+    mine = trained_shard(sizes, place)
+    n = _count(sizes)
     group = 4 * min(zero.sub_group, mine)
     away = zero.offload_optimizer and place.is_gpu
     # Offloaded, every sub-group has one that stays.
     parts = [
-        Part("flat gradient", 4 * mine, "4·N/W", away)
+        Part("flat gradient", 4 * mine, f"4·{n}/W", away)
         if away
-        else Part("flat gradient", group, "4·min(N/W, sub_group_size)")
+        else Part("flat gradient", group, f"4·min({n}/W, sub_group_size)")
     ]
     if away or not place.is_gpu:  # on the GPU the fused AdamW has none
-        name, how = "AdamW's temporaries", "8·min(N/W, sub_group_size), CPU"
+        name, how = "AdamW's temporaries", f"8·min({n}/W, sub_group_size), CPU"
         parts.append(Part(name, ADAM_TEMPORARIES * group, how, away))
     if not place.is_gpu:
         kept = activations(sizes, place, tokens, checkpointed)
@@ -214,7 +233,12 @@ def update(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int, che
 
 def _bucket(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> int:
     """Elements of the reduce bucket; on the CPU its pages are taken when they are written: as many as gradients."""
-    return zero.reduce_bucket if place.is_gpu else min(zero.reduce_bucket, sizes.parameters)
+    return zero.reduce_bucket if place.is_gpu else min(zero.reduce_bucket, sizes.trained)
+
+
+def _count(sizes: ModelSizes) -> str:
+    """The letter for what is trained."""
+    return "Nₜ" if sizes.frozen else "N"
 
 
 def _gathered(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[Part, ...]:

@@ -46,7 +46,11 @@ class Report:
         """Bytes, seconds and counts under plain names."""
         return {
             "machine": asdict(self.machine) | {"ranks": self.machine.ranks},
-            "model": {"parameters": self.sizes.parameters, "layers": self.sizes.activations.layers},
+            "model": {
+                "parameters": self.sizes.parameters,
+                "trained": self.sizes.trained,
+                "layers": self.sizes.activations.layers,
+            },
             "memory": [
                 {
                     "settings": f.name,
@@ -71,10 +75,11 @@ class Report:
 
     def _head(self) -> list[str]:
         m = self.machine
-        count = self.sizes.parameters
-        size = f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M"
+        size = _parameters(self.sizes.parameters)
+        if self.sizes.frozen:
+            size += f" ({_parameters(self.sizes.trained)} in adapters, which alone are trained)"
         return [
-            f"plan: a model of {size} parameters on {m.text()}, {in_units(m.memory)} each",
+            f"plan: a model of {size} on {m.text()}, {in_units(m.memory)} each",
             f"  micro-batches of {self.micro_batch_tokens} tokens",
         ]
 
@@ -124,6 +129,10 @@ def _memory(fit: Fit) -> list[str]:
 def _part(phase: Phase, i: int) -> str:
     part = phase.parts[i]
     return f"  {part.name:28} {in_units(part.bytes):>10}  {part.how}{' (host)' if part.on_host else ''}"
+
+
+def _parameters(count: int) -> str:
+    return f"{count / 1e9:.2f} G parameters" if count >= 1e9 else f"{count / 1e6:.1f} M parameters"
 
 
 def _clock(seconds: float) -> str:

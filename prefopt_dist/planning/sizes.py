@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from prefopt_dist.model.activations import ActivationMemory, activation_memory, meta_model
+from prefopt_dist.model.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,9 @@ class ModelSizes:
     """Counts of parameters, and bytes a token."""
 
     parameters: int
-    """N"""
+    """N; of a run with adapters with them"""
+    trained: int
+    """Nₜ: all of them, or the adapters"""
     layer: int
     """Of one layer"""
     head: int
@@ -31,10 +34,17 @@ class ModelSizes:
     """Bytes a token and layer of keys and values repeated for grouped queries, which attention on the CPU keeps"""
     activations: ActivationMemory
 
+    @property
+    def frozen(self) -> bool:
+        """Adapters are trained beside a model that stays as it is."""
+        return self.trained < self.parameters
 
-def model_sizes(config: PreTrainedConfig, dtype: torch.dtype, persistence_threshold: int) -> ModelSizes:
+
+def model_sizes(
+    config: PreTrainedConfig, dtype: torch.dtype, persistence_threshold: int, adapter: Adapter | None = None
+) -> ModelSizes:
     """Counted on models without storage of one and two layers; the layers of the supported families are alike."""
-    one, two = (list(meta_model(config, layers, dtype).parameters()) for layers in (1, 2))
+    one, two = (list(meta_model(config, layers, dtype, adapter).parameters()) for layers in (1, 2))
     layers = config.num_hidden_layers
 
     def whole(of: Callable[[torch.Tensor], int]) -> int:
@@ -50,11 +60,12 @@ def model_sizes(config: PreTrainedConfig, dtype: torch.dtype, persistence_thresh
     grouped = heads - (numbers.get("num_key_value_heads") or heads)
     return ModelSizes(
         parameters=whole(torch.Tensor.numel),
+        trained=whole(lambda p: p.numel() if p.requires_grad else 0),
         layer=sum(p.numel() for p in two) - sum(p.numel() for p in one),
         head=config.vocab_size * config.hidden_size,
         persistent=whole(lambda p: p.numel() if p.numel() <= persistence_threshold else 0),
         item=item,
         file_item=torch.empty((), dtype=stored).element_size(),
         repeated=2 * grouped * size * item,
-        activations=activation_memory(config, dtype),
+        activations=activation_memory(config, dtype, adapter),
     )

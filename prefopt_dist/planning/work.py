@@ -1,7 +1,8 @@
 """Steps, tokens and time of a job: from the data's lengths, or from the longest rows that the settings allow.
 
 Tokens are the distinct ones, as packing computes them; FLOP are those of model/cost.py, thrice for training
-(forward, and twice as much backward), and the layers that are computed again once more.
+(forward, and twice as much backward; once where the weights are frozen), and the layers that are computed again once
+more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.layout import Cost, groups_within
 from prefopt_dist.data.micro_batch import Unit, packed_tokens
 from prefopt_dist.data.order import Order
-from prefopt_dist.errors import UserError
 from prefopt_dist.objectives import Objective
 from prefopt_dist.reference.plan import needed
 
@@ -51,14 +51,8 @@ def from_rows(
     """The job's work by its tokenised rows, with an empty reference store."""
     responses, scored = objective.responses, objective.needs_reference
     per_step = config.train.global_batch_pairs
-    order = Order(train.source, train.weights, config.run.seed, per_step)
-    if per_step > order.rows_per_epoch:
-        raise UserError(
-            f"train.global_batch_pairs: {per_step} is more than the {order.rows_per_epoch} rows of an epoch. "
-            "Lower it, or give more data."
-        )
-    total = config.train.epochs * order.steps_per_epoch
-    steps = min(total, config.train.max_steps or total)
+    order = Order.of_run(train.source, train.weights, config.run.seed, per_step)
+    steps = order.total_steps(config.train.epochs, config.train.max_steps)
     looked = min(steps, order.steps_per_epoch, max(1, MOST_ROWS // per_step))
     tokens = flop = 0.0
     for index in range(looked):
@@ -106,9 +100,12 @@ def worst_case(config: Config, cost: Cost, objective: Objective) -> Work:
     )
 
 
-def training_flop(work: Work, cost: Cost, again: float) -> float:
-    """Of one step: forward, backward, and the share `again` of the layers' forward pass once more."""
-    return 3 * work.step_flop + again * min(work.step_flop, cost.per_token * work.step_tokens)
+def training_flop(work: Work, cost: Cost, again: float, frozen: bool = False) -> float:
+    """Of one step: forward, backward, and the share `again` of the layers' forward pass once more.
+
+    frozen: without the weights' gradients, which are half of the backward pass; the adapters' own are left out.
+    """
+    return (2 if frozen else 3) * work.step_flop + again * min(work.step_flop, cost.per_token * work.step_tokens)
 
 
 def _unit(rows: TokenisedRows, i: int, responses: int) -> Unit:

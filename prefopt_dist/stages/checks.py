@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedConfig
 
-from prefopt_dist.config import Config
+from prefopt_dist.config import Config, Lora
+from prefopt_dist.config.build import nearest
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.micro_batch import Unit, packed_tokens
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.unpaired import UnpairedRows
 from prefopt_dist.errors import UserError
+from prefopt_dist.model.activations import meta_model
+from prefopt_dist.model.adapter import Adapter, linear_layers
 from prefopt_dist.objectives import Objective
 from prefopt_dist.packages import refuse_absent
 from prefopt_dist.training.export import check_target
@@ -62,6 +67,33 @@ def check_packages(config: Config) -> None:
         refuse_absent("wandb", "tracking.wandb.mode", f"the mode {mode!r}", "set tracking.wandb.mode=disabled")
     if config.tracking.tensorboard:
         refuse_absent("tensorboard", "tracking.tensorboard", "it", "set tracking.tensorboard=false")
+    if config.lora is not None:
+        refuse_absent("peft", "lora", "a run with adapters", "remove the section lora")
+
+
+def adapter_of(lora: Lora | None, model: PreTrainedConfig, base: str) -> Adapter | None:
+    """The adapters that the section asks for, its names and rank checked against the model's layers."""
+    if lora is None:
+        return None
+    layers = linear_layers(meta_model(model, 1, torch.bfloat16))
+    names = list(layers) if lora.target_modules is None else list(dict.fromkeys(lora.target_modules))
+    if not names:
+        raise UserError("lora.target_modules: got [], must name a layer; name some, or leave it out for all")
+    for name in names:
+        if name not in layers:
+            raise UserError(
+                f"lora.target_modules: {name!r} is no linear layer of the decoder of this {model.model_type} model; "
+                f"{nearest(name, layers)}"
+            )
+    smallest = min(names, key=layers.__getitem__)
+    if lora.r > layers[smallest]:
+        raise UserError(
+            f"lora.r: got {lora.r}, must be at most {layers[smallest]}, the smaller side of {smallest}, beyond which "
+            "an adapter has no use; lower it"
+        )
+    folder = Path(base)
+    # peft finds a relative folder from where it is started only, which may be anywhere.
+    return Adapter(lora.r, lora.alpha, lora.rslora, tuple(names), str(folder.resolve()) if folder.is_dir() else base)
 
 
 def check_evaluations(config: Config) -> None:

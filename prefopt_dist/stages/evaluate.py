@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import write_json
+from prefopt_dist.model.adapter import attach_saved
 from prefopt_dist.model.load import ModelFolder, inspect_folder, load_sharded, resolve
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.stages import export, ingredients
@@ -37,29 +40,50 @@ def run(config: Config) -> None:
         scored, _ = ingredients.score_reference(
             config, models, objective, list(evals.values()), reference, stop_asked=lambda: False
         )
-        model, temporary, name = _model(config, models, folder)
+        evaluated = _model(config, models, folder)
         settings = ingredients.reference_settings(config, models)
-        engine = zero3.reference_engine(Scorer(load_sharded(model, dtype=models.dtype, settings=settings)), settings)
+        lm = load_sharded(evaluated.model, dtype=models.dtype, settings=settings)
+        if evaluated.adapters is not None:
+            ranks.together(partial(attach_saved, lm, evaluated.adapters))
+        engine = zero3.reference_engine(Scorer(lm), settings)
         found = evaluate(engine, objective, dict(zip(evals, scored, strict=True)), config.reference_micro_batch_tokens)
         zero3.release(engine)
         del engine
         found = evaluation_table.with_intervals(found)
         if ranks.rank() == 0:
-            write_json(config.run_dir / "evaluation.json", {"model": name, **found})
-            if temporary:
-                shutil.rmtree(model.path)
-        say(f"evaluated {name}:\n{evaluation_table.text(found)}")
+            write_json(config.run_dir / "evaluation.json", {"model": evaluated.name, **found})
+            if evaluated.temporary is not None:
+                shutil.rmtree(evaluated.temporary)
+        say(f"evaluated {evaluated.name}:\n{evaluation_table.text(found)}")
 
 
-def _model(config: Config, models: Models, folder: RunFolder) -> tuple[ModelFolder, bool, str]:
-    """The model to evaluate, whether its folder is only for this, and its name."""
+@dataclass(frozen=True)
+class _Evaluated:
+    """What is evaluated."""
+
+    name: str
+    model: ModelFolder
+    adapters: Path | None = None
+    """The folder of those that stand beside the model"""
+    temporary: Path | None = None
+    """A folder that was made for this alone"""
+
+
+def _model(config: Config, models: Models, folder: RunFolder) -> _Evaluated:
     if config.evaluate.model is not None:
-        return _given(config), False, config.evaluate.model
+        return _Evaluated(config.evaluate.model, _given(config))
     source = ranks.decide(lambda: export.chosen_checkpoint(config))
-    # As a model folder it can be loaded by any number of ranks.
+    # As a model folder, or one of adapters, it can be loaded by any number of ranks.
     target = config.run_dir / ".evaluating"
-    say(ranks.decide(lambda: export.export_checkpoint(config, models, source, folder, target)))
-    return ranks.together(lambda: inspect_folder(Path(target), "run.dir", config.data.max_length)), True, source.name
+
+    def exported() -> str:
+        return export.export_checkpoint(config, models, source, folder, target=target, merged=False)
+
+    say(ranks.decide(exported))
+    if models.adapter is not None:
+        return _Evaluated(source.name, models.policy, adapters=target, temporary=target)
+    model = ranks.together(lambda: inspect_folder(target, "run.dir", config.data.max_length))
+    return _Evaluated(source.name, model, temporary=target)
 
 
 def _given(config: Config) -> ModelFolder:

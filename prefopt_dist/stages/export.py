@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
-from prefopt_dist.config import Config
+from prefopt_dist.config import Config, to_dict
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.stages import ingredients
+from prefopt_dist.stages.base import refuse_other_base
 from prefopt_dist.stages.ingredients import DTYPES, Models
 from prefopt_dist.stages.job import run_folder
 from prefopt_dist.tracking import heartbeat
@@ -23,7 +23,8 @@ def run(config: Config) -> None:
     """One process; more ranks only wait."""
     with run_folder(config, begins=False) as folder:
         models = ingredients.load_models(config)
-        say(ranks.decide(lambda: export_checkpoint(config, models, chosen_checkpoint(config), folder)))
+        merged = config.export.merged
+        say(ranks.decide(lambda: export_checkpoint(config, models, chosen_checkpoint(config), folder, merged=merged)))
 
 
 def chosen_checkpoint(config: Config) -> Path:
@@ -37,26 +38,31 @@ def chosen_checkpoint(config: Config) -> Path:
 
 
 def export_checkpoint(
-    config: Config, models: Models, source: Path, folder: RunFolder, target: Path | None = None
+    config: Config, models: Models, source: Path, folder: RunFolder, *, target: Path | None = None, merged: bool
 ) -> str:
-    """Writes the folder and says so in one line."""
+    """Writes the folder and says so in one line; merged: of a run with adapters the whole model."""
     target = target or config.export_dir
     heartbeat.beat("the export")
     manifest = read_manifest(source)
+    if manifest is not None:
+        refuse_other_base(config, models, manifest)
     worst = export(
         source,
         model=models.policy,
+        adapter=models.adapter,
+        merged=merged,
         tokenizer=models.tokenizer,
         trained_dtype=models.dtype,
         dtype=DTYPES[config.export.dtype or config.model.dtype],
         target=target,
         card=model_card(
             base=config.model.name_or_path,
-            loss=asdict(config.loss),
+            loss=to_dict(config)["loss"],
             step=manifest.step if manifest else 0,
             run_id=folder.facts["run_id"],
+            adapter=models.adapter is not None and not merged,
         ),
     )
-    return (
-        f"exported {source.name} to {target}; loaded back, its log-probs differ by at most {worst:.1e} of their value"
-    )
+    what = "" if models.adapter is None else " with its adapters added in" if merged else "'s adapters"
+    said = f"exported {source.name}{what} to {target}"
+    return f"{said}; loaded back, its log-probs differ by at most {worst:.1e} of their value"

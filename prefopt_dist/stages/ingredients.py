@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from prefopt_dist.config import Config, DataSource, load_deepspeed_json
+from prefopt_dist.config import Config, load_deepspeed_json
 from prefopt_dist.config.losses import KTOLoss
-from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows, prepare_rows
+from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows
 from prefopt_dist.data.unpaired import unpaired
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
+from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.cost import layer_parameters
 from prefopt_dist.model.digests import FileState, refuse_if_changed, remembered_digest
 from prefopt_dist.model.identity import reference_key
@@ -29,10 +30,11 @@ from prefopt_dist.objectives import Objective
 from prefopt_dist.reference.first_pass import FirstPass, run_first_pass
 from prefopt_dist.reference.store import ReferenceStore
 from prefopt_dist.stages import checks
+from prefopt_dist.stages.losses import described
 from prefopt_dist.stages.losses import make_objective as make_objective  # a stage finds all its parts here
+from prefopt_dist.stages.rows import eval_sets, prepared, prepared_train
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import in_units, say
-from prefopt_dist.tracking.progress import rows_read
 from prefopt_dist.training.batches import ScoredRows
 from prefopt_dist.training.run_folder import RunFolder
 
@@ -52,6 +54,8 @@ class Models:
     """The policy's own where the configuration names no other."""
     tokenizer: Any
     dtype: torch.dtype
+    adapter: Adapter | None
+    """What is trained beside the policy's folder; None where all of its weights are"""
 
     @property
     def reference_is_start(self) -> bool:
@@ -74,8 +78,7 @@ def check(config: Config) -> None:
     RunFolder(config.run_dir).check_identity(config)
     _check_surroundings(config)
     _models(config)
-    sets = [("data.train", config.data.train), *_eval_sources(config)]
-    for key, sources in sets:
+    for key, sources in {"data.train": config.data.train, **eval_sets(config)}.items():
         for source in sources:
             looks_local = source.path.startswith((".", "/", "~")) or source.path.endswith(FILE_ENDINGS)
             if looks_local and not Path(source.path).exists():
@@ -100,10 +103,6 @@ def zero_settings(path: str, key: str) -> dict[str, Any]:
     return settings
 
 
-def _eval_sources(config: Config) -> list[tuple[str, Sequence[DataSource]]]:
-    return [(f"data.eval.{name}".rstrip("."), sources) for name, sources in (config.data.eval or {}).items()]
-
-
 def _check_surroundings(config: Config) -> None:
     zero_settings(config.deepspeed.policy, "deepspeed.policy")
     zero_settings(config.deepspeed.reference, "deepspeed.reference")
@@ -121,7 +120,8 @@ def _models(config: Config) -> Models:
         reference = inspect_folder(resolve(config.reference.name_or_path, key), key, longest)
     tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
     checks.check_tokenizer(tokenizer, config.data.template, policy.config.vocab_size)
-    return Models(policy, reference, tokenizer, DTYPES[config.model.dtype])
+    adapter = checks.adapter_of(config.lora, policy.config, config.model.name_or_path)
+    return Models(policy, reference, tokenizer, DTYPES[config.model.dtype], adapter)
 
 
 def load_models(config: Config) -> Models:
@@ -145,7 +145,7 @@ def _described(model: ModelFolder) -> str:
 def load_train(config: Config, models: Models, objective: Objective) -> TokenisedRows:
     """All ranks: the training set, tokenised by rank 0, mapped by all."""
     say(f"data: reading {', '.join(s.path for s in config.data.train)}")
-    train = _open(config, models, config.data.train, "data.train")
+    train = _open(lambda: prepared_train(config, models.tokenizer, models.policy.config.vocab_size))
     say(f"data.train: {train.report.text()}")
     check_rows(train, objective, "data.train")
     train = _for_loss(config, train, "data.train")
@@ -156,9 +156,8 @@ def load_train(config: Config, models: Models, objective: Objective) -> Tokenise
 def load_evals(config: Config, models: Models, objective: Objective) -> dict[str, TokenisedRows]:
     """All ranks: the evaluation sets by name; none where the configuration has none."""
     evals = {}
-    for name, sources in (config.data.eval or {}).items():
-        key = f"data.eval.{name}".rstrip(".")
-        evals[name] = _open(config, models, sources, key)
+    for name, (key, sources) in zip(config.data.eval or {}, eval_sets(config).items(), strict=True):
+        evals[name] = _open(partial(prepared, config, models.tokenizer, models.policy.config.vocab_size, sources, key))
         say(f"{key}: {evals[name].report.text()}")
         check_rows(evals[name], objective, key)
         evals[name] = _for_loss(config, evals[name], key)
@@ -174,40 +173,9 @@ def data_facts(train: TokenisedRows, evals: dict[str, TokenisedRows]) -> dict[st
     return {"train": train.report.as_run_json(), "eval": reports.get("", reports or None)}
 
 
-def _tokenising(key: str) -> Callable[[int, int | None], None]:
-    """Tells a person and the watchdog how far it is."""
-    tell = rows_read(f"{key}: tokenising")
-
-    def progress(rows: int, total: int | None) -> None:
-        heartbeat.beat(f"tokenising {key}, {rows} rows")
-        tell(rows, total)
-
-    return progress
-
-
-def prepared(config: Config, tokenizer: Any, vocabulary: int, sources: Sequence[DataSource], key: str) -> Path:
-    """One process: the folder of these sources' tokenised rows, made where it is not there."""
-    data = config.data
-    heartbeat.beat(f"reading {key}")
-    return prepare_rows(
-        sources,
-        tokenizer=tokenizer,
-        form=data.format,
-        template=data.template,
-        max_length=data.max_length,
-        max_prompt_length=data.max_prompt_length,
-        on_bad_row=data.on_bad_row,
-        cache_dir=config.cache_dir,
-        vocab_size=vocabulary,
-        key=key,
-        say=say,
-        progress=_tokenising(key),
-    )
-
-
-def _open(config: Config, models: Models, sources: Sequence[DataSource], key: str) -> TokenisedRows:
-    vocabulary = models.policy.config.vocab_size
-    folder = ranks.decide(lambda: prepared(config, models.tokenizer, vocabulary, sources, key))
+def _open(make: Callable[[], Path]) -> TokenisedRows:
+    """All ranks: the rows in the folder that rank 0 makes."""
+    folder = ranks.decide(make)
 
     def open_here() -> TokenisedRows:
         try:
@@ -256,7 +224,7 @@ def score_reference(
     reference: its weights, None for a loss without reference.
     """
     if reference is None:
-        say(f"loss {config.loss.name}: no reference, no first pass")
+        say(f"loss {described(config.loss)}: no reference, no first pass")
         return [ScoredRows(rows, None) for rows in sets], None
     done = run_first_pass(
         model=models.reference,

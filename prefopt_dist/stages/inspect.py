@@ -2,41 +2,71 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Mapping
+from pathlib import Path
 
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows, open_rows
+from prefopt_dist.data.prepare import stopped_by
+from prefopt_dist.errors import UserError
+from prefopt_dist.files import write_json
+from prefopt_dist.inspection.equal import group, prompt_keys
+from prefopt_dist.inspection.picture import draw, matplotlib_figure
+from prefopt_dist.inspection.policy import refuse_stops
+from prefopt_dist.inspection.report import SetReport
 from prefopt_dist.model.load import load_tokenizer, read_config, resolve
-from prefopt_dist.stages.ingredients import prepared
+from prefopt_dist.stages.rows import TRAIN, eval_sets, find, prepared
 from prefopt_dist.tracking.console import say
 
 
 def run(config: Config) -> None:
     """One process, no process group."""
+    if config.inspect.picture is not None:
+        matplotlib_figure()
+    sets = _read(config)
+    evals = {key: rows for key, rows in sets.items() if key != TRAIN}
+    found = {key: find(config, rows, evals if key == TRAIN else {}) for key, rows in sets.items()}
+    reports = {
+        key: SetReport.of(
+            key,
+            rows,
+            found[key],
+            config.inspect.policies if key == TRAIN else None,
+            config.data.on_bad_row,
+            len(group(prompt_keys(rows)).first),
+        )
+        for key, rows in sets.items()
+    }
+    for report in reports.values():
+        say(report.text())
+    _write(config, reports)
+    for rows in sets.values():
+        if config.data.on_bad_row == "stop" and rows.report.first_fault is not None:
+            raise stopped_by(rows.report.first_fault)
+    refuse_stops(found[TRAIN], config.inspect.policies, TRAIN)
+
+
+def _read(config: Config) -> dict[str, TokenisedRows]:
+    """All data sets by their dotted key, less the rows that cannot be used: to stop at the first would hide others."""
     tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
     model_key = "model.name_or_path"
     vocabulary = read_config(resolve(config.model.name_or_path, model_key, weights=False), model_key).vocab_size
-    sets = {"data.train": config.data.train}
-    sets |= {f"data.eval.{n}".rstrip("."): s for n, s in (config.data.eval or {}).items()}
-    for key, sources in sets.items():
-        folder = prepared(config, tokenizer, vocabulary, sources, key)
-        rows = open_rows(folder)
-        say(f"{key}: {rows.report.text()}")
-        say(_lengths(rows))
+    sets = {TRAIN: config.data.train, **eval_sets(config)}
+    folders = {key: prepared(config, tokenizer, vocabulary, sources, key, "drop") for key, sources in sets.items()}
+    return {key: open_rows(folder, checksums=False) for key, folder in folders.items()}
 
 
-def _lengths(rows: TokenisedRows) -> str:
-    parts = rows.lengths()
-    names = ("prompt", "chosen", "rejected") if rows.kind == "pair" else ("prompt", "response")
-    lines = [f"  {name} tokens: {_quantiles(parts[:, i])}" for i, name in enumerate(names)]
-    if rows.kind == "pair":
-        different = parts[:, 1] != parts[:, 2]
-        longer = float((parts[different, 1] > parts[different, 2]).mean()) if different.any() else float("nan")
-        lines.append(f"  the longer response is chosen in {100 * longer:.1f} % of the pairs of different length")
-    return "\n".join(lines)
-
-
-def _quantiles(lengths: NDArray[np.int64]) -> str:
-    shown = {q: int(np.quantile(lengths, q / 100, method="higher")) for q in (5, 50, 95, 100)}
-    return f"mean {lengths.mean():.1f}, " + ", ".join(f"{q} % at most {n}" for q, n in shown.items())
+def _write(config: Config, reports: Mapping[str, SetReport]) -> None:
+    if config.inspect.file is not None:
+        file = Path(config.inspect.file)
+        try:
+            write_json(file, {key: report.as_json() for key, report in reports.items()})
+        except OSError as e:
+            raise UserError(
+                f"inspect.file: {file} cannot be written ({e.strerror}). Choose a folder that exists."
+            ) from e
+        say(f"written: {file}")
+    if config.inspect.picture is not None:
+        lengths = {key: report.lengths for key, report in reports.items()}
+        draw(Path(config.inspect.picture), lengths, config.data.max_length)
+        say(f"drawn: {config.inspect.picture}")

@@ -5,8 +5,18 @@ from __future__ import annotations
 import torch
 
 from prefopt_dist.config import Loss
-from prefopt_dist.config.losses import DPOLoss, HingeLoss, IPOLoss, KTOLoss, ORPOLoss, RobustLoss, SFTLoss, SimPOLoss
-from prefopt_dist.objectives import DPO, IPO, KTO, ORPO, SFT, Hinge, Objective, RobustDPO, SimPO, WithSFT
+from prefopt_dist.config.losses import (
+    DPOLoss,
+    HingeLoss,
+    IPOLoss,
+    KTOLoss,
+    MixLoss,
+    ORPOLoss,
+    RobustLoss,
+    SFTLoss,
+    SimPOLoss,
+)
+from prefopt_dist.objectives import DPO, IPO, KTO, ORPO, SFT, Hinge, Mix, Objective, Part, RobustDPO, SimPO, WithSFT
 from prefopt_dist.objectives.pairs import tie_tolerance
 
 
@@ -15,6 +25,8 @@ def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
     tie = tie_tolerance(dtype)
     objective: Objective
     match loss:
+        case MixLoss():
+            return Mix(tuple(Part(n, p.weight, make_objective(p.loss, dtype)) for n, p in loss.of.items()))
         case SFTLoss():
             return SFT()
         case ORPOLoss():
@@ -32,3 +44,10 @@ def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
         case SimPOLoss():
             objective = SimPO(loss.beta, loss.gamma, tie)
     return WithSFT(objective, loss.sft_weight) if loss.sft_weight > 0 else objective
+
+
+def described(loss: Loss) -> str:
+    """Its name, and of a mix what is in it."""
+    if not isinstance(loss, MixLoss):
+        return loss.name
+    return " + ".join(f"{part.weight:g} {name}" for name, part in loss.of.items())

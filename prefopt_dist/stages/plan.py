@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from prefopt_dist.config import Config
-from prefopt_dist.data import TokenisedRows, open_rows
+from prefopt_dist.data import open_rows
 from prefopt_dist.data.layout import Cost
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import write_json
@@ -21,8 +21,10 @@ from prefopt_dist.planning.machine import Machine, planned
 from prefopt_dist.planning.memory import ZeroSettings
 from prefopt_dist.planning.report import Report
 from prefopt_dist.planning.sizes import model_sizes
-from prefopt_dist.stages.ingredients import DTYPES, prepared, sized, zero_settings
+from prefopt_dist.stages.checks import adapter_of
+from prefopt_dist.stages.ingredients import DTYPES, sized, zero_settings
 from prefopt_dist.stages.losses import make_objective
+from prefopt_dist.stages.rows import eval_sets, prepared, prepared_train
 from prefopt_dist.tracking.console import say
 
 
@@ -54,8 +56,9 @@ def _needs(config: Config, model: PreTrainedConfig) -> Needs:
     for_reference = ZeroSettings.of(reference, dtype.itemsize)
     if config.reference.offload == "cpu":
         for_reference = for_reference.offloading(False, True)
+    adapter = adapter_of(config.lora, model, config.model.name_or_path)
     return Needs(
-        sizes=model_sizes(model, dtype, for_policy.persistence),
+        sizes=model_sizes(model, dtype, for_policy.persistence, adapter),
         policy=for_policy,
         reference=for_reference,
         tokens=config.train.micro_batch_tokens,
@@ -69,19 +72,15 @@ def _work(config: Config, model: PreTrainedConfig, cost: Cost) -> work.Work:
     objective = make_objective(config.loss, DTYPES[config.model.dtype])
     try:
         tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
-        train = _rows(config, tokenizer, model.vocab_size, "data.train", config.data.train)
+        train = open_rows(prepared_train(config, tokenizer, model.vocab_size))
         evals = {
-            name: _rows(config, tokenizer, model.vocab_size, f"data.eval.{name}".rstrip("."), sources)
-            for name, sources in (config.data.eval or {}).items()
+            key: open_rows(prepared(config, tokenizer, model.vocab_size, sources, key))
+            for key, sources in eval_sets(config).items()
         }
     except UserError as e:
         say(f"the data cannot be read here, so every row is taken to be as long as data.max_length allows: {e}")
         return work.worst_case(config, cost, objective)
     return work.from_rows(config, train, evals, cost, objective)
-
-
-def _rows(config: Config, tokenizer: Any, vocabulary: int, key: str, sources: Any) -> TokenisedRows:
-    return open_rows(prepared(config, tokenizer, vocabulary, sources, key))
 
 
 def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], todo: work.Work, cost: Cost) -> Report:
@@ -99,10 +98,10 @@ def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], tod
         fits=fits,
         micro_batch_tokens=config.train.micro_batch_tokens,
         work=todo,
-        step_seconds=seconds(work.training_flop(todo, cost, again)),
+        step_seconds=seconds(work.training_flop(todo, cost, again, needs.sizes.frozen)),
         first_pass_seconds=seconds(todo.first_pass_flop),
         evaluation_seconds=seconds(todo.evaluation_flop),
-        disk=disk(needs.sizes, config.checkpoint.keep, written, todo.sequences),
+        disk=disk(needs.sizes, config.checkpoint.keep, written, todo.sequences, merged=config.export.merged),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +13,18 @@ from prefopt_dist.data.order import Order
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.activations import activation_memory
+from prefopt_dist.model.adapter import attach
 from prefopt_dist.model.cost import forward_cost
+from prefopt_dist.model.digests import refuse_if_changed
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import Objective
 from prefopt_dist.reference.turn import StoppedInFirstPass
 from prefopt_dist.stages import export, ingredients
+from prefopt_dist.stages.base import base_weights
 from prefopt_dist.stages.ingredients import Models
 from prefopt_dist.stages.job import requests_for, run_folder
+from prefopt_dist.stages.losses import described
 from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.tracking.feed import Feed, Feeds
 from prefopt_dist.tracking.health import Finding, RunFacts, Watch
@@ -47,6 +52,9 @@ def run(config: Config) -> None:
         order, total_steps = _plan_steps(config, train)
         reference = ingredients.reference_weights(config, models, objective)
         facts = {"reference_key": reference and reference.key, "data_digest": train.report.digest}
+        base = base_weights(config, models)
+        if base is not None:
+            facts["base_key"] = base.key
         root = config.run_dir / "checkpoints"
         found = checkpoint.find(root)
         _check_resume(config, found, facts)  # before the first pass, which may take hours
@@ -67,6 +75,8 @@ def run(config: Config) -> None:
             )
 
         engine, here = _policy(config, models)
+        if base is not None:
+            ranks.together(partial(refuse_if_changed, base.states))
         if ranks.rank() == 0:
             folder.note(memory=here.as_run_json())
         state: dict[str, Any] | None = None
@@ -97,15 +107,8 @@ def run(config: Config) -> None:
 
 
 def _plan_steps(config: Config, rows: TokenisedRows) -> tuple[Order, int]:
-    per_step = config.train.global_batch_pairs
-    order = Order(rows.source, rows.weights, config.run.seed, per_step)
-    if per_step > order.rows_per_epoch:
-        raise UserError(
-            f"train.global_batch_pairs: {per_step} is more than the {order.rows_per_epoch} rows of an epoch. "
-            "Lower it, or give more data."
-        )
-    total = config.train.epochs * order.steps_per_epoch
-    return order, min(total, config.train.max_steps or total)
+    order = Order.of_run(rows.source, rows.weights, config.run.seed, config.train.global_batch_pairs)
+    return order, order.total_steps(config.train.epochs, config.train.max_steps)
 
 
 def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any]) -> None:
@@ -119,8 +122,9 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
     for name, key, what in (
         ("reference_key", "reference", "the weights or the configuration of the model folder"),
         ("data_digest", "data.train", "the data files or the tokenizer"),
+        ("base_key", "model.name_or_path", "the weights or the configuration of the base model's folder"),
     ):
-        if found.facts[name] != facts[name]:
+        if name in facts and found.facts[name] != facts[name]:
             raise UserError(
                 f"{key}: this run began with {name} {found.facts[name]}, and {what} now give {facts[name]}. "
                 "Put them back as they were, or start a new run."
@@ -137,6 +141,9 @@ def _policy(config: Config, models: Models) -> tuple[Any, room.Room]:
     )
     torch.manual_seed(config.run.seed)
     lm = load_sharded(models.policy, dtype=models.dtype, settings=settings)
+    if models.adapter is not None:
+        torch.manual_seed(config.run.seed)  # whatever loading has drawn: the same on any number of ranks
+        attach(lm, models.adapter)
     scorer = Scorer(lm).train()
     optim = config.optim
     optimizer = adamw(
@@ -149,8 +156,10 @@ def _policy(config: Config, models: Models) -> tuple[Any, room.Room]:
     engine = zero3.policy_engine(scorer, optimizer, settings)
     held, whole = zero3.shard_bytes(scorer)
     say(f"policy: each rank holds {in_units(held)} of {in_units(whole)} of parameters")
+    if models.adapter is not None:
+        say(f"lora: {zero3.trained_parameters(scorer):,} parameters are trained, the others are frozen")
     here = room.choose(
-        activation_memory(models.policy.config, models.dtype),
+        activation_memory(models.policy.config, models.dtype, models.adapter),
         wish=config.model.checkpointing,
         tokens=config.train.micro_batch_tokens,
         available=room.available_bytes(lm, settings["zero_optimization"]),
@@ -219,7 +228,7 @@ def _finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, st
     def conclude() -> str:
         assert job.log is not None
         source = config.run_dir / "checkpoints" / checkpoint.folder_name(job.total_steps)
-        text = export.export_checkpoint(config, models, source, folder)
+        text = export.export_checkpoint(config, models, source, folder, merged=config.export.merged)
         summary = _summary(config, job.log.metrics.rows(), job.total_steps, text)
         folder.note(memory=folder.facts["memory"] | {"peak_bytes": loop.peak_memory()})
         folder.done(summary)
@@ -237,7 +246,7 @@ def _what_comes(config: Config, order: Order, start: int, total: int) -> str:
         times.insert(0, ("evaluation", config.eval.every_steps))
     every = [f"{what} every {steps} steps" if steps else f"{what} at the end" for what, steps in times]
     return (
-        f"training: {config.loss.name}, steps {start + 1} to {total} of {per_step} rows "
+        f"training: {described(config.loss)}, steps {start + 1} to {total} of {per_step} rows "
         f"({order.rows_per_epoch} an epoch, {epochs} {'epoch' if epochs == 1 else 'epochs'}) "
         f"on {ranks.world_size()} ranks; {'; '.join(every)}"
     )

@@ -66,7 +66,11 @@ def save(
     ranks.decide(clear)
     with _errors_held_back(engine.checkpoint_engine) as errors:
         engine.save_checkpoint(
-            str(staging), tag=name, client_state={"state": state, "random": _random_states()}, save_latest=False
+            str(staging),
+            tag=name,
+            client_state={"state": state, "random": _random_states()},
+            save_latest=False,
+            exclude_frozen_parameters=True,  # of a run with adapters the base model, which is in its own folder
         )
     reports = ranks.gather(_report(staging / name, errors))
     faults = [f"rank {r}: {fault}" for r, (_, fault) in enumerate(reports) if fault]
@@ -170,7 +174,9 @@ def load(engine: Any, root: Path, manifest: Manifest) -> Loaded:
     folder = root / folder_name(manifest.step)
     if manifest.world_size != ranks.world_size():
         return Loaded(step=manifest.step, state=universal.load(engine, folder, manifest))
-    path, saved = engine.load_checkpoint(str(root), tag=folder.name)
+    # Strict means that frozen parameters, which are not in it, must be there.
+    whole = all(p.requires_grad for p in engine.module.parameters())
+    path, saved = engine.load_checkpoint(str(root), tag=folder.name, load_module_strict=whole)
     assert path is not None, f"DeepSpeed found nothing in {folder}"
     _set_random_states(saved["random"])
     return Loaded(step=manifest.step, state=saved["state"])

@@ -1,4 +1,7 @@
-"""A committed checkpoint becomes a Hugging Face folder, verified by loading it back. One process does it."""
+"""A committed checkpoint becomes a Hugging Face folder, verified by loading it back. One process does it.
+
+Of a run with adapters it is peft's folder of them, or on request the whole model with them added in.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from prefopt_dist import __version__
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import fsync_folder, write_json
+from prefopt_dist.model import adapter as adapters
+from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.load import ModelFolder, inspect_folder, load_whole
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.training import probe
@@ -31,6 +36,8 @@ def export(
     checkpoint: Path,
     *,
     model: ModelFolder,
+    adapter: Adapter | None,
+    merged: bool,
     tokenizer: Any,
     trained_dtype: torch.dtype,
     dtype: torch.dtype,
@@ -39,7 +46,8 @@ def export(
 ) -> float:
     """Writes `target` whole or not at all; returns the worst relative difference of the probe's log-probs.
 
-    model: the folder that training started from, for its architecture; card: the model card's text.
+    model: the folder that training started from, for its architecture and what was frozen; adapter: of the run, which
+    is written alone unless merged; card: the model card's text.
     """
     check_target(target)
     manifest = read_manifest(checkpoint)
@@ -51,8 +59,11 @@ def export(
     staging = target.with_name(f".{target.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        _write(checkpoint, model, tokenizer, dtype, staging, card)
-        worst = _verify(staging, manifest, dtype, max(TOLERANCE[trained_dtype], TOLERANCE[dtype]))
+        _write(checkpoint, model, adapter, merged, dtype, staging)
+        tokenizer.save_pretrained(staging)
+        (staging / "README.md").write_text(card)
+        base = None if adapter is None or merged else model
+        worst = _verify(staging, base, manifest, dtype, max(TOLERANCE[trained_dtype], TOLERANCE[dtype]))
         write_json(staging / MARKER, {"checkpoint": str(checkpoint), "step": manifest.step})
         for file in staging.iterdir():
             with file.open("rb") as f:
@@ -80,37 +91,53 @@ def check_target(target: Path) -> None:
     )
 
 
-def _write(checkpoint: Path, model: ModelFolder, tokenizer: Any, dtype: torch.dtype, folder: Path, card: str) -> None:
+def _write(
+    checkpoint: Path, model: ModelFolder, adapter: Adapter | None, merged: bool, dtype: torch.dtype, folder: Path
+) -> None:
+    weights = _float32_weights(checkpoint)
+    if adapter is None:
+        _write_whole(weights, model, dtype, folder)
+    elif merged:
+        _write_whole(adapters.merged(model, adapter, weights), model, dtype, folder)
+    else:
+        adapters.save(folder, adapter, {name: tensor.to(dtype) for name, tensor in weights.items()})
+
+
+def _write_whole(weights: dict[str, torch.Tensor], model: ModelFolder, dtype: torch.dtype, folder: Path) -> None:
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(model.config)
-    weights = {name.removeprefix("lm."): tensor.to(dtype) for name, tensor in _float32_weights(checkpoint).items()}
-    lm.load_state_dict(weights, strict=not model.config.tie_word_embeddings, assign=True)
+    written = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    lm.load_state_dict(written, strict=not model.config.tie_word_embeddings, assign=True)
     lm.tie_weights()
     lm.config.dtype = dtype
     if (model.path / "generation_config.json").is_file():
         lm.generation_config = GenerationConfig.from_pretrained(model.path)
     lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card)
 
 
 def _float32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The optimizer's master weights of all ranks put together, in host memory."""
+    """The optimizer's master weights of all ranks put together, in host memory; what was frozen is not among them."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     # It prints every file, and its bars.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.parent), tag=checkpoint.name
+            str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
         )
-    return weights
+    return {name.removeprefix("lm."): tensor for name, tensor in weights.items()}
 
 
-def _verify(folder: Path, manifest: Manifest, dtype: torch.dtype, tolerance: float) -> float:
-    """Loads the folder as a user would and scores the probe; what differs from the live policy is refused."""
+def _verify(folder: Path, base: ModelFolder | None, manifest: Manifest, dtype: torch.dtype, tolerance: float) -> float:
+    """Loads the folder as a user would and scores the probe; what differs from the live policy is refused.
+
+    base: of a folder of adapters.
+    """
     batch, said = probe.batch_of(manifest.facts["probe"])
     longest = int(batch.position_ids.max()) + 2  # the last token of a response is no input
-    scorer = Scorer(load_whole(inspect_folder(folder, "export.dir", longest), dtype=dtype))
+    lm = load_whole(base or inspect_folder(folder, "export.dir", longest), dtype=dtype)
+    if base is not None:
+        adapters.load_back(lm, folder)
+    scorer = Scorer(lm)
     with torch.no_grad():
         sums = scorer(batch)[batch.units]
     worst = float(((sums - said).abs() / said.abs().clamp(min=1.0)).max())
@@ -122,10 +149,11 @@ def _verify(folder: Path, manifest: Manifest, dtype: torch.dtype, tolerance: flo
     return worst
 
 
-def model_card(*, base: str, loss: dict[str, Any], step: int, run_id: str) -> str:
-    """The README.md of an exported folder."""
+def model_card(*, base: str, loss: dict[str, Any], step: int, run_id: str, adapter: bool) -> str:
+    """The README.md of an exported folder; adapter: it holds nothing else."""
     options = json.dumps(loss, sort_keys=True)
+    library, what = ("peft", "Adapters trained beside") if adapter else ("transformers", "Trained from")
     return (
-        f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [prefopt_dist, {loss['name']}]\n---\n\n"
-        f"Trained from `{base}` with prefopt_dist {__version__}, loss `{options}`, {step} steps, run `{run_id}`.\n"
+        f"---\nbase_model: {base}\nlibrary_name: {library}\ntags: [prefopt_dist, {loss['name']}]\n---\n\n"
+        f"{what} `{base}` with prefopt_dist {__version__}, loss `{options}`, {step} steps, run `{run_id}`.\n"
     )

@@ -88,11 +88,13 @@ def available_bytes(lm: PreTrainedModel, zero: Mapping[str, Any]) -> int:
     buckets = int(zero.get("reduce_bucket_size", 5e8)) + int(zero.get("stage3_prefetch_bucket_size", 5e7))
     coming = size * (gathered + min(2 * sum(parameters), buckets))
     # The head's gradient: float32 until it is rounded once, and one block's product or the rounded whole beside it.
-    coming += (4 + size) * max(parameters)
+    # A frozen head has none; the largest of what is trained is then as good as nothing.
+    trained = [p for p in lm.parameters() if p.requires_grad]
+    coming += (4 + size) * max(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in trained)
     # Adam's two moments come with the first update, or with a checkpoint: both are still to come.
     offloaded = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
     if not (offloaded and torch.cuda.is_available()):
-        held = (p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in lm.parameters())
+        held = (p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in trained)
         coming += 8 * sum(held)
     return int(max(0.0, (1 - KEPT_FREE) * free_bytes() - coming))
 

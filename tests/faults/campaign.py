@@ -1,11 +1,16 @@
 """Kills a small job over and over, starts it again until it is done, and compares it with one that nobody disturbed.
 
-    make faults KILLS=100 SEED=0          or  python tests/faults/campaign.py --kills 100 --seed 0
+    make faults KILLS=100 SEED=0                     python tests/faults/campaign.py --kills 100 --seed 0
+    make faults KILLS=30 SEED=0 RANKS=2,1,3          python tests/faults/campaign.py --kills 30 --seed 0 --ranks 2,1,3
 
 A life is one run folder with an empty cache: started by launch/run.sh, killed, started again by the same command
 until DONE. What happened goes to a JSONL file as it happens, so a campaign that was itself stopped goes on with its
-next life. --ranks 2,1 gives the starts of a life these numbers of ranks in turn (weights are then compared within
-rounding); it has not been tried: it needs a job that resumes on another number of ranks.
+next life.
+
+With several numbers of ranks each makes an equal share of the updates. Which of them makes an update is a function of
+its number alone: a job is asked to stop at the last update of a share, and a start takes the ranks that the newest
+committed checkpoint calls for. So a killed job and the undisturbed one are the same computation, first pass,
+conversions and all, and end with the same bits.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,19 +40,37 @@ sys.path[:0] = [str(REPOSITORY), str(HERE.parent), str(HERE)]
 
 import verdict  # noqa: E402
 import worlds  # noqa: E402
-from points import Fault, life  # noqa: E402
+from points import Fault, changing_life, life  # noqa: E402
+
+from prefopt_dist.training.checkpoint import committed  # noqa: E402
 
 PAIRS, G, STEPS = 140, 12, 12
 PATIENCE = 300
 """Seconds for one start; a job that neither ends nor dies in this time has failed the campaign."""
 KILLS_A_LIFE = 14
+KILLS_A_SEGMENT = 4
+STOPPED_ON_REQUEST = 75
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The updates up to number `until` are made on `ranks` ranks."""
+
+    ranks: int
+    until: int
+
+
+def in_turn(*ranks: int) -> tuple[Segment, ...]:
+    """A schedule that gives each number of ranks an equal share of the updates."""
+    return tuple(Segment(n, STEPS * (i + 1) // len(ranks)) for i, n in enumerate(ranks))
 
 
 @dataclass(frozen=True)
 class World:
-    """Model and data of all lives, and the run that nobody disturbs."""
+    """Model and data of all lives, their schedule of ranks, and the run that nobody disturbs."""
 
     folder: Path
+    schedule: tuple[Segment, ...] = in_turn(2)
 
     @property
     def whole(self) -> Path:
@@ -54,9 +78,9 @@ class World:
         return self.folder / "whole"
 
     @classmethod
-    def make(cls, folder: Path, ranks: int) -> World:
+    def make(cls, folder: Path, schedule: tuple[Segment, ...]) -> World:
         """Written once; a campaign that goes on finds it."""
-        world = cls(folder)
+        world = cls(folder, schedule)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "model" / "model.safetensors").exists():
             worlds.write_model(folder / "model", seed=1, scale=2.0)
@@ -64,11 +88,24 @@ class World:
             worlds.write_pairs(folder / "eval.jsonl", 23, seed=1)
         if not (world.whole / "run" / "DONE").exists():
             shutil.rmtree(world.whole, ignore_errors=True)
-            began = time.monotonic()
-            start = Start(world, "whole", ranks, [])
-            assert start.wait() == 0, start.said()
-            (world.whole / "seconds").write_text(str(time.monotonic() - began))
+            seconds = []
+            for segment in schedule:
+                began = time.monotonic()
+                start = Start(world, "whole", [])
+                assert start.wait() == world.status_of(segment), start.said()
+                seconds.append(time.monotonic() - began)
+            (world.whole / "seconds").write_text(json.dumps(seconds))
         return world
+
+    def now(self, name: str) -> int:
+        """The segment in which the next start of a life is."""
+        checkpoints = committed(self.folder / name / "run" / "checkpoints")
+        done = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
+        return next((i for i, s in enumerate(self.schedule) if s.until > done), len(self.schedule) - 1)
+
+    def status_of(self, segment: Segment) -> int:
+        """Of a start that reaches the end of a segment."""
+        return 0 if segment == self.schedule[-1] else STOPPED_ON_REQUEST
 
     def run(self, name: str) -> Path:
         """<name>.yaml; run folder <name>/run, a cache of its own in <name>/cache."""
@@ -88,8 +125,8 @@ class World:
         return file
 
 
-def environment(folder: Path, faults: list[Fault]) -> dict[str, str]:
-    """Of a start of the life in `folder`, with the planted faults that wait for it."""
+def environment(folder: Path, faults: list[Fault], stop_at: int = STEPS) -> dict[str, str]:
+    """Of a start of the life in `folder`, with the planted faults that wait for it and the update it stops after."""
     return os.environ | {
         "PYTHONPATH": f"{HERE / 'planted'}:{REPOSITORY}",
         "OMP_NUM_THREADS": "1",
@@ -99,21 +136,23 @@ def environment(folder: Path, faults: list[Fault]) -> dict[str, str]:
         "PREFOPT_TRAIL": str(folder / "trail.jsonl"),
         "PREFOPT_FAULT_NOTES": str(folder / "notes.jsonl"),
         "PREFOPT_FAULTS": json.dumps([f.plan() for f in faults if f.target]),
+        "PREFOPT_STOP": json.dumps({"step": stop_at, "file": str(folder / "run" / "STOP")}) if stop_at < STEPS else "",
     }
 
 
 class Start:
-    """One start of a life, with the faults that wait for it."""
+    """One start of a life, on the ranks that are its turn, with the faults that wait for it."""
 
-    def __init__(self, world: World, name: str, ranks: int, faults: list[Fault]) -> None:
+    def __init__(self, world: World, name: str, faults: list[Fault]) -> None:
         self.folder = world.folder / name
+        self.segment = world.schedule[world.now(name)]
         self.folder.mkdir(exist_ok=True)
         self.notes, self.log = self.folder / "notes.jsonl", self.folder / "last-start.log"
         self.notes.unlink(missing_ok=True)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                ["launch/run.sh", "-n", str(ranks), "train", str(world.run(name))],
-                env=environment(self.folder, faults),
+                ["launch/run.sh", "-n", str(self.segment.ranks), "train", str(world.run(name))],
+                env=environment(self.folder, faults, self.segment.until),
                 cwd=REPOSITORY,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -153,7 +192,7 @@ class Start:
         if fault.who == "all":
             victims = [*self.seen.values(), psutil.Process(self.process.pid)]
         else:
-            victims = [p for p in self.seen.values() if _rank(p) == fault.at]
+            victims = [p for p in self.seen.values() if _rank(p) == fault.at % self.segment.ranks]
         for process in victims:
             process.kill() if process.is_running() else None
         return bool(victims)
@@ -186,18 +225,20 @@ def _rank(process: psutil.Process) -> int | None:
         return None
 
 
-def live(world: World, name: str, faults: list[Fault], schedule: list[int], record: Any) -> dict[str, Any]:
+def live(world: World, name: str, faults: list[Fault], record: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """One life to its end; `record` gets each death. The verdict."""
     shutil.rmtree(world.folder / name, ignore_errors=True)
-    usual = float((world.whole / "seconds").read_text())
-    waiting, moments = [f for f in faults if f.target], [f for f in faults if not f.target]
-    faulty: list[str] = []
-    for number in range(len(faults) + 2):
+    usual = json.loads((world.whole / "seconds").read_text())
+    waiting, faulty = list(faults), []
+    for number in range(len(faults) + len(world.schedule) + 1):
         began = time.monotonic()
-        start = Start(world, name, schedule[number % len(schedule)], waiting)
-        moment = moments[-1] if moments and (number % 3 == 1 or not waiting) else None
+        at = world.now(name)
+        here = [f for f in waiting if f.segment in (None, at)]
+        planted, moments = [f for f in here if f.target], [f for f in here if not f.target]
+        start = Start(world, name, planted)
+        moment = moments[-1] if moments and (number % 3 == 1 or not planted) else None
         try:
-            status, by_clock = start.ends(moment, usual)
+            status, by_clock = start.ends(moment, usual[at])
         except BaseException:  # the campaign is stopped: its job has a session of its own and would go on
             start.kill(Fault("", "all"))
             raise
@@ -205,24 +246,24 @@ def live(world: World, name: str, faults: list[Fault], schedule: list[int], reco
             start.kill(Fault("", "all"))
             raise SystemExit(f"{name}: start {number} did not end in {PATIENCE} s\n{start.said()}")
         plan = start.struck()
+        death = Fault(**plan) if plan else moment if by_clock else None
         orphans = start.orphans()
-        faulty += [f"orphans {orphans}"] if orphans and not (by_clock or (plan and plan["who"] == "all")) else []
+        faulty += [f"orphans {orphans}"] if orphans and not (by_clock or (death and death.who == "all")) else []
         faulty += verdict.half_things(start.folder)
-        if plan is not None:
-            waiting.remove(Fault(**plan))
-        if by_clock and moment is not None:
-            moments.remove(moment)
-            plan = plan or moment.plan()
-        if plan is not None:
-            record({"life": name, "start": number, "status": status, "seconds": time.monotonic() - began} | plan)
-        elif status != 0:
+        if death is not None:
+            waiting.remove(death)
+            what = {"ranks": start.segment.ranks, "status": status, "seconds": time.monotonic() - began}
+            record({"life": name, "start": number} | what | death.plan())
+        elif status != world.status_of(start.segment):
             raise SystemExit(f"{name}: start {number} ended with {status} though nobody killed it\n{start.said()}")
-        if status == 0 and plan is None:
+        elif status == 0:
             break
     else:
         raise SystemExit(f"{name}: not done after {number + 1} starts\n{start.said()}")
-    return verdict.compare(world.folder / name, world.whole, PAIRS, STEPS, exact=len(set(schedule)) == 1) | {
-        "faulty": faulty
+    return verdict.compare(world.folder / name, world.whole, PAIRS, STEPS) | {
+        "ranks_as_scheduled": verdict.ranks_of_updates(world.folder / name)
+        == {step: s.ranks for s in reversed(world.schedule) for step in range(1, s.until + 1)},
+        "faulty": faulty,
     }
 
 
@@ -238,12 +279,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.append(f"| **all** | {len(deaths)} | {survived.total()} |")
     who = Counter(row["who"] for row in deaths)
     found = [row["verdict"] for row in ends.values()]
-    lines.append(
-        f"\n{len(ends)} lives; victims: {who['all']} times all processes, {who['self'] + who['other']} times one rank; "
-        f"weights equal {sum(v['weights_equal'] for v in found)} of {len(found)}; metrics equal "
-        f"{sum(v['metrics_equal'] for v in found)} of {len(found)}; pairs lost {sum(v['lost'] for v in found)}, "
-        f"repeated {sum(v['repeated'] for v in found)}."
-    )
+    lines += [
+        f"\nVictims: {who['all']} times all processes, {who['self'] + who['other']} times one rank or the others.\n",
+        "| faults injected | survived | jobs | weights equal | metrics equal | pairs lost | pairs repeated |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| {len(deaths)} | {survived.total()} | {len(ends)} | {sum(v['weights_equal'] for v in found)} | "
+        f"{sum(v['metrics_equal'] for v in found)} | {sum(v['lost'] for v in found)} | "
+        f"{sum(v['repeated'] for v in found)} |\n",
+    ]
     debris = [n for v in found for n in v["debris"]]
     lines.append(f"Left behind under names that no reader takes: {len(debris)}{' ' if debris else ''}{debris or ''}")
     lines += [f"{name}: {fault}" for name, row in ends.items() for fault in verdict.faults(row["verdict"])]
@@ -256,11 +299,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", default="2", help="ranks of a life's starts in turn, such as 2,1,3 (untried)")
+    parser.add_argument("--ranks", default="2", help="numbers of ranks that share a life's updates in turn: 2,1,3")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "prefopt-faults")
     asked = parser.parse_args()
-    schedule = [int(n) for n in asked.ranks.split(",")]
-    world = World.make(asked.folder / asked.ranks, schedule[0])
+    ranks = [int(n) for n in asked.ranks.split(",")]
+    world = World.make(asked.folder / asked.ranks, in_turn(*ranks))
     results = world.folder / f"seed-{asked.seed}.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
@@ -269,7 +312,8 @@ def main() -> None:
         with results.open("a") as f:
             f.write(json.dumps(row) + "\n")
         print(
-            {k: v for k, v in row.items() if k in ("life", "stage", "who", "status", "seconds", "verdict")}, flush=True
+            {k: v for k, v in row.items() if k in ("life", "stage", "who", "ranks", "status", "seconds", "verdict")},
+            flush=True,
         )
 
     number = 0
@@ -283,8 +327,12 @@ def main() -> None:
             # The deaths of a life that was cut short do not count: it begins again.
             rows[:] = [row for row in rows if row["life"] != name]
             results.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            faults = life(random.Random(f"{asked.seed}/{name}"), KILLS_A_LIFE, min(schedule))
-            record({"life": name, "verdict": live(world, name, faults, schedule, record)})
+            draw = random.Random(f"{asked.seed}/{name}")
+            if len(ranks) == 1:
+                faults = life(draw, KILLS_A_LIFE, ranks[0])
+            else:
+                faults = changing_life(draw, KILLS_A_SEGMENT, len(ranks), max(ranks))
+            record({"life": name, "verdict": live(world, name, faults, record)})
     print(table(rows))
     if any(verdict.faults(row["verdict"]) for row in rows if "verdict" in row):
         sys.exit(1)

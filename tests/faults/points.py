@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -27,7 +27,7 @@ POINTS = (
     Point("start", P + "training.run_folder:RunFolder.note", 1, one=True),
     Point("start", P + "distributed.shared:refuse_local_folder", 1),
     Point("tokenising", P + "data.prepare:_Build._write", 2, one=True),
-    Point("tokenising", P + "data.prepare:_publish", 2, one=True),
+    Point("tokenising", P + "data.cache:_publish", 2, one=True),
     Point("loading the reference", P + "distributed.zero3:reference_engine", 1),
     Point("first pass", P + "reference.first_pass:_sums", 12),
     Point("first pass", P + "reference.first_pass:_sums", 20),
@@ -60,9 +60,25 @@ POINTS = (
 )
 
 
+CONVERSION = (
+    Point("conversion, before it", P + "training.universal:prepare", 1),
+    Point("conversion, planning", P + "training.universal:_plan", 1, one=True),
+    Point("conversion, writing", P + "training.universal:_write", 8),
+    Point("conversion, writing", P + "training.universal:_write", 8),
+    Point("conversion, manifest", P + "training.universal:write_atomic", 1, one=True),
+    Point("conversion, after the rename", P + "training.universal:fsync_folder", 1, one=True),
+    Point("loading the converted form", P + "distributed.partitions:fill", 1),
+    Point("superseding the converted form", P + "training.universal:remove", 1, one=True),
+)
+"""Reached where a job goes on with a checkpoint of another number of ranks."""
+
+
 @dataclass(frozen=True)
 class Fault:
-    """One planned death: at a point, or, without a target, after a share of an undisturbed start's time."""
+    """One planned death: at a point, or, without a target, after a share of an undisturbed start's time.
+
+    On fewer ranks than it was drawn for, `at` counts round, and "other" is "self" where there is no other.
+    """
 
     stage: str
     who: str
@@ -72,6 +88,8 @@ class Fault:
     call: int = 1
     before: bool = True
     share: float = 0.0
+    segment: int | None = None
+    """It waits for this part of the schedule of ranks; None: for any."""
 
     def plan(self) -> dict[str, Any]:
         """For the planted killer and the record."""
@@ -82,10 +100,26 @@ def life(draw: random.Random, kills: int, world_size: int) -> list[Fault]:
     """The deaths that wait for one job; a start dies of the first that it reaches."""
     moments = kills // 6
     planted = draw.sample(POINTS, min(kills - moments, len(POINTS)))
-    return [_at(point, draw, world_size) for point in planted] + [
-        Fault("any moment", draw.choice(("self", "all")), at=draw.randrange(world_size), share=draw.uniform(0.1, 0.95))
-        for _ in range(moments)
-    ]
+    return [_at(point, draw, world_size) for point in planted] + [_moment(draw, world_size) for _ in range(moments)]
+
+
+def changing_life(draw: random.Random, kills: int, segments: int, most_ranks: int) -> list[Fault]:
+    """The same for a job that changes its number of ranks; more wait than the job can reach.
+
+    In every segment but the first half of the deaths are in or around the conversion.
+    """
+    deaths = []
+    for segment in range(segments):
+        conversion = draw.sample(CONVERSION, min(kills // 2, len(CONVERSION))) if segment else ()
+        others = draw.sample(POINTS, min(kills, len(POINTS)))
+        deaths += [replace(_at(point, draw, most_ranks), segment=segment) for point in (*conversion, *others)]
+        deaths.append(replace(_moment(draw, most_ranks), segment=segment))
+    return deaths
+
+
+def _moment(draw: random.Random, world_size: int) -> Fault:
+    who, at = draw.choice(("self", "all")), draw.randrange(world_size)
+    return Fault("any moment", who, at=at, share=draw.uniform(0.1, 0.95))
 
 
 def _at(point: Point, draw: random.Random, world_size: int) -> Fault:

@@ -1,25 +1,110 @@
-"""The campaign's short form: three deaths of one job at its tenderest points; the long one is `make faults`."""
+"""The campaign's short form: four deaths of one job at its tenderest points; the long ones are `make faults`."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import campaign
+import pytest
+import torch
 import verdict
-from campaign import World
+from campaign import STEPS, Segment, World
 from points import Fault
+from safetensors.torch import save_file
 
 P = "prefopt_dist."
 DEATHS = [
     Fault("inside a store shard", "self", at=1, target=P + "reference.store:ReferenceStore._claim"),
     Fault("checkpoint, before the rename", "all", target=P + "training.checkpoint:Manifest.text", call=2),
     Fault("pruning", "other", target=P + "training.checkpoint:remove", before=False),
+    Fault("conversion, writing", "all", target=P + "training.universal:_write", call=7, before=False, segment=1),
 ]
 
 
-def test_three_deaths(tmp_path: Path) -> None:
-    world = World.make(tmp_path, 2)
+def test_four_deaths_on_two_ranks_and_one(tmp_path: Path) -> None:
+    """The third death is right after the last checkpoint of two ranks, so the fourth is in its conversion."""
+    world = World.make(tmp_path, (Segment(2, 9), Segment(1, STEPS)))
     deaths: list[dict[str, object]] = []
-    found = campaign.live(world, "life", DEATHS, [2], deaths.append)
+    found = campaign.live(world, "life", DEATHS, deaths.append)
     assert [d["stage"] for d in deaths] == [fault.stage for fault in DEATHS]
-    assert [d["status"] for d in deaths] == [1, -9, 1]
+    assert [(d["ranks"], d["status"]) for d in deaths] == [(2, 1), (2, -9), (2, 1), (1, -9)]
     assert verdict.faults(found) == []
-    print(campaign.table([*deaths, {"life": "life", "verdict": found}]))
+    table = campaign.table([*deaths, {"life": "life", "verdict": found}])
+    assert "| 4 | 4 | 1 | 1 | 1 | 0 | 0 |" in table
+    print(table)
+
+
+def small_life(folder: Path) -> None:
+    """What a job of two updates of two rows on one rank leaves, as far as a verdict looks at it."""
+    (folder / "run" / "final").mkdir(parents=True)
+    (folder / "cache" / "reference" / "key").mkdir(parents=True)
+    save_file({"w": torch.arange(4.0)}, folder / "run" / "final" / "model.safetensors")
+    write_lines(
+        folder / "run" / "metrics.jsonl",
+        *({"kind": "train", "step": k, "pairs_seen": 2 * k, "train/loss": 0.5, "perf/x": k} for k in (1, 2)),
+    )
+    write_lines(
+        folder / "trail.jsonl", *({"rank": 0, "ranks": 1, "step": k, "rows": [2 * k - 2, 2 * k - 1]} for k in (1, 2))
+    )
+    (folder / "cache" / "reference" / "key" / "rows-1.bin").write_bytes(bytes(8 + 2 * 40 + 16))
+
+
+def write_lines(file: Path, *rows: dict[str, object]) -> None:
+    with file.open("a") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def other_weights(life: Path) -> None:
+    save_file({"w": torch.arange(4.0).nextafter(torch.tensor(9.0))}, life / "run" / "final" / "model.safetensors")
+
+
+def lost_row(life: Path) -> None:
+    write_lines(life / "trail.jsonl", {"rank": 0, "ranks": 1, "step": 2, "rows": [2]})
+
+
+def repeated_row(life: Path) -> None:
+    write_lines(life / "trail.jsonl", {"rank": 0, "ranks": 1, "step": 2, "rows": [2, 3, 0]})
+
+
+def repeated_metrics(life: Path) -> None:
+    write_lines(life / "run" / "metrics.jsonl", {"kind": "train", "step": 2, "pairs_seen": 4, "train/loss": 0.5})
+
+
+def scored_twice(life: Path) -> None:
+    (life / "cache" / "reference" / "key" / "rows-2.bin").write_bytes(bytes(8 + 40 + 16))
+
+
+def unknown_file(life: Path) -> None:
+    (life / "run" / "final" / "model-2.safetensors").touch()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (other_weights, ["weights_equal"]),
+        (lost_row, ["lost: 1"]),
+        (repeated_row, ["repeated: 1"]),
+        (repeated_metrics, ["metrics_equal", "metrics_repeated: 1"]),
+        (scored_twice, ["store_equal"]),
+        (unknown_file, ["run/final/model-2.safetensors"]),
+    ],
+)
+def test_a_verdict_sees(tmp_path: Path, spoil: Callable[[Path], None], said: list[str]) -> None:
+    """One bit of a weight, a row too few or too many, a row of metrics, a score, a file that should not be there."""
+    for name in ("whole", "life"):
+        small_life(tmp_path / name)
+    first = verdict.compare(tmp_path / "life", tmp_path / "whole", 4, 2) | {"faulty": []}
+    assert verdict.faults(first) == []
+    spoil(tmp_path / "life")
+    found = verdict.compare(tmp_path / "life", tmp_path / "whole", 4, 2) | {"faulty": ["orphans [7]"]}
+    assert verdict.faults(found) == [*said, "orphans [7]"]
+    deaths = [{"life": "life", "stage": "export", "who": "all"}]
+    assert "| 1 | 0 | 1 |" in campaign.table([*deaths, {"life": "life", "verdict": found}])
+
+
+def test_a_verdict_sees_updates_on_other_ranks(tmp_path: Path) -> None:
+    """An update that was made on two ranks once and on one later, where nobody was to change."""
+    small_life(tmp_path)
+    assert verdict.ranks_of_updates(tmp_path) == {1: 1, 2: 1}
+    write_lines(tmp_path / "trail.jsonl", *({"rank": r, "ranks": 2, "step": 2, "rows": [r + 2]} for r in (0, 1)))
+    assert verdict.ranks_of_updates(tmp_path) == {1: 1, 2: 0}

@@ -1,7 +1,4 @@
-"""Model, pairs and runs for tests/slurm/run.sh: python make_world.py FOLDER EPOCHS.
-
-EPOCHS are those of the run that meets its time limit.
-"""
+"""Model, pairs and runs for tests/slurm/run.sh: python make_world.py FOLDER."""
 
 import sys
 from pathlib import Path
@@ -29,7 +26,7 @@ def write(name: str, *, epochs: int, cache: str = "cache", every: int = 100) -> 
 
 write("through", epochs=1)
 for name in ("limited", "whole"):
-    write(name, epochs=int(sys.argv[2]))
+    write(name, epochs=24, cache=f"cache-of-{name}")
 write("cancelled", epochs=2000)
 write("raised", epochs=20)
 write("swept", epochs=1, cache="cache-of-sweep")

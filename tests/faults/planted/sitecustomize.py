@@ -2,9 +2,11 @@
 
 PREFOPT_FAULTS are the plans: [{"target": "module:Class.function", "call": n, "before": bool, "at": rank, "who": …}];
 when rank `at` makes its n-th call of the function, `who` dies by SIGKILL, before the call or after it: "self" that
-rank, "other" the other ranks, "all" the ranks, torchrun and the launcher. The first plan to be reached strikes.
+rank, "other" the other ranks (where there is none, itself), "all" the ranks, torchrun and the launcher. The first plan
+to be reached strikes. `at` counts round where there are fewer ranks.
 PREFOPT_FAULT_NOTES is a file that gets a line before the kill, PREFOPT_TRAIL one that gets a line a step and rank:
-the rows of the update just made. PREFOPT_JUMPING_CLOCK sets the wall clock to and fro.
+the rows of the update just made and the number of ranks. PREFOPT_STOP, {"step": k, "file": RUN/STOP}, asks for a stop
+in step k, so that the job ends with the checkpoint of step k. PREFOPT_JUMPING_CLOCK sets the wall clock to and fro.
 
 The interpreter runs this before anything else; the package knows nothing of it.
 """
@@ -33,6 +35,8 @@ def _kill(who):
     me = psutil.Process()
     agent = me.parent()
     others = [p for p in agent.children() if p.pid != me.pid]
+    if who == "other" and not others:
+        who = "self"
     if who == "all":
         for process in (agent.parent(), agent):
             process.kill()
@@ -97,8 +101,19 @@ def _trail_update(function):
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
         result = function(*args, **kwargs)
-        _note(os.environ["PREFOPT_TRAIL"], rank=int(os.environ["RANK"]), **_step)
+        _note(os.environ["PREFOPT_TRAIL"], rank=int(os.environ["RANK"]), ranks=int(os.environ["WORLD_SIZE"]), **_step)
         return result
+
+    return wrapper
+
+
+def _stopping(function, stop):
+    @functools.wraps(function)
+    def wrapper(batches, index):
+        if index + 1 == stop["step"]:
+            with open(stop["file"], "w"):
+                pass
+        return function(batches, index)
 
     return wrapper
 
@@ -146,8 +161,11 @@ def _install():
         "prefopt_dist.training.step": [("gradient", _trail_gradient), ("update", _trail_update)],
         "prefopt_dist.training.loop": [("_rate", _trail_rate)],
     }
+    if os.environ.get("PREFOPT_STOP") and os.environ["RANK"] == "0":
+        stop = json.loads(os.environ["PREFOPT_STOP"])
+        patches["prefopt_dist.training.batches"] = [("Ahead.take", functools.partial(_stopping, stop=stop))]
     for plan in json.loads(os.environ.get("PREFOPT_FAULTS") or "[]"):
-        if plan["at"] == int(os.environ["RANK"]):
+        if plan["at"] % int(os.environ["WORLD_SIZE"]) == int(os.environ["RANK"]):
             module, path = plan["target"].split(":")
             patches.setdefault(module, []).append((path, functools.partial(_planted, plan=plan)))
     sys.meta_path.insert(0, _Finder(patches))

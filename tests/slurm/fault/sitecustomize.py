@@ -1,8 +1,24 @@
-"""On PYTHONPATH in the test of a crash: rank 1 raises at its third update."""
+"""On PYTHONPATH in two of the tests. PREFOPT_TEST_FAULT=raise: rank 1 raises at its third update; slow: a job's first
+start takes its time in the first pass and in the training."""
 
 import os
+import time
+from collections.abc import Callable
 
-if os.environ.get("PREFOPT_TEST_FAULT") and os.environ.get("RANK") == "1":
+PASS_SECONDS = 10.0  # a micro-batch
+UPDATE_SECONDS = 0.5
+
+
+def slowed(function: Callable[..., object], seconds: float) -> Callable[..., object]:
+    def slow(*arguments: object, **named: object) -> object:
+        time.sleep(seconds)
+        return function(*arguments, **named)
+
+    return slow
+
+
+fault = os.environ.get("PREFOPT_TEST_FAULT")
+if fault == "raise" and os.environ.get("RANK") == "1":
     from prefopt_dist.training import step
 
     whole, updates = step.update, []
@@ -14,3 +30,9 @@ if os.environ.get("PREFOPT_TEST_FAULT") and os.environ.get("RANK") == "1":
         return whole(*arguments)  # type: ignore[arg-type]
 
     step.update = update  # type: ignore[assignment]
+elif fault == "slow" and "RANK" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    from prefopt_dist.reference import first_pass
+    from prefopt_dist.training import step
+
+    first_pass._sums = slowed(first_pass._sums, PASS_SECONDS)  # type: ignore[assignment]
+    step.update = slowed(step.update, UPDATE_SECONDS)  # type: ignore[assignment]

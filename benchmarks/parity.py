@@ -1,0 +1,262 @@
+"""Each loss beside TRL's on the same small model and rows: python -m benchmarks.parity
+
+Float32 on one CPU thread; the reference is another model than the policy. A row of the table is one loss: the mean over
+the rows, ours and TRL's, their relative difference, and that of the whole gradient, ‖Δ‖/‖g‖. Ends with 1 where one is
+beyond the tolerance. Where TRL means something else (see docs/losses.md), what is compared is the term that both have,
+and the table says which.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.floor import Shape
+from benchmarks.pairs import Lengths, Mix, draw_pairs
+from benchmarks.world import write_model
+from prefopt_dist.config.build import build_config
+from prefopt_dist.data.micro_batch import Unit, pack
+from prefopt_dist.model.load import inspect_folder, load_whole
+from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.objectives import KTO, SFT, Sequences
+from prefopt_dist.stages.losses import make_objective
+
+LOSS_TOLERANCE = 2e-5
+"""Relative; what float32 models differ by in log-probs, times what a loss makes of it."""
+GRADIENT_TOLERANCE = 2e-4
+"""Of the whole gradient, ‖Δ‖/‖g‖."""
+SHAPE = Shape(vocabulary=211, hidden=48, mlp=96, layers=2, heads=4, key_value_heads=2, head_size=12, tied=True)
+LENGTHS = Mix(Lengths(12, 0.5, 4, 30), Lengths(14, 0.7, 2, 40))
+PAIRS = 12
+
+Rows = list[tuple[list[int], list[int], list[int]]]
+"""Token ids of prompt, chosen and rejected."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A loss and its gradient by parameter name."""
+
+    loss: float
+    gradient: dict[str, torch.Tensor]
+
+    def __add__(self, other: Value) -> Value:
+        return Value(self.loss + other.loss, {n: g + other.gradient[n] for n, g in self.gradient.items()})
+
+    def __mul__(self, factor: float) -> Value:
+        return Value(factor * self.loss, {n: factor * g for n, g in self.gradient.items()})
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table."""
+
+    ours: str
+    """Name of the loss"""
+    theirs: str
+    """What TRL calls it"""
+    options: dict[str, Any]
+    """Ours, as under `loss:`"""
+    peer: Callable[[Any, Rows], Value]
+    """The same by TRL, of a `benchmarks.parity_peer.Peer`"""
+    less_sft: bool = False
+    """Whether ours is compared without its SFT term"""
+    only: str = ""
+    """Which term is compared, where not the whole"""
+
+
+def cases() -> list[Case]:
+    """Every loss that TRL has too."""
+    smoothing, alpha = 0.1, 0.3
+
+    def smoothed(peer: Any, rows: Rows) -> Value:
+        swapped = [(p, r, c) for p, c, r in rows]
+        return peer.dpo(rows, ["sigmoid"], 0.1) * (1 - smoothing) + peer.dpo(swapped, ["sigmoid"], 0.1) * smoothing
+
+    def one_by_one(peer: Any, rows: Rows) -> Value:
+        found = [peer.dpo([row], ["sigmoid", "sft"], 0.1, loss_weights=[1.0, alpha]) for row in rows]
+        total = found[0]
+        for value in found[1:]:
+            total = total + value
+        return total * (1 / len(rows))
+
+    mix = {"dpo": {"weight": 0.8, "beta": 0.2}, "ipo": {"weight": 0.05, "beta": 0.2}}
+    return [
+        Case("dpo", "DPO sigmoid", {"beta": 0.1}, lambda t, r: t.dpo(r, ["sigmoid"], 0.1)),
+        Case(
+            "dpo, label_smoothing",
+            "DPO sigmoid, on rows and swapped rows",
+            {"beta": 0.1, "label_smoothing": smoothing},
+            smoothed,
+        ),
+        Case(
+            "dpo, average: tokens",
+            "DPO sigmoid_norm",
+            {"beta": 5.0, "average": "tokens"},
+            lambda t, r: t.dpo(r, ["sigmoid_norm"], 5.0),
+        ),
+        Case(
+            "dpo, sft_weight",
+            "DPO sigmoid + sft, one pair a batch",
+            {"beta": 0.1, "sft_weight": alpha},
+            one_by_one,
+        ),
+        Case(
+            "robust",
+            "DPO robust",
+            {"beta": 0.1, "label_smoothing": 0.2},
+            lambda t, r: t.dpo(r, ["robust"], 0.1, label_smoothing=0.2),
+        ),
+        Case("ipo", "DPO ipo", {"beta": 0.3}, lambda t, r: t.dpo(r, ["ipo"], 0.3)),
+        Case("hinge", "DPO hinge", {"beta": 0.05}, lambda t, r: t.dpo(r, ["hinge"], 0.05)),
+        Case(
+            "mix of dpo and ipo",
+            "DPO sigmoid + ipo, loss_weights",
+            {"of": mix},
+            lambda t, r: t.dpo(r, ["sigmoid", "ipo"], 0.2, loss_weights=[0.8, 0.05]),
+        ),
+        Case("simpo", "CPO simpo, cpo_alpha 0", {"beta": 2.0, "gamma": 1.0}, lambda t, r: t.simpo(r, 2.0, 1.0)),
+        Case(
+            "orpo",
+            "ORPO",
+            {"beta": 0.5},
+            lambda t, r: t.orpo(r, 0.5),
+            less_sft=True,
+            only="odds ratio",
+        ),
+    ]
+
+
+def main() -> int:
+    """The command."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        return compare(Path(folder))
+
+
+def compare(folder: Path) -> int:
+    """Prints the table; 1 where a line is beyond the tolerance."""
+    from benchmarks.parity_peer import Peer, version
+
+    for seed, name in enumerate(("policy", "reference")):
+        write_apart(folder / name, seed)
+    rows = draw_pairs(LENGTHS, PAIRS, SHAPE.vocabulary, seed=5)
+    ours, theirs = Ours(folder), Peer(folder)
+    print(f"{PAIRS} pairs; TRL {version()}; float32\n")
+    print("| ours | TRL | compared | loss, ours | loss, TRL | difference | of the gradient |")
+    print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
+    failed = False
+    for case in cases():
+        name = "mix" if "of" in case.options else case.ours.split(",")[0]
+        mine = ours.pairs({"name": name, **case.options}, rows, less_sft=case.less_sft)
+        failed |= line(case.ours, case.theirs, case.only or "loss", mine, case.peer(theirs, rows))
+    rated = [(p, c if i % 3 else r, i % 3 != 0) for i, (p, c, r) in enumerate(rows)]
+    options = {"name": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.4}
+    kl, value = theirs.kto(rated, 0.1, 1.4)
+    z0, mine = ours.kto(options, rated)
+    failed |= line("kto", "KTO", "loss, z₀ of TRL's partners", mine, value)
+    failed |= line("kto", "KTO", "z₀ alone", Value(z0, {}), Value(kl, {}))
+    return int(failed)
+
+
+def line(ours: str, theirs: str, what: str, mine: Value, value: Value) -> bool:
+    """Prints one line; whether it is beyond the tolerance."""
+    loss = abs(mine.loss - value.loss) / max(abs(value.loss), 1e-30)
+    slope = 0.0
+    if mine.gradient:
+        apart = sum((mine.gradient[n] - value.gradient[n]).square().sum() for n in mine.gradient)
+        whole = sum(g.square().sum() for g in value.gradient.values())
+        slope = float(torch.as_tensor(apart / whole).sqrt())
+    bad = not (loss <= LOSS_TOLERANCE and slope <= GRADIENT_TOLERANCE)
+    slope_text = f"{slope:.1e}" if mine.gradient else "–"
+    print(
+        f"| {ours} | {theirs} | {what} | {mine.loss:.6f} | {value.loss:.6f} | {loss:.1e} | {slope_text} |"
+        + ("  BEYOND THE TOLERANCE" if bad else ""),
+        flush=True,
+    )
+    return bad
+
+
+def write_apart(folder: Path, seed: int) -> None:
+    """A model whose log-probs lie wide apart, so that no loss is near its start."""
+    from safetensors.torch import load_file, save_file
+
+    write_model(folder, SHAPE, "float32", seed)
+    file = folder / "model.safetensors"
+    tensors = {name: t * 3 if t.dim() > 1 else t for name, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+class Ours:
+    """This package's scorer and objectives, without an engine."""
+
+    def __init__(self, folder: Path) -> None:
+        policy, reference = (
+            Scorer(load_whole(inspect_folder(folder / name, "model"), dtype=torch.float32))
+            for name in ("policy", "reference")
+        )
+        self.policy, self.reference = policy.train(), reference.eval()
+
+    def pairs(self, options: dict[str, Any], rows: Rows, *, less_sft: bool) -> Value:
+        """The mean loss of the pairs, without −log π per token of the chosen response where `less_sft`."""
+        objective = make_objective(_loss(options), torch.float32)
+        units = [
+            Unit(i, np.array(p, np.int32), (np.array(c, np.int32), np.array(r, np.int32)))
+            for i, (p, c, r) in enumerate(rows)
+        ]
+        sequences = self._sequences(units, 2)
+        if not objective.needs_reference:
+            sequences = replace(sequences, reference=None)
+        loss = objective(sequences).loss
+        if less_sft:
+            loss = loss - SFT()(sequences).loss
+        return self._value(loss / len(rows))
+
+    def kto(self, options: dict[str, Any], rated: list[tuple[list[int], list[int], bool]]) -> tuple[float, Value]:
+        """z₀ and the mean loss of rated rows; a row's mismatched response is that of the row before it, as in TRL."""
+        objective = make_objective(_loss(options), torch.float32)
+        assert isinstance(objective, KTO)
+
+        def units(shift: int) -> list[Unit]:
+            return [
+                Unit(i, np.array(p, np.int32), (np.array(rated[i - shift][1], np.int32),), desirable=good)
+                for i, (p, _, good) in enumerate(rated)
+            ]
+
+        with torch.no_grad():
+            apart = self._sequences(units(1), 1)
+            assert apart.reference is not None
+            z0 = (apart.sums - apart.reference).mean().clamp(min=0)
+        terms = replace(objective, z0=z0)(self._sequences(units(0), 1))
+        return float(z0), self._value(terms.loss / len(rated))
+
+    def _sequences(self, units: list[Unit], responses: int) -> Sequences:
+        batch = pack(units, responses)
+        with torch.no_grad():
+            reference = self.reference(batch)[batch.units]
+        return Sequences(self.policy(batch)[batch.units], batch.counts[batch.units], reference, batch.desirable)
+
+    def _value(self, loss: torch.Tensor) -> Value:
+        self.policy.zero_grad()
+        loss.backward()
+        gradient = {n: p.grad.double().clone() for n, p in self.policy.lm.named_parameters() if p.grad is not None}
+        return Value(loss.item(), gradient)
+
+
+def _loss(options: dict[str, Any]) -> Any:
+    """By the configuration's own way."""
+    needed = {"run": {"dir": "x"}, "model": {"name_or_path": "x"}, "data": {"train": "x"}}
+    return build_config({**needed, "loss": options}).loss
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# What the image starts: a stage through launch/run.sh, `demo`, or any other command as it stands.
+#
+#   docker run ... prefopt [-n N] STAGE RUN.yaml [section.key=value ...]
+#
+# launch/run.sh takes the place of this script, so that the container's TERM (docker stop) reaches it, and gathers
+# what processes leave behind.
+set -euo pipefail
+{
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+scratch=${TMPDIR:-/tmp}
+if [[ ! -w $scratch ]]; then
+    echo "docker/entrypoint.sh: $scratch is not writable; with --read-only, give --tmpfs $scratch" >&2
+    exit 2
+fi
+case ${1:-} in
+    "" | -* | inspect | plan | reference | train | evaluate | export) exec "$root/launch/run.sh" "$@" ;;
+    demo) PYTHONPATH=$root exec "$PREFOPT_PYTHON" -m prefopt_dist.demo ;;
+    *) PYTHONPATH=$root exec "$@" ;;
+esac
+}

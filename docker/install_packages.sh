@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The packages of pyproject.toml in the versions of constraints.txt: install_packages.sh VENV [OPERATOR ...].
+#
+# DeepSpeed comes last: its operators are compiled against the torch that is there.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+venv=${1:?where to}
+shift
+for operator in "$@"; do
+    [[ $operator =~ ^[A-Z_]+$ ]] || { echo "OPERATORS: '$operator' is no name of DS_BUILD_..." >&2 && exit 2; }
+    export "DS_BUILD_$operator=1"
+done
+python3 -m venv "$venv"
+install=("$venv/bin/python" -m pip install --no-cache-dir --disable-pip-version-check -c constraints.txt)
+"$venv/bin/python" - >needed.txt <<'PYTHON'
+import tomllib
+
+with open("pyproject.toml", "rb") as file:
+    print(*tomllib.load(file)["project"]["dependencies"], sep="\n")
+PYTHON
+"${install[@]}" setuptools wheel ninja
+grep -v '^deepspeed' needed.txt >others.txt
+"${install[@]}" -r others.txt
+# What cannot be compiled must end the build, not be left out.
+if command -v nvcc >/dev/null; then
+    export DS_ACCELERATOR=cuda
+else
+    export DS_ACCELERATOR=cpu
+fi
+"${install[@]}" --no-build-isolation -r needed.txt

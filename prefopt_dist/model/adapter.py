@@ -1,0 +1,128 @@
+"""LoRA by peft: small trained matrices beside frozen linear layers (Hu et al. 2021, arXiv:2106.09685).
+
+y = W x + s · B A x,   A [r, in] random, B [out, r] zero at the start, so the start is the base model to the bit;
+s = α/r, or α/√r (rank-stabilised, Kalajdzievski 2023, arXiv:2312.03732).
+
+The layers are exchanged in place: the language model stays what it is, with its output head, and its own
+parameters keep their values; their names get a `base_layer.` in them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from prefopt_dist.model.load import ModelFolder
+from prefopt_dist.packages import needed
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""peft's names."""
+_IN_FILES = "base_model.model."
+"""What peft puts before a parameter's name in its files."""
+_NAME = "default"
+"""Of the adapter in the model, by peft's custom; not in its files."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Which layers get an adapter, and of what kind."""
+
+    rank: int
+    alpha: int
+    rslora: bool
+    modules: tuple[str, ...]
+    """Names of linear layers, the same in every decoder layer"""
+    base: str
+    """The base model as the saved adapter names it: a hub name or a folder"""
+
+
+def linear_layers(lm: PreTrainedModel) -> dict[str, int]:
+    """The linear layers of the decoder by their last name, with the smaller of their two sides; the head is none."""
+    return {
+        name.rpartition(".")[2]: min(module.weight.shape)
+        for name, module in lm.base_model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def attach(lm: PreTrainedModel, adapter: Adapter) -> None:
+    """Adapters with random A and B = 0, which alone are trained from now on.
+
+    They are drawn by torch's global generator, whole on every rank, in the dtype of the layers that they stand beside.
+    """
+    _peft().inject_adapter_in_model(_settings(adapter), lm)
+
+
+def attach_saved(lm: PreTrainedModel, folder: Path) -> None:
+    """The adapters of a saved folder, their values included."""
+    peft = _peft()
+    peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(folder), lm)
+    saved = {_in_model(name): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+    _fill(lm, saved)
+
+
+def save(folder: Path, adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
+    """An adapter folder that peft loads; weights: by the names that they have in the language model."""
+    folder.mkdir(parents=True)
+    save_file({_in_file(name): t for name, t in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    settings = _settings(adapter)
+    settings.inference_mode = True
+    settings.save_pretrained(folder)
+
+
+def load_back(lm: PreTrainedModel, folder: Path) -> None:
+    """As a user would: peft puts the saved adapters into the base model."""
+    _peft().PeftModel.from_pretrained(lm, folder)
+
+
+def merged(base: ModelFolder, adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """float32 W + s · B A of every layer that has an adapter, and all other weights, by the base model's names."""
+    lm = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    tuner = _peft().LoraModel(lm, _settings(adapter), _NAME)
+    _fill(lm, weights)
+    whole: dict[str, torch.Tensor] = tuner.merge_and_unload().state_dict()
+    return whole
+
+
+def _fill(lm: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    # Not strict: the base model's own are not among them.
+    result = lm.load_state_dict(dict(weights), strict=False)
+    lacking = [name for name in result.missing_keys if ".lora_" in name]
+    if lacking or result.unexpected_keys:
+        raise RuntimeError(f"the adapter's weights are not this model's: {(lacking + result.unexpected_keys)[:4]}")
+
+
+def _in_file(name: str) -> str:
+    return _IN_FILES + name.replace(f".{_NAME}.", ".")
+
+
+def _in_model(name: str) -> str:
+    layer, matrix, rest = name.removeprefix(_IN_FILES).rsplit(".", 2)
+    return f"{layer}.{matrix}.{_NAME}.{rest}"
+
+
+def _settings(adapter: Adapter) -> Any:
+    return _peft().LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        use_rslora=adapter.rslora,
+        lora_dropout=0.0,
+        target_modules=list(adapter.modules),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=adapter.base,
+    )
+
+
+def _peft() -> Any:
+    """Imported where it is needed: it takes seconds, and most runs have no adapters."""
+    # peft asks the model by a name that transformers is about to change.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    return needed("peft", "lora", "a run with adapters", "remove the section lora")

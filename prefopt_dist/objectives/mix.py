@@ -1,0 +1,77 @@
+"""A weighted sum of losses on pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from prefopt_dist.objectives.objective import Objective, Sequences, Terms
+
+
+@dataclass(frozen=True)
+class Part:
+    """One loss of the sum."""
+
+    name: str
+    """Its value is logged as `<name>_loss`"""
+    weight: float
+    """w > 0"""
+    objective: Objective
+    """A loss on pairs, or SFT, which takes the chosen response"""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """L = Σ w · L_part over the parts, pair by pair.
+
+    The rewards, and with them margins, accuracies and ties, are the first part's. Where policy and reference are equal,
+    L is Σ w · L_part if every part has a closed form there.
+    """
+
+    parts: tuple[Part, ...]
+    """Two or more of different names; those that compare with a reference come first"""
+
+    responses: ClassVar[int] = 2
+    counted_by: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any part does."""
+        return any(part.objective.needs_reference for part in self.parts)
+
+    @property
+    def start_loss(self) -> float | None:
+        """Σ w · the parts' own; None where one has none."""
+        total = 0.0
+        for part in self.parts:
+            if part.objective.start_loss is None:
+                return None
+            total += part.weight * part.objective.start_loss
+        return total
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The first part's, whose `loss` is now the sum; each part's own loss; what else only a later part has."""
+        return tuple(self._columns())
+
+    def _columns(self) -> dict[str, tuple[int, int]]:
+        """Each metric's name: the part and the column of its terms where it is found; of `loss` neither."""
+        found: dict[str, tuple[int, int]] = {"loss": (0, 0)}
+        for i, part in enumerate(self.parts):
+            for column, name in enumerate(part.objective.metrics):
+                # The same name is the same number, but for the rewards and ties, which are the first part's.
+                found.setdefault(f"{part.name}_loss" if column == 0 else name, (i, column))
+        return found
+
+    def __call__(self, units: Sequences) -> Terms:
+        """See the class."""
+        alone = replace(units, reference=None)  # a loss without reference has no metrics of one
+        found = [part.objective(units if part.objective.needs_reference else alone) for part in self.parts]
+        weights = [part.weight for part in self.parts]
+        per_unit = torch.stack([found[i].per_unit[:, column] for i, column in self._columns().values()], dim=1)
+        per_unit[:, 0] = sum(w * terms.per_unit[:, 0] for w, terms in zip(weights, found, strict=True))
+        loss = torch.stack([w * terms.loss for w, terms in zip(weights, found, strict=True)]).sum()
+        return Terms(loss, per_unit.sum(0), per_unit, units.sums.detach())

@@ -1,0 +1,129 @@
+"""Cases of rank_cases.py with adapters: against peft in float64 in one process, and checkpoints."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import peft
+import plain
+import rank_cases
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+
+from prefopt_dist.config import Config
+from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.model import adapter as adapters
+from prefopt_dist.stages import ingredients, train
+from prefopt_dist.training import checkpoint, step
+from prefopt_dist.training.batches import ScoredRows, step_batch
+from prefopt_dist.training.stopping import Request
+
+G = rank_cases.G
+LORA: dict[str, object] = {"r": 4, "alpha": 12, "rslora": True}
+
+
+def fill(lm: Any) -> None:
+    """Numbers that depend on a parameter's name alone: with B = 0 the gradient of A would be 0."""
+    for name, p in lm.named_parameters():
+        if ".lora_" in name:
+            draw = torch.Generator().manual_seed(int(hashlib.blake2b(name.encode(), digest_size=4).hexdigest(), 16))
+            p.data.copy_(0.05 * torch.randn(p.shape, generator=draw))
+
+
+def filled_policy(config: Config, models: ingredients.Models) -> Any:
+    """The engine by the job's own way, but for the adapters' start."""
+    attach = train.attach
+
+    def attach_filled(lm: Any, adapter: adapters.Adapter) -> None:
+        attach(lm, adapter)
+        fill(lm)
+
+    train.attach = attach_filled
+    try:
+        return train._policy(config, models)[0]
+    finally:
+        train.attach = attach
+
+
+def exact_start(folder: Path) -> Any:
+    """The same in float64, by peft alone, whole and unpacked."""
+    settings = peft.LoraConfig(r=4, lora_alpha=12, use_rslora=True, target_modules="all-linear")
+    lm = peft.inject_adapter_in_model(settings, plain.build_plain(folder))
+    fill(lm)
+    return lm.double()
+
+
+def lora(folder: Path) -> dict[str, Any]:
+    common: dict[str, Any] = {"make_engine": filled_policy, "exact_start": exact_start, "lora": LORA}
+    return rank_cases.equality(folder, "lora", 150, rank_cases.DPO, steps=2, **common)
+
+
+def lora_gemma2(folder: Path) -> dict[str, Any]:
+    """Caps, windows and a tied head, all layers computed again."""
+    common: dict[str, Any] = {"make_engine": filled_policy, "exact_start": exact_start, "lora": LORA}
+    model = {"checkpointing": "all"}
+    return rank_cases.equality(folder, "lora-gemma2", 150, rank_cases.DPO, of="gemma2", steps=2, model=model, **common)
+
+
+def weights(engine: Any) -> dict[str, torch.Tensor]:
+    """The adapters' master weights, whole."""
+    named = engine.module.lm.named_parameters()
+    return {name: safe_get_full_fp32_param(p).clone() for name, p in named if p.requires_grad}
+
+
+def update(engine: Any, objective: Any, scored: ScoredRows, index: int) -> float:
+    batch = step_batch(scored, range(G * index, G * index + G), 2, 200)
+    sums, _ = step.agree(step.gradient(engine, batch, objective, None), Request(False, False))
+    step.update(engine, 1e-2)
+    return sums[0] / sums[-1]
+
+
+def tensor_bytes(file: Path) -> int:
+    """Of all tensors in a file but the random states."""
+
+    def count(value: Any) -> int:
+        if isinstance(value, torch.Tensor):
+            return value.nbytes
+        if isinstance(value, dict):
+            return sum(count(v) for k, v in value.items() if k != "random")
+        return sum(map(count, value)) if isinstance(value, list | tuple) else 0
+
+    return count(torch.load(file, weights_only=False))
+
+
+def lora_resume(folder: Path) -> dict[str, Any]:
+    """Two updates, a checkpoint, a third update; and again from the checkpoint by a new engine."""
+    found: dict[str, Any] = {}
+    for dtype in ("float32", "bfloat16"):
+        config = rank_cases.config_for(folder, f"lora-{dtype}", lora=LORA, model={"dtype": dtype})
+        models, objective, scored, _ = rank_cases.ready(config)
+        root = folder / f"lora-checkpoints-{dtype}-{ranks.world_size()}"
+        engine = train._policy(config, models)[0]
+        start = weights(engine)
+        losses = [update(engine, objective, scored, i) for i in range(2)]
+        checkpoint.save(engine, root, step=2, state={"window": {}}, facts={}, keep=2)
+        losses.append(update(engine, objective, scored, 2))
+        expected = weights(engine)
+        trained = zero3.trained_parameters(engine.module)
+        optimized = sum(m.numel() for m in engine.optimizer.fp32_partitioned_groups_flat)
+        zero3.release(engine)
+        engine = train._policy(config, models)[0]
+        manifest = checkpoint.find(root)
+        assert manifest is not None
+        loaded = checkpoint.load(engine, root, manifest)
+        again = update(engine, objective, scored, 2)
+        mine = weights(engine)
+        zero3.release(engine)
+        found[dtype] = {
+            "losses": losses,
+            "again": again,
+            "step": loaded.step,
+            "equal": expected.keys() == mine.keys() and all(torch.equal(mine[n], expected[n]) for n in expected),
+            "moved": sum(not torch.equal(start[n], expected[n]) for n in start) / len(start),
+            "zero": all(not t.any() for n, t in start.items() if ".lora_B." in n),
+            "start": hashlib.blake2b(b"".join(start[n].numpy().tobytes() for n in sorted(start))).hexdigest(),
+            "bytes": ranks.decide(lambda root=root: sum(map(tensor_bytes, (root / "step-00000002").glob("*.pt")))),
+            "trained": trained,
+            "optimized": ranks.gather(optimized),
+        }
+    return found
