@@ -30,7 +30,9 @@ def rows(names: tuple[str, ...] = SETS) -> TokenisedRows:
     report = DataReport(N, N, {}, {}, {}, 0, "pair", {}, "digest")
     weights = (1.0,) * len(names)
     source = SOURCE if len(names) > 1 else np.zeros(N, np.int32)
-    return TokenisedRows("pair", N, 2, nothing, nothing, nothing, None, source, nothing, names, weights, report)
+    return TokenisedRows(
+        "pair", N, 2, nothing, nothing, nothing, None, source, nothing, nothing, names, weights, report
+    )
 
 
 def diagnosed(objective: Objective, parts: list[list[int]], *, desirable: np.ndarray | None = None) -> dict[str, Any]:
