@@ -24,7 +24,7 @@ from prefopt_dist.stages import train
 G, STEPS = 32, 60
 PAIRS, HELD_OUT = G * STEPS, 128
 LEARNING_RATE = 1e-3
-BETA = 0.3
+BETA = 0.5
 SFT = {"name": "sft"}
 DPO = {"name": "dpo", "beta": BETA}
 FILLER = (" I hope you are well.", " Please tell everybody.", " There is more to come.", " It was a long day.")
@@ -88,7 +88,7 @@ def run(
 ) -> dict[str, Any]:
     """One run by the stage itself: its findings, and what an evidence was made of."""
     run_dir = folder / "runs" / name
-    optim = {"learning_rate": LEARNING_RATE, "schedule": "constant"}
+    optim = {"learning_rate": LEARNING_RATE}
     config: dict[str, Any] = {
         "run": {"dir": str(run_dir)},
         "model": {"name_or_path": str(folder / "runs" / start / "final" if start else folder / "model")},

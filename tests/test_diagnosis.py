@@ -28,11 +28,9 @@ def rows(names: tuple[str, ...] = SETS) -> TokenisedRows:
     """Of a data set only what the diagnosis asks for counts."""
     nothing: Any = np.zeros(0)
     report = DataReport(N, N, {}, {}, {}, 0, "pair", {}, "digest")
-    weights = (1.0,) * len(names)
     source = SOURCE if len(names) > 1 else np.zeros(N, np.int32)
-    return TokenisedRows(
-        "pair", N, 2, nothing, nothing, nothing, None, source, nothing, nothing, names, weights, report
-    )
+    named = (names, (1.0,) * len(names), report)
+    return TokenisedRows("pair", N, 2, nothing, nothing, nothing, None, source, nothing, nothing, *named)
 
 
 def diagnosed(objective: Objective, parts: list[list[int]], *, desirable: np.ndarray | None = None) -> dict[str, Any]:
