@@ -53,18 +53,22 @@ def longer_is_chosen(n: int, seed: int) -> list[dict[str, str]]:
     return rows
 
 
-def demonstrations(n: int, seed: int, *, fitting: bool) -> Iterator[dict[str, str]]:
+def demonstrations(n: int, seed: int, *, fitting: bool = False, wordy: bool = False) -> Iterator[dict[str, str]]:
+    """Letters in the fitting tone or in either; wordy ones go on for a sentence or more."""
     coin = random.Random(seed)
     for prompt, formal_fits, formal, casual in islice(world.letters(seed), n):
         right, other = (formal, casual) if formal_fits else (casual, formal)
-        yield {"prompt": prompt, "completion": right if fitting else coin.choice((right, other))}
+        text = right if fitting else coin.choice((right, other))
+        more = "".join(coin.sample(FILLER, coin.randrange(4))) if wordy else ""
+        yield {"prompt": prompt, "completion": text + more}
 
 
 def prepare(folder: Path) -> None:
     world.write_model(folder / "model", hidden=64, layers=2)
     files = {
-        "neutral": demonstrations(1600, 11, fitting=False),
+        "neutral": demonstrations(1600, 11),
         "fitting": demonstrations(1600, 12, fitting=True),
+        "wordy": demonstrations(1600, 13, wordy=True),
         "clean": pairs(PAIRS, 1),
         "random": pairs(PAIRS, 1, wrong=0.5),
         "fifth": pairs(PAIRS, 1, wrong=0.2),
@@ -133,10 +137,23 @@ def slow_rank(folder: Path) -> dict[str, Any]:
         return run(folder, "slow-rank", DPO, train={"global_batch_pairs": G, "max_steps": 10})
 
 
-SFTS = ("neutral", "fitting")
+STARTS = ("neutral", "fitting", "wordy")
+HEALTHY = ("healthy-dpo", "healthy-ipo", "healthy-simpo")
+DUE = {
+    "labels-random": "accuracy-stuck",
+    "labels-fifth-wrong": "noisy-labels",
+    "labels-flipped": "labels-flipped",
+    "beta-too-low": "chosen-falls",
+    "rate-times-100": "diverging",
+    "longer-chosen": "length-bias",
+    "many-epochs": "overfit",
+    "slow-rank": "slow-rank",
+}
+"""The finding that each ill run must get."""
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "neutral": lambda f: sft(f, "neutral"),
     "fitting": lambda f: sft(f, "fitting"),
+    "wordy": lambda f: sft(f, "wordy"),
     "healthy-dpo": lambda f: run(f, "healthy-dpo", DPO, data="clean"),
     "healthy-ipo": lambda f: run(f, "healthy-ipo", {"name": "ipo", "beta": BETA}),
     "healthy-simpo": lambda f: run(f, "healthy-simpo", {"name": "simpo", "beta": 2.0, "gamma": 0.5}),
@@ -145,14 +162,14 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "labels-flipped": lambda f: run(f, "labels-flipped", DPO, data="flipped", start="fitting"),
     "beta-too-low": lambda f: run(f, "beta-too-low", DPO | {"beta": BETA / 300}),
     "rate-times-100": lambda f: run(f, "rate-times-100", DPO, optim={"learning_rate": 100 * LEARNING_RATE}),
-    "longer-chosen": lambda f: run(f, "longer-chosen", DPO, data="longer"),
+    "longer-chosen": lambda f: run(f, "longer-chosen", DPO, data="longer", start="wordy"),
     "many-epochs": lambda f: run(
         f,
         "many-epochs",
         DPO,
         data="few",
         held_out="held_out",
-        train={"epochs": 30, "global_batch_pairs": G, "micro_batch_tokens": 4096},
+        train={"epochs": STEPS // 2, "global_batch_pairs": G, "micro_batch_tokens": 4096},
         eval={"every_steps": 6},
     ),
     "slow-rank": slow_rank,
