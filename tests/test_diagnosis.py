@@ -10,7 +10,7 @@ import torch
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.micro_batch import Unit, pack
 from prefopt_dist.data.report import DataReport
-from prefopt_dist.objectives import DPO, IPO, KTO, ORPO, SFT, Hinge, Objective, Sequences, SimPO, WithSFT
+from prefopt_dist.objectives import DPO, IPO, KTO, ORPO, SFT, Hinge, Mix, Objective, Part, Sequences, SimPO, WithSFT
 from prefopt_dist.tracking import own_work
 from prefopt_dist.tracking.diagnosis import BIN_EDGES, Diagnosis, quantile, saturated, source_labels
 
@@ -101,7 +101,10 @@ PARTS = [list(range(7)), [], list(range(7, 31)), [31], list(range(32, N))]
 
 @pytest.mark.parametrize(
     "objective",
-    [DPO(0.1), DPO(5.0, per_token=True), IPO(0.2), Hinge(0.1), SimPO(2.0, 1.0), ORPO(0.1), WithSFT(DPO(0.1), 0.5)],
+    [
+        *(DPO(0.1), DPO(5.0, per_token=True), IPO(0.2), Hinge(0.1), SimPO(2.0, 1.0), ORPO(0.1), WithSFT(DPO(0.1), 0.5)),
+        Mix((Part("dpo", 0.5, DPO(0.1)), Part("simpo", 1.0, SimPO(2.0, 1.0)), Part("sft", 0.1, SFT()))),
+    ],
     ids=lambda o: type(o).__name__,
 )
 def test_it_is_the_same_however_the_pairs_are_parted(objective: Objective) -> None:
