@@ -155,7 +155,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "fitting": lambda f: sft(f, "fitting"),
     "wordy": lambda f: sft(f, "wordy"),
     "healthy-dpo": lambda f: run(f, "healthy-dpo", DPO, data="clean"),
-    "healthy-ipo": lambda f: run(f, "healthy-ipo", {"name": "ipo", "beta": BETA}),
+    "healthy-ipo": lambda f: run(f, "healthy-ipo", {"name": "ipo", "beta": 1.5}),
     "healthy-simpo": lambda f: run(f, "healthy-simpo", {"name": "simpo", "beta": 2.0, "gamma": 0.5}),
     "labels-random": lambda f: run(f, "labels-random", DPO, data="random"),
     "labels-fifth-wrong": lambda f: run(f, "labels-fifth-wrong", DPO, data="fifth"),

@@ -102,7 +102,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         "health": {
             "grace": 0.333,
             "stuck_accuracy": 0.6,
-            "wrong_share": 0.15,
+            "wrong_margin": 0.8,
             "flipped_accuracy": 0.35,
             "chosen_fall": 0.5,
             "overfit_rise": 0.1,

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -108,7 +109,7 @@ ILL: dict[str, Callable[[int], dict[str, Any]]] = {
         "train/rewards/rejected": -0.02 * step,
         "train/logratio/chosen_per_token": -0.001 * step,
     },
-    "length-bias": lambda step: {"train/rewards/margins_by_length": 0.75},
+    "length-bias": lambda step: {"train/rewards/margins_by_length": 0.75, "train/lengths/chosen_longer": 0.7},
     "saturated": lambda step: {"train/saturated": 0.99},
     "gradient-spike": lambda step: {"train/grad_norm": 30.0 if step == 50 else 1.0},
     "slow-rank": lambda step: {"perf/slowest_rank": 2, "perf/slowest_rank_seconds": 2.0},
@@ -145,6 +146,18 @@ def test_overfit_needs_training_near_1_and_an_evaluation_that_gets_worse() -> No
     assert found(rows(0.9, eval_row(100, 0.6, 0.8))) == []
     # Sets are compared with themselves.
     assert found(rows(0.99, eval_row(100, 0.9, 0.4, "other"))) == []
+
+
+def test_hard_pairs_are_no_wrong_labels() -> None:
+    """A quarter of the margins below 0 as a bell curve has them, and as flipped labels do."""
+    bell = [NormalDist(0.67, 1).inv_cdf((i + 0.5) / 256) for i in range(256)]
+    assert sum(m < 0 for m in bell) == 64
+    assert found(run(lambda step: {"train/rewards/margins_histogram": histogram(bell)})) == []
+    flipped = [
+        m if i % 4 else -m for i, m in enumerate(NormalDist(1.4, 0.3).inv_cdf((i + 0.5) / 256) for i in range(256))
+    ]
+    (finding,) = found(run(lambda step: {"train/rewards/margins_histogram": histogram(flipped)}))
+    assert finding.id == "noisy-labels"
 
 
 def test_other_evidence_for_length() -> None:

@@ -15,8 +15,8 @@ class Health:
     """The share of the steps after which a run that has learnt nothing is no beginner any more."""
     stuck_accuracy: Fraction = 0.6
     """accuracy-stuck: training accuracy that is certainly below this."""
-    wrong_share: Fraction = 0.15
-    """noisy-labels: the share of pairs with a margin beyond 2.2 whose margin has the wrong sign."""
+    wrong_margin: Fraction = 0.8
+    """noisy-labels: the median size of the margins with the wrong sign, over that of those with the right one."""
     flipped_accuracy: Fraction = 0.35
     """labels-flipped: the reference's log-prob accuracy, summed and per token, below this."""
     chosen_fall: Positive = 0.5

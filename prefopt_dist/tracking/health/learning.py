@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 
 from prefopt_dist.config.health import Health
-from prefopt_dist.tracking.diagnosis import BIN_EDGES
+from prefopt_dist.tracking.diagnosis import BIN_EDGES, quantile
 from prefopt_dist.tracking.health.history import History, mean, pooled, standard_error
 from prefopt_dist.tracking.metrics_file import Row
 
-CONFIDENT = 2.0
-"""A margin beyond it is a prediction: σ(2) = 0.88."""
-CONFIDENT_SHARE = 0.3
-"""Part of the pairs that must have such a margin before their signs tell something."""
+FEW_WRONG, LEARNT = 0.1, 0.7
+"""Shares of the pairs with a wrong and a right margin from which their sizes can be compared."""
 STILL = 0.002
 """Nats a token by which a policy that learns anything has moved."""
 STILL_SPREAD = 0.04
@@ -20,6 +18,8 @@ STILL_SPREAD = 0.04
 NEAR_ONE = 0.95
 LONGER_SHARE = 0.9
 """Of the pairs of different length: hardly any pair tells content from length."""
+LEANING = 0.6
+"""Of the same: the data lean to the longer response."""
 LENGTH_GAP = 0.3
 """Between the accuracies on pairs whose chosen response is the longer one and the shorter one."""
 FEW_PAIRS = 50
@@ -59,22 +59,26 @@ def accuracy_stuck(history: History, thresholds: Health) -> str | None:
 
 
 def noisy_labels(history: History, thresholds: Health) -> str | None:
-    """Pairs on which the policy is sure are labelled against it: more than a calibrated policy would have."""
+    """The policy is as sure of the pairs that it gets wrong as of those that it gets right.
+
+    Where it errs because pairs are hard, its errors lie near 0. Where labels are wrong it errs with conviction: with a
+    share ε of them the margins gather at ±log((1 − ε)/ε).
+    """
     rows = history.latest_pairs()
     if history.progress < thresholds.grace or not rows:
         return None
     counts = pooled(rows, "train/rewards/margins_histogram")
-    right = sum(c for c, low in zip(counts[1:], BIN_EDGES, strict=True) if low >= CONFIDENT)
-    wrong = sum(c for c, high in zip(counts, BIN_EDGES, strict=False) if high <= -CONFIDENT)
-    n = sum(counts)
-    if n == 0 or right + wrong < CONFIDENT_SHARE * n or wrong > right:
+    middle = BIN_EDGES.index(0.0) + 1
+    nothing = [0] * middle
+    wrong, right = sum(counts[:middle]), sum(counts[middle:])
+    if wrong < FEW_WRONG * (wrong + right) or right < LEARNT * (wrong + right):
         return None
-    share = wrong / (right + wrong)
-    if share - standard_error(share, right + wrong) <= thresholds.wrong_share:
+    of_wrong, of_right = -quantile([*counts[:middle], *nothing], 0.5), quantile([*nothing, *counts[middle:]], 0.5)
+    if of_wrong < thresholds.wrong_margin * of_right:
         return None
     return (
-        f"Of {right + wrong} pairs whose margin lies beyond ±{CONFIDENT:g}, {share:.0%} are labelled the other way; a "
-        f"policy as sure as that should err in less than 12% of them (threshold {thresholds.wrong_share:.0%})"
+        f"In {wrong} of {wrong + right} pairs the margin has the wrong sign, and there it is as large as elsewhere: "
+        f"{of_wrong:.2g} in the median, against {of_right:.2g} (threshold {thresholds.wrong_margin:g} of that)"
     )
 
 
@@ -185,7 +189,7 @@ def length_bias(history: History, thresholds: Health) -> str | None:
     if share > LONGER_SHARE and won is not None and won > share - 0.1:
         return f"{told}, so nothing tells length from quality (threshold {LONGER_SHARE:.0%}; {n} pairs)"
     together = mean(rows, "train/rewards/margins_by_length")
-    if together is not None and together > thresholds.length_correlation and share > 0.5:
+    if together is not None and together > thresholds.length_correlation and share > LEANING:
         return (
             f"{told}, and the margin's correlation with the difference in length is {together:.2f} "
             f"(threshold {thresholds.length_correlation:g}; {n} pairs)"
