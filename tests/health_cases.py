@@ -156,7 +156,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "wordy": lambda f: sft(f, "wordy"),
     "healthy-dpo": lambda f: run(f, "healthy-dpo", DPO, data="clean"),
     "healthy-ipo": lambda f: run(f, "healthy-ipo", {"name": "ipo", "beta": 1.5}),
-    "healthy-simpo": lambda f: run(f, "healthy-simpo", {"name": "simpo", "beta": 2.0, "gamma": 0.5}),
+    "healthy-simpo": lambda f: run(f, "healthy-simpo", {"name": "simpo", "beta": 2.0, "gamma": 0.5, "sft_weight": 1.0}),
     "labels-random": lambda f: run(f, "labels-random", DPO, data="random"),
     "labels-fifth-wrong": lambda f: run(f, "labels-fifth-wrong", DPO, data="fifth"),
     "labels-flipped": lambda f: run(f, "labels-flipped", DPO, data="flipped", start="fitting"),

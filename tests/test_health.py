@@ -170,7 +170,7 @@ def test_other_evidence_for_length() -> None:
     }
     (finding,) = found(run(lambda step: only_longer))
     assert "98% of the pairs" in finding.evidence
-    apart = {"train/rewards/accuracies_chosen_longer": 0.9, "train/rewards/accuracies_chosen_shorter": 0.4}
+    apart = {"train/rewards/accuracies_chosen_longer": 0.9, "train/rewards/accuracies_chosen_shorter": 0.3}
     (finding,) = found(run(lambda step: apart))
     assert "0.90 on pairs whose chosen" in finding.evidence
 
@@ -224,6 +224,7 @@ def test_a_row_without_metrics_breaks_nothing() -> None:
     rows[49] = bare | {"train/grad_norm": float("nan")}
     assert found(rows) == []
     assert found([rows[49] | {"step": 1}]) == []
+    assert found([{k: v for k, v in row.items() if "rewards" not in k} for row in rows]) == []  # of SFT
 
 
 def test_a_resume_neither_repeats_nor_loses_a_finding(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ LONGER_SHARE = 0.9
 """Of the pairs of different length: hardly any pair tells content from length."""
 LEANING = 0.6
 """Of the same: the data lean to the longer response."""
-LENGTH_GAP = 0.3
+LENGTH_GAP = 0.5
 """Between the accuracies on pairs whose chosen response is the longer one and the shorter one."""
 FEW_PAIRS = 50
 MOST_REFERENCE_ROWS = 1000
@@ -71,7 +71,7 @@ def noisy_labels(history: History, thresholds: Health) -> str | None:
     middle = BIN_EDGES.index(0.0) + 1
     nothing = [0] * middle
     wrong, right = sum(counts[:middle]), sum(counts[middle:])
-    if wrong < FEW_WRONG * (wrong + right) or right < LEARNT * (wrong + right):
+    if wrong + right == 0 or wrong < FEW_WRONG * (wrong + right) or right < LEARNT * (wrong + right):
         return None
     of_wrong, of_right = -quantile([*counts[:middle], *nothing], 0.5), quantile([*nothing, *counts[middle:]], 0.5)
     if of_wrong < thresholds.wrong_margin * of_right:
