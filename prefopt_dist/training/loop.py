@@ -24,7 +24,6 @@ from prefopt_dist.tracking.feed import Feed
 from prefopt_dist.tracking.health import Watch
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.own_work import metrics as own_metrics
-from prefopt_dist.tracking.own_work import places
 from prefopt_dist.tracking.progress import Progress
 from prefopt_dist.tracking.statistics import means
 from prefopt_dist.training import best, checkpoint, probe, step
@@ -35,40 +34,7 @@ from prefopt_dist.training.run_folder import RunFolder
 from prefopt_dist.training.schedule import learning_rate
 from prefopt_dist.training.skips import Skips, record
 from prefopt_dist.training.stopping import Requests
-
-
-@dataclass
-class Window:
-    """What was summed up since the last row of metrics. All of it counts over all ranks."""
-
-    sums: list[float]
-    """[K+1] metrics summed over the pairs, and the pairs; without those of a step whose loss is not finite"""
-    diagnosis: list[float]
-    """[D] the diagnosis's sums over the same pairs"""
-    ranks: list[float]
-    """[2W] each rank's own work and memory"""
-    steps: int = 0
-    tokens: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    """By what they went into"""
-
-    @staticmethod
-    def empty(job: Job) -> Window:
-        """Nothing yet."""
-        k, d = len(job.objective.metrics) + 1, len(job.diagnosis.names)
-        return Window([0.0] * k, [0.0] * d, [0.0] * (2 * ranks.world_size()))
-
-    def add(self, sums: list[float], diagnosis: list[float], own: list[float], tokens: int) -> None:
-        """One step more."""
-        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
-        self.diagnosis = [a + b for a, b in zip(self.diagnosis, diagnosis, strict=True)]
-        self.ranks = [a + b for a, b in zip(self.ranks, own, strict=True)]
-        self.steps += 1
-        self.tokens += tokens
-
-    def took(self, what: str, seconds: float) -> None:
-        """So long for that."""
-        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+from prefopt_dist.training.window import Window, own_places
 
 
 @dataclass(frozen=True)
@@ -113,7 +79,11 @@ class Job:
     def __post_init__(self) -> None:
         self.skips = Skips()
         self.diagnosis = Diagnosis(self.objective, self.train.rows, ranks.device())
-        self.window = Window.empty(self)
+        self.window = self.no_rows()
+
+    def no_rows(self) -> Window:
+        """An empty window."""
+        return Window.empty(len(self.objective.metrics), len(self.diagnosis.names), ranks.world_size())
 
 
 def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None:
@@ -146,9 +116,10 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
 
             packed = step.gradient(job.engine, batch, job.objective, gate, job.diagnosis)
             worked = time.perf_counter() - began - (waits.seconds - waited)
-            told = _told(job, packed, data_seconds if torch.cuda.is_available() else worked)
+            own = data_seconds if torch.cuda.is_available() else worked
+            told = torch.cat([packed, job.diagnosis.take(), own_places(packed, own)])
             everything, request = step.agree(told, job.requests.look())
-            sums, diagnosis, own = _parted(job, everything)
+            sums, diagnosis, own_work = job.window.parted(everything)
             computed = time.perf_counter()
             loss = sums[0] / sums[-1]
             if gate is not None:
@@ -167,7 +138,7 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             if norm is None:
                 _skipped(job, index, "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}")
 
-            job.window.add(sums, diagnosis, own, batch.tokens)
+            job.window.add(sums, diagnosis, own_work, batch.tokens)
             job.window.took("data", data_seconds)
             job.window.took("forward_backward", computed - began - data_seconds)
             job.window.took("update", time.perf_counter() - computed)
@@ -192,18 +163,6 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
     return None
 
 
-def _told(job: Job, packed: torch.Tensor, own_seconds: float) -> torch.Tensor:
-    """float64 [K+1 + D + 2W]: all that this rank tells the others of its step."""
-    own = places(ranks.rank(), ranks.world_size(), own_seconds)
-    return torch.cat([packed, job.diagnosis.take(), packed.new_tensor(own)])
-
-
-def _parted(job: Job, everything: list[float]) -> tuple[list[float], list[float], list[float]]:
-    """The global sums of `_told`: the objective's, the diagnosis's, the ranks'."""
-    k, d = len(job.objective.metrics) + 1, len(job.diagnosis.names)
-    return everything[:k], everything[k : k + d], everything[k + d :]
-
-
 def _batch(job: Job, index: int) -> Batch:
     rows = job.order.step(index).rows.tolist()
     return step_batch(job.train, rows, job.objective.responses, job.config.train.micro_batch_tokens, job.cost)
@@ -226,7 +185,7 @@ def _rate(job: Job, index: int) -> float:
 
 def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
     """A row of metrics: exact means over the pairs since the last row."""
-    window, job.window = job.window, Window.empty(job)
+    window, job.window = job.window, job.no_rows()
     if job.log is None:
         return
     position = job.order.step(done - 1)
