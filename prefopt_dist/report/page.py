@@ -94,8 +94,8 @@ def number(value: Any) -> str:
 
 
 def breakable(name: str) -> str:
-    """The name with a place to break the line after each slash and dot."""
-    return re.sub(r"([/._])(?=\w)", "\\1\u200b", name)
+    """The name with a place to break the line after each slash and underscore."""
+    return re.sub(r"([/_])(?=[A-Za-z])", "\\1\u200b", name)
 
 
 def flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
