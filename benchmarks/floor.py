@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from prefopt_dist.data.layout import TRAINING, Cost
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -38,6 +40,15 @@ class Shape:
         return self.layers * (attention + 3 * self.hidden * self.mlp)
 
     @property
+    def cost(self) -> Cost:
+        """As model/cost.py has it for a model folder, without the norms' vectors."""
+        return Cost(
+            per_token=2.0 * self.backbone,
+            per_attended=4.0 * self.layers * self.attention_width,
+            per_scored=2.0 * self.vocabulary * self.hidden,
+        )
+
+    @property
     def head_share(self) -> float:
         """V·d/N; 0.075 for an 8B Llama 3.1."""
         return self.vocabulary * self.hidden / self.backbone
@@ -57,12 +68,7 @@ SHAPES = {
 
 def forward_flop(shape: Shape, prompt: int, chosen: int, rejected: int) -> float:
     """2N·T + attention + 2Vd·(C + R) of one pair: every distinct token through the layers once."""
-    tokens = prompt + chosen + rejected - 2
-    first, second = prompt + chosen - 1, rejected - 1
-    attended = first * (first + 1) / 2 + second * prompt + second * (second + 1) / 2
-    attention = 4 * shape.layers * shape.attention_width * attended
-    head = 2 * shape.vocabulary * shape.hidden * (chosen + rejected)
-    return 2 * shape.backbone * tokens + attention + head
+    return shape.cost.of_lengths(prompt, (chosen, rejected), prompt + chosen + rejected - 2)
 
 
 def first_pass_flop(shape: Shape, lengths: Iterable[tuple[int, int, int]]) -> float:
@@ -72,7 +78,7 @@ def first_pass_flop(shape: Shape, lengths: Iterable[tuple[int, int, int]]) -> fl
 
 def step_flop(shape: Shape, lengths: Iterable[tuple[int, int, int]]) -> float:
     """Of a training step on these pairs: forward, and twice as much backward."""
-    return 3 * first_pass_flop(shape, lengths)
+    return TRAINING * first_pass_flop(shape, lengths)
 
 
 def distinct_tokens(lengths: Iterable[tuple[int, int, int]]) -> int:

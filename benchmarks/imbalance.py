@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.floor import SHAPES, Shape, step_flop
 from benchmarks.pairs import MIXES, Lens, draw_lengths
-from prefopt_dist.data.layout import Cost, lay_out
+from prefopt_dist.data.layout import lay_out
 from prefopt_dist.data.micro_batch import Unit
 
 BUDGET = 8192
@@ -19,7 +19,7 @@ SHAPE = SHAPES["8b"]
 
 def lost(lengths: list[Lens], world: int, per_rank: int, budget: int = BUDGET, shape: Shape = SHAPE) -> float:
     """Σ over rounds of the dearest rank's cost, over the mean rank's sum of costs, less 1; over all whole steps."""
-    units, cost = _units(lengths), _cost(shape)
+    units, cost = _units(lengths), shape.cost
     per_step = world * per_rank
     dearest = mean = 0.0
     for start in range(0, len(units) - per_step + 1, per_step):
@@ -28,15 +28,6 @@ def lost(lengths: list[Lens], world: int, per_rank: int, budget: int = BUDGET, s
             dearest += max(costs)
             mean += sum(costs) / world
     return dearest / mean - 1
-
-
-def _cost(shape: Shape) -> Cost:
-    """As model/cost.py has it for a model folder."""
-    return Cost(
-        per_token=2.0 * shape.backbone,
-        per_attended=4.0 * shape.layers * shape.attention_width,
-        per_scored=2.0 * shape.vocabulary * shape.hidden,
-    )
 
 
 def _units(lengths: list[Lens]) -> list[Unit]:

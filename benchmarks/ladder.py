@@ -18,6 +18,7 @@ from benchmarks.world import Task
 from prefopt_dist.data.micro_batch import MicroBatch, Unit, pack
 from prefopt_dist.model.load import inspect_folder, load_whole
 from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.objectives import DPO
 
 RUNGS = {
     "padded": "padded to the longest, all logits, reference in memory",
@@ -25,6 +26,7 @@ RUNGS = {
     "packed": "… packed without padding, each prompt twice",
     "shared": "… each prompt once",
     "scorer": "… log-probs of the responses alone, without logits",
+    "fused": "… the head's gradient formed in the forward pass",
 }
 
 
@@ -37,7 +39,7 @@ def run(task: Task, folder: Path, rung: str) -> dict[str, Any]:
         lm = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype).to(device)
     else:
         lm = load_whole(inspect_folder(folder / "model", "model"), dtype=dtype).to(device)
-    scorer = Scorer(lm) if rung == "scorer" else None
+    scorer = Scorer(lm) if rung in ("scorer", "fused") else None
     units = [Unit(i, _ids(p), (_ids(c), _ids(r))) for i, (p, c, r) in enumerate(task.drawn())]
     steps = [[units[i] for i in task.rows(k)] for k in range(task.warm_up + task.steps)]
     lm.train()
@@ -53,7 +55,7 @@ def run(task: Task, folder: Path, rung: str) -> dict[str, Any]:
 
     with torch.no_grad():
         reference = [sums(lm, step) for step in steps]
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=task.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=task.learning_rate, weight_decay=0.0, fused=True)
     frozen = None
     if rung == "padded":
         frozen = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype).to(device)
@@ -61,12 +63,15 @@ def run(task: Task, folder: Path, rung: str) -> dict[str, Any]:
     losses, times = [], []
     for step, stored in zip(steps, reference, strict=True):
         start = meter.Mark.now()
-        live = sums(lm, step)
-        if frozen is not None:
-            with torch.no_grad():
-                stored = sums(frozen, step)
-        reward = task.beta * (live - stored)
-        loss = -F.logsigmoid(reward[:, 0] - reward[:, 1]).mean()
+        if scorer is not None and rung == "fused":
+            loss = scorer(pack(step, 2).to(device), DPO(task.beta), stored).loss / len(step)
+        else:
+            live = sums(lm, step)
+            if frozen is not None:
+                with torch.no_grad():
+                    stored = sums(frozen, step)
+            reward = task.beta * (live - stored)
+            loss = -F.logsigmoid(reward[:, 0] - reward[:, 1]).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), task.max_grad_norm)
         optimizer.step()

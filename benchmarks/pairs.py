@@ -4,18 +4,26 @@ A length is lognormal, clipped, with the location chosen so that the mean after 
 draws are the quantiles (i + ½)/n in an order from the seed, so that a few dozen pairs have the mean and the
 spread of many thousands. Prompt, chosen and rejected lengths of a pair are independent. Tokens are uniform
 over the vocabulary: no two prompts are equal, and the responses of a pair have no common beginning to speak of.
+
+What a padded batch costs is decided by its longest row, and that depends on which lengths meet. So the steps that
+are timed take, of SHUFFLES orders, the one whose padding is nearest to that of MANY pairs of the same mix.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
 
 FIRST_TOKEN = 3
 """Ids below are special (unknown, padding, end)."""
 END = 2
+MANY = 8192
+"""Pairs that stand for the whole mix"""
+SHUFFLES = 200
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ MIXES = {
 
 Lens = tuple[int, int, int]
 """Tokens of prompt, chosen and rejected."""
+Pair = tuple[list[int], list[int], list[int]]
+"""Ids of prompt, chosen and rejected."""
 
 
 def draw_lengths(mix: Mix, n: int, seed: int = 0) -> list[Lens]:
@@ -58,6 +68,13 @@ def draw_lengths(mix: Mix, n: int, seed: int = 0) -> list[Lens]:
 
 
 def _draw(lengths: Lengths, n: int, draw: random.Random) -> list[int]:
+    found = list(_quantiles(lengths, n))
+    draw.shuffle(found)
+    return found
+
+
+@cache
+def _quantiles(lengths: Lengths, n: int) -> tuple[int, ...]:
     quantiles = [NormalDist().inv_cdf((i + 0.5) / n) for i in range(n)]
 
     def at(mu: float) -> list[float]:
@@ -67,16 +84,40 @@ def _draw(lengths: Lengths, n: int, draw: random.Random) -> list[int]:
     for _ in range(50):
         mu = (low + high) / 2
         low, high = (mu, high) if sum(at(mu)) / n < lengths.mean else (low, mu)
-    found = [round(x) for x in at(mu)]
-    draw.shuffle(found)
-    return found
+    return tuple(round(x) for x in at(mu))
 
 
-def draw_pairs(mix: Mix, n: int, vocabulary: int, seed: int = 0) -> list[tuple[list[int], list[int], list[int]]]:
+def padding(lengths: Sequence[Lens], batch: int) -> float:
+    """Tokens of padded batches of `batch` pairs, prompt and response a row, over the distinct tokens in them."""
+    padded = 0
+    for start in range(0, len(lengths), batch):
+        rows = lengths[start : start + batch]
+        padded += 2 * len(rows) * max(p + max(c, r) for p, c, r in rows)
+    return padded / sum(p + c + r - 2 for p, c, r in lengths)
+
+
+@cache
+def usual_padding(mix: Mix, batch: int) -> float:
+    """Of MANY pairs of the mix in random order."""
+    return padding(draw_lengths(mix, MANY), batch)
+
+
+def representative(mix: Mix, batches: int, batch: int, seed: int = 0) -> list[Lens]:
+    """Batches whose padding is nearest to the mix's, of SHUFFLES draws from `seed` on."""
+    draws = (draw_lengths(mix, batches * batch, SHUFFLES * seed + k) for k in range(SHUFFLES))
+    return min(draws, key=lambda lengths: abs(padding(lengths, batch) - usual_padding(mix, batch)))
+
+
+def draw_pairs(mix: Mix, n: int, vocabulary: int, seed: int = 0) -> list[Pair]:
     """n pairs of token ids (prompt, chosen, rejected); both responses end with the end token."""
+    return draw_tokens(draw_lengths(mix, n, seed), vocabulary, seed)
+
+
+def draw_tokens(lengths: Sequence[Lens], vocabulary: int, seed: int = 0) -> list[Pair]:
+    """Pairs of these lengths."""
     draw = random.Random(seed + 1)
 
     def tokens(count: int) -> list[int]:
         return [draw.randrange(FIRST_TOKEN, vocabulary) for _ in range(count)]
 
-    return [(tokens(p), [*tokens(c - 1), END], [*tokens(r - 1), END]) for p, c, r in draw_lengths(mix, n, seed)]
+    return [(tokens(p), [*tokens(c - 1), END], [*tokens(r - 1), END]) for p, c, r in lengths]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.floor import distinct_tokens, first_pass_flop, step_flop
+from benchmarks.pairs import MIXES, padding, usual_padding
 from benchmarks.world import Task
 
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -62,7 +63,14 @@ def summarise(task: Task, results: dict[str, dict[str, Any]], rate: float) -> di
             "first_pass_efficiency": floor_pass / first / rate if first else None,
             "losses": found["losses"],
         }
-    return {"floor_gflop_per_pair": floor / 1e9, "tokens_per_pair": distinct_tokens(timed) / len(timed), "rows": rows}
+    return {
+        "steps": task.steps,
+        "floor_gflop_per_pair": floor / 1e9,
+        "tokens_per_pair": distinct_tokens(timed) / len(timed),
+        "padding": padding(timed, task.pairs),
+        "padding_of_the_mix": usual_padding(MIXES[task.mix], task.pairs),
+        "rows": rows,
+    }
 
 
 def ratios(rows: dict[str, Any], name: str, what: str) -> str:
@@ -82,7 +90,9 @@ def table(mix: str, summary: dict[str, Any]) -> str:
     """
     lines = [
         f"### {mix}: {summary['tokens_per_pair']:.0f} distinct tokens and {summary['floor_gflop_per_pair']:.1f} GFLOP "
-        f"a pair; losses equal within {summary['loss_difference']:.0e}",
+        f"a pair, {summary['steps']} steps timed; losses equal within {summary['loss_difference']:.0e}\n"
+        f"padded tokens over distinct ones in the timed steps {summary['padding']:.3f}, in the mix "
+        f"{summary['padding_of_the_mix']:.3f}\n",
         "| " + " | ".join(COLUMNS) + " |",
         "| --- " + "| ---: " * (len(COLUMNS) - 1) + "|",
     ]

@@ -23,6 +23,8 @@ from benchmarks.world import Task, save_task
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SMALL_MICRO_BATCH = 2048
+STEPS = {"ultrafeedback-like": 4, "hh-like": 6, "long": 2, "uniform": 2}
+"""Timed, unless told otherwise: as many as half an hour allows."""
 
 
 def main() -> None:
@@ -39,7 +41,7 @@ def main() -> None:
             shape=shape,
             mix=mix,
             pairs=options.pairs or shape.pairs,
-            steps=options.steps,
+            steps=options.steps or STEPS[mix],
             warm_up=1,
             device=options.device,
             seed=options.seed,
@@ -111,9 +113,19 @@ def _process(contestant: str, folder: Path, task: Task) -> dict[str, Any]:
 
 
 def save(found: dict[str, Any], name: str) -> None:
-    """results/NAME.json, and the plot where matplotlib is installed."""
+    """results/NAME.json, and the plot where matplotlib is installed.
+
+    Mixes that were measured before with the same model, task and versions on the same machine stay, so that one can
+    be measured again, or all of them one by one.
+    """
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(_rounded(found), indent=1) + "\n")
+    file = RESULTS / f"{name}.json"
+    found = _rounded(found)
+    before = json.loads(file.read_text()) if file.exists() else {}
+    if all(before.get(key) == found[key] for key in ("shape", "head_share", "machine", "task")):
+        mixes = before["mixes"] | found["mixes"]
+        found = before | found | {"mixes": {mix: mixes[mix] for mix in MIXES if mix in mixes}}
+    file.write_text(json.dumps(found, indent=1) + "\n")
     try:
         report.plot(found["mixes"], _title(found), RESULTS / f"{name}.svg")
     except ImportError:
@@ -129,15 +141,15 @@ def _rounded(value: Any) -> Any:
 
 
 def _task_facts(task: Task) -> dict[str, Any]:
-    names = ("pairs", "steps", "warm_up", "device", "dtype", "seed", "beta", "learning_rate", "micro_batch_tokens")
+    names = ("pairs", "warm_up", "device", "dtype", "seed", "beta", "learning_rate", "micro_batch_tokens")
     return {n: getattr(task, n) for n in names}
 
 
 def _heading(name: str, shape: Shape, task: Task, machine: dict[str, Any]) -> str:
     return (
         f"{name}: {shape.layers} layers of width {shape.hidden}, {shape.backbone / 1e6:.1f} M parameters, vocabulary "
-        f"{shape.vocabulary:,} (head {shape.head_share:.1%} of the layers); {task.pairs} pairs a step, {task.steps} "
-        f"steps timed, {task.dtype}\n{machine['gpu'] or machine['cpu'] + ', one thread'}; torch {machine['torch']}, "
+        f"{shape.vocabulary:,} (head {shape.head_share:.1%} of the layers); {task.pairs} pairs a step, "
+        f"{task.dtype}\n{machine['gpu'] or machine['cpu'] + ', one thread'}; torch {machine['torch']}, "
         f"TRL {machine['trl']}"
     )
 
@@ -156,7 +168,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--mix", nargs="+", choices=MIXES, default=list(MIXES))
     parser.add_argument("--contestants", nargs="+", default=["ours", "ours-small", "trl-tuned", "trl"])
     parser.add_argument("--pairs", type=int, help="pairs of a step")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps, after one that is not")
+    parser.add_argument("--steps", type=int, help="timed steps, after one that is not; default by mix")
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

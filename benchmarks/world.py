@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.floor import Shape
-from benchmarks.pairs import MIXES, draw_pairs
+from benchmarks.pairs import MIXES, Pair, draw_tokens, representative
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,12 @@ class Task:
         """The pairs of a step, in the order of the data."""
         return range(step * self.pairs, (step + 1) * self.pairs)
 
-    def drawn(self) -> list[tuple[list[int], list[int], list[int]]]:
-        """The pairs' token ids."""
-        return draw_pairs(MIXES[self.mix], self.n, self.shape.vocabulary, self.seed)
+    def drawn(self) -> list[Pair]:
+        """The pairs' token ids; the warm-up's and the timed steps' lengths are each like the mix's."""
+        mix = MIXES[self.mix]
+        timed = representative(mix, self.steps, self.pairs, self.seed)
+        before = representative(mix, self.warm_up, self.pairs, self.seed) if self.warm_up else []
+        return draw_tokens([*before, *timed], self.shape.vocabulary, self.seed)
 
 
 def save_task(folder: Path, task: Task) -> None:

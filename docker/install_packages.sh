@@ -12,12 +12,7 @@ for operator in "$@"; do
 done
 python3 -m venv "$venv"
 install=("$venv/bin/python" -m pip install --no-cache-dir --disable-pip-version-check -c constraints.txt)
-"$venv/bin/python" - >needed.txt <<'PYTHON'
-import tomllib
-
-with open("pyproject.toml", "rb") as file:
-    print(*tomllib.load(file)["project"]["dependencies"], sep="\n")
-PYTHON
+"$venv/bin/python" needed.py pyproject.toml >needed.txt
 "${install[@]}" setuptools wheel ninja
 grep -v '^deepspeed' needed.txt >others.txt
 "${install[@]}" -r others.txt

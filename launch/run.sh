@@ -8,7 +8,7 @@
 # A signal to one of them stops all. The user's mistake ends with 2 where rank 0 is, elsewhere with 1.
 #
 # Ends with 0 done, 75 stopped on request (start again), 2 the user's mistake, 1 a crash.
-# To stop reference or train, send TERM, USR1, HUP or INT (Ctrl-C) to this script: it creates RUN/STOP
+# To stop reference, train, generate or rounds, send TERM, USR1, HUP or INT (Ctrl-C) to this script: it creates RUN/STOP
 # and waits until the checkpoint is committed. A second INT ends the ranks at once (status 1).
 #
 # The ranks have a session of their own, so that a signal to this script's process group (a scheduler's,
@@ -22,7 +22,7 @@ repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 usage() {
     cat <<'USAGE'
 usage: launch/run.sh [-n N] STAGE RUN.yaml [section.key=value ...]
-  STAGE  inspect | plan | reference | train | evaluate | report | export
+  STAGE  inspect | plan | reference | train | evaluate | generate | rounds | report | export
   -n N   ranks on this machine; default: one a GPU, or 2 where there is none
 CUDA_VISIBLE_DEVICES= (empty) runs on the CPU of a machine with GPUs.
 On several machines: PREFOPT_NODES, PREFOPT_NODE and PREFOPT_HEAD=HOST:PORT in the environment.
@@ -113,7 +113,7 @@ fi
 
 obeys_stop=no # whether the stage looks for RUN/STOP
 case $stage in
-    reference | train) obeys_stop=yes ;;
+    reference | train | generate | rounds) obeys_stop=yes ;;
 esac
 job=""
 requests=0
@@ -121,7 +121,7 @@ interrupts=0
 end_by=TERM # what ends the ranks at once
 ((nodes == 1)) || end_by=INT # launch/node.sh ignores TERM
 
-# shellcheck disable=SC2329 # traps call it
+# shellcheck disable=SC2317,SC2329 # traps call it
 on_signal() { # $1: the signal
     requests=$((requests + 1))
     if [[ $1 == INT ]]; then
@@ -162,7 +162,7 @@ fi
 PREFOPT_STATUS_FILE=$(mktemp)
 export PREFOPT_STATUS_FILE
 made_stop=no
-# shellcheck disable=SC2329 # a trap calls it
+# shellcheck disable=SC2317,SC2329 # a trap calls it
 clean_up() {
     rm -f "$PREFOPT_STATUS_FILE"
     # Only what this script made: the job has ended, and a stale STOP would be a riddle.

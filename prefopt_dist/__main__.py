@@ -21,6 +21,8 @@ STAGES = {
     "reference": "the first pass alone: score the data with the reference into the store",
     "train": "the whole job: first pass where rows are missing, training, export; resumes by itself",
     "evaluate": "a model or checkpoint against the reference on data.eval",
+    "generate": "prompts, n responses each, a reward: pairs to train on",
+    "rounds": "generate and train, several times over, each round from the model of the one before",
     "report": "a page with the curves and the diagnosis of a run, from its folder alone",
     "export": "a checkpoint to a Hugging Face folder, verified by loading it back",
 }
@@ -92,9 +94,10 @@ def _full_disk(fault: Exception, config: Config) -> str | None:
 
 def _check(config: Config, stage: str) -> None:
     if stage not in ALONE:
-        from prefopt_dist.stages import ingredients
+        from prefopt_dist.stages import answering, ingredients
 
-        ingredients.check(config)
+        ingredients.check(config, answering.sources_of(config, stage))
+        answering.check_for(config, stage)
     print(config.run_dir)
 
 

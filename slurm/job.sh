@@ -28,9 +28,8 @@ choose_port() { # $1: a number of this start
 }
 
 # Where the other nodes reach the first one.
-head_address() {
-    local -a names
-    mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head_address() { # $@: the nodes' names
+    local -a names=("$@")
     ((${#names[@]} > 0)) || return 1
     if [[ -n ${PREFOPT_HEAD_SUFFIX:-} ]]; then
         echo "${names[0]}$PREFOPT_HEAD_SUFFIX"
@@ -63,6 +62,25 @@ build_start() { # $@: further options of srun
             ;;
         *) fail 2 "PREFOPT_RUNTIME is '$PREFOPT_RUNTIME', must be bare, pyxis or apptainer; mend site.env" ;;
     esac
+}
+
+# The machines before the ranks: what they lack, where they differ, how fast they reduce; less than 90 s.
+check_nodes() { # $1: the head, $2: a number for the port, the others: the nodes' names
+    local head=$1 names port status=0 job
+    port=$(choose_port "$2") || fail 1 "no free port on $head among 20 of 20000-31999"
+    shift 2
+    names=$(IFS=, && echo "$*")
+    [[ $GPUS == 0 ]] || export PREFOPT_WANT_GPUS=1
+    build_start "--nodes=$SLURM_NNODES" "--ntasks=$SLURM_NNODES" --ntasks-per-node=1
+    "${start[@]}" "$submission/code/launch/check_node.sh" --hosts "$names" --ranks "$RANKS" --head "$head:$port" \
+        --folder "$run_dir" &
+    job=$!
+    while kill -0 "$job" 2>/dev/null; do # a signal ends a wait, not the step
+        status=0
+        wait "$job" || status=$?
+    done
+    ((status == 0)) || [[ -n $asked ]] ||
+        fail 1 "the nodes are not fit for the job; exclude what is named (--exclude in PREFOPT_SBATCH), or PREFOPT_CHECK_NODES=no"
 }
 
 on_signal() { # $1: USR1 or TERM
@@ -113,8 +131,13 @@ run_job() { # $1: stage, $2: the folder that slurm/submit wrote
         command=("$code/launch/run.sh" export "$config")
     else
         local head port
-        head=$(head_address) || fail 1 "scontrol names no node in '$SLURM_JOB_NODELIST'"
+        local -a names
+        mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        head=$(head_address "${names[@]}") || fail 1 "scontrol names no node in '$SLURM_JOB_NODELIST'"
         port=$(choose_port "$((SLURM_JOB_ID + 37 * restart))") || fail 1 "no free port on $head among 20 of 20000-31999"
+        if [[ ${PREFOPT_CHECK_NODES:-yes} == yes && -z $asked ]]; then
+            check_nodes "$head" "$((SLURM_JOB_ID + 37 * restart + 7))" "${names[@]}"
+        fi
         build_start "--nodes=$SLURM_NNODES" "--ntasks=$SLURM_NNODES" --ntasks-per-node=1 "--output=$logs-node%n.txt"
         # The rank of a node is read inside the task; here it would be that of the batch shell on every node.
         command=("$code/launch/node.sh" --nodes "$SLURM_NNODES" --ranks "$RANKS" --head "$head:$port"

@@ -69,8 +69,11 @@ KEYS = sorted(
 GOOD = [
     "loss.beta=3e-1", "loss.label_smoothing=0.1", "loss.name=sft", "optim.eps=1e-6", "optim.betas=[0.5, 0]",
     "loss.name=ipo", "loss.name=simpo", "loss.gamma=1", "loss.average=tokens", "loss.sft_weight=0.5",
+    "loss.name=mix", "loss.of={dpo: {weight: 1}, sft: {weight: 2}}", "loss.of.orpo={weight: 0.5, beta: 1}",
+    "loss={name: mix, of: {ipo: {weight: 0.5}, dpo: {weight: 1, beta: 0.5}}}", "loss.of.ipo.average=sums",
     "data.eval=null", "data.train=[a, {path: b, split: c}]", 'run.cache="a b"', 'tracking.wandb.name="é\\n\\t\\u2028"',
     "train.max_steps=5", "train.max_hours=0.5", "data.max_length=513", 'run.dir="~"', 'run.dir="null"', 'run.dir="010"',
+    "lora.r=4", "lora.target_modules=[a]", "inspect.duplicates=drop", "inspect.few_rows=stop", "inspect.picture=p.svg",
     "data.eval.more=x", "evaluate.model=5e-7x", 'model.tokenizer="=<<"', "tracking.wandb.tags=['1', ':', '- a', ' b']",
 ]  # fmt: skip
 GOOD_KEYS = [override.partition("=")[0] for override in GOOD]

@@ -13,6 +13,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.model import adapter as adapters
+from prefopt_dist.model.load import load_whole
 from prefopt_dist.stages import ingredients, train
 from prefopt_dist.training import checkpoint, step
 from prefopt_dist.training.batches import ScoredRows, step_batch
@@ -91,39 +92,45 @@ def tensor_bytes(file: Path) -> int:
     return count(torch.load(file, weights_only=False))
 
 
+def whole_start(models: ingredients.Models) -> dict[str, torch.Tensor]:
+    """The adapters' start beside a whole model in one process, with the run's seed."""
+    lm = load_whole(models.policy, dtype=models.dtype)
+    torch.manual_seed(0)
+    assert models.adapter is not None
+    adapters.attach(lm, models.adapter)
+    return {name: p.detach().float() for name, p in lm.named_parameters() if p.requires_grad}
+
+
 def lora_resume(folder: Path) -> dict[str, Any]:
     """Two updates, a checkpoint, a third update; and again from the checkpoint by a new engine."""
-    found: dict[str, Any] = {}
-    for dtype in ("float32", "bfloat16"):
-        config = rank_cases.config_for(folder, f"lora-{dtype}", lora=LORA, model={"dtype": dtype})
-        models, objective, scored, _ = rank_cases.ready(config)
-        root = folder / f"lora-checkpoints-{dtype}-{ranks.world_size()}"
-        engine = train._policy(config, models)[0]
-        start = weights(engine)
-        losses = [update(engine, objective, scored, i) for i in range(2)]
-        checkpoint.save(engine, root, step=2, state={"window": {}}, facts={}, keep=2)
-        losses.append(update(engine, objective, scored, 2))
-        expected = weights(engine)
-        trained = zero3.trained_parameters(engine.module)
-        optimized = sum(m.numel() for m in engine.optimizer.fp32_partitioned_groups_flat)
-        zero3.release(engine)
-        engine = train._policy(config, models)[0]
-        manifest = checkpoint.find(root)
-        assert manifest is not None
-        loaded = checkpoint.load(engine, root, manifest)
-        again = update(engine, objective, scored, 2)
-        mine = weights(engine)
-        zero3.release(engine)
-        found[dtype] = {
-            "losses": losses,
-            "again": again,
-            "step": loaded.step,
-            "equal": expected.keys() == mine.keys() and all(torch.equal(mine[n], expected[n]) for n in expected),
-            "moved": sum(not torch.equal(start[n], expected[n]) for n in start) / len(start),
-            "zero": all(not t.any() for n, t in start.items() if ".lora_B." in n),
-            "start": hashlib.blake2b(b"".join(start[n].numpy().tobytes() for n in sorted(start))).hexdigest(),
-            "bytes": ranks.decide(lambda root=root: sum(map(tensor_bytes, (root / "step-00000002").glob("*.pt")))),
-            "trained": trained,
-            "optimized": ranks.gather(optimized),
-        }
-    return found
+    config = rank_cases.config_for(folder, "lora-resume", lora=LORA)
+    models, objective, scored, _ = rank_cases.ready(config)
+    root = folder / f"lora-checkpoints-{ranks.world_size()}"
+    engine = train._policy(config, models)[0]
+    start = weights(engine)
+    losses = [update(engine, objective, scored, i) for i in range(2)]
+    checkpoint.save(engine, root, step=2, state={"window": {}}, facts={}, keep=2)
+    losses.append(update(engine, objective, scored, 2))
+    expected = weights(engine)
+    trained = zero3.trained_parameters(engine.module)
+    optimized = sum(m.numel() for m in engine.optimizer.fp32_partitioned_groups_flat)
+    zero3.release(engine)
+    engine = train._policy(config, models)[0]
+    manifest = checkpoint.find(root)
+    assert manifest is not None
+    loaded = checkpoint.load(engine, root, manifest)
+    again = update(engine, objective, scored, 2)
+    mine = weights(engine)
+    zero3.release(engine)
+    return {
+        "losses": losses,
+        "again": again,
+        "step": loaded.step,
+        "equal": expected.keys() == mine.keys() and all(torch.equal(mine[n], expected[n]) for n in expected),
+        "moved": sum(not torch.equal(start[n], expected[n]) for n in start) / len(start),
+        "zero": all(not t.any() for n, t in start.items() if ".lora_B." in n),
+        "as_whole": all(torch.equal(start[n], t) for n, t in whole_start(models).items()),
+        "bytes": ranks.decide(lambda: sum(map(tensor_bytes, (root / "step-00000002").glob("*.pt")))),
+        "trained": trained,
+        "optimized": ranks.gather(optimized),
+    }

@@ -3,9 +3,12 @@
 Every rank runs every case; rank 0 writes FOLDER/<case>.json with what the case found, or with the error.
 """
 
+import contextlib
 import gc
 import hashlib
+import io
 import json
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import case_runner
+import matrix_cases
 import numpy as np
 import plain
 import psutil
@@ -33,6 +37,7 @@ from prefopt_dist.data.order import Order
 from prefopt_dist.data.unpaired import UnpairedRows
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
+from prefopt_dist.model import head
 from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import load_sharded, load_whole
 from prefopt_dist.model.scorer import Scorer
@@ -40,10 +45,12 @@ from prefopt_dist.stages import ingredients, train
 from prefopt_dist.tracking import own_work, statistics
 from prefopt_dist.tracking.diagnosis import Diagnosis
 from prefopt_dist.training import checkpoint, step
+from prefopt_dist.training import spikes as spikes_of_training
 from prefopt_dist.training.batches import Ahead, ScoredRows, step_batch, whole_set
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.gate import StartGate
 from prefopt_dist.training.optimizer import adamw
+from prefopt_dist.training.spikes import Spikes
 from prefopt_dist.training.stopping import Request
 
 PAIRS, G = 37, 11
@@ -241,63 +248,49 @@ def plain_pairs(model: Any, data: TokenisedRows, rows: list[int]) -> torch.Tenso
     return torch.stack([torch.stack(plain.pair_log_probs(model, *pair)) for pair in pairs])
 
 
-RESUMED: dict[str, tuple[str, dict[str, object]]] = {
-    "kto": ("crashed", {"name": "kto", "beta": 0.5, "split_pairs": True}),
-    "mix": (
-        "stopped",
-        {"name": "mix", "of": {"dpo": {"weight": 1.0}, "ipo": {"weight": 0.05}, "robust": {"weight": 0.5}}},
-    ),
+WHOLE_RUNS: dict[str, dict[str, object]] = {
+    "kto": {"name": "kto", "beta": 0.5, "split_pairs": True},
+    "mix": {"name": "mix", "of": {"dpo": {"weight": 1.0}, "ipo": {"weight": 0.05}, "robust": {"weight": 0.5}}},
 }
 
 
-def resumed(folder: Path) -> dict:
-    """Stopped after the second step, or crashed in the fourth behind a checkpoint: as the run that goes through."""
+def whole_runs(folder: Path) -> dict:
+    """With evaluation; KTO once more, crashed in its fourth step behind a checkpoint: it must end as the other."""
     found: dict[str, Any] = {}
-    for name, (how, loss) in RESUMED.items():
-        for end in ("whole", how):
-            config = config_for(
-                folder,
-                f"{name}-{end}",
-                loss=loss,
-                data={"eval": str(folder / "pairs.jsonl")},
-                train={"max_steps": 4},
-                eval={"every_steps": 2},
-                checkpoint={"every_steps": 3},
-            )
-            if end != "whole":
-                with Interrupted(config.run_dir, how) as interrupted:
-                    interrupted.run(config)
-            train.run(config)
-            found[f"{name} {end}"] = ranks.decide(partial(the_end, config.run_dir))
+    for name, loss, crash in (*((n, loss, False) for n, loss in WHOLE_RUNS.items()), ("kto", WHOLE_RUNS["kto"], True)):
+        config = config_for(
+            folder,
+            f"{name}-{'crashed' if crash else 'whole'}",
+            loss=loss,
+            data={"eval": str(folder / "pairs.jsonl")},
+            train={"max_steps": 4},
+            eval={"every_steps": 2},
+            checkpoint={"every_steps": 3},
+        )
+        if crash:
+            with Crash(step=4), pytest.raises(ConnectionAbortedError):
+                train.run(config)
+        train.run(config)
+        found[config.run_dir.name] = ranks.decide(partial(the_end, config.run_dir))
     return found
 
 
-class Interrupted:
-    """A start that ends early, on all ranks."""
+class Crash:
+    """Every rank fails as a step begins."""
 
-    def __init__(self, run_dir: Path, how: str) -> None:
-        self.run_dir, self.how, self.steps = run_dir, how, 0
+    def __init__(self, step: int) -> None:
+        self.left = step
 
-    def __enter__(self) -> "Interrupted":
+    def __enter__(self) -> None:
         self._gradient = step.gradient
         step.gradient = self.gradient
-        return self
 
     def __exit__(self, *_: object) -> None:
         step.gradient = self._gradient
 
-    def run(self, config: Config) -> None:
-        try:
-            train.run(config)
-            assert (config.run_dir / "STOPPED").exists()
-        except ConnectionAbortedError:
-            assert self.how == "crashed"
-
     def gradient(self, engine: Any, *args: Any) -> torch.Tensor:
-        self.steps += 1
-        if self.how == "stopped" and self.steps == 2:
-            ranks.decide(lambda: (self.run_dir / "STOP").touch())
-        if self.how == "crashed" and self.steps == 4:
+        self.left -= 1
+        if self.left == 0:
             raise ConnectionAbortedError
         return self._gradient(engine, *args)
 
@@ -358,6 +351,21 @@ def dpo_one_micro_batch(folder: Path) -> dict:
 
 def dpo_checkpointing(folder: Path) -> dict:
     return equality(folder, "dpo-checkpointing", 300, DPO, model={"checkpointing": "all"})
+
+
+def dpo_small_blocks(folder: Path) -> dict:
+    """Some prompts' logits fit into a block, others are made again in the forward pass."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head, "LOGITS_AT_ONCE", 30 * LlamaConfig.from_pretrained(folder / "model").vocab_size)
+        return equality(folder, "dpo-blocks", 300, DPO, steps=2)
+
+
+def pairwise(folder: Path) -> dict:
+    return matrix_cases.steps_equal(folder, matrix_cases.pairwise(ranks.world_size()))
+
+
+def full_matrix(folder: Path) -> dict:
+    return matrix_cases.steps_equal(folder, matrix_cases.full())
 
 
 def sft_many_micro_batches(folder: Path) -> dict:
@@ -525,6 +533,23 @@ def other_reference_is_refused(folder: Path) -> dict:
     return found
 
 
+def full(*_: Any) -> Any:
+    """What the system says when the disk is full."""
+    raise OSError(28, "No space left on device")
+
+
+class Full(io.FileIO):
+    """A file on a disk that gets full within it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self._room = 5000
+
+    def write(self, data: Any) -> int:
+        self._room -= len(data)
+        return super().write(data) if self._room > 0 else full()
+
+
 def save_fails_on_one_rank(folder: Path) -> dict:
     """A write error of the last rank ends the save on all ranks; the committed checkpoint stays."""
     config = config_for(folder, "save")
@@ -533,30 +558,21 @@ def save_fails_on_one_rank(folder: Path) -> dict:
     root = folder / "checkpoints"
     common: dict[str, Any] = {"state": {"window": {}}, "facts": {}, "keep": 2}
     checkpoint.save(engine, root, step=1, **common)
-    write = engine.checkpoint_engine.save
-
-    def broken(state_dict: Any, path: str, *args: Any, **kwargs: Any) -> Any:
-        if ranks.rank() == ranks.world_size() - 1:
-            raise OSError(28, "No space left on device")
-        return write(state_dict, path, *args, **kwargs)
-
-    engine.checkpoint_engine.save = broken
-    original = type(engine.checkpoint_engine).save
-    try:
-        type(engine.checkpoint_engine).save = lambda self, state_dict, path, *a, **k: (
-            broken(state_dict, path)
-            if ranks.rank() == ranks.world_size() - 1
-            else original(self, state_dict, path, *a, **k)
-        )
-        del engine.checkpoint_engine.save
-        try:
-            checkpoint.save(engine, root, step=2, **common)
-            said = "committed"
-        except checkpoint.CheckpointNotCommitted as e:
-            said = str(e)
-    finally:
-        type(engine.checkpoint_engine).save = original
-    said_by_all = ranks.gather(said)
+    said = []
+    # The disk is full when a file is opened, in the middle of it, at its end.
+    for place, owner in (("open", Path), ("write", Full), ("fsync", os)):
+        with pytest.MonkeyPatch.context() as patch:
+            if ranks.rank() == ranks.world_size() - 1:
+                if place == "write":
+                    patch.setattr(Path, "open", lambda path, mode: Full(path))
+                else:
+                    patch.setattr(owner, place, full)
+            try:
+                checkpoint.save(engine, root, step=2, **common)
+                said.append("committed")
+            except checkpoint.CheckpointNotCommitted as e:
+                said.append(str(e))
+    said_by_all = [text for of_rank in ranks.gather(said) for text in of_rank]
     left = [p.name for p in checkpoint.committed(root)]
     checkpoint.save(engine, root, step=3, **common)
     checkpoint.save(engine, root, step=4, **common)
@@ -616,15 +632,18 @@ def errors_reach_all(folder: Path) -> dict:
 
 
 def idle_ranks(folder: Path) -> dict:
-    """A step with fewer pairs than ranks: idle ranks take part with weight 0."""
-    config = config_for(folder, "idle", loss={"name": "dpo"})
-    models, objective, scored, _ = ready(config)
-    engine = make_policy(config, models)
-    batch = step_batch(scored, [3], 2, 4096)
-    sums, _ = step.agree(step.gradient(engine, batch, objective, None), Request(False, False))
-    norm = step.update(engine, 1e-3)
-    zero3.release(engine)
-    return {"pairs": sums[-1], "loss": sums[0], "norm": float(norm)}
+    """A step with fewer pairs than ranks: idle ranks take part with weight 0, in KTO's pass before the step too."""
+    found: dict[str, Any] = {}
+    for name, loss in (("dpo", {"name": "dpo"}), ("kto", KTO)):
+        config = config_for(folder, f"idle-{name}", loss=loss)
+        models, objective, scored, _ = ready(config)
+        engine = make_policy(config, models)
+        batch = step_batch(scored, [3], objective.responses, 4096)
+        sums, _ = step.agree(step.gradient(engine, batch, objective, None), Request(False, False))
+        norm = step.update(engine, 1e-3)
+        zero3.release(engine)
+        found[name] = {"pairs": sums[-1], "loss": sums[0], "norm": float(norm)}
+    return found
 
 
 class Counts:
@@ -674,7 +693,7 @@ def collectives_and_host_reads(folder: Path) -> dict:
                 packed = step.gradient(engine, batch, objective, None, diagnosis)
                 own = packed.new_tensor(own_work.places(ranks.rank(), ranks.world_size(), 0.5))
                 step.agree(torch.cat([packed, diagnosis.take(), own]), Request(False, False))
-                step.update(engine, 1e-3)
+                step.update(engine, 1e-3, Spikes(10.0, [1e9] * 16) if index else None)
             micro_batches.append(len(batch))
             found.append(counts.found)
     zero3.release(engine)
@@ -682,7 +701,7 @@ def collectives_and_host_reads(folder: Path) -> dict:
 
 
 class Poison:
-    """Makes loss or gradient of some steps not finite, on the last rank alone; notes what each step began with."""
+    """Spoils loss or gradient of some steps, on the last rank alone; notes what each step began with."""
 
     def __init__(self, plan: dict[int, str]) -> None:
         self.plan = plan
@@ -704,8 +723,8 @@ class Poison:
         self.counts = {float(zero.optimizer.state[m].get("step", 0)) for m in masters}
         what = self.plan.get(len(self.weights)) if ranks.rank() == ranks.world_size() - 1 else None
         backward = engine.backward
-        if what == "gradient":
-            engine.backward = lambda loss: backward(loss * float("nan"))
+        if what in ("gradient", "spike"):
+            engine.backward = lambda loss: backward(loss * (1e3 if what == "spike" else float("nan")))
         try:
             packed = self._gradient(engine, *args)
         finally:
@@ -714,7 +733,7 @@ class Poison:
 
 
 def dropped_gradient(folder: Path) -> dict:
-    """After a gradient was dropped the next one is as if it had never been."""
+    """After a gradient was dropped, or left out as a spike, the next one is as if it had never been."""
     found = {}
     for name, offload in (("device", {}), ("cpu", {"offload_optimizer": {"device": "cpu"}})):
         zero = {"zero_optimization": {"stage": 3, **offload}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -724,15 +743,19 @@ def dropped_gradient(folder: Path) -> dict:
         _, objective, scored, _ = ready(config)
         engine = make_policy(config, ingredients.load_models(config))
         gradients = []
-        for rows in ([3, 4, 5], [7, 8], [3, 4, 5]):
+        for rows, spikes in (([3, 4, 5], None), ([7, 8], None), ([7, 8], Spikes(2.0, [1e-9] * 16)), ([3, 4, 5], None)):
             batch = step_batch(scored, rows, 2, 100)
             step.gradient(engine, batch, objective, None)
             gradients.append({n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters()})
-            zero3.drop_gradient(engine)
-        first, other, again = gradients
+            if spikes is None:
+                zero3.drop_gradient(engine)
+            else:
+                norm, why = step.update(engine, 1.0, spikes), spikes.why()
+        first, other, _, again = gradients
         found[name] = {
             "same": all(torch.equal(first[n], again[n]) for n in first),
             "other": all(torch.equal(first[n], other[n]) for n in first),
+            "spike": [norm, why],
         }
         zero3.release(engine)
     return found
@@ -810,6 +833,66 @@ def early_stop(folder: Path) -> dict:
         "best": ranks.decide(lambda: json.loads((config.run_dir / "run.json").read_text())["best"]),
         "said": said,
     }
+
+
+def spikes_stopped_and_skipped(folder: Path) -> dict:
+    """Steps 3 and 4 of 4 have a gradient a thousand times as large, and two norms are enough to call it a spike.
+
+    The first start stops at step 3, the second, from the checkpoint of step 2 and its norms, skips both.
+    """
+    found: dict[str, Any] = {"weights": []}
+
+    def start(on_spike: str, plan: dict[int, str]) -> None:
+        keys: dict[str, Any] = {"loss": {"name": "dpo"}, "checkpoint": {"every_steps": 1}}
+        with Poison(plan) as poison:
+            try:
+                train.run(config_for(folder, "spikes", train={"on_spike": on_spike}, **keys))
+            finally:
+                found["weights"].append(poison.weights)
+                found["counts"] = sorted(poison.counts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spikes_of_training, "FEWEST", 2)
+        try:
+            start("stop", {3: "spike"})
+        except FloatingPointError as e:
+            found["said"] = ranks.gather(str(e))
+        start("skip", {1: "spike", 2: "spike"})
+    run = folder / "run-spikes"
+
+    def left() -> dict[str, Any]:
+        return {
+            "rows": [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()],
+            "files": sorted(p.name for p in run.glob("*-step-*.json")),
+            "record": json.loads((run / "spike-step-00000003.json").read_text()),
+        }
+
+    return found | ranks.decide(left)
+
+
+def killed_before_pruning(folder: Path) -> dict:
+    """The last checkpoint is committed, the one too many still there; the next start removes it and ends the run."""
+    config = config_for(folder, "unpruned", loss={"name": "dpo"}, checkpoint={"every_steps": 1})
+    removed: list[str] = []
+
+    def dies(old: Path) -> None:
+        if removed:
+            full()
+        removed.append(old.name)
+        remove(old)
+
+    def names() -> list[str]:
+        return [p.name for p in checkpoint.committed(config.run_dir / "checkpoints")]
+
+    found = {"done": []}
+    remove = checkpoint.remove
+    for patch in (dies, remove):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(checkpoint, "remove", patch)
+            with contextlib.suppress(OSError, ranks.OtherRankFailed):
+                train.run(config)
+        found["done"].append([ranks.decide(names), (config.run_dir / "DONE").exists()])
+    return found
 
 
 def packs_alone_and_together(folder: Path) -> dict:

@@ -13,7 +13,7 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.model import attention
 from prefopt_dist.model.activations import ActivationMemory, activation_memory
 from prefopt_dist.model.adapter import Adapter, attach
-from prefopt_dist.model.cost import layer_parameters
+from prefopt_dist.model.cost import adapter_parameters, layer_parameters
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.stages.checks import adapter_of
 from prefopt_dist.training import room
@@ -154,3 +154,9 @@ def test_buckets_hold_a_layer_unless_the_file_says_otherwise() -> None:
         "stage3_param_persistence_threshold": 10240,
     }
     assert zero3.with_buckets({}, layer=5, hidden=1)["zero_optimization"]["reduce_bucket_size"] == 1_000_000
+    adapter = adapter_of(Lora(r=128), config, "some/model")
+    assert adapter is not None
+    trained = 128 * (2 * (1024 + 1024) + 2 * (1024 + 512) + 3 * (1024 + 4096))
+    assert adapter_parameters(config, adapter) == trained
+    zero = zero3.with_buckets({}, layer=layer, hidden=1024, trained=trained)["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"]) == (trained, layer)

@@ -72,6 +72,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "on_bad_row": "stop",
         },
         "reference": {"name_or_path": None, "store": None, "offload": "none", "micro_batch_tokens": None},
+        "lora": None,
         "loss": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0, "average": "sums", "sft_weight": 0.0},
         "optim": {
             "learning_rate": 5e-7,
@@ -87,6 +88,8 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "max_steps": None,
             "global_batch_pairs": 64,
             "micro_batch_tokens": 8192,
+            "on_spike": "none",
+            "spike_factor": 10.0,
             "max_skipped_steps": 3,
             "early_stop": None,
             "max_hours": None,
@@ -116,8 +119,8 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "policy": "deepspeed_configs/policy_zero3.json",
             "reference": "deepspeed_configs/reference_zero3.json",
         },
-        "export": {"dir": None, "checkpoint": None, "dtype": None},
-        "evaluate": {"model": None},
+        "export": {"dir": None, "checkpoint": None, "dtype": None, "merged": False},
+        "evaluate": {"model": None, "prompts": None, "against": None, "samples": 1, "temperature": 1.0},
         "plan": {"gpu": None, "nodes": 1, "gpus_per_node": None, "file": None},
         "report": {"compare": [], "file": None},
         "inspect": {
@@ -129,6 +132,21 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "file": None,
             "picture": None,
         },
+        "generate": {
+            "rewards": [],
+            "prompts": None,
+            "n": 8,
+            "temperature": 0.9,
+            "top_p": 1.0,
+            "max_new_tokens": 256,
+            "batch_tokens": 32768,
+            "pairing": "best_worst",
+            "min_margin": 0.0,
+            "on_bad_reward": "stop",
+            "engine": "transformers",
+            "pairs": None,
+        },
+        "rounds": {"count": 3, "reference": "start"},
     }
 
 
@@ -503,6 +521,7 @@ def test_scalars_and_their_way_back(tmp_path: Path, text: str, value: Any) -> No
     [
         [],
         ["loss.name=sft", "data.eval=[a, {path: b, split: '1e5'}]"],
+        ["lora.target_modules=[q_proj, 'no']", "lora.rslora=true", "export.merged=true"],
         ["data.eval={x: a, y: [b, {path: c, weight: 0.25}]}", "tracking.wandb.tags=['no', '1', 'é']"],
         ["optim.learning_rate=1E-300", "optim.max_grad_norm=null", "run.dir='null'", "run.seed=4294967295"],
         [f"model.name_or_path=hub/snapshots/{'0123456789' * 4}", "model.tokenizer=hf_models/x"],
@@ -527,6 +546,8 @@ def test_resolved_text_loads_back_equal(tmp_path: Path, overrides: list[str]) ->
         ("train.global_batch_pairs=8", "train.global_batch_pairs: was 64, now 8"),
         ("train.epochs=2", "train.epochs: was 1, now 2"),
         ("train.max_steps=2", "train.max_steps: was None, now 2"),
+        ("lora.r=8", "lora.r: was absent, now 8"),
+        ("lora.target_modules=[q_proj]", "lora.target_modules: was absent, now ['q_proj']"),
         ("inspect.duplicates=drop", "inspect.duplicates: was absent, now drop"),
     ],
 )
@@ -546,10 +567,17 @@ def test_identity_leaves_out_what_may_change(tmp_path: Path) -> None:
     assert differing(identity(load(tmp_path)), identity(load(tmp_path, *changed))) == []
 
 
+def test_a_policy_about_evaluation_needs_evaluation(tmp_path: Path) -> None:
+    for policy in ("drop", "stop"):
+        with pytest.raises(UserError, match=rf"^inspect\.eval_pairs: got {policy}, but data\.eval is null.*keep$"):
+            load(tmp_path, f"inspect.eval_pairs={policy}")
+    load(tmp_path, "inspect.eval_pairs=drop", "data.eval=e")
+
+
 def test_identity_has_what_decides_which_rows_are_dropped(tmp_path: Path) -> None:
     drop = "inspect.eval_prompts=drop"
     before, after = identity(load(tmp_path, drop, "data.eval=e")), identity(load(tmp_path, drop, "data.eval=f"))
-    assert differing(before, after) == ["data.eval.[0].path: was e, now f"]
+    assert differing(before, after) == ["data.eval[0].path: was e, now f"]
 
 
 # Secrets

@@ -13,7 +13,7 @@ import torch
 from data_for_tests import ROWS, lines, prepare
 
 from prefopt_dist.data import TokenisedRows, open_rows, sequence_digest
-from prefopt_dist.data.unpaired import partners, unpaired
+from prefopt_dist.data.unpaired import OnePromptRules, partners, unpaired, with_other_prompts
 from prefopt_dist.objectives import KTO, Sequences
 from prefopt_dist.tracking.statistics import means
 
@@ -123,6 +123,36 @@ def test_nobody_is_his_own_partner(n: int) -> None:
     assert sorted(found) == list(range(n))
     assert not (found == np.arange(n)).any()
     assert np.array_equal(found, partners(n))
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 9, 300])
+def test_partners_have_other_prompts(n: int) -> None:
+    """Halves of pairs, and prompts that up to half of the rows answer: each row is still the partner of exactly one."""
+    draw = np.random.RandomState(n)
+    for prompt in (
+        np.arange(n) // 2 if n > 2 else np.arange(n),
+        np.arange(n) % max(2, n // 40),
+        np.r_[np.zeros(n // 2, dtype=np.int64), np.arange(1, n - n // 2 + 1)],
+        *(draw.permutation(np.arange(n) // max(1, n // 3)) for _ in range(20)),
+    ):
+        if np.bincount(prompt).max() * 2 <= n:
+            found = with_other_prompts(partners(n), prompt)
+            assert sorted(found) == list(range(n))
+            assert not (prompt[found] == prompt).any()
+    assert np.array_equal(with_other_prompts(partners(n), np.arange(n)), partners(n)), "what is right stays"
+
+
+def test_a_prompt_of_more_than_half_of_the_rows_is_refused() -> None:
+    with pytest.raises(OnePromptRules, match="3 of 5"):
+        with_other_prompts(partners(5), np.array([0, 1, 0, 2, 0]))
+
+
+def test_split_pairs_never_meet_their_own_prompt(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"what is {c}?", "chosen": f"{c} the sky", "rejected": f"{c} grass"} for c in "abca"]
+    rows = unpaired(opened(tmp_path, pairs), 512)
+    answered = {tuple(rows.response(i, 0).tolist()): tuple(rows.prompt(i).tolist()) for i in range(rows.n)}
+    for i in range(rows.n):
+        assert answered[tuple(rows.response(i, 1).tolist())] != tuple(rows.prompt(i).tolist())
 
 
 def test_rated_rows_meet_a_partner_s_response(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from prefopt_dist.config import load_config
+
 RUN_SH = Path(__file__).parent.parent / "launch" / "run.sh"
 
 # Its first line of work is to note its arguments. The job script stands for torchrun and its ranks.
@@ -232,3 +234,121 @@ def test_a_second_interrupt_ends_the_ranks(launcher: Launcher) -> None:
     process.communicate(timeout=10)
     assert process.returncode == 1
     assert not (launcher.run_dir / "STOP").exists()
+
+
+RECIPES = sorted((RUN_SH.parent / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
+def test_a_recipe_is_valid_and_says_how_to_run_it(recipe: Path) -> None:
+    config = load_config(recipe)
+    header = recipe.read_text().partition("\nrun:")[0].partition("\nbase:")[0].splitlines()
+    assert all(line.startswith("#") for line in header)
+    command, where = header[0][2:].split("   ")[0].split(" "), " ".join(header)
+    assert command[0] in ("launch/run.sh", "slurm/submit")
+    assert f"launch/recipes/{recipe.name}" in command
+    assert "Tried on " in where or "Not run" in where
+    assert config.run.dir.startswith("runs/")
+
+
+def test_recipes_have_run_folders_of_their_own() -> None:
+    folders = [load_config(recipe).run.dir for recipe in RECIPES]
+    assert len(set(folders)) == len(folders) > 4
+
+
+MACHINES = {"PREFOPT_NODES": "2", "PREFOPT_NODE": "1", "PREFOPT_HEAD": "h:1"}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"PREFOPT_NODES": "two"}, "PREFOPT_NODES: got 'two'"),
+        ({"PREFOPT_NODE": "2"}, "PREFOPT_NODE: got '2', must be this machine's number, 0 to 1"),
+        ({"PREFOPT_NODE": ""}, "PREFOPT_NODE: got ''"),
+        ({"PREFOPT_HEAD": "h"}, "PREFOPT_HEAD: got 'h'"),
+    ],
+)
+def test_bad_machines(launcher: Launcher, more: dict[str, str], words: str) -> None:
+    process = launcher.start("train", "r.yaml", **{**MACHINES, **more})
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, words in errors) == (2, True), errors
+    assert not (launcher.folder / "calls").exists()
+
+
+def test_one_process_is_of_one_machine(launcher: Launcher) -> None:
+    process = launcher.start("export", "r.yaml", **MACHINES)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, "unset PREFOPT_NODES" in errors) == (2, True)
+
+
+@pytest.mark.parametrize(("node", "is_host"), [("0", 1), ("1", 0)])
+def test_a_machine_of_several(launcher: Launcher, node: str, is_host: int) -> None:
+    process = launcher.start("-n", "3", "train", "r.yaml", **MACHINES | {"PREFOPT_NODE": node})
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0, errors
+    check, job = (launcher.folder / "calls").read_text().splitlines()
+    assert check == "-m prefopt_dist train r.yaml --check"
+    assert job.startswith("-m torch.distributed.run --nnodes 2 --nproc-per-node 3 ")
+    assert "--rdzv-endpoint h:1 " in job
+    assert f"is_host={is_host}," in job
+    assert job.endswith("-m prefopt_dist train r.yaml")
+
+
+def test_a_signal_on_one_machine_of_several_stops_all(launcher: Launcher) -> None:
+    work = 'touch "$FAKE/started"; until [[ -e $FAKE/run/STOP ]]; do sleep 0.1; done; touch "$FAKE/run/STOPPED"'
+    process = launcher.start("train", "r.yaml", job=work, **MACHINES)
+    launcher.wait_for(launcher.folder / "started")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 75
+
+
+# A program, as torchrun is, that hears INT though its shell had it ignored.
+INTERRUPTED = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: sys.exit(1))
+pathlib.Path(os.environ["FAKE"], "started").touch()
+time.sleep(30)
+"""
+
+
+def test_a_stage_without_stop_ends_at_once_on_several_machines(launcher: Launcher) -> None:
+    # torchrun's part there is to end at INT, as launch/node.sh ignores TERM.
+    process = launcher.start("evaluate", "r.yaml", job=f"exec python3 -c '{INTERRUPTED}'", **MACHINES)
+    launcher.wait_for(launcher.folder / "started")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 1
+
+
+REPOSITORY = RUN_SH.parents[1]
+
+
+def script(name: str, *arguments: str, path: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["/bin/bash", REPOSITORY / name, *arguments], env={"PATH": path}, capture_output=True, text=True, timeout=30
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("tests/slurm/run.sh", ["thorough"], "unknown case 'thorough'"),
+        ("tests/docker/run.sh", ["--keep"], "unknown argument '--keep'"),
+        ("tests/docker/run.sh", ["--home"], "a folder"),
+    ],
+)
+def test_tests_of_the_system_refuse_what_they_do_not_know(name: str, arguments: list[str], words: str) -> None:
+    done = script(name, *arguments, path=os.environ["PATH"])
+    assert done.returncode in (1, 2)
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize(("make", "status"), [("exit 0", 0), ("exit 2", 2)])
+def test_continuous_integration_says_what_it_leaves_out(tmp_path: Path, make: str, status: int) -> None:
+    (tmp_path / "make").write_text(f"#!/bin/bash\n{make}\n")
+    (tmp_path / "make").chmod(0o755)
+    (tmp_path / "dirname").symlink_to("/usr/bin/dirname")
+    done = script(".ci/run", path=str(tmp_path))  # there is no apt-get
+    assert done.returncode == status
+    assert ("NOT RUN: tests/slurm/run.sh --short" in done.stderr) == (status == 0)

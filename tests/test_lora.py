@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 import worlds
 from door import Door, one_process_group
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Phi3Config
 
+from prefopt_dist.__main__ import main
 from prefopt_dist.config import Lora
 from prefopt_dist.model import adapter as adapters
 from prefopt_dist.model.load import inspect_folder, load_whole
@@ -31,7 +33,7 @@ SAFE = "model.safetensors"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The base model, 40 pairs, and what a full run from that base has scored of them."""
+    """The base model and 40 pairs."""
     folder = tmp_path_factory.mktemp("lora")
     worlds.write_model(folder / "model", seed=1, scale=2.0)
     worlds.write_pairs(folder / "pairs.jsonl", 40)
@@ -49,20 +51,10 @@ def started(door: Door, name: str, *overrides: str, stage: str = "train", **sect
     """A run with adapters, to its end; what it said."""
     run = door.run(name, **({"lora": LORA, "data": {"eval": door.path("pairs.jsonl")}} | sections))
     door.capsys.readouterr()
-    status = job_main(stage, run, *overrides)
+    status = main([stage, str(run), *overrides])
     said = door.capsys.readouterr()
     assert status == 0, said.err
     return said.out + said.err
-
-
-def job_main(stage: str, run: Path, *overrides: str) -> int:
-    from prefopt_dist.__main__ import main
-
-    return main([stage, str(run), *overrides])
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -72,11 +64,11 @@ def facts(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def whole(door: Door) -> Path:
-    """A run with adapters after the first pass of a full run from the same base; made once."""
+    """A run with adapters, begun when a full run from the same base has made its first pass; made once."""
     folder = door.folder / "runs" / "whole"
     if not (folder / "DONE").exists():
         run = door.run("full", data={"eval": door.path("pairs.jsonl")})
-        assert job_main("reference", run) == 0
+        assert main(["reference", str(run)]) == 0
         assert facts(door.folder / "runs" / "full")["reference"]["sequences_scored"] > 0
         started(door, "whole")
     return folder
@@ -96,9 +88,9 @@ def test_the_reference_is_the_base(whole: Path) -> None:
     assert reference["sequences_scored"] == 0
     assert reference["sequences_reused"] == full["sequences_scored"]
     assert reference["key"] == full["key"]
-    first = next(r for r in rows(whole) if r["kind"] == "train")
+    first = next(r for r in job.rows(whole) if r["kind"] == "train")
     assert first["train/loss"] == pytest.approx(math.log(2), rel=1e-6)
-    evals = [r["eval/loss"] for r in rows(whole) if r["kind"] == "eval"]
+    evals = [r["eval/loss"] for r in job.rows(whole) if r["kind"] == "eval"]
     assert evals[-1] < evals[0] - 0.01
 
 
@@ -109,7 +101,7 @@ def test_an_interruption_does_not_matter(door: Door, whole: Path) -> None:
     mine, theirs = (load_file(f / "final" / adapters.WEIGHTS) for f in (whole.parent / "stopped", whole))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[n], theirs[n]) for n in theirs)
-    assert job.without_speed(rows(whole.parent / "stopped")) == job.without_speed(rows(whole))
+    assert job.without_speed(job.rows(whole.parent / "stopped")) == job.without_speed(job.rows(whole))
 
 
 def test_the_export_is_an_adapter_that_peft_loads(door: Door, whole: Path) -> None:
@@ -160,16 +152,13 @@ def newest(run_dir: Path) -> Path:
 
 
 def test_an_evaluation_of_the_checkpoint(door: Door, whole: Path) -> None:
-    """Of the adapters beside their base, and of the merged model: what the run's last evaluation found."""
-    last = rows(whole)[-1]
-    for overrides in ([], [f"evaluate.model={door.folder / 'merged'}"]):
-        if overrides and not (door.folder / "merged").exists():
-            started(door, "whole", "export.merged=true", f"export.dir={door.folder / 'merged'}", stage="export")
-        started(door, "whole", *overrides, stage="evaluate")
-        found = json.loads((whole / "evaluation.json").read_text())
-        assert found["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
-        assert found["eval/rewards/margins"] == pytest.approx(last["eval/rewards/margins"], rel=1e-4)
-        assert found["eval/rewards/accuracies"] == last["eval/rewards/accuracies"]
+    """Of the adapters beside their base: what the run's last evaluation found."""
+    last = job.rows(whole)[-1]
+    started(door, "whole", stage="evaluate")
+    found = json.loads((whole / "evaluation.json").read_text())
+    assert found["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
+    assert found["eval/rewards/margins"] == pytest.approx(last["eval/rewards/margins"], rel=1e-4)
+    assert found["eval/rewards/accuracies"] == last["eval/rewards/accuracies"]
     assert not (whole / ".evaluating").exists()
 
 
@@ -177,7 +166,7 @@ def test_bfloat16(door: Door) -> None:
     """Some modules, rank-stabilised, merged at the end of the run."""
     lora = {"r": 8, "rslora": True, "target_modules": ["v_proj", "down_proj"]}
     said = started(door, "bf16", lora=lora, model={"dtype": "bfloat16"}, export={"merged": True})
-    first = next(r for r in rows(door.folder / "runs" / "bf16") if r["kind"] == "train")
+    first = next(r for r in job.rows(door.folder / "runs" / "bf16") if r["kind"] == "train")
     assert first["train/loss"] == pytest.approx(math.log(2), abs=5e-2)
     trained = 2 * 8 * ((32 + 16) + (96 + 32))
     assert f"lora: {trained:,} parameters are trained" in said
@@ -233,8 +222,6 @@ def test_a_run_is_its_adapters(door: Door, whole: Path) -> None:
 
 
 def test_without_peft(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     for name in ["peft", *(n for n in sys.modules if n.startswith("peft."))]:
         monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
     words = ["lora: a run with adapters needs the package peft", "pip install peft", "remove the section lora"]
@@ -243,11 +230,42 @@ def test_without_peft(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_layers_by_name() -> None:
-    from transformers import Phi3Config
-
     config = Phi3Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, pad_token_id=0)
     found = adapter_of(Lora(), config, "hub/name")
     assert found is not None
     assert set(found.modules) == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     assert found.base == "hub/name"
     assert adapter_of(None, config, "hub/name") is None
+
+
+# Two ranks, as a user runs it
+
+
+@pytest.mark.slow
+def test_two_ranks_stopped_killed_and_gone_on_with(tmp_path: Path) -> None:
+    """STOP on two ranks, a kill on one, to the end on two; the same adapters within rounding; the export merged."""
+    worlds.write_model(tmp_path / "model", seed=1, scale=2.0)
+    worlds.write_pairs(tmp_path / "pairs.jsonl", job.PAIRS)
+    worlds.write_pairs(tmp_path / "eval.jsonl", 61, seed=1)
+    world = job.World(tmp_path)
+    job.launch(world.run("whole", lora=LORA))
+    run, folder = world.run("moved", lora=LORA), tmp_path / "moved"
+    assert job.start_and(run, job.at_step(folder, 4), lambda _: (folder / "STOP").touch()) == 75
+    job.start_and(run, job.at_step(folder, 14), job.kill_all, n=1)
+    job.launch(run)
+    for row, other in zip(job.rows(folder), job.rows(tmp_path / "whole"), strict=True):
+        assert (row["kind"], row["step"], row["pairs_seen"]) == (other["kind"], other["step"], other["pairs_seen"])
+        name = f"{row['kind']}/loss"
+        assert row[name] == pytest.approx(other[name], rel=1e-5), row["step"]
+    mine, theirs = (load_file(f / "final" / adapters.WEIGHTS) for f in (folder, tmp_path / "whole"))
+    for name in theirs:
+        assert float((mine[name] - theirs[name]).norm() / theirs[name].norm()) <= 1e-4, name
+    job.launch(world.run("moved", lora=LORA, export={"merged": True, "dir": str(tmp_path / "merged")}), "export")
+    job.launch(world.run("moved", lora=LORA), "evaluate")
+    found, last = json.loads((folder / "evaluation.json").read_text()), job.rows(folder)[-1]
+    assert found["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
+    # The merged model as the policy of another run, evaluated against the same base.
+    other = world.run("moved", lora=LORA, evaluate={"model": str(tmp_path / "merged")})
+    job.launch(other, "evaluate", n=1)
+    merged = json.loads((folder / "evaluation.json").read_text())
+    assert merged["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from models_for_tests import pairs, tokens
 
-from prefopt_dist.data.micro_batch import Segment, Unit, pack, packed_tokens
+from prefopt_dist.data.micro_batch import Ends, Segment, Unit, pack, packed_tokens
 
 
 def test_pack_of_a_hand_made_row() -> None:
@@ -32,6 +32,8 @@ def test_pack_of_a_hand_made_row() -> None:
     assert batch.counts.tolist() == [3, 1, 4, 2, 3]
     assert batch.units.tolist() == [[0, 1], [3, 4], [1, 2]]
     assert batch.rows == (7, 9, 4)
+    assert batch.by_prompt.tolist() == [0, 2, 1]
+    assert batch.prompts == (Ends(states=4, scored=8, sequences=3, units=2), Ends(8, 13, 5, 3))
     assert batch.tokens == 9
     assert batch.gathered.keys.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 5, 7, 8]
     assert batch.gathered.query_ends.tolist() == [0, 4, 5, 7, 9]

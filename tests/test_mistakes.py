@@ -27,8 +27,9 @@ from prefopt_dist import model as model_package
 from prefopt_dist.config import load_config
 from prefopt_dist.errors import UserError
 from prefopt_dist.file_lock import FileLock
+from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.objectives import DPO, SFT
-from prefopt_dist.stages import checks
+from prefopt_dist.stages import checks, ingredients
 
 REPOSITORY = Path(__file__).parents[1]
 PAIR = {"prompt": "the cat", "chosen_response": "sings", "rejected_response": "sleeps"}
@@ -165,6 +166,30 @@ def test_a_row_that_cannot_be_used(door: Door, name: str, row: Any, words: list[
     )
 
 
+def test_a_finding_whose_policy_is_stop(door: Door) -> None:
+    data = door.lines("twice.jsonl", PAIR, PAIR | {"prompt": "a dog"}, PAIR)
+    said = ["inspect.duplicates: stop", "1 duplicates", f"{data}:3 repeats {data}:1", "set it to drop or keep"]
+    message = door.fails(said, f"data.train={data}", "inspect.duplicates=stop")
+    assert door.ends(door.run(), f"data.train={data}", "inspect.duplicates=stop", stage="inspect") == (2, message)
+    words = ["inspect.few_rows: got 'drop'", "one of keep, stop"]
+    door.fails(words, "inspect.few_rows=drop", early=True)
+
+
+def test_training_reads_what_the_policies_leave(door: Door) -> None:
+    """What load_train gives every rank, and what it says."""
+    data = door.lines("twice.jsonl", PAIR, PAIR | {"prompt": "a dog"}, PAIR)
+    tokenizer = load_tokenizer(door.folder / "model", "model.tokenizer")
+    policy = SimpleNamespace(config=SimpleNamespace(vocab_size=300))
+    for overrides, left in (([], [1, 2, 3]), (["inspect.duplicates=drop"], [1, 2])):
+        config = load_config(str(door.run()), [f"data.train={data}", *overrides])
+        models: Any = SimpleNamespace(tokenizer=tokenizer, policy=policy)
+        rows = ingredients.load_train(config, models, DPO(0.1, 0.0, 0.0, False))
+        assert rows.line.tolist() == left
+        facts = ingredients.data_facts(rows, {})["train"]
+        assert (facts["rows"], facts["used"], sum(facts["dropped"].values())) == (3, len(left), 3 - len(left))
+    assert f"dropped 1 duplicates\n    {data}:3 repeats {data}:1" in door.capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("name", "content"), [("zero.jsonl", b""), ("blank.jsonl", b"\n  \n\n"), ("z.jsonl.gz", b"")])
 def test_an_empty_data_file(door: Door, name: str, content: bytes) -> None:
     (door.folder / name).write_bytes(content)
@@ -213,11 +238,23 @@ def test_the_loss(door: Door) -> None:
     door.fails(words, "loss.name=sft", "loss.beta=0.1", early=True)
 
 
+def test_a_mix_that_is_none(door: Door) -> None:
+    words = ["loss.of.kto", "cannot be mixed"]
+    door.fails(words, "loss.name=mix", "loss.of.dpo.weight=1", "loss.of.kto.weight=1", early=True)
+    rated = door.lines("rated.jsonl", *({"prompt": c, "completion": c + c, "label": True} for c in "abc"))
+    mix = ("loss.name=mix", "loss.of.dpo.weight=1", "loss.of.sft.weight=1")
+    door.fails(["data.train: the rows are of the form 'rated'", "compares two"], *mix, f"data.train={rated}")
+
+
 def test_rows_that_kto_cannot_use(door: Door) -> None:
     words = ["data.train: ", "of the form 'pair'", "prompt, completion and label", "loss.split_pairs=true"]
     door.fails(words, "loss.name=kto")
-    rated = [{"prompt": "the cat", "completion": f"{c} sings", "label": True} for c in ("a", "the")]
+    rated = [{"prompt": f"{c} cat", "completion": f"{c} sings", "label": True} for c in ("a", "the")]
     one, two = door.lines("one.jsonl", rated[0]), door.lines("two.jsonl", *rated)
+    same = door.lines("same.jsonl", rated[0], rated[0] | {"label": False}, rated[1])
+    door.fails(
+        ["data.train: 2 of 3 rows answer the same prompt", "more prompts"], "loss.name=kto", f"data.train={same}"
+    )
     door.fails(["data.train: 1 row; ", "needs two"], "loss.name=kto", f"data.train={one}")
     door.fails(["data.train: ", "'rated'", "compares two"], f"data.train={two}")
     # What is enough: the next mistake is another one. G counts responses, two of each pair.

@@ -117,8 +117,9 @@ def test_disk_by_hand() -> None:
 
 def with_adapters(name: str, **options: Any) -> Needs:
     adapter = adapter_of(Lora(**options), LLAMAS[name], "some/model")
-    sizes = model_sizes(LLAMAS[name], torch.bfloat16, 40_960, adapter)
-    return replace(needs_of(name), sizes=sizes)
+    zero = ZeroSettings.of(sized(POLICY, LLAMAS[name], adapter), 2)
+    sizes = model_sizes(LLAMAS[name], torch.bfloat16, zero.persistence, adapter)
+    return replace(needs_of(name), sizes=sizes, policy=zero)
 
 
 def test_adapters_by_hand() -> None:

@@ -18,7 +18,9 @@ case "$*" in
     *--check) eval "$FAKE_CHECK" ;;
     *--print-config)
         printf 'run:\\n  dir: x\\n  cache: null\\ndeepspeed:\\n'
-        printf '  policy: deepspeed_configs/policy_zero3.json\\n  reference: mine.json\\n# %s\\n' "$*" ;;
+        printf '  policy: deepspeed_configs/policy_zero3.json\\n  reference: mine.json\\n# %s\\n' "$*"
+        printf 'plan:\\n  gpu: %s\\n' "$FAKE_GPU" ;;
+    "-m prefopt_dist plan "*) eval "$FAKE_PLAN" ;;
     -*) cat >/dev/null; echo "$FAKE_REFERENCE"; echo "$FAKE/runs/mine" ;;
 esac
 """
@@ -43,7 +45,9 @@ class Site:
             "scontrol": '#!/usr/bin/env bash\necho "$*" >>"$FAKE/scontrol"\n'
             "case $2 in hostnames) printf 'n1\\nn2\\n' ;; node) echo '   NodeAddr=10.0.0.7 NodeHostName=n1' ;; esac\n",
             "sleep": "#!/usr/bin/env bash\n[[ $1 == 60 ]] || exec /bin/sleep 0.05\n",
-            "srun": '#!/usr/bin/env bash\nprintf "%s|" "$@" >"$FAKE/srun"\neval "$FAKE_JOB"\n',
+            "srun": "#!/usr/bin/env bash\nif [[ $* == *check_node.sh* ]]; then\n"
+            'echo "$*" >"$FAKE/checked"; eval "$FAKE_NODES"; exit; fi\n'
+            'printf "%s|" "$@" >"$FAKE/srun"\neval "$FAKE_JOB"\n',
         }.items():
             (folder / "bin" / name).write_text(text)
             (folder / "bin" / name).chmod(0o755)
@@ -59,6 +63,9 @@ class Site:
             "FAKE_REFERENCE": "True",
             "FAKE_REFUSES": "nothing",
             "FAKE_JOB": "",
+            "FAKE_NODES": "",
+            "FAKE_GPU": "null",
+            "FAKE_PLAN": "exit 9",
             **more,
         }
         return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=30)
@@ -170,6 +177,35 @@ def test_a_chain(site: Site) -> None:
     assert (kept.with_name("2") / "job.env").exists()
 
 
+def test_a_run_that_cannot_fit_is_not_submitted(site: Site) -> None:
+    done = site.submit(
+        "r.yaml", "--nodes", "4", "--gpus-per-node", "8", FAKE_GPU="h200", FAKE_PLAN="echo no>&2; exit 2"
+    )
+    assert (done.returncode, "no" in done.stderr.splitlines(), site.lines("submitted")) == (2, True, [])
+    [asked] = [line for line in site.lines("calls") if " plan " in line]
+    assert asked.endswith(" plan.nodes=4 plan.gpus_per_node=8")
+    # The copy of the code, with its DeepSpeed files, is not there yet.
+    assert f"deepspeed.policy={REPOSITORY}/deepspeed_configs/policy_zero3.json" in asked
+    assert site.submit("r.yaml", FAKE_GPU="h200", FAKE_PLAN="exit 7").returncode == 1
+    assert site.submit("r.yaml", FAKE_GPU="h200", FAKE_PLAN="echo it fits").returncode == 0
+    assert (site.base.with_name("mine.submit") / "1" / "plan.txt").read_text() == "it fits\n"
+    assert "plan.gpu is not set" in site.submit("r.yaml").stderr
+
+
+def test_no_secret_is_kept_with_a_submission(site: Site) -> None:
+    """Neither of the environment nor of files beside the code; the site's own values are kept as they are."""
+    names = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")
+    done = site.submit("r.yaml", **dict.fromkeys(names, "planted-secret"))
+    assert done.returncode == 0
+    assert site.job(**dict.fromkeys(names, "planted-secret")).returncode == 0
+    kept = [f for f in site.base.with_name("mine.submit").rglob("*") if f.is_file()]
+    assert len(kept) > 100
+    assert [f for f in kept if b"planted-secret" in f.read_bytes()] == []
+    # Their environment is Slurm's to pass on; it stands in no option.
+    assert "planted-secret" not in "".join(site.lines("submitted") + site.lines("srun") + site.lines("checked"))
+    assert "planted-secret" not in done.stdout + done.stderr
+
+
 def test_a_loss_without_reference_has_no_first_pass(site: Site) -> None:
     assert site.submit("r.yaml", FAKE_REFERENCE="False").returncode == 0
     train, _ = site.lines("submitted")
@@ -194,6 +230,19 @@ def test_a_sweep_is_an_array_after_one_first_pass(site: Site) -> None:
     assert "-beta0.05" in (kept / "job.env").read_text()
 
 
+def test_rounds_are_one_job_that_comes_back(site: Site) -> None:
+    done = site.submit("r.yaml", "--rounds", "--nodes", "2", "--time", "4:00:00")
+    assert done.returncode == 0, done.stderr
+    (job,) = (line.split("|") for line in site.lines("submitted"))
+    assert job[-3].endswith("/code/slurm/rounds.sbatch")
+    assert {"--nodes=2", "--time=4:00:00", "--signal=B:USR1@300"} <= set(job)
+    assert all(call.startswith("-m prefopt_dist rounds ") for call in site.lines("calls") if call.startswith("-m"))
+    assert "--signal=TERM 41 " in done.stdout
+    assert site.job("rounds", FAKE_JOB='touch "$FAKE/runs/mine/DONE"').returncode == 0
+    assert "|rounds|" in site.lines("srun")[0]
+    assert site.submit("r.yaml", "--rounds", "--sweep", "loss.beta=0.1,0.2").returncode == 2
+
+
 def test_a_job_starts_one_task_a_node(site: Site) -> None:
     done = site.job()
     assert done.returncode == 0, done.stderr
@@ -201,6 +250,28 @@ def test_a_job_starts_one_task_a_node(site: Site) -> None:
     assert "--nodes=2|--ntasks=2|--ntasks-per-node=1|" in started
     assert "|--head|10.0.0.7:20007|--job|prefopt-7.0|train|" in started
     assert site.lines("scontrol") == ["show hostnames n[1-2]", "show node n1"]
+
+
+def test_the_nodes_are_checked_before_a_job(site: Site) -> None:
+    done = site.job(FAKE_NODES="echo nodes: n2: why; exit 1")
+    assert (done.returncode, "nodes: n2: why" in done.stdout) == (1, True)
+    assert "exclude what is named" in done.stderr
+    [checked] = site.lines("checked")
+    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 " in checked
+    assert f"--hosts n1,n2 --ranks 1 --head 10.0.0.7:20014 --folder {site.base}" in checked
+    assert site.lines("srun") == []
+    (site.folder / "checked").unlink()
+    assert site.job(PREFOPT_CHECK_NODES="no").returncode == 0
+    assert site.job("export").returncode == 0
+    assert site.lines("checked") == []
+    # A job that wants GPUs says so to the check, or a node without a driver would compute on its CPU.
+    assert site.submit("r.yaml", "--gpus-per-node", "8").returncode == 0
+    assert "GPUS=8" in (site.base.with_name("mine.submit") / "2" / "job.env").read_text().split()
+
+
+def test_a_job_that_is_cancelled_in_the_check_has_stopped(site: Site) -> None:
+    done = site.job(FAKE_NODES="kill -TERM $PPID; sleep 0.1; exit 143")
+    assert (done.returncode, site.lines("srun")) == (75, [])
 
 
 @pytest.mark.parametrize(("work", "status"), [("", 0), ("exit 2", 2), ("exit 9", 1)])

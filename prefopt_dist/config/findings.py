@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from prefopt_dist.config.rules import Rule, Text
 
-PICTURES = (".png", ".svg", ".pdf")
+Picture = Annotated[str, Rule("a file ending in .png, .svg or .pdf", lambda v: v.endswith((".png", ".svg", ".pdf")))]
 RowPolicy = Literal["keep", "drop", "stop"]
 """Of rows that could be used: use them, leave them out, or refuse the data."""
 SetPolicy = Literal["keep", "stop"]
@@ -41,7 +41,7 @@ class Inspect:
     """Fewer than 10,000 rows."""
     file: Text | None = None
     """Where the report is written as JSON; null: nowhere."""
-    picture: Annotated[Text, Rule("a file ending in .png, .svg or .pdf", lambda v: v.endswith(PICTURES))] | None = None
+    picture: Picture | None = None
     """Where the lengths are drawn; needs matplotlib; null: nowhere."""
 
     @property

@@ -1,7 +1,7 @@
 """Reading a configuration: defaults, `base:` file, file, overrides; each goes over the one before.
 
 Sections are merged key by key. Two things are taken whole from the last layer that sets them:
-`data.train` and `data.eval` (half of one source and half of another is none), and the loss's options
+sources of data (half of one source and half of another is none), and the loss's options
 where a layer names another loss than the layers below it (their options belong to the loss they named).
 `base:` is relative to the file that names it; all other relative paths to the current working directory.
 """
@@ -18,7 +18,7 @@ from prefopt_dist.config.schema import Config
 from prefopt_dist.config.strict_yaml import load_yaml, parse_value
 from prefopt_dist.errors import UserError
 
-_WHOLE = ("data.train", "data.eval")
+_WHOLE = ("data.train", "data.eval", "generate.prompts", "evaluate.prompts")
 _OVERRIDE_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)+")
 
 

@@ -140,8 +140,12 @@ class Train:
     """G: pairs to an optimizer step, however many ranks there are; of KTO the rated responses."""
     micro_batch_tokens: Count = 8192
     """Packed tokens in one forward and backward of one rank; memory and speed, never the result."""
+    on_spike: Literal["none", "skip", "stop"] = "none"
+    """What an update with a gradient norm far above the last ones does: be made, be left out, end the run."""
+    spike_factor: Annotated[float, Rule("greater than 1", lambda v: v > 1)] = 10.0
+    """How many times the median of the last 64 norms is far above them; the first 16 updates have none to compare."""
     max_skipped_steps: Annotated[int, Rule("at least 0", lambda v: v >= 0)] = 3
-    """Updates in a row that are left out because loss or gradient is not finite; one more ends the run."""
+    """Updates in a row that are left out because loss or gradient is not finite or a spike; one more ends the run."""
     early_stop: EarlyStop | None = None
     """{metric, evaluations}: ends the training where an evaluation has not got better; null: never."""
     max_hours: Positive | None = None
@@ -234,6 +238,73 @@ class Evaluate:
 
     model: Text | None = None
     """A Hugging Face folder; null: the newest checkpoint of run.dir."""
+    prompts: tuple[DataSource, ...] | None = None
+    """Prompts that the model answers, for reward, win rate and KL on its own samples; null: none of these."""
+    against: Text | None = None
+    """The model whose answers it is compared with; null: the reference."""
+    samples: Count = 1
+    """Answers to a prompt."""
+    temperature: Positive = 1.0
+    """Of the answers; at 1 the KL is the policy's own, elsewhere that of what it samples there."""
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """One reward of the weighted mean: a function or a model."""
+
+    function: Text | None = None
+    """A Python function as module:name, score(prompt, response, row) → a number."""
+    model: Text | None = None
+    """A sequence-classification folder or hub name with one output and a chat template."""
+    weight: Positive = 1.0
+    """Its weight in the mean."""
+
+    def __post_init__(self) -> None:
+        if (self.function is None) == (self.model is None):
+            raise UserError(
+                f"generate.rewards: an entry has function {self.function!r} and model {self.model!r}, must have one of "
+                "them; write {function: my_module:score} or {model: FOLDER}"
+            )
+
+
+@dataclass(frozen=True)
+class Generate:
+    """The stage that makes pairs: n responses to each prompt, a reward, and which of them become pairs."""
+
+    rewards: tuple[RewardSource, ...] = ()
+    """What scores a response: the weighted mean of these."""
+    prompts: tuple[DataSource, ...] | None = None
+    """Rows of any form, or with a prompt alone; null: the prompts of data.train."""
+    n: Annotated[int, Rule("at least 2, since a pair needs two responses", lambda v: v >= 2)] = 8
+    """Responses to each prompt."""
+    temperature: Positive = 0.9
+    """Logits are divided by it."""
+    top_p: Annotated[float, Rule("in (0, 1]", lambda v: 0 < v <= 1)] = 1.0
+    """Sampled from the most likely tokens that hold this much probability."""
+    max_new_tokens: Count = 256
+    """Tokens of a response, its end included; a response that has not ended by then is in no pair."""
+    batch_tokens: Count = 32768
+    """Tokens (prompts and room for responses) that a rank samples at once; decides memory and speed."""
+    pairing: Literal["best_worst", "best_random", "margin"] = "best_worst"
+    """Best and worst of a prompt, best and a random lesser one, or every two at least min_margin apart."""
+    min_margin: NotNegative = 0.0
+    """Pairs whose rewards differ by less are left out; equal rewards always are."""
+    on_bad_reward: Literal["stop", "drop"] = "stop"
+    """What a reward that raises or is no finite number does: end the job, or leave that response out."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples; vllm is a package of its own and needs GPUs."""
+    pairs: Text | None = None
+    """The file of pairs; null: RUN/pairs.jsonl."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The stage that repeats generate, first pass and train."""
+
+    count: Count = 3
+    """Rounds."""
+    reference: Literal["start", "first"] = "start"
+    """Each round's reference: the model that the round starts from, or the very first one."""
 
 
 @dataclass(frozen=True)
@@ -298,6 +369,10 @@ class Config:
     """The plan stage."""
     report: Report = field(default_factory=Report)
     """The report stage."""
+    generate: Generate = field(default_factory=Generate)
+    """The generate stage."""
+    rounds: Rounds = field(default_factory=Rounds)
+    """The rounds stage."""
     inspect: Inspect = field(default_factory=Inspect)
     """What findings in the data do."""
 
@@ -306,6 +381,12 @@ class Config:
             raise UserError(
                 "export.merged: got true, but this run has no section lora, so its export is a whole model; remove it"
             )
+        for name in ("eval_pairs", "eval_prompts"):
+            if self.data.eval is None and self.inspect.policies[name] != "keep":
+                raise UserError(
+                    f"inspect.{name}: got {self.inspect.policies[name]}, but data.eval is null, so there is nothing to "
+                    "compare with; set data.eval, or set this to keep"
+                )
 
     @property
     def run_dir(self) -> Path:
@@ -338,6 +419,16 @@ class Config:
     def tokenizer(self) -> str:
         """The tokenizer's folder or hub name."""
         return self.model.tokenizer or self.model.name_or_path
+
+    @property
+    def pairs_file(self) -> Path:
+        """The file of pairs that the generate stage writes."""
+        return self.run_dir / "pairs.jsonl" if self.generate.pairs is None else Path(self.generate.pairs)
+
+    @property
+    def prompt_sources(self) -> tuple[DataSource, ...]:
+        """Where the generate stage finds its prompts."""
+        return self.data.train if self.generate.prompts is None else self.generate.prompts
 
     @property
     def export_dir(self) -> Path:

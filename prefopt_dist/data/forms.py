@@ -76,6 +76,27 @@ def read_form(form: str, row: Row) -> Example:
     return example
 
 
+def read_prompt(row: Row) -> tuple[str | Messages, tuple[Any, ...] | None]:
+    """The prompt and the tools of a row of any form, or of one with `prompt` or a conversation in `messages` alone.
+
+    Raises BadRow where it has none.
+    """
+    form = _form_of(row)
+    if form in ("conversations", "transcripts"):
+        prompt = read_form(form, row).prompt
+    elif row.get("prompt") is not None:
+        prompt = _text_or_messages(row, "prompt")
+    elif row.get("messages") is not None:
+        turns = _messages(row["messages"], "messages")
+        prompt = turns[:-1] if turns[-1].role == "assistant" else turns
+    else:
+        rule = "a row needs a prompt: the field prompt, messages, or chosen and rejected as conversations"
+        raise BadRow("missing_field", rule, sorted(row), "name a file of prompts")
+    if _is_blank(prompt):
+        raise BadRow("empty_prompt", "the prompt needs a character that is no space", _said(prompt))
+    return prompt, _tools(row)
+
+
 def kind_of(form: str) -> str:
     """What rows of the form become: `pair`, `demonstration` or `rated`."""
     return form if form in ("demonstration", "rated") else "pair"

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from prefopt_dist.data.micro_batch import Unit, packed_tokens
 
 MOST_SWAPS = 2000
+TRAINING = 3
+"""Forward passes' operations that a training step needs: its own, and twice as many backward."""
 SMALLEST_GAIN = 1e-9
 """Of a bin's squared load; below it rounding could swap for ever."""
 
@@ -32,12 +34,26 @@ class Cost:
 
     def of(self, group: Sequence[Unit], tokens: int) -> float:
         """Of units of one prompt, which have `tokens` distinct tokens."""
-        prompt = len(group[0].prompt)
+        distinct = {r.tobytes(): len(r) for u in group for r in u.responses}
+        return self.of_lengths(len(group[0].prompt), list(distinct.values()), tokens)
+
+    def of_lengths(self, prompt: int, responses: Sequence[int], tokens: int) -> float:
+        """Of a prompt and its different responses, by their lengths, which have `tokens` distinct input tokens.
+
+        With a model's numbers (model/cost.py) these are the fewest operations of a forward pass: 2N·T + attention +
+        2Vd·S, every distinct token through the layers once. A training step needs TRAINING times as many.
+        """
         attended, scored = prompt * (prompt + 1) / 2, 0
-        for n in {r.tobytes(): len(r) for u in group for r in u.responses}.values():
+        for n in responses:
             attended += (n - 1) * prompt + (n - 1) * n / 2
             scored += n
         return self.per_token * tokens + self.per_attended * attended + self.per_scored * scored
+
+
+def work_of(groups: Sequence[Sequence[Unit]], cost: Cost) -> tuple[int, float]:
+    """Distinct input tokens and cost of groups of units, each of one prompt."""
+    tokens = [packed_tokens(g) for g in groups]
+    return sum(tokens), sum(cost.of(g, t) for g, t in zip(groups, tokens, strict=True))
 
 
 def groups_within(units: Sequence[Unit], budget: int) -> list[list[Unit]]:

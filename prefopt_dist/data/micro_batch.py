@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,6 +84,18 @@ def gather(segments: Sequence[Segment]) -> Gathered:
     )
 
 
+class Ends(NamedTuple):
+    """Where, in a micro-batch, that which hangs together by one prompt ends; it begins where the one before ends."""
+
+    states: int
+    """In `source` and `target`"""
+    scored: int
+    sequences: int
+    """In `counts`"""
+    units: int
+    """In `by_prompt`"""
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """One packed row. An empty one (no units) has a dummy token, so that every rank runs every layer."""
@@ -109,6 +121,10 @@ class MicroBatch:
     """[U] data-set row of each unit"""
     desirable: torch.Tensor
     """bool [U]: of rated rows, whether the response is a good one"""
+    by_prompt: torch.Tensor
+    """int64 [U]: the units, those of one prompt side by side"""
+    prompts: tuple[Ends, ...]
+    """Of each distinct prompt; no state, sequence or unit belongs to two of them"""
 
     @property
     def tokens(self) -> int:
@@ -124,7 +140,7 @@ class MicroBatch:
         return self._over(torch.Tensor.pin_memory)
 
     def _over(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        names = ("input_ids", "position_ids", "source", "target", "scored", "counts", "units", "desirable")
+        names = ("input_ids", "position_ids", "source", "target", "scored", "counts", "units", "desirable", "by_prompt")
         changed: dict[str, Any] = {n: change(getattr(self, n)) for n in names}
         return replace(self, gathered=self.gathered.over(change), **changed)
 
@@ -171,8 +187,11 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
     target: list[Tokens] = []
     counts: list[int] = []
     index: dict[tuple[bytes, bytes], int] = {}
+    row_ends: list[int] = []  # where each prompt's own ends in the row
+    sequence_ends: list[int] = []
     at = 0
-    for key, (prompt, responses) in _groups(units).items():
+    groups = _groups(units)
+    for key, (prompt, responses) in groups.items():
         p_start, p_end = at, at + len(prompt)
         ids.append(prompt)
         positions.append(np.arange(len(prompt)))
@@ -194,10 +213,14 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
             target.append(response)
             index[key, response_key] = len(counts)
             counts.append(len(response))
+        row_ends.append(at)
+        sequence_ends.append(len(counts))
 
     def row(parts: Sequence[NDArray[np.int32] | NDArray[np.int64]]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
+    number = {prompt: i for i, prompt in enumerate(groups)}
+    of_unit = np.array([number[u.prompt.tobytes()] for u in units])
     return MicroBatch(
         input_ids=row(ids)[None],
         position_ids=row(positions)[None],
@@ -208,7 +231,27 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
         units=torch.tensor([[index[u.prompt.tobytes(), r.tobytes()] for r in u.responses] for u in units]),
         rows=tuple(u.row for u in units),
         desirable=torch.tensor([u.desirable for u in units]),
+        by_prompt=torch.from_numpy(of_unit.argsort(kind="stable")),
+        prompts=_ends(of_unit, np.unique(np.concatenate(source)), counts, row_ends, sequence_ends),
     )
+
+
+def _ends(
+    of_unit: NDArray[np.int64],
+    states: NDArray[np.int64],
+    counts: list[int],
+    row_ends: list[int],
+    sequence_ends: list[int],
+) -> tuple[Ends, ...]:
+    """`prompts` of a MicroBatch, from each unit's prompt, the states' rows and the ends of each prompt's own."""
+    ends = zip(
+        np.searchsorted(states, row_ends).tolist(),
+        np.cumsum(counts)[np.array(sequence_ends) - 1].tolist(),
+        sequence_ends,
+        np.cumsum(np.bincount(of_unit)).tolist(),
+        strict=True,
+    )
+    return tuple(Ends(*numbers) for numbers in ends)
 
 
 def _needs(source: NDArray[np.int64], target: Tokens) -> dict[str, torch.Tensor]:
@@ -244,4 +287,6 @@ def _empty(responses_per_unit: int) -> MicroBatch:
         units=torch.zeros((0, responses_per_unit), dtype=torch.int64),
         rows=(),
         desirable=torch.zeros(0, dtype=torch.bool),
+        by_prompt=torch.zeros(0, dtype=torch.int64),
+        prompts=(Ends(states=1, scored=1, sequences=1, units=0),),
     )

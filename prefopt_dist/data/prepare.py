@@ -250,14 +250,15 @@ def _cache_digest(
     for source, weight in zip(sources, weights, strict=True):
         # Names and weights stand in the folder, so another name is another folder.
         state.update(json.dumps([source.name, weight, source.digest().hex()]).encode())
-    state.update(_tokenizer_content(tokenizer))
+    state.update(tokenizer_content(tokenizer))
     # A build that stops at a bad row is never published, so both values of on_bad_row make the same folder.
     decisive = {name: value for name, value in vars(settings).items() if name != "on_bad_row"}
     state.update(json.dumps([SCHEMA, decisive], sort_keys=True).encode())
     return state.hexdigest()
 
 
-def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
+def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """All that decides what a text becomes."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Every call sets these two; they are state of the object, not content of the tokenizer.
     backend["truncation"] = backend["padding"] = None

@@ -36,7 +36,7 @@ def without(folder: Path, rows: TokenisedRows, left: Sequence[Left], *, key: str
         keep[indices] = False
         if fresh:
             dropped[kind] = fresh
-            examples[kind] = tuple(f"{example}; {kind} is left out" for example in shown)
+            examples[kind] = tuple(shown)
     if not keep.any():
         raise UserError(
             f"{key}: no row is left when {', '.join(kind for kind, *_ in left)} are dropped; set one of these keys of "

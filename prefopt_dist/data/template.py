@@ -90,6 +90,10 @@ class Template:
             )
         return self._templated(example)
 
+    def carries(self, prompt: str) -> bool:
+        """Whether the text holds a turn marker already."""
+        return self._marker_in(prompt) is not None
+
     def _as_is(self, example: Example, carried: bool) -> Rendered:
         assert isinstance(example.prompt, str)
         end = self.end if carried else self.untemplated_end

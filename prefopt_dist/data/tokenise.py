@@ -64,6 +64,15 @@ class Tokeniser:
             for example, row in zip(examples, rows, strict=True)
         ]
 
+    def encode_prompts(self, examples: Sequence[Example]) -> list[Ids | BadRow]:
+        """The ids of each example's prompt alone, as a model that is to answer gets it; nothing is cut.
+
+        The examples' responses are not looked at, but one must be there for the template.
+        """
+        rendered = [_or_bad(lambda example=example: self.template.render(example)) for example in examples]  # type: ignore[misc]
+        ids = iter(self._ids([item.prompt for item in rendered if isinstance(item, Rendered)]))
+        return [item if isinstance(item, BadRow) else self._with_bos(next(ids))[0] for item in rendered]
+
     def _rows(self, rendered: Sequence[Rendered]) -> list[TokenisedRow | BadRow]:
         """Token ids before truncation."""
         texts = [text for item in rendered for text in (item.prompt, *item.fulls)]

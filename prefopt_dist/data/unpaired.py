@@ -44,8 +44,12 @@ class UnpairedRows(TokenisedRows):
         return self.tokens[self.starts[i, part] : self.ends[i, part]]
 
 
+class OnePromptRules(Exception):
+    """More than half of the rows answer the same prompt, so there is no mismatched response for each of them."""
+
+
 def unpaired(rows: TokenisedRows, longest: int) -> UnpairedRows:
-    """The rated rows, or both halves of each pair, with their partners; at least two.
+    """The rated rows, or both halves of each pair, with their partners; at least two. Raises OnePromptRules.
 
     longest: tokens of a sequence. Prompt and own response keep to it already; a mismatched response is cut to it.
     """
@@ -53,14 +57,17 @@ def unpaired(rows: TokenisedRows, longest: int) -> UnpairedRows:
     prompts = np.repeat(bounds[:, 0], rows.responses, axis=0)  # [n, 2]
     own = bounds[:, 1:].reshape(-1, 2)  # row by row, of a pair the chosen first
     n = len(own)
-    mismatched = own[partners(n)]
+    partner = partners(n)
+    mended = with_other_prompts(partner, np.repeat(_numbered(rows), rows.responses))
+    mismatched = own[mended]
     room = longest - (prompts[:, 1] - prompts[:, 0])
     mismatched[:, 1] = np.minimum(mismatched[:, 1], mismatched[:, 0] + room)
     parts = np.stack([prompts, own, mismatched], axis=1)  # [n, 3, 2]
     halves = rows.responses == 2
     labels = np.tile(np.array([1, 0], dtype=np.int8), rows.n) if halves else rows.labels
     assert labels is not None
-    told = f"{rows.report.digest}:{PARTNER_SEED}:{longest}".encode()
+    exchanged = "" if np.array_equal(mended, partner) else ":exchanged"
+    told = f"{rows.report.digest}:{PARTNER_SEED}:{longest}{exchanged}".encode()
     bare = UnpairedRows(
         kind="rated",
         n=n,
@@ -95,3 +102,25 @@ def partners(n: int) -> NDArray[np.int64]:
     partner = np.empty(n, dtype=np.int64)
     partner[circle] = np.roll(circle, -1)
     return partner
+
+
+def with_other_prompts(partner: NDArray[np.int64], prompt: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[n] the partners, exchanged where one answers the row's own prompt, such as the other half of a pair.
+
+    prompt: [n], the same number where the prompts are the same. Raises OnePromptRules.
+    """
+    partner = partner.copy()
+    for i in np.flatnonzero(prompt[partner] == prompt).tolist():
+        if prompt[partner[i]] == prompt[i]:  # no exchange before has mended it
+            fit = (prompt != prompt[i]) & (prompt[partner] != prompt[i])
+            j = int(fit.argmax())
+            if not fit[j]:  # there is one as long as a prompt has no more than half of the rows
+                raise OnePromptRules(f"{int((prompt == prompt[i]).sum())} of {len(prompt)}")
+            partner[i], partner[j] = partner[j], partner[i]
+    return partner
+
+
+def _numbered(rows: TokenisedRows) -> NDArray[np.int64]:
+    """[B] equal numbers for equal prompts, by their digests."""
+    digests = b"".join(blake2b(rows.prompt(i).tobytes(), digest_size=16).digest() for i in range(rows.n))
+    return np.unique(np.frombuffer(digests, dtype="V16"), return_inverse=True)[1].astype(np.int64)

@@ -25,7 +25,7 @@ from prefopt_dist.tracking.metrics_file import MetricsFile
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = Path("runs/demo")
-TRAIN, EVALUATION, DEMONSTRATIONS, UNSEEN = 2400, 400, 2400, 400
+TRAIN, EVALUATION, DEMONSTRATIONS, UNSEEN, PROMPTS = 2400, 400, 2400, 400, 800
 SHOWN_SEED = 7
 """Seed of the prompts that are answered for show; far from those of the data files."""
 
@@ -40,6 +40,7 @@ def main() -> int:
     if not (world / "model" / "tokenizer_config.json").is_file():
         print("demo: making a world of letters, a tokenizer and a small Llama", flush=True)
         sizes = {"train": TRAIN, "evaluation": EVALUATION, "demonstrations": DEMONSTRATIONS, "unseen": UNSEEN}
+        sizes["prompts"] = PROMPTS
         write_world(world, **sizes)
         write_model(world / "model")
     for recipe in ("demo_sft", "demo"):

@@ -71,12 +71,13 @@ def letters(seed: int) -> Iterable[tuple[str, bool, str, str]]:
 
 
 def write_world(
-    folder: Path, *, train: int, evaluation: int, demonstrations: int, unseen: int = 0, seed: int = 0
+    folder: Path, *, train: int, evaluation: int, demonstrations: int, unseen: int = 0, prompts: int = 0, seed: int = 0
 ) -> None:
     """Writes the data files; no prompt stands in two of those that are made of letters of their own.
 
     train.jsonl, eval.jsonl and unseen.jsonl: raw pairs, the last for figures on which nothing was chosen. sft.jsonl:
-    demonstrations. rated.jsonl: one letter of each pair of train.jsonl, rated true or false; the other is in no row.
+    demonstrations. prompts.jsonl: prompts alone. rated.jsonl: one letter of each pair of train.jsonl, rated true or
+    false; the other is in no row.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stream = iter(letters(seed))
@@ -86,6 +87,7 @@ def write_world(
     demonstrated = [next(stream) for _ in range(demonstrations)]
     _write(folder / "sft.jsonl", [{"prompt": p, "completion": coin.choice(two)} for p, _, *two in demonstrated])
     _write(folder / "unseen.jsonl", [_pair(*next(stream)) for _ in range(unseen)])
+    _write(folder / "prompts.jsonl", [{"prompt": next(stream)[0]} for _ in range(prompts)])
     _write(folder / "rated.jsonl", [_rated(pair, coin.random() < 0.5) for pair in pairs])
 
 

@@ -9,7 +9,8 @@ import functools
 import gc
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import nn
 from prefopt_dist.errors import UserError
 
 TESTED = ("0.19.8",)
-"""Versions whose internals (in `release`, `drop_gradient`, `prepare_deepspeed`, `partitions.fill`) were tried."""
+"""Versions whose internals were tried: in `release`, `drop_gradient`, `leaving_out`, `prepare_deepspeed`, and in
+`partitions.fill`."""
 
 
 SMALLEST_BUCKET = 1_000_000
@@ -53,16 +55,16 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "unknown inputs or outputs type" not in text
 
 
-def with_buckets(settings: Mapping[str, Any], *, layer: int, hidden: int) -> dict[str, Any]:
+def with_buckets(settings: Mapping[str, Any], *, layer: int, hidden: int, trained: int | None = None) -> dict[str, Any]:
     """The user's settings, with ZeRO's buckets sized by the model where they do not say otherwise.
 
-    layer: parameters of a decoder layer; hidden: its width. A bucket holds a layer, so that one is on its way
+    layer: parameters of a decoder layer; hidden: its width; trained: how many of the layer's get a gradient, where not
+    all do. A bucket holds a layer, so that one is on its way
     while another computes; what is as small as a norm's weight stays whole on every rank.
     """
-    bucket = max(layer, SMALLEST_BUCKET)
     sized = {
-        "reduce_bucket_size": bucket,
-        "stage3_prefetch_bucket_size": bucket,
+        "reduce_bucket_size": max(layer if trained is None else trained, SMALLEST_BUCKET),
+        "stage3_prefetch_bucket_size": max(layer, SMALLEST_BUCKET),
         "stage3_param_persistence_threshold": 10 * hidden,
     }
     return {**settings, "zero_optimization": sized | dict(settings.get("zero_optimization", {}))}
@@ -104,6 +106,7 @@ def policy_engine(scorer: nn.Module, optimizer: torch.optim.Optimizer, settings:
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings)
+    _trim_heap()  # of what loading took and freed
     return engine
 
 
@@ -113,6 +116,7 @@ def reference_engine(scorer: nn.Module, settings: dict[str, Any]) -> Any:
 
     engine, *_ = deepspeed.initialize(model=scorer.requires_grad_(False).eval(), config=settings)
     engine.eval()
+    _trim_heap()  # of what loading took and freed
     return engine
 
 
@@ -134,6 +138,30 @@ def trained_parameters(module: nn.Module) -> int:
 def drop_gradient(engine: Any) -> None:
     """Forgets the gradient that backward passes have added up, as DeepSpeed itself does where it skips an update."""
     engine.optimizer._overflow_clean_up(engine.optimizer.loss_scale)
+
+
+@contextmanager
+def leaving_out(engine: Any, wrong: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Inside, `engine.step()` leaves out an update whose gradient norm is `wrong`, as it does one that is not finite.
+
+    wrong: the norm of the whole gradient before clipping, a scalar equal on all ranks, to a bool scalar beside it.
+    """
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    optimizer = engine.optimizer
+    norms_of_groups = optimizer._get_norm_groups
+
+    def judged() -> list[torch.Tensor]:
+        norms = norms_of_groups()
+        leave_out = wrong(combine_grad_norm_groups(norms))
+        # DeepSpeed's own mark of a group without a valid norm, which it looks for on the host in any case.
+        return [torch.where(leave_out, torch.full_like(norm, -1.0), norm) for norm in norms]
+
+    optimizer._get_norm_groups = judged
+    try:
+        yield
+    finally:
+        del optimizer._get_norm_groups  # the class's own method is back
 
 
 def release(engine: Any) -> None:
@@ -160,8 +188,7 @@ def release(engine: Any) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    else:
-        _trim_heap()
+    _trim_heap()
 
 
 def _caches_of(cls: type) -> Iterator[Any]:

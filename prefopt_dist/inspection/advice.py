@@ -11,7 +11,7 @@ ADVICE: dict[str, tuple[str, str]] = {
     "missing_field": ("a field of the form is missing or null", "look at what wrote the file, or set data.format"),
     "wrong_type": (
         "a value that is no text (or no label)",
-        "look at what wrote the file; do not turn it into text blindly",
+        "look at what wrote the file; do not make text of it blindly",
     ),
     "bad_message": ("a message without a known role or without text", "mend the messages, or set data.format"),
     "bad_transcript": ("a transcript that is not Human and Assistant by turns", "mend the row"),

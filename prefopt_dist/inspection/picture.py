@@ -13,7 +13,7 @@ from prefopt_dist.inspection.lengths import Lengths
 from prefopt_dist.packages import needed
 
 KEY = "inspect.picture"
-BINS = 60
+BINS = 40
 
 
 def matplotlib_figure() -> Any:

@@ -121,11 +121,14 @@ class SetReport:
             shown = ", ".join(f"{name} {n:,}" for name, n in list(counts.items())[:NAMES_SHOWN])
             more = f", {len(counts) - NAMES_SHOWN} more" if len(counts) > NAMES_SHOWN else ""
             yield f"  {field}: {shown}{more}"
-        if self.longer is not None and not any(told.name == "length_bias" and told.count for told in self.told):
-            yield f"  {self.longer.text()}"
+        looked_for = {told.name: told for told in self.told}
+        for name in ("length_bias", "label_balance"):
+            if name in looked_for and not looked_for[name].count:
+                yield f"  {looked_for[name].examples[0]}"
         if any(self.cut_sides.values()):
             sides = ", ".join(f"{name} {n:,}" for name, n in self.cut_sides.items())
-            yield f"  cut responses: {sides}; both responses of a pair have the same budget"
+            fair = "" if looked_for["unfair_cut"].count else "; fair: both responses of each pair had the same budget"
+            yield f"  cut responses: {sides}{fair}"
 
     def _verdict_text(self) -> str:
         by_policy: dict[str, list[str]] = {"stop": [], "drop": [], "keep": []}

@@ -39,7 +39,8 @@ class ActivationMemory:
     """Bytes a token outside the layers: embedding, final norm, the head's input and its gradient"""
     vocabulary: int
     per_logit: int
-    """Bytes of a logit in the head's block: itself, its gradient, a copy of that in the model's dtype"""
+    """Bytes of a logit in the head's block: itself, which becomes its gradient; a copy in the model's dtype; the slope
+    of a cap"""
 
     def bytes(self, tokens: int, checkpointed: int) -> int:
         """Peak of a micro-batch of `tokens` with `checkpointed` layers computed again in the backward pass."""
@@ -73,13 +74,14 @@ def activation_memory(config: PreTrainedConfig, dtype: torch.dtype, adapter: Ada
     one, two = (_kept(meta_model(config, layers, dtype, adapter)) for layers in (1, 2))
     size = torch.empty((), dtype=dtype).element_size()
     hidden = config.hidden_size * size
+    capped = config.to_dict().get("final_logit_softcapping") is not None
     return ActivationMemory(
         layers=config.num_hidden_layers,
         per_token_layer=(two - one) / _TOKENS,
         per_token_checkpoint=hidden,
         per_token_ends=(2 * one - two) / _TOKENS + 3 * hidden,
         vocabulary=config.vocab_size,
-        per_logit=4 + 4 + size,
+        per_logit=4 + (0 if dtype == torch.float32 else size) + (4 if capped else 0),
     )
 
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from prefopt_dist.data.layout import Cost
 from prefopt_dist.model.activations import meta_model
+from prefopt_dist.model.adapter import Adapter
 
 
 def layer_parameters(config: PreTrainedConfig) -> int:
@@ -14,6 +15,12 @@ def layer_parameters(config: PreTrainedConfig) -> int:
     one, two = (meta_model(config, layers, torch.bfloat16) for layers in (1, 2))
     layer: int = sum(p.numel() for p in two.parameters()) - sum(p.numel() for p in one.parameters())
     return layer
+
+
+def adapter_parameters(config: PreTrainedConfig, adapter: Adapter) -> int:
+    """Parameters of the adapters of one decoder layer."""
+    one = meta_model(config, 1, torch.bfloat16, adapter)
+    return sum(p.numel() for p in one.parameters() if p.requires_grad)
 
 
 def forward_cost(config: PreTrainedConfig) -> Cost:

@@ -79,7 +79,7 @@ def inspect_folder(path: Path, key: str, max_length: int | None = None) -> Model
     config = read_config(path, key)
     check_config(config, path, key, max_length)
     config.return_dict = True  # the scoring module reads results by name
-    folder = ModelFolder(path=path, config=config, weight_files=_weight_files(path, key))
+    folder = ModelFolder(path=path, config=config, weight_files=weight_files(path, key))
     _check_names(folder, key)
     return folder
 
@@ -158,7 +158,8 @@ def read_config(path: Path, key: str) -> PreTrainedConfig:
     return config
 
 
-def _weight_files(path: Path, key: str) -> tuple[Path, ...]:
+def weight_files(path: Path, key: str) -> tuple[Path, ...]:
+    """The safetensors files of a folder, by name; all that its index names are there."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.is_file() and single.is_file():
         raise UserError(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefopt_dist.data.micro_batch import MicroBatch
+from prefopt_dist.data.micro_batch import Ends, MicroBatch
 from prefopt_dist.model.head import attach_logp_head
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
 
@@ -26,15 +26,7 @@ class Scorer(nn.Module):
 
     def sequence_sums(self, batch: MicroBatch) -> torch.Tensor:
         """float64 [Q]: Σ log π(response token | prompt, response so far) of each sequence."""
-        hidden = self.lm.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            segments=batch.segments,
-            gathered=batch.gathered,
-            use_cache=False,  # nothing is generated: a cache would only hold memory
-        ).last_hidden_state[0]
-        logps = self.lm.get_output_embeddings()(hidden[batch.source], batch.target).flatten()[batch.scored]
-        return torch.segment_reduce(logps.double(), "sum", lengths=batch.counts, unsafe=True)
+        return _sums(self.lm.get_output_embeddings()(self._states(batch), batch.target), batch.scored, batch.counts)
 
     def forward(
         self, batch: MicroBatch, objective: Objective | None = None, reference: torch.Tensor | None = None
@@ -43,12 +35,50 @@ class Scorer(nn.Module):
 
         reference: float64 [U, R], the stored reference sum of each unit's responses; None for a loss without.
         """
-        sums = self.sequence_sums(batch)
         if objective is None:
-            return sums
-        units = Sequences(
-            sums=sums[batch.units], counts=batch.counts[batch.units], reference=reference, desirable=batch.desirable
-        )
+            return self.sequence_sums(batch)
+        if not torch.is_grad_enabled():
+            return objective(_units(batch, self.sequence_sums(batch), reference))
+
+        def loss(first: int, end: int, logps: torch.Tensor) -> torch.Tensor:
+            """Of the units of some prompts, from the log-probs of these prompts' states alone."""
+            return objective(_units_of(batch, first, end, logps, reference)).loss
+
         # Without units (an empty micro-batch) the loss is a sum over nothing *of the sums*, so its backward
         # still runs through every layer and no rank misses a collective.
-        return objective(units)
+        ends = [prompt.states for prompt in batch.prompts]
+        value, logps = self.lm.get_output_embeddings()(self._states(batch), batch.target, ends, loss)
+        terms = objective(_units(batch, _sums(logps, batch.scored, batch.counts), reference))
+        return terms._replace(loss=value)
+
+    def _states(self, batch: MicroBatch) -> torch.Tensor:
+        """[N, D]: the hidden states that predict response tokens."""
+        hidden: torch.Tensor = self.lm.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            segments=batch.segments,
+            gathered=batch.gathered,
+            use_cache=False,  # nothing is generated: a cache would only hold memory
+        ).last_hidden_state[0]
+        return hidden[batch.source]
+
+
+def _sums(logps: torch.Tensor, scored: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """float64 [Q] from the [N, K] log-probs."""
+    return torch.segment_reduce(logps.flatten()[scored].double(), "sum", lengths=counts, unsafe=True)
+
+
+def _units(batch: MicroBatch, sums: torch.Tensor, reference: torch.Tensor | None) -> Sequences:
+    return Sequences(sums[batch.units], batch.counts[batch.units], reference, batch.desirable)
+
+
+def _units_of(
+    batch: MicroBatch, first: int, end: int, logps: torch.Tensor, reference: torch.Tensor | None
+) -> Sequences:
+    """The units of the prompts from `first` to before `end`; logps float32 [n, K] of their states."""
+    begin, to = batch.prompts[first - 1] if first else Ends(0, 0, 0, 0), batch.prompts[end - 1]
+    counts = batch.counts[begin.sequences : to.sequences]
+    sums = _sums(logps, batch.scored[begin.scored : to.scored] - begin.states * logps.shape[1], counts)
+    mine = batch.by_prompt[begin.units : to.units]
+    units = batch.units[mine] - begin.sequences
+    return Sequences(sums[units], counts[units], None if reference is None else reference[mine], batch.desirable[mine])

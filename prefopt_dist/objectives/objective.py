@@ -71,7 +71,11 @@ class Objective(Protocol):
         ...
 
     def __call__(self, units: Sequences) -> Terms:
-        """The loss and the statistics of the units."""
+        """The loss and the statistics of the units.
+
+        The loss of a unit depends on that unit and on constants alone, so the units of some prompts may be asked for
+        by themselves: the head forms the gradient from them (model/head.py).
+        """
         ...
 
 

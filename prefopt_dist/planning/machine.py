@@ -72,11 +72,18 @@ def planned(plan: Plan) -> Machine:
     if name == "cuda":
         found = torch.cuda.get_device_properties(0)
         ranks = plan.gpus_per_node or torch.cuda.device_count()
-        known = known_gpu(found.name, found.total_memory)
-        peak = GPUS[known][1] if known else None
-        return Machine(found.name, plan.nodes, ranks, found.total_memory, peak, GPU_EFFICIENCY, True)
+        return Machine(found.name, plan.nodes, ranks, found.total_memory, device_peak(), GPU_EFFICIENCY, True)
     memory, peak = GPUS[name]
     return Machine(name, plan.nodes, plan.gpus_per_node or GPUS_A_NODE, int(memory), peak, GPU_EFFICIENCY, True)
+
+
+def device_peak() -> float | None:
+    """Dense bfloat16 FLOP a second of this rank's GPU by its data sheet; None on the CPU and for an unknown GPU."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    known = known_gpu(found.name, found.total_memory)
+    return GPUS[known][1] if known else None
 
 
 def known_gpu(device: str, memory: int) -> str | None:

@@ -21,8 +21,6 @@ MASTER = 4
 """Bytes of a float32 master weight"""
 MOMENTS = 8
 """Bytes of AdamW's two float32 moments"""
-ADAM_TEMPORARIES = 2
-"""Of AdamW on the CPU, of the size of a float32 sub-group: the denominator and what it is made of."""
 
 # glibc gives pieces below 32 MiB back to the system only from the heap's end, so what was freed stays resident on the
 # CPU, and pieces between pieces are lost. Measured (tests/plan_cases.py), not derived:
@@ -220,9 +218,6 @@ def update(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int, che
         if away
         else Part("flat gradient", group, f"4·min({n}/W, sub_group_size)")
     ]
-    if away or not place.is_gpu:  # on the GPU the fused AdamW has none
-        name, how = "AdamW's temporaries", f"8·min({n}/W, sub_group_size), CPU"
-        parts.append(Part(name, ADAM_TEMPORARIES * group, how, away))
     if not place.is_gpu:
         kept = activations(sizes, place, tokens, checkpointed)
         parts += [*_gathered(sizes, zero, place), *_left(sizes, place, flat=True)]

@@ -14,8 +14,8 @@ import numpy as np
 
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.data.layout import Cost, groups_within
-from prefopt_dist.data.micro_batch import Unit, packed_tokens
+from prefopt_dist.data.layout import TRAINING, Cost, groups_within, work_of
+from prefopt_dist.data.micro_batch import Unit
 from prefopt_dist.data.order import Order
 from prefopt_dist.objectives import Objective
 from prefopt_dist.reference.plan import needed
@@ -57,16 +57,14 @@ def from_rows(
     tokens = flop = 0.0
     for index in range(looked):
         units = [_unit(train, int(i), responses) for i in order.step(index).rows]
-        found = _total(groups_within(units, config.train.micro_batch_tokens), cost)
+        found = work_of(groups_within(units, config.train.micro_batch_tokens), cost)
         tokens, flop = tokens + found[0], flop + found[1]
     sets = [train, *evals.values()]
     scored_tokens, scored_flop, sequences = _scored(config, sets, responses, cost) if scored else (0, 0.0, 0)
-    evaluated = sum(
-        _total(
-            groups_within([_unit(rows, i, responses) for i in range(rows.n)], config.train.micro_batch_tokens), cost
-        )[1]
-        for rows in evals.values()
-    )
+    evaluated = 0.0
+    for rows in evals.values():
+        groups = groups_within([_unit(rows, i, responses) for i in range(rows.n)], config.train.micro_batch_tokens)
+        evaluated += work_of(groups, cost)[1]
     return Work(
         known=True,
         steps=steps,
@@ -105,22 +103,18 @@ def training_flop(work: Work, cost: Cost, again: float, frozen: bool = False) ->
 
     frozen: without the weights' gradients, which are half of the backward pass; the adapters' own are left out.
     """
-    return (2 if frozen else 3) * work.step_flop + again * min(work.step_flop, cost.per_token * work.step_tokens)
+    passes = TRAINING - 1 if frozen else TRAINING
+    return passes * work.step_flop + again * min(work.step_flop, cost.per_token * work.step_tokens)
 
 
 def _unit(rows: TokenisedRows, i: int, responses: int) -> Unit:
     return Unit(i, rows.prompt(i), tuple(rows.response(i, k) for k in range(responses)))
 
 
-def _total(groups: Sequence[Sequence[Unit]], cost: Cost) -> tuple[int, float]:
-    tokens = [packed_tokens(g) for g in groups]
-    return sum(tokens), sum(cost.of(g, t) for g, t in zip(groups, tokens, strict=True))
-
-
 def _scored(config: Config, sets: Sequence[TokenisedRows], responses: int, cost: Cost) -> tuple[int, float, int]:
     places = list(needed(sets, responses).values())
     units = [place.unit(sets, i) for i, place in enumerate(places)]
-    tokens, flop = _total(groups_within(units, config.reference_micro_batch_tokens), cost)
+    tokens, flop = work_of(groups_within(units, config.reference_micro_batch_tokens), cost)
     return tokens, flop, len(places)
 
 

@@ -32,8 +32,10 @@ class StoppedInFirstPass(Exception):
 
 
 @contextmanager
-def my_turn(folder: Path, name: str, stop_asked: Callable[[], bool]) -> Iterator[None]:
-    """All ranks: from here to the end no other job scores what the plans `name` in the store's folder say."""
+def my_turn(
+    folder: Path, name: str, stop_asked: Callable[[], bool], what: str = "scoring these sequences"
+) -> Iterator[None]:
+    """All ranks: from here to the end no other job does the work `name` in the folder; `what` tells it to people."""
     lock = FileLock(folder / f"turn-{name}.lock")
     told = -REMIND_SECONDS
     try:
@@ -42,7 +44,7 @@ def my_turn(folder: Path, name: str, stop_asked: Callable[[], bool]) -> Iterator
                 raise StoppedInFirstPass
             if time.monotonic() - told > REMIND_SECONDS:
                 told = time.monotonic()
-                say(f"reference: another job ({holder}) is scoring these sequences in {folder}; waiting for it")
+                say(f"another job ({holder}) is {what} in {folder}; waiting for it")
         yield
     finally:
         lock.give_back()
@@ -51,11 +53,11 @@ def my_turn(folder: Path, name: str, stop_asked: Callable[[], bool]) -> Iterator
 def _try_for_a_while(lock: FileLock) -> str | None:
     deadline = time.monotonic() + ROUND_SECONDS
     while True:
-        heartbeat.beat("waiting for another job's first pass")
+        heartbeat.beat("waiting for another job on the same folder")
         try:
             holder = lock.take()
         except OSError as e:
-            say(f"reference: {e}: jobs that start together may score the same sequences, each for itself")
+            say(f"{e}: jobs that start together may do the same work, each for itself")
             return None
         if holder is None or time.monotonic() > deadline:
             return holder

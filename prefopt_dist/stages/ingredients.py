@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from prefopt_dist.config import Config, load_deepspeed_json
+from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.config.losses import KTOLoss
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows
-from prefopt_dist.data.unpaired import unpaired
+from prefopt_dist.data.unpaired import OnePromptRules, unpaired
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.adapter import Adapter
-from prefopt_dist.model.cost import layer_parameters
+from prefopt_dist.model.cost import adapter_parameters, layer_parameters
 from prefopt_dist.model.digests import FileState, refuse_if_changed, remembered_digest
 from prefopt_dist.model.identity import reference_key
 from prefopt_dist.model.load import ModelFolder, inspect_folder, load_tokenizer, resolve
@@ -73,12 +73,17 @@ class Weights:
     """As this node sees them: to know, when they have been loaded, that they are still the same"""
 
 
-def check(config: Config) -> None:
-    """In one process and before any queue: every mistake that can be found without reading data or weights."""
+def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | None = None) -> None:
+    """In one process and before any queue: every mistake that can be found without reading data or weights.
+
+    sets: the sources that the stage reads, by their dotted keys; None: data.train and data.eval.
+    """
     RunFolder(config.run_dir).check_identity(config)
     _check_surroundings(config)
     _models(config)
-    for key, sources in {"data.train": config.data.train, **eval_sets(config)}.items():
+    if sets is None:
+        sets = [("data.train", config.data.train), *eval_sets(config).items()]
+    for key, sources in sets:
         for source in sources:
             looks_local = source.path.startswith((".", "/", "~")) or source.path.endswith(FILE_ENDINGS)
             if looks_local and not Path(source.path).exists():
@@ -208,7 +213,13 @@ def _for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRows:
         )
     if rows.n * rows.responses < 2:
         raise UserError(f"{key}: {rows.n} row; the loss kto needs two, since a row is compared with another one.")
-    return unpaired(rows, config.data.max_length)
+    try:
+        return unpaired(rows, config.data.max_length)
+    except OnePromptRules as found:
+        raise UserError(
+            f"{key}: {found} rows answer the same prompt; the loss kto measures each row by a response to another "
+            "prompt, so no prompt may have more than half of the rows. Give rows of more prompts."
+        ) from None
 
 
 def score_reference(
@@ -248,9 +259,10 @@ def reference_settings(config: Config, models: Models) -> dict[str, Any]:
     )
 
 
-def sized(settings: dict[str, Any], model: PreTrainedConfig) -> dict[str, Any]:
-    """DeepSpeed's settings with buckets that suit the model."""
-    return zero3.with_buckets(settings, layer=layer_parameters(model), hidden=model.hidden_size)
+def sized(settings: dict[str, Any], model: PreTrainedConfig, adapter: Adapter | None = None) -> dict[str, Any]:
+    """DeepSpeed's settings with buckets that suit the model, and the adapters that are trained in its place."""
+    trained = None if adapter is None else adapter_parameters(model, adapter)
+    return zero3.with_buckets(settings, layer=layer_parameters(model), hidden=model.hidden_size, trained=trained)
 
 
 def reference_weights(config: Config, models: Models, objective: Objective) -> Weights | None:

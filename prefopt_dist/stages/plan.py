@@ -50,13 +50,13 @@ def run(config: Config) -> None:
 def _needs(config: Config, model: PreTrainedConfig) -> Needs:
     dtype = DTYPES[config.model.dtype]
     objective = make_objective(config.loss, dtype)
-    policy = sized(zero_settings(config.deepspeed.policy, "deepspeed.policy"), model)
+    adapter = adapter_of(config.lora, model, config.model.name_or_path)
+    policy = sized(zero_settings(config.deepspeed.policy, "deepspeed.policy"), model, adapter)
     reference = sized(zero_settings(config.deepspeed.reference, "deepspeed.reference"), model)
     for_policy = ZeroSettings.of(policy, dtype.itemsize)
     for_reference = ZeroSettings.of(reference, dtype.itemsize)
     if config.reference.offload == "cpu":
         for_reference = for_reference.offloading(False, True)
-    adapter = adapter_of(config.lora, model, config.model.name_or_path)
     return Needs(
         sizes=model_sizes(model, dtype, for_policy.persistence, adapter),
         policy=for_policy,

@@ -19,6 +19,7 @@ from prefopt_dist.model.digests import refuse_if_changed
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import Objective
+from prefopt_dist.planning.machine import device_peak
 from prefopt_dist.reference.turn import StoppedInFirstPass
 from prefopt_dist.stages import export, ingredients
 from prefopt_dist.stages.base import base_weights
@@ -29,22 +30,25 @@ from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.tracking.feed import Feed, Feeds
 from prefopt_dist.tracking.health import Finding, RunFacts, Watch
 from prefopt_dist.tracking.metrics_file import MetricsFile
+from prefopt_dist.tracking.own_work import peak_memory
 from prefopt_dist.tracking.tensorboard_feed import TensorBoardFeed
 from prefopt_dist.tracking.wandb_feed import WandbFeed
 from prefopt_dist.training import checkpoint, loop, room
+from prefopt_dist.training.best import best_step
 from prefopt_dist.training.manifest import Manifest
 from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.run_folder import RunFolder
+from prefopt_dist.training.stopping import Requests
 
 
-def run(config: Config) -> None:
-    """All ranks."""
+def run(config: Config, asked: Requests | None = None) -> None:
+    """All ranks. asked: what the rounds are asked that this run is a part of; None: this run's own."""
     with run_folder(config, begins=True) as folder:
         finished = ranks.decide(folder.summary)
         if finished is not None:
             say(f"{config.run_dir} is done:\n{finished}")
             return
-        requests = requests_for(config)
+        requests = asked or requests_for(config)
         models = ingredients.load_models(config)
         objective = ingredients.make_objective(config.loss, models.dtype)
         train = ingredients.load_train(config, models, objective)
@@ -84,6 +88,8 @@ def run(config: Config) -> None:
         if found is not None:
             loaded = checkpoint.load(engine, root, found)
             start, state = loaded.step, loaded.state
+            # A kill right after a commit leaves one too many; after the last commit nobody else would remove it.
+            ranks.decide(lambda: checkpoint.prune(root, config.checkpoint.keep, _best(config, folder)))
             say(f"resuming from {checkpoint.folder_name(start)}")
         job = loop.Job(
             config=config,
@@ -96,6 +102,7 @@ def run(config: Config) -> None:
             total_steps=total_steps,
             requests=requests,
             cost=forward_cost(models.policy.config),
+            peak=device_peak(),
             gated=objective.needs_reference and models.reference_is_start,
             facts=facts,
             log=_open_log(config, folder, start, total_steps, objective) if ranks.rank() == 0 else None,
@@ -131,11 +138,20 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
             )
 
 
+def _best(config: Config, folder: RunFolder) -> checkpoint.Best:
+    """Rank 0: which checkpoint the evaluations so far call the best."""
+    metric = config.checkpoint.keep_best
+    if metric is None:
+        return checkpoint.no_best
+    rows = MetricsFile(folder.metrics).rows()
+    return lambda steps: best_step(rows, metric, steps)
+
+
 def _policy(config: Config, models: Models) -> tuple[Any, room.Room]:
     """The engine, and what activations may take beside it."""
     zero = ranks.together(lambda: ingredients.zero_settings(config.deepspeed.policy, "deepspeed.policy"))
     settings = zero3.policy_settings(
-        ingredients.sized(zero, models.policy.config),
+        ingredients.sized(zero, models.policy.config, models.adapter),
         dtype=models.dtype,
         max_grad_norm=config.optim.max_grad_norm,
     )
@@ -230,7 +246,7 @@ def _finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, st
         source = config.run_dir / "checkpoints" / checkpoint.folder_name(job.total_steps)
         text = export.export_checkpoint(config, models, source, folder, merged=config.export.merged)
         summary = _summary(config, job.log.metrics.rows(), job.total_steps, text)
-        folder.note(memory=folder.facts["memory"] | {"peak_bytes": loop.peak_memory()})
+        folder.note(memory=folder.facts["memory"] | {"peak_bytes": peak_memory()})
         folder.done(summary)
         job.requests.obeyed()
         job.log.feeds.finish()

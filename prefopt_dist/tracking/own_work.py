@@ -42,3 +42,10 @@ def memory_now() -> int:
     if told.exists():
         return int(told.read_text().split()[1]) * _PAGE
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # no Linux: the most so far
+
+
+def peak_memory() -> int:
+    """Bytes: of the device, or of the process where it computes on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.data.layout import Cost, fill, lay_out
+from prefopt_dist.data.layout import TRAINING, Cost, fill, groups_within, lay_out, work_of
 from prefopt_dist.data.micro_batch import MicroBatch, Unit, pack, packed_tokens
 from prefopt_dist.data.unpaired import UnpairedRows
 from prefopt_dist.distributed import ranks
@@ -59,6 +59,8 @@ class Batch:
         """Units of all ranks."""
         self.tokens = sum(packed_tokens(units) for by_rank in layout for units in by_rank)
         """Distinct input tokens of all ranks."""
+        self.flop = 0.0
+        """Operations that a training step on them needs, of all ranks; 0 where no cost was given."""
         self.mismatched: Batch | None = None
         """The same rows with the responses of their partners, for a pass before the step; KTO's alone have them."""
 
@@ -66,6 +68,7 @@ class Batch:
         """This batch, which then also counts the tokens of the pass before it."""
         self.mismatched = mismatched
         self.tokens += mismatched.tokens
+        self.flop += mismatched.flop / TRAINING  # a forward pass alone
         return self
 
     def prepare(self) -> None:
@@ -123,7 +126,10 @@ def step_batch(data: ScoredRows, rows: Iterable[int], responses: int, budget: in
 
     def laid_out(first: int) -> Batch:
         units = data.units(rows, responses, first)
-        return Batch(data, lay_out(units, ranks.world_size(), budget, cost), responses, first)
+        batch = Batch(data, lay_out(units, ranks.world_size(), budget, cost), responses, first)
+        if cost is not None:
+            batch.flop = TRAINING * work_of(groups_within(units, budget), cost)[1]
+        return batch
 
     rows = list(rows)
     batch = laid_out(0)

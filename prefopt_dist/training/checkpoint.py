@@ -1,13 +1,12 @@
 """Sharded checkpoints that are committed all or not at all.
 
-Every rank writes its own files under a temporary name, makes them durable and checksums them; when all have
-reported, rank 0 writes the manifest and renames the folder. So `checkpoints/step-00000100` exists only when
+Every rank writes its own files under a temporary name, checksums them as it writes and makes them durable; when
+all have reported, rank 0 writes the manifest and renames the folder. So `checkpoints/step-00000100` exists only when
 it is whole. DeepSpeed's own `latest` file is not used: it is written before the other ranks are done.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -21,10 +20,11 @@ import torch
 
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
-from prefopt_dist.files import checksum, fsync_folder, write_atomic
+from prefopt_dist.files import fsync_folder, write_atomic
 from prefopt_dist.tracking.console import say
 from prefopt_dist.training import universal
 from prefopt_dist.training.manifest import MANIFEST, REMOVING, Manifest, damage, read_manifest, remove
+from prefopt_dist.training.summed_file import SummedFile
 
 
 def folder_name(step: int) -> str:
@@ -35,6 +35,28 @@ def folder_name(step: int) -> str:
 def committed(root: Path) -> list[Path]:
     """The committed checkpoints, oldest first."""
     return sorted(root.glob("step-????????"))
+
+
+Best = Callable[[Collection[int]], int | None]
+"""Of the steps that have a checkpoint the one to keep beside the newest; None for no such one"""
+
+
+def no_best(steps: Collection[int]) -> int | None:
+    """Only the newest ones stay."""
+    return None
+
+
+def prune(root: Path, keep: int, best: Best = no_best) -> None:
+    """Rank 0, when the newest is known to be sound: removes all but the newest `keep` and the best one.
+
+    Older converted forms go too.
+    """
+    found = committed(root)
+    spared = best([int(folder.name.removeprefix("step-")) for folder in found])
+    for old in found[:-keep]:
+        if spared is None or old.name != folder_name(spared):
+            remove(old)
+    universal.sweep(root, {found[-1].name})
 
 
 class CheckpointNotCommitted(OSError):
@@ -49,7 +71,7 @@ def save(
     state: dict[str, Any],
     facts: dict[str, Any],
     keep: int,
-    best: Callable[[Collection[int]], int | None] = lambda steps: None,
+    best: Best = no_best,
 ) -> Path:
     """All ranks: commits `root/step-…`, then prunes to the newest `keep` and the one that rank 0's `best` names.
 
@@ -64,7 +86,7 @@ def save(
         staging.mkdir(parents=True)
 
     ranks.decide(clear)
-    with _errors_held_back(engine.checkpoint_engine) as errors:
+    with _own_writer(engine) as (files, errors):
         engine.save_checkpoint(
             str(staging),
             tag=name,
@@ -72,7 +94,7 @@ def save(
             save_latest=False,
             exclude_frozen_parameters=True,  # of a run with adapters the base model, which is in its own folder
         )
-    reports = ranks.gather(_report(staging / name, errors))
+    reports = ranks.gather(_report(files, errors))
     faults = [f"rank {r}: {fault}" for r, (_, fault) in enumerate(reports) if fault]
     if faults:
         raise CheckpointNotCommitted(f"checkpoint of step {step} not committed: {'; '.join(faults)}")
@@ -83,31 +105,15 @@ def save(
         (staging / name).rename(root / name)
         fsync_folder(root)
         shutil.rmtree(staging)
-        there = committed(root)
-        spared = best([int(folder.name.removeprefix("step-")) for folder in there])
-        for old in there[:-keep]:
-            if spared is None or old.name != folder_name(spared):
-                remove(old)
-        universal.sweep(root, set())  # what was converted is older than this
+        prune(root, keep, best)
 
     ranks.decide(commit)
     return root / name
 
 
-def _report(folder: Path, errors: list[str]) -> tuple[dict[str, dict[str, Any]], str]:
-    """This rank's files, durable, with sizes and checksums; or what went wrong."""
-    try:
-        mine = {}
-        for file in sorted(folder.iterdir()):
-            if _owner(file.name) == ranks.rank():
-                with file.open("rb") as f:
-                    os.fsync(f.fileno())
-                mine[file.name] = {"bytes": file.stat().st_size, "blake2b": checksum(file)}
-    except OSError as e:
-        return {}, "; ".join([*errors, str(e)])
-    if not errors and not mine:
-        return {}, "no file was written"
-    return mine, "; ".join(errors)
+def _report(files: dict[str, dict[str, Any]], errors: list[str]) -> tuple[dict[str, dict[str, Any]], str]:
+    """What this rank tells of its part: the files with sizes and checksums, and what went wrong."""
+    return files, "; ".join(errors) if errors or files else "no file was written"
 
 
 def _owner(name: str) -> int:
@@ -117,23 +123,32 @@ def _owner(name: str) -> int:
 
 
 @contextmanager
-def _errors_held_back(checkpoint_engine: Any) -> Iterator[list[str]]:
-    """Inside, a failing write is noted instead of raised: DeepSpeed has barriers after it on every rank."""
+def _own_writer(engine: Any) -> Iterator[tuple[dict[str, dict[str, Any]], list[str]]]:
+    """Inside, DeepSpeed's files are written, checksummed and made durable here; their sizes and sums, and what failed.
+
+    A failing write is noted instead of raised: DeepSpeed has barriers after it on every rank.
+    """
+    files: dict[str, dict[str, Any]] = {}
     errors: list[str] = []
-    write = checkpoint_engine.save
 
-    def attempt(state_dict: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+    def write(state_dict: Any, path: str) -> None:
+        name = Path(path).name
         try:
-            return write(state_dict, path, *args, **kwargs)
-        except (OSError, RuntimeError) as e:  # torch wraps a full disk into a RuntimeError
-            errors.append(f"{Path(path).name}: {e}")
-            return None
+            file = SummedFile(Path(path))
+            try:
+                torch.save(state_dict, file)  # type: ignore[arg-type]  # it writes and flushes, no more
+            finally:
+                files[name] = file.close()
+        except (OSError, RuntimeError) as e:
+            errors.append(f"{name}: {e}")
 
-    checkpoint_engine.save = attempt
+    engine.checkpoint_engine.save = write
+    # It copies scripts that read these files, which `export` does; on rank 0 alone before a barrier, where it may fail.
+    engine._copy_recovery_script = lambda folder: None
     try:
-        yield errors
+        yield files, errors
     finally:
-        del checkpoint_engine.save  # the class's own method is back
+        del engine.checkpoint_engine.save, engine._copy_recovery_script  # the classes' own methods are back
 
 
 @dataclass(frozen=True)

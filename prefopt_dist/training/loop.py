@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,6 @@ from prefopt_dist.tracking.diagnosis import Diagnosis
 from prefopt_dist.tracking.feed import Feed
 from prefopt_dist.tracking.health import Watch
 from prefopt_dist.tracking.metrics_file import MetricsFile
-from prefopt_dist.tracking.own_work import metrics as own_metrics
 from prefopt_dist.tracking.progress import Progress
 from prefopt_dist.tracking.statistics import means
 from prefopt_dist.training import best, checkpoint, probe, step
@@ -33,6 +31,7 @@ from prefopt_dist.training.gate import StartGate
 from prefopt_dist.training.run_folder import RunFolder
 from prefopt_dist.training.schedule import learning_rate
 from prefopt_dist.training.skips import Skips, record
+from prefopt_dist.training.spikes import Spikes
 from prefopt_dist.training.stopping import Requests
 from prefopt_dist.training.window import Window, own_places
 
@@ -66,7 +65,9 @@ class Job:
     total_steps: int
     requests: Requests
     cost: Cost
-    """Of the policy's forward pass, for equal shares."""
+    """Of the policy's forward pass, for equal shares and for perf/mfu."""
+    peak: float | None
+    """Operations a second of one rank's device at its best, where that is known"""
     gated: bool
     """The reference is the policy's start, so the step-0 gate holds."""
     facts: dict[str, Any]
@@ -75,15 +76,34 @@ class Job:
     diagnosis: Diagnosis = field(init=False)
     window: Window = field(init=False)
     skips: Skips = field(init=False)
+    spikes: Spikes | None = field(init=False)
+    """None where nothing is called one."""
 
     def __post_init__(self) -> None:
         self.skips = Skips()
         self.diagnosis = Diagnosis(self.objective, self.train.rows, ranks.device())
+        self.spikes = self._judge_of([])
         self.window = self.no_rows()
 
     def no_rows(self) -> Window:
         """An empty window."""
         return Window.empty(len(self.objective.metrics), len(self.diagnosis.names), ranks.world_size())
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; equal on all ranks."""
+        norms = [] if self.spikes is None else self.spikes.state()
+        return {"window": vars(self.window), "skips": vars(self.skips), "norms": norms}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """From a checkpoint's state."""
+        # There may be other ranks now.
+        self.window = replace(Window(**state["window"]), ranks=self.window.ranks)
+        self.skips = Skips(**state["skips"])
+        self.spikes = self._judge_of(state["norms"])
+
+    def _judge_of(self, norms: list[float]) -> Spikes | None:
+        train = self.config.train
+        return None if train.on_spike == "none" else Spikes(train.spike_factor, norms)
 
 
 def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None:
@@ -93,8 +113,7 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
     """
     config = job.config
     if state is not None:
-        job.window = replace(Window(**state["window"]), ranks=job.window.ranks)  # there may be others now
-        job.skips = Skips(**state["skips"])
+        job.go_on(state)
     gate = None
     if job.gated and start_step == 0:
         gate = StartGate(job.objective, job.dtype, ranks.device())
@@ -130,15 +149,15 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             rate = _rate(job, index)
             norm = None
             if math.isfinite(loss):
-                norm = step.update(job.engine, rate)
+                norm = step.update(job.engine, rate, job.spikes)
             else:
                 sums, diagnosis = [0.0] * len(sums), [0.0] * len(diagnosis)
                 zero3.drop_gradient(job.engine)
             job.skips.count(norm is None)
             if norm is None:
-                _skipped(job, index, "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}")
+                norm = _skipped(job, index, loss)
 
-            job.window.add(sums, diagnosis, own_work, batch.tokens)
+            job.window.add(sums, diagnosis, own_work, batch)
             job.window.took("data", data_seconds)
             job.window.took("forward_backward", computed - began - data_seconds)
             job.window.took("update", time.perf_counter() - computed)
@@ -189,13 +208,11 @@ def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
     if job.log is None:
         return
     position = job.order.step(done - 1)
-    pairs = window.sums[-1]
-    # There are none where every step was skipped.
+    # There are no pairs where every step was skipped.
     found: dict[str, Any] = {}
-    if pairs:
+    if window.sums[-1]:
         found = means(job.objective.metrics, window.sums, job.objective.counted_by)
         found |= job.diagnosis.metrics(window.diagnosis)
-    seconds = sum(window.seconds[what] for what in ("data", "forward_backward", "update"))
     job.log.metrics.append(
         "train",
         done,
@@ -207,12 +224,8 @@ def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
             "train/grad_norm": math.nan if norm is None else float(norm),
             "train/skipped_steps": job.skips.total,
             "train/epoch": position.epoch_fraction,
-            "perf/tokens_per_second": window.tokens / seconds,
-            "perf/pairs_per_second": pairs / seconds,
-            "perf/peak_memory_gib": peak_memory() / 2**30,
         }
-        | {f"perf/{what}_seconds": spent for what, spent in window.seconds.items()}
-        | own_metrics(window.ranks, window.steps),
+        | window.performance(None if job.peak is None else job.peak * ranks.world_size()),
     )
     job.log.rows_came()
 
@@ -278,7 +291,7 @@ def _save(job: Job, done: int) -> None:
         job.engine,
         job.config.run_dir / "checkpoints",
         step=done,
-        state={"window": vars(job.window), "skips": vars(job.skips)},
+        state=job.state(),
         facts=facts,
         keep=job.config.checkpoint.keep,
         best=lambda steps: _best(job, steps),
@@ -286,28 +299,38 @@ def _save(job: Job, done: int) -> None:
     job.window.took("checkpoint", time.perf_counter() - began)
 
 
-def _skipped(job: Job, index: int, why: str) -> None:
-    """All ranks: leaves word of an update that was left out; too many in a row end the run."""
+def _skipped(job: Job, index: int, loss: float) -> Any | None:
+    """All ranks: leaves word of an update that was left out, or ends the run; its gradient norm where it has one."""
+    train = job.config.train
+    spike = job.spikes.why() if job.spikes is not None and math.isfinite(loss) else None
+    why = spike or ("the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}")
     if job.log is not None:
         rows = [int(i) for i in job.order.step(index).rows]
-        record(job.config.run_dir, index + 1, why, rows, [job.train.rows.origin(i) for i in rows])
-    limit = job.config.train.max_skipped_steps
-    if job.skips.in_a_row > limit:
-        raise FloatingPointError(_not_finite(job, index, why))
+        places = [job.train.rows.origin(i) for i in rows]
+        record(job.config.run_dir, "spike" if spike else "nonfinite", index + 1, why, rows, places)
+    limit = train.max_skipped_steps
+    if (spike and train.on_spike == "stop") or job.skips.in_a_row > limit:
+        raise FloatingPointError(_spiked(job, index, why) if spike else _not_finite(job, index, why))
     say(f"step {index + 1}: {why}; no update was made ({job.skips.in_a_row} in a row, {limit} are allowed)")
+    return job.spikes.norm if spike and job.spikes is not None else None
 
 
 def _not_finite(job: Job, index: int, what: str) -> str:
-    rows = job.order.step(index).rows
-    places = ", ".join(job.train.rows.origin(int(i)) for i in rows[:8])
     return (
-        f"step {index + 1}: {what}; no update was made. Its rows: {places}{' …' if len(rows) > 8 else ''}. "
+        f"step {index + 1}: {what}; no update was made. {_rows(job, index)}. "
         "The committed checkpoints are sound; lower optim.learning_rate or look at these rows."
     )
 
 
-def peak_memory() -> int:
-    """Bytes: of the device, or of the process where it computes on the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _spiked(job: Job, index: int, what: str) -> str:
+    return (
+        f"step {index + 1}: {what}; no update was made. {_rows(job, index)}. "
+        "The committed checkpoints are sound. Look at these rows; then start again with train.on_spike=skip to leave "
+        "out such updates, with a larger train.spike_factor, or with train.on_spike=none to make them."
+    )
+
+
+def _rows(job: Job, index: int) -> str:
+    rows = job.order.step(index).rows
+    places = ", ".join(job.train.rows.origin(int(i)) for i in rows[:8])
+    return f"Its rows: {places}{' …' if len(rows) > 8 else ''}"

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from prefopt_dist.errors import UserError
-from prefopt_dist.files import checksum
+from prefopt_dist.training.summed_file import file_sum
 
 MANIFEST = "manifest.json"
 REMOVING = ".removing-"
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Manifest:
     world_size: int
     """Of the ranks that wrote the checkpoint."""
     files: dict[str, dict[str, Any]]
-    """name → {bytes, blake2b}"""
+    """name → {bytes, xxh3}"""
     facts: dict[str, Any]
     """What belongs to the run as a whole: the reference key, the export probe."""
 
@@ -74,7 +74,7 @@ def damage(folder: Path, manifest: Manifest, names: list[str]) -> str:
         file, said = folder / name, manifest.files[name]
         if not file.is_file() or file.stat().st_size != said["bytes"]:
             return f"{name} is missing or of another size"
-        if checksum(file) != said["blake2b"]:
+        if file_sum(file) != said["xxh3"]:
             return f"{name} does not match its checksum"
     return ""
 

@@ -9,6 +9,8 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """Weight decay acts on matrices; biases and norms have none.
 
+    Fused, on the CPU too: one pass over the partition instead of ten, and no temporaries of its size.
+
     The dimensions come from `ds_shape` where ZeRO-3 has already taken a parameter apart.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -25,7 +27,7 @@ def adamw(
         lr=learning_rate,
         betas=betas,
         eps=eps,
-        fused=torch.cuda.is_available(),
+        fused=True,
     )
 
 

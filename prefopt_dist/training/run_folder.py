@@ -119,9 +119,9 @@ class RunFolder:
         *earlier, this = self._facts["starts"]
         self.note(starts=[*earlier, this | {"step": step}])
 
-    def stopped(self, why: str, step: int | None) -> None:
-        """Leaves word that the run was stopped on request and can go on."""
-        at = "in the first pass" if step is None else f"after step {step}, checkpoint committed"
+    def stopped(self, why: str, step: int | None, where: str = "in the first pass") -> None:
+        """Leaves word that the run was stopped on request and can go on; where: outside of the steps."""
+        at = where if step is None else f"after step {step}, checkpoint committed"
         write_atomic(self.path / "STOPPED", f"{why}; stopped {at}, {_now()}\n")
 
     def done(self, summary: str) -> None:

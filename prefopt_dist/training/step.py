@@ -5,18 +5,20 @@ Legend: G pairs of the step over all ranks and micro-batches, K metrics.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from prefopt_dist.distributed import ranks
+from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.objectives import Objective, Terms
 from prefopt_dist.tracking.diagnosis import Diagnosis
 from prefopt_dist.tracking.statistics import Statistics
 from prefopt_dist.training.batches import Batch
 from prefopt_dist.training.gate import StartGate
 from prefopt_dist.training.reference_point import at_reference_point
+from prefopt_dist.training.spikes import Spikes
 from prefopt_dist.training.stopping import Request
 
 
@@ -52,13 +54,18 @@ def agree(packed: torch.Tensor, request: Request) -> tuple[list[float], Request]
     return sums, Request(stop=stop > 0, save=save > 0)
 
 
-def update(engine: Any, learning_rate: float) -> Any | None:
+def update(engine: Any, learning_rate: float, spikes: Spikes | None = None) -> Any | None:
     """Clips and applies the gradient; returns its norm before clipping, equal on all ranks.
 
-    None where the norm is not finite: then DeepSpeed has left out the update, on all ranks alike, and has dropped the
-    gradient. The norm may still be on the device: it is read only where it is logged.
+    None where the norm is not finite, or a spike: then DeepSpeed has left out the update, on all ranks alike, and has
+    dropped the gradient. The norm may still be on the device: it is read only where it is logged.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    engine.step()
-    return engine.get_global_grad_norm() if engine.was_step_applied() else None
+    with nullcontext() if spikes is None else zero3.leaving_out(engine, spikes.judge):
+        engine.step()
+    if not engine.was_step_applied():
+        return None
+    if spikes is not None:
+        spikes.remember()
+    return engine.get_global_grad_norm()

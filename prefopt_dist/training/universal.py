@@ -11,7 +11,6 @@ Legend: R ranks of the checkpoint, n elements of a parameter.
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from prefopt_dist.files import checksum, fsync_folder, write_atomic
 from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.tracking.progress import Progress
 from prefopt_dist.training.manifest import MANIFEST, Manifest, damage, read_manifest, remove, share
+from prefopt_dist.training.summed_file import SummedFile
 
 PREFIX = "universal-"
 STAGING = ".converting"
@@ -197,7 +197,7 @@ def _plan(source: Path, manifest: Manifest) -> Plan:
 
 
 def _write_share(source: Path, world_size: int, plan: Plan, staging: Path) -> dict[str, dict[str, Any]]:
-    """This rank's parameters; {file: {bytes, blake2b}}."""
+    """This rank's parameters; {file: {bytes, xxh3}}."""
     shards = [_states_of(_shard(source, rank, "optim")) for rank in range(world_size)]
     mine = share({name: piece.n for name, piece in plan.pieces.items()}, ranks.rank(), ranks.world_size())
     report = {}
@@ -235,17 +235,11 @@ def _chunks(shards: list[dict[str, list[torch.Tensor]]], piece: Piece) -> Iterat
 
 
 def _write(file: Path, chunks: Iterator[np.ndarray[Any, Any]]) -> dict[str, Any]:
-    """A durable file; the checksum is of what was meant to be in it, before any disk had it."""
-    digest, size = hashlib.blake2b(digest_size=16), 0
-    with file.open("wb") as f:
-        for chunk in chunks:
-            content = chunk.tobytes()
-            digest.update(content)
-            f.write(content)
-            size += len(content)
-        f.flush()
-        os.fsync(f.fileno())
-    return {"bytes": size, "blake2b": digest.hexdigest()}
+    """A durable file; {bytes, xxh3}."""
+    summed = SummedFile(file)
+    for chunk in chunks:
+        summed.write(chunk)
+    return summed.close()
 
 
 def _seed(text: str) -> None:

@@ -41,12 +41,7 @@ make_base() { # $1: its name
 # The wheels of constraints.txt by this machine's pip, behind a password: the image's build knows no other index.
 serve_wheels() { # $1: the password; writes $home/pip.conf
     local port=""
-    "$python" - >"$home/needed.txt" <<'PYTHON'
-import tomllib
-
-with open("pyproject.toml", "rb") as file:
-    print(*tomllib.load(file)["project"]["dependencies"], sep="\n")
-PYTHON
+    "$python" docker/needed.py pyproject.toml >"$home/needed.txt"
     "$python" -m pip download --quiet --disable-pip-version-check -c constraints.txt -d "$home/wheels" \
         -r "$home/needed.txt" setuptools wheel ninja >"$home/download.log" 2>&1
     "$python" tests/docker/serve_wheels.py "$home/wheels" "$1" >"$home/port" 2>"$home/serve.log" &

@@ -1,11 +1,13 @@
 """The world that fails: the job as it runs, its messages and its exit status.
 
-Two jobs on one run folder are in tests/test_training_parts.py and tests/test_mistakes.py, altered shards in
+More on two jobs in tests/test_training_parts.py and tests/test_mistakes.py; altered shards are in
 tests/test_store_attacks.py, a W&B that raises in tests/test_tracking.py.
 """
 
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -173,6 +175,37 @@ def test_a_damaged_checkpoint_and_no_other(world: World) -> None:
     assert status == 2, said
     for words in ("no checkpoint is sound", "damaged-step-00000003", "Bring one back"):
         assert words in said, said
+
+
+@pytest.mark.slow
+def test_a_time_budget_and_two_jobs_on_one_folder(world: World) -> None:
+    """Stopped by the clock it goes on; a second job is refused with the first one's name, and harms nothing."""
+    name = "twice"
+    run = world.folder / name / "run"
+    status, said = start(world, name, "train.max_hours=0.0002")
+    assert status == 75, said
+    assert "train.max_hours=0.0002 are over; stopped in the first pass" in (run / "STOPPED").read_text()
+    job: list[tuple[int, str]] = []
+    thread = threading.Thread(target=lambda: job.append(start(world, name)))
+    thread.start()
+    while thread.is_alive() and not _steps(run / "metrics.jsonl"):
+        time.sleep(0.005)
+    holder = (run / ".lock").read_text()
+    first = int(holder.split("process ")[1].split(",")[0])
+    os.kill(first, signal.SIGSTOP)  # its steps are short, and the second job takes seconds to come
+    (run / "STOP").touch()
+    try:
+        status, said = start(world, name)
+    finally:
+        os.kill(first, signal.SIGCONT)
+    assert status == 2, said
+    for words in (f"error: run.dir: {run} is held by another job ({holder})", "Wait for it", str(run / "STOP")):
+        assert words in said, said
+    thread.join()
+    assert job[0][0] == 75, "the request was for the first job, and the second has left it there"
+    status, said = start(world, name)
+    assert status == 0, said
+    assert_same_end(world, name)
 
 
 @pytest.mark.slow

@@ -80,11 +80,19 @@ stop_cluster() { # what start_cluster started, and the jobs in it
     if [[ -n ${SLURM_CONF:-} ]]; then
         ids=$(squeue -h -o %i 2>/dev/null | tr '\n' ' ') || ids=""
         # shellcheck disable=SC2086 # one word a job
+        [[ -z $ids ]] || scancel $ids 2>/dev/null || true
+        # shellcheck disable=SC2086
         [[ -z $ids ]] || scancel --full --signal=KILL $ids 2>/dev/null || true
-        [[ -z $ids ]] || sleep 2
+        for _ in {1..40}; do # or their last processes would outlive the daemons
+            [[ -n $(squeue -h 2>/dev/null) ]] || break
+            sleep 0.5
+        done
     fi
     for ((pid = ${#children[@]} - 1; pid >= 0; pid--)); do
         kill "${children[pid]}" 2>/dev/null || true
     done
+    # A slurmd whose slurmctld is gone may wait for it.
+    (sleep 15 && kill -KILL "${children[@]}") >/dev/null 2>&1 &
     wait "${children[@]}" 2>/dev/null || true
+    kill "$!" 2>/dev/null || true
 }

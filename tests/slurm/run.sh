@@ -4,21 +4,21 @@
 #   tests/slurm/run.sh [--short] [CASE ...]
 #
 # As root on Debian or Ubuntu: installs slurm-wlm and munge where they are missing, starts munge, slurmctld and two
-# slurmd on ports of 127.0.0.1 in a temporary folder, and ends what it started. --short: through and cancelled.
-# KEEP=1 keeps the folder.
-# shellcheck disable=SC2329 # check, wait_for and a trap call the functions
+# slurmd on ports of 127.0.0.1 in a temporary folder, and ends what it started. --short: the chain with one requeue, and
+# a plain scancel. KEEP=1 keeps the folder.
+# shellcheck disable=SC2317,SC2329 # check, wait_for and a trap call the functions
 set -euo pipefail
 {
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 cd "$repository"
-cases=(through cancelled limited raised swept)
+cases=(through unfit raised cancelled gently swept limited)
 if [[ ${1:-} == --short ]]; then
     shift
-    cases=(through cancelled)
+    cases=(requeued cancelled)
 fi
 (($# == 0)) || cases=("$@")
 for case in "${cases[@]}"; do
-    [[ $case =~ ^(through|cancelled|limited|raised|swept)$ ]] || { echo "unknown case '$case'" >&2 && exit 2; }
+    [[ $case =~ ^(through|requeued|cancelled|gently|limited|raised|unfit|swept)$ ]] || { echo "unknown case '$case'" >&2 && exit 2; }
 done
 [[ $EUID == 0 ]] || { echo "tests/slurm/run.sh: run this as root, in a container for example" >&2 && exit 2; }
 
@@ -27,6 +27,9 @@ source launch/env.sh
 python=$(choose_python "$repository")
 python=$(command -v "$python")
 export PREFOPT_PYTHON=$python CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 PYTHONPATH=$repository
+export WANDB_API_KEY=planted-$RANDOM-$RANDOM HF_TOKEN=hf_planted-$RANDOM-$RANDOM
+export PREFOPT_CHECK_NODES=no # but where it is what is tried
+faults=$repository:$repository/tests/slurm/fault
 unset PREFOPT_CACHE PREFOPT_SITE WANDB_MODE
 home=$(mktemp -d)
 chmod 755 "$home" # munge has a user of its own
@@ -83,15 +86,24 @@ is_field() { [[ $(field "$1" "$2") == "$3" ]]; }
 is() { [[ $1 == "$2" ]]; }
 is_not() { [[ $1 != "$2" ]]; }
 at_step() { [[ -e $1/metrics.jsonl ]] && grep -q "\"step\": $2," "$1/metrics.jsonl"; }
+steps() { grep '"kind": "train"' "$1/metrics.jsonl" | grep -o '"step": [0-9]*'; }
+no_secret() { # in the files of these folders
+    ! grep -rqF -e "$WANDB_API_KEY" -e "$HF_TOKEN" -- "$@"
+}
 missing() { [[ ! -e $1 ]]; }
 committed() { compgen -G "$1/checkpoints/step-*" >/dev/null; }
 
 waits_again() { is_field "$1" Restarts "${2:-1}" && is "$(state "$1")" PENDING; }
 
+no_steps() { ! pgrep -f "^slurmstepd: \\[$1\\." >/dev/null; }
+
 again() { # $1: a job that has put itself back, $2: how often so far (1)
     wait_for 90 waits_again "$@"
     check "job $1 is back in the queue under its id" is_field "$1" Restarts "${2:-1}"
-    # Slurm lets a requeued job wait for two minutes; one interruption is enough.
+    # Slurm lets a requeued job wait for two minutes, so that the end of its first start is not taken for that of the
+    # second. Here one can see when nothing of it is left. And one interruption is enough.
+    wait_for 60 no_steps "$1"
+    sleep 3
     scontrol update "JobId=$1" StartTime=now TimeLimit=UNLIMITED
 }
 
@@ -134,7 +146,7 @@ for case in "${cases[@]}"; do
     began=$SECONDS
     case $case in
         through)
-            submit "$home/through.yaml"
+            PREFOPT_CHECK_NODES=yes submit "$home/through.yaml"
             # The training waits for the first pass; this clone, in the working directory, has no such line.
             sed -i '1a print("of the copy")' "$home/through.submit/1/code/prefopt_dist/tracking/console.py"
             wait_for 240 ended "$reference" "$train" "$export"
@@ -143,28 +155,44 @@ for case in "${cases[@]}"; do
             done
             check "DONE" test -e "$home/through/DONE"
             check "two ranks" grep -q '"world_size": 2' "$home/through/run.json"
+            check "the nodes were looked at" grep -q "nodes: 2 well; all-reduce" "$home/through.submit/1/logs/train-$train.txt"
             check "a log of each node" test -e "$home/through.submit/1/logs/train-$train.0-node1.txt"
             check "the copy of the code runs" grep -q "of the copy" "$home/through.submit/1/logs/train-$train.0-node0.txt"
             check "the first pass scored once" scored "$home/cache"
+            check "no secret in the run, its submission and the logs" no_secret "$home/through" "$home/through.submit"
             ;;
-        cancelled)
-            for how in plain gentle; do
-                submit "$home/cancelled.yaml" "run.dir=$home/cancelled-$how"
-                wait_for 240 at_step "$home/cancelled-$how" 5
-                if [[ $how == plain ]]; then scancel "$train"; else scancel --batch --signal=TERM "$train"; fi
-                wait_for 90 ended "$train" "$export"
-                check "$how: STOPPED" test -e "$home/cancelled-$how/STOPPED"
-                check "$how: a committed checkpoint" committed "$home/cancelled-$how"
-                check "$how: no requeue" is "$(field "$train" Restarts)" 0
-                check "$how: the export is cancelled" is "$(state "$export")" CANCELLED
-                check "$how: STOP is gone" missing "$home/cancelled-$how/STOP"
-            done
-            check "gentle: the job ends with 75" is "$(field "$train" ExitCode)" 75:0
+        requeued)
+            # The signal that Slurm sends before the time limit, sent by hand: the limit itself takes two minutes.
+            PREFOPT_CHECK_NODES=yes PREFOPT_TEST_FAULT=slow-updates PYTHONPATH=$faults submit "$home/requeued.yaml"
+            wait_for 240 at_step "$home/requeued" 5
+            scancel --batch --signal=USR1 "$train"
+            wait_for 60 test -e "$home/requeued/STOPPED"
+            echo "$case: $(<"$home/requeued/STOPPED")"
+            again "$train"
+            wait_for 240 ended "$train" "$export"
+            check "the nodes were looked at" grep -q "nodes: 2 well" "$home/requeued.submit/1/logs/train-$train.txt"
+            check "the training is completed" is "$(state "$train")" COMPLETED
+            check "the export is completed" is "$(state "$export")" COMPLETED
+            check "a first pass and two starts" is "$(grep -c '"world_size": 2' "$home/requeued/run.json")" 3
+            check "120 steps, one row each" is "$(steps "$home/requeued" | wc -l) $(steps "$home/requeued" | sort -u | wc -l)" \
+                "120 120"
+            check "DONE" test -e "$home/requeued/DONE"
+            ;;
+        cancelled | gently)
+            submit "$home/$case.yaml"
+            wait_for 240 at_step "$home/$case" 5
+            if [[ $case == cancelled ]]; then scancel "$train"; else scancel --batch --signal=TERM "$train"; fi
+            wait_for 90 ended "$train" "$export"
+            check "STOPPED" test -e "$home/$case/STOPPED"
+            check "a committed checkpoint" committed "$home/$case"
+            check "no requeue" is "$(field "$train" Restarts)" 0
+            check "the export is cancelled" is "$(state "$export")" CANCELLED
+            check "STOP is gone" missing "$home/$case/STOP"
+            [[ $case == cancelled ]] || check "the job ends with 75" is "$(field "$train" ExitCode)" 75:0
             ;;
         limited)
             # Slowed down, so that the limit strikes in the middle on any machine; not after the restart.
-            PREFOPT_TEST_FAULT=slow PYTHONPATH=$repository:$repository/tests/slurm/fault \
-                submit "$home/limited.yaml" --time 2 --grace 60
+            PREFOPT_TEST_FAULT=slow PYTHONPATH=$faults submit "$home/limited.yaml" --time 2 --grace 60
             wait_for 300 test -e "$home/limited/STOPPED"
             echo "$case: $(<"$home/limited/STOPPED")"
             check "stopped in the first pass" grep -q "first pass" "$home/limited/STOPPED"
@@ -188,7 +216,7 @@ for case in "${cases[@]}"; do
             check "same bits and rows as without an interruption" same_end "$home/limited" "$home/whole"
             ;;
         raised)
-            PREFOPT_TEST_FAULT=raise PYTHONPATH=$repository:$repository/tests/slurm/fault submit "$home/raised.yaml"
+            PREFOPT_TEST_FAULT=raise PYTHONPATH=$faults submit "$home/raised.yaml"
             wait_for 240 at_step "$home/raised" 2
             crashed=$SECONDS
             wait_for 60 ended "$train" "$export"
@@ -196,6 +224,16 @@ for case in "${cases[@]}"; do
             check "the training has failed" is "$(state "$train")" FAILED
             check "with status 1" is "$(field "$train" ExitCode)" 1:0
             check "the export is cancelled" is "$(state "$export")" CANCELLED
+            ;;
+        unfit)
+            PREFOPT_CHECK_NODES=yes PREFOPT_MIN_SHM_GIB=1e9 submit "$home/unfit.yaml"
+            wait_for 90 ended "$reference" "$train" "$export"
+            check "the job has failed" is "$(state "$reference")" FAILED
+            for node in n1 n2; do
+                check "$node is named" grep -q "nodes: $node: /dev/shm" "$home/unfit.submit/1/logs/reference-$reference.txt"
+            done
+            check "there were no ranks" missing "$home/unfit"
+            check "the training is cancelled" is "$(state "$train")" CANCELLED
             ;;
         swept)
             submit "$home/swept.yaml" --sweep loss.beta=0.05,0.1,0.3

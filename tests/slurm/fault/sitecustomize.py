@@ -1,5 +1,5 @@
-"""On PYTHONPATH in two of the tests. PREFOPT_TEST_FAULT=raise: rank 1 raises at its third update; slow: a job's first
-start takes its time in the first pass and in the training."""
+"""On PYTHONPATH in two of the tests. PREFOPT_TEST_FAULT=raise: rank 1 raises at its third update;
+slow: a job's first start takes its time in the first pass and in the training; slow-updates: in the training."""
 
 import os
 import time
@@ -30,9 +30,10 @@ if fault == "raise" and os.environ.get("RANK") == "1":
         return whole(*arguments)  # type: ignore[arg-type]
 
     step.update = update  # type: ignore[assignment]
-elif fault == "slow" and "RANK" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+elif fault in ("slow", "slow-updates") and "RANK" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
     from prefopt_dist.reference import first_pass
     from prefopt_dist.training import step
 
-    first_pass._sums = slowed(first_pass._sums, PASS_SECONDS)  # type: ignore[assignment]
+    if fault == "slow":
+        first_pass._sums = slowed(first_pass._sums, PASS_SECONDS)  # type: ignore[assignment]
     step.update = slowed(step.update, UPDATE_SECONDS)  # type: ignore[assignment]

@@ -1,0 +1,147 @@
+"""Reward against KL for several beta, after figure 2 of the DPO paper: python -m benchmarks.frontier [--save NAME]
+
+The task is the demo's world of letters, whose true reward a program can tell; so one can see what each nat of KL from
+the start buys. The start (the demo's SFT model, `make demo`) answers 800 prompts eight times, the best and the worst
+answers are the pairs, one first pass scores them for all, and each beta trains on them as long. One process, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from prefopt_dist.config import Config, load_config
+from prefopt_dist.distributed import ranks
+from prefopt_dist.files import read_json, write_json
+from prefopt_dist.generation.comparison import shown
+from prefopt_dist.stages import evaluate, generate, train
+
+RESULTS = Path(__file__).parent / "results"
+BETAS = (0.05, 0.1, 0.5, 1.0, 5.0)
+RECIPE = "launch/recipes/demo_rounds.yaml"
+
+
+def run_all(recipe: str, folder: Path, betas: Sequence[float], epochs: int, samples: int) -> dict[str, Any]:
+    """Pairs once, then each beta's training and evaluation; what is done already is found done."""
+    ranks.start()
+    common = [
+        f"run.cache={folder / 'cache'}",
+        f"train.epochs={epochs}",
+        f"evaluate.samples={samples}",
+        f"generate.pairs={folder / 'pairs.jsonl'}",
+        f"data.train={folder / 'pairs.jsonl'}",
+        "tracking.wandb.mode=disabled",
+    ]
+    source = load_config(recipe)
+    prompts = json.dumps([s.path for s in source.prompt_sources])
+    common.append(f"generate.prompts={prompts}")
+    generate.run(load_config(recipe, [*common, f"run.dir={folder / 'pairs'}"]))
+    points = {
+        beta: _point(load_config(recipe, [*common, f"run.dir={folder / f'beta-{beta:g}'}", f"loss.beta={beta}"]))
+        for beta in betas
+    }
+    ranks.end()
+    return {
+        "epochs": epochs,
+        "pairs": read_json(folder / "pairs" / generate.FACTS)["pairs"],
+        "prompts": points[betas[0]]["prompts"],
+        "samples": samples,
+        "start": points[betas[0]]["start"],
+        "points": [{"beta": beta, **point} for beta, point in points.items()],
+    }
+
+
+def _point(config: Config) -> dict[str, Any]:
+    train.run(config)
+    evaluate.run(config)
+    answers = read_json(config.run_dir / "evaluation.json")["answers"]
+    scored = read_json(config.run_dir / "run.json")["reference"]
+    return {
+        "reward": answers["policy"]["reward"],
+        "kl": answers["kl"],
+        "win_rate": answers["win_rate"],
+        "tokens": answers["policy"]["tokens"],
+        "start": answers["against"],
+        "prompts": answers["prompts"],
+        "sequences_scored": scored["sequences_scored"],
+        "sequences_reused": scored["sequences_reused"],
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """As Markdown; intervals of 95 % over prompts."""
+    lines = [
+        "| beta | KL from the start, nats | true reward | win rate against the start | sequences scored |",
+        "| ---: | --- | --- | --- | ---: |",
+        f"| the start | 0 | {shown(found['start']['reward'])} | | |",
+    ]
+    for p in found["points"]:
+        cells = (shown(p[name]) for name in ("kl", "reward", "win_rate"))
+        lines.append(f"| {p['beta']:g} | {' | '.join(cells)} | {p['sequences_scored']} |")
+    return "\n".join(lines)
+
+
+def falling(found: dict[str, Any]) -> bool:
+    """Whether the KL rises each time beta falls."""
+    by_beta = [p["kl"]["mean"] for p in sorted(found["points"], key=lambda p: -p["beta"])]
+    return all(a < b for a, b in pairwise(by_beta))
+
+
+def plot(found: dict[str, Any], file: Path) -> None:
+    """Reward over KL, a point for each beta."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "prefopt"
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(5.0, 3.4), layout="constrained")
+    start = found["start"]["reward"]["mean"]
+    points = sorted(found["points"], key=lambda p: p["kl"]["mean"])
+    kls, rewards = ([p[name]["mean"] for p in points] for name in ("kl", "reward"))
+    axis.plot([0.0, *kls], [start, *rewards], color="#7fc4a8", linewidth=1, zorder=1)
+    for name, values, at in (("kl", kls, "xerr"), ("reward", rewards, "yerr")):
+        half = [p[name]["high"] - v for p, v in zip(points, values, strict=True)]
+        axis.errorbar(kls, rewards, **{at: half}, fmt="o", color="#1b7f5c", markersize=4, linewidth=0.8)
+    axis.plot([0.0], [start], "s", color="#a8443a", markersize=4)
+    axis.annotate("start", (0.0, start), textcoords="offset points", xytext=(5, -9), fontsize=8)
+    for p in points:
+        where = (p["kl"]["mean"], p["reward"]["mean"])
+        axis.annotate(f"β = {p['beta']:g}", where, textcoords="offset points", xytext=(5, -10), fontsize=8)
+    axis.set_xlabel("KL(policy ‖ start) on the policy's answers, nats", fontsize=8)
+    axis.set_ylabel("mean true reward", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.set_title(
+        f"DPO on {found['pairs']} pairs, {found['epochs']} epochs, {found['prompts']} unseen prompts", fontsize=9
+    )
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Runs what is missing, prints the table, saves JSON and plot."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.frontier", description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default=RECIPE, help="a recipe of rounds: model, prompts, rewards, optimiser")
+    parser.add_argument("--folder", type=Path, default=Path("runs/frontier"))
+    parser.add_argument("--betas", type=float, nargs="+", default=list(BETAS))
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=2, help="answers to each unseen prompt")
+    parser.add_argument("--save", metavar="NAME", help="write results/NAME.json and NAME.svg")
+    options = parser.parse_args()
+    found = run_all(options.recipe, options.folder, options.betas, options.epochs, options.samples)
+    print(f"\n{table(found)}\nKL rises each time beta falls: {'yes' if falling(found) else 'no'}")
+    if options.save:
+        write_json(RESULTS / f"{options.save}.json", found)
+        try:
+            plot(found, RESULTS / f"{options.save}.svg")
+        except ImportError:
+            print("no plot: matplotlib is not installed (pip install -e '.[benchmark]')")
+    ranks.leave(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""Prints what the image installs: the dependencies of pyproject.toml and its extra lora; python needed.py FILE."""
+
+import sys
+import tomllib
+
+with open(sys.argv[1], "rb") as file:
+    project = tomllib.load(file)["project"]
+print(*project["dependencies"], *project["optional-dependencies"]["lora"], sep="\n")

@@ -1,0 +1,163 @@
+"""Prompts from data of any form: read, templated, each distinct one once, in the order in which they are answered."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.example import Example, Message, Messages
+from prefopt_dist.data.forms import read_prompt
+from prefopt_dist.data.sources import SourceLike, open_source
+from prefopt_dist.data.template import PROBE_REPLY
+from prefopt_dist.data.tokenise import Tokeniser
+from prefopt_dist.errors import UserError
+
+BLOCK = 256
+"""Rows that are tokenised together."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, ready for a model."""
+
+    index: int
+    """Its place among the distinct prompts, in the order of the files"""
+    origin: str
+    """file:line"""
+    prompt: str | list[dict[str, Any]]
+    """As the data has it: text, or messages"""
+    tools: list[Any] | None
+    row: dict[str, Any]
+    """All fields of the row, for a reward that looks at them"""
+    ids: list[int]
+    """Through the template, up to where the answer begins"""
+
+    @property
+    def key(self) -> bytes:
+        """16 bytes that name the ids."""
+        return blake2b(np.asarray(self.ids, dtype="<i4").tobytes(), digest_size=16).digest()
+
+    def example(self, response: str) -> Example:
+        """Prompt and response as a row of data has them."""
+        tools = tuple(self.tools) if self.tools else None
+        if isinstance(self.prompt, str):
+            return Example(self.prompt, (response,), tools=tools)
+        return Example(_messages(self.prompt), ((Message("assistant", response),),), tools=tools)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """All of them, and what became of the rows."""
+
+    all: list[Prompt]
+    """The shortest first: like lengths are answered together"""
+    rows: int
+    repeated: int
+    """Rows whose prompt stood before"""
+    dropped: dict[str, int]
+    """By kind"""
+
+    def digest(self) -> str:
+        """Of their content and places."""
+        state = blake2b(digest_size=16)
+        for prompt in self.all:
+            state.update(json.dumps(asdict(prompt), sort_keys=True, default=str).encode())
+        return state.hexdigest()
+
+    def text(self) -> str:
+        """What was found, for people."""
+        parts = [f"{self.rows} rows, {len(self.all)} prompts"]
+        if self.repeated:
+            parts.append(f"{self.repeated} rows repeat one")
+        parts += [f"{count} dropped ({kind})" for kind, count in sorted(self.dropped.items())]
+        return ", ".join(parts)
+
+
+def read_prompts(
+    sources: Sequence[SourceLike],
+    *,
+    tokeniser: Tokeniser,
+    longest: int,
+    on_bad_row: str,
+    key: str,
+) -> Prompts:
+    """Every distinct prompt of the sources. One process.
+
+    longest: tokens that a prompt may have; key: the dotted key that named the sources.
+    Raises UserError: a source that cannot be read, a bad row under on_bad_row=stop, no prompt left.
+    """
+    found: dict[bytes, Prompt] = {}
+    rows = repeated = 0
+    dropped: Counter[str] = Counter()
+    for origin, fields, outcome in _tokenised(sources, tokeniser, key):
+        rows += 1
+        if isinstance(outcome, list) and len(outcome) > longest:
+            outcome = BadRow(
+                "prompt_too_long",
+                f"prompt and room for a response must fit data.max_length, so the prompt {longest} tokens",
+                f"{len(outcome)} tokens",
+                "raise data.max_length or lower generate.max_new_tokens",
+            )
+        if isinstance(outcome, BadRow):
+            if on_bad_row == "stop":
+                raise UserError(
+                    f"{outcome.message(origin)}; {outcome.remedy}, or leave such rows out with data.on_bad_row=drop"
+                )
+            dropped[outcome.kind] += 1
+            continue
+        prompt, tools = read_prompt(fields)
+        said = prompt if isinstance(prompt, str) else [turn.as_dict() for turn in prompt]
+        # What a row of another format holds (dates, bytes) becomes text here, for every rank and start alike.
+        row = json.loads(json.dumps(fields, default=str))
+        new = Prompt(len(found), origin, said, list(tools) if tools else None, row, outcome)
+        repeated += new.key in found
+        found.setdefault(new.key, new)
+    if not found:
+        raise UserError(f"{key}: no prompt is left of {rows} rows ({dict(dropped)}); mend the data")
+    return Prompts(sorted(found.values(), key=lambda p: len(p.ids)), rows, repeated, dict(dropped))
+
+
+def _tokenised(
+    sources: Sequence[SourceLike], tokeniser: Tokeniser, key: str
+) -> Iterator[tuple[str, dict[str, Any], list[int] | BadRow]]:
+    """Origin, fields and ids (or what is wrong) of every row, in order."""
+    for index, source in enumerate(sources):
+        opened = open_source(source, index, key)
+        rows = opened.rows()
+        while block := list(islice(rows, BLOCK)):
+            examples = [_example(row.fields) for row in block]
+            ids = iter(tokeniser.encode_prompts([e for e in examples if isinstance(e, Example)]))
+            for row, example in zip(block, examples, strict=True):
+                fields = row.fields if isinstance(row.fields, dict) else {}
+                outcome = example if isinstance(example, BadRow) else next(ids)
+                if outcome == []:
+                    outcome = BadRow("empty_prompt", "a token of its own must remain of the prompt", fields)
+                yield f"{opened.name}:{row.line}", fields, outcome
+
+
+def _example(fields: dict[str, Any] | BadRow) -> Example | BadRow:
+    """The prompt with a reply that stands for what is to come."""
+    if isinstance(fields, BadRow):
+        return fields
+    try:
+        prompt, tools = read_prompt(fields)
+    except BadRow as bad:
+        return bad
+    if isinstance(prompt, str):
+        return Example(prompt, (PROBE_REPLY,), tools=tools)
+    return Example(prompt, ((Message("assistant", PROBE_REPLY),),), tools=tools)
+
+
+def _messages(turns: list[dict[str, Any]]) -> Messages:
+    return tuple(
+        Message(t["role"], t["content"], tuple((k, v) for k, v in t.items() if k not in ("role", "content")))
+        for t in turns
+    )

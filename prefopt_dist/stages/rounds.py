@@ -1,0 +1,179 @@
+"""`rounds`: generate → first pass → train, several times over; each round is a folder of its own, RUN/round-K.
+
+A round that is done is found done, so the same command goes on where it was killed or stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prefopt_dist.config import Config, DataSource
+from prefopt_dist.distributed import ranks
+from prefopt_dist.files import read_json, write_json
+from prefopt_dist.generation.comparison import shown
+from prefopt_dist.model.load import ModelFolder, inspect_folder
+from prefopt_dist.reference.turn import StoppedInFirstPass
+from prefopt_dist.stages import answering, comparing, generate, ingredients, train
+from prefopt_dist.stages.job import run_folder
+from prefopt_dist.tracking.console import say
+from prefopt_dist.training.run_folder import RunFolder
+from prefopt_dist.training.stopping import Requests
+
+COMPARISON = "comparison.json"
+"""In a round's folder: its model beside the one before."""
+
+
+class Asked(Requests):
+    """What all rounds are asked: a round that obeys leaves the request to the rounds, which end by it."""
+
+    def obeyed(self) -> None:
+        """Nothing: see `ended`."""
+
+    def ended(self) -> None:
+        """Rank 0 removes the files that were obeyed."""
+        super().obeyed()
+
+
+def run(config: Config) -> None:
+    """All ranks."""
+    ranks.decide(lambda: answering.check_for(config, "rounds"))
+    with run_folder(config, begins=True) as folder:
+        finished = ranks.decide(lambda: _finished(config, folder))
+        if finished is not None:
+            say(f"{config.run_dir} is done:\n{finished}")
+            return
+        asked = Asked(config.run_dir, rank=ranks.rank(), max_hours=config.train.max_hours)
+        asked.catch_signals()
+        first = ingredients.load_models(config)
+        done: list[dict[str, Any]] = []
+        began = time.monotonic()
+        for number in range(1, config.rounds.count + 1):
+            of_round = round_config(config, number, hours_gone=ranks.decide(lambda: _hours_since(began)))
+            say(f"\nround {number} of {config.rounds.count}: {of_round.run_dir}, from {of_round.model.name_or_path}")
+            finished_round = generate.run(of_round, asked)
+            if number == 1 and ranks.rank() == 0:
+                folder.note_start_step(0)  # from here on there is something to go on with
+            found = None
+            if finished_round and _trained(of_round, asked):
+                found = _compared(config, of_round, first, number, asked)
+            if found is None:
+                _stopped(folder, asked, number)
+                return
+            done.append(found)
+            say(table(done))
+        ranks.decide(lambda: _conclude(config, folder, asked, done))
+        say(f"done: {config.rounds.count} rounds; the model is {round_config(config, config.rounds.count).export_dir}")
+
+
+def _finished(config: Config, folder: RunFolder) -> str | None:
+    """The table, where there are as many rounds as are asked for now."""
+    summary = folder.summary()
+    if summary is None or len(read_json(config.run_dir / "rounds.json")["rounds"]) < config.rounds.count:
+        return None
+    return summary
+
+
+def round_config(config: Config, number: int, hours_gone: float = 0.0) -> Config:
+    """Round `number`'s own run, from 1; hours_gone: of train.max_hours."""
+    folder = config.run_dir / f"round-{number}"
+    start = config.model.name_or_path if number == 1 else str(config.run_dir / f"round-{number - 1}" / "final")
+    reference = config.reference
+    if config.rounds.reference == "first" and reference.name_or_path is None:
+        reference = replace(reference, name_or_path=config.model.name_or_path)
+    hours = config.train.max_hours
+    wandb = config.tracking.wandb
+    name = wandb.name or config.run_dir.name
+    return replace(
+        config,
+        # Another seed for each round, or it would sample by the same noise; below 2**32 again.
+        run=replace(config.run, dir=str(folder), seed=(config.run.seed + number - 1) % 2**32),
+        model=replace(config.model, name_or_path=start, tokenizer=config.tokenizer),
+        reference=reference,
+        data=replace(config.data, train=(DataSource(str(folder / "pairs.jsonl")),)),
+        generate=replace(config.generate, prompts=config.prompt_sources, pairs=None),
+        export=replace(config.export, dir=None, checkpoint=None),
+        # The rounds' own watch looks after them all.
+        train=replace(config.train, max_hours=hours and max(hours - hours_gone, 1e-3), hang_minutes=None),
+        tracking=replace(
+            config.tracking, wandb=replace(wandb, name=f"{name}-round-{number}", group=wandb.group or name)
+        ),
+    )
+
+
+def _hours_since(began: float) -> float:
+    return (time.monotonic() - began) / 3600
+
+
+def _trained(of_round: Config, asked: Requests) -> bool:
+    """Whether the round's training ended."""
+    train.run(of_round, asked)
+    return ranks.decide(lambda: (of_round.run_dir / "DONE").exists())
+
+
+def _stopped(folder: RunFolder, asked: Asked, number: int) -> None:
+    if ranks.rank() == 0:
+        folder.stopped(asked.reason(), None, f"in round {number}")
+        asked.ended()
+    say(f"stopped on request in round {number}; start again to go on")
+
+
+def _compared(
+    config: Config, of_round: Config, first: ingredients.Models, number: int, asked: Requests
+) -> dict[str, Any] | None:
+    """The round's model beside the one before, and its KL from the first, made once; None where a stop was asked."""
+    file = of_round.run_dir / COMPARISON
+    made_of = {"evaluate": repr(config.evaluate), "rewards": repr(config.generate.rewards)}
+    found: dict[str, Any] | None = ranks.decide(lambda: read_json(file) if file.exists() else None)
+    if found is None or found["made_of"] != made_of:
+        policy, before = (_folder(config, Path(path)) for path in (of_round.export_dir, of_round.model.name_or_path))
+        if number == 1:
+            before = first.policy  # may be a hub name
+        # By the rounds' own seed: the same noise for every model, and each one's answers are sampled once.
+        try:
+            compared = comparing.compare(config, first, policy, before, first.policy, lambda: asked.look().stop)
+        except StoppedInFirstPass:
+            return None
+        found = {"round": number, "pairs": _pairs(of_round), "made_of": made_of, **compared}
+        content = found
+        ranks.decide(lambda: write_json(file, content))
+    return found
+
+
+def _pairs(of_round: Config) -> int:
+    pairs: int = read_json(of_round.run_dir / generate.FACTS)["pairs"]
+    return pairs
+
+
+def _folder(config: Config, path: Path) -> ModelFolder:
+    return ranks.together(lambda: inspect_folder(path, "run.dir", config.data.max_length))
+
+
+def table(done: list[dict[str, Any]]) -> str:
+    """The rounds so far, a line each; round 0 is the start. Intervals of 95 % over prompts."""
+    lines = [
+        f"answers to {done[0]['prompts']} prompts (evaluate.prompts); intervals of 95 % over prompts",
+        "| round | pairs | reward | difference from the round before | win rate against it | KL from start | tokens |",
+        "| ---: | ---: | --- | --- | --- | --- | ---: |",
+    ]
+    start = done[0]["against"]
+    lines.append(f"| 0 | | {shown(start['reward'])} | | | 0 | {start['tokens']:.1f} |")
+    for one in done:
+        policy = one["policy"]
+        cells = [shown(one[name]) for name in ("difference", "win_rate", "kl")]
+        lines.append(
+            f"| {one['round']} | {one['pairs']} | {shown(policy['reward'])} | {' | '.join(cells)} | "
+            f"{policy['tokens']:.1f} |"
+        )
+    worse = [str(one["round"]) for one in done if (one["difference"]["high"] or 0.0) < 0]
+    if worse:
+        lines.append(f"significantly worse than the round before: {', '.join(worse)}")
+    return "\n".join(lines)
+
+
+def _conclude(config: Config, folder: RunFolder, asked: Asked, done: list[dict[str, Any]]) -> None:
+    write_json(config.run_dir / "rounds.json", {"rounds": done})
+    folder.done(table(done))
+    asked.ended()

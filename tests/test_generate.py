@@ -1,0 +1,317 @@
+"""The stages generate, evaluate with answers, and rounds, through their door."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import case_runner
+import pytest
+import torch
+import worlds
+from door import Door, one_process_group
+from generation_cases import TORCHRUN
+from generation_world import PROMPTS, write_run, write_world
+from test_generation import write_reward
+
+from prefopt_dist.__main__ import main
+from prefopt_dist.generation import vllm_engine
+from prefopt_dist.generation.prompts import Prompt
+from prefopt_dist.generation.sampling import Sampling
+from prefopt_dist.stages import answering
+
+REWARDS = [{"function": "rewards_for_tests:letters"}]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("generate")
+    write_world(folder)
+    with one_process_group():
+        yield folder
+
+
+@pytest.fixture
+def door(world: Path, capsys: pytest.CaptureFixture[str]) -> Door:
+    return Door(world, capsys)
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# What is made
+
+
+def test_pairs_are_made_of_the_best_and_the_worst(world: Path) -> None:
+    """And the same for other sizes of batches; another choice of pairs samples and scores nothing again."""
+    assert main(["generate", str(write_run(world, "one"))]) == 0
+    made = world / "runs" / "one" / "pairs.jsonl"
+    facts = json.loads((world / "runs" / "one" / "generation.json").read_text())
+    found = rows(made)
+    assert facts["pairs"] == len(found) > PROMPTS / 2
+    assert facts["pairs"] + sum(facts["prompts_without_pair"].values()) == facts["prompts"] == PROMPTS
+    assert facts["answers"]["all"] == 4 * PROMPTS
+    lines = [int(row["origin"].rpartition(":")[2]) for row in found]
+    assert lines == sorted(lines)
+    for row in found:
+        scores = [row[f"{name}_score"]["reward"] for name in ("chosen", "rejected")]
+        hint = 0.25 * ((int(row["origin"].rpartition(":")[2]) - 1) % 3)
+        assert scores[0] > scores[1]
+        assert scores == [sum(c.islower() for c in row[name]) + hint for name in ("chosen", "rejected")]
+        assert row["generated"]["sampling"]["temperature"] == 0.9
+        assert len(row["generated"]["model"]) == 32
+
+    small = write_run(world, "small", cache="cache-small", generate={"batch_tokens": 40})
+    assert main(["generate", str(small)]) == 0
+    assert (world / "runs" / "small" / "pairs.jsonl").read_bytes() == made.read_bytes()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(answering, "TransformersEngine")
+        patch.delattr(answering, "FunctionReward")
+        assert (
+            main(["generate", str(write_run(world, "margin", generate={"pairing": "margin", "min_margin": 2.0}))]) == 0
+        )
+    wide = rows(world / "runs" / "margin" / "pairs.jsonl")
+    assert all(row["chosen_score"]["reward"] - row["rejected_score"]["reward"] >= 2 for row in wide)
+    assert {row["origin"] for row in wide} < {row["origin"] for row in found}
+
+
+def test_pairs_are_the_same_on_two_ranks_and_after_a_kill(world: Path, tmp_path: Path) -> None:
+    case_runner.run_cases("generation_cases.py", 2, tmp_path / "two", ["pairs", "resumed"])
+    assert main(["generate", str(write_run(tmp_path / "two", "one"))]) == 0
+    expected = (tmp_path / "two" / "runs" / "one" / "pairs.jsonl").read_bytes()
+    two, resumed = (case_runner.found(tmp_path / "two", case) for case in ("pairs", "resumed"))
+    assert Path(two["file"]).read_bytes() == expected
+    assert 0 < resumed["there"] < 3
+    assert resumed["kept"]
+    assert Path(resumed["file"]).read_bytes() == expected
+
+
+def test_other_settings_in_the_same_run_are_refused(world: Path, door: Door) -> None:
+    run = write_run(world, "once", generate={"prompts": str(world / "new.jsonl")})
+    assert door.ends(run, stage="generate")[0] == 0
+    assert door.ends(run, stage="generate")[0] == 0
+    door.fails(
+        ["generate.pairs: ", "min_margin: was 0.0, now 1.0", "remove"],
+        "generate.min_margin=1.0",
+        stage="generate",
+        run=run,
+    )
+    mine = door.lines("mine.jsonl", {"my": "file"})
+    other = write_run(world, "other", generate={"prompts": str(world / "new.jsonl")})
+    door.fails(
+        [mine, "was not made by this run", "another file"], f"generate.pairs={mine}", stage="generate", run=other
+    )
+
+
+def test_a_reward_that_fails_stops_with_the_prompt_or_is_dropped(world: Path, door: Door) -> None:
+    bad = {"prompts": str(world / "new.jsonl"), "rewards": [*REWARDS, {"function": "rewards_for_tests:nothing"}]}
+    status, said = door.ends(write_run(world, "bad", generate=bad), stage="generate")
+    assert status == 2
+    assert "Traceback" not in said
+    assert "generate.rewards[1].function: for response" in said
+    assert "new.jsonl:" in said
+    assert "no finite number" in said or "which is no number" in said
+    assert "generate.on_bad_reward=drop" in said
+    status, said = door.ends(
+        write_run(world, "bad"),
+        "generate.on_bad_reward=drop",
+        f"generate.prompts={world / 'new.jsonl'}",
+        "generate.rewards=[{function: rewards_for_tests:nothing}]",
+        stage="generate",
+    )
+    assert status == 2
+    assert "no pair is left of 40 prompts" in said
+    assert "no reward" in said
+
+
+def test_evaluate_compares_two_models_by_their_answers(world: Path, door: Door) -> None:
+    """Against itself a model neither wins nor loses, and its KL from itself is 0; from another one it is not."""
+    run = write_run(world, "one", evaluate={"prompts": str(world / "new.jsonl"), "model": str(world / "model")})
+    if not (world / "runs" / "one").exists():
+        assert main(["generate", str(run)]) == 0
+    assert door.ends(run, stage="evaluate")[0] == 0
+    found = json.loads((world / "runs" / "one" / "evaluation.json").read_text())["answers"]
+    assert found["win_rate"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert found["kl"]["mean"] == 0
+    assert found["policy"] == found["against"]
+    other = world / "other-model"
+    worlds.write_model(other, seed=2, scale=3.0)
+    (other / "generation_config.json").write_bytes((world / "model" / "generation_config.json").read_bytes())
+    arguments = [f"evaluate.model={other}", "evaluate.samples=4"]
+    assert door.ends(run, *arguments, stage="evaluate")[0] == 0
+    found = json.loads((world / "runs" / "one" / "evaluation.json").read_text())["answers"]
+    assert found["kl"]["low"] > 0.2
+    assert found["win_rate"]["low"] < found["win_rate"]["mean"] < found["win_rate"]["high"]
+    difference = found["policy"]["reward"]["mean"] - found["against"]["reward"]["mean"]
+    assert found["difference"]["mean"] == pytest.approx(difference)
+
+
+def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One round, then the same with two; the second starts from the first one's model."""
+    sections: dict[str, dict[str, Any]] = {
+        "generate": {"prompts": str(world / "new.jsonl"), "n": 4},
+        "evaluate": {"prompts": str(world / "new.jsonl"), "samples": 4},
+        "rounds": {"count": 1, "reference": "first"},
+        "optim": {"learning_rate": 0.02},
+        "train": {"global_batch_pairs": 8, "micro_batch_tokens": 1024},
+    }
+    run, folder = write_run(world, "rounds", **sections), world / "runs" / "rounds"
+    assert door.ends(run, stage="rounds")[0] == 0
+    (first,) = json.loads((folder / "rounds.json").read_text())["rounds"]
+    exported = (folder / "round-1" / "final" / "model.safetensors").read_bytes()
+    assert door.ends(run, "rounds.count=2", stage="rounds")[0] == 0
+    one, two = json.loads((folder / "rounds.json").read_text())["rounds"]
+    assert one == first
+    assert (folder / "round-1" / "final" / "model.safetensors").read_bytes() == exported
+    assert two["against"] == one["policy"]
+    assert one["kl"]["mean"] > 0
+    table = (folder / "DONE").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in table[3:6]] == ["0", "1", "2"]
+    second = json.loads((folder / "round-2" / "run.json").read_text())
+    assert second["identity"]["model.name_or_path"] == str(folder / "round-1" / "final")
+    assert second["identity"]["reference.name_or_path"] == str(world / "model")
+    # A request that comes in a round ends the rounds.
+    answer = answering.Answering.run
+
+    def answer_and_ask(self: answering.Answering, stop_asked: Any) -> None:
+        answer(self, stop_asked)
+        if self.config.run_dir.name == "round-3":
+            (folder / "STOP").touch()
+
+    monkeypatch.setattr(answering.Answering, "run", answer_and_ask)
+    assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
+    assert "stopped in round 3" in (folder / "STOPPED").read_text()
+    assert not (folder / "STOP").exists()
+    assert (folder / "round-3" / "pairs.jsonl").exists()
+    assert not (folder / "round-3" / "DONE").exists()
+
+
+@pytest.mark.slow
+def test_killed_rounds_end_with_the_same_weights(world: Path, door: Door) -> None:
+    """SIGKILL as soon as the second round has its pairs; then the same command."""
+    sections: dict[str, dict[str, Any]] = {
+        "generate": {"prompts": str(world / "new.jsonl")},
+        "evaluate": {"prompts": str(world / "new.jsonl")},
+        "rounds": {"count": 2},
+        "optim": {"learning_rate": 0.01},
+        "train": {"global_batch_pairs": 4, "micro_batch_tokens": 1024},
+    }
+    assert door.ends(write_run(world, "whole", cache="cache-whole", **sections), stage="rounds")[0] == 0
+    run, folder = write_run(world, "cut", cache="cache-cut", **sections), world / "runs" / "cut"
+    environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    process = subprocess.Popen([sys.executable, "-m", "prefopt_dist", "rounds", str(run)], env=environment)
+    until = time.monotonic() + 240
+    while not (folder / "round-2" / "pairs.jsonl").exists():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "DONE").exists()
+    assert door.ends(run, stage="rounds")[0] == 0
+    final = Path("round-2") / "final" / "model.safetensors"
+    assert (folder / final).read_bytes() == (world / "runs" / "whole" / final).read_bytes()
+    tables = [(world / "runs" / name / "DONE").read_text() for name in ("whole", "cut")]
+    assert tables[0] == tables[1]
+
+
+# Mistakes
+
+
+def mistakes(world: Path) -> list[tuple[list[str], list[str], str, bool]]:
+    """Words, overrides, stage, found by --check."""
+    two = world / "two-outputs"
+    if not two.exists():
+        write_reward(two, outputs=2)
+    return [
+        (["generate.rewards: none", "give [{"], ["generate.rewards=[]"], "generate", True),
+        (["generate.n: got 1, must be at least 2"], ["generate.n=1"], "generate", True),
+        (
+            ["generate.rewards[0].function", "'rewards_for_tests' has no", "letters?"],
+            ["generate.rewards=[{function: rewards_for_tests:letter}]"],
+            "generate",
+            True,
+        ),
+        (["has 2 outputs", "must have 1"], [f"generate.rewards=[{{model: {two}}}]"], "generate", True),
+        (
+            ["generate.engine: 'vllm' needs the package", "set generate.engine=transformers"],
+            ["generate.engine=vllm"],
+            "generate",
+            True,
+        ),
+        (
+            ["generate.max_new_tokens: got 256", "data.max_length (256)"],
+            ["generate.max_new_tokens=256"],
+            "generate",
+            True,
+        ),
+        (["generate.rewards: an entry has function None"], ["generate.rewards=[{weight: 2.0}]"], "generate", True),
+        (["generate.prompts", "nowhere.jsonl", "does not exist"], ["generate.prompts=nowhere.jsonl"], "generate", True),
+        (["evaluate.prompts: not set", "name prompts"], [], "rounds", True),
+    ]
+
+
+def test_mistakes_end_with_one_message(world: Path, door: Door) -> None:
+    run = write_run(world, "mistakes")
+    for words, overrides, stage, early in mistakes(world):
+        words = [word.replace("'rewards_for_tests' has", "rewards_for_tests has") for word in words]
+        if "nowhere.jsonl" in words:  # read by the ranks in another way
+            door.fails(words, *overrides, "--check", stage=stage, run=run)
+        else:
+            door.fails(words, *overrides, stage=stage, run=run, early=early)
+
+
+def test_prompts_without_prompts(door: Door, world: Path) -> None:
+    file = door.lines("texts.jsonl", {"text": "the cat"}, {"text": "sings"})
+    door.fails(
+        ["texts.jsonl:1: missing_field", "prompt", "name a file of prompts"],
+        f"generate.prompts={file}",
+        stage="generate",
+        run=write_run(world, "mistakes"),
+    )
+    long = door.lines("long.jsonl", {"prompt": "the cat " * 200})
+    door.fails(
+        ["long.jsonl:1: prompt_too_long", "244", "data.max_length"],
+        f"generate.prompts={long}",
+        stage="generate",
+        run=write_run(world, "mistakes"),
+    )
+
+
+# vLLM, by a stand-in for the package: what it is asked, not what it answers
+
+
+def test_vllm_is_asked_for_each_answer_with_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    class LLM:
+        def __init__(self, **options: Any) -> None:
+            asked["options"] = options
+
+        def generate(self, prompts: list[Any], parameters: list[Any], use_tqdm: bool) -> list[Any]:
+            asked.update(prompts=prompts, parameters=parameters)
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(i,))]) for i in range(len(prompts))]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=lambda **p: p))
+    monkeypatch.setattr(vllm_engine, "_alone_on_its_gpu", torch.no_grad)
+    folder = SimpleNamespace(path=Path("model"))
+    engine = vllm_engine.VllmEngine(folder, dtype=torch.bfloat16, longest=64)  # type: ignore[arg-type]
+    prompts = [Prompt(i, "p:1", "x", None, {}, [i, 7]) for i in range(3)]
+    answers = engine.sample(prompts, Sampling(2, 0.9, 0.8, 12, 5, (3, 4)))
+    assert answers == [[[0], [1]], [[2], [3]], [[4], [5]]]
+    assert asked["options"]["dtype"] == "bfloat16"
+    assert [p["prompt_token_ids"] for p in asked["prompts"]] == [[i, 7] for i in (0, 0, 1, 1, 2, 2)]
+    assert len({p["seed"] for p in asked["parameters"]}) == 6
+    one = asked["parameters"][0]
+    assert (one["temperature"], one["top_p"], one["max_tokens"], one["stop_token_ids"]) == (0.9, 0.8, 12, [3, 4])

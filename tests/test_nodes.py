@@ -1,0 +1,215 @@
+"""The check of the machines before a job: two that stand for nodes, real processes and planted faults."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefopt_dist.nodes import __main__ as nodes
+from prefopt_dist.nodes import gpus, machine
+from prefopt_dist.nodes.machine import Report, Wanted, differing
+from prefopt_dist.nodes.meeting import Meeting
+
+REPOSITORY = Path(__file__).parents[1]
+HOSTS = ("n1", "n2")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def start(folder: Path, of_second: Mapping[str, str]) -> list[subprocess.CompletedProcess[str]]:
+    """Both nodes' parts, as slurm/job.sh starts them; the second one has more in its environment."""
+    port = free_port()
+    started = []
+    for i, more in enumerate(({}, of_second)):
+        environment = os.environ | {
+            "CUDA_VISIBLE_DEVICES": "",
+            "PREFOPT_PYTHON": sys.executable,
+            "SLURM_NODEID": str(i),
+        }
+        command = [str(REPOSITORY / "launch/check_node.sh"), "--hosts", ",".join(HOSTS), "--ranks", "1"]
+        command += ["--head", f"127.0.0.1:{port}", "--folder", str(folder / "run" / "of" / "it")]
+        started.append(
+            subprocess.Popen(command, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    told = [p.communicate(timeout=100) for p in started]
+    return [subprocess.CompletedProcess([], p.returncode, *t) for p, t in zip(started, told, strict=True)]
+
+
+def test_two_nodes_that_are_well(tmp_path: Path) -> None:
+    first, second = start(tmp_path, {})
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert first.stdout.startswith("nodes: 2 well; all-reduce ")
+    assert second.stdout == ""
+
+
+def test_a_node_that_differs_and_lacks_memory_is_named(tmp_path: Path) -> None:
+    planted = tmp_path / "transformers-0.0.1.dist-info"
+    planted.mkdir()
+    (planted / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 0.0.1\n")
+    first, second = start(tmp_path, {"PREFOPT_MIN_SHM_GIB": "1e9", "PYTHONPATH": str(tmp_path)})
+    assert (first.returncode, second.returncode) == (1, 1)
+    lines = first.stderr.splitlines()
+    assert any(x.startswith("nodes: n2: /dev/shm: ") and "PREFOPT_MIN_SHM_GIB" in x for x in lines), lines
+    # Of two machines that differ nobody knows which is right.
+    assert sum("transformers is" in x for x in lines) == 2
+    assert "nodes: n2: transformers is 0.0.1; the machines differ" in lines
+
+
+def wanted(folder: Path, **more: Any) -> Wanted:
+    return dataclasses.replace(Wanted(1, False, folder, 0.0, 0.0), **more)
+
+
+def checked(folder: Path, seconds: float, monkeypatch: pytest.MonkeyPatch, second: Any) -> list[str]:
+    """The head's faults, with `second` for the other node, in a thread of its own."""
+    port = free_port()
+    monkeypatch.setattr(nodes, "TOLD_SECONDS", 1.0)
+    other = threading.Thread(target=second, args=(f"127.0.0.1:{port}",))
+    other.start()
+    try:
+        return nodes.check(Meeting(HOSTS, 0, f"127.0.0.1:{port}", 10), wanted(folder), seconds)
+    finally:
+        other.join()
+
+
+def test_a_host_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = checked(tmp_path, 0.5, monkeypatch, lambda head: None)
+    assert faults == ["n2: did not answer within 0 s"]
+
+
+@pytest.mark.parametrize(
+    ("reduced", "fault"),
+    [
+        ({"fault": "rank 3 of it failed to reduce: why"}, "n2: rank 3 of it failed to reduce: why"),
+        (None, "n2: its ranks did not answer"),
+        ({"inside": None, "all": 1.0}, None),
+    ],
+)
+def test_a_reduction_that_fails_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reduced: dict[str, Any] | None, fault: str | None
+) -> None:
+    monkeypatch.setattr(nodes, "_reduce", lambda meeting, ranks: {"inside": None, "all": 1.0})
+
+    def second(head: str) -> None:
+        meeting = Meeting(HOSTS, 1, head, 10)
+        meeting.answer("report", dataclasses.asdict(machine.look("n2", wanted(tmp_path))))
+        meeting.agree("machines", None, 10)
+        if reduced is not None:
+            meeting.answer("reduction", reduced)
+
+    assert checked(tmp_path, 10, monkeypatch, second) == ([fault] if fault else [])
+
+
+def test_ranks_that_hang_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "REDUCTION_SECONDS", 0.2)
+    meeting = Meeting(("n1",), 0, f"127.0.0.1:{free_port()}", 10)
+    assert "did not reduce within" in nodes._reduce(meeting, 1)["fault"]
+
+
+def test_ranks_that_fail_say_why() -> None:
+    meeting = Meeting(("n1",), 0, f"127.0.0.1:{free_port()}", 10)
+    meeting.port = 65536  # there is no such port
+    assert nodes._reduce(meeting, 1)["fault"].startswith("rank 0 of it failed to reduce: ")
+
+
+def test_a_head_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PREFOPT_MEETING_SECONDS", "1")
+    head = f"127.0.0.1:{free_port()}"
+    arguments = ["--hosts", "n1,n2", "--node", "1", "--ranks", "1", "--head", head, "--folder", "/tmp"]
+    assert nodes.main(arguments) == 1
+    assert f"nodes: n2: cannot reach the head at {head}" in capfd.readouterr().err
+
+
+def test_a_machine_that_is_much_slower_is_marked() -> None:
+    found = {h: {"inside": s, "all": 5.0} for h, s in (("n1", 9.0), ("n2", 2.0), ("n3", 8.0))}
+    assert nodes._figures(found) == (
+        "nodes: 3 well; all-reduce 5.00 GB/s together, inside a machine n1 9.00, n2 2.00 (SLOW), n3 8.00"
+    )
+
+
+def test_room_and_the_odd_one_out(tmp_path: Path) -> None:
+    assert machine.look("n1", wanted(tmp_path)).faults == ()
+    faults = machine.look("n1", wanted(tmp_path / "not" / "yet", disk_gib=1e9)).faults
+    assert any(f.startswith(f"{tmp_path}: ") and "1e+09 wanted (PREFOPT_MIN_DISK_GIB)" in f for f in faults)
+    reports = [Report(f"n{i}", (), {"torch": "2.13" if i != 2 else "2.12", "python": "3.11"}) for i in range(4)]
+    assert differing(reports) == ["n2: torch is 2.12, elsewhere 2.13"]
+    assert differing([*reports[:2], Report("n9", (), {"python": "3.11"})]) == ["n9: torch is none, elsewhere 2.13"]
+
+
+# Texts in the form of nvidia-smi and of the kernel, written by hand after NVIDIA's documentation; no GPU was asked.
+SMI = """0, NVIDIA H100 80GB HBM3, 550.54.15, 0
+1, NVIDIA H100 80GB HBM3, 550.54.15, 2
+2, NVIDIA H100 80GB HBM3, 550.54.15, [N/A]
+"""
+KERNEL = """[  100.000001] NVRM: Xid (PCI:0000:3a:00): 79, pid=1, GPU has fallen off the bus.
+[90000.000001] NVRM: Xid (PCI:0000:17:00): 31, pid=77, name=python, MMU fault
+[90001.000001] NVRM: Xid (PCI:0000:5d:00): 48, pid='<unknown>', name=<unknown>, DBE
+[90001.500001] NVRM: Xid (PCI:0000:5d:00): 48, pid='<unknown>', name=<unknown>, DBE
+[90002.000001] usb 1-1: new device
+"""
+
+
+def test_what_nvidia_smi_says() -> None:
+    found = gpus.read_gpus(SMI)
+    assert [g.ecc_errors for g in found] == [0, 2, None]
+    assert gpus.faults_of(found, 4) == ["3 GPUs, 4 wanted", "GPU 1: 2 uncorrected ECC errors; it wants a reset"]
+    mixed = [found[0], dataclasses.replace(found[0], index=1, name="NVIDIA A100")]
+    assert gpus.faults_of(mixed, 2) == ["GPUs of different kinds: NVIDIA A100, NVIDIA H100 80GB HBM3"]
+    assert gpus.read_remapped("00000000:17:00.0, 0, 0\n00000000:3A:00.0, 1, 0\n00000000:5D:00.0, 1, 1\n") == [
+        "GPU 00000000:3A:00.0: a row waits to be remapped; it wants a reset",
+        "GPU 00000000:5D:00.0: a row could not be remapped; it must be replaced",
+    ]
+
+
+def test_what_the_kernel_says() -> None:
+    assert gpus.read_xids(KERNEL, 100_000.0) == ["GPU PCI:0000:5d:00: Xid 48 in the last day, double bit ECC error"]
+    assert gpus.read_xids(KERNEL, 200_000.0) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "fault"),
+    [
+        (None, "no nvidia-smi, 8 GPUs wanted"),
+        ("exit 9", "nvidia-smi failed"),
+        ("echo 'No devices were found'", "nvidia-smi failed"),
+        ("[[ $1 == --query-gpu* ]] && echo '0, H100, 550, 0'", "1 GPUs, 8 wanted"),
+    ],
+)
+def test_a_driver_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, fault: str) -> None:
+    if script is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    faults, _ = gpus.look(8)
+    assert len(faults) == 1
+    assert fault in faults[0]
+
+
+def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(REPOSITORY / name), *arguments],
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def test_the_check_without_python_or_number() -> None:
+    done = script("launch/check_node.sh", SLURM_NODEID="0", PREFOPT_PYTHON="/nowhere/python")
+    assert (done.returncode, "no Python at '/nowhere/python'" in done.stderr) == (2, True)
+    done = script("launch/check_node.sh", "--hosts", "n1", PREFOPT_PYTHON=sys.executable)
+    assert (done.returncode, "SLURM_NODEID" in done.stderr) == (1, True)
