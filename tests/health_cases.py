@@ -113,7 +113,13 @@ def run(
     train.run(load_config(file).with_cache())
     facts = ranks.decide(lambda: json.loads((run_dir / "run.json").read_text()))
     last = ranks.decide(lambda: json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1]))
-    return {"health": facts["health"], "last": last}
+    written = ranks.decide(lambda: _samples(run_dir))
+    return {"health": facts["health"], "last": last, "samples": written}
+
+
+def _samples(run_dir: Path) -> list[dict[str, str]]:
+    file = run_dir / "samples.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def sft(folder: Path, name: str) -> dict[str, Any]:
@@ -154,7 +160,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "neutral": lambda f: sft(f, "neutral"),
     "fitting": lambda f: sft(f, "fitting"),
     "wordy": lambda f: sft(f, "wordy"),
-    "healthy-dpo": lambda f: run(f, "healthy-dpo", DPO, data="clean"),
+    "healthy-dpo": lambda f: run(f, "healthy-dpo", DPO, tracking={"wandb": {"mode": "disabled"}, "samples": 6}),
     "healthy-ipo": lambda f: run(f, "healthy-ipo", {"name": "ipo", "beta": 1.5}),
     "healthy-simpo": lambda f: run(f, "healthy-simpo", {"name": "simpo", "beta": 2.0, "gamma": 0.5, "sft_weight": 1.0}),
     "labels-random": lambda f: run(f, "labels-random", DPO, data="random"),

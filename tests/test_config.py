@@ -100,6 +100,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         "tracking": {
             "wandb": {"mode": "online", "project": "prefopt", "name": None, "group": None, "tags": []},
             "log_every_steps": 1,
+            "samples": 0,
             "tensorboard": False,
         },
         "health": {

@@ -50,6 +50,9 @@ def page(run: Path, *overrides: str) -> str:
 def test_the_page_of_a_run(tmp_path: Path) -> None:
     run = write_run_folder(tmp_path / "ill", ill=True, sets=("helpful", "harmless"))
     (run / "inspection.json").write_text(json.dumps({"data.train": {"findings": {"<b>equal</b>": 7}}}))
+    (run / "samples.jsonl").write_text(
+        json.dumps({"prompt": "Say <hi>", "reference": "no", "policy": "hi & ho"}) + "\n"
+    )
     text = page(run)
     plain = text.replace("\u200b", "")
     assert "Not well: one warning stands. The chosen responses are losing their probability." in text
@@ -63,6 +66,8 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
         "2.13.0",
         "micro_batch_tokens",
         "evaluation harmless",
+        "Say &lt;hi&gt;",
+        "hi &amp; ho",
     ):
         assert said in plain, said
     titles = re.findall(r"<title>([^<]*)</title>", text)

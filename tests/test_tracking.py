@@ -18,6 +18,7 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.tracking import progress
 from prefopt_dist.tracking.console import rank_fault, say
 from prefopt_dist.tracking.diagnosis import BIN_EDGES
+from prefopt_dist.tracking.feed import Sample
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.progress import Progress
 from prefopt_dist.tracking.statistics import Statistics
@@ -314,7 +315,14 @@ def test_alerts_histograms_and_the_summary_reach_wandb(tmp_path: Path, monkeypat
         metrics.append("eval", step, 0.1, 8, {"eval/loss": loss, "eval/x/rewards/accuracies": accuracy})
     feed = _feed(tmp_path, metrics, "online")
     feed.alert("a title", "a text")
+    feed.samples([Sample("a prompt", "before", "after")])
     feed.finish()
+    index, last = run.sent[-1]
+    assert index == 4  # behind the rows
+    assert (last["samples"].columns, last["samples"].data) == (
+        ["prompt", "reference", "policy"],
+        [["a prompt", "before", "after"]],
+    )
     assert run.alerts == ["WARN: a title: a text"]
     assert run.summary == {"best/eval/loss": 0.5, "best/eval/x/rewards/accuracies": 0.8, "health/warnings": 1}
     shown = run.sent[0][1]["train/rewards/margins_histogram"]

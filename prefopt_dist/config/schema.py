@@ -204,6 +204,8 @@ class Tracking:
     """Weights & Biases."""
     log_every_steps: Count = 1
     """A row is the mean over the pairs of this many steps."""
+    samples: Annotated[int, Rule("at least 0", lambda v: v >= 0)] = 0
+    """Prompts of the evaluation (or training) set that the model answers before and after, at the end; 0: none."""
     tensorboard: bool = False
     """Event files in RUN/tensorboard too; needs the package tensorboard."""
 

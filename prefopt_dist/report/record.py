@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +48,8 @@ class Record:
     """evaluation.json"""
     inspection: dict[str, Any] | None
     """inspection.json"""
+    samples: list[dict[str, str]]
+    """samples.jsonl"""
 
     @property
     def name(self) -> str:
@@ -106,11 +109,16 @@ def read_run(path: Path, key: str) -> Record:
         active=active,
         evaluation=_optional(path / "evaluation.json"),
         inspection=_optional(path / "inspection.json"),
+        samples=_lines(path / "samples.jsonl"),
     )
 
 
 def _optional(file: Path) -> dict[str, Any] | None:
     return read_json(file) if file.exists() else None
+
+
+def _lines(file: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _checkpoints(root: Path) -> list[Checkpoint]:

@@ -26,6 +26,7 @@ from prefopt_dist.stages.base import base_weights
 from prefopt_dist.stages.ingredients import Models
 from prefopt_dist.stages.job import requests_for, run_folder
 from prefopt_dist.stages.losses import described
+from prefopt_dist.stages.samples import write_samples
 from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.tracking.feed import Feed, Feeds
 from prefopt_dist.tracking.health import Finding, RunFacts, Watch
@@ -246,6 +247,9 @@ def _finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, st
         source = config.run_dir / "checkpoints" / checkpoint.folder_name(job.total_steps)
         text = export.export_checkpoint(config, models, source, folder, merged=config.export.merged)
         summary = _summary(config, job.log.metrics.rows(), job.total_steps, text)
+        if config.tracking.samples:
+            rows = next(iter(job.eval_sets.values()), job.train).rows
+            job.log.feeds.samples(write_samples(config, models, rows))
         folder.note(memory=folder.facts["memory"] | {"peak_bytes": peak_memory()})
         folder.done(summary)
         job.requests.obeyed()

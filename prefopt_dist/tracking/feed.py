@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+
+class Sample(NamedTuple):
+    """A prompt and what two models say to it."""
+
+    prompt: str
+    reference: str
+    policy: str
 
 
 class Feed(Protocol):
@@ -14,6 +23,10 @@ class Feed(Protocol):
 
     def alert(self, title: str, text: str) -> None:
         """A health rule has a warning."""
+        ...
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """A table of samples, once, when no row will come any more."""
         ...
 
     def finish(self) -> None:
@@ -36,6 +49,11 @@ class Feeds:
         """A health rule has a warning."""
         for feed in self._feeds:
             feed.alert(title, text)
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """A table of samples."""
+        for feed in self._feeds:
+            feed.samples(samples)
 
     def finish(self) -> None:
         """No row will come any more."""

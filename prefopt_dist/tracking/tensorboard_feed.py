@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from prefopt_dist.tracking.console import say
 from prefopt_dist.tracking.diagnosis import BIN_EDGES
+from prefopt_dist.tracking.feed import Sample
 from prefopt_dist.tracking.metrics_file import MetricsFile
 
 NOT_METRICS = ("kind", "step")
@@ -41,6 +43,11 @@ class TensorBoardFeed:
     def alert(self, title: str, text: str) -> None:
         """A text at the last step."""
         self._safely(lambda: self._writer.add_text("health", text))
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """As text."""
+        text = "\n\n".join(f"**{s.prompt}**\n\nreference: {s.reference}\n\npolicy: {s.policy}" for s in samples)
+        self._safely(lambda: self._writer.add_text("samples", text))
 
     def finish(self) -> None:
         """Everything is on disk."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
 from prefopt_dist.tracking.diagnosis import BIN_EDGES
+from prefopt_dist.tracking.feed import Sample
 from prefopt_dist.tracking.metrics_file import MetricsFile
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class WandbFeed:
         self._config = dict(config)
         self._alerts: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._warnings = 0
+        self._samples: list[Sample] = []
         self._wake = threading.Event()
         self._ending = False
         self._failed = False
@@ -94,6 +96,10 @@ class WandbFeed:
         """Have W&B tell the run's people, by mail or Slack as they chose. Returns at once."""
         self._alerts.put((title, text))
         self._wake.set()
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """A table beside the last row. Before `finish`, after the last row."""
+        self._samples = list(samples)
 
     def finish(self, exit_code: int = 0) -> None:
         """Send what is left and close the W&B run; gives up, saying so, where W&B does not answer."""
@@ -166,6 +172,8 @@ class WandbFeed:
                 self._warnings += 1
                 run.alert(title=title, text=text, level="WARN")
             if ending:
+                if self._samples:
+                    run.log({"samples": _table(self._samples)}, step=index, commit=True)
                 return
             self._wake.wait()
 
@@ -203,6 +211,12 @@ def _shown(value: Any) -> Any:
 
     edges = (10 * BIN_EDGES[0], *BIN_EDGES, 10 * BIN_EDGES[-1])
     return wandb.Histogram(np_histogram=(value, edges))
+
+
+def _table(samples: Sequence[Sample]) -> Any:
+    import wandb
+
+    return wandb.Table(columns=list(Sample._fields), data=[list(sample) for sample in samples])
 
 
 def _agreed_mode(mode: str) -> str:
