@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -238,7 +239,7 @@ def _evaluate(job: Job, done: int) -> None:
     began = time.perf_counter()
     found = evaluate(job.engine, job.objective, job.eval_sets, job.config.reference_micro_batch_tokens)
     for key, metric in _judged_by(job.config):
-        best.refuse_unknown(metric, key, found)
+        ranks.decide(partial(best.refuse_unknown, metric, key, found))
     found["perf/evaluation_seconds"] = time.perf_counter() - began
     if job.log is not None:
         seen = job.order.step(done - 1) if done else None
