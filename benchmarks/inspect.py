@@ -146,12 +146,13 @@ def look(folder: str) -> None:
     from prefopt_dist.data import open_rows
     from prefopt_dist.inspection.equal import group, prompt_keys
     from prefopt_dist.inspection.findings import row_findings, set_findings
+    from prefopt_dist.inspection.policy import rows_left
     from prefopt_dist.inspection.report import SetReport
 
     rows = open_rows(Path(folder), checksums=False)
     with Watch() as watch:
         began, working = time.monotonic(), time.process_time()
-        found = [*row_findings(rows, {"data.eval": rows}), *set_findings(rows, (1.0, 1.0))]
+        found = [*row_findings(rows, {"data.eval": rows}), *set_findings(rows, (1.0, 1.0), rows_left(rows.n, [], None))]
         prompts = len(group(prompt_keys(rows)).first)
         SetReport.of("data.train", rows, found, None, "drop", prompts).text()
         took, worked = time.monotonic() - began, time.process_time() - working

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,21 @@ def run(task: Task, folder: Path) -> dict[str, Any]:
         "micro_batches": micro_batches,
         "threads": torch.get_num_threads(),
     }
+
+
+def stepper(task: Task, folder: Path, budget: int) -> Callable[[int], None]:
+    """Makes the k-th step of the task as the loop does, against a reference of zeros; for a profile."""
+    model, rows = inspect_folder(folder, "model"), tokenised(task)
+    engine = policy(task, model, getattr(torch, task.dtype))
+    data, objective = ScoredRows(rows, torch.zeros(rows.n, 2, dtype=torch.float64)), DPO(task.beta)
+    cost = forward_cost(model.config)
+
+    def one(k: int) -> None:
+        batch = step_batch(data, task.rows(k), objective.responses, budget, cost)
+        step.agree(step.gradient(engine, batch, objective, None), Request(False, False))
+        step.update(engine, task.learning_rate)
+
+    return one
 
 
 def score(

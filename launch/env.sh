@@ -17,6 +17,16 @@ export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
 # fault its pages in again: 5 to 10 % of a training step.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1073741824}"
 
+# NCCL says its version once and its warnings; NCCL_DEBUG=INFO shows which network it took. (Not run here.)
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+
+# What torch does of itself: the flight recorder keeps a rank's last collectives and writes them when one times out, to
+# TORCH_FR_DUMP_TEMP_FILE followed by the rank; slurm/job.sh puts that beside the logs.
+#
+# What differs from site to site is yours to set, under Slurm in slurm/site.env: the network (NCCL_SOCKET_IFNAME,
+# GLOO_SOCKET_IFNAME, NCCL_IB_HCA), caches that all nodes see (HF_HOME, PREFOPT_CACHE), nodes without a way to the hub
+# (HF_HUB_OFFLINE=1).
+
 # How many GPUs there are to use here.
 count_gpus() {
     if [[ ${DS_ACCELERATOR:-} == cpu ]]; then

@@ -13,6 +13,10 @@ class AgreedUserError(UserError):
     """A UserError that every rank has: rank 0 tells it for all."""
 
 
+class NotHere(UserError):
+    """What the user names is not on this machine, which a plan for another one need not mind."""
+
+
 def shortened(text: str) -> str:
     """What a message shows of a value or a key: its beginning."""
     return text if len(text) <= 80 else text[:77] + "..."

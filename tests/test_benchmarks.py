@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from benchmarks import imbalance, meter, parity, report
+from benchmarks import imbalance, meter, parity, profile, report
 from benchmarks.floor import SHAPES, distinct_tokens, first_pass_flop, forward_flop, step_flop
 from benchmarks.pairs import END, FIRST_TOKEN, MIXES, draw_lengths, draw_pairs, padding, usual_padding
 from benchmarks.step import STEPS
@@ -180,3 +180,21 @@ def test_parity_measures_ours_by_hand(tmp_path) -> None:
     assert ours.pairs({"name": "dpo"}, rows, less_sft=False).loss == pytest.approx(math.log(2), rel=1e-6)
     z0, value = ours.kto({"name": "kto"}, [(p, c, i < 2) for i, (p, c, _) in enumerate(rows)])
     assert (z0, value.loss) == (0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("aten::mm", "matrix products"),
+        ("aten::addmm_", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("aten::copy_", "copies"),
+        ("aten::_index_put_impl_", "copies"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("c10d::allreduce_", "collectives"),
+        ("aten::silu_backward", "elementwise, sums"),
+        ("PostBackwardFunctionModuleBackward", "autograd and engine"),
+    ],
+)
+def test_operations_have_their_kind(name: str, expected: str) -> None:
+    assert profile.kind(name) == expected

@@ -437,6 +437,8 @@ def test_evaluate_and_export_on_one_rank(world: World, whole: Path) -> None:
     launch(again, "export")
     mine, theirs = (load_file(d / "model.safetensors") for d in (target, whole / "final"))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    # Colleagues who can read one of its files can read all.
+    assert len({f.stat().st_mode for f in target.iterdir()}) == 1
 
 
 def test_bfloat16(world: World) -> None:

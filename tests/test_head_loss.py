@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -137,6 +138,29 @@ def test_matrix_products_of_the_head(monkeypatch: pytest.MonkeyPatch, rows: int,
         value, _ = layer(hidden, target, [13, 40], lambda first, end, logps: logps.double().sum())
         value.backward()
     assert counter.get_total_flops() == products * 2 * 40 * 32 * VOCABULARY
+
+
+@pytest.mark.parametrize("rows", [5, 15, 10**6])
+def test_one_block_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Of one prompt after the other, of a prompt of several, and where they are made again."""
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", rows * VOCABULARY)
+    made: list[weakref.ref[torch.Tensor]] = []
+    logits = head._Head.logits
+
+    def watched(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        assert not any(block() is not None for block in made)
+        block = logits(self, hidden)
+        made.append(weakref.ref(block))
+        return block
+
+    monkeypatch.setattr(head._Head, "logits", watched)
+    layer = torch.nn.Linear(8, VOCABULARY)
+    head.attach_logp_head(layer)
+    hidden, target = torch.randn(40, 8, requires_grad=True), torch.randint(0, VOCABULARY, (40, 2))
+    value, _ = layer(hidden, target, [13, 26, 40], lambda first, end, logps: logps.double().sum())
+    value.backward()
+    layer(hidden, target).sum().backward()
+    assert len(made) == {5: 3 * 2 * 3 + 2 * 8, 15: 3 + 2 * 3, 10**6: 1 + 2}[rows]
 
 
 @pytest.mark.parametrize("bias", [False, True])

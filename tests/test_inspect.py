@@ -23,6 +23,7 @@ from prefopt_dist.config import load_config
 from prefopt_dist.data import TokenisedRows, open_rows
 from prefopt_dist.data.rows import flag_bits
 from prefopt_dist.errors import UserError
+from prefopt_dist.inspection import findings
 from prefopt_dist.inspection.advice import ADVICE
 from prefopt_dist.inspection.equal import first_in, group
 from prefopt_dist.inspection.findings import Finding, row_findings, set_findings
@@ -173,6 +174,28 @@ def test_training_drops_what_inspect_says(world: World) -> None:
         world.train_rows(f"data.eval={world.train}", "inspect.eval_prompts=drop")
 
 
+def test_a_set_as_a_whole_is_what_the_drops_leave(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row too few only when the three duplicates are gone; a bias that is theirs alone goes with them."""
+    every = world.train_rows().n
+    monkeypatch.setattr(findings, "FEW", every - 2)
+    few = "data.on_bad_row=drop", "inspect.few_rows=stop"
+    assert world.inspect(*few)[0] == 0
+    status, _, message = world.inspect(*few, "inspect.duplicates=drop")
+    assert (status, f"{every - 3:,} rows, fewer than {every - 2:,}" in message) == (2, True)
+    with pytest.raises(UserError, match=r"^inspect\.few_rows: stop"):
+        world.train_rows("inspect.few_rows=stop", "inspect.duplicates=drop")
+
+    again = planted.pair("what is long?", chosen="grass grass", rejected="grass")
+    world.train.write_text("".join(json.dumps(row) + "\n" for row in [again] * 40) + world.held.read_text())
+    biased = "inspect.length_bias=stop", f"data.eval={world.train}"
+    assert world.inspect(*biased)[0] == 2
+    assert world.inspect(*biased, "inspect.duplicates=drop")[0] == 0
+    assert world.report(f"data.eval={world.train}", "inspect.duplicates=drop")["data.train"]["longer_chosen"][
+        "longer"
+    ] == 1  # fmt: skip
+    assert world.train_rows(*biased, "inspect.duplicates=drop").n == 6
+
+
 def test_one_tokenised_folder_for_inspect_and_train(tmp_path: Path) -> None:
     good = [{"prompt": f"what is {k}?", "chosen": "yes", "rejected": "no"} for k in range(3)]
     path = lines(tmp_path / "good.jsonl", good)
@@ -194,7 +217,9 @@ def found_in(
 
     train = opened("train.jsonl", rows)
     evals = {} if held is None else {"data.eval": opened("eval.jsonl", held)}
-    return {f.name: f for f in [*row_findings(train, evals), *set_findings(train, (1.0, 1.0))]}
+    return {
+        f.name: f for f in [*row_findings(train, evals), *set_findings(train, (1.0, 1.0), np.ones(train.n, dtype=bool))]
+    }
 
 
 def test_rated_rows(tmp_path: Path) -> None:
@@ -214,7 +239,9 @@ def test_rated_rows(tmp_path: Path) -> None:
         "5 rows of label true (weight 1), 1 of false (weight 1); weighted, 5.00 to 1",
     )  # fmt: skip
     train = open_rows(prepare(tmp_path, str(tmp_path / "train.jsonl")))
-    assert next(f for f in set_findings(train, (1.0, 4.0)) if f.name == "label_balance").count == 0
+    assert (
+        next(f for f in set_findings(train, (1.0, 4.0), np.ones(6, dtype=bool)) if f.name == "label_balance").count == 0
+    )
 
 
 @pytest.mark.parametrize(

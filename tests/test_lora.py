@@ -28,6 +28,7 @@ from prefopt_dist.training import probe
 from prefopt_dist.training.manifest import read_manifest
 
 LORA: dict[str, object] = {"r": 4, "alpha": 12}
+SFT: dict[str, Any] = {"loss": {"name": "sft"}}
 SAFE = "model.safetensors"
 
 
@@ -191,6 +192,19 @@ def test_the_base_may_not_change(door: Door) -> None:
     words = ["model.name_or_path: ", "adapters of step 1", "now gives", "Put it back as it was"]
     door.fails(words, stage="export", run=run)
     door.fails(words, stage="evaluate", run=run)
+
+
+def test_a_checkpoint_of_another_kind_of_run(door: Door, whole: Path) -> None:
+    data = {"eval": door.path("pairs.jsonl")}
+    with_adapters, plain = (
+        door.run(name, data=data, **more) for name, more in (("whole", {"lora": LORA}), ("sft", SFT))
+    )
+    assert main(["train", str(plain), "train.max_hours=1e-9"]) == 0
+    theirs = newest(whole.parent / "sft")
+    words = [f"export.checkpoint: {theirs} holds a whole model", "this run's checkpoints hold adapters", "Name one"]
+    door.fails(words, f"export.checkpoint={theirs}", stage="export", run=with_adapters)
+    words = [f"export.checkpoint: {newest(whole)} holds adapters", "this run's checkpoints hold whole models"]
+    door.fails(words, f"export.checkpoint={newest(whole)}", stage="export", run=plain)
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,21 @@ def test_the_command(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert adapted["seconds"]["step"] == pytest.approx(2 / 3 * plan["seconds"]["step"])
 
 
+def test_kto_s_rows_and_its_pass_before_the_step(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pair is two rows, each scored beside its partner's response too."""
+    pairs = planned_by(world, capsys)[2]["work"]
+    status, said, plan = planned_by(world, capsys, "loss.name=kto", "loss.split_pairs=true")
+    assert status == 0, said
+    assert (pairs["steps"], plan["work"]["steps"]) == (4, 8)  # 40 pairs, 80 rows, of 11 a step
+    assert pairs["sequences"] < plan["work"]["sequences"] <= 160
+    work = plan["work"]
+    assert work["ahead_flop"] == pytest.approx(work["step_flop"], rel=0.2)  # other responses of the same set
+    assert pairs["ahead_flop"] == 0
+    world.joinpath("pairs.jsonl").unlink()
+    status, said, plan = planned_by(world, capsys, "loss.name=kto", "loss.split_pairs=true")
+    assert plan["work"]["ahead_flop"] == plan["work"]["step_flop"] > 0
+
+
 def test_data_that_cannot_be_read(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (world / "pairs.jsonl").unlink()
     status, said, plan = planned_by(world, capsys)
@@ -269,6 +284,13 @@ def test_a_refusal_ends_with_2(world: Path, capsys: pytest.CaptureFixture[str]) 
     assert status == 2
     assert "error: plan: " in said
     assert "train.micro_batch_tokens from 900000000 to at most" in said
+    assert not plan
+
+
+def test_data_that_would_stop_the_job_stops_its_plan(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said, plan = planned_by(world, capsys, "inspect.few_rows=stop")
+    assert status == 2
+    assert "inspect.few_rows" in said
     assert not plan
 
 

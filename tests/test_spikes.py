@@ -71,3 +71,13 @@ def test_a_resume_judges_the_same(dtype: torch.dtype) -> None:
         assert [bool(whole.judge(n)) for n in norms] == [bool(resumed.judge(n)) for n in norms], step
         whole.judge(norms[0])
         whole.remember()
+
+
+def test_norms_of_a_checkpoint_are_moved_once() -> None:
+    """To the device and dtype of the norms that are judged, and not again at every step."""
+    spikes = Spikes(2.0, [1.0] * FEWEST)
+    spikes.judge(torch.tensor(1.0))
+    moved = list(spikes._norms)
+    assert {n.dtype for n in moved} == {torch.float32}
+    spikes.judge(torch.tensor(1.0))
+    assert all(a is b for a, b in zip(moved, spikes._norms, strict=True))

@@ -21,6 +21,7 @@ from torch import nn
 from prefopt_dist.config import Config, identity, load_config
 from prefopt_dist.errors import UserError
 from prefopt_dist.objectives import DPO, SFT, Sequences, Terms
+from prefopt_dist.stages import ingredients
 from prefopt_dist.training.export import MARKER, check_target
 from prefopt_dist.training.gate import StartGate
 from prefopt_dist.training.optimizer import adamw
@@ -481,3 +482,18 @@ def test_an_export_replaces_nothing_but_an_export(tmp_path: Path) -> None:
         check_target(tmp_path)
     (tmp_path / MARKER).write_text("{}")
     check_target(tmp_path)
+
+
+def test_deepspeeds_files_of_the_repository_serve_any_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "deepspeed_configs/policy_zero3.json"
+    usual = ingredients.zero_settings(str(Path(__file__).parents[1] / name), "deepspeed.policy")
+    monkeypatch.chdir(tmp_path)
+    assert ingredients.zero_settings(name, "deepspeed.policy") == usual
+    for other in ("deepspeed_configs/mine.json", "deepspeed_configs/../pyproject.toml"):
+        with pytest.raises(UserError, match="does not exist"):
+            ingredients.zero_settings(other, "deepspeed.policy")
+    (tmp_path / "deepspeed_configs").mkdir()
+    (tmp_path / name).write_text('{"zero_optimization": {"stage": 3, "sub_group_size": 7}}')
+    assert ingredients.zero_settings(name, "deepspeed.policy")["zero_optimization"]["sub_group_size"] == 7

@@ -212,7 +212,10 @@ class Tracking:
 
 @dataclass(frozen=True)
 class DeepSpeed:
-    """DeepSpeed's own files: ZeRO, communication and offload keys only."""
+    """DeepSpeed's own files: ZeRO, communication and offload keys only.
+
+    A file of deepspeed_configs/ that the working folder has not is taken from this package's repository.
+    """
 
     policy: Text = "deepspeed_configs/policy_zero3.json"
     """For the trained model."""

@@ -17,6 +17,8 @@ from prefopt_dist.data.micro_batch import Unit, packed_tokens
 MOST_SWAPS = 2000
 TRAINING = 3
 """Forward passes' operations that a training step needs: its own, and twice as many backward."""
+FROZEN = 2
+"""The same where the weights are frozen beside adapters, whose own operations are left out: no weight's gradient."""
 SMALLEST_GAIN = 1e-9
 """Of a bin's squared load; below it rounding could swap for ever."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from prefopt_dist.data.bad_row import BadRow
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import NotHere, UserError
 from prefopt_dist.packages import needed
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
@@ -128,7 +128,7 @@ def open_source(source: SourceLike, index: int, key: str) -> OpenSource:
         return _open_parquet_folder(source, index, key)
     if HUB_NAME.fullmatch(source.path) and not source.path.endswith((*JSON_SUFFIXES, ".parquet")):
         return _open_hub(source, index, key)
-    raise UserError(f"{key}: there is no file or folder {source.path!r}; correct the path")
+    raise NotHere(f"{key}: there is no file or folder {source.path!r}; correct the path")
 
 
 def _open_saved(source: SourceLike, index: int, key: str) -> OpenSource:
@@ -177,7 +177,7 @@ def _open_hub(source: SourceLike, index: int, key: str) -> OpenSource:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
+        raise NotHere(
             f"{key}: {source.path!r} is no file or folder here, and the hub gave no split {split!r} of it "
             f"({reason}); correct the path or name, or download the data set where there is network "
             "and name the saved folder"
@@ -204,7 +204,7 @@ def _offline_where_unreachable(datasets: Any, name: str, key: str) -> Iterator[N
     try:
         HfApi().auth_check(name, repo_type="dataset")
     except GatedRepoError as error:
-        raise UserError(
+        raise NotHere(
             f"{key}: the data set {name!r} is gated on the hub; accept its terms there and set HF_TOKEN, "
             "or download it and name the saved folder"
         ) from error

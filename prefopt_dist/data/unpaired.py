@@ -15,6 +15,8 @@ from prefopt_dist.data.rows import TokenisedRows, sequence_digest
 
 PARTNER_SEED = 20240202
 """Of the permutation that gives each row its partner: one for all runs, so that all share the stored reference."""
+MISMATCHED = 1
+"""The response of UnpairedRows that belongs to another prompt."""
 
 
 @dataclass(frozen=True)

@@ -55,14 +55,19 @@ def row_findings(rows: TokenisedRows, evals: Mapping[str, TokenisedRows]) -> Ite
         yield _by_row(rows, name, "special_tokens", rows.flagged(name))
 
 
-def set_findings(rows: TokenisedRows, label_weights: tuple[float, float]) -> Iterator[Finding]:
-    """What is looked for in the data set as a whole; label_weights: KTO's of the labels true and false."""
-    yield _whole("few_rows", rows.n < FEW, f"{rows.n:,} rows, fewer than {FEW:,}")
+def set_findings(rows: TokenisedRows, label_weights: tuple[float, float], left: NDArray[np.bool_]) -> Iterator[Finding]:
+    """What is looked for in the data set as a whole.
+
+    label_weights: KTO's of the labels true and false; left: [n] the rows that are not dropped, which alone count.
+    """
+    n = int(np.count_nonzero(left))
+    yield _whole("few_rows", n < FEW, f"{n:,} rows, fewer than {FEW:,}")
     if rows.kind == "pair":
-        yield _whole("length_bias", longer_chosen(rows).biased, longer_chosen(rows).text())
+        longer = longer_chosen(rows, left)
+        yield _whole("length_bias", longer.biased, longer.text())
     if rows.labels is not None:
-        desirable = int(np.count_nonzero(rows.labels))
-        yield _label_balance(desirable, rows.n - desirable, label_weights)
+        desirable = int(np.count_nonzero(rows.labels[left]))
+        yield _label_balance(desirable, n - desirable, label_weights)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class LongerChosen:
     @property
     def accuracy(self) -> float:
         """Of the rule "the longer one wins" over all pairs; equal lengths are a coin flip."""
-        return (self.longer + self.equal / 2) / (self.longer + self.shorter + self.equal)
+        return (self.longer + self.equal / 2) / max(self.longer + self.shorter + self.equal, 1)
 
     @property
     def biased(self) -> bool:
@@ -99,11 +104,11 @@ class LongerChosen:
         )
 
 
-def longer_chosen(rows: TokenisedRows) -> LongerChosen:
-    """Counted in tokens, as they are after the cut."""
-    _, chosen, rejected = rows.lengths().T
+def longer_chosen(rows: TokenisedRows, left: NDArray[np.bool_]) -> LongerChosen:
+    """Counted in tokens, as they are after the cut; left: [n] the rows that count."""
+    _, chosen, rejected = rows.lengths()[left].T
     longer, shorter = int((chosen > rejected).sum()), int((chosen < rejected).sum())
-    return LongerChosen(longer, shorter, rows.n - longer - shorter)
+    return LongerChosen(longer, shorter, len(chosen) - longer - shorter)
 
 
 def _equal(rows: TokenisedRows) -> Iterator[Finding]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from prefopt_dist.data.subset import Left
 from prefopt_dist.errors import UserError
 from prefopt_dist.inspection.advice import ADVICE
@@ -24,6 +27,14 @@ def refuse_stops(found: Sequence[Finding], policies: Mapping[str, str], key: str
 def rows_to_drop(found: Sequence[Finding], policies: Mapping[str, str]) -> list[Left]:
     """The rows that are left out, by kind."""
     return [(f.name, f.rows, f.examples) for f in found if f.count and policies[f.policy] == "drop"]
+
+
+def rows_left(n: int, found: Sequence[Finding], policies: Mapping[str, str] | None) -> NDArray[np.bool_]:
+    """[n] the rows that are not left out; policies: None for a set that is left as it is."""
+    left = np.ones(n, dtype=bool)
+    for _, rows, _ in rows_to_drop(found, policies) if policies is not None else ():
+        left[rows] = False
+    return left
 
 
 def _refusal(finding: Finding, key: str) -> str:

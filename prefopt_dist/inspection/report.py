@@ -11,6 +11,7 @@ from prefopt_dist.data.rows import TokenisedRows
 from prefopt_dist.inspection.advice import ADVICE
 from prefopt_dist.inspection.findings import Finding, LongerChosen, longer_chosen
 from prefopt_dist.inspection.lengths import Lengths
+from prefopt_dist.inspection.policy import rows_left
 
 NAMES_SHOWN = 10
 """Names of a field that the text shows, the most frequent first."""
@@ -78,7 +79,7 @@ class SetReport:
             counts=rows.report,
             told=[*bad, *others],
             lengths=Lengths.of(rows),
-            longer=longer_chosen(rows) if pairs else None,
+            longer=longer_chosen(rows, rows_left(rows.n, found, policies)) if pairs else None,
             cut_sides=_cut_sides(rows) if pairs else {},
             distinct_prompts=distinct_prompts,
         )

@@ -81,7 +81,7 @@ def activation_memory(config: PreTrainedConfig, dtype: torch.dtype, adapter: Ada
         per_token_checkpoint=hidden,
         per_token_ends=(2 * one - two) / _TOKENS + 3 * hidden,
         vocabulary=config.vocab_size,
-        per_logit=4 + (0 if dtype == torch.float32 else size) + (4 if capped else 0),
+        per_logit=4 + size + (4 if capped else 0),
     )
 
 

@@ -96,6 +96,7 @@ class _Gradients:
             own = slice(rows.start - part.start, rows.stop - part.start)
             block.sub_(normaliser[own]).exp_()
             self.add(rows, block, 1.0, slope, target[own], grad[own])
+            del block, slope  # before the next one is made
 
     def rounded(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Of hidden states, weight and bias, in their dtypes."""
@@ -175,10 +176,13 @@ class _Loss(torch.autograd.Function):
         sum_of_losses = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for first, end, part in _whole_parts(ends, head.rows_at_once()):
             blocks = head.blocks(part)
-            for rows in blocks:
-                block = head.logits(hidden[rows])
-                slope = head.slope(block) if len(blocks) == 1 else None
-                logps[rows], normaliser[rows], total = _score(block, target[rows])
+            if len(blocks) == 1:
+                block = head.logits(hidden[part])
+                slope = head.slope(block)
+                logps[part], normaliser[part], total = _score(block, target[part])
+            else:
+                for rows in blocks:
+                    logps[rows], normaliser[rows], _ = _score(head.logits(hidden[rows]), target[rows])
             with torch.enable_grad():
                 leaf = logps[part].requires_grad_()
                 value = loss(first, end, leaf)
@@ -186,8 +190,8 @@ class _Loss(torch.autograd.Function):
             sum_of_losses += value.detach()
             if len(blocks) == 1:
                 gradients.add(part, block, total, slope, target[part], grad)
+                del block, slope  # before the next one is made
             else:
-                del block  # before the next one is made
                 gradients.add_again(part, normaliser[part], target[part], grad)
         ctx.gradients = gradients
         ctx.mark_non_differentiable(logps)

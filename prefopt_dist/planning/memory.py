@@ -26,8 +26,8 @@ MOMENTS = 8
 # CPU, and pieces between pieces are lost. Measured (tests/plan_cases.py), not derived:
 HEAP = 1.25
 """Resident bytes of the heap over those of the activations in it."""
-LOAD_LEFT = 0.8
-"""Of the model's bytes that stay in the heap of a rank after loading."""
+LOAD_LEFT = 0.4
+"""Of the model's bytes that stay resident after loading, though the heap is trimmed (distributed/zero3.py)."""
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,18 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.data.layout import TRAINING, Cost, groups_within, work_of
+from prefopt_dist.data.layout import FROZEN, TRAINING, Cost, groups_within, work_of
 from prefopt_dist.data.micro_batch import Unit
 from prefopt_dist.data.order import Order
-from prefopt_dist.objectives import Objective
+from prefopt_dist.data.unpaired import MISMATCHED, UnpairedRows
+from prefopt_dist.objectives import KTO, Objective
 from prefopt_dist.reference.plan import needed
 
 MOST_ROWS = 20_000
@@ -36,6 +37,8 @@ class Work:
     """Distinct tokens of a step, on average"""
     step_flop: float
     """Of a forward pass over them"""
+    ahead_flop: float
+    """Of the pass before a step; KTO's alone have one"""
     first_pass_tokens: int | None
     """Of what the reference scores, evaluation included; None where the rows are not known or none are scored"""
     first_pass_flop: float
@@ -49,27 +52,36 @@ def from_rows(
     config: Config, train: TokenisedRows, evals: Mapping[str, TokenisedRows], cost: Cost, objective: Objective
 ) -> Work:
     """The job's work by its tokenised rows, with an empty reference store."""
-    responses, scored = objective.responses, objective.needs_reference
+    responses = objective.responses
     per_step = config.train.global_batch_pairs
     order = Order.of_run(train.source, train.weights, config.run.seed, per_step)
     steps = order.total_steps(config.train.epochs, config.train.max_steps)
     looked = min(steps, order.steps_per_epoch, max(1, MOST_ROWS // per_step))
-    tokens = flop = 0.0
+    tokens = flop = ahead = 0.0
+
+    def forward(rows: TokenisedRows, indices: Iterable[int], first: int) -> tuple[int, float]:
+        units = [_unit(rows, i, range(first, first + responses)) for i in indices]
+        return work_of(groups_within(units, config.train.micro_batch_tokens), cost)
+
     for index in range(looked):
-        units = [_unit(train, int(i), responses) for i in order.step(index).rows]
-        found = work_of(groups_within(units, config.train.micro_batch_tokens), cost)
+        taken = order.step(index).rows.tolist()
+        found = forward(train, taken, 0)
         tokens, flop = tokens + found[0], flop + found[1]
+        if isinstance(train, UnpairedRows):
+            ahead += forward(train, taken, MISMATCHED)[1]
     sets = [train, *evals.values()]
-    scored_tokens, scored_flop, sequences = _scored(config, sets, responses, cost) if scored else (0, 0.0, 0)
+    scored = objective.needs_reference
+    scored_tokens, scored_flop, sequences = _scored(config, sets, cost) if scored else (0, 0.0, 0)
     evaluated = 0.0
     for rows in evals.values():
-        groups = groups_within([_unit(rows, i, responses) for i in range(rows.n)], config.train.micro_batch_tokens)
-        evaluated += work_of(groups, cost)[1]
+        for first in (0, MISMATCHED) if isinstance(rows, UnpairedRows) else (0,):
+            evaluated += forward(rows, range(rows.n), first)[1]
     return Work(
         known=True,
         steps=steps,
         step_tokens=tokens / looked,
         step_flop=flop / looked,
+        ahead_flop=ahead / looked,
         first_pass_tokens=scored_tokens if scored else None,
         first_pass_flop=scored_flop,
         sequences=sequences if scored else None,
@@ -91,6 +103,7 @@ def worst_case(config: Config, cost: Cost, objective: Objective) -> Work:
         steps=config.train.max_steps,
         step_tokens=float(pairs * tokens),
         step_flop=pairs * cost.of([unit], tokens),
+        ahead_flop=pairs * cost.of([unit], tokens) if isinstance(objective, KTO) else 0.0,
         first_pass_tokens=None,
         first_pass_flop=0.0,
         sequences=None,
@@ -99,19 +112,20 @@ def worst_case(config: Config, cost: Cost, objective: Objective) -> Work:
 
 
 def training_flop(work: Work, cost: Cost, again: float, frozen: bool = False) -> float:
-    """Of one step: forward, backward, and the share `again` of the layers' forward pass once more.
+    """Of one step: the pass before it, forward, backward, and the share `again` of the layers' forward pass once more.
 
-    frozen: without the weights' gradients, which are half of the backward pass; the adapters' own are left out.
+    frozen: without the weights' gradients.
     """
-    passes = TRAINING - 1 if frozen else TRAINING
-    return passes * work.step_flop + again * min(work.step_flop, cost.per_token * work.step_tokens)
+    passes = FROZEN if frozen else TRAINING
+    return work.ahead_flop + passes * work.step_flop + again * min(work.step_flop, cost.per_token * work.step_tokens)
 
 
-def _unit(rows: TokenisedRows, i: int, responses: int) -> Unit:
-    return Unit(i, rows.prompt(i), tuple(rows.response(i, k) for k in range(responses)))
+def _unit(rows: TokenisedRows, i: int, responses: Iterable[int]) -> Unit:
+    return Unit(i, rows.prompt(i), tuple(rows.response(i, k) for k in responses))
 
 
-def _scored(config: Config, sets: Sequence[TokenisedRows], responses: int, cost: Cost) -> tuple[int, float, int]:
+def _scored(config: Config, sets: Sequence[TokenisedRows], cost: Cost) -> tuple[int, float, int]:
+    responses = max(rows.responses for rows in sets)  # a pair's two; KTO's own and mismatched one
     places = list(needed(sets, responses).values())
     units = [place.unit(sets, i) for i, place in enumerate(places)]
     tokens, flop = work_of(groups_within(units, config.reference_micro_batch_tokens), cost)

@@ -16,7 +16,17 @@ def base_weights(config: Config, models: Models) -> Weights | None:
 
 
 def refuse_other_base(config: Config, models: Models, manifest: Manifest) -> None:
-    """One process: refuses the adapters of a checkpoint where the base model's folder now holds other weights."""
+    """One process: refuses the adapters of a checkpoint where the base model's folder now holds other weights.
+
+    And a checkpoint of another kind of run, which export.checkpoint may name.
+    """
+    adapters = "base_key" in manifest.facts
+    if adapters != (models.adapter is not None):
+        held, wanted = ("adapters", "whole models") if adapters else ("a whole model", "adapters")
+        raise UserError(
+            f"export.checkpoint: {config.export.checkpoint} holds {held}, and this run's checkpoints hold {wanted}. "
+            "Name one of this run, or use the configuration of its own."
+        )
     if models.adapter is None:
         return
     digests = [remembered_digest(file, config.cache_dir / "digests") for file in models.policy.weight_files]

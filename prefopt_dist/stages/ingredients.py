@@ -41,6 +41,7 @@ from prefopt_dist.training.run_folder import RunFolder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+REPOSITORY = Path(__file__).parents[2]
 FILE_ENDINGS = (".jsonl", ".json", ".gz", ".parquet")
 """A data path that ends so is a file; a hub name may have dots too."""
 
@@ -91,7 +92,14 @@ def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | Non
 
 
 def zero_settings(path: str, key: str) -> dict[str, Any]:
-    """A DeepSpeed JSON, checked, also for what this package cannot do with it."""
+    """A DeepSpeed JSON, checked, also for what this package cannot do with it.
+
+    One of deepspeed_configs/ that the working folder has not is the repository's, or a run in another folder
+    would have to name what it takes by default.
+    """
+    own = REPOSITORY / path
+    if not os.path.exists(path) and own.parent == REPOSITORY / "deepspeed_configs" and own.exists():
+        path = str(own)
     settings = load_deepspeed_json(path, key)
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") != 3:
@@ -153,7 +161,7 @@ def load_train(config: Config, models: Models, objective: Objective) -> Tokenise
     train = _open(lambda: prepared_train(config, models.tokenizer, models.policy.config.vocab_size))
     say(f"data.train: {train.report.text()}")
     check_rows(train, objective, "data.train")
-    train = _for_loss(config, train, "data.train")
+    train = rows_for_loss(config, train, "data.train")
     ranks.decide(lambda: checks.check_lengths(config, train, objective, "data.train", trained=True))
     return train
 
@@ -165,7 +173,7 @@ def load_evals(config: Config, models: Models, objective: Objective) -> dict[str
         evals[name] = _open(partial(prepared, config, models.tokenizer, models.policy.config.vocab_size, sources, key))
         say(f"{key}: {evals[name].report.text()}")
         check_rows(evals[name], objective, key)
-        evals[name] = _for_loss(config, evals[name], key)
+        evals[name] = rows_for_loss(config, evals[name], key)
         ranks.decide(partial(checks.check_lengths, config, evals[name], objective, key, trained=False))
     if not evals:
         say("data.eval is not set: nothing is evaluated")
@@ -202,7 +210,7 @@ def check_rows(rows: TokenisedRows, objective: Objective, key: str) -> None:
         )
 
 
-def _for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRows:
+def rows_for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRows:
     """KTO's rated rows with their mismatched partners; for every other loss the rows as they are."""
     if not isinstance(config.loss, KTOLoss):
         return rows

@@ -25,7 +25,10 @@ def run(config: Config) -> None:
         matplotlib_figure()
     sets = _read(config)
     evals = {key: rows for key, rows in sets.items() if key != TRAIN}
-    found = {key: find(config, rows, evals if key == TRAIN else {}) for key, rows in sets.items()}
+    found = {
+        key: find(config, rows, evals, config.inspect.policies) if key == TRAIN else find(config, rows, {}, None)
+        for key, rows in sets.items()
+    }
     reports = {
         key: SetReport.of(
             key,

@@ -10,10 +10,11 @@ from transformers import PreTrainedConfig
 from prefopt_dist.config import Config
 from prefopt_dist.data import open_rows
 from prefopt_dist.data.layout import Cost
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import NotHere, UserError
 from prefopt_dist.files import write_json
 from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import check_config, load_tokenizer, read_config, resolve
+from prefopt_dist.objectives import Objective
 from prefopt_dist.planning import work
 from prefopt_dist.planning.disk import disk
 from prefopt_dist.planning.fit import Needs, offloadings, refuse_misfit
@@ -22,9 +23,9 @@ from prefopt_dist.planning.memory import ZeroSettings
 from prefopt_dist.planning.report import Report
 from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.stages.checks import adapter_of
-from prefopt_dist.stages.ingredients import DTYPES, sized, zero_settings
+from prefopt_dist.stages.ingredients import DTYPES, rows_for_loss, sized, zero_settings
 from prefopt_dist.stages.losses import make_objective
-from prefopt_dist.stages.rows import eval_sets, prepared, prepared_train
+from prefopt_dist.stages.rows import TRAIN, eval_sets, prepared, prepared_train
 from prefopt_dist.tracking.console import say
 
 
@@ -72,15 +73,22 @@ def _work(config: Config, model: PreTrainedConfig, cost: Cost) -> work.Work:
     objective = make_objective(config.loss, DTYPES[config.model.dtype])
     try:
         tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
-        train = open_rows(prepared_train(config, tokenizer, model.vocab_size))
+    except UserError as e:  # config.json alone is enough for a plan
+        return _unread(config, cost, objective, e)
+    try:
+        train = rows_for_loss(config, open_rows(prepared_train(config, tokenizer, model.vocab_size)), TRAIN)
         evals = {
-            key: open_rows(prepared(config, tokenizer, model.vocab_size, sources, key))
+            key: rows_for_loss(config, open_rows(prepared(config, tokenizer, model.vocab_size, sources, key)), key)
             for key, sources in eval_sets(config).items()
         }
-    except UserError as e:
-        say(f"the data cannot be read here, so every row is taken to be as long as data.max_length allows: {e}")
-        return work.worst_case(config, cost, objective)
+    except NotHere as e:  # a row or a finding that would stop the job stops its plan, before any queue
+        return _unread(config, cost, objective, e)
     return work.from_rows(config, train, evals, cost, objective)
+
+
+def _unread(config: Config, cost: Cost, objective: Objective, why: UserError) -> work.Work:
+    say(f"the data cannot be read here, so every row is taken to be as long as data.max_length allows: {why}")
+    return work.worst_case(config, cost, objective)
 
 
 def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], todo: work.Work, cost: Cost) -> Report:

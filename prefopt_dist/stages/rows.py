@@ -14,7 +14,7 @@ from prefopt_dist.config.losses import KTOLoss
 from prefopt_dist.data import TokenisedRows, open_rows, prepare_rows
 from prefopt_dist.data.subset import without
 from prefopt_dist.inspection.findings import Finding, row_findings, set_findings
-from prefopt_dist.inspection.policy import refuse_stops, rows_to_drop
+from prefopt_dist.inspection.policy import refuse_stops, rows_left, rows_to_drop
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
 from prefopt_dist.tracking.progress import rows_read
@@ -69,17 +69,23 @@ def prepared_train(config: Config, tokenizer: Any, vocabulary: int) -> Path:
         for key, sources in eval_sets(config).items():
             evals[key] = open_rows(prepared(config, tokenizer, vocabulary, sources, key), checksums=False)
     heartbeat.beat("looking for what the section inspect names")
-    found = find(config, rows, evals)
+    found = find(config, rows, evals, policies)
     refuse_stops(found, policies, TRAIN)
     return without(folder, rows, rows_to_drop(found, policies), key=TRAIN, say=say)
 
 
-def find(config: Config, rows: TokenisedRows, evals: Mapping[str, TokenisedRows]) -> list[Finding]:
-    """All findings of one data set; evals: the sets that it may overlap with."""
+def find(
+    config: Config, rows: TokenisedRows, evals: Mapping[str, TokenisedRows], policies: Mapping[str, str] | None
+) -> list[Finding]:
+    """All findings of one data set; what is said of it as a whole is of the rows that the policies leave.
+
+    evals: the sets that it may overlap with; policies: None for an evaluation set, which is left as it is.
+    """
     weights = (1.0, 1.0)
     if isinstance(config.loss, KTOLoss):
         weights = (config.loss.desirable_weight, config.loss.undesirable_weight)
-    return [*row_findings(rows, evals), *set_findings(rows, weights)]
+    found = list(row_findings(rows, evals))
+    return [*found, *set_findings(rows, weights, rows_left(rows.n, found, policies))]
 
 
 def _tokenising(key: str) -> Callable[[int, int | None], None]:

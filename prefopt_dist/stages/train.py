@@ -9,6 +9,7 @@ import torch
 
 from prefopt_dist.config import Config, mask_secrets, to_dict
 from prefopt_dist.data import TokenisedRows
+from prefopt_dist.data.layout import FROZEN, TRAINING
 from prefopt_dist.data.order import Order
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
@@ -103,6 +104,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
             total_steps=total_steps,
             requests=requests,
             cost=forward_cost(models.policy.config),
+            passes=TRAINING if models.adapter is None else FROZEN,
             peak=device_peak(),
             gated=objective.needs_reference and models.reference_is_start,
             facts=facts,
@@ -129,7 +131,7 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
         )
     for name, key, what in (
         ("reference_key", "reference", "the weights or the configuration of the model folder"),
-        ("data_digest", "data.train", "the data files or the tokenizer"),
+        ("data_digest", "data.train", "the data files, the tokenizer or (for inspect.eval_…=drop) data.eval"),
         ("base_key", "model.name_or_path", "the weights or the configuration of the base model's folder"),
     ):
         if name in facts and found.facts[name] != facts[name]:

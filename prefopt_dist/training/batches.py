@@ -15,12 +15,10 @@ import torch
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.layout import TRAINING, Cost, fill, groups_within, lay_out, work_of
 from prefopt_dist.data.micro_batch import MicroBatch, Unit, pack, packed_tokens
-from prefopt_dist.data.unpaired import UnpairedRows
+from prefopt_dist.data.unpaired import MISMATCHED, UnpairedRows
 from prefopt_dist.distributed import ranks
 
 Layout = Sequence[Sequence[Sequence[Unit]]]
-MISMATCHED = 1
-"""The response of UnpairedRows that belongs to another prompt."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Batch:
         """This batch, which then also counts the tokens of the pass before it."""
         self.mismatched = mismatched
         self.tokens += mismatched.tokens
-        self.flop += mismatched.flop / TRAINING  # a forward pass alone
+        self.flop += mismatched.flop
         return self
 
     def prepare(self) -> None:
@@ -121,20 +119,30 @@ class Ahead:
         return batch
 
 
-def step_batch(data: ScoredRows, rows: Iterable[int], responses: int, budget: int, cost: Cost | None = None) -> Batch:
-    """The given rows over ranks and micro-batches, each rank's load as equal as can be."""
+def step_batch(
+    data: ScoredRows,
+    rows: Iterable[int],
+    responses: int,
+    budget: int,
+    cost: Cost | None = None,
+    passes: int = TRAINING,
+) -> Batch:
+    """The given rows over ranks and micro-batches, each rank's load as equal as can be.
 
-    def laid_out(first: int) -> Batch:
+    cost: of a forward pass; passes: forward passes' operations that a step needs.
+    """
+
+    def laid_out(first: int, passes: int) -> Batch:
         units = data.units(rows, responses, first)
         batch = Batch(data, lay_out(units, ranks.world_size(), budget, cost), responses, first)
         if cost is not None:
-            batch.flop = TRAINING * work_of(groups_within(units, budget), cost)[1]
+            batch.flop = passes * work_of(groups_within(units, budget), cost)[1]
         return batch
 
     rows = list(rows)
-    batch = laid_out(0)
+    batch = laid_out(0, passes)
     if isinstance(data.rows, UnpairedRows):
-        batch.with_mismatched(laid_out(MISMATCHED))
+        batch.with_mismatched(laid_out(MISMATCHED, 1))  # scored without gradient
     batch.prepare()
     return batch
 

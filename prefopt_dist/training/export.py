@@ -65,7 +65,9 @@ def export(
         base = None if adapter is None or merged else model
         worst = _verify(staging, base, manifest, dtype, max(TOLERANCE[trained_dtype], TOLERANCE[dtype]))
         write_json(staging / MARKER, {"checkpoint": str(checkpoint), "step": manifest.step})
+        usual = (staging / "README.md").stat().st_mode
         for file in staging.iterdir():
+            file.chmod(usual)  # safetensors writes 0600 whatever the umask
             with file.open("rb") as f:
                 os.fsync(f.fileno())
     except BaseException:

@@ -67,6 +67,8 @@ class Job:
     requests: Requests
     cost: Cost
     """Of the policy's forward pass, for equal shares and for perf/mfu."""
+    passes: int
+    """Forward passes' operations that a step needs"""
     peak: float | None
     """Operations a second of one rank's device at its best, where that is known"""
     gated: bool
@@ -185,7 +187,8 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
 
 def _batch(job: Job, index: int) -> Batch:
     rows = job.order.step(index).rows.tolist()
-    return step_batch(job.train, rows, job.objective.responses, job.config.train.micro_batch_tokens, job.cost)
+    budget = job.config.train.micro_batch_tokens
+    return step_batch(job.train, rows, job.objective.responses, budget, job.cost, job.passes)
 
 
 def _due(done: int, every: int | None) -> bool:

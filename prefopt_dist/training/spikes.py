@@ -36,7 +36,9 @@ class Spikes:
         self.norm, self._limit = norm, None
         if len(self._norms) < FEWEST:
             return torch.zeros_like(norm, dtype=torch.bool)
-        self._limit = self._factor * torch.stack([n.to(norm) for n in self._norms]).median()
+        # Those of a checkpoint come to the norm's device once: each such copy is one that the host waits for.
+        self._norms = deque((n.to(norm) for n in self._norms), WINDOW)
+        self._limit = self._factor * torch.stack(list(self._norms)).median()
         return norm > self._limit
 
     def remember(self) -> None:

@@ -12,6 +12,9 @@ from campaign import STEPS, Segment, World
 from points import Fault
 from safetensors.torch import save_file
 
+from prefopt_dist.training.manifest import MANIFEST, Manifest
+from prefopt_dist.training.summed_file import file_sum
+
 P = "prefopt_dist."
 DEATHS = [
     Fault("inside a store shard", "self", at=1, target=P + "reference.store:ReferenceStore._claim"),
@@ -100,6 +103,33 @@ def test_a_verdict_sees(tmp_path: Path, spoil: Callable[[Path], None], said: lis
     assert verdict.faults(found) == [*said, "orphans [7]"]
     deaths = [{"life": "life", "stage": "export", "who": "all"}]
     assert "| 1 | 0 | 1 |" in campaign.table([*deaths, {"life": "life", "verdict": found}])
+
+
+def test_half_things_are_seen(tmp_path: Path) -> None:
+    """Under a name that says whole: a checkpoint, a converted form, a shard, tokenised rows, a finished run."""
+    root, cache = tmp_path / "run" / "checkpoints", tmp_path / "cache"
+    for name in ("step-00000003", "universal-step-00000003"):
+        (root / name).mkdir(parents=True)
+        (root / name / "part").write_bytes(b"whole")
+        with_sum = {"part": {"bytes": 5, "xxh3": file_sum(root / name / "part")}}
+        (root / name / MANIFEST).write_text(Manifest(3, 2, with_sum, {}).text())
+    (root / ".saving").mkdir()
+    assert verdict.half_things(tmp_path) == []
+    for name in ("step-00000003", "universal-step-00000003"):
+        (root / name / "part").write_bytes(b"hole")
+    (root / "universal-step-00000006").mkdir()
+    (cache / "reference" / "key").mkdir(parents=True)
+    (cache / "reference" / "key" / "rows-1.bin").write_bytes(bytes(8 + 40 + 16))
+    (cache / "tokenised" / "digest").mkdir(parents=True)
+    (tmp_path / "run" / "DONE").touch()
+    assert verdict.half_things(tmp_path) == [
+        "step-00000003: part is missing or of another size",
+        "universal-step-00000003: part is missing or of another size",
+        "universal-step-00000006: no manifest",
+        "rows-1.bin",
+        "digest",
+        "DONE without final/",
+    ]
 
 
 def test_a_verdict_sees_updates_on_other_ranks(tmp_path: Path) -> None:

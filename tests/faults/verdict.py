@@ -11,17 +11,19 @@ import torch
 from safetensors.torch import load_file
 
 from prefopt_dist.reference.store import _rows
+from prefopt_dist.training import universal
 from prefopt_dist.training.checkpoint import committed, damage, read_manifest
 
 
 def half_things(folder: Path) -> list[str]:
     """Right after a death: what has the name of something whole and is not."""
     found = []
-    for checkpoint in committed(folder / "run" / "checkpoints"):
-        manifest = read_manifest(checkpoint)
-        wrong = "no manifest" if manifest is None else damage(checkpoint, manifest, list(manifest.files))
+    root = folder / "run" / "checkpoints"
+    for whole in (*committed(root), *sorted(root.glob(f"{universal.PREFIX}step-????????"))):
+        manifest = read_manifest(whole)
+        wrong = "no manifest" if manifest is None else damage(whole, manifest, list(manifest.files))
         if wrong:
-            found.append(f"{checkpoint.name}: {wrong}")
+            found.append(f"{whole.name}: {wrong}")
     found += [p.name for p in (folder / "cache").glob("reference/*/rows-*.bin") if _rows(p.read_bytes()) is None]
     found += [p.name for p in (folder / "cache").glob("tokenised/[!.]*") if not (p / "manifest.json").exists()]
     if (folder / "run" / "DONE").exists() and not (folder / "run" / "final" / "model.safetensors").exists():

@@ -1,0 +1,91 @@
+"""Where a step's time goes: python -m benchmarks.profile [--mix hh-like] [--micro-batch-tokens 8192] [--shape small]
+
+Ours alone, on one thread, under the engine as `train` has it: the share of each kind of operation in a profiled step,
+and of the steps before it the time against the floor's operations at the speed of a large matrix product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks import meter
+from benchmarks.floor import SHAPES, step_flop
+from benchmarks.pairs import MIXES
+from benchmarks.world import Task, write_model
+
+KINDS = {
+    "matrix products": ("mm", "addmm", "addmm_", "bmm"),
+    "attention": ("scaled_dot",),
+    "copies": ("copy_", "fill_", "zero_", "cat", "clone", "index", "_index", "gather", "scatter", "embedding", "empty"),
+    "optimizer": ("_fused_adam",),
+    "collectives": ("c10d",),
+}
+"""By the beginning of a name without `aten::`; products by the whole name. Other operators are `elementwise, sums`."""
+
+
+def kind(name: str) -> str:
+    """Of an operator, or of a node of autograd or the engine."""
+    short = name.removeprefix("aten::")
+    if short in KINDS["matrix products"]:
+        return "matrix products"
+    for found, beginnings in list(KINDS.items())[1:]:
+        if short.lstrip("_").startswith(beginnings) or short.startswith(beginnings):
+            return found
+    return "elementwise, sums" if name.startswith("aten::") else "autograd and engine"
+
+
+def main() -> None:
+    """The command; starts itself again with one thread and the allocator's settings."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--mix", choices=MIXES, default="hh-like")
+    options.add_argument("--micro-batch-tokens", type=int, default=8192)
+    options.add_argument("--shape", choices=SHAPES, default="small")
+    options.add_argument("--steps", type=int, default=2)
+    asked = options.parse_args()
+    wanted = meter.SINGLE_THREAD | meter.ALLOCATOR | {"DS_ACCELERATOR": "cpu"}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.profile", *sys.argv[1:]], os.environ | wanted)
+    task = Task(SHAPES[asked.shape], asked.mix, 8, asked.steps, 1, "cpu", 0)
+    _run(task, asked.micro_batch_tokens)
+
+
+def _run(task: Task, budget: int) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    from benchmarks import ours
+    from prefopt_dist.distributed import ranks
+
+    ranks.start()
+    with tempfile.TemporaryDirectory() as name:
+        write_model(Path(name), task.shape, task.dtype, task.seed)
+        one = ours.stepper(task, Path(name), budget)
+    rate = meter.matrix_rate("cpu")
+    one(0)
+    lengths = [(len(p), len(c), len(r)) for p, c, r in task.drawn()][task.pairs :]
+    start = meter.Mark.now()
+    for k in range(1, 1 + task.steps):
+        one(k)
+    took = meter.Mark.now().since(start)["cpu"]
+    floor = step_flop(task.shape, lengths)
+    print(f"{task.mix}, micro-batches of {budget}: {took / task.steps:.2f} CPU s a step, {floor / took / rate:.0%} of")
+    print(f"the floor's {floor / task.steps / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s. A profiled step:")
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        one(1)
+    shares: Counter[str] = Counter()
+    events: Any = found.key_averages()
+    for event in events:
+        shares[kind(event.key)] += event.self_cpu_time_total
+    for of_kind, microseconds in shares.most_common():
+        print(f"  {of_kind:20s} {microseconds / sum(shares.values()):6.1%}")
+    ranks.end()
+    ranks.leave(0)
+
+
+if __name__ == "__main__":
+    main()
