@@ -8,7 +8,9 @@ import pytest
 from prefopt_dist.config import load_config
 from prefopt_dist.demo.world import write_world
 
-RECIPES = sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "launch" / "recipes"
+ROUNDS = FOLDER / "demo_rounds.yaml"
+RECIPES = sorted(set(FOLDER.glob("demo*.yaml")) - {ROUNDS})
 FILES = ("train.jsonl", "eval.jsonl", "sft.jsonl", "unseen.jsonl", "rated.jsonl")
 
 
@@ -36,3 +38,12 @@ def test_recipes_are_of_the_demo_s_world(recipe: Path) -> None:
     assert {Path(path).name for path in train | evaluation} <= set(FILES)
     assert not train & evaluation
     assert not evaluation & {f"runs/demo/world/{name}" for name in ("sft.jsonl", "rated.jsonl", "train.jsonl")}
+
+
+def test_the_rounds_are_judged_on_other_prompts() -> None:
+    """prompts.jsonl is made of prompts that stand in no other file."""
+    config = load_config(ROUNDS)
+    asked, judged = config.generate.prompts, config.evaluate.prompts
+    assert asked is not None
+    assert judged is not None
+    assert [Path(source.path).name for source in (*asked, *judged)] == ["prompts.jsonl", "eval.jsonl"]
