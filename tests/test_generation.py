@@ -334,6 +334,8 @@ def test_functions_are_asked_with_prompt_response_and_row() -> None:
     assert FunctionReward(rewards_for_tests.nothing).score([(asked[0][0], "ab")]) == [
         Bad("returned None, which is no number")
     ]
+    huge = FunctionReward(lambda prompt, response, row: 10**400)
+    assert huge.score(asked[:1]) == [Bad("returned a number beyond every float, which is no finite number")]
 
 
 @pytest.mark.parametrize(
@@ -457,6 +459,18 @@ def test_wins_and_intervals() -> None:
 
 
 # The store
+
+
+def test_a_row_may_hold_what_json_has_no_word_for(tmp_path: Path) -> None:
+    """A missing number of a table is NaN there; rewards that look for it get it."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "what is blue?", "score": NaN, "date": Infinity}\n')
+    sources = [DataSource(str(tmp_path / "p.jsonl"))]
+    found = read_prompts(sources, tokeniser=tokeniser(), longest=99, on_bad_row="stop", key="k")
+    store = SampleStore(tmp_path / "s")
+    store.make_plan(found.all, {})
+    row = store.prompts(0)[0].row
+    assert np.isnan(row["score"])
+    assert row["date"] == float("inf")
 
 
 def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:

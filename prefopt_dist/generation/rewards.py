@@ -56,7 +56,10 @@ class FunctionReward:
             return Bad(f"raised {type(e).__name__}: {e}")
         if not isinstance(value, Real):
             return Bad(f"returned {shortened(repr(value))}, which is no number")
-        return finite(float(value))
+        try:
+            return finite(float(value))
+        except OverflowError:
+            return Bad("returned a number beyond every float, which is no finite number")
 
     def close(self) -> None:
         """See Reward."""

@@ -60,7 +60,8 @@ class SampleStore:
             ) from e
         for number, start in enumerate(range(0, len(prompts), SHARD_PROMPTS)):
             part = prompts[start : start + SHARD_PROMPTS]
-            _write_lines(self._file("prompts", number), [asdict(prompt) for prompt in part])
+            # NaN is no fault here: it may stand in a field of the row that nobody asks for.
+            _write_lines(self._file("prompts", number), [asdict(prompt) for prompt in part], nan=True)
         shards = -(-len(prompts) // SHARD_PROMPTS)
         write_json(self.folder / SETTINGS, {"shards": shards, **settings})
 
@@ -127,8 +128,8 @@ def digest_of(content: Any) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _write_lines(path: Path, rows: Iterable[Any]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+def _write_lines(path: Path, rows: Iterable[Any], nan: bool = False) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=nan) + "\n" for row in rows)
     write_atomic(path, text + json.dumps({"check": _check(text)}) + "\n")
 
 
