@@ -153,6 +153,14 @@ def test_batches_with_a_cache_sample_what_each_response_alone_does(family: str, 
     assert engine.sample(prompts[3:], sampling) == expected[3:]
 
 
+def test_a_model_without_numbers_is_named(llama: Path) -> None:
+    engine = TransformersEngine(inspect_folder(llama, "k", 64), dtype=FLOAT32, device=CPU, batch_tokens=100)
+    torch.nn.init.constant_(engine._model.get_output_embeddings().weight, float("nan"))
+    sampling = Sampling(n=2, temperature=0.9, top_p=0.9, max_new_tokens=4, seed=0, stop_ids=())
+    with pytest.raises(UserError, match=r"the prompt at p\.jsonl:1 are NaN or infinite"):
+        engine.sample([prompt(0, [5, 6])], sampling)
+
+
 def test_batches_keep_to_the_budget() -> None:
     sampling = Sampling(n=4, temperature=1.0, top_p=1.0, max_new_tokens=10, seed=0, stop_ids=())
     lengths = [2, 5, 5, 30, 95]
