@@ -492,9 +492,14 @@ def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
     assert store.missing("samples") == ([0], [])
     assert store.answers(1) == [answers] * 6
     assert store.prompts(0) + store.prompts(1) == many
+    store.write_scores("scores-r", 0, [[[0.5]]] * 64)
+    store.write_scores("scores-r", 1, [[[0.5]]] * 6)
+    assert store.missing("scores-r") == ([], [])
     file = tmp_path / "s" / "samples-00001.jsonl"
     file.write_bytes(file.read_bytes().replace(b"[4, 5]", b"[4, 6]", 1))
     numbers, (message,) = store.missing("samples")
     assert numbers == [0, 1]
     assert "does not match its checksum" in message
     assert not file.exists()
+    store.write_answers(1, [[Answer([6], "another", None, True)]] * 6)
+    assert store.missing("scores-r") == ([1], [])  # what was said of the lost answers is not of these

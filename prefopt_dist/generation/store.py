@@ -93,6 +93,8 @@ class SampleStore:
 
     def write_answers(self, number: int, answers: Iterable[Iterable[Answer]]) -> None:
         """Commits a shard."""
+        for scores in self.folder.glob(f"scores-*-{number:05d}.jsonl"):
+            scores.unlink()  # of a shard that was damaged; rounding may make other answers in its place
         _write_lines(self._file("samples", number), [[a.as_json() for a in of_prompt] for of_prompt in answers])
 
     def write_scores(self, what: str, number: int, scores: Iterable[list[Scores]]) -> None:
