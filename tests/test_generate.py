@@ -195,6 +195,12 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     assert not (folder / "STOP").exists()
     assert (folder / "round-3" / "pairs.jsonl").exists()
     assert not (folder / "round-3" / "DONE").exists()
+    # It was done after two rounds and is not now; what says that it was stopped goes at the next start.
+    assert not (folder / "DONE").exists()
+    monkeypatch.setattr(answering.Answering, "run", answer)
+    assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
+    assert (folder / "DONE").exists()
+    assert not (folder / "STOPPED").exists()
 
 
 @pytest.mark.slow
