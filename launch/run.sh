@@ -22,7 +22,7 @@ repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 usage() {
     cat <<'USAGE'
 usage: launch/run.sh [-n N] STAGE RUN.yaml [section.key=value ...]
-  STAGE  inspect | plan | reference | train | evaluate | generate | rounds | export
+  STAGE  inspect | plan | reference | train | evaluate | generate | rounds | report | export
   -n N   ranks on this machine; default: one a GPU, or 2 where there is none
 CUDA_VISIBLE_DEVICES= (empty) runs on the CPU of a machine with GPUs.
 On several machines: PREFOPT_NODES, PREFOPT_NODE and PREFOPT_HEAD=HOST:PORT in the environment.
@@ -79,7 +79,7 @@ command -v "$python" >/dev/null || mistake "no Python at '$python'; run make in 
 gpus=$(count_gpus)
 one_process=no
 case $stage in
-    inspect | plan | export) one_process=yes ;;
+    inspect | plan | report | export) one_process=yes ;;
 esac
 if [[ $one_process == yes ]]; then
     ((nodes == 1)) || mistake "$stage is one process; unset PREFOPT_NODES"

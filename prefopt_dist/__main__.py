@@ -23,10 +23,11 @@ STAGES = {
     "evaluate": "a model or checkpoint against the reference on data.eval",
     "generate": "prompts, n responses each, a reward: pairs to train on",
     "rounds": "generate and train, several times over, each round from the model of the one before",
+    "report": "a page with the curves and the diagnosis of a run, from its folder alone",
     "export": "a checkpoint to a Hugging Face folder, verified by loading it back",
 }
-ALONE = ("inspect", "plan")
-"""Stages of one process without a process group, which need neither weights nor a run folder."""
+ALONE = ("inspect", "plan", "report")
+"""Stages of one process without a process group, which need no weights and hold no run folder."""
 USER_MISTAKE = 2
 
 

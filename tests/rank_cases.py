@@ -12,6 +12,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import load_sharded, load_whole
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.stages import ingredients, train
-from prefopt_dist.tracking import statistics
+from prefopt_dist.tracking import own_work, statistics
+from prefopt_dist.tracking.diagnosis import Diagnosis
 from prefopt_dist.training import checkpoint, step
 from prefopt_dist.training import spikes as spikes_of_training
 from prefopt_dist.training.batches import Ahead, ScoredRows, step_batch, whole_set
@@ -681,14 +683,16 @@ def collectives_and_host_reads(folder: Path) -> dict:
     models, objective, scored, _ = ready(config)
     engine = make_policy(config, models)
     cost = forward_cost(models.policy.config)
+    diagnosis = Diagnosis(objective, scored.rows, ranks.device())
     found, micro_batches = [], []
     with Ahead(lambda i: step_batch(scored, range(G * i, G * i + G), 2, 150, cost), range(2)) as batches:
         for index in range(2):
             with pytest.MonkeyPatch.context() as patch:
                 counts = Counts(patch)
                 batch = batches.take(index)
-                packed = step.gradient(engine, batch, objective, None)
-                step.agree(packed, Request(False, False))
+                packed = step.gradient(engine, batch, objective, None, diagnosis)
+                own = packed.new_tensor(own_work.places(ranks.rank(), ranks.world_size(), 0.5))
+                step.agree(torch.cat([packed, diagnosis.take(), own]), Request(False, False))
                 step.update(engine, 1e-3, Spikes(10.0, [1e9] * 16) if index else None)
             micro_batches.append(len(batch))
             found.append(counts.found)
@@ -797,6 +801,38 @@ def too_many_skipped_updates(folder: Path) -> dict:
     found["skipped"] = [json.loads(line)["train/skipped_steps"] for line in lines]
     found["ended"] = (config.run_dir / "DONE").exists()
     return found
+
+
+def early_stop(folder: Path) -> dict:
+    """By a metric that never changes: the first evaluation is the best; killed before the export, started again."""
+    metric = "eval/lengths/chosen"
+    config = config_for(
+        folder,
+        "early",
+        loss={"name": "dpo"},
+        data={"eval": str(folder / "pairs.jsonl")},
+        train={"epochs": 2, "early_stop": {"metric": metric, "evaluations": 3}},
+        eval={"every_steps": 1},
+        checkpoint={"every_steps": 1, "keep_best": metric},
+    )
+    train.run(config)
+    ranks.decide(lambda: (config.run_dir / "DONE").unlink())
+    train.run(config)
+    unknown = replace(config, run=replace(config.run, dir=str(folder / "unknown")))
+    unknown = replace(unknown, checkpoint=replace(config.checkpoint, keep_best="eval/los"))
+    try:
+        train.run(unknown)
+        said = "accepted"
+    except UserError as e:
+        said = str(e)
+    lines = ranks.decide(lambda: (config.run_dir / "metrics.jsonl").read_text().splitlines())
+    return {
+        "rows": [[row["kind"], row["step"]] for row in map(json.loads, lines)],
+        "checkpoints": ranks.decide(lambda: [p.name for p in checkpoint.committed(config.run_dir / "checkpoints")]),
+        "done": ranks.decide(lambda: (config.run_dir / "DONE").read_text()),
+        "best": ranks.decide(lambda: json.loads((config.run_dir / "run.json").read_text())["best"]),
+        "said": said,
+    }
 
 
 def spikes_stopped_and_skipped(folder: Path) -> dict:

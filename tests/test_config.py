@@ -91,14 +91,30 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "on_spike": "none",
             "spike_factor": 10.0,
             "max_skipped_steps": 3,
+            "early_stop": None,
             "max_hours": None,
             "hang_minutes": 30.0,
         },
         "eval": {"every_steps": 100, "at_start": True, "at_end": True},
-        "checkpoint": {"every_steps": 100, "keep": 2, "resume": "auto"},
+        "checkpoint": {"every_steps": 100, "keep": 2, "keep_best": None, "resume": "auto"},
         "tracking": {
             "wandb": {"mode": "online", "project": "prefopt", "name": None, "group": None, "tags": []},
             "log_every_steps": 1,
+            "samples": 0,
+            "tensorboard": False,
+        },
+        "health": {
+            "grace": 0.333,
+            "stuck_accuracy": 0.6,
+            "wrong_margin": 0.8,
+            "flipped_accuracy": 0.35,
+            "chosen_fall": 0.5,
+            "overfit_rise": 0.1,
+            "length_correlation": 0.6,
+            "divergence": 1.25,
+            "gradient_spike": 10.0,
+            "slow_rank": 1.5,
+            "memory_growth": 0.05,
         },
         "deepspeed": {
             "policy": "deepspeed_configs/policy_zero3.json",
@@ -107,6 +123,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         "export": {"dir": None, "checkpoint": None, "dtype": None, "merged": False},
         "evaluate": {"model": None, "prompts": None, "against": None, "samples": 1, "temperature": 1.0},
         "plan": {"gpu": None, "nodes": 1, "gpus_per_node": None, "file": None},
+        "report": {"compare": [], "file": None},
         "inspect": {
             **dict.fromkeys(
                 "duplicates contradictions eval_pairs eval_prompts cut special_tokens".split()

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import wandb_reader
 import worlds
 from safetensors.torch import load_file
 
@@ -179,6 +180,38 @@ def test_kill_in_training(world: World, whole: Path) -> None:
     assert_same_end(world.folder / "killed", whole)
     starts = json.loads((world.folder / "killed" / "run.json").read_text())["starts"]
     assert [s["step"] for s in starts] == [0, 6]
+
+
+@pytest.mark.slow
+def test_wandb_has_every_row_after_two_kills(world: World, whole: Path) -> None:
+    """Read back from the newest offline folder, which `wandb sync` would take: rows by step, configuration, summary."""
+    run, folder = world.run("killed-twice"), world.folder / "killed-twice"
+    start_and(run, at_step(folder, 9), kill_all)
+    start_and(run, at_step(folder, 15), kill_all)
+    launch(run)
+    assert [s["step"] for s in json.loads((folder / "run.json").read_text())["starts"]] == [0, 6, 12]
+    facts = json.loads((folder / "run.json").read_text())
+    (newest,) = {path.parent for path in (folder / "wandb").glob(f"offline-run-*-{facts['wandb_id']}/*.wandb")}
+    ids, sent = wandb_reader.history(newest)
+    assert ids == {facts["wandb_id"]}
+    by_step = {row["_step"]: row for row in sent}
+    assert sorted(by_step) == list(range(len(sent)))
+    truth = rows(folder)
+    assert len(truth) == len(by_step) == STEPS + 4
+    for index, row in enumerate(truth):
+        for name, value in row.items():
+            if name == "kind" or name.startswith("perf/"):
+                continue
+            got = by_step[index][name]
+            if name.endswith("histogram"):
+                got = got["values"]
+            assert got == value or value == "NaN", (index, name)
+    config, summary = wandb_reader.config_and_summary(newest)
+    assert config["loss"]["beta"] == 0.1
+    assert config["made_of"]["data"]["train"]["digest"] == facts["data"]["train"]["digest"]
+    assert config["made_of"]["reference"]["key"] == facts["reference"]["key"]
+    assert summary["best/eval/loss"] == min(row["eval/loss"] for row in truth if row["kind"] == "eval")
+    assert summary["pairs_seen"] == PAIRS
 
 
 @pytest.mark.slow

@@ -169,7 +169,7 @@ def test_what_is_started_and_with_which_environment(launcher: Launcher) -> None:
 
 
 @pytest.mark.parametrize(("job", "status"), [("exit 0", 0), ("exit 2", 2), ("exit 1", 1), ("exit 9", 1)])
-@pytest.mark.parametrize("stage", ["inspect", "plan", "export"])
+@pytest.mark.parametrize("stage", ["inspect", "plan", "report", "export"])
 def test_stages_of_one_process(launcher: Launcher, stage: str, job: str, status: int) -> None:
     assert launcher.run("-n", "4", stage, "r.yaml", job=job)[0] == status
     assert launcher.calls() == [f"-m prefopt_dist {stage} r.yaml"]

@@ -14,7 +14,7 @@ from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import inspect_folder
 from prefopt_dist.planning.machine import device_peak
 from prefopt_dist.training import batches
-from prefopt_dist.training.loop import Window
+from prefopt_dist.training.window import Window
 
 TASK = Task(SHAPES["tiny"], "hh-like", 4, 2, 0, "cpu", 0)
 
@@ -59,10 +59,12 @@ def test_a_pass_before_the_step_counts_once(world: int) -> None:
 
 
 def test_by_hand() -> None:
-    window = Window([0.0, 0.0])
+    window = Window([0.0, 0.0], [], [0.0, 0.0])
     one = namedtuple("one", "tokens flop")
-    window.add([1.0, 4.0], one(100, 3e12), seconds=2.0, data_seconds=0.1)  # type: ignore[arg-type]
-    window.add([1.0, 6.0], one(300, 5e12), seconds=3.0, data_seconds=0.2)  # type: ignore[arg-type]
+    window.add([1.0, 4.0], [], [0.0, 0.0], one(100, 3e12))  # type: ignore[arg-type]
+    window.add([1.0, 6.0], [], [0.0, 0.0], one(300, 5e12))  # type: ignore[arg-type]
+    for what, seconds in (("data", 0.1), ("update", 1.9), ("data", 0.2), ("forward_backward", 2.8), ("checkpoint", 7)):
+        window.took(what, seconds)
     found = window.performance(peak=2 * 4e12)
     assert found["perf/mfu"] == pytest.approx(8e12 / 5 / 8e12)
     assert found["perf/pairs_per_second"] == 2

@@ -24,6 +24,7 @@ BOTH = [
     "collectives_and_host_reads",
 ]
 BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates", "spikes_stopped_and_skipped"]
+BOTH += ["early_stop"]
 TWO_ONLY = ["shards", "save_fails_on_one_rank", "killed_before_pruning", "idle_ranks"]
 TWO_ONLY += ["family", "kto_one_micro_batch", "whole_runs"]
 TWO_ONLY += ["lora_gemma2", "lora_resume"]
@@ -161,6 +162,22 @@ def test_evaluation_is_the_exact_mean(world: tuple[int, Path]) -> None:
         assert metrics["eval/logps/chosen"] == pytest.approx(result["exact"]["logps/chosen"], rel=1e-6)
 
 
+EVALUATIONS: list[dict[str, Any]] = []
+"""Of the worlds so far."""
+
+
+def test_an_evaluation_is_the_same_for_any_ranks_and_micro_batches(world: tuple[int, Path]) -> None:
+    """Every metric of it, the diagnosis included."""
+    EVALUATIONS.extend(found(world, "whole_evaluation")["found"].values())
+    first, *others = EVALUATIONS
+    assert len(first) > 25
+    assert others
+    for other in others:
+        assert other.keys() == first.keys()
+        for name, value in first.items():
+            assert other[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
+
+
 def test_an_evaluation_of_kto_compares_the_halves_of_a_pair(world: tuple[int, Path]) -> None:
     result = found(world, "kto_evaluation")
     assert result["exact"]["kto/z0"] > 0
@@ -265,6 +282,17 @@ def test_too_many_skipped_updates_end_the_run(world: tuple[int, Path]) -> None:
     assert result["files"] == ["nonfinite-step-00000002.json", "nonfinite-step-00000003.json"]
     assert result["skipped"] == [0, 1, 1, 1]
     assert result["ended"]
+
+
+def test_training_ends_early_and_the_best_checkpoint_stays(world: tuple[int, Path]) -> None:
+    """After three evaluations without a new best; the one of step 1 is best, since step 0 has no checkpoint."""
+    result = found(world, "early_stop")
+    assert [row for row in result["rows"] if row[0] == "train"] == [["train", 1], ["train", 2], ["train", 3]]
+    assert result["checkpoints"] == ["step-00000001", "step-00000002", "step-00000003"]
+    assert result["best"] == {"metric": "eval/lengths/chosen", "step": 1}
+    assert result["done"].startswith("done: 3 steps")
+    assert "checkpoint.keep_best: got 'eval/los'" in result["said"]
+    assert "eval/loss" in result["said"]
 
 
 def test_a_spike_stops_the_run_or_is_skipped(world: tuple[int, Path]) -> None:

@@ -4,23 +4,25 @@ import json
 import math
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import wandb_reader
 
 from prefopt_dist.errors import UserError
 from prefopt_dist.tracking import progress
 from prefopt_dist.tracking.console import rank_fault, say
+from prefopt_dist.tracking.diagnosis import BIN_EDGES
+from prefopt_dist.tracking.feed import Sample
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.progress import Progress
 from prefopt_dist.tracking.statistics import Statistics
+from prefopt_dist.tracking.tensorboard_feed import TensorBoardFeed
 from prefopt_dist.tracking.wandb_feed import WandbFeed
 
 
@@ -138,48 +140,6 @@ def test_a_cursor_reads_each_row_once(tmp_path: Path) -> None:
 # --- Weights & Biases
 
 
-def _wandb_records(path: Path) -> Iterator[Any]:
-    """Records of a .wandb file: LevelDB's log format, blocks of 32 KiB, crc32, u16 length, u8 type, data."""
-    from wandb.proto import wandb_internal_pb2
-
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    position, parts = 7, b""  # W&B's own header takes the first 7 bytes of the first block
-    while position + 7 <= len(data):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:  # too little for a header: zeros to the block's end
-            position += left_in_block
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        if kind == 0:  # preallocated, never written
-            return
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or last part
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            yield record
-            parts = b""
-
-
-def _history(folder: Path) -> tuple[set[str], list[dict[str, Any]]]:
-    """Run ids and rows in a run folder of W&B."""
-    (path,) = folder.glob("run-*.wandb")
-    ids: set[str] = set()
-    rows: list[dict[str, Any]] = []
-    for record in _wandb_records(path):
-        if record.WhichOneof("record_type") == "run":
-            ids.add(record.run.run_id)
-        elif record.WhichOneof("record_type") == "history":
-            row = {}
-            for item in record.history.item:
-                value = item.WhichOneof("value")
-                name = item.key or "/".join(item.nested_key)
-                row[name] = getattr(item, value) if value else json.loads(item.value_json)
-            rows.append(row)
-    return ids, rows
-
-
 def _feed(run: Path, metrics: MetricsFile, mode: str = "offline") -> WandbFeed:
     config = {"loss": {"name": "dpo", "beta": 0.1}}
     return WandbFeed(
@@ -242,7 +202,7 @@ def test_offline_the_newest_folder_holds_every_row_once_after_a_kill(tmp_path: P
     assert (run / "wandb" / "offline-run-20200101_000000-other").exists()
     # What `wandb sync RUN/wandb` would take: the folders that hold a .wandb file, one deep.
     assert {path.resolve().parent for path in (run / "wandb").glob("*/*.wandb")} == {newest.resolve()}
-    ids, rows = _history(newest)
+    ids, rows = wandb_reader.history(newest)
     assert ids == {"abc123"}
     truth = metrics.rows()
     assert len(truth) == 421
@@ -284,6 +244,8 @@ class _FakeRun:
     def __init__(self, step: int, broken: str) -> None:
         self.step = step
         self.sent: list[tuple[int, dict[str, Any]]] = []
+        self.summary: dict[str, Any] = {}
+        self.alerts: list[str] = []
         self._broken = broken
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
@@ -293,6 +255,9 @@ class _FakeRun:
         if self._broken == "log":
             raise RuntimeError("no server\nmore")
         self.sent.append((step, values))
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        self.alerts.append(f"{level}: {title}: {text}")
 
     def finish(self, exit_code: int) -> None:
         if self._broken == "finish":
@@ -337,6 +302,60 @@ def test_online_resumes_behind_what_the_server_has(tmp_path: Path, monkeypatch: 
     assert "init_timeout" not in asked["settings"].given
     assert asked["settings"].given["console"] == "off"
     assert os.listdir(tmp_path / "wandb") == ["superseded"]
+
+
+def test_alerts_histograms_and_the_summary_reach_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _FakeRun(0, "")
+    _fake(monkeypatch, run, "")
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    counts = [0] * (len(BIN_EDGES) + 1)
+    counts[30] = 7
+    metrics.append("train", 1, 0.1, 8, {"train/loss": 0.1, "train/rewards/margins_histogram": counts})
+    for step, loss, accuracy in ((0, 0.7, 0.4), (10, 0.5, 0.6), (20, 0.6, 0.8)):
+        metrics.append("eval", step, 0.1, 8, {"eval/loss": loss, "eval/x/rewards/accuracies": accuracy})
+    feed = _feed(tmp_path, metrics, "online")
+    feed.alert("a title", "a text")
+    feed.samples([Sample("a prompt", "before", "after")])
+    feed.finish()
+    index, last = run.sent[-1]
+    assert index == 4  # behind the rows
+    assert (last["samples"].columns, last["samples"].data) == (
+        ["prompt", "reference", "policy"],
+        [["a prompt", "before", "after"]],
+    )
+    assert run.alerts == ["WARN: a title: a text"]
+    assert run.summary == {"best/eval/loss": 0.5, "best/eval/x/rewards/accuracies": 0.8, "health/warnings": 1}
+    shown = run.sent[0][1]["train/rewards/margins_histogram"]
+    assert shown.histogram == counts
+    assert list(shown.bins[1:-1]) == list(BIN_EDGES)
+
+
+def test_tensorboard_has_the_rows_of_the_file_after_a_rollback(tmp_path: Path) -> None:
+    """Each start writes the whole run anew: no row twice, none of those that were cut back."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    first = TensorBoardFeed(tmp_path, metrics)
+    counts = [0] * (len(BIN_EDGES) + 1)
+    counts[40] = 3
+    for step in (1, 2, 3):
+        metrics.append(
+            "train", step, step / 10, 4 * step, {"train/loss": 1 / step, "train/rewards/margins_histogram": counts}
+        )
+        first.feed()
+    metrics.cut_back(1)  # and the first one is never finished
+    second = TensorBoardFeed(tmp_path, metrics)
+    second.feed()
+    _row(metrics, 2, third=math.nan)
+    second.alert("a title", "a text")
+    second.finish()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, pytest.approx(1 / 3))]
+    assert [e.value for e in events.Scalars("pairs_seen")] == [4.0, 8.0]
+    assert math.isnan(events.Scalars("third")[0].value)
+    (histogram,) = events.Histograms("train/rewards/margins_histogram")
+    assert histogram.histogram_value.num == 3
 
 
 @pytest.mark.parametrize("broken", ["import", "login", "init", "log", "finish"])

@@ -42,7 +42,7 @@ class Inspect:
     file: Text | None = None
     """Where the report is written as JSON; null: nowhere."""
     picture: Picture | None = None
-    """Where the lengths are drawn; needs matplotlib; null: nowhere."""
+    """Where the lengths are drawn; null: nowhere."""
 
     @property
     def policies(self) -> dict[str, str]:

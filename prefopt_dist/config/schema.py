@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from prefopt_dist.config.findings import Inspect
+from prefopt_dist.config.health import Health
 from prefopt_dist.config.lora import Lora
 from prefopt_dist.config.losses import DPOLoss, Loss
 from prefopt_dist.config.rules import Count, Dtype, Fraction, NotNegative, Positive, Rule, Text
@@ -118,6 +119,16 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class EarlyStop:
+    """Ends the training where an evaluation has not got better for long; the run is then done."""
+
+    metric: Text = "eval/loss"
+    """A metric of the evaluations; what ends in loss is better where it is lower, all else where it is higher."""
+    evaluations: Count = 3
+    """So many in a row without a new best end it."""
+
+
+@dataclass(frozen=True)
 class Train:
     """How long and in what portions."""
 
@@ -135,6 +146,8 @@ class Train:
     """How many times the median of the last 64 norms is far above them; the first 16 updates have none to compare."""
     max_skipped_steps: Annotated[int, Rule("at least 0", lambda v: v >= 0)] = 3
     """Updates in a row that are left out because loss or gradient is not finite or a spike; one more ends the run."""
+    early_stop: EarlyStop | None = None
+    """{metric, evaluations}: ends the training where an evaluation has not got better; null: never."""
     max_hours: Positive | None = None
     """Stops with a checkpoint after this many hours of one start; null: no limit."""
     hang_minutes: Positive | None = 30.0
@@ -161,6 +174,8 @@ class Checkpoint:
     """Every this many steps; null: at the last step only."""
     keep: Annotated[int, Rule("at least 2", lambda v: v >= 2)] = 2
     """The newest this many stay; two, so that one is whole whatever happens to the other."""
+    keep_best: Text | None = None
+    """A metric of the evaluations, such as eval/loss: the checkpoint that is best by it stays too; null: none."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint; never: refuse a run folder that has one."""
 
@@ -189,6 +204,10 @@ class Tracking:
     """Weights & Biases."""
     log_every_steps: Count = 1
     """A row is the mean over the pairs of this many steps."""
+    samples: Annotated[int, Rule("at least 0", lambda v: v >= 0)] = 0
+    """Prompts of the evaluation (or training) set that the model answers before and after, at the end; 0: none."""
+    tensorboard: bool = False
+    """Event files in RUN/tensorboard too; needs the package tensorboard."""
 
 
 @dataclass(frozen=True)
@@ -308,6 +327,16 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Report:
+    """The stage that makes a page about a run."""
+
+    compare: tuple[Text, ...] = ()
+    """Run folders to show side by side instead of run.dir."""
+    file: Text | None = None
+    """The page to write; null: RUN/report.html, or report.html beside run.dir where runs are compared."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One run's whole configuration, and what its nulls stand for."""
 
@@ -333,6 +362,8 @@ class Config:
     """When to commit."""
     tracking: Tracking = field(default_factory=Tracking)
     """Where the metrics go."""
+    health: Health = field(default_factory=Health)
+    """The thresholds of the health rules."""
     deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
     """DeepSpeed's files."""
     export: Export = field(default_factory=Export)
@@ -341,6 +372,8 @@ class Config:
     """The evaluate stage."""
     plan: Plan = field(default_factory=Plan)
     """The plan stage."""
+    report: Report = field(default_factory=Report)
+    """The report stage."""
     generate: Generate = field(default_factory=Generate)
     """The generate stage."""
     rounds: Rounds = field(default_factory=Rounds)

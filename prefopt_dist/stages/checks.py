@@ -65,6 +65,8 @@ def check_packages(config: Config) -> None:
     mode = os.environ.get("WANDB_MODE", config.tracking.wandb.mode)
     if mode in ("online", "offline", "dryrun"):
         refuse_absent("wandb", "tracking.wandb.mode", f"the mode {mode!r}", "set tracking.wandb.mode=disabled")
+    if config.tracking.tensorboard:
+        refuse_absent("tensorboard", "tracking.tensorboard", "it", "set tracking.tensorboard=false")
     if config.lora is not None:
         refuse_absent("peft", "lora", "a run with adapters", "remove the section lora")
 
@@ -92,6 +94,21 @@ def adapter_of(lora: Lora | None, model: PreTrainedConfig, base: str) -> Adapter
     folder = Path(base)
     # peft finds a relative folder from where it is started only, which may be anywhere.
     return Adapter(lora.r, lora.alpha, lora.rslora, tuple(names), str(folder.resolve()) if folder.is_dir() else base)
+
+
+def check_evaluations(config: Config) -> None:
+    """Refuses to be led by evaluations that there will not be."""
+    for key, asked in (
+        ("train.early_stop", config.train.early_stop),
+        ("checkpoint.keep_best", config.checkpoint.keep_best),
+    ):
+        if asked is not None and (not config.data.eval or config.eval.every_steps is None):
+            raise UserError(f"{key}: it goes by evaluations, so set data.eval and eval.every_steps, or {key} to null")
+    if config.tracking.samples and config.lora is not None and not config.export.merged:
+        raise UserError(
+            "tracking.samples: a run with adapters exports no whole model that could answer; set export.merged=true "
+            "or tracking.samples=0"
+        )
 
 
 def check_tokenizer(tokenizer: Any, template: str, vocab_size: int) -> None:

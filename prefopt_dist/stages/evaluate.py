@@ -23,6 +23,7 @@ from prefopt_dist.objectives import Objective
 from prefopt_dist.stages import comparing, export, ingredients
 from prefopt_dist.stages.ingredients import Models
 from prefopt_dist.stages.job import run_folder
+from prefopt_dist.tracking import evaluation_table
 from prefopt_dist.tracking.console import say
 from prefopt_dist.training.batches import ScoredRows
 from prefopt_dist.training.evaluation import evaluate
@@ -31,7 +32,8 @@ from prefopt_dist.training.run_folder import RunFolder
 
 def run(config: Config) -> None:
     """All ranks, of any number. A signal ends it as it ends any process: there is nothing to go on with."""
-    with run_folder(config, begins=False) as folder:
+    # A model folder needs no run: it is measured against the reference that the configuration names.
+    with run_folder(config, begins=False, bare=config.evaluate.model is not None) as folder:
         if not config.data.eval and config.evaluate.prompts is None:
             raise UserError(
                 "data.eval: not set, so there is nothing to evaluate on. Name a data set, or set evaluate.prompts."
@@ -56,9 +58,8 @@ def run(config: Config) -> None:
             if evaluated.temporary is not None:
                 shutil.rmtree(evaluated.temporary)
         say(f"evaluated {evaluated.name}:")
-        for metric, value in found.items():
-            if isinstance(value, float):
-                say(f"  {metric}: {value:.4f}")
+        if prepared is not None:
+            say(evaluation_table.text(found))
         if "answers" in found:
             say(comparing.compared_text(found["answers"], evaluated.name, config.evaluate.against or "the reference"))
 
@@ -76,7 +77,7 @@ def _prepared(config: Config, models: Models) -> tuple[Objective, dict[str, Scor
 
 def _on_given(
     config: Config, models: Models, evaluated: _Evaluated, objective: Objective, sets: dict[str, ScoredRows]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """The metrics on given responses."""
     settings = ingredients.reference_settings(config, models)
     lm = load_sharded(evaluated.model, dtype=models.dtype, settings=settings)
@@ -86,7 +87,7 @@ def _on_given(
     found = evaluate(engine, objective, sets, config.reference_micro_batch_tokens)
     zero3.release(engine)
     del engine
-    return found
+    return evaluation_table.with_intervals(found)
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,7 @@ def _check_surroundings(config: Config) -> None:
     zero_settings(config.deepspeed.policy, "deepspeed.policy")
     zero_settings(config.deepspeed.reference, "deepspeed.reference")
     checks.check_packages(config)
+    checks.check_evaluations(config)
     checks.check_folders(config, make_objective(config.loss, DTYPES[config.model.dtype]))
 
 

@@ -15,10 +15,10 @@ from prefopt_dist.training.stopping import Requests
 
 
 @contextmanager
-def run_folder(config: Config, *, begins: bool) -> Iterator[RunFolder]:
-    """All ranks: rank 0 has opened and locked the folder, and every node sees it; begins as in RunFolder.open."""
+def run_folder(config: Config, *, begins: bool, bare: bool = False) -> Iterator[RunFolder]:
+    """All ranks: rank 0 has opened and locked the folder, and every node sees it; begins, bare as in RunFolder.open."""
     folder = RunFolder(config.run_dir)
-    ranks.decide(lambda: folder.open(config, world_size=ranks.world_size(), begins=begins))
+    ranks.decide(lambda: folder.open(config, world_size=ranks.world_size(), begins=begins, bare=bare))
     try:
         refuse_local_folder(config.run_dir, "run.dir", remedy="Choose another folder.")
         with _watched(config):

@@ -19,6 +19,7 @@ from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.digests import refuse_if_changed
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.objectives import Objective
 from prefopt_dist.planning.machine import device_peak
 from prefopt_dist.reference.turn import StoppedInFirstPass
 from prefopt_dist.stages import export, ingredients
@@ -26,10 +27,16 @@ from prefopt_dist.stages.base import base_weights
 from prefopt_dist.stages.ingredients import Models
 from prefopt_dist.stages.job import requests_for, run_folder
 from prefopt_dist.stages.losses import described
+from prefopt_dist.stages.samples import write_samples
 from prefopt_dist.tracking.console import in_units, say
+from prefopt_dist.tracking.feed import Feed, Feeds
+from prefopt_dist.tracking.health import Finding, RunFacts, Watch
 from prefopt_dist.tracking.metrics_file import MetricsFile
+from prefopt_dist.tracking.own_work import peak_memory
+from prefopt_dist.tracking.tensorboard_feed import TensorBoardFeed
 from prefopt_dist.tracking.wandb_feed import WandbFeed
 from prefopt_dist.training import checkpoint, loop, room
+from prefopt_dist.training.best import best_step
 from prefopt_dist.training.manifest import Manifest
 from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.run_folder import RunFolder
@@ -84,7 +91,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
             loaded = checkpoint.load(engine, root, found)
             start, state = loaded.step, loaded.state
             # A kill right after a commit leaves one too many; after the last commit nobody else would remove it.
-            ranks.decide(lambda: checkpoint.prune(root, config.checkpoint.keep))
+            ranks.decide(lambda: checkpoint.prune(root, config.checkpoint.keep, _best(config, folder)))
             say(f"resuming from {checkpoint.folder_name(start)}")
         job = loop.Job(
             config=config,
@@ -101,7 +108,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
             peak=device_peak(),
             gated=objective.needs_reference and models.reference_is_start,
             facts=facts,
-            log=_open_log(config, folder, start) if ranks.rank() == 0 else None,
+            log=_open_log(config, folder, start, total_steps, objective) if ranks.rank() == 0 else None,
         )
         say(_what_comes(config, order, start, total_steps))
         stopped_at = loop.train(job, start, state)
@@ -132,6 +139,15 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
                 f"{key}: this run began with {name} {found.facts[name]}, and {what} now give {facts[name]}. "
                 "Put them back as they were, or start a new run."
             )
+
+
+def _best(config: Config, folder: RunFolder) -> checkpoint.Best:
+    """Rank 0: which checkpoint the evaluations so far call the best."""
+    metric = config.checkpoint.keep_best
+    if metric is None:
+        return checkpoint.no_best
+    rows = MetricsFile(folder.metrics).rows()
+    return lambda steps: best_step(rows, metric, steps)
 
 
 def _policy(config: Config, models: Models) -> tuple[Any, room.Room]:
@@ -172,7 +188,7 @@ def _policy(config: Config, models: Models) -> tuple[Any, room.Room]:
     return engine, here
 
 
-def _open_log(config: Config, folder: RunFolder, start: int) -> loop.Log:
+def _open_log(config: Config, folder: RunFolder, start: int, total_steps: int, objective: Objective) -> loop.Log:
     metrics = MetricsFile(folder.metrics)
     again = metrics.cut_back(start)
     if again:
@@ -180,7 +196,8 @@ def _open_log(config: Config, folder: RunFolder, start: int) -> loop.Log:
     folder.note_start_step(start)
     masked = mask_secrets(to_dict(config))
     wandb = masked["tracking"]["wandb"]
-    feed = WandbFeed(
+    made_of = {name: folder.facts[name] for name in ("run_id", "data", "reference", "versions")}
+    wandb_feed = WandbFeed(
         mode=wandb["mode"],
         project=wandb["project"],
         name=wandb["name"] or config.run_dir.name,
@@ -188,11 +205,31 @@ def _open_log(config: Config, folder: RunFolder, start: int) -> loop.Log:
         tags=wandb["tags"],
         run_id=folder.facts["wandb_id"],
         folder=folder.path,
-        config=masked,
+        config=masked | {"made_of": made_of},
         metrics=metrics,
     )
-    feed.feed()
-    return loop.Log(folder, metrics, feed)
+    feeds = Feeds(wandb_feed, TensorBoardFeed(folder.path, metrics)) if config.tracking.tensorboard else wandb_feed
+    feeds.feed()
+    facts = RunFacts(total_steps, config.tracking.log_every_steps, objective.start_loss)
+    folder.note(training=facts.as_json())
+    return loop.Log(folder, metrics, feeds, _open_watch(config, folder, metrics, feeds, facts))
+
+
+def _open_watch(config: Config, folder: RunFolder, metrics: MetricsFile, feeds: Feed, facts: RunFacts) -> Watch:
+    told = [(rule, step) for rule, step in folder.facts.get("health_told", [])]
+
+    def tell(new: list[Finding], found: list[Finding]) -> None:
+        told.extend((f.id, f.step) for f in new)
+        folder.note(health=[f.as_json() for f in found], health_told=told)
+        for finding in new:
+            say(finding.text())
+            if finding.level == "warning":
+                feeds.alert(finding.title, finding.text())
+
+    watch = Watch(metrics, facts, config.health, told, tell)
+    watch.look()
+    folder.note(health=[f.as_json() for f in watch.found])
+    return watch
 
 
 def _finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, stopped_at: int | None) -> None:
@@ -203,7 +240,7 @@ def _finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, st
         if job.log is not None:
             folder.stopped(job.requests.reason(), stopped_at)
             job.requests.obeyed()
-            job.log.wandb.finish()  # last: a W&B that hangs must not hold the word back
+            job.log.feeds.finish()  # last: a W&B that hangs must not hold the word back
         say(f"stopped after step {stopped_at} of {job.total_steps}; start again to go on")
         return
 
@@ -212,10 +249,13 @@ def _finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, st
         source = config.run_dir / "checkpoints" / checkpoint.folder_name(job.total_steps)
         text = export.export_checkpoint(config, models, source, folder, merged=config.export.merged)
         summary = _summary(config, job.log.metrics.rows(), job.total_steps, text)
-        folder.note(memory=folder.facts["memory"] | {"peak_bytes": loop.peak_memory()})
+        if config.tracking.samples:
+            rows = next(iter(job.eval_sets.values()), job.train).rows
+            job.log.feeds.samples(write_samples(config, models, rows))
+        folder.note(memory=folder.facts["memory"] | {"peak_bytes": peak_memory()})
         folder.done(summary)
         job.requests.obeyed()
-        job.log.wandb.finish()
+        job.log.feeds.finish()
         return summary
 
     say(ranks.decide(conclude))

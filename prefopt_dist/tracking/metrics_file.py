@@ -8,6 +8,7 @@ import errno
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.files import write_atomic
 
 Row = dict[str, Any]
-"""`kind` (str), `step` (int), `epoch` (float), `pairs_seen` (int), and the metrics (float) by name."""
+"""`kind` (str), `step` (int), `epoch` (float), `pairs_seen` (int), and the metrics by name.
+
+A metric is a float, or a list of whole numbers: a histogram's counts."""
 
 _KEYS = ("kind", "step", "epoch", "pairs_seen")
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
@@ -38,7 +41,7 @@ class MetricsFile:
         """True where this row exists: an evaluation that a resume need not repeat."""
         return (kind, step) in self._known
 
-    def append(self, kind: str, step: int, epoch: float, pairs_seen: int, metrics: dict[str, float]) -> None:
+    def append(self, kind: str, step: int, epoch: float, pairs_seen: int, metrics: Mapping[str, Any]) -> None:
         """Hand one whole line to the system; `sync` makes it durable."""
         assert not self.has(kind, step), f"{self._path} has the row ({kind}, {step}) already"
         assert not set(_KEYS) & metrics.keys(), f"a metric must not be named as one of {_KEYS}"

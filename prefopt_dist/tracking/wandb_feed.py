@@ -12,6 +12,7 @@ Where the cursor stands at a start:
 """
 
 import os
+import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
+from prefopt_dist.tracking.diagnosis import BIN_EDGES
+from prefopt_dist.tracking.feed import Sample
 from prefopt_dist.tracking.metrics_file import MetricsFile
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ _INIT_SECONDS = 90.0
 _FINISH_SECONDS = 120.0
 _GRACE_SECONDS = 60.0
 _BEAT_SECONDS = 5.0
+BEST_OF = ("/loss", "/rewards/accuracies", "/rewards/margins")
 _MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "dryrun": "offline"}
 
 
@@ -53,7 +57,10 @@ class WandbFeed:
         config: Mapping[str, Any],
         metrics: MetricsFile,
     ) -> None:
-        """`folder` is the run folder (W&B makes `wandb/` in it); `config` has its secrets masked already."""
+        """`folder` is the run folder (W&B makes `wandb/` in it); `config` has its secrets masked already.
+
+        What the run was made of (digests, versions) may stand in the config too: W&B can filter by it.
+        """
         self._mode = _agreed_mode(mode)
         self._metrics = metrics
         self._folder = folder
@@ -68,6 +75,9 @@ class WandbFeed:
             key: value for variable, (key, value) in given.items() if variable not in os.environ
         }
         self._config = dict(config)
+        self._alerts: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self._warnings = 0
+        self._samples: list[Sample] = []
         self._wake = threading.Event()
         self._ending = False
         self._failed = False
@@ -81,6 +91,15 @@ class WandbFeed:
     def feed(self) -> None:
         """Rows were appended: send them. Returns at once."""
         self._wake.set()
+
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B tell the run's people, by mail or Slack as they chose. Returns at once."""
+        self._alerts.put((title, text))
+        self._wake.set()
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """A table beside the last row. Before `finish`, after the last row."""
+        self._samples = list(samples)
 
     def finish(self, exit_code: int = 0) -> None:
         """Send what is left and close the W&B run; gives up, saying so, where W&B does not answer."""
@@ -100,6 +119,7 @@ class WandbFeed:
         try:
             run = self._open()
             self._follow(run)
+            run.summary.update(self._summary())
             run.finish(exit_code=self._exit_code)
         except BaseException as fault:  # this thread is W&B's alone: whatever it throws ends here
             self._say_failed(f"{type(fault).__name__}: {(str(fault).splitlines() or ['no message'])[0]}")
@@ -144,12 +164,29 @@ class WandbFeed:
             rows, offset = self._metrics.rows_after(offset)
             for row in rows:
                 if index >= known:
-                    values = {key: value for key, value in row.items() if key != "kind"}
+                    values = {key: _shown(value) for key, value in row.items() if key != "kind"}
                     run.log(values, step=index, commit=True)  # commit: the last row must not wait for a next
                 index += 1
+            while not self._alerts.empty():
+                title, text = self._alerts.get()
+                self._warnings += 1
+                run.alert(title=title, text=text, level="WARN")
             if ending:
+                if self._samples:
+                    run.log({"samples": _table(self._samples)}, step=index, commit=True)
                 return
             self._wake.wait()
+
+    def _summary(self) -> dict[str, Any]:
+        """What W&B's own summary, each metric's last value, does not say: the best evaluation, the warnings."""
+        rows = self._metrics.rows()
+        best: dict[str, Any] = {}
+        for row in rows:
+            for name, value in row.items():
+                if row["kind"] == "eval" and name.endswith(BEST_OF):
+                    better = min if name.endswith("loss") else max
+                    best[f"best/{name}"] = better(best.get(f"best/{name}", value), value)
+        return best | {"health/warnings": self._warnings}
 
     def _set_aside_offline_folders(self) -> None:
         folder = self._folder / "wandb"
@@ -164,6 +201,22 @@ class WandbFeed:
         if not self._failed:
             self._failed = True
             say(f"W&B: off for this start, training goes on and metrics.jsonl has every row ({why})")
+
+
+def _shown(value: Any) -> Any:
+    """A row's value as W&B takes it: counts of margins as its own histogram, which has an end on both sides."""
+    if not isinstance(value, list):
+        return value
+    import wandb
+
+    edges = (10 * BIN_EDGES[0], *BIN_EDGES, 10 * BIN_EDGES[-1])
+    return wandb.Histogram(np_histogram=(value, edges))
+
+
+def _table(samples: Sequence[Sample]) -> Any:
+    import wandb
+
+    return wandb.Table(columns=list(Sample._fields), data=[list(sample) for sample in samples])
 
 
 def _agreed_mode(mode: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +37,25 @@ def committed(root: Path) -> list[Path]:
     return sorted(root.glob("step-????????"))
 
 
-def prune(root: Path, keep: int) -> None:
-    """Rank 0, when the newest is known to be sound: removes all but the newest `keep`, and older converted forms."""
+Best = Callable[[Collection[int]], int | None]
+"""Of the steps that have a checkpoint the one to keep beside the newest; None for no such one"""
+
+
+def no_best(steps: Collection[int]) -> int | None:
+    """Only the newest ones stay."""
+    return None
+
+
+def prune(root: Path, keep: int, best: Best = no_best) -> None:
+    """Rank 0, when the newest is known to be sound: removes all but the newest `keep` and the best one.
+
+    Older converted forms go too.
+    """
     found = committed(root)
+    spared = best([int(folder.name.removeprefix("step-")) for folder in found])
     for old in found[:-keep]:
-        remove(old)
+        if spared is None or old.name != folder_name(spared):
+            remove(old)
     universal.sweep(root, {found[-1].name})
 
 
@@ -49,8 +63,17 @@ class CheckpointNotCommitted(OSError):
     """A rank could not write its part; the earlier checkpoints are as they were."""
 
 
-def save(engine: Any, root: Path, *, step: int, state: dict[str, Any], facts: dict[str, Any], keep: int) -> Path:
-    """All ranks: commits `root/step-…`, then prunes to the newest `keep`.
+def save(
+    engine: Any,
+    root: Path,
+    *,
+    step: int,
+    state: dict[str, Any],
+    facts: dict[str, Any],
+    keep: int,
+    best: Best = no_best,
+) -> Path:
+    """All ranks: commits `root/step-…`, then prunes to the newest `keep` and the one that rank 0's `best` names.
 
     state: what is needed beside DeepSpeed's own, JSON-like and equal on all ranks; each rank's random states are
     added. facts: rank 0's, in the manifest. A write error on one rank ends the save on all of them.
@@ -82,7 +105,7 @@ def save(engine: Any, root: Path, *, step: int, state: dict[str, Any], facts: di
         (staging / name).rename(root / name)
         fsync_folder(root)
         shutil.rmtree(staging)
-        prune(root, keep)
+        prune(root, keep, best)
 
     ranks.decide(commit)
     return root / name

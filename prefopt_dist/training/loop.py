@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +15,17 @@ from prefopt_dist.config import Config
 from prefopt_dist.data.layout import Cost
 from prefopt_dist.data.order import Order
 from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.distributed.waits import Waits
 from prefopt_dist.objectives import Objective
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
+from prefopt_dist.tracking.diagnosis import Diagnosis
+from prefopt_dist.tracking.feed import Feed
+from prefopt_dist.tracking.health import Watch
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.progress import Progress
 from prefopt_dist.tracking.statistics import means
-from prefopt_dist.tracking.wandb_feed import WandbFeed
-from prefopt_dist.training import checkpoint, probe, step
+from prefopt_dist.training import best, checkpoint, probe, step
 from prefopt_dist.training.batches import Ahead, Batch, ScoredRows, step_batch
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.gate import StartGate
@@ -31,40 +34,7 @@ from prefopt_dist.training.schedule import learning_rate
 from prefopt_dist.training.skips import Skips, record
 from prefopt_dist.training.spikes import Spikes
 from prefopt_dist.training.stopping import Requests
-
-
-@dataclass
-class Window:
-    """What was summed up since the last row of metrics. All of it counts over all ranks."""
-
-    sums: list[float]
-    """[K+1] metrics summed over the pairs, and the pairs; without those of a step whose loss is not finite"""
-    tokens: int = 0
-    seconds: float = 0.0
-    data_seconds: float = 0.0
-    flop: float = 0.0
-    """That the steps needed"""
-
-    def add(self, sums: list[float], batch: Batch, seconds: float, data_seconds: float) -> None:
-        """One step more."""
-        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
-        self.tokens += batch.tokens
-        self.flop += batch.flop
-        self.seconds += seconds
-        self.data_seconds += data_seconds
-
-    def performance(self, peak: float | None) -> dict[str, float]:
-        """`perf/…`; peak: operations a second of all ranks at their best, None where it is not known.
-
-        mfu counts what the steps needed, not what was computed: layers computed again raise it by nothing.
-        """
-        found = {
-            "perf/tokens_per_second": self.tokens / self.seconds,
-            "perf/pairs_per_second": self.sums[-1] / self.seconds,
-            "perf/data_seconds": self.data_seconds,
-            "perf/peak_memory_gib": peak_memory() / 2**30,
-        }
-        return found if peak is None else found | {"perf/mfu": self.flop / self.seconds / peak}
+from prefopt_dist.training.window import Window, own_places
 
 
 @dataclass(frozen=True)
@@ -73,7 +43,13 @@ class Log:
 
     folder: RunFolder
     metrics: MetricsFile
-    wandb: WandbFeed
+    feeds: Feed
+    watch: Watch
+
+    def rows_came(self) -> None:
+        """A row was appended: everybody who follows the file may look."""
+        self.feeds.feed()
+        self.watch.look()
 
 
 @dataclass
@@ -100,6 +76,7 @@ class Job:
     facts: dict[str, Any]
     """For the checkpoints' manifests."""
     log: Log | None
+    diagnosis: Diagnosis = field(init=False)
     window: Window = field(init=False)
     skips: Skips = field(init=False)
     spikes: Spikes | None = field(init=False)
@@ -107,8 +84,13 @@ class Job:
 
     def __post_init__(self) -> None:
         self.skips = Skips()
+        self.diagnosis = Diagnosis(self.objective, self.train.rows, ranks.device())
         self.spikes = self._judge_of([])
-        self.window = Window([0.0] * (len(self.objective.metrics) + 1))
+        self.window = self.no_rows()
+
+    def no_rows(self) -> Window:
+        """An empty window."""
+        return Window.empty(len(self.objective.metrics), len(self.diagnosis.names), ranks.world_size())
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint; equal on all ranks."""
@@ -117,7 +99,8 @@ class Job:
 
     def go_on(self, state: dict[str, Any]) -> None:
         """From a checkpoint's state."""
-        self.window = Window(**state["window"])
+        # There may be other ranks now.
+        self.window = replace(Window(**state["window"]), ranks=self.window.ranks)
         self.skips = Skips(**state["skips"])
         self.spikes = self._judge_of(state["norms"])
 
@@ -139,19 +122,27 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
         gate = StartGate(job.objective, job.dtype, ranks.device())
     if start_step == 0 and config.eval.at_start:
         _evaluate(job, 0)
+    if start_step and _stops_early(job, start_step):
+        return None
     steps = range(start_step, job.total_steps)
     with (
         Progress(job.total_steps, "train", "steps", ranks.rank(), done=start_step) as progress,
         Ahead(lambda index: _batch(job, index), steps) as batches,
+        Waits() as waits,
     ):
         for index in steps:
             done = index + 1
             began = time.perf_counter()
             batch = batches.take(index)
-            data_seconds = time.perf_counter() - began
+            data_seconds, waited = time.perf_counter() - began, waits.seconds
 
-            packed = step.gradient(job.engine, batch, job.objective, gate)
-            sums, request = step.agree(packed, job.requests.look())
+            packed = step.gradient(job.engine, batch, job.objective, gate, job.diagnosis)
+            worked = time.perf_counter() - began - (waits.seconds - waited)
+            own = data_seconds if torch.cuda.is_available() else worked
+            told = torch.cat([packed, job.diagnosis.take(), own_places(packed, own)])
+            everything, request = step.agree(told, job.requests.look())
+            sums, diagnosis, own_work = job.window.parted(everything)
+            computed = time.perf_counter()
             loss = sums[0] / sums[-1]
             if gate is not None:
                 if not math.isfinite(loss):  # the start itself: no step would be better
@@ -163,18 +154,25 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             if math.isfinite(loss):
                 norm = step.update(job.engine, rate, job.spikes)
             else:
-                sums = [0.0] * len(sums)
+                sums, diagnosis = [0.0] * len(sums), [0.0] * len(diagnosis)
                 zero3.drop_gradient(job.engine)
             job.skips.count(norm is None)
             if norm is None:
                 norm = _skipped(job, index, loss)
 
-            job.window.add(sums, batch, time.perf_counter() - began, data_seconds)
+            job.window.add(sums, diagnosis, own_work, batch)
+            job.window.took("data", data_seconds)
+            job.window.took("forward_backward", computed - began - data_seconds)
+            job.window.took("update", time.perf_counter() - computed)
             if done % config.tracking.log_every_steps == 0 or done == job.total_steps:
                 _write_row(job, done, rate, norm)
             last = done == job.total_steps
             if _due(done, config.eval.every_steps) or (last and config.eval.at_end):
                 _evaluate(job, done)
+                if _stops_early(job, done):
+                    last = True
+                    if job.window.steps:
+                        _write_row(job, done, rate, norm)
             if _due(done, config.checkpoint.every_steps) or last or request.stop or request.save:
                 _save(job, done)
             progress.update(text=f"loss {loss:.4f}")
@@ -182,6 +180,8 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
                 return done
             if request.save:
                 job.requests.obeyed()
+            if last:
+                break
     return None
 
 
@@ -208,12 +208,15 @@ def _rate(job: Job, index: int) -> float:
 
 def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
     """A row of metrics: exact means over the pairs since the last row."""
-    window, job.window = job.window, Window([0.0] * (len(job.objective.metrics) + 1))
+    window, job.window = job.window, job.no_rows()
     if job.log is None:
         return
     position = job.order.step(done - 1)
     # There are no pairs where every step was skipped.
-    found = means(job.objective.metrics, window.sums, job.objective.counted_by) if window.sums[-1] else {}
+    found: dict[str, Any] = {}
+    if window.sums[-1]:
+        found = means(job.objective.metrics, window.sums, job.objective.counted_by)
+        found |= job.diagnosis.metrics(window.diagnosis)
     job.log.metrics.append(
         "train",
         done,
@@ -228,7 +231,7 @@ def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
         }
         | window.performance(None if job.peak is None else job.peak * ranks.world_size()),
     )
-    job.log.wandb.feed()
+    job.log.rows_came()
 
 
 def _evaluate(job: Job, done: int) -> None:
@@ -236,14 +239,54 @@ def _evaluate(job: Job, done: int) -> None:
     written = ranks.decide(lambda: job.log is not None and job.log.metrics.has("eval", done))
     if not job.eval_sets or written:
         return
+    began = time.perf_counter()
     found = evaluate(job.engine, job.objective, job.eval_sets, job.config.reference_micro_batch_tokens)
+    for key, metric in _judged_by(job.config):
+        ranks.decide(partial(best.refuse_unknown, metric, key, found))
+    found["perf/evaluation_seconds"] = time.perf_counter() - began
     if job.log is not None:
         seen = job.order.step(done - 1) if done else None
         job.log.metrics.append("eval", done, seen.epoch_fraction if seen else 0.0, seen.rows_seen if seen else 0, found)
-        job.log.wandb.feed()
+        job.log.rows_came()
+
+
+def _stops_early(job: Job, done: int) -> bool:
+    """All ranks: whether the evaluation at this step was one too many without a new best; then it is the last step."""
+    early = job.config.train.early_stop
+    if early is None or done == job.total_steps:
+        return False
+
+    def look() -> bool:
+        assert job.log is not None
+        rows = job.log.metrics.rows()
+        return job.log.metrics.has("eval", done) and best.stops(rows, early.metric, early.evaluations)
+
+    if not ranks.decide(look):
+        return False
+    say(f"step {done}: {early.metric} has had no new best for {early.evaluations} evaluations; training ends here")
+    job.total_steps = done
+    return True
+
+
+def _judged_by(config: Config) -> list[tuple[str, str]]:
+    """Keys of the configuration that name a metric of the evaluations, and that metric."""
+    early, keep = config.train.early_stop, config.checkpoint.keep_best
+    named = [] if early is None else [("train.early_stop.metric", early.metric)]
+    return named if keep is None else [*named, ("checkpoint.keep_best", keep)]
+
+
+def _best(job: Job, steps: Collection[int]) -> int | None:
+    """Rank 0: the checkpoint to keep beside the newest ones."""
+    metric = job.config.checkpoint.keep_best
+    if metric is None or job.log is None:
+        return None
+    found = best.best_step(job.log.metrics.rows(), metric, steps)
+    job.log.folder.note(best={"metric": metric, "step": found})
+    return found
 
 
 def _save(job: Job, done: int) -> None:
+    began = time.perf_counter()
     heartbeat.beat(f"the checkpoint of step {done}")
     facts = job.facts | {"probe": probe.make(job.engine, job.train, job.objective.responses)}
     if job.log is not None:
@@ -255,7 +298,9 @@ def _save(job: Job, done: int) -> None:
         state=job.state(),
         facts=facts,
         keep=job.config.checkpoint.keep,
+        best=lambda steps: _best(job, steps),
     )
+    job.window.took("checkpoint", time.perf_counter() - began)
 
 
 def _skipped(job: Job, index: int, loss: float) -> Any | None:
@@ -293,10 +338,3 @@ def _rows(job: Job, index: int) -> str:
     rows = job.order.step(index).rows
     places = ", ".join(job.train.rows.origin(int(i)) for i in rows[:8])
     return f"Its rows: {places}{' …' if len(rows) > 8 else ''}"
-
-
-def peak_memory() -> int:
-    """Bytes: of the device, or of the process where it computes on the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -62,13 +62,14 @@ class RunFolder:
                 + "\nChoose another run.dir, or put these keys back to go on with the run."
             )
 
-    def open(self, config: Config, *, world_size: int, begins: bool = True) -> None:
+    def open(self, config: Config, *, world_size: int, begins: bool = True, bare: bool = False) -> None:
         """Takes the lock, checks the identity; where the stage `begins` or goes on with the run, notes the start.
 
-        A stage that only looks at a run (begins False) needs one that exists and changes nothing of its record.
+        A stage that only looks at a run (begins False) changes nothing of its record, and needs one that exists, unless
+        a bare folder will do.
         """
         self.check_identity(config)
-        if not begins and not (self.path / "run.json").exists():
+        if not begins and not bare and not (self.path / "run.json").exists():
             raise UserError(f"run.dir: {self.path} holds no run. Give the folder of one, or train first.")
         self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
@@ -80,6 +81,9 @@ class RunFolder:
             raise
         except OSError as e:
             raise UserError(f"run.dir: {self.path} cannot be written ({e.strerror}). Choose another folder.") from e
+        if bare and not (self.path / "run.json").exists():
+            self._before, self._began = {}, True  # after a mistake nothing stays
+            return
         if not begins or self.summary() is not None:
             self._facts = read_json(self.path / "run.json")
             return

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.objectives import Objective, Terms
+from prefopt_dist.tracking.diagnosis import Diagnosis
 from prefopt_dist.tracking.statistics import Statistics
 from prefopt_dist.training.batches import Batch
 from prefopt_dist.training.gate import StartGate
@@ -21,9 +22,12 @@ from prefopt_dist.training.spikes import Spikes
 from prefopt_dist.training.stopping import Request
 
 
-def gradient(engine: Any, batch: Batch, objective: Objective, gate: StartGate | None) -> torch.Tensor:
+def gradient(
+    engine: Any, batch: Batch, objective: Objective, gate: StartGate | None, diagnosis: Diagnosis | None = None
+) -> torch.Tensor:
     """Adds up the gradient of the mean loss over the step's G pairs; float64 [K+1] sums of this rank's metrics.
 
+    The diagnosis, where there is one, keeps sums of its own.
     Each pair weighs 1/G wherever it stands; the engine averages over the ranks, hence the factor world size.
     """
     objective = at_reference_point(engine, batch, objective)
@@ -34,6 +38,8 @@ def gradient(engine: Any, batch: Batch, objective: Objective, gate: StartGate | 
         terms: Terms = engine(micro_batch, objective, reference)
         engine.backward(terms.loss * weight)
         statistics.add(terms.statistics, terms.statistics.new_full((), len(micro_batch.rows)))
+        if diagnosis is not None:
+            diagnosis.add(objective, terms, micro_batch, reference)
         if gate is not None and reference is not None:
             gate.add(terms, reference)
     return statistics.packed()

@@ -73,6 +73,7 @@ status_of() { # $1: container; once it has ended
 start() { # $1: name, the others: docker run's; never --rm, so that logs and status can be asked for
     local name=$1
     shift
+    docker rm --force "$name" >/dev/null 2>&1 || true # of an earlier test in the same --home
     docker run -d --name "$name" --network=host --ipc=host --stop-timeout 600 -e WANDB_API_KEY -e HF_TOKEN \
         -e OMP_NUM_THREADS=1 "$@" >/dev/null
 }

@@ -1,0 +1,35 @@
+"""The thresholds of the health rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefopt_dist.config.rules import Fraction, Positive
+
+
+@dataclass(frozen=True)
+class Health:
+    """When a rule speaks; docs/health.md says what each rule looks at. Warnings never stop a run."""
+
+    grace: Fraction = 0.333
+    """The share of the steps after which a run that has learnt nothing is no beginner any more."""
+    stuck_accuracy: Fraction = 0.6
+    """accuracy-stuck: training accuracy that is certainly below this."""
+    wrong_margin: Fraction = 0.8
+    """noisy-labels: the median size of the margins with the wrong sign, over that of those with the right one."""
+    flipped_accuracy: Fraction = 0.35
+    """labels-flipped: the reference's log-prob accuracy, summed and per token, below this."""
+    chosen_fall: Positive = 0.5
+    """chosen-falls: nats a token that the chosen responses have lost since the start."""
+    overfit_rise: Positive = 0.1
+    """overfit: part by which an evaluation loss lies above its best, or twice that in accuracy lost."""
+    length_correlation: Fraction = 0.6
+    """length-bias: correlation of the margin with how much longer the chosen response is."""
+    divergence: Positive = 1.25
+    """diverging: the loss over that of the start."""
+    gradient_spike: Positive = 10.0
+    """gradient-spike: a gradient norm over the median of the rows before."""
+    slow_rank: Positive = 1.5
+    """slow-rank: a rank's own seconds of work over the median of the others'."""
+    memory_growth: Positive = 0.05
+    """memory-creep: part by which memory has grown through four successive stretches."""

@@ -1,0 +1,112 @@
+"""From records to one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from prefopt_dist.report.record import Record
+from prefopt_dist.report.run_charts import run_charts
+from prefopt_dist.report.sweep import differing_keys, sweep_charts, sweep_table
+from prefopt_dist.tracking.health import RULES
+
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logratio/chosen_per_token")
+"""Of which the page gives the first and the last value."""
+
+
+def run_page(record: Record) -> str:
+    """The page of one run."""
+    return _render(
+        "run.html.j2",
+        title=record.name,
+        record=record,
+        verdict=verdict(record),
+        numbers=_numbers(record),
+        charts=run_charts(record),
+        checked=[rule for rule in RULES if rule.id not in {f.id for f in record.found}],
+    )
+
+
+def sweep_page(records: Sequence[Record]) -> str:
+    """The page of several runs."""
+    return _render(
+        "sweep.html.j2",
+        title=f"{len(records)} runs",
+        keys=differing_keys(records),
+        table=sweep_table(records),
+        records=records,
+        verdicts={record.path: verdict(record) for record in records},
+        charts=sweep_charts(records),
+    )
+
+
+def verdict(record: Record) -> dict[str, str]:
+    """One sentence on how the run is, and its mood: good, poor, or open."""
+    warnings = [f for f in record.found if f.level == "warning"]
+    active = {f.id: f.title for f in warnings if f.id in record.active}
+    if active:
+        number = "one warning stands" if len(active) == 1 else f"{len(active)} warnings stand"
+        return {"mood": "poor", "text": f"Not well: {number}. {'; '.join(active.values())}."}
+    if not record.train:
+        return {"mood": "open", "text": "Nothing to judge yet: the run has no row of training."}
+    if warnings:
+        return {"mood": "open", "text": "It has recovered: every warning below is over."}
+    state = "Done, and well" if record.done else "Well so far"
+    return {"mood": "good", "text": f"{state}: no rule has a warning."}
+
+
+def _numbers(record: Record) -> list[dict[str, Any]]:
+    """First and last value of what matters, training and each evaluated set."""
+    found = []
+    sets = [("training", "train/", record.train)]
+    sets += [(f"evaluation {n}".rstrip(), f"eval/{n}/".replace("//", "/"), record.evals) for n in record.eval_sets]
+    for label, prefix, rows in sets:
+        for name in SHOWN:
+            values = [row[prefix + name] for row in rows if prefix + name in row]
+            if values:
+                found.append({"of": label, "name": name, "first": values[0], "last": values[-1]})
+    return found
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("prefopt_dist.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    environment.filters["flat"] = flat
+    environment.filters["breakable"] = breakable
+    return environment.get_template(template).render(made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), **values)
+
+
+def number(value: Any) -> str:
+    """Four digits of a float, none behind the fourth decimal; all else as it is."""
+    if isinstance(value, float):
+        return f"{round(value, 4) + 0.0:.4g}" if abs(value) >= 5e-5 or value == 0 else f"{value:.0e}"
+    return "–" if value is None else str(value)
+
+
+def breakable(name: str) -> str:
+    """The name with a place to break the line after each slash and underscore."""
+    return re.sub(r"([/_])(?=[A-Za-z])", "\\1\u200b", name)
+
+
+def flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested facts as dotted names and values; lists by their length where they hold more than scalars."""
+    found: list[tuple[str, str]] = []
+    for key, value in facts.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found += flat(value, f"{name}.")
+        elif isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
+            found.append((name, f"{len(value)} entries"))
+        else:
+            found.append((name, ", ".join(map(str, value)) if isinstance(value, list) else number(value)))
+    return found

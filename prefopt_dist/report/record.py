@@ -1,0 +1,143 @@
+"""What a run folder says of its run; read while the run goes on or after it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prefopt_dist.config.health import Health
+from prefopt_dist.errors import UserError
+from prefopt_dist.files import read_json
+from prefopt_dist.tracking.health import Finding, RunFacts, findings
+from prefopt_dist.tracking.metrics_file import MetricsFile, Row
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint that is still there."""
+
+    step: int
+    committed: str
+    gib: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run folder, read once."""
+
+    path: Path
+    facts: dict[str, Any]
+    """run.json"""
+    config: dict[str, Any]
+    config_text: str
+    """config.yaml, whose secrets are masked already"""
+    rows: list[Row]
+    checkpoints: list[Checkpoint]
+    state: str
+    """In a few words: done, stopped and why, or where it is"""
+    done: bool
+    found: list[Finding]
+    active: set[str]
+    """Ids of the rules that have not recovered"""
+    evaluation: dict[str, Any] | None
+    """evaluation.json"""
+    inspection: dict[str, Any] | None
+    """inspection.json"""
+    samples: list[dict[str, str]]
+    """samples.jsonl"""
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def train(self) -> list[Row]:
+        """The rows of training."""
+        return [row for row in self.rows if row["kind"] == "train"]
+
+    @property
+    def evals(self) -> list[Row]:
+        """The rows of evaluation."""
+        return [row for row in self.rows if row["kind"] == "eval"]
+
+    @property
+    def eval_sets(self) -> list[str]:
+        """Names of the evaluated sets; '' for the unnamed one."""
+        sets: dict[str, None] = {}
+        for row in self.evals:
+            for name in row:
+                if name.startswith("eval/") and name.endswith("/loss"):
+                    sets[name.removeprefix("eval/").removesuffix("loss").rstrip("/")] = None
+        return list(sets)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps that the run was to have; None where it never came to training."""
+        told = self.facts.get("training")
+        return None if told is None else int(told["total_steps"])
+
+
+def read_run(path: Path, key: str) -> Record:
+    """Reads a run folder; key: of the configuration, for the user's mistake."""
+    if not (path / "run.json").exists():
+        raise UserError(f"{key}: {path} holds no run. Give the folder of one.")
+    facts: dict[str, Any] = read_json(path / "run.json")
+    config_text = (path / "config.yaml").read_text()
+    config: dict[str, Any] = yaml.safe_load(config_text)
+    rows = MetricsFile(path / "metrics.jsonl").rows()
+    found: list[Finding] = []
+    active: set[str] = set()
+    if "training" in facts:
+        found, active = findings(rows, RunFacts(**facts["training"]), Health(**config.get("health", {})))
+    done = (path / "DONE").exists()
+    return Record(
+        path=path,
+        facts=facts,
+        config=config,
+        config_text=config_text,
+        rows=rows,
+        checkpoints=_checkpoints(path / "checkpoints"),
+        state=_state(path, rows, done),
+        done=done,
+        found=found,
+        active=active,
+        evaluation=_optional(path / "evaluation.json"),
+        inspection=_optional(path / "inspection.json"),
+        samples=_lines(path / "samples.jsonl"),
+    )
+
+
+def _optional(file: Path) -> dict[str, Any] | None:
+    return read_json(file) if file.exists() else None
+
+
+def _lines(file: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _checkpoints(root: Path) -> list[Checkpoint]:
+    found = []
+    for folder in sorted(root.glob("step-????????")):
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        found.append(Checkpoint(int(folder.name[5:]), _time(folder.stat().st_mtime), size / 2**30))
+    return found
+
+
+def _state(path: Path, rows: list[Row], done: bool) -> str:
+    if done:
+        return "done"
+    if (path / "STOPPED").exists():
+        return f"stopped: {(path / 'STOPPED').read_text().strip()}"
+    if not rows:
+        return "not yet in training"
+    return f"not finished; its last row was written at {_time((path / 'metrics.jsonl').stat().st_mtime)}"
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -1,0 +1,68 @@
+"""What an evaluation says beyond its means: how sure its accuracies are, and the same with length taken out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+Z95 = 1.959963984540054
+"""The normal distribution's 97.5% point: 95% lie between −Z95 and Z95."""
+ACCURACY = "rewards/accuracies"
+SHOWN = (
+    *("loss", "rewards/margins", "rewards/chosen", "rewards/rejected", "ties", "logps/accuracies"),
+    *("logratio/chosen", "logratio/rejected", "logratio/chosen_per_token", "logratio/rejected_per_token"),
+    *("rewards/accuracies_chosen_longer", "rewards/accuracies_chosen_shorter"),
+)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95% interval of a share of n by Wilson (1927), which holds near 0 and 1 too."""
+    centre, spread = share + Z95**2 / (2 * n), Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    return max(0.0, (centre - spread) / (1 + Z95**2 / n)), min(1.0, (centre + spread) / (1 + Z95**2 / n))
+
+
+def with_intervals(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics, and for each accuracy over pairs its interval, `…_low` and `…_high`, and the length-controlled one.
+
+    That is the mean of the accuracies on the pairs whose chosen response is the longer and the shorter one, each
+    half counting the same whatever its size: who goes by length alone has ½, however the data lean.
+    """
+    more: dict[str, Any] = {}
+    for name, value in found.items():
+        prefix, mark, source = name.partition(ACCURACY)
+        if not mark or not (source == "" or source.startswith("_of/")):
+            continue
+        n = found[f"{prefix}rows"] if source == "" else found[f"{prefix}pairs{source}"]
+        low, high = wilson(value, n)
+        at = f"{prefix}rewards/{{}}{source}"
+        more |= {at.format("accuracies_low"): low, at.format("accuracies_high"): high}
+        longer, shorter = (found.get(f"{name}_chosen_{which}") for which in ("longer", "shorter"))
+        if longer is not None and shorter is not None:
+            more[f"{name}_length_controlled"] = (longer + shorter) / 2
+    return {**found, **more}
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """For people, set by set, with a table of the sources where there are several."""
+    lines = []
+    for prefix in [name.removesuffix("rows") for name in found if name.endswith("/rows")]:
+        lines.append(f"{prefix.rstrip('/')}: {found[f'{prefix}rows']} rows")
+        if prefix + ACCURACY in found:
+            lines.append(f"  {ACCURACY}: {_accuracy(found, prefix, '')}")
+            controlled = found.get(f"{prefix}{ACCURACY}_length_controlled")
+            if controlled is not None:
+                lines.append(f"  {ACCURACY}_length_controlled: {controlled:.1%}")
+        lines += [f"  {name}: {found[prefix + name]:.4f}" for name in SHOWN if prefix + name in found]
+        sources = [name.removeprefix(f"{prefix}pairs_of/") for name in found if name.startswith(f"{prefix}pairs_of/")]
+        width = max(map(len, sources), default=0)
+        for source in sources:
+            n, margin = found[f"{prefix}pairs_of/{source}"], found[f"{prefix}rewards/margins_of/{source}"]
+            accuracy = _accuracy(found, prefix, f"_of/{source}")
+            lines.append(f"  {source:{width}}  {n:6} pairs, accuracy {accuracy}, margin {margin:.4f}")
+    return "\n".join(lines)
+
+
+def _accuracy(found: Mapping[str, Any], prefix: str, source: str) -> str:
+    value, low, high = (found[f"{prefix}rewards/accuracies{part}{source}"] for part in ("", "_low", "_high"))
+    return f"{value:.1%} (95% interval {low:.1%} to {high:.1%})"

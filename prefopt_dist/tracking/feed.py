@@ -1,0 +1,61 @@
+"""What every outlet that follows `metrics.jsonl` can do, so that the loop need not know which there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+
+class Sample(NamedTuple):
+    """A prompt and what two models say to it."""
+
+    prompt: str
+    reference: str
+    policy: str
+
+
+class Feed(Protocol):
+    """Reads the file by a cursor of its own; what it cannot deliver is never the training's concern."""
+
+    def feed(self) -> None:
+        """Rows were appended."""
+        ...
+
+    def alert(self, title: str, text: str) -> None:
+        """A health rule has a warning."""
+        ...
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """A table of samples, once, when no row will come any more."""
+        ...
+
+    def finish(self) -> None:
+        """No row will come any more."""
+        ...
+
+
+class Feeds:
+    """Several outlets as one."""
+
+    def __init__(self, *feeds: Feed) -> None:
+        self._feeds = feeds
+
+    def feed(self) -> None:
+        """Rows were appended."""
+        for feed in self._feeds:
+            feed.feed()
+
+    def alert(self, title: str, text: str) -> None:
+        """A health rule has a warning."""
+        for feed in self._feeds:
+            feed.alert(title, text)
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """A table of samples."""
+        for feed in self._feeds:
+            feed.samples(samples)
+
+    def finish(self) -> None:
+        """No row will come any more."""
+        for feed in self._feeds:
+            feed.finish()

@@ -1,0 +1,94 @@
+"""TensorBoard's event files, written from `metrics.jsonl`.
+
+The file is the truth: each start writes the events of the whole run anew, so that a kill leaves no gap and a resume no
+row twice.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from prefopt_dist.tracking.console import say
+from prefopt_dist.tracking.diagnosis import BIN_EDGES
+from prefopt_dist.tracking.feed import Sample
+from prefopt_dist.tracking.metrics_file import MetricsFile
+
+NOT_METRICS = ("kind", "step")
+
+
+class TensorBoardFeed:
+    """Events in RUN/tensorboard. Rank 0 alone builds it. A disk that fails ends it, not the training."""
+
+    def __init__(self, folder: Path, metrics: MetricsFile) -> None:
+        """folder: the run folder."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        events = folder / "tensorboard"
+        if events.exists():
+            shutil.rmtree(events)
+        self._writer: Any = SummaryWriter(str(events))
+        self._metrics = metrics
+        self._offset = 0
+        self._broken = False
+
+    def feed(self) -> None:
+        """Writes the rows that have come, by their step."""
+        self._safely(self._write)
+
+    def alert(self, title: str, text: str) -> None:
+        """A text at the last step."""
+        self._safely(lambda: self._writer.add_text("health", text))
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """As text."""
+        text = "\n\n".join(f"**{s.prompt}**\n\nreference: {s.reference}\n\npolicy: {s.policy}" for s in samples)
+        self._safely(lambda: self._writer.add_text("samples", text))
+
+    def finish(self) -> None:
+        """Everything is on disk."""
+        self._safely(self._write)
+        self._safely(self._writer.close)
+
+    def _write(self) -> None:
+        rows, self._offset = self._metrics.rows_after(self._offset)
+        for row in rows:
+            for name, value in row.items():
+                if isinstance(value, list):
+                    self._histogram(name, value, row["step"])
+                elif name not in NOT_METRICS:
+                    self._writer.add_scalar(name, value, row["step"])
+        self._writer.flush()
+
+    def _histogram(self, name: str, counts: list[int], step: int) -> None:
+        n = sum(counts)
+        if n == 0:
+            return
+        edges = [2 * BIN_EDGES[0], *BIN_EDGES, 2 * BIN_EDGES[-1]]
+        middles = [(low + high) / 2 for low, high in pairwise(edges)]
+        total = math.fsum(m * c for m, c in zip(middles, counts, strict=True))
+        squares = math.fsum(m * m * c for m, c in zip(middles, counts, strict=True))
+        self._writer.add_histogram_raw(
+            name,
+            edges[0],
+            edges[-1],
+            n,
+            total,
+            squares,
+            bucket_limits=edges[1:],
+            bucket_counts=counts,
+            global_step=step,
+        )
+
+    def _safely(self, what: Any) -> None:
+        if self._broken:
+            return
+        try:
+            what()
+        except OSError as fault:
+            self._broken = True
+            say(f"TensorBoard: off for this start, training goes on and metrics.jsonl has every row ({fault})")

@@ -1,0 +1,269 @@
+"""The health rules on rows made for them: each speaks where it should, once, and again only when it has recovered."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import pytest
+
+from prefopt_dist.config.health import Health
+from prefopt_dist.tracking.diagnosis import BIN_EDGES
+from prefopt_dist.tracking.health import RULES, Finding, RunFacts, Watch, findings
+from prefopt_dist.tracking.metrics_file import MetricsFile, Row
+
+STEPS, G = 100, 64
+FACTS = RunFacts(STEPS, 1, 0.693)
+WINDOW = 10
+
+
+def histogram(margins: Sequence[float]) -> list[int]:
+    """Counts of these margins."""
+    counts = [0] * (len(BIN_EDGES) + 1)
+    for margin in margins:
+        counts[sum(margin >= edge for edge in BIN_EDGES)] += 1
+    return counts
+
+
+def train_row(step: int, **changes: Any) -> Row:
+    """A row of a run that is well: it learns, its rewards part, its chosen responses keep their probability."""
+    part = step / STEPS
+    margins = [-0.3 + 0.1 * i * part for i in range(G)]
+    row: Row = {
+        "kind": "train",
+        "step": step,
+        "epoch": part,
+        "pairs_seen": G * step,
+        "train/loss": 0.693 - 0.4 * part,
+        "train/rewards/accuracies": 0.5 + 0.35 * part,
+        "train/rewards/chosen": 0.5 * part,
+        "train/rewards/rejected": -1.0 * part,
+        "train/rewards/margins_p10": -0.1 * part,
+        "train/rewards/margins_p90": 3.0 * part,
+        "train/rewards/margins_histogram": histogram(margins),
+        "train/rewards/margins_by_length": 0.2,
+        "train/rewards/accuracies_chosen_longer": 0.6 + 0.3 * part,
+        "train/rewards/accuracies_chosen_shorter": 0.55 + 0.3 * part,
+        "train/lengths/chosen_longer": 0.5,
+        "train/lengths/chosen_shorter": 0.45,
+        "train/logratio/chosen_per_token": 0.05 * part,
+        "train/logratio/rejected_per_token": -0.1 * part,
+        "train/logps/chosen_per_token": -1.0 + 0.05 * part,
+        "train/reference/accuracies": 0.45,
+        "train/reference/accuracies_per_token": 0.55,
+        "train/saturated": 0.2 * part,
+        "train/grad_norm": 1.0 + 0.1 * (step % 3),
+        "perf/memory_gib": 10.0 + 0.01 * (step % 5),
+        "perf/slowest_rank": step % 4,
+        "perf/slowest_rank_seconds": 1.1,
+        "perf/other_ranks_seconds": 1.0,
+    }
+    return row | changes
+
+
+def eval_row(step: int, loss: float, accuracy: float, name: str = "") -> Row:
+    prefix = f"eval/{name}/" if name else "eval/"
+    return {
+        "kind": "eval",
+        "step": step,
+        "epoch": step / STEPS,
+        "pairs_seen": G * step,
+        f"{prefix}loss": loss,
+        f"{prefix}rewards/accuracies": accuracy,
+    }
+
+
+def found(rows: Sequence[Row], facts: RunFacts = FACTS, **thresholds: float) -> list[Finding]:
+    return findings(rows, facts, Health(**thresholds))[0]
+
+
+def run(change: Callable[[int], dict[str, Any]], last: int = STEPS) -> list[Row]:
+    return [train_row(step, **change(step)) for step in range(1, last + 1)]
+
+
+def test_a_run_that_is_well_has_no_finding() -> None:
+    rows = [eval_row(0, 0.693, 0.0), *run(lambda step: {})]
+    rows.insert(51, eval_row(50, 0.6, 0.7))
+    rows.append(eval_row(100, 0.5, 0.72, "named"))
+    assert found(rows) == []
+
+
+MARGINS_WITH_A_FIFTH_WRONG = histogram([5.0] * 50 + [-5.0] * 14)
+
+ILL: dict[str, Callable[[int], dict[str, Any]]] = {
+    "labels-flipped": lambda step: {"train/reference/accuracies": 0.1, "train/reference/accuracies_per_token": 0.2},
+    "accuracy-stuck": lambda step: {"train/rewards/accuracies": 0.51 + 0.02 * (step % 3)},
+    "noisy-labels": lambda step: {"train/rewards/margins_histogram": MARGINS_WITH_A_FIFTH_WRONG},
+    "no-learning": lambda step: {
+        "train/rewards/accuracies": 0.5,
+        "train/logratio/chosen_per_token": 1e-4,
+        "train/logratio/rejected_per_token": -1e-4,
+        "train/rewards/margins_p10": -0.01,
+        "train/rewards/margins_p90": 0.01,
+    },
+    "diverging": lambda step: {"train/loss": 0.693 + 0.01 * step},
+    "chosen-falls": lambda step: {"train/logratio/chosen_per_token": -0.01 * step},
+    "rewards-fall": lambda step: {
+        "train/rewards/chosen": -0.01 * step,
+        "train/rewards/rejected": -0.02 * step,
+        "train/logratio/chosen_per_token": -0.001 * step,
+    },
+    "length-bias": lambda step: {"train/rewards/margins_by_length": 0.75, "train/lengths/chosen_longer": 0.7},
+    "saturated": lambda step: {"train/saturated": 0.99},
+    "gradient-spike": lambda step: {"train/grad_norm": 30.0 if step == 50 else 1.0},
+    "slow-rank": lambda step: {"perf/slowest_rank": 2, "perf/slowest_rank_seconds": 2.0},
+    "memory-creep": lambda step: {"perf/memory_gib": 10 * 1.01**step},
+}
+
+
+@pytest.mark.parametrize("rule", ILL)
+def test_each_rule_speaks_once_where_it_should(rule: str) -> None:
+    (finding,) = found(run(ILL[rule]))
+    assert finding.id == rule
+    assert any(letter.isdigit() for letter in finding.evidence)
+    assert "threshold" in finding.evidence or finding.level == "info"
+    assert finding.remedy
+    assert rule in finding.text()
+
+
+def test_every_rule_has_its_run() -> None:
+    assert {rule.id for rule in RULES} == ILL.keys() | {"overfit"}
+    assert len({rule.id for rule in RULES}) == len(RULES)
+
+
+def test_overfit_needs_training_near_1_and_an_evaluation_that_gets_worse() -> None:
+    def rows(accuracy: float, last: Row) -> list[Row]:
+        trained = run(lambda step: {"train/rewards/accuracies": accuracy})
+        return [*trained[:50], eval_row(50, 0.5, 0.8), *trained[50:], last]
+
+    (finding,) = found(rows(0.99, eval_row(100, 0.6, 0.8)))
+    assert finding.id == "overfit"
+    assert "eval/loss is 0.6 and was 0.5" in finding.evidence
+    (finding,) = found(rows(0.99, eval_row(100, 0.5, 0.55)))
+    assert "was 0.800" in finding.evidence
+    assert found(rows(0.99, eval_row(100, 0.52, 0.75))) == []
+    assert found(rows(0.9, eval_row(100, 0.6, 0.8))) == []
+    # Sets are compared with themselves.
+    assert found(rows(0.99, eval_row(100, 0.9, 0.4, "other"))) == []
+
+
+def test_hard_pairs_are_no_wrong_labels() -> None:
+    """A quarter of the margins below 0 as a bell curve has them, and as flipped labels do."""
+    bell = [NormalDist(0.67, 1).inv_cdf((i + 0.5) / 256) for i in range(256)]
+    assert sum(m < 0 for m in bell) == 64
+    assert found(run(lambda step: {"train/rewards/margins_histogram": histogram(bell)})) == []
+    flipped = [
+        m if i % 4 else -m for i, m in enumerate(NormalDist(1.4, 0.3).inv_cdf((i + 0.5) / 256) for i in range(256))
+    ]
+    (finding,) = found(run(lambda step: {"train/rewards/margins_histogram": histogram(flipped)}))
+    assert finding.id == "noisy-labels"
+
+
+def test_other_evidence_for_length() -> None:
+    """Hardly a pair whose chosen response is the shorter one; accuracies far apart."""
+    only_longer = {
+        "train/lengths/chosen_longer": 0.97,
+        "train/lengths/chosen_shorter": 0.02,
+        "train/rewards/accuracies": 0.95,
+        "train/rewards/margins_by_length": 0.1,
+    }
+    (finding,) = found(run(lambda step: only_longer))
+    assert "98% of the pairs" in finding.evidence
+    apart = {"train/rewards/accuracies_chosen_longer": 0.9, "train/rewards/accuracies_chosen_shorter": 0.3}
+    (finding,) = found(run(lambda step: apart))
+    assert "0.90 on pairs whose chosen" in finding.evidence
+
+
+def test_without_a_reference_the_first_rows_are_the_start() -> None:
+    """A loss whose reward is below 0 from the start, and whose loss has no closed form there."""
+
+    def bare(step: int, **changes: Any) -> Row:
+        row = train_row(step, **{"train/rewards/chosen": -1.0, "train/rewards/rejected": -2.0})
+        row |= {"train/logps/accuracies": 0.5, "train/logps/accuracies_per_token": 0.5}
+        return {k: v for k, v in row.items() if "logratio" not in k and "reference" not in k} | changes
+
+    facts = RunFacts(STEPS, 1, None)
+    steps = range(1, STEPS + 1)
+    assert found([bare(s) for s in steps], facts) == []
+    (finding,) = found([bare(s, **{"train/logps/chosen_per_token": -1 - 0.021 * s}) for s in steps], facts)
+    assert (finding.id, finding.step) == ("chosen-falls", 34)
+    (finding,) = found([bare(s, **{"train/loss": 2.0 if s < 50 else 4.0}) for s in steps], facts)
+    assert finding.id == "diverging"
+    flipped = {"train/logps/accuracies": 0.1, "train/logps/accuracies_per_token": 0.1}
+    (finding,) = found([bare(s, **(flipped if s < 20 else {})) for s in steps], facts)
+    assert finding.id == "labels-flipped"
+
+
+def test_a_rule_speaks_again_only_when_it_has_recovered() -> None:
+    """A gap shorter than a window is no recovery."""
+
+    def slow(*spans: tuple[int, int]) -> list[Row]:
+        return run(
+            lambda s: {"perf/slowest_rank": 1, "perf/slowest_rank_seconds": 1 + any(a <= s <= b for a, b in spans)}
+        )
+
+    assert [f.step for f in found(slow((1, 40)))] == [WINDOW]
+    # The median of a window turns when half of it has changed.
+    assert [f.step for f in found(slow((1, 40), (48, 100)))] == [WINDOW]
+    assert [f.step for f in found(slow((1, 40), (70, 100)))] == [WINDOW, 75]
+    assert findings(slow((1, 40)), FACTS, Health())[1] == set()
+    assert findings(slow((1, 100)), FACTS, Health())[1] == {"slow-rank"}
+
+
+def test_thresholds_are_the_configuration() -> None:
+    rows = run(ILL["chosen-falls"])
+    assert found(rows, chosen_fall=2.0) == []
+    assert found(rows, chosen_fall=0.1)[0].step < found(rows)[0].step
+
+
+def test_a_row_without_metrics_breaks_nothing() -> None:
+    """As a step that was skipped leaves one."""
+    bare = {k: v for k, v in train_row(50).items() if not k.startswith("train/")}
+    rows = run(lambda step: {})
+    rows[49] = bare | {"train/grad_norm": float("nan")}
+    assert found(rows) == []
+    assert found([rows[49] | {"step": 1}]) == []
+    assert found([{k: v for k, v in row.items() if "rewards" not in k} for row in rows]) == []  # of SFT
+
+
+def test_a_resume_neither_repeats_nor_loses_a_finding(tmp_path: Path) -> None:
+    """Killed after the row that makes a finding and before it is told; then after a later one was told and cut back."""
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    rows = run(lambda step: ILL["chosen-falls"](step) | (ILL["slow-rank"](step) if step > 70 else {}))
+    told: list[tuple[str, int]] = []
+    said: list[str] = []
+
+    def watch() -> Watch:
+        def tell(new: list[Finding], all_of_them: list[Finding]) -> None:
+            told.extend((f.id, f.step) for f in new)
+            said.extend(f.id for f in new)
+
+        return Watch(metrics, FACTS, Health(), list(told), tell)
+
+    def append(first: int, last: int, follower: Watch | None) -> None:
+        for row in rows[first - 1 : last]:
+            metrics.append(
+                **{k: row[k] for k in ("kind", "step", "epoch", "pairs_seen")},
+                metrics={k: v for k, v in row.items() if "/" in k},
+            )
+            if follower is not None:
+                follower.look()
+
+    append(1, 50, watch())
+    assert said == []
+    append(51, 60, None)  # the finding is in the rows, and nobody heard of it
+    second = watch()
+    second.look()
+    assert said == ["chosen-falls"]
+    append(61, 85, second)
+    assert said == ["chosen-falls", "slow-rank"]
+    metrics.cut_back(75)  # both findings were told; the second one's row is gone
+    third = watch()
+    third.look()
+    assert [f.id for f in third.found] == ["chosen-falls"]
+    append(76, 100, third)
+    assert [f.id for f in third.found] == ["chosen-falls", "slow-rank"] == said
+    whole, _ = findings(rows, FACTS, Health())
+    assert third.found == whole
+    json.dumps([f.as_json() for f in whole])
