@@ -14,7 +14,7 @@ if [[ ! -w $scratch ]]; then
     exit 2
 fi
 case ${1:-} in
-    "" | -* | inspect | plan | reference | train | evaluate | generate | rounds | export) exec "$root/launch/run.sh" "$@" ;;
+    "" | -* | inspect | plan | reference | train | evaluate | generate | rounds | report | export) exec "$root/launch/run.sh" "$@" ;;
     demo) PYTHONPATH=$root exec "$PREFOPT_PYTHON" -m prefopt_dist.demo ;;
     *) PYTHONPATH=$root exec "$@" ;;
 esac
