@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,15 @@ def test_a_function_that_is_not_there(path: str, words: str) -> None:
         find_function(path, "generate.rewards[0].function")
     assert words in str(told.value)
     assert str(told.value).startswith("generate.rewards[0].function: ")
+
+
+def test_a_function_beside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Python itself does not look into the working folder, as in an image or under slurm/job.sh."""
+    (tmp_path / "reward_of_this_folder.py").write_text("def score(prompt, response, row):\n    return len(response)\n")
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p])
+    monkeypatch.chdir(tmp_path)
+    assert find_function("reward_of_this_folder:score", "k")("", "four", {}) == 4
+    assert sys.path[-1] == str(tmp_path)
 
 
 def write_reward(folder: Path, outputs: int = 1, pad: bool = True) -> Path:
