@@ -23,6 +23,7 @@ from generation_world import PROMPTS, write_run, write_world
 from test_generation import write_reward
 
 from prefopt_dist.__main__ import main
+from prefopt_dist.config import identity, load_config
 from prefopt_dist.generation import vllm_engine
 from prefopt_dist.generation.prompts import Prompt
 from prefopt_dist.generation.sampling import Sampling
@@ -194,6 +195,12 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     assert not (folder / "STOP").exists()
     assert (folder / "round-3" / "pairs.jsonl").exists()
     assert not (folder / "round-3" / "DONE").exists()
+    # It was done after two rounds and is not now; what says that it was stopped goes at the next start.
+    assert not (folder / "DONE").exists()
+    monkeypatch.setattr(answering.Answering, "run", answer)
+    assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
+    assert (folder / "DONE").exists()
+    assert not (folder / "STOPPED").exists()
 
 
 @pytest.mark.slow
@@ -259,6 +266,12 @@ def mistakes(world: Path) -> list[tuple[list[str], list[str], str, bool]]:
         (["generate.rewards: an entry has function None"], ["generate.rewards=[{weight: 2.0}]"], "generate", True),
         (["generate.prompts", "nowhere.jsonl", "does not exist"], ["generate.prompts=nowhere.jsonl"], "generate", True),
         (["evaluate.prompts: not set", "name prompts"], [], "rounds", True),
+        (
+            ["reference.name_or_path", "rounds.reference=start", "rounds.reference=first"],
+            [f"evaluate.prompts={world / 'new.jsonl'}", f"reference.name_or_path={world / 'model'}"],
+            "rounds",
+            True,
+        ),
     ]
 
 
@@ -270,6 +283,16 @@ def test_mistakes_end_with_one_message(world: Path, door: Door) -> None:
             door.fails(words, *overrides, "--check", stage=stage, run=run)
         else:
             door.fails(words, *overrides, stage=stage, run=run, early=early)
+
+
+def test_rounds_in_the_folder_of_a_training_that_is_done(world: Path, door: Door) -> None:
+    run = write_run(world, "trained", evaluate={"prompts": str(world / "new.jsonl")})
+    folder = world / "runs" / "trained"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"identity": identity(load_config(run))}))
+    (folder / "DONE").write_text("trained\n")
+    door.fails(["run.dir", "holds one training, which is done, and no rounds"], stage="rounds", run=run)
+    assert (folder / "DONE").exists()
 
 
 def test_prompts_without_prompts(door: Door, world: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,14 @@ def test_batches_with_a_cache_sample_what_each_response_alone_does(family: str, 
         engine = TransformersEngine(model, dtype=FLOAT32, device=CPU, batch_tokens=batch_tokens)
         assert engine.sample(prompts, sampling) == expected
     assert engine.sample(prompts[3:], sampling) == expected[3:]
+
+
+def test_a_model_without_numbers_is_named(llama: Path) -> None:
+    engine = TransformersEngine(inspect_folder(llama, "k", 64), dtype=FLOAT32, device=CPU, batch_tokens=100)
+    torch.nn.init.constant_(engine._model.get_output_embeddings().weight, float("nan"))
+    sampling = Sampling(n=2, temperature=0.9, top_p=0.9, max_new_tokens=4, seed=0, stop_ids=())
+    with pytest.raises(UserError, match=r"the prompt at p\.jsonl:1 are NaN or infinite"):
+        engine.sample([prompt(0, [5, 6])], sampling)
 
 
 def test_batches_keep_to_the_budget() -> None:
@@ -334,6 +343,8 @@ def test_functions_are_asked_with_prompt_response_and_row() -> None:
     assert FunctionReward(rewards_for_tests.nothing).score([(asked[0][0], "ab")]) == [
         Bad("returned None, which is no number")
     ]
+    huge = FunctionReward(lambda prompt, response, row: 10**400)
+    assert huge.score(asked[:1]) == [Bad("returned a number beyond every float, which is no finite number")]
 
 
 @pytest.mark.parametrize(
@@ -350,6 +361,15 @@ def test_a_function_that_is_not_there(path: str, words: str) -> None:
         find_function(path, "generate.rewards[0].function")
     assert words in str(told.value)
     assert str(told.value).startswith("generate.rewards[0].function: ")
+
+
+def test_a_function_beside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Python itself does not look into the working folder, as in an image or under slurm/job.sh."""
+    (tmp_path / "reward_of_this_folder.py").write_text("def score(prompt, response, row):\n    return len(response)\n")
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p])
+    monkeypatch.chdir(tmp_path)
+    assert find_function("reward_of_this_folder:score", "k")("", "four", {}) == 4
+    assert sys.path[-1] == str(tmp_path)
 
 
 def write_reward(folder: Path, outputs: int = 1, pad: bool = True) -> Path:
@@ -459,6 +479,18 @@ def test_wins_and_intervals() -> None:
 # The store
 
 
+def test_a_row_may_hold_what_json_has_no_word_for(tmp_path: Path) -> None:
+    """A missing number of a table is NaN there; rewards that look for it get it."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "what is blue?", "score": NaN, "date": Infinity}\n')
+    sources = [DataSource(str(tmp_path / "p.jsonl"))]
+    found = read_prompts(sources, tokeniser=tokeniser(), longest=99, on_bad_row="stop", key="k")
+    store = SampleStore(tmp_path / "s")
+    store.make_plan(found.all, {})
+    row = store.prompts(0)[0].row
+    assert np.isnan(row["score"])
+    assert row["date"] == float("inf")
+
+
 def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
     store = SampleStore(tmp_path / "s")
     many = [prompt(i, [1, 2, 3 + i], "a\u2028b") for i in range(70)]
@@ -470,9 +502,14 @@ def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
     assert store.missing("samples") == ([0], [])
     assert store.answers(1) == [answers] * 6
     assert store.prompts(0) + store.prompts(1) == many
+    store.write_scores("scores-r", 0, [[[0.5]]] * 64)
+    store.write_scores("scores-r", 1, [[[0.5]]] * 6)
+    assert store.missing("scores-r") == ([], [])
     file = tmp_path / "s" / "samples-00001.jsonl"
     file.write_bytes(file.read_bytes().replace(b"[4, 5]", b"[4, 6]", 1))
     numbers, (message,) = store.missing("samples")
     assert numbers == [0, 1]
     assert "does not match its checksum" in message
     assert not file.exists()
+    store.write_answers(1, [[Answer([6], "another", None, True)]] * 6)
+    assert store.missing("scores-r") == ([1], [])  # what was said of the lost answers is not of these

@@ -241,6 +241,10 @@ def test_rounds_are_one_job_that_comes_back(site: Site) -> None:
     assert site.job("rounds", FAKE_JOB='touch "$FAKE/runs/mine/DONE"').returncode == 0
     assert "|rounds|" in site.lines("srun")[0]
     assert site.submit("r.yaml", "--rounds", "--sweep", "loss.beta=0.1,0.2").returncode == 2
+    # The prompts have no chosen and rejected responses, so the plan is of the pairs that are to be made.
+    assert site.submit("r.yaml", "--rounds", "--dry-run", FAKE_GPU="h100", FAKE_PLAN="echo fits").returncode == 0
+    [asked] = [line for line in site.lines("calls") if " plan " in line]
+    assert f" data.train={site.base}/round-1/pairs.jsonl plan.nodes=1 " in asked
 
 
 def test_a_job_starts_one_task_a_node(site: Site) -> None:

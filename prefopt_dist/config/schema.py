@@ -309,7 +309,7 @@ class Rounds:
     count: Count = 3
     """Rounds."""
     reference: Literal["start", "first"] = "start"
-    """Each round's reference: the model that the round starts from, or the very first one."""
+    """Each round's reference: the model that it starts from, or the very first one (or reference.name_or_path)."""
 
 
 @dataclass(frozen=True)

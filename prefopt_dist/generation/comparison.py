@@ -1,5 +1,8 @@
 """Two models by their own answers to the same prompts: rewards, wins, and the KL from a reference; pure functions.
 
+Both draw by the same noise, answer by answer. That narrows the interval of the difference of rewards; a win rate of one
+answer each says how often mine is better under the same draws, not under independent ones.
+
 Legend: n prompts. An interval is a mean ± 1.96 standard errors over prompts, each prompt the mean of its answers.
 """
 

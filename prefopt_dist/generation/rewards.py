@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -56,7 +58,10 @@ class FunctionReward:
             return Bad(f"raised {type(e).__name__}: {e}")
         if not isinstance(value, Real):
             return Bad(f"returned {shortened(repr(value))}, which is no number")
-        return finite(float(value))
+        try:
+            return finite(float(value))
+        except OverflowError:
+            return Bad("returned a number beyond every float, which is no finite number")
 
     def close(self) -> None:
         """See Reward."""
@@ -72,6 +77,11 @@ def find_function(path: str, key: str) -> Callable[[Any, str, dict[str, Any]], A
     module_name, colon, name = path.partition(":")
     if not colon or not module_name or not name:
         raise UserError(f"{key}: got {path!r}, must be module:name; write it like my_rewards:score")
+    here = os.getcwd()
+    if here not in sys.path:
+        # Jobs of Slurm and images run without it (PYTHONSAFEPATH). Last, so that a clone here does not come before
+        # the code that runs.
+        sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
     except Exception as e:  # somebody's program: its import can raise anything

@@ -26,7 +26,7 @@ class Sampling:
 
 
 def choose(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """int64 [B]: the first token whose cumulated probability exceeds u.
+    """int64 [B]: the first token whose cumulated probability exceeds u; V where the logits give no probabilities (NaN).
 
     logits: [B, V]; u: float64 [B] in [0, 1). The tokens are cumulated in the order of their ids, which rounding
     does not change (in the order of their probabilities two of them could change places).

@@ -60,7 +60,8 @@ class SampleStore:
             ) from e
         for number, start in enumerate(range(0, len(prompts), SHARD_PROMPTS)):
             part = prompts[start : start + SHARD_PROMPTS]
-            _write_lines(self._file("prompts", number), [asdict(prompt) for prompt in part])
+            # NaN is no fault here: it may stand in a field of the row that nobody asks for.
+            _write_lines(self._file("prompts", number), [asdict(prompt) for prompt in part], nan=True)
         shards = -(-len(prompts) // SHARD_PROMPTS)
         write_json(self.folder / SETTINGS, {"shards": shards, **settings})
 
@@ -92,6 +93,8 @@ class SampleStore:
 
     def write_answers(self, number: int, answers: Iterable[Iterable[Answer]]) -> None:
         """Commits a shard."""
+        for scores in self.folder.glob(f"scores-*-{number:05d}.jsonl"):
+            scores.unlink()  # of a shard that was damaged; rounding may make other answers in its place
         _write_lines(self._file("samples", number), [[a.as_json() for a in of_prompt] for of_prompt in answers])
 
     def write_scores(self, what: str, number: int, scores: Iterable[list[Scores]]) -> None:
@@ -127,8 +130,8 @@ def digest_of(content: Any) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _write_lines(path: Path, rows: Iterable[Any]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+def _write_lines(path: Path, rows: Iterable[Any], nan: bool = False) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=nan) + "\n" for row in rows)
     write_atomic(path, text + json.dumps({"check": _check(text)}) + "\n")
 
 

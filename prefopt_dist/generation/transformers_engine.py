@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from prefopt_dist.errors import UserError
 from prefopt_dist.generation.engine import Ids
 from prefopt_dist.generation.noise import uniforms
 from prefopt_dist.generation.prompts import Prompt
@@ -36,6 +37,7 @@ class TransformersEngine:
             folder.path, config=config, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
         )
         self._model = model.eval().to(device)
+        self._path = folder.path
         self._device = device
         self._batch_tokens = batch_tokens
 
@@ -63,6 +65,8 @@ class TransformersEngine:
             chosen = choose(logits, u[here, t], sampling.temperature, sampling.top_p)
             for row, token in zip(here, chosen.tolist(), strict=True):
                 if row in open_rows:
+                    if token == logits.shape[-1]:
+                        raise self._no_numbers(prompts[rows[row][0]])
                     responses[row].append(token)
                     if token in sampling.stop_ids:
                         open_rows.discard(row)
@@ -78,6 +82,12 @@ class TransformersEngine:
             logits = self._forward(chosen[:, None], mask, position[:, None], cache)
             position = position + 1
         return responses
+
+    def _no_numbers(self, prompt: Prompt) -> UserError:
+        return UserError(
+            f"{self._path}: the model's logits for the prompt at {prompt.origin} are NaN or infinite, so no token can "
+            "be sampled; mend the weights, or set model.dtype=float32 or a temperature that is not next to 0"
+        )
 
     def _read(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
         """Each distinct prompt once through the model; then cache, mask [B, L] and last logits [B, V] by row."""

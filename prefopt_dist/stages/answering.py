@@ -53,6 +53,11 @@ def check_for(config: Config, stage: str) -> None:
             "evaluate.prompts: not set, so no round could be told from the one before; name prompts that are not "
             "among those of the training"
         )
+    if stage == "rounds" and config.rounds.reference == "start" and config.reference.name_or_path is not None:
+        raise UserError(
+            f"reference.name_or_path: got {config.reference.name_or_path!r}, must be null with rounds.reference=start, "
+            "by which each round's reference is its own start; leave it out, or set rounds.reference=first"
+        )
     if stage == "rounds" and config.lora is not None and not config.export.merged:
         raise UserError(
             "export.merged: got false, but with a section lora a round's adapters must be added into the model that "

@@ -12,6 +12,7 @@ from typing import Any
 
 from prefopt_dist.config import Config, DataSource
 from prefopt_dist.distributed import ranks
+from prefopt_dist.errors import UserError
 from prefopt_dist.files import read_json, write_json
 from prefopt_dist.generation.comparison import shown
 from prefopt_dist.model.load import ModelFolder, inspect_folder
@@ -22,6 +23,8 @@ from prefopt_dist.tracking.console import say
 from prefopt_dist.training.run_folder import RunFolder
 from prefopt_dist.training.stopping import Requests
 
+ROUNDS = "rounds.json"
+"""In the run folder: the comparisons of all rounds."""
 COMPARISON = "comparison.json"
 """In a round's folder: its model beside the one before."""
 
@@ -69,9 +72,14 @@ def run(config: Config) -> None:
 
 
 def _finished(config: Config, folder: RunFolder) -> str | None:
-    """The table, where there are as many rounds as are asked for now."""
-    summary = folder.summary()
-    if summary is None or len(read_json(config.run_dir / "rounds.json")["rounds"]) < config.rounds.count:
+    """The table, where there are as many rounds as are asked for now; else the folder goes on."""
+    summary, file = folder.summary(), config.run_dir / ROUNDS
+    if summary is None:
+        return None
+    if not file.exists():
+        raise UserError(f"run.dir: {config.run_dir} holds one training, which is done, and no rounds. Name another.")
+    if len(read_json(file)["rounds"]) < config.rounds.count:
+        folder.reopen(config, world_size=ranks.world_size())
         return None
     return summary
 
@@ -174,6 +182,6 @@ def table(done: list[dict[str, Any]]) -> str:
 
 
 def _conclude(config: Config, folder: RunFolder, asked: Asked, done: list[dict[str, Any]]) -> None:
-    write_json(config.run_dir / "rounds.json", {"rounds": done})
+    write_json(config.run_dir / ROUNDS, {"rounds": done})
     folder.done(table(done))
     asked.ended()

@@ -18,7 +18,7 @@ from prefopt_dist.file_lock import FileLock
 from prefopt_dist.files import read_json, write_atomic, write_json
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "wandb")
-START_FILES = ("run.json", "config.yaml", "STOPPED")
+START_FILES = ("run.json", "config.yaml", "STOPPED", "DONE")
 """What a start changes before it does any work."""
 
 
@@ -87,8 +87,16 @@ class RunFolder:
         if not begins or self.summary() is not None:
             self._facts = read_json(self.path / "run.json")
             return
+        self._begin(config, world_size)
+
+    def reopen(self, config: Config, *, world_size: int) -> None:
+        """After `open`: more is asked of a run that was done, so it begins again and is not done until then."""
+        self._begin(config, world_size)
+
+    def _begin(self, config: Config, world_size: int) -> None:
         self._before = {name: _content(self.path / name) for name in START_FILES}
-        (self.path / "STOPPED").unlink(missing_ok=True)
+        for name in ("STOPPED", "DONE"):
+            (self.path / name).unlink(missing_ok=True)
         (self.path / "STOP").unlink(missing_ok=True)  # of an earlier start: it was meant for that one
         write_atomic(self.path / "config.yaml", to_yaml(config))
         if (self.path / "run.json").exists():
