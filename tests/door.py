@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed.comm.comm
 import pytest
 import worlds
+from deepspeed.utils import groups
 
 from prefopt_dist.__main__ import main
 from prefopt_dist.distributed import ranks
@@ -38,7 +39,9 @@ def one_process_group() -> Iterator[None]:
         ranks.start()
         yield
         end()
-    deepspeed.comm.comm.cdb = None  # DeepSpeed would take the group that is gone for its own
+    # DeepSpeed would take the groups that are gone for its own.
+    deepspeed.comm.comm.cdb = None
+    groups._WORLD_GROUP = None
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
