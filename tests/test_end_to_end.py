@@ -228,6 +228,7 @@ def test_kill_in_first_pass(world: World, whole: Path) -> None:
     assert_same_end(world.folder / "killed-early", whole)
 
 
+@pytest.mark.slow
 def test_kill_in_first_pass_then_on_one_rank(world: World, whole: Path) -> None:
     """The plan of two ranks is finished by one: the same rows to the bit, and the same end where two train."""
     run, cache = world.run("killed-two", cache="cache-two"), world.folder / "cache-two"
@@ -257,6 +258,7 @@ def test_kill_in_first_pass_then_on_one_rank(world: World, whole: Path) -> None:
     assert_same_end(world.folder / "killed-two", whole)
 
 
+@pytest.mark.slow
 def test_a_sweep_scores_each_sequence_once(world: World, whole: Path) -> None:
     """Three betas started at the same moment on one empty cache: one scores, the others wait for it."""
     jobs, names = [], []
@@ -335,6 +337,7 @@ sys.exit(main(["train", sys.argv[1]]))
 """
 
 
+@pytest.mark.slow
 def test_two_then_one_then_three_ranks(world: World, whole: Path) -> None:
     """Stopped on two ranks, killed on one in the middle of the conversion, stopped on one, ended on three.
 
@@ -496,6 +499,7 @@ def test_a_planted_secret_is_in_nothing_that_a_run_writes(world: World) -> None:
     assert found == []
 
 
+@pytest.mark.slow
 def test_changed_data_are_refused_at_a_resume(world: World) -> None:
     """Rows of a changed file would be lost or repeated; nothing is touched and the old file goes on."""
     data, folder = world.folder / "changing.jsonl", world.folder / "changed"
