@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from prefopt_dist import __main__
 from prefopt_dist.data import micro_batch
@@ -27,7 +28,15 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
     alone = [Unit(u.row, u.prompt.copy().view(Own), (r,)) for u in units for r in u.responses]
     packed = micro_batch.pack(alone, 1)
     assert packed.tokens == sum(len(u.prompt) + len(r) - 1 for u in units for r in u.responses)
-    return replace(packed, units=packed.units.view(-1, responses_per_unit), rows=tuple(u.row for u in units))
+    # A unit hangs together although its responses have a prompt each.
+    ends = packed.prompts[responses_per_unit - 1 :: responses_per_unit]
+    return replace(
+        packed,
+        units=packed.units.view(-1, responses_per_unit),
+        rows=tuple(u.row for u in units),
+        by_prompt=torch.arange(len(units)),
+        prompts=tuple(end._replace(units=i + 1) for i, end in enumerate(ends)),
+    )
 
 
 if __name__ == "__main__":
