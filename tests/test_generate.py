@@ -27,7 +27,7 @@ from prefopt_dist.config import identity, load_config
 from prefopt_dist.generation import vllm_engine
 from prefopt_dist.generation.prompts import Prompt
 from prefopt_dist.generation.sampling import Sampling
-from prefopt_dist.stages import answering
+from prefopt_dist.stages import answering, rounds
 
 REWARDS = [{"function": "rewards_for_tests:letters"}]
 
@@ -176,6 +176,9 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     assert (folder / "round-1" / "final" / "model.safetensors").read_bytes() == exported
     assert two["against"] == one["policy"]
     assert one["kl"]["mean"] > 0
+    assert one["from_start"] == {name: one[name] for name in ("win_rate", "difference")}
+    apart = two["policy"]["reward"]["mean"] - one["against"]["reward"]["mean"]
+    assert two["from_start"]["difference"]["mean"] == pytest.approx(apart)
     table = (folder / "DONE").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in table[3:6]] == ["0", "1", "2"]
     second = json.loads((folder / "round-2" / "run.json").read_text())
@@ -201,6 +204,30 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
     assert (folder / "DONE").exists()
     assert not (folder / "STOPPED").exists()
+
+
+def interval(mean: float, half: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def test_the_table_tells_the_whole_way_and_which_round_was_worse() -> None:
+    def of_round(number: int, reward: float, difference: float, whole: float) -> dict[str, Any]:
+        known = {"round": number, "pairs": 9, "prompts": 200, "samples": 4, "kl": interval(1, 0.1)}
+        models = {
+            name: {"reward": interval(r, 0.05), "tokens": 8.0} for name, r in (("policy", reward), ("against", 0.5))
+        }
+        apart = {"difference": interval(difference, 0.02), "win_rate": interval(0.5, 0.1)}
+        return known | models | apart | {"from_start": {**apart, "difference": interval(whole, 0.03)}}
+
+    done = [of_round(1, 0.7, 0.2, 0.2), of_round(2, 0.69, -0.01, 0.19)]
+    *_, way, verdict = rounds.table(done).splitlines()
+    assert way == (
+        "from the start to round 2: reward 0.500 (0.450 to 0.550) → 0.690 (0.640 to 0.740), "
+        "difference 0.190 (0.160 to 0.220), win rate 0.500 (0.400 to 0.600)"
+    )
+    assert verdict == "significantly worse than the round before: none"
+    verdict = rounds.table([*done, of_round(3, 0.6, -0.09, 0.1)]).splitlines()[-1]
+    assert verdict == "significantly worse than the round before: 3"
 
 
 @pytest.mark.slow

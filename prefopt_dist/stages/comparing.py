@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,16 +27,22 @@ def compare(
     policy: ModelFolder,
     against: ModelFolder,
     reference: ModelFolder,
+    *,
+    start: ModelFolder | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """All ranks: both models answer evaluate.prompts; rewards, wins, and the policy's KL from the live reference.
 
+    start: one more model that the policy is compared with, as `from_start`.
     Raises StoppedInFirstPass where a stop was asked; what was answered is kept.
     """
     evaluate = config.evaluate
     assert evaluate.prompts is not None
-    found: list[list[Answered]] = []
-    for model, what in ((policy, "policy"), (against, "against")):
+    asked = {"policy": policy, "against": against} | ({} if start is None else {"start": start})
+    found: dict[Path, list[Answered]] = {}
+    for what, model in asked.items():
+        if model.path in found:
+            continue
         job = answering.prepare(
             config,
             models,
@@ -48,11 +55,11 @@ def compare(
             what=what,
         )
         job.run(stop_asked)
-        found.append(ranks.together(job.answered))
-    mine, theirs = found
+        found[model.path] = ranks.together(job.answered)
+    mine, theirs = found[policy.path], found[against.path]
     units = units_of(mine)
     sums = [_sums(config, models, model, units) for model in (policy, reference)]
-    return {
+    compared = {
         "prompts": len(mine),
         "samples": evaluate.samples,
         "temperature": evaluate.temperature,
@@ -61,6 +68,9 @@ def compare(
         **comparison.compared(mine, theirs, job.reward_weights),
         "kl": comparison.kl(mine, *sums),
     }
+    if start is not None:
+        compared["from_start"] = comparison.compared(mine, found[start.path], job.reward_weights)
+    return compared
 
 
 def _sums(config: Config, models: Models, model: ModelFolder, units: Sequence[Unit]) -> NDArray[np.float64]:

@@ -141,7 +141,15 @@ def _compared(
             before = first.policy  # may be a hub name
         # By the rounds' own seed: the same noise for every model, and each one's answers are sampled once.
         try:
-            compared = comparing.compare(config, first, policy, before, first.policy, lambda: asked.look().stop)
+            compared = comparing.compare(
+                config,
+                first,
+                policy,
+                before,
+                first.policy,
+                start=first.policy,
+                stop_asked=lambda: asked.look().stop,
+            )
         except StoppedInFirstPass:
             return None
         found = {"round": number, "pairs": _pairs(of_round), "made_of": made_of, **compared}
@@ -162,7 +170,8 @@ def _folder(config: Config, path: Path) -> ModelFolder:
 def table(done: list[dict[str, Any]]) -> str:
     """The rounds so far, a line each; round 0 is the start. Intervals of 95 % over prompts."""
     lines = [
-        f"answers to {done[0]['prompts']} prompts (evaluate.prompts); intervals of 95 % over prompts",
+        f"answers to {done[0]['prompts']} prompts (evaluate.prompts), {done[0]['samples']} each; "
+        "intervals of 95 % over prompts, a difference is paired by prompt",
         "| round | pairs | reward | difference from the round before | win rate against it | KL from start | tokens |",
         "| ---: | ---: | --- | --- | --- | --- | ---: |",
     ]
@@ -175,9 +184,16 @@ def table(done: list[dict[str, Any]]) -> str:
             f"| {one['round']} | {one['pairs']} | {shown(policy['reward'])} | {' | '.join(cells)} | "
             f"{policy['tokens']:.1f} |"
         )
-    worse = [str(one["round"]) for one in done if (one["difference"]["high"] or 0.0) < 0]
-    if worse:
-        lines.append(f"significantly worse than the round before: {', '.join(worse)}")
+    last = done[-1]
+    lines.append(
+        f"from the start to round {last['round']}: reward {shown(start['reward'])} → "
+        f"{shown(last['policy']['reward'])}, difference {shown(last['from_start']['difference'])}, win rate "
+        f"{shown(last['from_start']['win_rate'])}"
+    )
+    # An interval of a single prompt has no ends, and tells of no round.
+    if all(one["difference"]["high"] is not None for one in done):
+        worse = [str(one["round"]) for one in done if one["difference"]["high"] < 0]
+        lines.append(f"significantly worse than the round before: {', '.join(worse) or 'none'}")
     return "\n".join(lines)
 
 
