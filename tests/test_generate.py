@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import worlds
 from door import Door, one_process_group
 from generation_cases import TORCHRUN
 from generation_world import PROMPTS, write_run, write_world
+from safetensors.torch import load_file, save_file
 from test_generation import write_reward
 
 from prefopt_dist.__main__ import main
@@ -155,6 +157,25 @@ def test_evaluate_compares_two_models_by_their_answers(world: Path, door: Door) 
     assert found["win_rate"]["low"] < found["win_rate"]["mean"] < found["win_rate"]["high"]
     difference = found["policy"]["reward"]["mean"] - found["against"]["reward"]["mean"]
     assert found["difference"]["mean"] == pytest.approx(difference)
+
+
+def test_models_that_are_nearly_the_same_do_not_tie(world: Path, door: Door) -> None:
+    """Weights that differ in the seventh digit draw other answers, each model the more often as often as not."""
+    nearly = world / "nearly"
+    shutil.copytree(world / "model", nearly)
+    weights = load_file(nearly / "model.safetensors")
+    weights["model.norm.weight"] *= 1 + 2**-22
+    save_file(weights, nearly / "model.safetensors", {"format": "pt"})
+    run = write_run(
+        world, "nearly", evaluate={"prompts": str(world / "prompts.jsonl"), "model": str(nearly), "samples": 2}
+    )
+    assert door.ends(run, stage="evaluate")[0] == 0
+    found = json.loads((world / "runs" / "nearly" / "evaluation.json").read_text())["answers"]
+    assert found["policy"] != found["against"]
+    assert found["win_rate"]["high"] - found["win_rate"]["low"] > 0.05  # ties alone would leave nothing of it
+    for name, none in (("win_rate", 0.5), ("difference", 0.0)):
+        half = found[name]["high"] - found[name]["mean"]
+        assert abs(found[name]["mean"] - none) < 2 * half  # four standard errors
 
 
 def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:

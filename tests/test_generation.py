@@ -26,7 +26,7 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.generation import comparison, pairs
 from prefopt_dist.generation.answers import Answer, answers_of
 from prefopt_dist.generation.classifier import ClassifierReward, inspect_reward
-from prefopt_dist.generation.noise import uniforms
+from prefopt_dist.generation.noise import seed_of_model, uniforms
 from prefopt_dist.generation.prompts import Prompt, read_prompts
 from prefopt_dist.generation.rewards import Bad, FunctionReward, find_function
 from prefopt_dist.generation.sampling import Sampling, choose
@@ -57,6 +57,17 @@ def test_noise_depends_on_what_it_is_for_alone() -> None:
     assert abs(long.mean() - 0.5) < 0.046
     # What was sampled yesterday must be sampled today.
     assert uniforms(0, bytes(16), 0, 3).tolist() == PINNED
+
+
+def test_models_draw_independently_of_each_other() -> None:
+    """By the correlation of 1000 draws each: within 4 standard errors (1/√1000) of 0."""
+    seeds = [seed_of_model(seed, key) for seed in (0, 1) for key in ("a" * 32, "b" * 32)]
+    assert len(set(seeds)) == 4
+    assert all(0 <= seed < 2**64 for seed in seeds)
+    assert seed_of_model(0, "a" * 32) == seeds[0]
+    draws = [uniforms(seed, b"k" * 16, 0, 1000) for seed in (0, *seeds)]
+    correlations = np.corrcoef(draws)[~np.eye(5, dtype=bool)]
+    assert np.abs(correlations).max() < 4 / 1000**0.5
 
 
 PINNED = [0.545349881154394, 0.5088387252874981, 0.9003250769613084]

@@ -23,6 +23,7 @@ from prefopt_dist.generation import vllm_engine
 from prefopt_dist.generation.answers import answers_of
 from prefopt_dist.generation.classifier import ClassifierReward, RewardFolder, inspect_reward
 from prefopt_dist.generation.engine import Engine
+from prefopt_dist.generation.noise import seed_of_model
 from prefopt_dist.generation.prompts import Prompt, read_prompts
 from prefopt_dist.generation.rewards import Bad, FunctionReward, Reward, find_function, function_identity
 from prefopt_dist.generation.sampling import Sampling
@@ -246,10 +247,12 @@ def prepare(
     temperature: float,
     top_p: float,
     what: str,
+    own_draws: bool = False,
 ) -> Answering:
     """All ranks: reads the prompts on rank 0 and plans their answers; nothing is sampled yet.
 
-    key: the dotted key that named the sources.
+    key: the dotted key that named the sources; own_draws: by a seed of these weights, so that another model's answers
+    to the same prompts are drawn independently.
     """
     ranks.decide(lambda: check(config))
     rewards = ranks.together(lambda: [(k, _checked(source, k)) for k, source in _reward_keys(config)])
@@ -259,15 +262,15 @@ def prepare(
     ]
     data = config.data
     tokeniser = Tokeniser(read_template(models.tokenizer, data.template), data.max_length, data.max_prompt_length)
+    held = weights(model, models.dtype, config.cache_dir)
     sampling = Sampling(
         n=n,
         temperature=temperature,
         top_p=top_p,
         max_new_tokens=config.generate.max_new_tokens,
-        seed=config.run.seed,
+        seed=seed_of_model(config.run.seed, held.key) if own_draws else config.run.seed,
         stop_ids=ranks.together(lambda: _stop_ids(tokeniser.template, model.path)),
     )
-    held = weights(model, models.dtype, config.cache_dir)
 
     def plan() -> Path:
         heartbeat.beat(f"reading {key}")

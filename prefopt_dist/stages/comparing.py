@@ -53,6 +53,7 @@ def compare(
             temperature=evaluate.temperature,
             top_p=1.0,  # all tokens, as the KL is over all of them
             what=what,
+            own_draws=True,
         )
         job.run(stop_asked)
         found[model.path] = ranks.together(job.answered)

@@ -139,7 +139,7 @@ def _compared(
         policy, before = (_folder(config, Path(path)) for path in (of_round.export_dir, of_round.model.name_or_path))
         if number == 1:
             before = first.policy  # may be a hub name
-        # By the rounds' own seed: the same noise for every model, and each one's answers are sampled once.
+        # By the rounds' own seed, whatever the round: each model's answers are sampled once.
         try:
             compared = comparing.compare(
                 config,
