@@ -29,7 +29,7 @@ from prefopt_dist.config import identity, load_config
 from prefopt_dist.generation import vllm_engine
 from prefopt_dist.generation.prompts import Prompt
 from prefopt_dist.generation.sampling import Sampling
-from prefopt_dist.stages import answering, rounds
+from prefopt_dist.stages import answering, comparing, rounds
 
 REWARDS = [{"function": "rewards_for_tests:letters"}]
 
@@ -180,14 +180,15 @@ def test_models_that_are_nearly_the_same_do_not_tie(world: Path, door: Door) -> 
 
 def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     """One round, then the same with two; the second starts from the first one's model."""
+    judged = door.lines("judged.jsonl", *rows(world / "new.jsonl"))
     sections: dict[str, dict[str, Any]] = {
         "generate": {"prompts": str(world / "new.jsonl"), "n": 4},
-        "evaluate": {"prompts": str(world / "new.jsonl"), "samples": 4},
+        "evaluate": {"prompts": judged, "samples": 4},
         "rounds": {"count": 1, "reference": "first"},
         "optim": {"learning_rate": 0.02},
         "train": {"global_batch_pairs": 8, "micro_batch_tokens": 1024},
     }
-    run, folder = write_run(world, "rounds", **sections), world / "runs" / "rounds"
+    run, folder = write_run(world, "rounds", cache="cache-rounds", **sections), world / "runs" / "rounds"
     assert door.ends(run, stage="rounds")[0] == 0
     (first,) = json.loads((folder / "rounds.json").read_text())["rounds"]
     exported = (folder / "round-1" / "final" / "model.safetensors").read_bytes()
@@ -225,6 +226,18 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
     assert (folder / "DONE").exists()
     assert not (folder / "STOPPED").exists()
+    # As it is, nothing is compared again; with another prompt in the same file all is, and no round is made again.
+    before = (folder / "DONE").read_text()
+    sampled = set((world / "cache-rounds").rglob("samples-*.jsonl"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparing.Comparison, "run", None)
+        assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
+        assert (folder / "DONE").read_text() == before
+    door.lines("judged.jsonl", *rows(world / "new.jsonl")[1:], {"prompt": "quite another one"})
+    assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
+    assert (folder / "DONE").read_text() != before
+    anew = {file.parent for file in set((world / "cache-rounds").rglob("samples-*.jsonl")) - sampled}
+    assert len(anew) == 4  # the start and three rounds, by their answers to the new prompts alone
 
 
 def interval(mean: float, half: float) -> dict[str, float]:
