@@ -178,6 +178,26 @@ def test_models_that_are_nearly_the_same_do_not_tie(world: Path, door: Door) -> 
         assert abs(found[name]["mean"] - none) < 2 * half  # four standard errors
 
 
+def sampled_at(cache: Path) -> list[float]:
+    """The temperatures of all that was answered; the prompts for pairs at 0.9, those of evaluations at 1."""
+    folders = {file.parent for file in cache.rglob("samples-*.jsonl")}
+    return sorted(json.loads((f / "settings.json").read_text())["sampling"]["temperature"] for f in folders)
+
+
+def test_pairs_that_are_there_need_no_answers(world: Path, door: Door) -> None:
+    run, pairs = write_run(world, "kept", cache="cache-kept"), world / "runs" / "kept" / "pairs.jsonl"
+    arguments = [f"generate.prompts={world / 'new.jsonl'}"]
+    assert door.ends(run, *arguments, stage="generate")[0] == 0
+    made = pairs.read_bytes()
+    shutil.rmtree(world / "cache-kept" / "samples")
+    assert door.ends(run, *arguments, stage="generate")[0] == 0
+    assert sampled_at(world / "cache-kept") == []
+    pairs.write_bytes(made[:-1])
+    assert door.ends(run, *arguments, stage="generate")[0] == 0
+    assert pairs.read_bytes() == made
+    assert sampled_at(world / "cache-kept") == [0.9]
+
+
 def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     """One round, then the same with two; the second starts from the first one's model."""
     judged = door.lines("judged.jsonl", *rows(world / "new.jsonl"))
@@ -192,7 +212,12 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     assert door.ends(run, stage="rounds")[0] == 0
     (first,) = json.loads((folder / "rounds.json").read_text())["rounds"]
     exported = (folder / "round-1" / "final" / "model.safetensors").read_bytes()
+    # A cleaned cache costs the answers to the evaluation's prompts, and no round.
+    shutil.rmtree(world / "cache-rounds" / "samples")
+    (folder / "round-1" / "pairs.jsonl").unlink()
     assert door.ends(run, "rounds.count=2", stage="rounds")[0] == 0
+    assert not (folder / "round-1" / "pairs.jsonl").exists()
+    assert sampled_at(world / "cache-rounds") == [0.9, 1.0, 1.0, 1.0]  # round 2's pairs; start and both rounds
     one, two = json.loads((folder / "rounds.json").read_text())["rounds"]
     assert one == first
     assert (folder / "round-1" / "final" / "model.safetensors").read_bytes() == exported
@@ -228,7 +253,7 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     assert not (folder / "STOPPED").exists()
     # As it is, nothing is compared again; with another prompt in the same file all is, and no round is made again.
     before = (folder / "DONE").read_text()
-    sampled = set((world / "cache-rounds").rglob("samples-*.jsonl"))
+    sampled = sampled_at(world / "cache-rounds")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparing.Comparison, "run", None)
         assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
@@ -236,8 +261,7 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     door.lines("judged.jsonl", *rows(world / "new.jsonl")[1:], {"prompt": "quite another one"})
     assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
     assert (folder / "DONE").read_text() != before
-    anew = {file.parent for file in set((world / "cache-rounds").rglob("samples-*.jsonl")) - sampled}
-    assert len(anew) == 4  # the start and three rounds, by their answers to the new prompts alone
+    assert sampled_at(world / "cache-rounds") == [*sampled, *[1.0] * 4]  # the start and three rounds
 
 
 def interval(mean: float, half: float) -> dict[str, float]:

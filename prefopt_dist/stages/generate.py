@@ -27,8 +27,11 @@ FACTS = "generation.json"
 """What RUN/pairs.jsonl was made of and what became of all answers."""
 
 
-def run(config: Config, asked: Requests | None = None) -> bool:
-    """All ranks; whether the pairs are made. asked: as in train.run."""
+def run(config: Config, asked: Requests | None = None, *, served: bool = False) -> bool:
+    """All ranks; whether the pairs are made. asked: as in train.run.
+
+    served: a training on them is done, so they are only checked to be of these settings, and need not be there.
+    """
     with run_folder(config, begins=True) as folder:
         requests = asked or requests_for(config)
         models = ingredients.load_models(config)
@@ -45,6 +48,10 @@ def run(config: Config, asked: Requests | None = None) -> bool:
             what="generate",
         )
         ranks.decide(lambda: _refuse_others(config, _made_of(job)))
+        made = ranks.decide(lambda: _made(config))
+        if served or made is not None:  # whatever has become of the answers in the cache
+            say(made or "generate: the pairs have been trained on")
+            return True
         try:
             job.run(lambda: requests.look().stop)
         except StoppedInFirstPass:
@@ -86,6 +93,15 @@ def _refuse_others(config: Config, made_of: dict[str, Any]) -> None:
             + "\n  ".join(changed)
             + f"\nChoose another run.dir, or remove {file} and {facts}."
         )
+
+
+def _made(config: Config) -> str | None:
+    """Rank 0: what is told of pairs that are there as they were written; None where they are not."""
+    file = config.run_dir / FACTS
+    facts = read_json(file) if file.exists() else None
+    if facts is None or not config.pairs_file.exists() or checksum(config.pairs_file) != facts["pairs_blake2b"]:
+        return None
+    return _text(config, facts)
 
 
 def _write_pairs(config: Config, job: Answering) -> str:

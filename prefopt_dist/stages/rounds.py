@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def run(config: Config) -> None:
         for number in range(1, config.rounds.count + 1):
             of_round = round_config(config, number, hours_gone=ranks.decide(lambda: _hours_since(began)))
             say(f"\nround {number} of {config.rounds.count}: {of_round.run_dir}, from {of_round.model.name_or_path}")
-            finished_round = generate.run(of_round, asked)
+            served = ranks.decide(partial(_is_done, of_round))
+            finished_round = generate.run(of_round, asked, served=served)
             if number == 1 and ranks.rank() == 0:
                 folder.note_start_step(0)  # from here on there is something to go on with
             found = None
@@ -124,6 +126,11 @@ def round_config(config: Config, number: int, hours_gone: float = 0.0) -> Config
 
 def _hours_since(began: float) -> float:
     return (time.monotonic() - began) / 3600
+
+
+def _is_done(of_round: Config) -> bool:
+    """Rank 0: whether the round's training ended and its model is there."""
+    return (of_round.run_dir / "DONE").exists() and of_round.export_dir.is_dir()
 
 
 def _trained(of_round: Config, asked: Requests) -> bool:
