@@ -29,7 +29,7 @@ from prefopt_dist.generation.classifier import ClassifierReward, inspect_reward
 from prefopt_dist.generation.noise import seed_of_model, uniforms
 from prefopt_dist.generation.prompts import Prompt, read_prompts
 from prefopt_dist.generation.rewards import Bad, FunctionReward, find_function
-from prefopt_dist.generation.sampling import Sampling, choose
+from prefopt_dist.generation.sampling import Sampling, choose, stop_ids_of
 from prefopt_dist.generation.store import Answered, SampleStore
 from prefopt_dist.generation.transformers_engine import TransformersEngine, batches
 from prefopt_dist.model.load import inspect_folder
@@ -101,6 +101,15 @@ def test_the_ends_of_the_interval_choose_a_token_that_has_probability() -> None:
     logits[:, 2:4] = torch.tensor([0.3, 0.1])
     last = float(np.nextafter(1.0, 0.0))
     assert choose(logits, torch.tensor([0.0, last], dtype=torch.float64), 1.0, 1.0).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(("said", "more"), [(None, []), (7, [7]), ([7, 9], [7, 9])])
+def test_an_answer_ends_by_the_template_and_by_what_the_folder_says(tmp_path: Path, said: Any, more: list[int]) -> None:
+    tokenizer = small_tokenizer(CHATML)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+    end = {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id}
+    assert stop_ids_of(read_template(tokenizer, "auto"), tmp_path) == tuple(sorted({*end, *more}))
+    assert stop_ids_of(read_template(tokenizer, "auto"), tmp_path / "none") == tuple(sorted(end))
 
 
 # The engine
