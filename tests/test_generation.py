@@ -32,6 +32,7 @@ from prefopt_dist.generation.rewards import Bad, FunctionReward, find_function
 from prefopt_dist.generation.sampling import Sampling, choose, stop_ids_of
 from prefopt_dist.generation.store import Answered, SampleStore
 from prefopt_dist.generation.transformers_engine import TransformersEngine, batches
+from prefopt_dist.generation.whole_model import padded
 from prefopt_dist.model.load import inspect_folder
 
 FLOAT32, CPU = torch.float32, torch.device("cpu")
@@ -172,6 +173,17 @@ def test_batches_with_a_cache_sample_what_each_response_alone_does(family: str, 
         engine = TransformersEngine(model, dtype=FLOAT32, device=CPU, batch_tokens=batch_tokens)
         assert engine.sample(prompts, sampling) == expected
     assert engine.sample(prompts[3:], sampling) == expected[3:]
+
+
+def test_lines_are_padded_on_either_side() -> None:
+    lines = [[5, 6, 7], [8]]
+    for side, ids, mask in (
+        ("left", [[5, 6, 7], [9, 9, 8]], [[1, 1, 1], [0, 0, 1]]),
+        ("right", [[5, 6, 7], [8, 9, 9]], [[1, 1, 1], [1, 0, 0]]),
+    ):
+        found = padded(lines, 9, side, CPU)  # type: ignore[arg-type]
+        assert [t.tolist() for t in found] == [ids, mask]
+        assert {t.dtype for t in found} == {torch.int64}
 
 
 def test_a_model_without_numbers_is_named(llama: Path) -> None:
