@@ -116,6 +116,21 @@ def test_other_settings_in_the_same_run_are_refused(world: Path, door: Door) -> 
     )
 
 
+def test_pairs_pin_what_they_depend_on_alone(world: Path, door: Door) -> None:
+    """The rate of the training that comes after them may change until it begins, their own seed may not."""
+    run, folder = write_run(world, "later", generate={"prompts": str(world / "new.jsonl")}), world / "runs" / "later"
+    assert door.ends(run, stage="generate")[0] == 0
+    assert not (folder / "run.json").exists()
+    changed = ["generate.pairs: ", "sampling.seed: was 0, now 1"]
+    assert "samples:" not in door.fails(changed, "run.seed=1", stage="generate", run=run)
+    (folder / "STOPPED").write_text("once\n")
+    assert door.ends(run, "optim.learning_rate=1e-3", stage="generate")[0] == 0
+    assert not (folder / "STOPPED").exists()
+    assert door.ends(run, "optim.learning_rate=2e-3", "train.max_steps=1")[0] == 0
+    assert json.loads((folder / "run.json").read_text())["identity"]["optim.learning_rate"] == 2e-3
+    door.fails(["run.dir: ", "optim.learning_rate"], "train.max_steps=1", stage="generate", run=run)
+
+
 def test_a_reward_that_fails_stops_with_the_prompt_or_is_dropped(world: Path, door: Door) -> None:
     bad = {"prompts": str(world / "new.jsonl"), "rewards": [*REWARDS, {"function": "rewards_for_tests:nothing"}]}
     status, said = door.ends(write_run(world, "bad", generate=bad), stage="generate")

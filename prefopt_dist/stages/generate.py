@@ -32,7 +32,9 @@ def run(config: Config, asked: Requests | None = None, *, served: bool = False) 
 
     served: a training on them is done, so they are only checked to be of these settings, and need not be there.
     """
-    with run_folder(config, begins=True) as folder:
+    # The run begins with its training: until then what the pairs do not depend on may change.
+    with run_folder(config, begins=False, bare=True) as folder:
+        ranks.decide(folder.starts_beside)
         requests = asked or requests_for(config)
         models = ingredients.load_models(config)
         generate = config.generate
@@ -47,7 +49,7 @@ def run(config: Config, asked: Requests | None = None, *, served: bool = False) 
             top_p=generate.top_p,
             what="generate",
         )
-        ranks.decide(lambda: _refuse_others(config, _made_of(job)))
+        ranks.decide(lambda: _refuse_others(config, job))
         made = ranks.decide(lambda: _made(config))
         if served or made is not None:  # whatever has become of the answers in the cache
             say(made or "generate: the pairs have been trained on")
@@ -79,15 +81,24 @@ def _made_of(job: Answering) -> dict[str, Any]:
     }
 
 
-def _refuse_others(config: Config, made_of: dict[str, Any]) -> None:
+def _sampled_by(job: Answering) -> dict[str, Any]:
+    """What the digest of the samples is of, under flat names."""
+    settings = {name: value for name, value in job.store.settings.items() if name not in ("shards", "sampling")}
+    return settings | {f"sampling.{name}": value for name, value in job.store.settings["sampling"].items()}
+
+
+def _refuse_others(config: Config, job: Answering) -> None:
     """Rank 0: never writes over pairs that were made otherwise, or that are somebody's own."""
     file, facts = config.pairs_file, config.run_dir / FACTS
     if not facts.exists():
         if file.exists():
             raise UserError(f"generate.pairs: {file} exists and was not made by this run; name another file")
         return
-    changed = differing(read_json(facts)["made_of"], made_of)
+    before = read_json(facts)
+    changed = differing(before["made_of"], _made_of(job))
     if changed:
+        told = differing(before.get("sampled_by", {}), _sampled_by(job))
+        changed = [*told, *(line for line in changed if not line.startswith("samples:"))]
         raise UserError(
             f"generate.pairs: {file} was made with other prompts, weights or settings:\n  "
             + "\n  ".join(changed)
@@ -131,6 +142,7 @@ def _write_pairs(config: Config, job: Answering) -> str:
         "best_of_n": _best(found, job.reward_weights),
         **comparison.summary(found, job.reward_weights),
         "made_of": _made_of(job),
+        "sampled_by": _sampled_by(job),
         "pairs_blake2b": digest,
     }
     # First what says that the pairs are ours, then the pairs: killed in between, the next start writes them.
