@@ -30,6 +30,7 @@ from prefopt_dist.generation import vllm_engine
 from prefopt_dist.generation.prompts import Prompt
 from prefopt_dist.generation.sampling import Sampling
 from prefopt_dist.stages import answering, comparing, rounds
+from prefopt_dist.training.checkpoint import committed
 
 REWARDS = [{"function": "rewards_for_tests:letters"}]
 
@@ -222,10 +223,13 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
         "rounds": {"count": 1, "reference": "first"},
         "optim": {"learning_rate": 0.02},
         "train": {"global_batch_pairs": 8, "micro_batch_tokens": 1024},
+        "checkpoint": {"every_steps": 1},
     }
     run, folder = write_run(world, "rounds", cache="cache-rounds", **sections), world / "runs" / "rounds"
     assert door.ends(run, stage="rounds")[0] == 0
     (first,) = json.loads((folder / "rounds.json").read_text())["rounds"]
+    kept = [path.name for path in committed(folder / "round-1" / "checkpoints")]
+    assert len(kept) == 2  # no round has come after it
     exported = (folder / "round-1" / "final" / "model.safetensors").read_bytes()
     # A cleaned cache costs the answers to the evaluation's prompts, and no round.
     shutil.rmtree(world / "cache-rounds" / "samples")
@@ -233,6 +237,8 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     assert door.ends(run, "rounds.count=2", stage="rounds")[0] == 0
     assert not (folder / "round-1" / "pairs.jsonl").exists()
     assert sampled_at(world / "cache-rounds") == [0.9, 1.0, 1.0, 1.0]  # round 2's pairs; start and both rounds
+    assert [path.name for path in committed(folder / "round-1" / "checkpoints")] == kept[1:]
+    assert len(committed(folder / "round-2" / "checkpoints")) == 2
     one, two = json.loads((folder / "rounds.json").read_text())["rounds"]
     assert one == first
     assert (folder / "round-1" / "final" / "model.safetensors").read_bytes() == exported

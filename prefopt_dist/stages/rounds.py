@@ -14,6 +14,7 @@ from typing import Any
 from prefopt_dist.config import Config, DataSource
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
+from prefopt_dist.file_lock import FileLock
 from prefopt_dist.files import read_json, write_json
 from prefopt_dist.generation.comparison import shown
 from prefopt_dist.model.load import ModelFolder, inspect_folder
@@ -22,6 +23,7 @@ from prefopt_dist.stages import answering, comparing, generate, ingredients, tra
 from prefopt_dist.stages.comparing import Comparison
 from prefopt_dist.stages.job import run_folder
 from prefopt_dist.tracking.console import say
+from prefopt_dist.training import checkpoint
 from prefopt_dist.training.run_folder import RunFolder
 from prefopt_dist.training.stopping import Requests
 
@@ -70,6 +72,8 @@ def run(config: Config) -> None:
                 _stopped(folder, asked, number)
                 return
             done.append(found)
+            if number > 1 and (removed := ranks.decide(partial(_prune, round_config(config, number - 1)))):
+                say(removed)
             say(table(done))
         ranks.decide(lambda: _conclude(config, folder, asked, done))
         say(f"done: {config.rounds.count} rounds; the model is {round_config(config, config.rounds.count).export_dir}")
@@ -172,6 +176,24 @@ def _compared(
         content = found
         ranks.decide(lambda: write_json(file, content))
     return found
+
+
+def _prune(before: Config) -> str | None:
+    """Rank 0, when the round after `before` is committed: of its checkpoints the newest and the best one stay.
+
+    Nothing goes on from them: its export does, and is committed. Not while another job looks at that round.
+    """
+    root = before.run_dir / "checkpoints"
+    there = checkpoint.committed(root)
+    lock = FileLock(before.run_dir / ".lock")
+    if len(there) < 2 or lock.take() is not None:
+        return None
+    try:
+        checkpoint.prune(root, 1, train.best_checkpoint(before))
+    finally:
+        lock.give_back()
+    stay = checkpoint.committed(root)
+    return f"{root}: {len(there) - len(stay)} older checkpoints removed, {len(stay)} kept beside the round's model"
 
 
 def _pairs(of_round: Config) -> int:
