@@ -29,6 +29,8 @@ from prefopt_dist.config import identity, load_config
 from prefopt_dist.generation import vllm_engine
 from prefopt_dist.generation.prompts import Prompt
 from prefopt_dist.generation.sampling import Sampling
+from prefopt_dist.generation.shards import HALT, over_shards
+from prefopt_dist.reference.turn import StoppedInFirstPass
 from prefopt_dist.stages import answering, comparing, rounds
 from prefopt_dist.training.checkpoint import committed
 
@@ -98,6 +100,22 @@ def test_pairs_are_the_same_on_two_ranks_and_after_a_kill(world: Path, tmp_path:
     assert 0 < resumed["there"] < 3
     assert resumed["kept"]
     assert Path(resumed["file"]).read_bytes() == expected
+
+
+def test_a_job_halts_itself_alone(world: Path, tmp_path: Path) -> None:
+    """Where the file system has no locks, another job may be asked to stop in the same folder."""
+    others, done = tmp_path / HALT.format(job="another"), []
+
+    def work(number: int) -> None:
+        others.touch()
+        done.append(number)
+
+    over_shards(tmp_path, [0, 1, 2], "mine", work, lambda: False)
+    assert done == [0, 1, 2]
+    with pytest.raises(StoppedInFirstPass):
+        over_shards(tmp_path, [3, 4], "mine", work, lambda: 3 in done)
+    assert done[3:] == [3]
+    assert list(tmp_path.iterdir()) == [others]
 
 
 def test_other_settings_in_the_same_run_are_refused(world: Path, door: Door) -> None:
