@@ -156,7 +156,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
         half = [p[name]["high"] - v for p, v in zip(points, values, strict=True)]
         axis.errorbar(kls, rewards, **{at: half}, fmt="o", color="#1b7f5c", markersize=4, linewidth=0.8)
     axis.plot([0.0], [start], "s", color="#a8443a", markersize=4)
-    axis.annotate("start", (0.0, start), textcoords="offset points", xytext=(5, -9), fontsize=8)
+    axis.annotate("start", (0.0, start), textcoords="offset points", xytext=(7, -3), fontsize=8)
     for p, aside in zip(points, cycle([(-38, -3), (2, 7), (6, -11)]), strict=False):  # neighbours may lie close
         where = (p["kl"]["mean"], p["reward"]["mean"])
         axis.annotate(f"β = {p['beta']:g}", where, textcoords="offset points", xytext=aside, fontsize=8)
