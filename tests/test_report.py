@@ -106,7 +106,7 @@ def test_a_run_that_is_well_and_one_that_has_not_begun(tmp_path: Path) -> None:
 def test_a_warning_that_is_over_is_no_verdict(tmp_path: Path) -> None:
     run = write_run_folder(tmp_path / "slow", steps=60)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    slow = {"perf/slowest_rank": 1, "perf/other_ranks_seconds": 1.0}
+    slow = {"perf/slowest_rank": 1, "perf/other_ranks_seconds": 1.0, "perf/slowest_rank_load": 1.0}
     for row in lines:
         if row["kind"] == "train":
             row |= slow | {"perf/slowest_rank_seconds": 3.0 if row["step"] < 30 else 1.0}

@@ -30,6 +30,6 @@ class Health:
     gradient_spike: Positive = 10.0
     """gradient-spike: a gradient norm over the median of the rows before."""
     slow_rank: Positive = 1.5
-    """slow-rank: a rank's own seconds of work over the median of the others'."""
+    """slow-rank: a rank's own seconds of work over what its units would take the others (median)."""
     memory_growth: Positive = 0.05
-    """memory-creep: part by which memory has grown through four successive stretches."""
+    """memory-creep: part by which memory has grown through four successive stretches, and 64 MiB at least."""

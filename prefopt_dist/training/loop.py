@@ -139,7 +139,7 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             packed = step.gradient(job.engine, batch, job.objective, gate, job.diagnosis)
             worked = time.perf_counter() - began - (waits.seconds - waited)
             own = data_seconds if torch.cuda.is_available() else worked
-            told = torch.cat([packed, job.diagnosis.take(), own_places(packed, own)])
+            told = torch.cat([packed, job.diagnosis.take(), own_places(packed, own, batch.own_flop)])
             everything, request = step.agree(told, job.requests.look())
             sums, diagnosis, own_work = job.window.parted(everything)
             computed = time.perf_counter()
