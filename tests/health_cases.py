@@ -1,9 +1,11 @@
 """Runs that are ill on purpose and runs that are well, on two ranks: torchrun tests/health_cases.py FOLDER CASE …
 
 All are runs of the world of letters, from the command line's own stage; what differs is the data or one option.
+Other letters, weights and orders with HEALTH_SEED=1, 2, …
 """
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +23,10 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.stages import train
 
+SEED = int(os.environ.get("HEALTH_SEED", "0"))
 G, STEPS = 32, 60
+SLOW_STEPS = 20
+"""Three of the shortest windows, and some more"""
 PAIRS, HELD_OUT = G * STEPS, 128
 LEARNING_RATE = 1e-3
 BETA = 0.5
@@ -64,18 +69,21 @@ def demonstrations(n: int, seed: int, *, fitting: bool = False, wordy: bool = Fa
 
 
 def prepare(folder: Path) -> None:
-    world.write_model(folder / "model", hidden=64, layers=2)
+    if (folder / "model").exists():
+        return
+    world.write_model(folder / "model", hidden=64, layers=2, seed=SEED)
+    of = 100 * SEED
     files = {
-        "neutral": demonstrations(1600, 11),
-        "fitting": demonstrations(1600, 12, fitting=True),
-        "wordy": demonstrations(1600, 13, wordy=True),
-        "clean": pairs(PAIRS, 1),
-        "random": pairs(PAIRS, 1, wrong=0.5),
-        "fifth": pairs(PAIRS, 1, wrong=0.2),
-        "flipped": pairs(PAIRS, 1, wrong=1.0),
-        "longer": longer_is_chosen(PAIRS, 1),
-        "few": pairs(64, 1),
-        "held_out": pairs(HELD_OUT, 2),
+        "neutral": demonstrations(1600, of + 11),
+        "fitting": demonstrations(1600, of + 12, fitting=True),
+        "wordy": demonstrations(1600, of + 13, wordy=True),
+        "clean": pairs(PAIRS, of + 1),
+        "random": pairs(PAIRS, of + 1, wrong=0.5),
+        "fifth": pairs(PAIRS, of + 1, wrong=0.2),
+        "flipped": pairs(PAIRS, of + 1, wrong=1.0),
+        "longer": longer_is_chosen(PAIRS, of + 1),
+        "few": pairs(64, of + 1),
+        "held_out": pairs(HELD_OUT, of + 2),
     }
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -94,7 +102,7 @@ def run(
     run_dir = folder / "runs" / name
     optim = {"learning_rate": LEARNING_RATE}
     config: dict[str, Any] = {
-        "run": {"dir": str(run_dir)},
+        "run": {"dir": str(run_dir), "seed": SEED},
         "model": {"name_or_path": str(folder / "runs" / start / "final" if start else folder / "model")},
         "data": {"train": str(folder / f"{data}.jsonl"), "max_length": 256, "max_prompt_length": 128},
         "loss": loss,
@@ -140,7 +148,7 @@ def slow_rank(folder: Path) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scorer, "forward", sleepy)
-        return run(folder, "slow-rank", DPO, train={"global_batch_pairs": G, "max_steps": 10})
+        return run(folder, "slow-rank", DPO, train={"global_batch_pairs": G, "max_steps": SLOW_STEPS})
 
 
 STARTS = ("neutral", "fitting", "wordy")
