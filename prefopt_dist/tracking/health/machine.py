@@ -77,7 +77,7 @@ def _waited_for(row: Row, times: float) -> bool:
     """The slowest rank takes so many times what the others would for its units, and they wait for it."""
     if "perf/slowest_rank_load" not in row:
         return False
-    expected = row["perf/other_ranks_seconds"] * max(1.0, row["perf/slowest_rank_load"])
+    expected: float = row["perf/other_ranks_seconds"] * max(1.0, row["perf/slowest_rank_load"])
     more: float = row["perf/slowest_rank_seconds"] - expected
     return expected > 0 and more > (times - 1) * expected and more > WAITED * row["perf/step_seconds"]
 
