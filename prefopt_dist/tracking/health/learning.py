@@ -33,10 +33,10 @@ def labels_flipped(history: History, thresholds: Health) -> str | None:
     if not rows or "train/reference/accuracies" not in rows[-1]:
         rows, whose = history.first(), "logps"
     summed, per_token = (mean(rows, f"train/{whose}/accuracies{suffix}") for suffix in ("", "_per_token"))
-    n = history.pairs(rows)
+    n = history.distinct_pairs(rows)
     if summed is None or per_token is None or n < FEW_PAIRS:
         return None
-    if max(summed, per_token) + standard_error(max(summed, per_token), n) >= thresholds.flipped_accuracy:
+    if not _surely_below(thresholds.flipped_accuracy, max(summed, per_token), n):
         return None
     return (
         f"Before training it gives the chosen response the higher log-prob in {summed:.0%} of {n} pairs, the higher "
@@ -50,12 +50,17 @@ def accuracy_stuck(history: History, thresholds: Health) -> str | None:
     accuracy, n = mean(rows, "train/rewards/accuracies"), history.pairs(rows)
     if accuracy is None or history.progress < thresholds.grace or no_learning(history, thresholds):
         return None
-    if accuracy + standard_error(accuracy, n) >= thresholds.stuck_accuracy:
+    if not _surely_below(thresholds.stuck_accuracy, accuracy, history.distinct_pairs(rows)):
         return None
     return (
         f"train/rewards/accuracies is {accuracy:.3f} over the last {n} pairs, after {history.progress:.0%} of the "
         f"steps (threshold {thresholds.stuck_accuracy:g})"
     )
+
+
+def _surely_below(threshold: float, share: float, n: int) -> bool:
+    """A share of n different pairs lies below the threshold by more than a standard error."""
+    return share + standard_error(share, n) < threshold
 
 
 def noisy_labels(history: History, thresholds: Health) -> str | None:
