@@ -399,3 +399,28 @@ def test_a_resume_neither_repeats_nor_loses_a_finding(tmp_path: Path) -> None:
     whole, _ = findings(rows, FACTS, Health())
     assert third.found == whole
     json.dumps([f.as_json() for f in whole])
+
+
+def test_other_thresholds_at_a_resume_tell_nothing_twice(tmp_path: Path) -> None:
+    """The same fall is seen in another row then: with a longer run its window is longer."""
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    said: list[tuple[str, int]] = []
+
+    def start(facts: RunFacts, **thresholds: float) -> Watch:
+        def tell(new: list[Finding], all_of_them: list[Finding]) -> None:
+            said.extend((f.id, f.step) for f in new)
+
+        return Watch(metrics, facts, Health(**thresholds), list(said), tell)
+
+    for row in run(lambda s: ILL["chosen-falls"](s) | {"train/saturated": 0.99 if s > 60 else 0.0}):
+        keys = {k: row[k] for k in ("kind", "step", "epoch", "pairs_seen")}
+        metrics.append(**keys, metrics={k: v for k, v in row.items() if "/" in k})
+    start(FACTS).look()
+    told = list(said)
+    assert [rule for rule, _ in told] == ["chosen-falls", "saturated"]
+    start(RunFacts(2 * STEPS, 1, 0.693)).look()
+    start(FACTS, chosen_fall=0.3).look()
+    assert said == told
+    # One that is new by the new threshold is told.
+    start(FACTS, stuck_accuracy=0.9).look()
+    assert [rule for rule, _ in said[len(told) :]] == ["accuracy-stuck"]

@@ -83,8 +83,8 @@ class History:
         """Those of them that are not the same again: more epochs bring no more evidence."""
         if not rows:
             return 0
-        epoch = rows[-1]["pairs_seen"] / rows[-1]["epoch"]
-        return min(self.pairs(rows), max(1, round(epoch)))
+        in_an_epoch: float = rows[-1]["pairs_seen"] / rows[-1]["epoch"]
+        return min(self.pairs(rows), round(in_an_epoch))
 
     def first(self) -> list[Row]:
         """The run's first window; none before it is whole."""
