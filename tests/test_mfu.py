@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from benchmarks.world import Task, write_model
 from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import inspect_folder
 from prefopt_dist.planning.machine import device_peak
+from prefopt_dist.tracking import own_work
 from prefopt_dist.training import batches
 from prefopt_dist.training.window import Window
 
@@ -89,6 +91,18 @@ def test_by_hand() -> None:
     assert "perf/mfu" not in window.performance(peak=None)
     # A window of a checkpoint goes on.
     assert Window(**vars(window)).performance(8e12)["perf/mfu"] == found["perf/mfu"]
+
+
+def test_a_window_older_than_its_ranks_has_their_memory() -> None:
+    """Two steps before a resume, whose ranks are gone, and one after it."""
+    window = Window([0.0, 0.0], [], own_work.places(0, 1, 1.0, 1.0))
+    one = namedtuple("one", "tokens flop")
+    for _ in range(2):
+        window.add([1.0, 4.0], [], own_work.places(0, 1, 1.0, 1.0), one(1, 1.0))  # type: ignore[arg-type]
+    window = replace(window, ranks=[0.0] * own_work.size(1))
+    window.add([1.0, 4.0], [], [1.0, 2.0**30, 1.0, 1.0], one(1, 1.0))  # type: ignore[arg-type]
+    window.took("data", 1.0)
+    assert window.performance(None)["perf/memory_gib"] == 1.0
 
 
 def test_peaks_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
