@@ -401,6 +401,25 @@ def test_a_failing_wandb_is_said_once_and_stops_nothing(
     assert len(metrics.rows()) == 3
 
 
+def test_a_failing_wandb_tells_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _FakeRun(0, "")
+    _fake(monkeypatch, run, "")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdefghij")
+
+    def refuse(values: dict[str, Any], step: int, commit: bool) -> None:
+        raise RuntimeError("401 for https://user:secret@proxy.example and 0123456789abcdefghij")
+
+    monkeypatch.setattr(run, "log", refuse)
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    _row(metrics, 1)
+    _feed(tmp_path, metrics, "online").finish()
+    out = capsys.readouterr().out
+    assert "401 for https://***@proxy.example and ***" in out
+    assert "0123456789" not in out
+
+
 def test_a_hanging_wandb_holds_up_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefopt_dist.config import mask_secrets
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
 from prefopt_dist.tracking.diagnosis import BIN_EDGES
@@ -206,7 +207,8 @@ class WandbFeed:
     def _say_failed(self, why: str) -> None:
         if not self._failed:
             self._failed = True
-            say(f"W&B: off for this start, training goes on and metrics.jsonl has every row ({why})")
+            told = mask_secrets(why)  # what a server or a proxy answers may repeat what it was asked with
+            say(f"W&B: off for this start, training goes on and metrics.jsonl has every row ({told})")
 
 
 def _shown(value: Any) -> Any:
