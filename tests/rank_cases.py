@@ -331,6 +331,7 @@ def kto_evaluation(folder: Path) -> dict:
             for m in models_
         )
     reward = live - start
+    exact["pairs"] = n // 2
     exact["rewards/accuracies"] = (reward[0::2] > reward[1::2]).double().mean().item()
     exact["rewards/margins"] = KTO["beta"] * (reward[0::2] - reward[1::2]).mean().item()
     zero3.release(engine)
