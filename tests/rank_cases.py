@@ -692,7 +692,7 @@ def collectives_and_host_reads(folder: Path) -> dict:
                 counts = Counts(patch)
                 batch = batches.take(index)
                 packed = step.gradient(engine, batch, objective, None, diagnosis)
-                own = packed.new_tensor(own_work.places(ranks.rank(), ranks.world_size(), 0.5))
+                own = packed.new_tensor(own_work.places(ranks.rank(), ranks.world_size(), 0.5, batch.own_flop))
                 step.agree(torch.cat([packed, diagnosis.take(), own]), Request(False, False))
                 step.update(engine, 1e-3, Spikes(10.0, [1e9] * 16) if index else None)
             micro_batches.append(len(batch))
