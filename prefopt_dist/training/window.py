@@ -14,7 +14,7 @@ from prefopt_dist.tracking import own_work
 from prefopt_dist.training.batches import Batch
 
 STEP = ("data", "forward_backward", "update")
-"""What a step's time goes into; evaluations and checkpoints are beside it."""
+"""What a step's time goes into; evaluations and checkpoints are beside it, forward and backward within."""
 
 
 @dataclass
