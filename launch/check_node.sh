@@ -4,7 +4,8 @@
 #   launch/check_node.sh --hosts N1,N2,... --ranks R --head HOST:PORT --folder RUN [--node I]
 #
 # Without --node, SLURM_NODEID says which of the hosts this is. In the environment: PREFOPT_MIN_DISK_GIB,
-# PREFOPT_MIN_SHM_GIB, PREFOPT_MEETING_SECONDS. Ends with 0, or with 1 and a line for each fault with its host.
+# PREFOPT_MIN_SHM_GIB, PREFOPT_MEETING_SECONDS. Ends with 0, with 1 and a line for each fault with its host, or with 2
+# where one of these is no number.
 set -euo pipefail
 {
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -3,6 +3,8 @@
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +12,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from benchmarks import imbalance, meter, parity, profile, report
+from benchmarks import frontier, imbalance, meter, parity, profile, report
 from benchmarks.floor import SHAPES, distinct_tokens, first_pass_flop, forward_flop, step_flop
 from benchmarks.pairs import END, FIRST_TOKEN, MIXES, draw_lengths, draw_pairs, padding, usual_padding
 from benchmarks.step import STEPS
 from benchmarks.world import Task, load_task, save_task, text, write_model
+from prefopt_dist.config import load_config
+from prefopt_dist.config.losses import DPOLoss
 from prefopt_dist.data.micro_batch import Unit, pack
 
 TINY = SHAPES["tiny"]
@@ -198,3 +202,32 @@ def test_parity_measures_ours_by_hand(tmp_path) -> None:
 )
 def test_operations_have_their_kind(name: str, expected: str) -> None:
     assert profile.kind(name) == expected
+
+
+def frontier_of(kls: dict[float, float], scored: tuple[int, ...]) -> dict[str, Any]:
+    def around(mean: float) -> dict[str, float]:
+        return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+
+    points = [
+        {"beta": beta, "kl": around(kl), "reward": around(0.8), "win_rate": around(0.6), "sequences_scored": n}
+        for (beta, kl), n in zip(kls.items(), scored, strict=True)
+    ]
+    return {"start": {"reward": around(0.7)}, "points": points, "pairs": 9, "epochs": 4, "prompts": 400}
+
+
+def test_the_frontier_fails_where_kl_does_not_rise_or_the_first_pass_is_run_again(tmp_path: Path) -> None:
+    found = frontier_of({0.05: 9.0, 0.1: 5.0, 1.0: 0.5}, (1600, 0, 0))
+    assert frontier.faults(found) == []
+    assert "| 0.05 | 9.000 (8.900 to 9.100) | 0.800 (0.700 to 0.900) |" in frontier.table(found)
+    frontier.plot(found, tmp_path / "plot.svg")
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    (one,) = frontier.faults(frontier_of({0.05: 5.0, 0.1: 5.0, 1.0: 0.5}, (1600, 0, 0)))
+    assert one == "KL does not rise from beta 0.1 (5.000 (4.900 to 5.100)) to 0.05 (5.000 (4.900 to 5.100))"
+    (one,) = frontier.faults(frontier_of({0.05: 9.0, 0.1: 5.0, 1.0: 0.5}, (1600, 7, 0)))
+    assert one == "beta 0.1 scored 7 sequences again"
+
+
+def test_the_frontier_is_of_plain_dpo() -> None:
+    config = load_config(frontier.RECIPE, frontier.PLAIN)
+    assert config.loss == DPOLoss(beta=config.loss.beta)
+    assert frontier.BETAS == (0.05, 0.1, 0.5, 1.0, 5.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import worlds
 from door import Door, one_process_group
 from generation_cases import TORCHRUN
 from generation_world import PROMPTS, write_run, write_world
+from safetensors.torch import load_file, save_file
 from test_generation import write_reward
 
 from prefopt_dist.__main__ import main
@@ -27,7 +29,10 @@ from prefopt_dist.config import identity, load_config
 from prefopt_dist.generation import vllm_engine
 from prefopt_dist.generation.prompts import Prompt
 from prefopt_dist.generation.sampling import Sampling
-from prefopt_dist.stages import answering
+from prefopt_dist.generation.shards import HALT, over_shards
+from prefopt_dist.reference.turn import StoppedInFirstPass
+from prefopt_dist.stages import answering, comparing, rounds
+from prefopt_dist.training.checkpoint import committed
 
 REWARDS = [{"function": "rewards_for_tests:letters"}]
 
@@ -97,6 +102,22 @@ def test_pairs_are_the_same_on_two_ranks_and_after_a_kill(world: Path, tmp_path:
     assert Path(resumed["file"]).read_bytes() == expected
 
 
+def test_a_job_halts_itself_alone(world: Path, tmp_path: Path) -> None:
+    """Where the file system has no locks, another job may be asked to stop in the same folder."""
+    others, done = tmp_path / HALT.format(job="another"), []
+
+    def work(number: int) -> None:
+        others.touch()
+        done.append(number)
+
+    over_shards(tmp_path, [0, 1, 2], "mine", work, lambda: False)
+    assert done == [0, 1, 2]
+    with pytest.raises(StoppedInFirstPass):
+        over_shards(tmp_path, [3, 4], "mine", work, lambda: 3 in done)
+    assert done[3:] == [3]
+    assert list(tmp_path.iterdir()) == [others]
+
+
 def test_other_settings_in_the_same_run_are_refused(world: Path, door: Door) -> None:
     run = write_run(world, "once", generate={"prompts": str(world / "new.jsonl")})
     assert door.ends(run, stage="generate")[0] == 0
@@ -112,6 +133,21 @@ def test_other_settings_in_the_same_run_are_refused(world: Path, door: Door) -> 
     door.fails(
         [mine, "was not made by this run", "another file"], f"generate.pairs={mine}", stage="generate", run=other
     )
+
+
+def test_pairs_pin_what_they_depend_on_alone(world: Path, door: Door) -> None:
+    """The rate of the training that comes after them may change until it begins, their own seed may not."""
+    run, folder = write_run(world, "later", generate={"prompts": str(world / "new.jsonl")}), world / "runs" / "later"
+    assert door.ends(run, stage="generate")[0] == 0
+    assert not (folder / "run.json").exists()
+    changed = ["generate.pairs: ", "sampling.seed: was 0, now 1"]
+    assert "samples:" not in door.fails(changed, "run.seed=1", stage="generate", run=run)
+    (folder / "STOPPED").write_text("once\n")
+    assert door.ends(run, "optim.learning_rate=1e-3", stage="generate")[0] == 0
+    assert not (folder / "STOPPED").exists()
+    assert door.ends(run, "optim.learning_rate=2e-3", "train.max_steps=1")[0] == 0
+    assert json.loads((folder / "run.json").read_text())["identity"]["optim.learning_rate"] == 2e-3
+    door.fails(["run.dir: ", "optim.learning_rate"], "train.max_steps=1", stage="generate", run=run)
 
 
 def test_a_reward_that_fails_stops_with_the_prompt_or_is_dropped(world: Path, door: Door) -> None:
@@ -157,25 +193,78 @@ def test_evaluate_compares_two_models_by_their_answers(world: Path, door: Door) 
     assert found["difference"]["mean"] == pytest.approx(difference)
 
 
+def test_models_that_are_nearly_the_same_do_not_tie(world: Path, door: Door) -> None:
+    """Weights that differ in the seventh digit draw other answers, each model the more often as often as not."""
+    nearly = world / "nearly"
+    shutil.copytree(world / "model", nearly)
+    weights = load_file(nearly / "model.safetensors")
+    weights["model.norm.weight"] *= 1 + 2**-22
+    save_file(weights, nearly / "model.safetensors", {"format": "pt"})
+    run = write_run(
+        world, "nearly", evaluate={"prompts": str(world / "prompts.jsonl"), "model": str(nearly), "samples": 2}
+    )
+    assert door.ends(run, stage="evaluate")[0] == 0
+    found = json.loads((world / "runs" / "nearly" / "evaluation.json").read_text())["answers"]
+    assert found["policy"] != found["against"]
+    assert found["win_rate"]["high"] - found["win_rate"]["low"] > 0.05  # ties alone would leave nothing of it
+    for name, none in (("win_rate", 0.5), ("difference", 0.0)):
+        half = found[name]["high"] - found[name]["mean"]
+        assert abs(found[name]["mean"] - none) < 2 * half  # four standard errors
+
+
+def sampled_at(cache: Path) -> list[float]:
+    """The temperatures of all that was answered; the prompts for pairs at 0.9, those of evaluations at 1."""
+    folders = {file.parent for file in cache.rglob("samples-*.jsonl")}
+    return sorted(json.loads((f / "settings.json").read_text())["sampling"]["temperature"] for f in folders)
+
+
+def test_pairs_that_are_there_need_no_answers(world: Path, door: Door) -> None:
+    run, pairs = write_run(world, "kept", cache="cache-kept"), world / "runs" / "kept" / "pairs.jsonl"
+    arguments = [f"generate.prompts={world / 'new.jsonl'}"]
+    assert door.ends(run, *arguments, stage="generate")[0] == 0
+    made = pairs.read_bytes()
+    shutil.rmtree(world / "cache-kept" / "samples")
+    assert door.ends(run, *arguments, stage="generate")[0] == 0
+    assert sampled_at(world / "cache-kept") == []
+    pairs.write_bytes(made[:-1])
+    assert door.ends(run, *arguments, stage="generate")[0] == 0
+    assert pairs.read_bytes() == made
+    assert sampled_at(world / "cache-kept") == [0.9]
+
+
 def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     """One round, then the same with two; the second starts from the first one's model."""
+    judged = door.lines("judged.jsonl", *rows(world / "new.jsonl"))
     sections: dict[str, dict[str, Any]] = {
         "generate": {"prompts": str(world / "new.jsonl"), "n": 4},
-        "evaluate": {"prompts": str(world / "new.jsonl"), "samples": 4},
+        "evaluate": {"prompts": judged, "samples": 4},
         "rounds": {"count": 1, "reference": "first"},
         "optim": {"learning_rate": 0.02},
         "train": {"global_batch_pairs": 8, "micro_batch_tokens": 1024},
+        "checkpoint": {"every_steps": 1},
     }
-    run, folder = write_run(world, "rounds", **sections), world / "runs" / "rounds"
+    run, folder = write_run(world, "rounds", cache="cache-rounds", **sections), world / "runs" / "rounds"
     assert door.ends(run, stage="rounds")[0] == 0
     (first,) = json.loads((folder / "rounds.json").read_text())["rounds"]
+    kept = [path.name for path in committed(folder / "round-1" / "checkpoints")]
+    assert len(kept) == 2  # no round has come after it
     exported = (folder / "round-1" / "final" / "model.safetensors").read_bytes()
+    # A cleaned cache costs the answers to the evaluation's prompts, and no round.
+    shutil.rmtree(world / "cache-rounds" / "samples")
+    (folder / "round-1" / "pairs.jsonl").unlink()
     assert door.ends(run, "rounds.count=2", stage="rounds")[0] == 0
+    assert not (folder / "round-1" / "pairs.jsonl").exists()
+    assert sampled_at(world / "cache-rounds") == [0.9, 1.0, 1.0, 1.0]  # round 2's pairs; start and both rounds
+    assert [path.name for path in committed(folder / "round-1" / "checkpoints")] == kept[1:]
+    assert len(committed(folder / "round-2" / "checkpoints")) == 2
     one, two = json.loads((folder / "rounds.json").read_text())["rounds"]
     assert one == first
     assert (folder / "round-1" / "final" / "model.safetensors").read_bytes() == exported
     assert two["against"] == one["policy"]
     assert one["kl"]["mean"] > 0
+    assert one["from_start"] == {name: one[name] for name in ("win_rate", "difference")}
+    apart = two["policy"]["reward"]["mean"] - one["against"]["reward"]["mean"]
+    assert two["from_start"]["difference"]["mean"] == pytest.approx(apart)
     table = (folder / "DONE").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in table[3:6]] == ["0", "1", "2"]
     second = json.loads((folder / "round-2" / "run.json").read_text())
@@ -201,6 +290,41 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
     assert (folder / "DONE").exists()
     assert not (folder / "STOPPED").exists()
+    # As it is, nothing is compared again; with another prompt in the same file all is, and no round is made again.
+    before = (folder / "DONE").read_text()
+    sampled = sampled_at(world / "cache-rounds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparing.Comparison, "run", None)
+        assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
+        assert (folder / "DONE").read_text() == before
+    door.lines("judged.jsonl", *rows(world / "new.jsonl")[1:], {"prompt": "quite another one"})
+    assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
+    assert (folder / "DONE").read_text() != before
+    assert sampled_at(world / "cache-rounds") == [*sampled, *[1.0] * 4]  # the start and three rounds
+
+
+def interval(mean: float, half: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def test_the_table_tells_the_whole_way_and_which_round_was_worse() -> None:
+    def of_round(number: int, reward: float, difference: float, whole: float) -> dict[str, Any]:
+        known = {"round": number, "pairs": 9, "prompts": 200, "samples": 4, "kl": interval(1, 0.1)}
+        models = {
+            name: {"reward": interval(r, 0.05), "tokens": 8.0} for name, r in (("policy", reward), ("against", 0.5))
+        }
+        apart = {"difference": interval(difference, 0.02), "win_rate": interval(0.5, 0.1)}
+        return known | models | apart | {"from_start": {**apart, "difference": interval(whole, 0.03)}}
+
+    done = [of_round(1, 0.7, 0.2, 0.2), of_round(2, 0.69, -0.01, 0.19)]
+    *_, way, verdict = rounds.table(done).splitlines()
+    assert way == (
+        "from the start to round 2: reward 0.500 (0.450 to 0.550) → 0.690 (0.640 to 0.740), "
+        "difference 0.190 (0.160 to 0.220), win rate 0.500 (0.400 to 0.600)"
+    )
+    assert verdict == "significantly worse than the round before: none"
+    verdict = rounds.table([*done, of_round(3, 0.6, -0.09, 0.1)]).splitlines()[-1]
+    assert verdict == "significantly worse than the round before: 3"
 
 
 @pytest.mark.slow

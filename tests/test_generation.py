@@ -26,12 +26,13 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.generation import comparison, pairs
 from prefopt_dist.generation.answers import Answer, answers_of
 from prefopt_dist.generation.classifier import ClassifierReward, inspect_reward
-from prefopt_dist.generation.noise import uniforms
+from prefopt_dist.generation.noise import seed_of_model, uniforms
 from prefopt_dist.generation.prompts import Prompt, read_prompts
 from prefopt_dist.generation.rewards import Bad, FunctionReward, find_function
-from prefopt_dist.generation.sampling import Sampling, choose
+from prefopt_dist.generation.sampling import Sampling, choose, stop_ids_of
 from prefopt_dist.generation.store import Answered, SampleStore
 from prefopt_dist.generation.transformers_engine import TransformersEngine, batches
+from prefopt_dist.generation.whole_model import padded
 from prefopt_dist.model.load import inspect_folder
 
 FLOAT32, CPU = torch.float32, torch.device("cpu")
@@ -57,6 +58,17 @@ def test_noise_depends_on_what_it_is_for_alone() -> None:
     assert abs(long.mean() - 0.5) < 0.046
     # What was sampled yesterday must be sampled today.
     assert uniforms(0, bytes(16), 0, 3).tolist() == PINNED
+
+
+def test_models_draw_independently_of_each_other() -> None:
+    """By the correlation of 1000 draws each: within 4 standard errors (1/√1000) of 0."""
+    seeds = [seed_of_model(seed, key) for seed in (0, 1) for key in ("a" * 32, "b" * 32)]
+    assert len(set(seeds)) == 4
+    assert all(0 <= seed < 2**64 for seed in seeds)
+    assert seed_of_model(0, "a" * 32) == seeds[0]
+    draws = [uniforms(seed, b"k" * 16, 0, 1000) for seed in (0, *seeds)]
+    correlations = np.corrcoef(draws)[~np.eye(5, dtype=bool)]
+    assert np.abs(correlations).max() < 4 / 1000**0.5
 
 
 PINNED = [0.545349881154394, 0.5088387252874981, 0.9003250769613084]
@@ -90,6 +102,15 @@ def test_the_ends_of_the_interval_choose_a_token_that_has_probability() -> None:
     logits[:, 2:4] = torch.tensor([0.3, 0.1])
     last = float(np.nextafter(1.0, 0.0))
     assert choose(logits, torch.tensor([0.0, last], dtype=torch.float64), 1.0, 1.0).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(("said", "more"), [(None, []), (7, [7]), ([7, 9], [7, 9])])
+def test_an_answer_ends_by_the_template_and_by_what_the_folder_says(tmp_path: Path, said: Any, more: list[int]) -> None:
+    tokenizer = small_tokenizer(CHATML)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+    end = {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id}
+    assert stop_ids_of(read_template(tokenizer, "auto"), tmp_path) == tuple(sorted({*end, *more}))
+    assert stop_ids_of(read_template(tokenizer, "auto"), tmp_path / "none") == tuple(sorted(end))
 
 
 # The engine
@@ -152,6 +173,17 @@ def test_batches_with_a_cache_sample_what_each_response_alone_does(family: str, 
         engine = TransformersEngine(model, dtype=FLOAT32, device=CPU, batch_tokens=batch_tokens)
         assert engine.sample(prompts, sampling) == expected
     assert engine.sample(prompts[3:], sampling) == expected[3:]
+
+
+def test_lines_are_padded_on_either_side() -> None:
+    lines = [[5, 6, 7], [8]]
+    for side, ids, mask in (
+        ("left", [[5, 6, 7], [9, 9, 8]], [[1, 1, 1], [0, 0, 1]]),
+        ("right", [[5, 6, 7], [8, 9, 9]], [[1, 1, 1], [1, 0, 0]]),
+    ):
+        found = padded(lines, 9, side, CPU)  # type: ignore[arg-type]
+        assert [t.tolist() for t in found] == [ids, mask]
+        assert {t.dtype for t in found} == {torch.int64}
 
 
 def test_a_model_without_numbers_is_named(llama: Path) -> None:

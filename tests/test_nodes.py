@@ -133,6 +133,18 @@ def test_a_head_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capfd: pytest
     assert f"nodes: n2: cannot reach the head at {head}" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["PREFOPT_MIN_DISK_GIB", "PREFOPT_MIN_SHM_GIB", "PREFOPT_MEETING_SECONDS"])
+@pytest.mark.parametrize("value", ["5 GiB", "", "nan", "-1"])
+def test_a_value_that_is_no_number(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    arguments = ["--hosts", "n1,n2", "--node", "1", "--ranks", "1", "--head", "127.0.0.1:1", "--folder", "/tmp"]
+    assert nodes.main(arguments) == 2
+    said = capfd.readouterr().err
+    assert said.startswith(f"nodes: n2: {name}: got {value!r}, must be a number, at least 0; correct it, or unset it")
+
+
 def test_a_machine_that_is_much_slower_is_marked() -> None:
     found = {h: {"inside": s, "all": 5.0} for h, s in (("n1", 9.0), ("n2", 2.0), ("n3", 8.0))}
     assert nodes._figures(found) == (

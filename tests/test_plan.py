@@ -19,7 +19,7 @@ from prefopt_dist.planning import memory
 from prefopt_dist.planning.disk import disk
 from prefopt_dist.planning.fit import Fit, Needs, fit, offloadings, refuse_misfit
 from prefopt_dist.planning.machine import GPUS, Machine, known_gpu, planned
-from prefopt_dist.planning.memory import Phase, Place, ZeroSettings
+from prefopt_dist.planning.memory import Phase, Place, Sampled, ZeroSettings
 from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.stages.checks import adapter_of
 from prefopt_dist.stages.ingredients import sized
@@ -91,6 +91,53 @@ def test_a_tiny_model_by_hand() -> None:
     assert first.device < memory.backward(sizes, zero, Place(2, True), 10, 0).device
     loading = memory.load(sizes, Place(2, True))
     assert (loading.device, loading.host) == (2 * mine + 2 * 800, 2 * n)
+
+
+def test_generation_by_hand() -> None:
+    """Three layers with 2 key heads of 2: 2·2·2·2 bytes a token and layer. 1000 tokens at once: 20 lines of 20 + 30."""
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+    )
+    sizes = model_sizes(config, torch.bfloat16, 8)
+    of = sizes.activations
+    asked = Sampled(budget=1000, prompt=20, new=30, n=4, nucleus=False)
+    phase = memory.generation(sizes, Place(8, True), asked)
+    assert by_name(phase) == {
+        "parameters, whole": 2 * sizes.parameters,
+        "the same as they are loaded": 2 * sizes.parameters,
+        "keys and values": 3 * 16 * 1000,
+        "a layer's, copied to grow": 16 * 1000,
+        "prompts, one layer": int(6 * 20 * (of.per_token_layer + of.per_token_ends)),  # 1 + 4·4 + 3 lines
+        "logits and the choice": (1000 // 31) * 100 * (2 + 16),
+    }
+    assert phase.host == 2 * sizes.parameters
+    assert memory.generation(sizes, Place(512, True), asked) == phase, "no number of ranks divides a whole copy"
+    parts = by_name(memory.generation(sizes, Place(8, True), replace(asked, budget=10, nucleus=True)))
+    assert parts["keys and values"] == 3 * 16 * 50, "a line alone, whatever the budget"
+    assert parts["logits and the choice"] == 100 * (2 + 40)
+
+
+def test_a_whole_copy_that_does_not_fit_is_refused_whatever_the_number_of_ranks() -> None:
+    """A 70B's bfloat16 weights are 131 GiB on each GPU of an h200, of which 118 GiB may be used."""
+    asked = Sampled(budget=32_768, prompt=768, new=256, n=8, nucleus=False)
+    message = refused(needs_of("70B", sampled=asked), h200(8))
+    assert message.startswith("plan: generation needs about 1")
+    assert "take a smaller model" in message
+    fits = needs_of("8B", sampled=asked)
+    assert fit(fits, h200(1)).checkpointed is not None
+    message = refused(needs_of("8B", sampled=replace(asked, budget=2_000_000)), h200(1))
+    most = int(message.split("lower generate.batch_tokens to at most ")[1].split(";")[0].rstrip("."))
+    assert "computed again" not in message
+    for tokens, fitting in ((most, True), (most + 1, False)):
+        again = needs_of("8B", sampled=replace(asked, budget=tokens))
+        assert (fit(again, h200(1)).checkpointed is not None) == fitting
 
 
 def test_one_rank_gathers_nothing() -> None:
@@ -252,6 +299,21 @@ def test_the_command(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "in adapters, which alone are trained" in said
     assert adapted["model"]["trained"] == 4864 < plan["model"]["trained"] == plan["model"]["parameters"]
     assert adapted["seconds"]["step"] == pytest.approx(2 / 3 * plan["seconds"]["step"])
+
+
+def test_answering_prompts_is_planned_where_there_are_rewards(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def phases(*overrides: str) -> dict[str, Any]:
+        status, said, plan = planned_by(world, capsys, "generate.max_new_tokens=40", *overrides)
+        assert status == 0, said
+        assert ("without generating, loading" in said) == bool(overrides)
+        return {p["name"]: p for p in plan["memory"][0]["phases"]}
+
+    rewards = "generate.rewards=[{function: my:score}]"
+    assert "generation" not in phases()
+    found = phases(rewards)["generation"]
+    assert found["host_bytes"] > 0
+    judged = phases(rewards, f"evaluate.prompts={world / 'pairs.jsonl'}")["generation"]
+    assert judged["device_bytes"] > found["device_bytes"], "one answer each leaves room for more prompts"
 
 
 def test_kto_s_rows_and_its_pass_before_the_step(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,27 @@ def test_a_chain(site: Site) -> None:
     assert "scancel --batch --signal=TERM 42" in done.stdout
     assert site.submit("r.yaml").returncode == 0
     assert (kept.with_name("2") / "job.env").exists()
+
+
+def test_submissions_at_the_same_moment_have_folders_of_their_own(site: Site) -> None:
+    """Each stops where it would make its folder, until the other is there too."""
+    (site.folder / "bin" / "mkdir").write_text(
+        "#!/usr/bin/env bash\n"
+        'if [[ $* == *mine.submit/1 && ! -e $FAKE/$PPID ]]; then touch "$FAKE/$PPID"\n'
+        '    for _ in {1..400}; do [[ $(ls "$FAKE"/at.* | wc -l) -lt 2 ]] || break; /bin/sleep 0.02; done\n'
+        'fi\nexec /bin/mkdir "$@"\n'.replace("$FAKE/$PPID", "$FAKE/at.$PPID")
+    )
+    (site.folder / "bin" / "mkdir").chmod(0o755)
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda beta: site.submit("r.yaml", f"loss.beta={beta}"), ("0.3", "0.7")))
+    assert [d.returncode for d in done] == [0, 0], done
+    assert len(list(site.folder.glob("at.*"))) == 2
+    folders = sorted(site.base.with_name("mine.submit").iterdir())
+    assert [folder.name for folder in folders] == ["1", "2"]
+    for folder in folders:
+        assert (folder / "job.env").exists()
+        assert f"deepspeed.policy={folder}/code/" in (folder / "run-0.yaml").read_text()
+    assert sorted(d.stdout.split("kept in: ")[1].split()[0] for d in done) == [str(f) for f in folders]
 
 
 def test_a_run_that_cannot_fit_is_not_submitted(site: Site) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from prefopt_dist.data.template import Template
 from prefopt_dist.errors import UserError
 from prefopt_dist.generation.prompts import Prompt
 from prefopt_dist.generation.rewards import Bad, finite
+from prefopt_dist.generation.whole_model import give_back, padded
 from prefopt_dist.model.load import ModelFolder, load_tokenizer, read_config, resolve, weight_files, without_dropout
 
 
@@ -100,13 +100,8 @@ class ClassifierReward:
         return found
 
     def _batch(self, lines: Sequence[Sequence[int]]) -> list[float]:
-        longest = len(lines[0])
-        ids = torch.full((len(lines), longest), self._pad)
-        mask = torch.zeros_like(ids)
-        for row, line in enumerate(lines):
-            ids[row, : len(line)] = torch.tensor(line)
-            mask[row, : len(line)] = 1
-        logits = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device)).logits
+        ids, mask = padded(lines, self._pad, "right", self._device)
+        logits = self._model(input_ids=ids, attention_mask=mask).logits
         values: list[float] = logits[:, 0].float().tolist()
         return values
 
@@ -133,6 +128,4 @@ class ClassifierReward:
     def close(self) -> None:
         """See Reward."""
         del self._model
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self._device)

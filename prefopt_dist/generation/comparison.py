@@ -1,7 +1,8 @@
 """Two models by their own answers to the same prompts: rewards, wins, and the KL from a reference; pure functions.
 
-Both draw by the same noise, answer by answer. That narrows the interval of the difference of rewards; a win rate of one
-answer each says how often mine is better under the same draws, not under independent ones.
+The models draw independently of each other (each by a seed of its own weights), so a win rate is that of independent
+answers. Paired is the prompt: an interval is of the differences or wins prompt by prompt. The same weights on both
+sides are the same answers, which tie.
 
 Legend: n prompts. An interval is a mean ± 1.96 standard errors over prompts, each prompt the mean of its answers.
 """

@@ -22,3 +22,12 @@ def uniforms(seed: int, prompt: bytes, sample: int, n: int, what: str = "tokens"
     # Raw words of Philox are fixed by its paper (Salmon et al. 2011); numpy's own floats might change some day.
     words = np.random.Philox(key=np.frombuffer(key, dtype="<u8")).random_raw(n)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def seed_of_model(seed: int, key: str) -> int:
+    """A seed in [0, 2**64) for the answers of the weights that the key names.
+
+    Models that are compared would otherwise draw by common random numbers: two that are nearly alike would give the
+    same answers and tie, and neither a win rate nor its interval would be that of independent answers.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest(), "little")

@@ -1,13 +1,19 @@
-"""One token for each row of logits, by the inverse of the cumulated probabilities.
+"""What decides the responses besides model and prompt, and one token for each row of logits.
+
+A token is taken by the inverse of the cumulated probabilities.
 
 Legend: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+from prefopt_dist.data.template import Template
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,17 @@ class Sampling:
     seed: int
     stop_ids: tuple[int, ...]
     """Tokens that end a response; the one that did is its last token"""
+
+
+def stop_ids_of(template: Template, folder: Path) -> tuple[int, ...]:
+    """The tokens that end an answer: the template's, eos, and those of the folder's generation_config.json."""
+    tokenizer = template.tokenizer
+    found = {tokenizer.convert_tokens_to_ids(end) for end in (template.end, template.untemplated_end)}
+    file = folder / "generation_config.json"
+    if file.is_file():
+        said = json.loads(file.read_text()).get("eos_token_id")
+        found |= {said} if isinstance(said, int) else set(said or ())
+    return tuple(sorted(found))
 
 
 def choose(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

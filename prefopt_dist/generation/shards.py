@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -10,8 +11,12 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.reference.turn import StoppedInFirstPass
 from prefopt_dist.tracking.progress import Progress
 
-HALT = ".halt"
-"""A file that tells the other ranks to leave off: this one was asked to stop or met a fault."""
+HALT = ".halt-{job}.tmp"
+"""A file that tells this job's other ranks to leave off: one was asked to stop or met a fault.
+
+Its name is the job's own: where the file system has no locks, another job may be at work in the same folder. What a
+kill leaves is swept as the temporary files of writers are.
+"""
 
 
 def over_shards(
@@ -21,8 +26,7 @@ def over_shards(
 
     Raises StoppedInFirstPass where a stop was asked and shards are left, and a rank's error on all ranks.
     """
-    halt = folder / HALT
-    ranks.decide(lambda: halt.unlink(missing_ok=True))
+    halt = folder / HALT.format(job=ranks.decide(lambda: secrets.token_hex(8)))
     rank, world = ranks.rank(), ranks.world_size()
 
     def mine() -> bool:

@@ -8,7 +8,6 @@ a prompt get copies of its cache.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,6 +19,7 @@ from prefopt_dist.generation.engine import Ids
 from prefopt_dist.generation.noise import uniforms
 from prefopt_dist.generation.prompts import Prompt
 from prefopt_dist.generation.sampling import Sampling, choose
+from prefopt_dist.generation.whole_model import give_back, padded
 from prefopt_dist.model.load import ModelFolder, without_dropout
 
 Row = tuple[int, int]
@@ -92,13 +92,7 @@ class TransformersEngine:
     def _read(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
         """Each distinct prompt once through the model; then cache, mask [B, L] and last logits [B, V] by row."""
         distinct = list(dict.fromkeys(i for i, _ in rows))
-        longest = max(len(prompts[i].ids) for i in distinct)
-        ids = torch.zeros(len(distinct), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for line, i in enumerate(distinct):
-            ids[line, longest - len(prompts[i].ids) :] = torch.tensor(prompts[i].ids)
-            mask[line, longest - len(prompts[i].ids) :] = 1
-        ids, mask = ids.to(self._device), mask.to(self._device)
+        ids, mask = padded([prompts[i].ids for i in distinct], 0, "left", self._device)
         cache = DynamicCache(config=self._model.config)
         logits = self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
         line_of = {i: line for line, i in enumerate(distinct)}
@@ -123,9 +117,7 @@ class TransformersEngine:
     def close(self) -> None:
         """See Engine."""
         del self._model
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self._device)
 
 
 def batches(lengths: Sequence[int], sampling: Sampling, batch_tokens: int) -> Iterator[list[Row]]:

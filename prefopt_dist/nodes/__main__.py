@@ -3,7 +3,8 @@
     python -m prefopt_dist.nodes --hosts n1,n2 --node I --ranks R --head HOST:PORT --folder RUN
 
 The machines meet in a store at the head. Those that do not answer are named by it, so are those that lack something
-or differ, and those whose ranks do not reduce. Ends with 0, or with 1 and one line a fault on the head.
+or differ, and those whose ranks do not reduce. Ends with 0, with 1 and one line a fault on the head, or with 2 where a
+value in the environment is none.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from prefopt_dist.errors import UserError
 from prefopt_dist.nodes.machine import Report, Wanted, differing, look
 from prefopt_dist.nodes.meeting import Meeting
 
@@ -110,6 +113,20 @@ def _figures(found: Mapping[str, Mapping[str, Any]]) -> str:
     return text
 
 
+def _number(name: str, default: float) -> float:
+    """A value of the environment, finite and at least 0."""
+    said = os.environ.get(name)
+    if said is None:
+        return default
+    try:
+        value = float(said)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise UserError(f"{name}: got {said!r}, must be a number, at least 0; correct it, or unset it for {default:g}")
+    return value
+
+
 def main(arguments: Sequence[str]) -> int:
     """The status of this machine's process."""
     parser = argparse.ArgumentParser(prog="prefopt_dist.nodes")
@@ -120,14 +137,18 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--folder", type=Path, required=True)
     asked = parser.parse_args(arguments)
     hosts = asked.hosts.split(",")
-    wanted = Wanted(
-        ranks=asked.ranks,
-        on_gpus=os.environ.get("DS_ACCELERATOR") != "cpu",
-        folder=asked.folder.absolute(),
-        disk_gib=float(os.environ.get("PREFOPT_MIN_DISK_GIB", "5")),
-        shared_memory_gib=float(os.environ.get("PREFOPT_MIN_SHM_GIB", "0.5")),
-    )
-    seconds = float(os.environ.get("PREFOPT_MEETING_SECONDS", MEETING_SECONDS))
+    try:
+        wanted = Wanted(
+            ranks=asked.ranks,
+            on_gpus=os.environ.get("DS_ACCELERATOR") != "cpu",
+            folder=asked.folder.absolute(),
+            disk_gib=_number("PREFOPT_MIN_DISK_GIB", 5),
+            shared_memory_gib=_number("PREFOPT_MIN_SHM_GIB", 0.5),
+        )
+        seconds = _number("PREFOPT_MEETING_SECONDS", MEETING_SECONDS)
+    except UserError as e:
+        print(f"nodes: {hosts[asked.node]}: {e}", file=sys.stderr)
+        return 2
     try:
         meeting = Meeting(hosts, asked.node, asked.head, seconds)
         faults = check(meeting, wanted, seconds)

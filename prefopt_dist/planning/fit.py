@@ -9,7 +9,7 @@ from typing import Literal
 from prefopt_dist.errors import UserError
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.machine import Machine
-from prefopt_dist.planning.memory import LOADING, Phase, Place, ZeroSettings
+from prefopt_dist.planning.memory import LOADING, Phase, Place, Sampled, ZeroSettings
 from prefopt_dist.planning.sizes import ModelSizes
 from prefopt_dist.tracking.console import in_units
 from prefopt_dist.training.room import KEPT_FREE
@@ -33,6 +33,8 @@ class Needs:
     """model.checkpointing"""
     follows: bool = True
     """The first pass's micro-batch is twice training's, as nothing else is said of it"""
+    sampled: Sampled | None = None
+    """How prompts are answered; None where none are"""
 
     def with_tokens(self, tokens: int) -> Needs:
         """With other micro-batches of training, and of the first pass where they follow."""
@@ -69,6 +71,8 @@ def fit(needs: Needs, machine: Machine, ranks: int | None = None, name: str = "a
     fixed = [memory.load(sizes, place)]
     if needs.reference_tokens is not None:
         fixed.append(memory.first_pass(sizes, needs.reference, place, needs.reference_tokens))
+    if needs.sampled is not None:
+        fixed.append(memory.generation(sizes, place, needs.sampled))
 
     def phases(checkpointed: int) -> tuple[Phase, ...]:
         asked = (sizes, needs.policy, place, needs.tokens, checkpointed)
@@ -105,6 +109,8 @@ def refuse_misfit(needs: Needs, machine: Machine, found: list[Fit]) -> None:
         return
     worst = max(mine.phases, key=lambda p: p.device)
     wish = f" with model.checkpointing={needs.wish}" if needs.wish != "auto" else " with every layer computed again"
+    if not worst.name.startswith("training"):
+        wish = ""
     raise UserError(
         f"plan: {worst.name} needs about {in_units(worst.device)} on each of {machine.text()}{wish}, and "
         f"{in_units(mine.available)} of {in_units(machine.memory)} may be used. {_remedies(needs, machine, found)}"
@@ -119,6 +125,8 @@ def _remedies(needs: Needs, machine: Machine, found: list[Fit]) -> str:
         ways.append(f"lower train.micro_batch_tokens from {needs.tokens} to at most {tokens}")
     if (tokens := _largest_of_first_pass(needs, machine)) is not None:
         ways.append(f"lower reference.micro_batch_tokens from {needs.reference_tokens} to at most {tokens}")
+    if (tokens := _largest_batch(needs, machine)) is not None:
+        ways.append(f"lower generate.batch_tokens to at most {tokens}")
     for way in found[1:]:
         if way.checkpointed is not None:
             ways.append(
@@ -148,6 +156,17 @@ def _largest_of_first_pass(needs: Needs, machine: Machine) -> int | None:
     return _most(
         lambda tokens: fit(replace(needs, reference_tokens=tokens), machine).checkpointed is not None,
         needs.reference_tokens,
+    )
+
+
+def _largest_batch(needs: Needs, machine: Machine) -> int | None:
+    """Tokens that could be sampled at once; None where the number is not what is wrong."""
+    sampled = needs.sampled
+    if sampled is None:
+        return None
+    return _most(
+        lambda tokens: fit(replace(needs, sampled=replace(sampled, budget=tokens)), machine).checkpointed is not None,
+        sampled.budget,
     )
 
 

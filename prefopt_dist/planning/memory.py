@@ -1,4 +1,4 @@
-"""Memory of one rank in both passes, part by part.
+"""Memory of one rank in both passes, and where it samples answers, part by part.
 
 Legend: N parameters, Nₜ of them trained, W ranks, s bytes of a number in the model's dtype, V vocabulary, d hidden
 size.
@@ -17,6 +17,11 @@ from prefopt_dist.planning.sizes import ModelSizes
 
 LOADING = "loading, rank 0"
 """The phase that is rank 0's alone."""
+GENERATION = "generation"
+"""The phase in which a rank answers prompts, without ZeRO-3."""
+CHOICE, NUCLEUS = 16, 40
+"""Bytes a logit while a token is chosen (generation/sampling.py): probabilities and their sums in float64; with top_p
+below 1 also sorted, with their order."""
 MASTER = 4
 """Bytes of a float32 master weight"""
 MOMENTS = 8
@@ -147,6 +152,53 @@ def first_pass(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int)
             *_left(sizes, place, flat=False),
             Part("one layer", _resident(layer + tokens * memory.per_token_ends, place), "tokens × bytes a layer"),
             Part("head block", _resident(memory.block(tokens), place), "bounded, model/head.py"),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """How prompts are answered."""
+
+    budget: int
+    """generate.batch_tokens"""
+    prompt: int
+    """Tokens of the longest prompt"""
+    new: int
+    """generate.max_new_tokens"""
+    n: int
+    """The fewest answers to a prompt: what is left of a batch for different prompts"""
+    nucleus: bool
+    """top_p is below 1"""
+
+    def batch(self, prompt: int) -> int:
+        """Lines of a batch of such prompts."""
+        return max(1, self.budget // (prompt + self.new))
+
+
+def generation(sizes: ModelSizes, place: Place, asked: Sampled) -> Phase:
+    """A whole copy of the model answers a batch (generation/transformers_engine.py); no number of ranks divides it."""
+    memory = sizes.activations
+    whole = sizes.item * sizes.parameters
+    tokens = max(asked.budget, asked.prompt + asked.new)
+    lines = asked.batch(asked.prompt)
+    different = min(lines, (lines + asked.n - 2) // asked.n + 1)  # the first and the last may be answered in part
+    layer = asked.prompt * different * (memory.per_token_layer + memory.per_token_ends + _repeated(sizes, place))
+    logit = sizes.item + (NUCLEUS if asked.nucleus else CHOICE)
+    return Phase(
+        GENERATION,
+        (
+            Part("parameters, whole", whole, "s·N"),
+            *([Part("the same as they are loaded", whole, "s·N", on_host=True)] if place.is_gpu else []),
+            Part(
+                "keys and values",
+                _resident(memory.layers * sizes.cached * tokens, place),
+                "s·2·layers·kv·head_dim·tokens",
+            ),
+            Part("a layer's, copied to grow", _resident(sizes.cached * tokens, place), "s·2·kv·head_dim·tokens"),
+            Part("prompts, one layer", _resident(layer, place), "tokens × bytes a layer"),
+            # The shortest prompts make the most lines.
+            Part("logits and the choice", logit * asked.batch(1) * memory.vocabulary, f"{logit}·lines·V"),
         ),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 from prefopt_dist.planning.disk import Disk
 from prefopt_dist.planning.fit import Fit
 from prefopt_dist.planning.machine import Machine
-from prefopt_dist.planning.memory import Phase
+from prefopt_dist.planning.memory import GENERATION, Phase
 from prefopt_dist.planning.sizes import ModelSizes
 from prefopt_dist.planning.work import Work
 from prefopt_dist.tracking.console import in_units
@@ -105,7 +105,10 @@ class Report:
         if self.total_seconds is not None:
             rest = [("first pass", self.first_pass_seconds), ("evaluation", self.evaluation_seconds)]
             parts = "".join(f", {name} {_clock(s)}" for name, s in rest if s)
-            lines[-1] += f"{parts}; {_clock(self.total_seconds)} in all, without loading and saving"
+            left_out = "loading and saving"
+            if any(phase.name == GENERATION for phase in self.fits[0].phases):
+                left_out = "generating, loading and saving"
+            lines[-1] += f"{parts}; {_clock(self.total_seconds)} in all, without {left_out}"
         return lines
 
     def _disk(self) -> list[str]:

@@ -32,6 +32,8 @@ class ModelSizes:
     """Bytes of a number in the weight files"""
     repeated: int
     """Bytes a token and layer of keys and values repeated for grouped queries, which attention on the CPU keeps"""
+    cached: int
+    """Bytes a token and layer of the keys and values that sampling keeps: s · 2 · key heads · their size"""
     activations: ActivationMemory
 
     @property
@@ -57,7 +59,7 @@ def model_sizes(
     numbers = config.to_dict()
     heads = numbers["num_attention_heads"]
     size = numbers.get("head_dim") or config.hidden_size // heads
-    grouped = heads - (numbers.get("num_key_value_heads") or heads)
+    key_heads = numbers.get("num_key_value_heads") or heads
     return ModelSizes(
         parameters=whole(torch.Tensor.numel),
         trained=whole(lambda p: p.numel() if p.requires_grad else 0),
@@ -66,6 +68,7 @@ def model_sizes(
         persistent=whole(lambda p: p.numel() if p.numel() <= persistence_threshold else 0),
         item=item,
         file_item=torch.empty((), dtype=stored).element_size(),
-        repeated=2 * grouped * size * item,
+        repeated=2 * (heads - key_heads) * size * item,
+        cached=2 * key_heads * size * item,
         activations=activation_memory(config, dtype, adapter),
     )

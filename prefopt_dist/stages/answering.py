@@ -14,7 +14,7 @@ from typing import Any
 
 from prefopt_dist.config import Config, DataSource, RewardSource
 from prefopt_dist.data.prepare import tokenizer_content
-from prefopt_dist.data.template import Template, read_template
+from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.distributed import ranks
 from prefopt_dist.distributed.shared import refuse_local_folder
@@ -23,9 +23,10 @@ from prefopt_dist.generation import vllm_engine
 from prefopt_dist.generation.answers import answers_of
 from prefopt_dist.generation.classifier import ClassifierReward, RewardFolder, inspect_reward
 from prefopt_dist.generation.engine import Engine
+from prefopt_dist.generation.noise import seed_of_model
 from prefopt_dist.generation.prompts import Prompt, read_prompts
 from prefopt_dist.generation.rewards import Bad, FunctionReward, Reward, find_function, function_identity
-from prefopt_dist.generation.sampling import Sampling
+from prefopt_dist.generation.sampling import Sampling, stop_ids_of
 from prefopt_dist.generation.shards import over_shards
 from prefopt_dist.generation.store import Answered, SampleStore, Scores, digest_of, scores_name
 from prefopt_dist.generation.transformers_engine import TransformersEngine
@@ -246,10 +247,12 @@ def prepare(
     temperature: float,
     top_p: float,
     what: str,
+    own_draws: bool = False,
 ) -> Answering:
     """All ranks: reads the prompts on rank 0 and plans their answers; nothing is sampled yet.
 
-    key: the dotted key that named the sources.
+    key: the dotted key that named the sources; own_draws: by a seed of these weights, so that another model's answers
+    to the same prompts are drawn independently.
     """
     ranks.decide(lambda: check(config))
     rewards = ranks.together(lambda: [(k, _checked(source, k)) for k, source in _reward_keys(config)])
@@ -259,15 +262,15 @@ def prepare(
     ]
     data = config.data
     tokeniser = Tokeniser(read_template(models.tokenizer, data.template), data.max_length, data.max_prompt_length)
+    held = weights(model, models.dtype, config.cache_dir)
     sampling = Sampling(
         n=n,
         temperature=temperature,
         top_p=top_p,
         max_new_tokens=config.generate.max_new_tokens,
-        seed=config.run.seed,
-        stop_ids=ranks.together(lambda: _stop_ids(tokeniser.template, model.path)),
+        seed=seed_of_model(config.run.seed, held.key) if own_draws else config.run.seed,
+        stop_ids=ranks.together(lambda: stop_ids_of(tokeniser.template, model.path)),
     )
-    held = weights(model, models.dtype, config.cache_dir)
 
     def plan() -> Path:
         heartbeat.beat(f"reading {key}")
@@ -319,14 +322,3 @@ def _identity(
     held = weights(part.model, models.dtype, config.cache_dir)
     text = hashlib.blake2b(tokenizer_content(part.tokenizer), digest_size=16).hexdigest()
     return {"model": held.key, "tokenizer": text, "pad": part.model.config.pad_token_id}
-
-
-def _stop_ids(template: Template, folder: Path) -> tuple[int, ...]:
-    """The tokens that end an answer: the template's, eos, and those of the folder's generation_config.json."""
-    tokenizer = template.tokenizer
-    found = {tokenizer.convert_tokens_to_ids(end) for end in (template.end, template.untemplated_end)}
-    file = folder / "generation_config.json"
-    if file.is_file():
-        said = json.loads(file.read_text()).get("eos_token_id")
-        found |= {said} if isinstance(said, int) else set(said or ())
-    return tuple(sorted(found))

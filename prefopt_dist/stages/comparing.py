@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,50 +19,94 @@ from prefopt_dist.generation.store import Answered
 from prefopt_dist.model.load import ModelFolder, load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.stages import answering, ingredients
+from prefopt_dist.stages.answering import Answering
 from prefopt_dist.stages.ingredients import Models
 
 
-def compare(
+@dataclass(frozen=True)
+class Comparison:
+    """Models that are to answer evaluate.prompts; `run` does what is missing of it."""
+
+    config: Config
+    models: Models
+    jobs: dict[str, Answering]
+    """Of policy and against, and of start where it is asked for"""
+    reference: ModelFolder
+    made_of: dict[str, Any]
+    """Digests of all that decides what is found"""
+
+    def run(self, stop_asked: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """All ranks: the answers' rewards, wins, and the policy's KL from the live reference.
+
+        Raises StoppedInFirstPass where a stop was asked; what was answered is kept.
+        """
+        found: dict[Path, list[Answered]] = {}
+        for job in self.jobs.values():
+            if job.store.folder not in found:
+                job.run(stop_asked)
+                found[job.store.folder] = ranks.together(job.answered)
+        of = {what: found[job.store.folder] for what, job in self.jobs.items()}
+        weights, evaluate = self.jobs["policy"].reward_weights, self.config.evaluate
+        units = units_of(of["policy"])
+        sums = [_sums(self.config, self.models, m, units) for m in (self.jobs["policy"].model, self.reference)]
+        compared = {
+            "prompts": len(of["policy"]),
+            "samples": evaluate.samples,
+            "temperature": evaluate.temperature,
+            "policy": comparison.summary(of["policy"], weights),
+            "against": comparison.summary(of["against"], weights),
+            **comparison.compared(of["policy"], of["against"], weights),
+            "kl": comparison.kl(of["policy"], *sums),
+        }
+        if "start" in of:
+            compared["from_start"] = comparison.compared(of["policy"], of["start"], weights)
+        return compared
+
+
+def prepare(
     config: Config,
     models: Models,
     policy: ModelFolder,
     against: ModelFolder,
     reference: ModelFolder,
-    stop_asked: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
-    """All ranks: both models answer evaluate.prompts; rewards, wins, and the policy's KL from the live reference.
+    *,
+    start: ModelFolder | None = None,
+) -> Comparison:
+    """All ranks: reads the prompts and hashes the weights; nothing is sampled yet.
 
-    Raises StoppedInFirstPass where a stop was asked; what was answered is kept.
+    start: one more model that the policy is compared with, as `from_start`.
     """
     evaluate = config.evaluate
     assert evaluate.prompts is not None
-    found: list[list[Answered]] = []
-    for model, what in ((policy, "policy"), (against, "against")):
-        job = answering.prepare(
-            config,
-            models,
-            model,
-            evaluate.prompts,
-            "evaluate.prompts",
-            n=evaluate.samples,
-            temperature=evaluate.temperature,
-            top_p=1.0,  # all tokens, as the KL is over all of them
-            what=what,
+    asked = {"policy": policy, "against": against} | ({} if start is None else {"start": start})
+    jobs: dict[str, Answering] = {}
+    for what, model in asked.items():
+        same = [job for job in jobs.values() if job.model.path == model.path]
+        jobs[what] = (
+            same[0]
+            if same
+            else answering.prepare(
+                config,
+                models,
+                model,
+                evaluate.prompts,
+                "evaluate.prompts",
+                n=evaluate.samples,
+                temperature=evaluate.temperature,
+                top_p=1.0,  # all tokens, as the KL is over all of them
+                what=what,
+                own_draws=True,
+            )
         )
-        job.run(stop_asked)
-        found.append(ranks.together(job.answered))
-    mine, theirs = found
-    units = units_of(mine)
-    sums = [_sums(config, models, model, units) for model in (policy, reference)]
-    return {
-        "prompts": len(mine),
-        "samples": evaluate.samples,
-        "temperature": evaluate.temperature,
-        "policy": comparison.summary(mine, job.reward_weights),
-        "against": comparison.summary(theirs, job.reward_weights),
-        **comparison.compared(mine, theirs, job.reward_weights),
-        "kl": comparison.kl(mine, *sums),
+    made_of = {
+        # A store's name is a digest of weights, prompts and sampling.
+        "answers": {what: job.store.folder.name for what, job in jobs.items()},
+        "scores": jobs["policy"].scores,
+        "weights": list(jobs["policy"].reward_weights),
+        "on_bad_reward": config.generate.on_bad_reward,
+        "reference": ingredients.weights(reference, models.dtype, config.cache_dir).key,
     }
+    return Comparison(config, models, jobs, reference, made_of)
 
 
 def _sums(config: Config, models: Models, model: ModelFolder, units: Sequence[Unit]) -> NDArray[np.float64]:
@@ -74,7 +120,7 @@ def _sums(config: Config, models: Models, model: ModelFolder, units: Sequence[Un
 
 
 def compared_text(found: dict[str, Any], policy: str, against: str) -> str:
-    """What `compare` found, for people."""
+    """What a comparison found, for people."""
     lines = [f"answers to {found['prompts']} prompts, intervals of 95 %:"]
     for name, what in ((policy, "policy"), (against, "against")):
         one = found[what]

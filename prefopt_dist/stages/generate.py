@@ -27,9 +27,14 @@ FACTS = "generation.json"
 """What RUN/pairs.jsonl was made of and what became of all answers."""
 
 
-def run(config: Config, asked: Requests | None = None) -> bool:
-    """All ranks; whether the pairs are made. asked: as in train.run."""
-    with run_folder(config, begins=True) as folder:
+def run(config: Config, asked: Requests | None = None, *, served: bool = False) -> bool:
+    """All ranks; whether the pairs are made. asked: as in train.run.
+
+    served: a training on them is done, so they are only checked to be of these settings, and need not be there.
+    """
+    # The run begins with its training: until then what the pairs do not depend on may change.
+    with run_folder(config, begins=False, bare=True) as folder:
+        ranks.decide(folder.starts_beside)
         requests = asked or requests_for(config)
         models = ingredients.load_models(config)
         generate = config.generate
@@ -44,7 +49,11 @@ def run(config: Config, asked: Requests | None = None) -> bool:
             top_p=generate.top_p,
             what="generate",
         )
-        ranks.decide(lambda: _refuse_others(config, _made_of(job)))
+        ranks.decide(lambda: _refuse_others(config, job))
+        made = ranks.decide(lambda: _made(config))
+        if served or made is not None:  # whatever has become of the answers in the cache
+            say(made or "generate: the pairs have been trained on")
+            return True
         try:
             job.run(lambda: requests.look().stop)
         except StoppedInFirstPass:
@@ -72,20 +81,38 @@ def _made_of(job: Answering) -> dict[str, Any]:
     }
 
 
-def _refuse_others(config: Config, made_of: dict[str, Any]) -> None:
+def _sampled_by(job: Answering) -> dict[str, Any]:
+    """What the digest of the samples is of, under flat names."""
+    settings = {name: value for name, value in job.store.settings.items() if name not in ("shards", "sampling")}
+    return settings | {f"sampling.{name}": value for name, value in job.store.settings["sampling"].items()}
+
+
+def _refuse_others(config: Config, job: Answering) -> None:
     """Rank 0: never writes over pairs that were made otherwise, or that are somebody's own."""
     file, facts = config.pairs_file, config.run_dir / FACTS
     if not facts.exists():
         if file.exists():
             raise UserError(f"generate.pairs: {file} exists and was not made by this run; name another file")
         return
-    changed = differing(read_json(facts)["made_of"], made_of)
+    before = read_json(facts)
+    changed = differing(before["made_of"], _made_of(job))
     if changed:
+        told = differing(before.get("sampled_by", {}), _sampled_by(job))
+        changed = [*told, *(line for line in changed if not line.startswith("samples:"))]
         raise UserError(
             f"generate.pairs: {file} was made with other prompts, weights or settings:\n  "
             + "\n  ".join(changed)
             + f"\nChoose another run.dir, or remove {file} and {facts}."
         )
+
+
+def _made(config: Config) -> str | None:
+    """Rank 0: what is told of pairs that are there as they were written; None where they are not."""
+    file = config.run_dir / FACTS
+    facts = read_json(file) if file.exists() else None
+    if facts is None or not config.pairs_file.exists() or checksum(config.pairs_file) != facts["pairs_blake2b"]:
+        return None
+    return _text(config, facts)
 
 
 def _write_pairs(config: Config, job: Answering) -> str:
@@ -115,6 +142,7 @@ def _write_pairs(config: Config, job: Answering) -> str:
         "best_of_n": _best(found, job.reward_weights),
         **comparison.summary(found, job.reward_weights),
         "made_of": _made_of(job),
+        "sampled_by": _sampled_by(job),
         "pairs_blake2b": digest,
     }
     # First what says that the pairs are ours, then the pairs: killed in between, the next start writes them.

@@ -19,7 +19,7 @@ from prefopt_dist.planning import work
 from prefopt_dist.planning.disk import disk
 from prefopt_dist.planning.fit import Needs, offloadings, refuse_misfit
 from prefopt_dist.planning.machine import Machine, planned
-from prefopt_dist.planning.memory import ZeroSettings
+from prefopt_dist.planning.memory import Sampled, ZeroSettings
 from prefopt_dist.planning.report import Report
 from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.stages.checks import adapter_of
@@ -66,6 +66,21 @@ def _needs(config: Config, model: PreTrainedConfig) -> Needs:
         reference_tokens=config.reference_micro_batch_tokens if objective.needs_reference else None,
         wish=config.model.checkpointing,
         follows=config.reference.micro_batch_tokens is None,
+        sampled=_sampled(config),
+    )
+
+
+def _sampled(config: Config) -> Sampled | None:
+    """How generate, rounds and evaluate.prompts answer, all of which need rewards; vLLM sees to its memory itself."""
+    generate = config.generate
+    if not generate.rewards or generate.engine == "vllm":
+        return None
+    return Sampled(
+        budget=generate.batch_tokens,
+        prompt=max(1, config.data.max_length - generate.max_new_tokens),
+        new=generate.max_new_tokens,
+        n=generate.n if config.evaluate.prompts is None else min(generate.n, config.evaluate.samples),
+        nucleus=generate.top_p < 1,
     )
 
 

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prefopt_dist.config import Config, DataSource
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
+from prefopt_dist.file_lock import FileLock
 from prefopt_dist.files import read_json, write_json
 from prefopt_dist.generation.comparison import shown
 from prefopt_dist.model.load import ModelFolder, inspect_folder
 from prefopt_dist.reference.turn import StoppedInFirstPass
 from prefopt_dist.stages import answering, comparing, generate, ingredients, train
+from prefopt_dist.stages.comparing import Comparison
 from prefopt_dist.stages.job import run_folder
 from prefopt_dist.tracking.console import say
+from prefopt_dist.training import checkpoint
 from prefopt_dist.training.run_folder import RunFolder
 from prefopt_dist.training.stopping import Requests
 
@@ -45,18 +49,20 @@ def run(config: Config) -> None:
     ranks.decide(lambda: answering.check_for(config, "rounds"))
     with run_folder(config, begins=True) as folder:
         finished = ranks.decide(lambda: _finished(config, folder))
-        if finished is not None:
-            say(f"{config.run_dir} is done:\n{finished}")
+        first = ingredients.load_models(config)
+        if finished is not None and _as_asked(config, first, finished):
+            say(f"{config.run_dir} is done:\n{ranks.decide(folder.summary)}")
             return
+        ranks.decide(lambda: folder.reopen(config, world_size=ranks.world_size()) if folder.summary() else None)
         asked = Asked(config.run_dir, rank=ranks.rank(), max_hours=config.train.max_hours)
         asked.catch_signals()
-        first = ingredients.load_models(config)
         done: list[dict[str, Any]] = []
         began = time.monotonic()
         for number in range(1, config.rounds.count + 1):
             of_round = round_config(config, number, hours_gone=ranks.decide(lambda: _hours_since(began)))
             say(f"\nround {number} of {config.rounds.count}: {of_round.run_dir}, from {of_round.model.name_or_path}")
-            finished_round = generate.run(of_round, asked)
+            served = ranks.decide(partial(_is_done, of_round))
+            finished_round = generate.run(of_round, asked, served=served)
             if number == 1 and ranks.rank() == 0:
                 folder.note_start_step(0)  # from here on there is something to go on with
             found = None
@@ -66,22 +72,33 @@ def run(config: Config) -> None:
                 _stopped(folder, asked, number)
                 return
             done.append(found)
+            if number > 1 and (removed := ranks.decide(partial(_prune, round_config(config, number - 1)))):
+                say(removed)
             say(table(done))
         ranks.decide(lambda: _conclude(config, folder, asked, done))
         say(f"done: {config.rounds.count} rounds; the model is {round_config(config, config.rounds.count).export_dir}")
 
 
-def _finished(config: Config, folder: RunFolder) -> str | None:
-    """The table, where there are as many rounds as are asked for now; else the folder goes on."""
-    summary, file = folder.summary(), config.run_dir / ROUNDS
-    if summary is None:
+def _finished(config: Config, folder: RunFolder) -> list[dict[str, Any]] | None:
+    """Rank 0: the comparisons of a run that is done with as many rounds as are asked for now; None: it goes on."""
+    if folder.summary() is None:
         return None
+    file = config.run_dir / ROUNDS
     if not file.exists():
         raise UserError(f"run.dir: {config.run_dir} holds one training, which is done, and no rounds. Name another.")
-    if len(read_json(file)["rounds"]) < config.rounds.count:
-        folder.reopen(config, world_size=ranks.world_size())
-        return None
-    return summary
+    done: list[dict[str, Any]] = read_json(file)["rounds"]
+    return done if len(done) >= config.rounds.count else None
+
+
+def _as_asked(config: Config, first: ingredients.Models, done: list[dict[str, Any]]) -> bool:
+    """All ranks: whether these comparisons are of the prompts, rewards and settings of now."""
+    of_rounds = [round_config(config, one["round"]) for one in done]
+    if not ranks.decide(lambda: all(of_round.export_dir.is_dir() for of_round in of_rounds)):
+        return True  # a model that was removed cannot answer anew
+    return all(
+        _comparison(config, of_round, first).made_of == one["made_of"]
+        for of_round, one in zip(of_rounds, done, strict=True)
+    )
 
 
 def round_config(config: Config, number: int, hours_gone: float = 0.0) -> Config:
@@ -115,6 +132,11 @@ def _hours_since(began: float) -> float:
     return (time.monotonic() - began) / 3600
 
 
+def _is_done(of_round: Config) -> bool:
+    """Rank 0: whether the round's training ended and its model is there."""
+    return (of_round.run_dir / "DONE").exists() and of_round.export_dir.is_dir()
+
+
 def _trained(of_round: Config, asked: Requests) -> bool:
     """Whether the round's training ended."""
     train.run(of_round, asked)
@@ -128,26 +150,50 @@ def _stopped(folder: RunFolder, asked: Asked, number: int) -> None:
     say(f"stopped on request in round {number}; start again to go on")
 
 
+def _comparison(config: Config, of_round: Config, first: ingredients.Models) -> Comparison:
+    """The round's model beside the one before and the very first, and its KL from that one."""
+    policy = _folder(config, of_round.export_dir)
+    start = of_round.model.name_or_path
+    # The first may be a hub name.
+    before = first.policy if start == config.model.name_or_path else _folder(config, Path(start))
+    # By the rounds' own seed, whatever the round: each model's answers are sampled once.
+    return comparing.prepare(config, first, policy, before, first.policy, start=first.policy)
+
+
 def _compared(
     config: Config, of_round: Config, first: ingredients.Models, number: int, asked: Requests
 ) -> dict[str, Any] | None:
-    """The round's model beside the one before, and its KL from the first, made once; None where a stop was asked."""
+    """What the round's comparison found, made once for the same content; None where a stop was asked."""
     file = of_round.run_dir / COMPARISON
-    made_of = {"evaluate": repr(config.evaluate), "rewards": repr(config.generate.rewards)}
+    comparison = _comparison(config, of_round, first)
     found: dict[str, Any] | None = ranks.decide(lambda: read_json(file) if file.exists() else None)
-    if found is None or found["made_of"] != made_of:
-        policy, before = (_folder(config, Path(path)) for path in (of_round.export_dir, of_round.model.name_or_path))
-        if number == 1:
-            before = first.policy  # may be a hub name
-        # By the rounds' own seed: the same noise for every model, and each one's answers are sampled once.
+    if found is None or found["made_of"] != comparison.made_of:
         try:
-            compared = comparing.compare(config, first, policy, before, first.policy, lambda: asked.look().stop)
+            compared = comparison.run(lambda: asked.look().stop)
         except StoppedInFirstPass:
             return None
-        found = {"round": number, "pairs": _pairs(of_round), "made_of": made_of, **compared}
+        found = {"round": number, "pairs": _pairs(of_round), "made_of": comparison.made_of, **compared}
         content = found
         ranks.decide(lambda: write_json(file, content))
     return found
+
+
+def _prune(before: Config) -> str | None:
+    """Rank 0, when the round after `before` is committed: of its checkpoints the newest and the best one stay.
+
+    Nothing goes on from them: its export does, and is committed. Not while another job looks at that round.
+    """
+    root = before.run_dir / "checkpoints"
+    there = checkpoint.committed(root)
+    lock = FileLock(before.run_dir / ".lock")
+    if len(there) < 2 or lock.take() is not None:
+        return None
+    try:
+        checkpoint.prune(root, 1, train.best_checkpoint(before))
+    finally:
+        lock.give_back()
+    stay = checkpoint.committed(root)
+    return f"{root}: {len(there) - len(stay)} older checkpoints removed, {len(stay)} kept beside the round's model"
 
 
 def _pairs(of_round: Config) -> int:
@@ -162,7 +208,8 @@ def _folder(config: Config, path: Path) -> ModelFolder:
 def table(done: list[dict[str, Any]]) -> str:
     """The rounds so far, a line each; round 0 is the start. Intervals of 95 % over prompts."""
     lines = [
-        f"answers to {done[0]['prompts']} prompts (evaluate.prompts); intervals of 95 % over prompts",
+        f"answers to {done[0]['prompts']} prompts (evaluate.prompts), {done[0]['samples']} each; "
+        "intervals of 95 % over prompts, a difference is paired by prompt",
         "| round | pairs | reward | difference from the round before | win rate against it | KL from start | tokens |",
         "| ---: | ---: | --- | --- | --- | --- | ---: |",
     ]
@@ -175,9 +222,16 @@ def table(done: list[dict[str, Any]]) -> str:
             f"| {one['round']} | {one['pairs']} | {shown(policy['reward'])} | {' | '.join(cells)} | "
             f"{policy['tokens']:.1f} |"
         )
-    worse = [str(one["round"]) for one in done if (one["difference"]["high"] or 0.0) < 0]
-    if worse:
-        lines.append(f"significantly worse than the round before: {', '.join(worse)}")
+    last = done[-1]
+    lines.append(
+        f"from the start to round {last['round']}: reward {shown(start['reward'])} → "
+        f"{shown(last['policy']['reward'])}, difference {shown(last['from_start']['difference'])}, win rate "
+        f"{shown(last['from_start']['win_rate'])}"
+    )
+    # An interval of a single prompt has no ends, and tells of no round.
+    if all(one["difference"]["high"] is not None for one in done):
+        worse = [str(one["round"]) for one in done if one["difference"]["high"] < 0]
+        lines.append(f"significantly worse than the round before: {', '.join(worse) or 'none'}")
     return "\n".join(lines)
 
 

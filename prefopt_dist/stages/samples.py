@@ -12,7 +12,7 @@ from prefopt_dist.data.template import read_template
 from prefopt_dist.distributed import ranks
 from prefopt_dist.files import write_atomic
 from prefopt_dist.generation.prompts import Prompt
-from prefopt_dist.generation.sampling import Sampling
+from prefopt_dist.generation.sampling import Sampling, stop_ids_of
 from prefopt_dist.generation.transformers_engine import TransformersEngine
 from prefopt_dist.model.load import ModelFolder, inspect_folder
 from prefopt_dist.stages.ingredients import Models
@@ -32,17 +32,21 @@ def write_samples(config: Config, models: Models, rows: TokenisedRows) -> list[S
     """
     asked = _prompts(config, models, rows)
     room = config.data.max_length - max(len(p.ids) for p in asked)
-    end = read_template(models.tokenizer, config.data.template).end
-    sampling = Sampling(
-        n=1,
-        temperature=GREEDY,
-        top_p=1.0,
-        max_new_tokens=max(1, min(MOST_TOKENS, room)),
-        seed=config.run.seed,
-        stop_ids=(models.tokenizer.convert_tokens_to_ids(end),),
-    )
+    template = read_template(models.tokenizer, config.data.template)
     final = inspect_folder(config.export_dir, "export.dir", config.data.max_length)
-    reference, policy = (_answers(models, model, asked, sampling) for model in (models.reference, final))
+
+    def answers(model: ModelFolder) -> list[str]:
+        sampling = Sampling(
+            n=1,
+            temperature=GREEDY,
+            top_p=1.0,
+            max_new_tokens=max(1, min(MOST_TOKENS, room)),
+            seed=config.run.seed,
+            stop_ids=stop_ids_of(template, model.path),
+        )
+        return _answers(models, model, asked, sampling)
+
+    reference, policy = answers(models.reference), answers(final)
     found = [
         Sample(str(prompt.prompt), before, after)
         for prompt, before, after in zip(asked, reference, policy, strict=True)

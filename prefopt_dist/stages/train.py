@@ -91,7 +91,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
             loaded = checkpoint.load(engine, root, found)
             start, state = loaded.step, loaded.state
             # A kill right after a commit leaves one too many; after the last commit nobody else would remove it.
-            ranks.decide(lambda: checkpoint.prune(root, config.checkpoint.keep, _best(config, folder)))
+            ranks.decide(lambda: checkpoint.prune(root, config.checkpoint.keep, best_checkpoint(config)))
             say(f"resuming from {checkpoint.folder_name(start)}")
         job = loop.Job(
             config=config,
@@ -141,12 +141,12 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
             )
 
 
-def _best(config: Config, folder: RunFolder) -> checkpoint.Best:
+def best_checkpoint(config: Config) -> checkpoint.Best:
     """Rank 0: which checkpoint the evaluations so far call the best."""
     metric = config.checkpoint.keep_best
     if metric is None:
         return checkpoint.no_best
-    rows = MetricsFile(folder.metrics).rows()
+    rows = MetricsFile(RunFolder(config.run_dir).metrics).rows()
     return lambda steps: best_step(rows, metric, steps)
 
 

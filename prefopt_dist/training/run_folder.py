@@ -93,6 +93,12 @@ class RunFolder:
         """After `open`: more is asked of a run that was done, so it begins again and is not done until then."""
         self._begin(config, world_size)
 
+    def starts_beside(self) -> None:
+        """After `open`, of a stage that works here and leaves the run's record alone: word of an earlier stop goes."""
+        self._before = (self._before or {}) | {"STOPPED": _content(self.path / "STOPPED")}
+        for name in ("STOPPED", "STOP"):
+            (self.path / name).unlink(missing_ok=True)
+
     def _begin(self, config: Config, world_size: int) -> None:
         self._before = {name: _content(self.path / name) for name in START_FILES}
         for name in ("STOPPED", "DONE"):
