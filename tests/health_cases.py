@@ -22,6 +22,7 @@ from prefopt_dist.demo import world
 from prefopt_dist.distributed import ranks
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.stages import train
+from prefopt_dist.tracking.metrics_file import MetricsFile
 
 SEED = int(os.environ.get("HEALTH_SEED", "0"))
 G, STEPS = 32, 60
@@ -120,7 +121,8 @@ def run(
     ranks.decide(lambda: file.write_text(json.dumps(config)))
     train.run(load_config(file).with_cache())
     facts = ranks.decide(lambda: json.loads((run_dir / "run.json").read_text()))
-    last = ranks.decide(lambda: json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1]))
+    rows = ranks.decide(lambda: MetricsFile(run_dir / "metrics.jsonl").rows())
+    last = [row for row in rows if row["kind"] == "train"][-1]
     written = ranks.decide(lambda: _samples(run_dir))
     return {"health": facts["health"], "last": last, "samples": written}
 
@@ -168,7 +170,14 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "neutral": lambda f: sft(f, "neutral"),
     "fitting": lambda f: sft(f, "fitting"),
     "wordy": lambda f: sft(f, "wordy"),
-    "healthy-dpo": lambda f: run(f, "healthy-dpo", DPO, tracking={"wandb": {"mode": "disabled"}, "samples": 6}),
+    "healthy-dpo": lambda f: run(
+        f,
+        "healthy-dpo",
+        DPO,
+        held_out="held_out",
+        eval={"every_steps": 6},
+        tracking={"wandb": {"mode": "disabled"}, "samples": 6},
+    ),
     # A margin of 1/6 nats a token is its aim; with an aim of 1/3 the chosen responses lose about 0.5, which is ill.
     "healthy-ipo": lambda f: run(f, "healthy-ipo", {"name": "ipo", "beta": 3.0}),
     "healthy-simpo": lambda f: run(f, "healthy-simpo", {"name": "simpo", "beta": 2.0, "gamma": 0.5, "sft_weight": 1.0}),

@@ -162,6 +162,15 @@ def test_overfit_needs_training_near_1_and_an_evaluation_that_gets_worse() -> No
     assert "was 0.800" in finding.evidence
     assert found(rows(0.99, eval_row(100, 0.52, 0.75))) == []
     assert found(rows(0.9, eval_row(100, 0.6, 0.8))) == []
+    # A lesser rise, when it stays.
+    good = [train_row(s, **{"train/rewards/accuracies": 0.99}) for s in range(1, STEPS + 1)]
+
+    def after(*losses: float) -> list[str]:
+        evals = [eval_row(STEPS, loss, 0.8) for loss in losses]
+        return [f.id for f in found([*good, *evals])]
+
+    assert after(0.5, 0.53, 0.54, 0.53) == ["overfit"]
+    assert after(0.5, 0.53, 0.54) == after(0.5, 0.53, 0.51, 0.53) == after(0.53, 0.52, 0.51) == []
     # Sets are compared with themselves.
     assert found(rows(0.99, eval_row(100, 0.9, 0.4, "other"))) == []
 

@@ -22,7 +22,8 @@ class Health:
     chosen_fall: Positive = 0.5
     """chosen-falls: nats a token that the chosen responses have lost since the start."""
     overfit_rise: Positive = 0.1
-    """overfit: part by which an evaluation loss lies above its best, or twice that in accuracy lost."""
+    """overfit: part by which an evaluation loss lies above its best; half of it three times in a row; or twice it in
+    accuracy lost."""
     length_correlation: Fraction = 0.6
     """length-bias: correlation of the margin with how much longer the chosen response is."""
     divergence: Positive = 1.25

@@ -16,6 +16,8 @@ STILL = 0.002
 STILL_SPREAD = 0.04
 """Between the 10th and 90th percentile of the margins."""
 NEAR_ONE = 0.95
+SUCCESSIVE = 3
+"""Evaluations by which a lesser rise is believed."""
 LONGER_SHARE = 0.9
 """Of the pairs of different length: hardly any pair tells content from length."""
 LEANING = 0.6
@@ -163,11 +165,12 @@ def overfit(history: History, thresholds: Health) -> str | None:
         if not losses or not accuracies:
             continue
         loss, best, last, highest = losses[-1], min(losses), accuracies[-1], max(accuracies)
-        if loss > (1 + rise) * best or last < highest - 2 * rise:
+        stays = min(losses[-SUCCESSIVE:]) > (1 + rise / 2) * best  # the same rows each time: hardly noise
+        if loss > (1 + rise) * best or stays or last < highest - 2 * rise:
             return (
                 f"Training accuracy is {accuracy:.3f}; {name} is {loss:.3g} and was {best:.3g} at best, "
-                f"{right} is {last:.3f} and was {highest:.3f} (threshold {rise:.0%} of the loss, {2 * rise:g} of the "
-                "accuracy)"
+                f"{right} is {last:.3f} and was {highest:.3f} (threshold {rise:.0%} of the loss, or half of that "
+                f"{SUCCESSIVE} times in a row, {2 * rise:g} of the accuracy)"
             )
     return None
 
