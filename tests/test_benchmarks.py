@@ -1,5 +1,6 @@
 """The benchmark's arithmetic, and that the training's layout keeps its ranks busy; its run with TRL is not tested."""
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -20,6 +21,8 @@ from benchmarks.world import Task, load_task, save_task, text, write_model
 from prefopt_dist.config import load_config
 from prefopt_dist.config.losses import DPOLoss
 from prefopt_dist.data.micro_batch import Unit, pack
+from prefopt_dist.demo import __main__ as demo
+from prefopt_dist.demo.world import write_world
 
 TINY = SHAPES["tiny"]
 
@@ -212,7 +215,14 @@ def frontier_of(kls: dict[float, float], scored: tuple[int, ...]) -> dict[str, A
         {"beta": beta, "kl": around(kl), "reward": around(0.8), "win_rate": around(0.6), "sequences_scored": n}
         for (beta, kl), n in zip(kls.items(), scored, strict=True)
     ]
-    return {"start": {"reward": around(0.7)}, "points": points, "pairs": 9, "epochs": 4, "prompts": 400}
+    return {
+        "start": {"reward": around(0.7)},
+        "points": points,
+        "pairs": 9,
+        "epochs": 4,
+        "prompts": 400,
+        "sft_per_beta": 20,
+    }
 
 
 def test_the_frontier_fails_where_kl_does_not_rise_or_the_first_pass_is_run_again(tmp_path: Path) -> None:
@@ -227,7 +237,21 @@ def test_the_frontier_fails_where_kl_does_not_rise_or_the_first_pass_is_run_agai
     assert one == "beta 0.1 scored 7 sequences again"
 
 
-def test_the_frontier_is_of_plain_dpo() -> None:
-    config = load_config(frontier.RECIPE, frontier.PLAIN)
-    assert config.loss == DPOLoss(beta=config.loss.beta)
+def test_the_frontier_varies_beta_alone() -> None:
     assert frontier.BETAS == (0.05, 0.1, 0.5, 1.0, 5.0)
+    for beta in frontier.BETAS:
+        assert load_config(frontier.RECIPE, frontier.loss_of(beta, 0.0)).loss == DPOLoss(beta=beta)
+        assert load_config(frontier.RECIPE, frontier.loss_of(beta, 20.0)).loss == DPOLoss(
+            beta=beta, sft_weight=20 * beta
+        )
+
+
+def test_the_frontier_is_of_prompts_in_no_file_of_the_demo(tmp_path: Path) -> None:
+    sizes = {"train": demo.TRAIN, "evaluation": demo.EVALUATION, "demonstrations": demo.DEMONSTRATIONS}
+    write_world(tmp_path, **sizes, unseen=demo.UNSEEN, prompts=demo.PROMPTS)
+    used = {json.loads(line)["prompt"] for file in tmp_path.glob("*.jsonl") for line in file.read_text().splitlines()}
+    assert len(used) == sum(sizes.values()) + demo.UNSEEN + demo.PROMPTS
+    frontier.write_fresh(tmp_path / "new" / "fresh.jsonl")
+    fresh = {json.loads(line)["prompt"] for line in (tmp_path / "new" / "fresh.jsonl").read_text().splitlines()}
+    assert len(fresh) == frontier.FRESH
+    assert not fresh & used
