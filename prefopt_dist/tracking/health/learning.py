@@ -24,6 +24,8 @@ LEANING = 0.6
 """Of the same: the data lean to the longer response."""
 LENGTH_GAP = 0.5
 """Between the accuracies on pairs whose chosen response is the longer one and the shorter one."""
+LATE = 2
+"""Times the grace: until then a policy that has begun to learn may like one style, and so one length, more."""
 FEW_PAIRS = 50
 MOST_REFERENCE_ROWS = 1000
 """The reference does not change: more rows tell no more."""
@@ -202,6 +204,8 @@ def length_bias(history: History, thresholds: Health) -> str | None:
             f"{told}, and the margin's correlation with the difference in length is {together:.2f} "
             f"(threshold {thresholds.length_correlation:g}; {n} pairs)"
         )
+    if history.progress < LATE * thresholds.grace:
+        return None
     on_longer, on_shorter = (mean(rows, f"train/rewards/accuracies_chosen_{which}") for which in ("longer", "shorter"))
     if on_longer is None or on_shorter is None or min(longer, shorter) * n < FEW_PAIRS:
         return None
