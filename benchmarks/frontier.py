@@ -19,7 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from itertools import islice, pairwise
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +157,9 @@ def plot(found: dict[str, Any], file: Path) -> None:
         axis.errorbar(kls, rewards, **{at: half}, fmt="o", color="#1b7f5c", markersize=4, linewidth=0.8)
     axis.plot([0.0], [start], "s", color="#a8443a", markersize=4)
     axis.annotate("start", (0.0, start), textcoords="offset points", xytext=(5, -9), fontsize=8)
-    for p in points:
+    for p, aside in zip(points, cycle([(-38, -3), (2, 7), (6, -11)]), strict=False):  # neighbours may lie close
         where = (p["kl"]["mean"], p["reward"]["mean"])
-        axis.annotate(f"β = {p['beta']:g}", where, textcoords="offset points", xytext=(5, -10), fontsize=8)
+        axis.annotate(f"β = {p['beta']:g}", where, textcoords="offset points", xytext=aside, fontsize=8)
     axis.set_xlabel("KL(policy ‖ start) on the policy's answers, nats", fontsize=8)
     axis.set_ylabel("mean true reward", fontsize=8)
     axis.tick_params(labelsize=7)
