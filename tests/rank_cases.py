@@ -49,6 +49,7 @@ from prefopt_dist.training import spikes as spikes_of_training
 from prefopt_dist.training.batches import Ahead, ScoredRows, step_batch, whole_set
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.gate import StartGate
+from prefopt_dist.training.laps import Laps
 from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.spikes import Spikes
 from prefopt_dist.training.stopping import Request
@@ -331,6 +332,7 @@ def kto_evaluation(folder: Path) -> dict:
             for m in models_
         )
     reward = live - start
+    exact["pairs"] = n // 2
     exact["rewards/accuracies"] = (reward[0::2] > reward[1::2]).double().mean().item()
     exact["rewards/margins"] = KTO["beta"] * (reward[0::2] - reward[1::2]).mean().item()
     zero3.release(engine)
@@ -684,15 +686,16 @@ def collectives_and_host_reads(folder: Path) -> dict:
     engine = make_policy(config, models)
     cost = forward_cost(models.policy.config)
     diagnosis = Diagnosis(objective, scored.rows, ranks.device())
-    found, micro_batches = [], []
+    found, micro_batches, laps = [], [], Laps(ranks.device())
     with Ahead(lambda i: step_batch(scored, range(G * i, G * i + G), 2, 150, cost), range(2)) as batches:
         for index in range(2):
             with pytest.MonkeyPatch.context() as patch:
                 counts = Counts(patch)
                 batch = batches.take(index)
-                packed = step.gradient(engine, batch, objective, None, diagnosis)
-                own = packed.new_tensor(own_work.places(ranks.rank(), ranks.world_size(), 0.5))
+                packed = step.gradient(engine, batch, objective, None, diagnosis, laps)
+                own = packed.new_tensor(own_work.places(ranks.rank(), ranks.world_size(), 0.5, batch.own_flop))
                 step.agree(torch.cat([packed, diagnosis.take(), own]), Request(False, False))
+                laps.take()
                 step.update(engine, 1e-3, Spikes(10.0, [1e9] * 16) if index else None)
             micro_batches.append(len(batch))
             found.append(counts.found)

@@ -88,7 +88,10 @@ def _machine(part: float, draw: random.Random) -> dict[str, Any]:
     return {
         "train/grad_norm": 2 * math.exp(-part) + draw.random(),
         "perf/tokens_per_second": 9000 + 500 * draw.random(),
+        "perf/step_seconds": 2.4,
         "perf/data_seconds": 0.02,
+        "perf/forward_seconds": 0.6 + 0.05 * draw.random(),
+        "perf/backward_seconds": 1.3 + 0.05 * draw.random(),
         "perf/forward_backward_seconds": 2 + 0.1 * draw.random(),
         "perf/update_seconds": 0.3,
         "perf/memory_gib": 31.0,

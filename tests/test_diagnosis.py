@@ -189,9 +189,11 @@ def test_source_labels_tell_sources_apart() -> None:
 
 
 def test_the_slowest_rank_is_named() -> None:
-    steps = [[own_work.places(rank, 3, seconds) for rank, seconds in enumerate((1.0, 4.0, 2.0))] for _ in range(5)]
+    work = ((1.0, 10.0), (4.0, 24.0), (2.0, 14.0))
+    steps = [[own_work.places(rank, 3, *seconds_flop) for rank, seconds_flop in enumerate(work)] for _ in range(5)]
     sums = np.sum(steps, axis=(0, 1)).tolist()
-    found = own_work.metrics(sums, 5)
+    found = own_work.metrics(sums)
+    assert found.pop("perf/slowest_rank_load") == 2.0
     assert found.pop("perf/memory_gib") == pytest.approx(own_work.memory_now() / 2**30, rel=0.2)
     assert found == {"perf/slowest_rank": 1, "perf/slowest_rank_seconds": 4.0, "perf/other_ranks_seconds": 1.5}
-    assert own_work.metrics(own_work.places(0, 1, 1.0), 1).keys() == {"perf/memory_gib"}
+    assert own_work.metrics(own_work.places(0, 1, 1.0, 1.0)).keys() == {"perf/memory_gib"}

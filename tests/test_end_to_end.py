@@ -156,6 +156,11 @@ def test_what_a_run_leaves(whole: Path) -> None:
     assert train[0]["train/rewards/accuracies"] == 0
     assert train[0]["train/ties"] == 1
     assert train[-1]["pairs_seen"] == PAIRS
+    for row in train:
+        forward, backward, both = (row[f"perf/{w}_seconds"] for w in ("forward", "backward", "forward_backward"))
+        assert forward > 0
+        assert backward > 0
+        assert forward + backward < both
     assert found[-1]["eval/loss"] < found[0]["eval/loss"]
     facts = json.loads((whole / "run.json").read_text())
     assert facts["data"]["train"]["rows"] == facts["data"]["train"]["used"] == PAIRS

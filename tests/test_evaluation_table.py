@@ -45,6 +45,20 @@ def test_every_accuracy_has_its_interval_and_the_whole_one_without_length() -> N
     assert with_intervals({"eval/x/loss": 1.0, "eval/x/rows": 3}) == {"eval/x/loss": 1.0, "eval/x/rows": 3}
 
 
+def test_a_split_pair_counts_once() -> None:
+    """Rated rows that were pairs: two rows of the set are one comparison."""
+    found = {"eval/loss": 0.5, "eval/rewards/accuracies": 0.75, "eval/pairs": 10, "eval/rows": 20}
+    more = with_intervals(found)
+    assert (more["eval/rewards/accuracies_low"], more["eval/rewards/accuracies_high"]) == wilson(0.75, 10)
+
+
+def test_a_source_may_have_any_name() -> None:
+    named = {name.replace("b.jsonl", "rows"): value for name, value in FOUND.items()}
+    said = text(with_intervals(named)).splitlines()
+    assert [line for line in said if not line.startswith(" ")] == ["eval: 20 rows"]
+    assert sum(line.startswith("  rows ") for line in said) == 1
+
+
 def test_the_text_has_a_line_for_each_source() -> None:
     said = text(with_intervals(FOUND))
     assert said.splitlines()[:3] == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from benchmarks.world import Task, write_model
 from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import inspect_folder
 from prefopt_dist.planning.machine import device_peak
+from prefopt_dist.tracking import own_work
 from prefopt_dist.training import batches
 from prefopt_dist.training.window import Window
 
@@ -58,21 +60,49 @@ def test_a_pass_before_the_step_counts_once(world: int) -> None:
     assert step.with_mismatched(before).flop == alone + other
 
 
+def test_each_rank_knows_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three pairs on two ranks, of the step and of the pass before it."""
+    rows = tokenised(TASK)
+    data = batches.ScoredRows(rows, torch.zeros(rows.n, 2, dtype=torch.float64))
+    monkeypatch.setattr(batches.ranks, "world_size", lambda: 2)
+    own = []
+    for rank in (0, 1):
+        monkeypatch.setattr(batches.ranks, "rank", lambda rank=rank: rank)
+        step = batches.step_batch(data, range(3), 2, 10_000, TASK.shape.cost)
+        step.with_mismatched(batches.step_batch(data, range(4, 7), 2, 10_000, TASK.shape.cost, 1))
+        own.append(step.own_flop)
+    assert sum(own) == pytest.approx(step.flop)
+    assert own[0] > 1.2 * own[1] > 0
+
+
 def test_by_hand() -> None:
-    window = Window([0.0, 0.0], [], [0.0, 0.0])
+    window = Window([0.0, 0.0], [], [0.0] * 4)
     one = namedtuple("one", "tokens flop")
-    window.add([1.0, 4.0], [], [0.0, 0.0], one(100, 3e12))  # type: ignore[arg-type]
-    window.add([1.0, 6.0], [], [0.0, 0.0], one(300, 5e12))  # type: ignore[arg-type]
+    window.add([1.0, 4.0], [], [0.0, 0.0, 0.0, 1.0], one(100, 3e12))  # type: ignore[arg-type]
+    window.add([1.0, 6.0], [], [0.0, 0.0, 0.0, 1.0], one(300, 5e12))  # type: ignore[arg-type]
     for what, seconds in (("data", 0.1), ("update", 1.9), ("data", 0.2), ("forward_backward", 2.8), ("checkpoint", 7)):
         window.took(what, seconds)
     found = window.performance(peak=2 * 4e12)
     assert found["perf/mfu"] == pytest.approx(8e12 / 5 / 8e12)
     assert found["perf/pairs_per_second"] == 2
     assert found["perf/tokens_per_second"] == 80
+    assert found["perf/step_seconds"] == 2.5
     assert found["perf/data_seconds"] == pytest.approx(0.3)
     assert "perf/mfu" not in window.performance(peak=None)
     # A window of a checkpoint goes on.
     assert Window(**vars(window)).performance(8e12)["perf/mfu"] == found["perf/mfu"]
+
+
+def test_a_window_older_than_its_ranks_has_their_memory() -> None:
+    """Two steps before a resume, whose ranks are gone, and one after it."""
+    window = Window([0.0, 0.0], [], own_work.places(0, 1, 1.0, 1.0))
+    one = namedtuple("one", "tokens flop")
+    for _ in range(2):
+        window.add([1.0, 4.0], [], own_work.places(0, 1, 1.0, 1.0), one(1, 1.0))  # type: ignore[arg-type]
+    window = replace(window, ranks=[0.0] * own_work.size(1))
+    window.add([1.0, 4.0], [], [1.0, 2.0**30, 1.0, 1.0], one(1, 1.0))  # type: ignore[arg-type]
+    window.took("data", 1.0)
+    assert window.performance(None)["perf/memory_gib"] == 1.0
 
 
 def test_peaks_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The page about a run: what it says, that it needs nothing else, and how it looks in a real browser."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +14,7 @@ from run_folders import write_run_folder
 from prefopt_dist.__main__ import main
 from prefopt_dist.report.page import verdict
 from prefopt_dist.report.record import read_run
+from prefopt_dist.report.sweep import sweep_table
 from prefopt_dist.tracking.metrics_file import MetricsFile
 
 
@@ -106,7 +108,7 @@ def test_a_run_that_is_well_and_one_that_has_not_begun(tmp_path: Path) -> None:
 def test_a_warning_that_is_over_is_no_verdict(tmp_path: Path) -> None:
     run = write_run_folder(tmp_path / "slow", steps=60)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    slow = {"perf/slowest_rank": 1, "perf/other_ranks_seconds": 1.0}
+    slow = {"perf/slowest_rank": 1, "perf/other_ranks_seconds": 1.0, "perf/slowest_rank_load": 1.0}
     for row in lines:
         if row["kind"] == "train":
             row |= slow | {"perf/slowest_rank_seconds": 3.0 if row["step"] < 30 else 1.0}
@@ -126,6 +128,40 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert "chosen-falls" in text
     assert len(re.findall(r"<title>", text)) == 9
     assert all(f"<strong>beta{beta}</strong>" in text for beta in (0.1, 0.3, 0.5))
+
+
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    """Of runs and of sets: HTML, formulas, and what matplotlib leaves out of a legend."""
+    sets = ("<script>alert(1)</script>", "$\\frac{$", "_hidden")
+    runs = [write_run_folder(tmp_path / name, steps=20, sets=sets) for name in ("_a<b>&$x^$", "$\\sum$")]
+    config = (runs[0] / "config.yaml").read_text()
+    (runs[0] / "config.yaml").write_text(config + "# </pre><script>alert(2)</script>\n")
+    for text in (page(runs[0]), page(runs[0], f"report.compare={json.dumps(list(map(str, runs)))}")):
+        plain = text.replace("\u200b", "")
+        assert "_a&lt;b&gt;&amp;$x^$" in plain
+    text = page(runs[0]).replace("\u200b", "")
+    assert "evaluation &lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "evaluation $\\frac{$" in text
+    assert "evaluation _hidden" in text
+
+
+def test_a_run_that_goes_on_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its older checkpoint is pruned between the look at the folder and that at its files."""
+    run = write_run_folder(tmp_path / "going-on", steps=20)
+    (run / "DONE").unlink()
+    gone = run / "checkpoints" / "step-00000010" / "manifest.json"
+    stat = Path.stat
+
+    def vanishing(self: Path, **options: bool) -> os.stat_result:
+        if self == gone:
+            raise FileNotFoundError(self)
+        return stat(self, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", vanishing)
+        assert [c.step for c in read_run(run, "run.dir").checkpoints] == [20]
+    (row,) = sweep_table([read_run(run, "run.dir")])
+    assert row["state"] == "not finished"
 
 
 def test_a_folder_without_a_run_is_the_users_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

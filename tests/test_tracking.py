@@ -330,6 +330,30 @@ def test_alerts_histograms_and_the_summary_reach_wandb(tmp_path: Path, monkeypat
     assert list(shown.bins[1:-1]) == list(BIN_EDGES)
 
 
+def test_a_warning_of_an_earlier_start_reaches_who_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server has it, an offline folder that takes over does not; both count it in the summary."""
+    for mode, sent in (("online", ["WARN: new: b"]), ("offline", ["WARN: old: a", "WARN: new: b"])):
+        run = _FakeRun(0, "")
+        _fake(monkeypatch, run, "")
+        metrics = MetricsFile(tmp_path / "metrics.jsonl")
+        feed = _feed(tmp_path, metrics, mode)
+        feed.alert("old", "a", again=True)
+        feed.alert("new", "b")
+        feed.finish()
+        assert run.alerts == sent
+        assert run.summary["health/warnings"] == 2
+
+
+def test_the_best_evaluation_is_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _FakeRun(0, "")
+    _fake(monkeypatch, run, "")
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for step, loss in enumerate((math.nan, 0.5, 0.4, math.nan)):
+        metrics.append("eval", step, 0.1, 8, {"eval/loss": loss})
+    _feed(tmp_path, metrics, "online").finish()
+    assert run.summary["best/eval/loss"] == 0.4
+
+
 def test_tensorboard_has_the_rows_of_the_file_after_a_rollback(tmp_path: Path) -> None:
     """Each start writes the whole run anew: no row twice, none of those that were cut back."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -375,6 +399,25 @@ def test_a_failing_wandb_is_said_once_and_stops_nothing(
     assert out.count("W&B: off") == 1
     assert "more" not in out
     assert len(metrics.rows()) == 3
+
+
+def test_a_failing_wandb_tells_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _FakeRun(0, "")
+    _fake(monkeypatch, run, "")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdefghij")
+
+    def refuse(values: dict[str, Any], step: int, commit: bool) -> None:
+        raise RuntimeError("401 for https://user:secret@proxy.example and 0123456789abcdefghij")
+
+    monkeypatch.setattr(run, "log", refuse)
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    _row(metrics, 1)
+    _feed(tmp_path, metrics, "online").finish()
+    out = capsys.readouterr().out
+    assert "401 for https://***@proxy.example and ***" in out
+    assert "0123456789" not in out
 
 
 def test_a_hanging_wandb_holds_up_nothing(

@@ -22,7 +22,8 @@ class Health:
     chosen_fall: Positive = 0.5
     """chosen-falls: nats a token that the chosen responses have lost since the start."""
     overfit_rise: Positive = 0.1
-    """overfit: part by which an evaluation loss lies above its best, or twice that in accuracy lost."""
+    """overfit: part by which an evaluation loss lies above its best; half of it three times in a row; or twice it in
+    accuracy lost."""
     length_correlation: Fraction = 0.6
     """length-bias: correlation of the margin with how much longer the chosen response is."""
     divergence: Positive = 1.25
@@ -30,6 +31,6 @@ class Health:
     gradient_spike: Positive = 10.0
     """gradient-spike: a gradient norm over the median of the rows before."""
     slow_rank: Positive = 1.5
-    """slow-rank: a rank's own seconds of work over the median of the others'."""
+    """slow-rank: a rank's own seconds of work over what its units would take the others (median)."""
     memory_growth: Positive = 0.05
-    """memory-creep: part by which memory has grown through four successive stretches."""
+    """memory-creep: part by which memory has grown through four successive stretches, and 64 MiB at least."""

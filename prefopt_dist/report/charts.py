@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import matplotlib
@@ -30,6 +31,7 @@ COLOURS = tuple(f"#03030{i}" for i in range(SERIES))
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "prefopt_dist",
+    "text.parse_math": False,
     "font.size": 9,
     "text.color": INK,
     "axes.edgecolor": GRID,
@@ -159,11 +161,16 @@ def _draw(axes: Axes, line: Line) -> None:
     colour = COLOURS[line.colour % SERIES]
     style = DASHES[line.colour // SERIES % len(DASHES)]  # more runs than colours are told apart by their dashes
     if line.points:
-        axes.plot(line.x, line.y, marker="o", markersize=3.5, linewidth=0.8, color=colour, label=line.label)
+        axes.plot(line.x, line.y, marker="o", markersize=3.5, linewidth=0.8, color=colour, label=_shown(line.label))
     else:
-        axes.plot(line.x, line.y, linestyle=style, color=colour, label=line.label)
+        axes.plot(line.x, line.y, linestyle=style, color=colour, label=_shown(line.label))
     if line.band is not None:
         axes.fill_between(line.x, *line.band, color=colour, alpha=0.2, linewidth=0)
+
+
+def _shown(label: str) -> str:
+    """Matplotlib leaves a label that begins with an underscore out of the legend; one of no width is before it then."""
+    return f"\u200b{label}" if label.startswith("_") else label
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
@@ -191,4 +198,4 @@ def _svg(figure: Figure, title: str) -> str:
     text = text.replace(INK, "currentColor").replace(GRID, "var(--grid)")
     for i, colour in enumerate(COLOURS):
         text = text.replace(colour, f"var(--s{i})")
-    return text.replace("<defs>", f"<title>{title}</title>\n<defs>", 1)
+    return text.replace("<defs>", f"<title>{escape(title, quote=False)}</title>\n<defs>", 1)

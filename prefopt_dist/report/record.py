@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,7 +55,7 @@ class Record:
     @property
     def name(self) -> str:
         """The folder's name."""
-        return self.path.name
+        return self.path.resolve().name
 
     @property
     def train(self) -> list[Row]:
@@ -124,8 +125,9 @@ def _lines(file: Path) -> list[dict[str, str]]:
 def _checkpoints(root: Path) -> list[Checkpoint]:
     found = []
     for folder in sorted(root.glob("step-????????")):
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        found.append(Checkpoint(int(folder.name[5:]), _time(folder.stat().st_mtime), size / 2**30))
+        with suppress(FileNotFoundError):  # the run goes on, and removes older ones
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            found.append(Checkpoint(int(folder.name[5:]), _time(folder.stat().st_mtime), size / 2**30))
     return found
 
 
@@ -136,7 +138,7 @@ def _state(path: Path, rows: list[Row], done: bool) -> str:
         return f"stopped: {(path / 'STOPPED').read_text().strip()}"
     if not rows:
         return "not yet in training"
-    return f"not finished; its last row was written at {_time((path / 'metrics.jsonl').stat().st_mtime)}"
+    return f"not finished: its last row was written at {_time((path / 'metrics.jsonl').stat().st_mtime)}"
 
 
 def _time(seconds: float) -> str:

@@ -50,7 +50,7 @@ def _curves(record: Record) -> list[tuple[str, str, list[Line], bool, float | No
     seconds = [
         part
         for colour, (label, name) in enumerate(
-            (("data", "data"), ("forward and backward", "forward_backward"), ("update", "update"))
+            (("data", "data"), ("forward", "forward"), ("backward", "backward"), ("update", "update"))
         )
         for part in line(label, train, f"perf/{name}_seconds", colour)
     ]

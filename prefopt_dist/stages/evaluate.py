@@ -25,6 +25,7 @@ from prefopt_dist.stages.ingredients import Models
 from prefopt_dist.stages.job import run_folder
 from prefopt_dist.tracking import evaluation_table
 from prefopt_dist.tracking.console import say
+from prefopt_dist.tracking.metrics_file import strict
 from prefopt_dist.training.batches import ScoredRows
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.run_folder import RunFolder
@@ -54,7 +55,7 @@ def run(config: Config) -> None:
                 against = _given("evaluate.against", config.evaluate.against, config)
             found["answers"] = comparing.prepare(config, models, evaluated.model, against, models.reference).run()
         if ranks.rank() == 0:
-            write_json(config.run_dir / "evaluation.json", found)
+            write_json(config.run_dir / "evaluation.json", strict(found))  # a model may have diverged
             if evaluated.temporary is not None:
                 shutil.rmtree(evaluated.temporary)
         say(f"evaluated {evaluated.name}:")

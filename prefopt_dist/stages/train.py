@@ -217,8 +217,10 @@ def _open_log(config: Config, folder: RunFolder, start: int, total_steps: int, o
 
 def _open_watch(config: Config, folder: RunFolder, metrics: MetricsFile, feeds: Feed, facts: RunFacts) -> Watch:
     told = [(rule, step) for rule, step in folder.facts.get("health_told", [])]
+    new_ones: list[Finding] = []
 
     def tell(new: list[Finding], found: list[Finding]) -> None:
+        new_ones.extend(new)
         told.extend((f.id, f.step) for f in new)
         folder.note(health=[f.as_json() for f in found], health_told=told)
         for finding in new:
@@ -228,6 +230,9 @@ def _open_watch(config: Config, folder: RunFolder, metrics: MetricsFile, feeds: 
 
     watch = Watch(metrics, facts, config.health, told, tell)
     watch.look()
+    for finding in watch.found:
+        if finding.level == "warning" and finding not in new_ones:
+            feeds.alert(finding.title, finding.text(), again=True)
     folder.note(health=[f.as_json() for f in watch.found])
     return watch
 

@@ -33,7 +33,10 @@ def with_intervals(found: Mapping[str, Any]) -> dict[str, Any]:
         prefix, mark, source = name.partition(ACCURACY)
         if not mark or not (source == "" or source.startswith("_of/")):
             continue
-        n = found[f"{prefix}rows"] if source == "" else found[f"{prefix}pairs{source}"]
+        if source:
+            n = found[f"{prefix}pairs{source}"]
+        else:  # a set of pairs that was split into rated rows has two rows a pair
+            n = found.get(f"{prefix}pairs", found[f"{prefix}rows"])
         low, high = wilson(value, n)
         at = f"{prefix}rewards/{{}}{source}"
         more |= {at.format("accuracies_low"): low, at.format("accuracies_high"): high}
@@ -46,7 +49,9 @@ def with_intervals(found: Mapping[str, Any]) -> dict[str, Any]:
 def text(found: Mapping[str, Any]) -> str:
     """For people, set by set, with a table of the sources where there are several."""
     lines = []
-    for prefix in [name.removesuffix("rows") for name in found if name.endswith("/rows")]:
+    # A source may be called rows; a loss is of a set alone.
+    prefixes = [name.removesuffix("rows") for name in found if name.endswith("/rows")]
+    for prefix in [p for p in prefixes if f"{p}loss" in found]:
         lines.append(f"{prefix.rstrip('/')}: {found[f'{prefix}rows']} rows")
         if prefix + ACCURACY in found:
             lines.append(f"  {ACCURACY}: {_accuracy(found, prefix, '')}")

@@ -21,8 +21,8 @@ class Feed(Protocol):
         """Rows were appended."""
         ...
 
-    def alert(self, title: str, text: str) -> None:
-        """A health rule has a warning."""
+    def alert(self, title: str, text: str, *, again: bool = False) -> None:
+        """A health rule has a warning; again: an earlier start told it, which only who begins anew needs to hear."""
         ...
 
     def samples(self, samples: Sequence[Sample]) -> None:
@@ -45,10 +45,10 @@ class Feeds:
         for feed in self._feeds:
             feed.feed()
 
-    def alert(self, title: str, text: str) -> None:
+    def alert(self, title: str, text: str, *, again: bool = False) -> None:
         """A health rule has a warning."""
         for feed in self._feeds:
-            feed.alert(title, text)
+            feed.alert(title, text, again=again)
 
     def samples(self, samples: Sequence[Sample]) -> None:
         """A table of samples."""

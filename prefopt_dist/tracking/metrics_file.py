@@ -108,9 +108,13 @@ class MetricsFile:
             self._descriptor = None
 
 
+def strict(row: Row) -> Row:
+    """A row, or other metrics by name, as strict JSON can hold it: what is not finite by its word."""
+    return {key: _strict(value) if isinstance(value, float) else value for key, value in row.items()}
+
+
 def _line(row: Row) -> bytes:
-    written = {key: _strict(value) if isinstance(value, float) else value for key, value in row.items()}
-    return (json.dumps(written, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(strict(row), allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
 def _strict(number: float) -> float | str:

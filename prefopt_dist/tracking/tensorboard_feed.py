@@ -33,21 +33,21 @@ class TensorBoardFeed:
             shutil.rmtree(events)
         self._writer: Any = SummaryWriter(str(events))
         self._metrics = metrics
-        self._offset = 0
+        self._offset = self._step = 0
         self._broken = False
 
     def feed(self) -> None:
         """Writes the rows that have come, by their step."""
         self._safely(self._write)
 
-    def alert(self, title: str, text: str) -> None:
-        """A text at the last step."""
-        self._safely(lambda: self._writer.add_text("health", text))
+    def alert(self, title: str, text: str, *, again: bool = False) -> None:
+        """A text, at the step of the last row where it is new; its own words tell its step."""
+        self._safely(lambda: self._writer.add_text("health", text, self._step))
 
     def samples(self, samples: Sequence[Sample]) -> None:
         """As text."""
         text = "\n\n".join(f"**{s.prompt}**\n\nreference: {s.reference}\n\npolicy: {s.policy}" for s in samples)
-        self._safely(lambda: self._writer.add_text("samples", text))
+        self._safely(lambda: self._writer.add_text("samples", text, self._step))
 
     def finish(self) -> None:
         """Everything is on disk."""
@@ -57,6 +57,7 @@ class TensorBoardFeed:
     def _write(self) -> None:
         rows, self._offset = self._metrics.rows_after(self._offset)
         for row in rows:
+            self._step = row["step"]
             for name, value in row.items():
                 if isinstance(value, list):
                     self._histogram(name, value, row["step"])

@@ -11,6 +11,7 @@ Where the cursor stands at a start:
   must leave `wandb/`: `wandb sync` takes every folder there that holds a `.wandb` file, whatever its name.
 """
 
+import math
 import os
 import queue
 import threading
@@ -19,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefopt_dist.config import mask_secrets
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
 from prefopt_dist.tracking.diagnosis import BIN_EDGES
@@ -92,10 +94,15 @@ class WandbFeed:
         """Rows were appended: send them. Returns at once."""
         self._wake.set()
 
-    def alert(self, title: str, text: str) -> None:
-        """Have W&B tell the run's people, by mail or Slack as they chose. Returns at once."""
-        self._alerts.put((title, text))
-        self._wake.set()
+    def alert(self, title: str, text: str, *, again: bool = False) -> None:
+        """Have W&B tell the run's people, by mail or Slack as they chose. Returns at once.
+
+        again: the server has it already; a new offline folder, which takes over from the earlier one, has not.
+        """
+        self._warnings += 1
+        if not (again and self._mode == "online"):
+            self._alerts.put((title, text))
+            self._wake.set()
 
     def samples(self, samples: Sequence[Sample]) -> None:
         """A table beside the last row. Before `finish`, after the last row."""
@@ -169,7 +176,6 @@ class WandbFeed:
                 index += 1
             while not self._alerts.empty():
                 title, text = self._alerts.get()
-                self._warnings += 1
                 run.alert(title=title, text=text, level="WARN")
             if ending:
                 if self._samples:
@@ -183,7 +189,8 @@ class WandbFeed:
         best: dict[str, Any] = {}
         for row in rows:
             for name, value in row.items():
-                if row["kind"] == "eval" and name.endswith(BEST_OF):
+                # No value is better or worse than NaN: after one nothing would be the best any more.
+                if row["kind"] == "eval" and name.endswith(BEST_OF) and not math.isnan(value):
                     better = min if name.endswith("loss") else max
                     best[f"best/{name}"] = better(best.get(f"best/{name}", value), value)
         return best | {"health/warnings": self._warnings}
@@ -200,7 +207,8 @@ class WandbFeed:
     def _say_failed(self, why: str) -> None:
         if not self._failed:
             self._failed = True
-            say(f"W&B: off for this start, training goes on and metrics.jsonl has every row ({why})")
+            told = mask_secrets(why)  # what a server or a proxy answers may repeat what it was asked with
+            say(f"W&B: off for this start, training goes on and metrics.jsonl has every row ({told})")
 
 
 def _shown(value: Any) -> Any:

@@ -59,14 +59,22 @@ class Batch:
         """Distinct input tokens of all ranks."""
         self.flop = 0.0
         """Operations that a training step on them needs, of all ranks; 0 where no cost was given."""
+        self.own_flop = 0.0
+        """Those of this rank."""
         self.mismatched: Batch | None = None
         """The same rows with the responses of their partners, for a pass before the step; KTO's alone have them."""
+
+    @property
+    def mine(self) -> list[Unit]:
+        """The units of this rank."""
+        return [unit for units in self._mine for unit in units]
 
     def with_mismatched(self, mismatched: Batch) -> Batch:
         """This batch, which then also counts the tokens of the pass before it."""
         self.mismatched = mismatched
         self.tokens += mismatched.tokens
         self.flop += mismatched.flop
+        self.own_flop += mismatched.own_flop
         return self
 
     def prepare(self) -> None:
@@ -137,6 +145,7 @@ def step_batch(
         batch = Batch(data, lay_out(units, ranks.world_size(), budget, cost), responses, first)
         if cost is not None:
             batch.flop = passes * work_of(groups_within(units, budget), cost)[1]
+            batch.own_flop = passes * work_of(groups_within(batch.mine, budget), cost)[1]
         return batch
 
     rows = list(rows)

@@ -29,6 +29,7 @@ from prefopt_dist.training import best, checkpoint, probe, step
 from prefopt_dist.training.batches import Ahead, Batch, ScoredRows, step_batch
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.gate import StartGate
+from prefopt_dist.training.laps import Laps
 from prefopt_dist.training.run_folder import RunFolder
 from prefopt_dist.training.schedule import learning_rate
 from prefopt_dist.training.skips import Skips, record
@@ -125,6 +126,7 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
     if start_step and _stops_early(job, start_step):
         return None
     steps = range(start_step, job.total_steps)
+    laps = Laps(ranks.device())
     with (
         Progress(job.total_steps, "train", "steps", ranks.rank(), done=start_step) as progress,
         Ahead(lambda index: _batch(job, index), steps) as batches,
@@ -136,10 +138,10 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             batch = batches.take(index)
             data_seconds, waited = time.perf_counter() - began, waits.seconds
 
-            packed = step.gradient(job.engine, batch, job.objective, gate, job.diagnosis)
+            packed = step.gradient(job.engine, batch, job.objective, gate, job.diagnosis, laps)
             worked = time.perf_counter() - began - (waits.seconds - waited)
             own = data_seconds if torch.cuda.is_available() else worked
-            told = torch.cat([packed, job.diagnosis.take(), own_places(packed, own)])
+            told = torch.cat([packed, job.diagnosis.take(), own_places(packed, own, batch.own_flop)])
             everything, request = step.agree(told, job.requests.look())
             sums, diagnosis, own_work = job.window.parted(everything)
             computed = time.perf_counter()
@@ -161,6 +163,8 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
                 norm = _skipped(job, index, loss)
 
             job.window.add(sums, diagnosis, own_work, batch)
+            for what, seconds in laps.take().items():
+                job.window.took(what, seconds)
             job.window.took("data", data_seconds)
             job.window.took("forward_backward", computed - began - data_seconds)
             job.window.took("update", time.perf_counter() - computed)

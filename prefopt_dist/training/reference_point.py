@@ -65,4 +65,5 @@ class Halves:
         margin = chosen[:, 0] - rejected[:, 0]
         tie = margin.abs() <= self._tie_tolerance * (chosen[:, 1] + rejected[:, 1])
         means = torch.stack([margin, ((margin > 0) & ~tie).double(), tie.double()]).mean(1)
-        return dict(zip(("rewards/margins", "rewards/accuracies", "ties"), means.tolist(), strict=True))
+        found = dict(zip(("rewards/margins", "rewards/accuracies", "ties"), means.tolist(), strict=True))
+        return found | {"pairs": len(margin)}

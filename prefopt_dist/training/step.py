@@ -17,26 +17,35 @@ from prefopt_dist.tracking.diagnosis import Diagnosis
 from prefopt_dist.tracking.statistics import Statistics
 from prefopt_dist.training.batches import Batch
 from prefopt_dist.training.gate import StartGate
+from prefopt_dist.training.laps import Laps
 from prefopt_dist.training.reference_point import at_reference_point
 from prefopt_dist.training.spikes import Spikes
 from prefopt_dist.training.stopping import Request
 
 
 def gradient(
-    engine: Any, batch: Batch, objective: Objective, gate: StartGate | None, diagnosis: Diagnosis | None = None
+    engine: Any,
+    batch: Batch,
+    objective: Objective,
+    gate: StartGate | None,
+    diagnosis: Diagnosis | None = None,
+    laps: Laps | None = None,
 ) -> torch.Tensor:
     """Adds up the gradient of the mean loss over the step's G pairs; float64 [K+1] sums of this rank's metrics.
 
-    The diagnosis, where there is one, keeps sums of its own.
+    The diagnosis, where there is one, keeps sums of its own; the laps are told what the time went into.
     Each pair weighs 1/G wherever it stands; the engine averages over the ranks, hence the factor world size.
     """
     objective = at_reference_point(engine, batch, objective)
     statistics = Statistics(objective.metrics, ranks.device())
+    laps = laps or Laps(ranks.device())
     weight = ranks.world_size() / batch.units
     for j, (micro_batch, reference) in enumerate(batch):
         engine.set_gradient_accumulation_boundary(j == len(batch) - 1)
-        terms: Terms = engine(micro_batch, objective, reference)
-        engine.backward(terms.loss * weight)
+        with laps.lap("forward"):
+            terms: Terms = engine(micro_batch, objective, reference)
+        with laps.lap("backward"):
+            engine.backward(terms.loss * weight)
         statistics.add(terms.statistics, terms.statistics.new_full((), len(micro_batch.rows)))
         if diagnosis is not None:
             diagnosis.add(objective, terms, micro_batch, reference)

@@ -14,7 +14,7 @@ from prefopt_dist.tracking import own_work
 from prefopt_dist.training.batches import Batch
 
 STEP = ("data", "forward_backward", "update")
-"""What a step's time goes into; evaluations and checkpoints are beside it."""
+"""What a step's time goes into; evaluations and checkpoints are beside it, forward and backward within."""
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Window:
     diagnosis: list[float]
     """[D] the diagnosis's sums over the same pairs"""
     ranks: list[float]
-    """[2W] each rank's own work and memory"""
+    """[3W + 1] each rank's own work and memory, and of how many steps (tracking/own_work.py)"""
     steps: int = 0
     tokens: int = 0
     flop: float = 0.0
@@ -37,10 +37,10 @@ class Window:
     @staticmethod
     def empty(metrics: int, diagnosis: int, world_size: int) -> Window:
         """K, D and W of the run; nothing yet."""
-        return Window([0.0] * (metrics + 1), [0.0] * diagnosis, [0.0] * (2 * world_size))
+        return Window([0.0] * (metrics + 1), [0.0] * diagnosis, [0.0] * own_work.size(world_size))
 
     def parted(self, everything: list[float]) -> tuple[list[float], list[float], list[float]]:
-        """A step's global sums, [K+1 + D + 2W]: the objective's, the diagnosis's, the ranks'."""
+        """A step's global sums, [K+1 + D + 3W+1]: the objective's, the diagnosis's, the ranks'."""
         k, d = len(self.sums), len(self.diagnosis)
         return everything[:k], everything[k : k + d], everything[k + d :]
 
@@ -66,13 +66,14 @@ class Window:
         found = {
             "perf/tokens_per_second": self.tokens / seconds,
             "perf/pairs_per_second": self.sums[-1] / seconds,
+            "perf/step_seconds": seconds / self.steps,
             "perf/peak_memory_gib": own_work.peak_memory() / 2**30,
             **{f"perf/{what}_seconds": spent for what, spent in self.seconds.items()},
-            **own_work.metrics(self.ranks, self.steps),
+            **own_work.metrics(self.ranks),
         }
         return found if peak is None else found | {"perf/mfu": self.flop / seconds / peak}
 
 
-def own_places(like: torch.Tensor, seconds: float) -> torch.Tensor:
-    """float64 [2W] beside `like`: this rank's own seconds of work and its memory, in its own places."""
-    return like.new_tensor(own_work.places(ranks.rank(), ranks.world_size(), seconds))
+def own_places(like: torch.Tensor, seconds: float, flop: float) -> torch.Tensor:
+    """float64 [3W + 1] beside `like`: this rank's own seconds of work, its memory and operations, in its own places."""
+    return like.new_tensor(own_work.places(ranks.rank(), ranks.world_size(), seconds, flop))

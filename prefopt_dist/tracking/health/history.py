@@ -79,6 +79,13 @@ class History:
         seen: int = rows[-1]["pairs_seen"] - before
         return seen
 
+    def distinct_pairs(self, rows: Sequence[Row]) -> int:
+        """Those of them that are not the same again: more epochs bring no more evidence."""
+        if not rows:
+            return 0
+        in_an_epoch: float = rows[-1]["pairs_seen"] / rows[-1]["epoch"]
+        return min(self.pairs(rows), round(in_an_epoch))
+
     def first(self) -> list[Row]:
         """The run's first window; none before it is whole."""
         window = self.facts.window

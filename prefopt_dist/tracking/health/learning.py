@@ -16,12 +16,16 @@ STILL = 0.002
 STILL_SPREAD = 0.04
 """Between the 10th and 90th percentile of the margins."""
 NEAR_ONE = 0.95
+SUCCESSIVE = 3
+"""Evaluations by which a lesser rise is believed."""
 LONGER_SHARE = 0.9
 """Of the pairs of different length: hardly any pair tells content from length."""
 LEANING = 0.6
 """Of the same: the data lean to the longer response."""
 LENGTH_GAP = 0.5
 """Between the accuracies on pairs whose chosen response is the longer one and the shorter one."""
+LATE = 2
+"""Times the grace: until then a policy that has begun to learn may like one style, and so one length, more."""
 FEW_PAIRS = 50
 MOST_REFERENCE_ROWS = 1000
 """The reference does not change: more rows tell no more."""
@@ -33,10 +37,10 @@ def labels_flipped(history: History, thresholds: Health) -> str | None:
     if not rows or "train/reference/accuracies" not in rows[-1]:
         rows, whose = history.first(), "logps"
     summed, per_token = (mean(rows, f"train/{whose}/accuracies{suffix}") for suffix in ("", "_per_token"))
-    n = history.pairs(rows)
+    n = history.distinct_pairs(rows)
     if summed is None or per_token is None or n < FEW_PAIRS:
         return None
-    if max(summed, per_token) + standard_error(max(summed, per_token), n) >= thresholds.flipped_accuracy:
+    if not _surely_below(thresholds.flipped_accuracy, max(summed, per_token), n):
         return None
     return (
         f"Before training it gives the chosen response the higher log-prob in {summed:.0%} of {n} pairs, the higher "
@@ -50,12 +54,17 @@ def accuracy_stuck(history: History, thresholds: Health) -> str | None:
     accuracy, n = mean(rows, "train/rewards/accuracies"), history.pairs(rows)
     if accuracy is None or history.progress < thresholds.grace or no_learning(history, thresholds):
         return None
-    if accuracy + standard_error(accuracy, n) >= thresholds.stuck_accuracy:
+    if not _surely_below(thresholds.stuck_accuracy, accuracy, history.distinct_pairs(rows)):
         return None
     return (
         f"train/rewards/accuracies is {accuracy:.3f} over the last {n} pairs, after {history.progress:.0%} of the "
         f"steps (threshold {thresholds.stuck_accuracy:g})"
     )
+
+
+def _surely_below(threshold: float, share: float, n: int) -> bool:
+    """A share of n different pairs lies below the threshold by more than a standard error."""
+    return share + standard_error(share, n) < threshold
 
 
 def noisy_labels(history: History, thresholds: Health) -> str | None:
@@ -158,11 +167,12 @@ def overfit(history: History, thresholds: Health) -> str | None:
         if not losses or not accuracies:
             continue
         loss, best, last, highest = losses[-1], min(losses), accuracies[-1], max(accuracies)
-        if loss > (1 + rise) * best or last < highest - 2 * rise:
+        stays = min(losses[-SUCCESSIVE:]) > (1 + rise / 2) * best  # the same rows each time: hardly noise
+        if loss > (1 + rise) * best or stays or last < highest - 2 * rise:
             return (
                 f"Training accuracy is {accuracy:.3f}; {name} is {loss:.3g} and was {best:.3g} at best, "
-                f"{right} is {last:.3f} and was {highest:.3f} (threshold {rise:.0%} of the loss, {2 * rise:g} of the "
-                "accuracy)"
+                f"{right} is {last:.3f} and was {highest:.3f} (threshold {rise:.0%} of the loss, or half of that "
+                f"{SUCCESSIVE} times in a row, {2 * rise:g} of the accuracy)"
             )
     return None
 
@@ -194,6 +204,8 @@ def length_bias(history: History, thresholds: Health) -> str | None:
             f"{told}, and the margin's correlation with the difference in length is {together:.2f} "
             f"(threshold {thresholds.length_correlation:g}; {n} pairs)"
         )
+    if history.progress < LATE * thresholds.grace:
+        return None
     on_longer, on_shorter = (mean(rows, f"train/rewards/accuracies_chosen_{which}") for which in ("longer", "shorter"))
     if on_longer is None or on_shorter is None or min(longer, shorter) * n < FEW_PAIRS:
         return None

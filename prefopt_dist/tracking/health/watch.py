@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from prefopt_dist.config.health import Health
@@ -54,7 +55,9 @@ class Watch:
     """Follows a metrics file while the run writes it. Rank 0 alone.
 
     What was told before a resume is not told again: a finding is known by its rule and step. One that a kill kept from
-    being told is told at the next start, since the rows are there.
+    being told is told at the next start, since the rows are there. A start with other thresholds or another number of
+    steps may find it in an earlier or later row: of the rows that are there, as many findings of a rule as were told
+    of them are known.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Watch:
         self._told = set(told)
         self._tell = tell
         self._offset = 0
+        self._begun = False
         self.found: list[Finding] = []
         """Of the rows that the file holds."""
 
@@ -78,8 +82,22 @@ class Watch:
         """Takes the rows that have come and tells what is new in them."""
         rows, self._offset = self._metrics.rows_after(self._offset)
         new = [finding for row in rows for finding in self._fold.add(row)]
+        if not self._begun and rows:
+            self._told |= _told_elsewhere(new, self._told, rows[-1]["step"])
+        self._begun = True
         self.found += new
         untold: Sequence[Finding] = [f for f in new if (f.id, f.step) not in self._told]
         self._told |= {(f.id, f.step) for f in untold}
         if untold:
             self._tell(list(untold), self.found)
+
+
+def _told_elsewhere(found: Iterable[Finding], told: set[tuple[str, int]], last: int) -> set[tuple[str, int]]:
+    """Rule and step of the first findings of each rule, as many as were told of the rows up to the step `last`."""
+    left = Counter(rule for rule, step in told if step <= last)
+    known = set()
+    for finding in found:
+        if left[finding.id] > 0:
+            left[finding.id] -= 1
+            known.add((finding.id, finding.step))
+    return known
