@@ -22,6 +22,7 @@ from prefopt_dist.config import Config, identity, load_config
 from prefopt_dist.errors import UserError
 from prefopt_dist.objectives import DPO, SFT, Sequences, Terms
 from prefopt_dist.stages import ingredients
+from prefopt_dist.stages.rounds import Asked
 from prefopt_dist.training.export import MARKER, check_target
 from prefopt_dist.training.gate import StartGate
 from prefopt_dist.training.optimizer import adamw
@@ -167,6 +168,23 @@ def test_files_are_rank_0_s_to_see(tmp_path: Path, files: list[str], wanted: tup
     assert not any((tmp_path / name).exists() for name in files)
     assert first.look() == (False, False)
     first.obeyed()  # nothing to remove
+
+
+def test_a_round_that_saves_leaves_the_stop_to_the_rounds(tmp_path: Path) -> None:
+    asked = Asked(tmp_path, rank=0, max_hours=None)
+    (tmp_path / "SAVE").touch()
+    assert asked.look() == (False, True)
+    asked.obeyed()
+    assert not (tmp_path / "SAVE").exists()
+    assert asked.look() == (False, False)  # not again after each step
+    (tmp_path / "STOP").touch()
+    assert asked.look() == (True, False)
+    asked.obeyed()
+    assert (tmp_path / "STOP").exists()
+    assert asked.look() == (True, False)
+    asked.ended()
+    assert not (tmp_path / "STOP").exists()
+    assert asked.look() == (False, False)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

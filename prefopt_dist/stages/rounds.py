@@ -37,7 +37,8 @@ class Asked(Requests):
     """What all rounds are asked: a round that obeys leaves the request to the rounds, which end by it."""
 
     def obeyed(self) -> None:
-        """Nothing: see `ended`."""
+        """Rank 0 removes SAVE, or each step to come would commit a checkpoint; of STOP see `ended`."""
+        self.remove({self._save_file})
 
     def ended(self) -> None:
         """Rank 0 removes the files that were obeyed."""

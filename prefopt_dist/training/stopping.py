@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Set
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -55,6 +56,10 @@ class Requests:
 
     def obeyed(self) -> None:
         """Rank 0 removes the files that `look` saw; one that came since is a request still to obey."""
-        for file in self._seen:
+        self.remove(self._seen)
+
+    def remove(self, files: Set[Path]) -> None:
+        """Those of them that `look` saw."""
+        for file in self._seen & files:
             file.unlink(missing_ok=True)
-        self._seen.clear()
+        self._seen -= files
