@@ -118,7 +118,9 @@ run_job() { # $1: stage, $2: the folder that slurm/submit wrote
     local logs="$submission/logs/$stage-$SLURM_JOB_ID.$restart"
     cd "$WORK_DIR" || fail 2 "$WORK_DIR, where it was submitted, is not there on $(hostname)"
     if declare -F site_setup >/dev/null; then
+        set +u # modules and environments of sites read variables that may be unset
         site_setup
+        set -u
     fi
 
     status_file=$logs.status

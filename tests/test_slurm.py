@@ -295,6 +295,16 @@ def test_the_nodes_are_checked_before_a_job(site: Site) -> None:
     assert "GPUS=8" in (site.base.with_name("mine.submit") / "2" / "job.env").read_text().split()
 
 
+def test_the_site_s_own_setup_may_read_what_is_not_set(site: Site) -> None:
+    (site.folder / "site.env").write_text("site_setup() { export LOADED=yes$NOBODY_HAS_SET_THIS; }\n")
+    done = site.job(FAKE_JOB='echo "$LOADED" >"$FAKE/loaded"')
+    assert done.returncode == 0, done.stderr
+    assert site.lines("loaded") == ["yes"]
+    kept = site.base.with_name("mine.submit") / "1" / "site.env"
+    kept.write_text("site_setup() { false; echo not here; }\n")
+    assert site.job().returncode != 0
+
+
 def test_a_job_that_is_cancelled_in_the_check_has_stopped(site: Site) -> None:
     done = site.job(FAKE_NODES="kill -TERM $PPID; sleep 0.1; exit 143")
     assert (done.returncode, site.lines("srun")) == (75, [])
