@@ -79,6 +79,7 @@ check_nodes() { # $1: the head, $2: a number for the port, the others: the nodes
         status=0
         wait "$job" || status=$?
     done
+    [[ $status != 2 || -n $asked ]] || fail 2 "the nodes could not be checked, see above; mend site.env"
     ((status == 0)) || [[ -n $asked ]] ||
         fail 1 "the nodes are not fit for the job; exclude what is named (--exclude in PREFOPT_SBATCH), or PREFOPT_CHECK_NODES=no"
 }

@@ -295,6 +295,11 @@ def test_the_nodes_are_checked_before_a_job(site: Site) -> None:
     assert "GPUS=8" in (site.base.with_name("mine.submit") / "2" / "job.env").read_text().split()
 
 
+def test_a_check_that_cannot_be_made_is_a_mistake(site: Site) -> None:
+    done = site.job(FAKE_NODES="echo PREFOPT_MIN_DISK_GIB: is no number >&2; exit 2")
+    assert (done.returncode, "mend site.env" in done.stderr, site.lines("srun")) == (2, True, [])
+
+
 def test_the_site_s_own_setup_may_read_what_is_not_set(site: Site) -> None:
     (site.folder / "site.env").write_text("site_setup() { export LOADED=yes$NOBODY_HAS_SET_THIS; }\n")
     done = site.job(FAKE_JOB='echo "$LOADED" >"$FAKE/loaded"')
