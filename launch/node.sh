@@ -51,7 +51,9 @@ command -v "$python" >/dev/null || mistake "$(hostname): no Python at '$python';
 gpus=$(count_gpus)
 if ((gpus > 0)); then
     ((ranks <= gpus)) || mistake "$(hostname): $ranks ranks a node, but $gpus GPUs here; ask for as many GPUs a node"
+    export PREFOPT_WANT_GPUS=1
 else
+    [[ -z ${PREFOPT_WANT_GPUS:-} ]] || mistake "$(hostname): no GPU here, $ranks wanted; mend its driver, or leave it out"
     export DS_ACCELERATOR=cpu
 fi
 share_cores "$ranks"

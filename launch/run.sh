@@ -91,6 +91,7 @@ else
     ranks=${ranks:-2}
 fi
 ((gpus > 0)) || export DS_ACCELERATOR=cpu
+[[ $one_process == yes ]] || ((gpus == 0)) || export PREFOPT_WANT_GPUS=1
 share_cores "$ranks"
 
 # One process

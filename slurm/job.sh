@@ -70,7 +70,6 @@ check_nodes() { # $1: the head, $2: a number for the port, the others: the nodes
     port=$(choose_port "$2") || fail 1 "no free port on $head among 20 of 20000-31999"
     shift 2
     names=$(IFS=, && echo "$*")
-    [[ $GPUS == 0 ]] || export PREFOPT_WANT_GPUS=1
     build_start "--nodes=$SLURM_NNODES" "--ntasks=$SLURM_NNODES" --ntasks-per-node=1
     "${start[@]}" "$submission/code/launch/check_node.sh" --hosts "$names" --ranks "$RANKS" --head "$head:$port" \
         --folder "$run_dir" &
@@ -136,6 +135,7 @@ run_job() { # $1: stage, $2: the folder that slurm/submit wrote
     else
         local head port
         local -a names
+        [[ $GPUS == 0 ]] || export PREFOPT_WANT_GPUS=1 # no node may compute on its CPU instead
         mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
         head=$(head_address "${names[@]}") || fail 1 "scontrol names no node in '$SLURM_JOB_NODELIST'"
         port=$(choose_port "$((SLURM_JOB_ID + 37 * restart))") || fail 1 "no free port on $head among 20 of 20000-31999"

@@ -18,7 +18,7 @@ RUN_SH = Path(__file__).parent.parent / "launch" / "run.sh"
 # Its first line of work is to note its arguments. The job script stands for torchrun and its ranks.
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$FAKE/calls"
-echo "$OMP_NUM_THREADS ${DS_ACCELERATOR:-none} $TOKENIZERS_PARALLELISM" >"$FAKE/environment"
+echo "$OMP_NUM_THREADS ${DS_ACCELERATOR:-none} $TOKENIZERS_PARALLELISM ${PREFOPT_WANT_GPUS:-no}" >"$FAKE/environment"
 if [[ ${*: -1} == --check ]]; then
     eval "$FAKE_CHECK"
     echo "a line of some library"
@@ -157,13 +157,13 @@ def test_what_is_started_and_with_which_environment(launcher: Launcher) -> None:
         "-m torch.distributed.run --standalone --max-restarts 0 --nproc-per-node 3"
         " -m prefopt_dist train r.yaml a.b=c d",
     ]
-    assert (launcher.folder / "environment").read_text().split() == ["5", "cpu", "false"]
+    assert (launcher.folder / "environment").read_text().split() == ["5", "cpu", "false", "no"]
     more = {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "TOKENIZERS_PARALLELISM": "true"}
     assert launcher.run("train", "r.yaml", **more)[0] == 0
     assert "--nproc-per-node 4 " in launcher.calls()[-1]
-    threads, accelerator, parallelism = (launcher.folder / "environment").read_text().split()
+    threads, accelerator, parallelism, wants_gpus = (launcher.folder / "environment").read_text().split()
     assert int(threads) >= 1
-    assert (accelerator, parallelism) == ("none", "true")
+    assert (accelerator, parallelism, wants_gpus) == ("none", "true", "1")
     launcher.run("train", "r.yaml")
     assert "--nproc-per-node 2 " in launcher.calls()[-1]
 

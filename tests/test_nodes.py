@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from prefopt_dist.distributed import ranks
+from prefopt_dist.errors import UserError
 from prefopt_dist.nodes import __main__ as nodes
 from prefopt_dist.nodes import gpus, machine
 from prefopt_dist.nodes.machine import Report, Wanted, differing
@@ -159,6 +162,19 @@ def test_room_and_the_odd_one_out(tmp_path: Path) -> None:
     reports = [Report(f"n{i}", (), {"torch": "2.13" if i != 2 else "2.12", "python": "3.11"}) for i in range(4)]
     assert differing(reports) == ["n2: torch is 2.12, elsewhere 2.13"]
     assert differing([*reports[:2], Report("n9", (), {"python": "3.11"})]) == ["n9: torch is none, elsewhere 2.13"]
+
+
+def test_gpus_that_torch_cannot_use_and_too_few_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    monkeypatch.setattr(gpus, "look", lambda ranks: ([], {}))
+    asked = dataclasses.replace(wanted(tmp_path), on_gpus=True, ranks=8)
+    of_torch, cores = machine.look("n1", asked).faults
+    assert of_torch == f"torch {torch.__version__} (CUDA {torch.version.cuda}) can use no GPU"
+    assert cores == "1 of its cores are this job's, 8 ranks want one each (--cpus-per-task)"
+    monkeypatch.setenv("PREFOPT_WANT_GPUS", "1")
+    with pytest.raises(UserError, match=r"finds none .* CUDA_VISIBLE_DEVICES= \(empty\)"):
+        ranks.start()
 
 
 # Texts in the form of nvidia-smi and of the kernel, written by hand after NVIDIA's documentation; no GPU was asked.

@@ -310,6 +310,13 @@ def test_the_site_s_own_setup_may_read_what_is_not_set(site: Site) -> None:
     assert site.job().returncode != 0
 
 
+@pytest.mark.parametrize(("stage", "wants"), [("train", "1"), ("export", "no")])
+def test_the_ranks_know_that_they_are_for_gpus(site: Site, stage: str, wants: str) -> None:
+    assert site.submit("r.yaml", "--gpus-per-node", "8").returncode == 0
+    done = site.job(stage, FAKE_JOB='echo "${PREFOPT_WANT_GPUS:-no}" >"$FAKE/wants"', PREFOPT_CHECK_NODES="no")
+    assert (done.returncode, site.lines("wants")) == (0, [wants])
+
+
 def test_a_job_that_is_cancelled_in_the_check_has_stopped(site: Site) -> None:
     done = site.job(FAKE_NODES="kill -TERM $PPID; sleep 0.1; exit 143")
     assert (done.returncode, site.lines("srun")) == (75, [])
@@ -422,3 +429,6 @@ def test_a_node(site: Site, node: str, is_host: str) -> None:
     assert call.startswith("-m torch.distributed.run --nnodes 2 --nproc-per-node 3 --max-restarts 0 ")
     assert f"is_host={is_host}," in call
     assert call.endswith("-m prefopt_dist train r.yaml a.b=c d")
+    more = {"SLURM_NODEID": node, "CUDA_VISIBLE_DEVICES": "", "PREFOPT_WANT_GPUS": "1"}
+    done = site.run(str(REPOSITORY / "launch" / "node.sh"), *arguments, **more)
+    assert (done.returncode, "no GPU here, 3 wanted" in done.stderr) == (2, True)

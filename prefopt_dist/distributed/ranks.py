@@ -32,7 +32,11 @@ class OtherRankFailed(RuntimeError):
 
 
 def start() -> None:
-    """Joins the process group of torchrun, or makes one of a single process where there is no torchrun."""
+    """Joins the process group of torchrun, or makes one of a single process where there is no torchrun.
+
+    Raises UserError where the launcher has found GPUs that torch cannot use.
+    """
+    _refuse_unusable_gpus()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
@@ -59,6 +63,17 @@ def start() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(
         dist_backend="nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False
+    )
+
+
+def _refuse_unusable_gpus() -> None:
+    """Or a job that holds GPUs would compute on the CPU."""
+    if not os.environ.get("PREFOPT_WANT_GPUS") or torch.cuda.is_available():
+        return
+    why = "it is built without CUDA" if torch.version.cuda is None else f"CUDA {torch.version.cuda}, see the driver"
+    raise UserError(
+        f"{socket.gethostname()}: this job is to compute on GPUs, and torch {torch.__version__} finds none ({why}). "
+        "Install a torch that can use them, or hide them with CUDA_VISIBLE_DEVICES= (empty) to compute on the CPU."
     )
 
 

@@ -65,6 +65,11 @@ def look(host: str, wanted: Wanted) -> Report:
         faults.append(f"{folder} is not writable")
     versions = _versions()
     if wanted.on_gpus:
+        if not torch.cuda.is_available():
+            faults.append(f"torch {torch.__version__} (CUDA {torch.version.cuda}) can use no GPU")
+        cores = len(os.sched_getaffinity(0))
+        if cores < wanted.ranks:
+            faults.append(f"{cores} of its cores are this job's, {wanted.ranks} ranks want one each (--cpus-per-task)")
         of_gpus, more = gpus.look(wanted.ranks)
         faults += of_gpus
         versions |= more
