@@ -103,6 +103,10 @@ def site(tmp_path: Path) -> Site:
         (["r.yaml", "--gpus-per-node", "two"], "'two'"),
         (["r.yaml", "--gpus-per-node", "2", "--ranks-per-node", "2"], "one rank a GPU"),
         (["r.yaml", "--grace", "5m"], "'5m'"),
+        (["r.yaml", "--time", "5"], "--time: got '5', must be a minute longer at least than --grace (300 s)"),
+        (["r.yaml", "--time", "5:59"], "--time: got '5:59'"),
+        (["r.yaml", "--time", "0-0:05:09"], "--time: got '0-0:05:09'"),
+        (["r.yaml", "--time", "1:00:00", "--grace", "3600"], "--time: got '1:00:00'"),
         (["r.yaml", "--unknown"], "unknown option '--unknown'"),
         (["r.yaml", "--sweep", "beta"], "--sweep: got 'beta'"),
         (["r.yaml", "--sweep", "loss.beta="], "--sweep: got"),
@@ -117,6 +121,12 @@ def test_bad_usage_asks_nobody(site: Site, arguments: list[str], word: str) -> N
     assert done.returncode == 2
     assert word in done.stderr
     assert site.lines("calls") == site.lines("submitted") == []
+
+
+@pytest.mark.parametrize("limit", ["6", "6:00", "0:06:00", "0-1", "00-00:06", "UNLIMITED", "0"])
+def test_a_time_limit_beyond_the_grace(site: Site, limit: str) -> None:
+    done = site.submit("r.yaml", "--dry-run", "--time", limit)
+    assert (done.returncode, f"--time={limit} " in done.stdout) == (0, True), done.stderr
 
 
 def test_bad_sites(site: Site) -> None:
