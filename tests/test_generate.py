@@ -327,6 +327,21 @@ def test_the_table_tells_the_whole_way_and_which_round_was_worse() -> None:
     assert verdict == "significantly worse than the round before: 3"
 
 
+def test_a_round_is_the_same_however_its_folder_is_named(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(world, "named")
+
+    def second(folder: str) -> dict[str, Any]:
+        return identity(rounds.round_config(load_config(run, [f"run.dir={folder}"]), 2))
+
+    monkeypatch.chdir(world)
+    relative = second("runs/named")
+    assert second(str(world.resolve() / "runs" / "named")) == relative  # as slurm/submit names it
+    assert relative["model.name_or_path"] == "runs/named/round-1/final"
+    monkeypatch.chdir(world.parent)
+    elsewhere = second(str(world / "runs" / "named"))
+    assert second("elsewhere/named") != elsewhere
+
+
 @pytest.mark.slow
 def test_killed_rounds_end_with_the_same_weights(world: Path, door: Door) -> None:
     """SIGKILL as soon as the second round has its pairs; then the same command."""

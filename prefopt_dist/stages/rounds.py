@@ -104,8 +104,9 @@ def _as_asked(config: Config, first: ingredients.Models, done: list[dict[str, An
 
 def round_config(config: Config, number: int, hours_gone: float = 0.0) -> Config:
     """Round `number`'s own run, from 1; hours_gone: of train.max_hours."""
-    folder = config.run_dir / f"round-{number}"
-    start = config.model.name_or_path if number == 1 else str(config.run_dir / f"round-{number - 1}" / "final")
+    rounds = _from_here(config.run_dir)
+    folder = rounds / f"round-{number}"
+    start = config.model.name_or_path if number == 1 else str(rounds / f"round-{number - 1}" / "final")
     reference = config.reference
     if config.rounds.reference == "first" and reference.name_or_path is None:
         reference = replace(reference, name_or_path=config.model.name_or_path)
@@ -127,6 +128,15 @@ def round_config(config: Config, number: int, hours_gone: float = 0.0) -> Config
             config.tracking, wandb=replace(wandb, name=f"{name}-round-{number}", group=wandb.group or name)
         ),
     )
+
+
+def _from_here(folder: Path) -> Path:
+    """From the working folder, where it lies within that: slurm/submit names it from the root, an image mounts it.
+
+    A round is told from another one by its pairs and its start too, whose paths would differ.
+    """
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def _hours_since(began: float) -> float:
