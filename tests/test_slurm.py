@@ -238,6 +238,25 @@ def test_no_secret_is_kept_with_a_submission(site: Site) -> None:
     assert "planted-secret" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    "line", ["WANDB_API_KEY=planted", "A=1; export HF_TOKEN='planted'", 'AWS_SECRET_ACCESS_KEY="x"']
+)
+def test_a_site_that_would_keep_a_secret_is_refused(site: Site, line: str) -> None:
+    (site.folder / "site.env").write_text(f"PREFOPT_SBATCH=()\n{line}\n")
+    done = site.submit("r.yaml")
+    assert (done.returncode, f"{site.folder}/site.env:2: it sets a secret" in done.stderr) == (2, True)
+    assert "planted" not in done.stderr
+    assert site.lines("submitted") == []
+
+
+@pytest.mark.parametrize(
+    "line", ["# HF_TOKEN=mine", "HF_TOKEN=$(cat /dev/null)", "TOKENIZERS_PARALLELISM=true", "HF_TOKEN="]
+)
+def test_a_site_that_keeps_none_is_taken(site: Site, line: str) -> None:
+    (site.folder / "site.env").write_text(f"{line}\n")
+    assert site.submit("r.yaml", "--dry-run").returncode == 0
+
+
 def test_a_loss_without_reference_has_no_first_pass(site: Site) -> None:
     assert site.submit("r.yaml", FAKE_REFERENCE="False").returncode == 0
     train, _ = site.lines("submitted")
