@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -545,3 +546,25 @@ def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
     assert not file.exists()
     store.write_answers(1, [[Answer([6], "another", None, True)]] * 6)
     assert store.missing("scores-r") == ([1], [])  # what was said of the lost answers is not of these
+
+
+def test_a_shard_of_another_node_is_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may remember that a name was not there until the folder is read."""
+    store = SampleStore(tmp_path / "s")
+    store.make_plan([prompt(0, [1])], {})
+    store.write_answers(0, [[]])
+    exists, listdir, stale = Path.exists, os.listdir, True
+
+    def look(path: Path) -> bool:
+        return exists(path) and not (stale and path.name.startswith("samples"))
+
+    def read(folder: Path) -> list[str]:
+        nonlocal stale
+        stale = False
+        return listdir(folder)
+
+    monkeypatch.setattr(Path, "exists", look)
+    monkeypatch.setattr(os, "listdir", read)
+    assert store.answers(0) == [[]]
+    stale = True
+    assert store.missing("samples") == ([], [])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,6 +75,7 @@ class SampleStore:
     def missing(self, what: str) -> tuple[list[int], list[str]]:
         """Numbers of the shards that are still to do, and a message for each damaged one, which is removed."""
         numbers, messages = [], []
+        os.listdir(self.folder)  # as in _rows
         for number in range(self.settings["shards"]):
             file = self._file(what, number)
             if file.exists() and _read_lines(file) is None:
@@ -114,6 +116,8 @@ class SampleStore:
 
     def _rows(self, what: str, number: int) -> list[Any]:
         file = self._file(what, number)
+        if not file.exists():
+            os.listdir(self.folder)  # another node's file: a network file system may remember that it was not there
         rows = _read_lines(file) if file.exists() else None
         if rows is None:
             raise UserError(f"run.cache: {file} is missing or damaged; remove it and start again")
