@@ -53,7 +53,8 @@ if ((gpus > 0)); then
     ((ranks <= gpus)) || mistake "$(hostname): $ranks ranks a node, but $gpus GPUs here; ask for as many GPUs a node"
     export PREFOPT_WANT_GPUS=1
 else
-    [[ -z ${PREFOPT_WANT_GPUS:-} ]] || mistake "$(hostname): no GPU here, $ranks wanted; mend its driver, or leave it out"
+    [[ -z ${PREFOPT_WANT_GPUS:-} ]] ||
+        mistake "$(hostname): no GPU here (nvidia-smi, CUDA_VISIBLE_DEVICES, DS_ACCELERATOR), $ranks wanted; mend it or leave it out"
     export DS_ACCELERATOR=cpu
 fi
 share_cores "$ranks"
