@@ -83,7 +83,7 @@ def prepare(folder: Path) -> None:
         "fifth": pairs(PAIRS, of + 1, wrong=0.2),
         "flipped": pairs(PAIRS, of + 1, wrong=1.0),
         "longer": longer_is_chosen(PAIRS, of + 1),
-        "few": pairs(64, of + 1),
+        "few": pairs(64, of + 1, wrong=0.25),
         "held_out": pairs(HELD_OUT, of + 2),
     }
     for name, rows in files.items():

@@ -28,6 +28,16 @@ from prefopt_dist.stages.ingredients import sized
 GIB = 2**30
 POLICY = load_deepspeed_json("deepspeed_configs/policy_zero3.json", "deepspeed.policy")
 REFERENCE = load_deepspeed_json("deepspeed_configs/reference_zero3.json", "deepspeed.reference")
+SMALL = LlamaConfig(
+    vocab_size=100,
+    hidden_size=8,
+    intermediate_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
+    pad_token_id=0,
+)
 LARGE = {"vocab_size": 128_256, "num_key_value_heads": 8, "tie_word_embeddings": False, "dtype": "bfloat16"}
 LLAMAS = {
     "8B": LlamaConfig(
@@ -56,17 +66,7 @@ def by_name(phase: Phase) -> dict[str, int]:
 
 def test_a_tiny_model_by_hand() -> None:
     """V 100, d 8, one layer of 4 heads of 2 (2 of keys): 64+32+32+64 of attention, 3·8·16 of the MLP, 2·8 norms."""
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-    )
-    sizes = model_sizes(config, torch.bfloat16, 8)
+    sizes = model_sizes(SMALL, torch.bfloat16, 8)
     layer = 64 + 32 + 32 + 64 + 3 * 8 * 16 + 2 * 8
     n, small = 2 * 100 * 8 + 3 * layer + 8, 7 * 8
     assert (sizes.parameters, sizes.layer, sizes.head, sizes.persistent) == (n, layer, 800, small)
@@ -96,17 +96,7 @@ def test_a_tiny_model_by_hand() -> None:
 
 def test_generation_by_hand() -> None:
     """Three layers with 2 key heads of 2: 2·2·2·2 bytes a token and layer. 1000 tokens at once: 20 lines of 20 + 30."""
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-    )
-    sizes = model_sizes(config, torch.bfloat16, 8)
+    sizes = model_sizes(SMALL, torch.bfloat16, 8)
     of = sizes.activations
     asked = Sampled(budget=1000, prompt=20, new=30, n=4, nucleus=False)
     phase = memory.generation(sizes, Place(8, True), asked)

@@ -40,11 +40,14 @@ def history(folder: Path) -> tuple[set[str], list[dict[str, Any]]]:
         if record.WhichOneof("record_type") == "run":
             ids.add(record.run.run_id)
         elif record.WhichOneof("record_type") == "history":
-            row = {}
+            row: dict[str, Any] = {}
             for item in record.history.item:
                 value = item.WhichOneof("value")
-                name = item.key or "/".join(item.nested_key)
-                row[name] = getattr(item, value) if value else json.loads(item.value_json)
+                name, *fields = [item.key] if item.key else item.nested_key
+                if fields:  # of an object, as a histogram is
+                    row.setdefault(name, {})["/".join(fields)] = json.loads(item.value_json)
+                else:
+                    row[name] = getattr(item, value) if value else json.loads(item.value_json)
             rows.append(row)
     return ids, rows
 
