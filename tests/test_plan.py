@@ -121,6 +121,9 @@ def test_a_whole_copy_that_does_not_fit_is_refused_whatever_the_number_of_ranks(
     message = refused(needs_of("70B", sampled=asked), h200(8))
     assert message.startswith("plan: generation needs about 1")
     assert "take a smaller model" in message
+    assert message.endswith("Where the run only trains, on pairs that are there, set generate.rewards=[].")
+    assert fit(needs_of("70B"), h200(8)).checkpointed is not None
+    assert "generate.rewards" not in refused(needs_of("70B", sampled=asked), h200(1)), "training does not fit either"
     fits = needs_of("8B", sampled=asked)
     assert fit(fits, h200(1)).checkpointed is not None
     message = refused(needs_of("8B", sampled=replace(asked, budget=2_000_000)), h200(1))

@@ -111,9 +111,14 @@ def refuse_misfit(needs: Needs, machine: Machine, found: list[Fit]) -> None:
     wish = f" with model.checkpointing={needs.wish}" if needs.wish != "auto" else " with every layer computed again"
     if not worst.name.startswith("training"):
         wish = ""
+    alone = ""
+    trains = replace(needs, sampled=None)
+    if _largest_batch(needs, machine) is None and trains != needs and fit(trains, machine).checkpointed is not None:
+        alone = " Where the run only trains, on pairs that are there, set generate.rewards=[]."
     raise UserError(
         f"plan: {worst.name} needs about {in_units(worst.device)} on each of {machine.text()}{wish}, and "
-        f"{in_units(mine.available)} of {in_units(machine.memory)} may be used. {_remedies(needs, machine, found)}"
+        f"{in_units(mine.available)} of {in_units(machine.memory)} may be used. "
+        f"{_remedies(needs, machine, found)}{alone}"
     )
 
 
