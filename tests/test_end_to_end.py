@@ -189,8 +189,9 @@ def test_kill_in_training(world: World, whole: Path) -> None:
 
 @pytest.mark.slow
 def test_wandb_has_every_row_after_two_kills(world: World, whole: Path) -> None:
-    """Read back from the newest offline folder, which `wandb sync` would take: rows by step, configuration, summary."""
-    run, folder = world.run("killed-twice"), world.folder / "killed-twice"
+    """Read back from the newest offline folder, as `wandb sync` takes it: rows, table, configuration, summary."""
+    run = world.run("killed-twice", tracking={"wandb": {"mode": "offline"}, "samples": 3})
+    folder = world.folder / "killed-twice"
     start_and(run, at_step(folder, 9), kill_all)
     start_and(run, at_step(folder, 15), kill_all)
     launch(run)
@@ -202,6 +203,12 @@ def test_wandb_has_every_row_after_two_kills(world: World, whole: Path) -> None:
     by_step = {row["_step"]: row for row in sent}
     assert sorted(by_step) == list(range(len(sent)))
     truth = rows(folder)
+    table = by_step.pop(len(truth))["samples"]
+    assert table["_type"] == "table-file"
+    answers = json.loads((newest / "files" / table["path"]).read_text())
+    written = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [dict(zip(answers["columns"], line, strict=True)) for line in answers["data"]] == written
+    assert len(written) == 3
     assert len(truth) == len(by_step) == STEPS + 4
     for index, row in enumerate(truth):
         for name, value in row.items():
