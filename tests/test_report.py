@@ -89,6 +89,7 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
         "Time line",
     ]
     assert not re.search(r"#0[123]0[123]0\d", text), "a stand-in of a colour is left"
+    assert "mathdefault" not in text, "a label is a formula, as it is written"
 
 
 def test_a_run_that_is_well_and_one_that_has_not_begun(tmp_path: Path) -> None:

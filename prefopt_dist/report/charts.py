@@ -16,6 +16,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from prefopt_dist.tracking.diagnosis import BIN_EDGES
 from prefopt_dist.tracking.metrics_file import Row
@@ -92,6 +93,10 @@ class Chart:
                 axes.axvline(step, color=GRID, linewidth=1.0, linestyle="--")
             if self.log:
                 axes.set_yscale("log")
+                # Its own labels are formulas, which the style leaves as they are written.
+                axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("{x:g}")
             axes.set(title=self.title, xlabel=self.x, ylabel=self.y)
             if len(self.lines) > 1:
                 _legend(figure, axes)
