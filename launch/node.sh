@@ -2,10 +2,10 @@
 # This node's part of a stage that runs on several nodes. slurm/job.sh starts one a node through srun; any other
 # way of starting one command on every node does as well.
 #
-#   launch/node.sh --nodes N --ranks R --head HOST:PORT --job NAME [--is-head] STAGE RUN.yaml [section.key=value ...]
+#   launch/node.sh --nodes N --ranks R --head HOST:PORT --job NAME [--node I] STAGE RUN.yaml [section.key=value ...]
 #
-# All nodes get the same arguments; under srun the node with SLURM_NODEID 0 is the head, elsewhere the one that is
-# given --is-head. PREFOPT_STATUS_FILE, on a folder that all nodes see, takes the ranks' word on a mistake.
+# All nodes get the same arguments but for --node, this node's number: 0 is the head. Without it, SLURM_NODEID says
+# which one this is. PREFOPT_STATUS_FILE, on a folder that all nodes see, takes the ranks' word on a mistake.
 # Ends with 0 when the ranks ended well (done, or stopped on request), else 1.
 set -euo pipefail
 { # read whole before it runs, as launch/run.sh is
@@ -17,20 +17,17 @@ mistake() {
     exit 2
 }
 
-nodes="" ranks="" head="" job="" is_head=${SLURM_NODEID:-1}
+nodes="" ranks="" head="" job="" node=${SLURM_NODEID:-}
 while [[ ${1:-} == -* ]]; do
     case $1 in
-        --is-head)
-            is_head=0
-            shift
-            ;;
-        --nodes | --ranks | --head | --job)
+        --nodes | --ranks | --head | --job | --node)
             [[ -n ${2:-} ]] || mistake "$1 wants a value"
             case $1 in
                 --nodes) nodes=$2 ;;
                 --ranks) ranks=$2 ;;
                 --head) head=$2 ;;
                 --job) job=$2 ;;
+                --node) node=$2 ;;
             esac
             shift 2
             ;;
@@ -40,6 +37,8 @@ done
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || mistake "--nodes: got '$nodes', must be a number of nodes, at least 1"
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || mistake "--ranks: got '$ranks', must be a number of ranks a node, at least 1"
 [[ $head =~ ^.+:[0-9]+$ ]] || mistake "--head: got '$head', must be HOST:PORT of the first node"
+[[ $node =~ ^(0|[1-9][0-9]*)$ && $node -lt $nodes ]] ||
+    mistake "--node (or SLURM_NODEID): got '$node', must be this node's number, 0 to $((nodes - 1))"
 [[ -n $job ]] || mistake "--job: a name that all nodes of this job share is missing"
 [[ $# -ge 2 ]] || mistake "STAGE and RUN.yaml are missing"
 
@@ -58,6 +57,7 @@ else
     export DS_ACCELERATOR=cpu
 fi
 share_cores "$ranks"
+address=$("$python" -m prefopt_dist.nodes.address "$head" "$node") || exit 2 # it has said why
 
 # A scheduler's signal reaches every process of the job at once. The ranks themselves obey TERM and USR1 once they
 # train; torchrun and ranks that still start must outlive them, so they are ignored here and, through exec, there.
@@ -66,7 +66,7 @@ trap '' TERM USR1 HUP
 exec "$python" -m torch.distributed.run \
     --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts 0 \
     --rdzv-backend c10d --rdzv-endpoint "$head" --rdzv-id "$job" \
-    --rdzv-conf "is_host=$((is_head == 0 ? 1 : 0)),join_timeout=900" \
+    --rdzv-conf "is_host=$((node == 0 ? 1 : 0)),join_timeout=900" --local-addr "$address" \
     --signals-to-handle SIGINT --shutdown-timeout 10 \
     -m prefopt_dist "$@"
 }

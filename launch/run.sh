@@ -176,8 +176,8 @@ if ((nodes == 1)); then
     command=("$python" -m torch.distributed.run --standalone --max-restarts 0 --nproc-per-node "$ranks" -m prefopt_dist)
 else
     echo "launch/run.sh: machine $PREFOPT_NODE of $nodes, which meet at $PREFOPT_HEAD" >&2
-    command=("$repository/launch/node.sh" --nodes "$nodes" --ranks "$ranks" --head "$PREFOPT_HEAD" --job prefopt)
-    ((PREFOPT_NODE > 0)) || command+=(--is-head)
+    command=("$repository/launch/node.sh" --nodes "$nodes" --ranks "$ranks" --head "$PREFOPT_HEAD" --job prefopt
+        --node "$PREFOPT_NODE")
 fi
 setsid "${command[@]}" "${arguments[@]}" &
 job=$!
@@ -203,6 +203,7 @@ if ((status == 0)); then
     fi
     exit 0
 fi
+((status != 2)) || exit 2 # launch/node.sh could not even start them
 # torchrun makes every failure a 1; the ranks say what it was.
 said=""
 read -r said <"$PREFOPT_STATUS_FILE" || true

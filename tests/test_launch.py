@@ -25,6 +25,10 @@ if [[ ${*: -1} == --check ]]; then
     echo "$FAKE/run"
     exit 0
 fi
+if [[ $* == *nodes.address* ]]; then
+    echo 10.0.0.9
+    exit "${FAKE_ADDRESS:-0}"
+fi
 eval "$FAKE_JOB"
 """
 
@@ -286,12 +290,20 @@ def test_a_machine_of_several(launcher: Launcher, node: str, is_host: int) -> No
     process = launcher.start("-n", "3", "train", "r.yaml", **MACHINES | {"PREFOPT_NODE": node})
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 0, errors
-    check, job = (launcher.folder / "calls").read_text().splitlines()
+    check, address, job = (launcher.folder / "calls").read_text().splitlines()
     assert check == "-m prefopt_dist train r.yaml --check"
+    assert address == f"-m prefopt_dist.nodes.address h:1 {node}"
     assert job.startswith("-m torch.distributed.run --nnodes 2 --nproc-per-node 3 ")
     assert "--rdzv-endpoint h:1 " in job
     assert f"is_host={is_host}," in job
+    assert "--local-addr 10.0.0.9 " in job
     assert job.endswith("-m prefopt_dist train r.yaml")
+
+
+def test_a_head_that_cannot_be_found(launcher: Launcher) -> None:
+    status, _ = launcher.run("train", "r.yaml", FAKE_ADDRESS="2", **MACHINES)
+    assert status == 2
+    assert len(launcher.calls()) == 2  # no torchrun
 
 
 def test_a_signal_on_one_machine_of_several_stops_all(launcher: Launcher) -> None:

@@ -19,6 +19,7 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.nodes import __main__ as nodes
 from prefopt_dist.nodes import gpus, machine
+from prefopt_dist.nodes.address import address_of
 from prefopt_dist.nodes.machine import Report, Wanted, differing
 from prefopt_dist.nodes.meeting import Meeting
 
@@ -241,3 +242,70 @@ def test_the_check_without_python_or_number() -> None:
     assert (done.returncode, "no Python at '/nowhere/python'" in done.stderr) == (2, True)
     done = script("launch/check_node.sh", "--hosts", "n1", PREFOPT_PYTHON=sys.executable)
     assert (done.returncode, "SLURM_NODEID" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("head", "node", "address"),
+    [
+        ("127.0.0.1:29400", 0, "127.0.0.1"),  # as it was given: the others know it by that
+        ("localhost:29400", 0, "localhost"),
+        ("[::1]:29400", 0, "::1"),
+        ("127.0.0.1:29400", 1, "127.0.0.2"),  # one machine: an address of its own for each
+        ("127.0.0.1:29400", 300, "127.0.1.45"),
+    ],
+)
+def test_address(head: str, node: int, address: str) -> None:
+    assert address_of(head, node) == address
+
+
+@pytest.mark.parametrize("head", ["no-such-host.invalid:1", "127.0.0.1:70000", "a..b:1", "x" * 70 + ":1"])
+def test_address_of_a_head_that_cannot_be_found(head: str) -> None:
+    with pytest.raises(UserError, match="give an address that all machines know"):
+        address_of(head, 1)
+
+
+def test_the_address_of_another_machine_is_where_its_way_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Way(socket.socket):
+        def connect(self, address: Any) -> None:
+            assert address == ("10.0.0.7", 29400)
+
+        def getsockname(self) -> tuple[str, int]:
+            return "10.0.0.9", 4711
+
+    monkeypatch.setattr(socket, "socket", Way)
+    assert address_of("10.0.0.7:29400", 0) == "10.0.0.7"
+    assert address_of("10.0.0.7:29400", 1) == "10.0.0.9"
+
+
+TWINS = """
+import os, socket
+os.getpid = lambda: 7
+socket.getfqdn = lambda name="": "localhost"
+"""
+
+
+def test_machines_of_one_name_and_process_number_meet(tmp_path: Path) -> None:
+    """What two containers from one image are; torchrun alone waits there for ever for the second machine."""
+    (tmp_path / "sitecustomize.py").write_text(TWINS)
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PREFOPT_PYTHON": sys.executable,
+        "PYTHONPATH": str(tmp_path),
+        "PREFOPT_STATUS_FILE": str(tmp_path / "status"),
+    }
+    environment.pop("SLURM_NODEID", None)
+    port = free_port()
+    started = []
+    for node in "01":
+        command = [str(REPOSITORY / "launch/node.sh"), "--nodes", "2", "--ranks", "1", "--head", f"127.0.0.1:{port}"]
+        command += ["--job", "twins", "--node", node, "evaluate", str(tmp_path / "missing.yaml")]
+        started.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    try:
+        told = [p.communicate(timeout=60)[0] for p in started]
+    finally:
+        for p in started:
+            p.kill()
+    # Both ranks were started, and the first of them said what is wrong with the run.
+    assert (tmp_path / "status").read_text().startswith("2\n"), told

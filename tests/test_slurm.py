@@ -22,6 +22,7 @@ case "$*" in
         printf '  policy: deepspeed_configs/policy_zero3.json\\n  reference: mine.json\\n# %s\\n' "$*"
         printf 'plan:\\n  gpu: %s\\n' "$FAKE_GPU" ;;
     "-m prefopt_dist plan "*) eval "$FAKE_PLAN" ;;
+    *nodes.address*) echo 10.0.0.9 ;;
     -*) cat >/dev/null; echo "$FAKE_REFERENCE"; echo "$FAKE/runs/mine" ;;
 esac
 """
@@ -440,15 +441,20 @@ def test_containers(site: Site, runtime: str, words: list[str]) -> None:
         assert word.format(work=site.folder) in started
 
 
+TWO_NODES = ["--nodes", "2", "--ranks"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
         (["--nodes", "2"], "--ranks"),
         (["--nodes", "x", "--ranks", "1"], "--nodes: got 'x'"),
         (["--nodes", "2", "--ranks", "1", "--head", "h"], "HOST:PORT"),
-        (["--nodes", "2", "--ranks", "1", "--head", "h:1"], "--job"),
-        (["--nodes", "2", "--ranks", "1", "--head", "h:1", "--job", "j", "train"], "RUN.yaml"),
-        (["--nodes", "2", "--ranks", "9", "--head", "h:1", "--job", "j", "train", "r.yaml"], "9 ranks a node, but 2"),
+        ([*TWO_NODES, "1", "--head", "h:1"], "--node (or SLURM_NODEID): got ''"),
+        ([*TWO_NODES, "1", "--head", "h:1", "--node", "2"], "got '2', must be this node's number, 0 to 1"),
+        ([*TWO_NODES, "1", "--head", "h:1", "--node", "1"], "--job"),
+        ([*TWO_NODES, "1", "--head", "h:1", "--node", "1", "--job", "j", "train"], "RUN.yaml"),
+        ([*TWO_NODES, "9", "--head", "h:1", "--node", "1", "--job", "j", "train", "r.yaml"], "9 ranks a node, but 2"),
     ],
 )
 def test_bad_usage_of_a_node(site: Site, arguments: list[str], word: str) -> None:
@@ -462,9 +468,11 @@ def test_a_node(site: Site, node: str, is_host: str) -> None:
     arguments = ["--nodes", "2", "--ranks", "3", "--head", "h:1", "--job", "j", "train", "r.yaml", "a.b=c d"]
     done = site.run(str(REPOSITORY / "launch" / "node.sh"), *arguments, SLURM_NODEID=node, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
-    [call] = site.lines("calls")
+    address, call = site.lines("calls")
+    assert address == f"-m prefopt_dist.nodes.address h:1 {node}"
     assert call.startswith("-m torch.distributed.run --nnodes 2 --nproc-per-node 3 --max-restarts 0 ")
     assert f"is_host={is_host}," in call
+    assert "--local-addr 10.0.0.9 " in call
     assert call.endswith("-m prefopt_dist train r.yaml a.b=c d")
     more = {"SLURM_NODEID": node, "CUDA_VISIBLE_DEVICES": "", "PREFOPT_WANT_GPUS": "1"}
     done = site.run(str(REPOSITORY / "launch" / "node.sh"), *arguments, **more)

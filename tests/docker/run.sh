@@ -159,9 +159,9 @@ sed -n '/^demo: done/,/loss at/p' "$jobs/second.log"
 
 # Two machines that are one: each container a node with one rank
 
-# A name of its own for each, as machines have: torchrun tells nodes apart by host name and process number.
+# Equal host names and, often, equal process numbers: what launch/node.sh must not let torchrun take for one node.
 for node in 0 1; do
-    start "node$node" --hostname "node$node" --add-host node0:127.0.0.1 --add-host node1:127.0.0.1 -v "$jobs/runs:/job/runs" --user 4242:4343 --workdir /job -e PREFOPT_NODES=2 \
+    start "node$node" -v "$jobs/runs:/job/runs" --user 4242:4343 --workdir /job -e PREFOPT_NODES=2 \
         -e "PREFOPT_NODE=$node" -e PREFOPT_HEAD=127.0.0.1:29411 prefopt \
         -n 1 train /opt/prefopt/launch/recipes/demo.yaml run.dir=runs/nodes train.epochs=50
 done
