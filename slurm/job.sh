@@ -168,6 +168,33 @@ run_job() { # $1: stage, $2: the folder that slurm/submit wrote
     conclude "$stage" "$status" "$restart" "$began"
 }
 
+# For scontrol: the id of an array's last task is the whole array's as well.
+job_name() {
+    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+        echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    else
+        echo "$SLURM_JOB_ID"
+    fi
+}
+
+# In this start, for a job of more priority. Slurm sends TERM to the ranks and would put the job back at the end of the
+# partition's GraceTime; but they stop earlier, and a job that has ended is not put back. So it does that itself.
+preempted() {
+    local shown at since
+    shown=$(scontrol show job "$(job_name)") || return 1
+    at=$(sed -n 's/.*PreemptTime=\([^ ]*\).*/\1/p' <<<"$shown")
+    since=$(sed -n 's/.*\bStartTime=\([^ ]*\).*/\1/p' <<<"$shown")
+    [[ $at == [0-9]* && ! $at < $since ]]
+}
+
+put_back() { # into the queue, under its own id
+    echo "slurm: back into the queue"
+    trap - TERM USR1 # the requeue ends this shell by TERM
+    scontrol requeue "$(job_name)" || fail 75 "the requeue failed; if squeue does not show the job either, submit again to go on"
+    sleep 60 # to end by itself could look like the job's end
+    exit 75
+}
+
 # The ranks' word counts, not srun's status: that is 143 for a crash here and a signal there.
 conclude() { # $1: stage, $2: srun's status, $3: restarts so far, $4: whether there were ranks at all
     local said=""
@@ -177,25 +204,26 @@ conclude() { # $1: stage, $2: srun's status, $3: restarts so far, $4: whether th
         exit 2
     fi
     if [[ $1 == export ]]; then
+        (($2 == 0)) && [[ $4 == yes ]] || ! preempted || put_back
         [[ $4 == yes ]] || exit 75
         (($2 == 0 || $2 == 2)) || fail 1 "export failed with $2; see the logs"
         exit "$2"
     fi
     if [[ $4 == no ]] || stopped; then
         [[ $4 == no ]] || echo "slurm: $(<"$run_dir/STOPPED")"
+        ! preempted || put_back # as often as that happens: it is not this job's doing
         if [[ $asked != USR1 ]]; then
             echo "slurm: stopped on request; submit again to go on"
             exit 75
         fi
+        # A time limit (the partition's, where submit was given none) that is hardly longer than the grace: every start
+        # would end so.
+        [[ $4 == yes ]] || fail 2 "USR1 came ${SECONDS} s after the start, before there were any ranks; give more --time, or less --grace, and submit again"
         if (($3 >= MAX_RESTARTS)); then
             echo "slurm: restarted $3 times already, which is the most; submit again to go on" >&2
             exit 75
         fi
-        echo "slurm: back into the queue"
-        trap - TERM USR1 # the requeue ends this shell by TERM
-        scontrol requeue "$SLURM_JOB_ID" || fail 75 "the requeue failed; submit again to go on"
-        sleep 60 # to end by itself could look like the job's end
-        exit 75
+        put_back
     fi
     (($2 == 0)) || fail 1 "$1 failed (srun: $2); see the logs of the nodes"
     exit 0

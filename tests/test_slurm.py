@@ -45,7 +45,8 @@ class Site:
             "sbatch": SBATCH,
             "scancel": '#!/usr/bin/env bash\necho "$*" >>"$FAKE/cancelled"\n',
             "scontrol": '#!/usr/bin/env bash\necho "$*" >>"$FAKE/scontrol"\n'
-            "case $2 in hostnames) printf 'n1\\nn2\\n' ;; node) echo '   NodeAddr=10.0.0.7 NodeHostName=n1' ;; esac\n",
+            "case $2 in hostnames) printf 'n1\\nn2\\n' ;; node) echo '   NodeAddr=10.0.0.7 NodeHostName=n1' ;;\n"
+            'job) echo "   StartTime=2026-01-01T10:00:00 $FAKE_PREEMPTED" ;; esac\n',
             "sleep": "#!/usr/bin/env bash\n[[ $1 == 60 ]] || exec /bin/sleep 0.05\n",
             "srun": "#!/usr/bin/env bash\nif [[ $* == *check_node.sh* ]]; then\n"
             'echo "$*" >"$FAKE/checked"; eval "$FAKE_NODES"; exit; fi\n'
@@ -66,6 +67,7 @@ class Site:
             "FAKE_REFUSES": "nothing",
             "FAKE_JOB": "",
             "FAKE_NODES": "",
+            "FAKE_PREEMPTED": "PreemptTime=None",
             "FAKE_GPU": "null",
             "FAKE_PLAN": "exit 9",
             **more,
@@ -393,6 +395,46 @@ def test_the_end_of_a_job(site: Site, work: str, status: int, requeued: bool) ->
     assert (REQUEUE in site.lines("scontrol")) == requeued
     assert not (site.base / "STOP").exists()
     assert ("error: bad key" in done.stderr) == (status == 2)
+
+
+def test_a_start_that_is_woken_before_its_ranks_does_not_come_back(site: Site) -> None:
+    done = site.job(FAKE_NODES="kill -USR1 $PPID; sleep 0.2")
+    assert done.returncode == 2
+    assert "before there were any ranks; give more --time" in done.stderr
+    assert REQUEUE not in site.lines("scontrol")
+    assert not site.lines("srun")
+
+
+PREEMPTED = "PreemptTime=2026-01-01T11:00:00"
+
+
+@pytest.mark.parametrize("work", [STOPPED, ASK.format("TERM") + STOPPED, ASK.format("USR1") + STOPPED])
+def test_a_preempted_job_comes_back_however_often(site: Site, work: str) -> None:
+    done = site.job(FAKE_JOB=work, FAKE_PREEMPTED=PREEMPTED, SLURM_RESTART_COUNT="40")
+    assert done.returncode == 75
+    assert REQUEUE in site.lines("scontrol")
+
+
+def test_a_preemption_before_the_ranks_or_in_the_export(site: Site) -> None:
+    site.job(FAKE_NODES="kill -TERM $PPID; sleep 0.2", FAKE_PREEMPTED=PREEMPTED)
+    assert site.lines("scontrol").count(REQUEUE) == 1
+    site.job("export", FAKE_JOB="exit 1", FAKE_PREEMPTED=PREEMPTED)
+    assert site.lines("scontrol").count(REQUEUE) == 2
+    assert site.job("export", FAKE_JOB="exit 0", FAKE_PREEMPTED=PREEMPTED).returncode == 0
+    assert site.lines("scontrol").count(REQUEUE) == 2
+
+
+@pytest.mark.parametrize("shown", ["PreemptTime=None", "PreemptTime=2026-01-01T09:00:00", ""])
+def test_a_stop_that_is_no_preemption_in_this_start(site: Site, shown: str) -> None:
+    assert site.job(FAKE_JOB=STOPPED, FAKE_PREEMPTED=shown).returncode == 75
+    assert REQUEUE not in site.lines("scontrol")
+
+
+def test_the_last_task_of_an_array_does_not_put_back_the_others(site: Site) -> None:
+    # Its id, 7, is the array's as well.
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    assert site.job(FAKE_JOB=ASK.format("USR1") + STOPPED, **array).returncode == 75
+    assert "requeue 7_0" in site.lines("scontrol")
 
 
 def test_requeues_are_bounded_and_an_old_word_does_not_count(site: Site) -> None:

@@ -27,9 +27,10 @@ def write(name: str, *, epochs: int, cache: str = "cache", every: int = 100) -> 
 write("through", epochs=1)
 for name in ("limited", "whole"):
     write(name, epochs=24, cache=f"cache-of-{name}")
-write("requeued", epochs=12)
+for name in ("requeued", "preempted"):
+    write(name, epochs=12)
 for name in ("cancelled", "gently"):
     write(name, epochs=2000)
 write("unfit", epochs=1)
 write("raised", epochs=20)
-write("swept", epochs=1, cache="cache-of-sweep")
+write("swept", epochs=4, cache="cache-of-sweep")

@@ -11,14 +11,14 @@ set -euo pipefail
 {
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 cd "$repository"
-cases=(through unfit raised cancelled gently swept limited)
+cases=(through unfit raised cancelled gently swept preempted limited)
 if [[ ${1:-} == --short ]]; then
     shift
     cases=(requeued cancelled)
 fi
 (($# == 0)) || cases=("$@")
 for case in "${cases[@]}"; do
-    [[ $case =~ ^(through|requeued|cancelled|gently|limited|raised|unfit|swept)$ ]] || { echo "unknown case '$case'" >&2 && exit 2; }
+    [[ $case =~ ^(through|requeued|cancelled|gently|preempted|limited|raised|unfit|swept)$ ]] || { echo "unknown case '$case'" >&2 && exit 2; }
 done
 [[ $EUID == 0 ]] || { echo "tests/slurm/run.sh: run this as root, in a container for example" >&2 && exit 2; }
 
@@ -102,7 +102,7 @@ again() { # $1: a job that has put itself back, $2: how often so far (1)
     check "job $1 is back in the queue under its id" is_field "$1" Restarts "${2:-1}"
     # Slurm lets a requeued job wait for two minutes, so that the end of its first start is not taken for that of the
     # second. Here one can see when nothing of it is left. And one interruption is enough.
-    wait_for 60 no_steps "$1"
+    wait_for 60 no_steps "$(field "$1" JobId)"
     sleep 3
     scontrol update "JobId=$1" StartTime=now TimeLimit=UNLIMITED
 }
@@ -178,6 +178,20 @@ for case in "${cases[@]}"; do
                 "120 120"
             check "DONE" test -e "$home/requeued/DONE"
             ;;
+        preempted)
+            PREFOPT_TEST_FAULT=slow-updates PYTHONPATH=$faults submit "$home/preempted.yaml"
+            wait_for 240 at_step "$home/preempted" 5
+            urgent=$(sbatch --parsable --partition=urgent --nodes=2 --exclusive --output=/dev/null --wrap="sleep 5")
+            wait_for 90 test -e "$home/preempted/STOPPED"
+            echo "$case: $(<"$home/preempted/STOPPED")"
+            again "$train"
+            check "the urgent job came in" is_not "$(state "$urgent")" PENDING
+            wait_for 240 ended "$train" "$export" "$urgent"
+            check "the training is completed" is "$(state "$train")" COMPLETED
+            check "the export is completed" is "$(state "$export")" COMPLETED
+            check "120 steps, one row each" is "$(steps "$home/preempted" | wc -l) $(steps "$home/preempted" | sort -u | wc -l)" \
+                "120 120"
+            ;;
         cancelled | gently)
             submit "$home/$case.yaml"
             wait_for 240 at_step "$home/$case" 5
@@ -236,8 +250,14 @@ for case in "${cases[@]}"; do
             check "the training is cancelled" is "$(state "$train")" CANCELLED
             ;;
         swept)
-            submit "$home/swept.yaml" --sweep loss.beta=0.05,0.1,0.3
+            PREFOPT_TEST_FAULT=slow-updates PYTHONPATH=$faults submit "$home/swept.yaml" --sweep loss.beta=0.05,0.1,0.3
+            wait_for 240 at_step "$home/swept-beta0.3" 5
+            check "the last task has the array's id" is "$(field "${train}_2" JobId)" "$train"
+            scancel --batch --signal=USR1 "${train}_2"
+            wait_for 60 test -e "$home/swept-beta0.3/STOPPED"
+            again "${train}_2"
             wait_for 400 ended "$reference" "$train" "$export"
+            check "it alone came back" is "$(for task in 0 1 2; do field "${train}_$task" Restarts; done | xargs)" "0 0 1"
             for beta in 0.05 0.1 0.3; do
                 check "beta $beta is done" test -e "$home/swept-beta$beta/DONE"
                 check "beta $beta scored nothing" grep -q '"sequences_scored": 0' "$home/swept-beta$beta/run.json"
