@@ -177,20 +177,29 @@ job_name() {
     fi
 }
 
+shown() { # $1: what scontrol shows of this job
+    scontrol show job "$(job_name)" | sed -n "s/.*\b$1=\([^ ]*\).*/\1/p" | head -n 1
+}
+
 # In this start, for a job of more priority. Slurm sends TERM to the ranks and would put the job back at the end of the
 # partition's GraceTime; but they stop earlier, and a job that has ended is not put back. So it does that itself.
 preempted() {
-    local shown at since
-    shown=$(scontrol show job "$(job_name)") || return 1
-    at=$(sed -n 's/.*PreemptTime=\([^ ]*\).*/\1/p' <<<"$shown")
-    since=$(sed -n 's/.*\bStartTime=\([^ ]*\).*/\1/p' <<<"$shown")
+    local at since
+    at=$(shown PreemptTime) && since=$(shown StartTime) || return 1
     [[ $at == [0-9]* && ! $at < $since ]]
+}
+
+# By Slurm itself, which does not wait for the end of the job: a preemption without GraceTime, an operator's requeue.
+is_back() { # $1: restarts so far
+    local restarts
+    restarts=$(shown Restarts) || return 1
+    [[ $restarts =~ ^[0-9]+$ ]] && ((restarts > $1))
 }
 
 put_back() { # into the queue, under its own id
     echo "slurm: back into the queue"
     trap - TERM USR1 # the requeue ends this shell by TERM
-    scontrol requeue "$(job_name)" || fail 75 "the requeue failed; if squeue does not show the job either, submit again to go on"
+    scontrol requeue "$(job_name)" || fail 75 "the requeue failed; submit again to go on"
     sleep 60 # to end by itself could look like the job's end
     exit 75
 }
@@ -211,6 +220,10 @@ conclude() { # $1: stage, $2: srun's status, $3: restarts so far, $4: whether th
     fi
     if [[ $4 == no ]] || stopped; then
         [[ $4 == no ]] || echo "slurm: $(<"$run_dir/STOPPED")"
+        if is_back "$3"; then
+            echo "slurm: Slurm has put the job back into the queue"
+            exit 75
+        fi
         ! preempted || put_back # as often as that happens: it is not this job's doing
         if [[ $asked != USR1 ]]; then
             echo "slurm: stopped on request; submit again to go on"

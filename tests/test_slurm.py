@@ -424,7 +424,15 @@ def test_a_preemption_before_the_ranks_or_in_the_export(site: Site) -> None:
     assert site.lines("scontrol").count(REQUEUE) == 2
 
 
-@pytest.mark.parametrize("shown", ["PreemptTime=None", "PreemptTime=2026-01-01T09:00:00", ""])
+@pytest.mark.parametrize("asked", ["TERM", "USR1"])
+def test_a_job_that_slurm_itself_has_put_back(site: Site, asked: str) -> None:
+    more = {"FAKE_PREEMPTED": f"Restarts=3 {PREEMPTED}", "SLURM_RESTART_COUNT": "2"}
+    done = site.job(FAKE_JOB=ASK.format(asked) + STOPPED, **more)
+    assert (done.returncode, "Slurm has put the job back" in done.stdout) == (75, True)
+    assert REQUEUE not in site.lines("scontrol")
+
+
+@pytest.mark.parametrize("shown", ["PreemptTime=None Restarts=0", "PreemptTime=2026-01-01T09:00:00", ""])
 def test_a_stop_that_is_no_preemption_in_this_start(site: Site, shown: str) -> None:
     assert site.job(FAKE_JOB=STOPPED, FAKE_PREEMPTED=shown).returncode == 75
     assert REQUEUE not in site.lines("scontrol")
