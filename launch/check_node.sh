@@ -8,6 +8,7 @@
 # where one of these is no number.
 set -euo pipefail
 {
+trap '' TERM USR1 HUP # it is short; whoever started this has heard them
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/env.sh
 source "$repository/launch/env.sh"
@@ -22,7 +23,6 @@ if (($(count_gpus) == 0)) && [[ -z ${PREFOPT_WANT_GPUS:-} ]]; then
     export DS_ACCELERATOR=cpu
 fi
 export OMP_NUM_THREADS=1
-trap '' TERM USR1 HUP # it is short; whoever started this has heard them
 node=()
 [[ " $* " == *" --node "* ]] || node=(--node "${SLURM_NODEID:?or --node}")
 exec "$python" -m prefopt_dist.nodes "${node[@]}" "$@"

@@ -10,6 +10,11 @@
 set -euo pipefail
 { # read whole before it runs, as launch/run.sh is
 
+# A scheduler's signal reaches every process of the job at once. The ranks themselves obey TERM and USR1 once they
+# train; torchrun and ranks that still start must outlive them, so they are ignored here and, through exec, there.
+# The request itself is RUN/STOP, which whoever started this has made.
+trap '' TERM USR1 HUP
+
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 mistake() {
@@ -57,16 +62,13 @@ else
     export DS_ACCELERATOR=cpu
 fi
 share_cores "$ranks"
-address=$("$python" -m prefopt_dist.nodes.address "$head" "$node") || exit 2 # it has said why
+name=${SLURMD_NODENAME:+$SLURMD_NODENAME${PREFOPT_HEAD_SUFFIX:-}}
+address=$("$python" -m prefopt_dist.nodes.address "$head" "$node" ${name:+"$name"}) || exit 2 # it has said why
 
-# A scheduler's signal reaches every process of the job at once. The ranks themselves obey TERM and USR1 once they
-# train; torchrun and ranks that still start must outlive them, so they are ignored here and, through exec, there.
-# The request itself is RUN/STOP, which whoever started this has made.
-trap '' TERM USR1 HUP
 exec "$python" -m torch.distributed.run \
     --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts 0 \
     --rdzv-backend c10d --rdzv-endpoint "$head" --rdzv-id "$job" \
-    --rdzv-conf "is_host=$((node == 0 ? 1 : 0)),join_timeout=900" --local-addr "$address" \
+    --rdzv-conf "is_host=$((node == 0 ? 1 : 0)),join_timeout=900,read_timeout=900" --local-addr "$address" \
     --signals-to-handle SIGINT --shutdown-timeout 10 \
     -m prefopt_dist "$@"
 }

@@ -79,8 +79,7 @@ check_nodes() { # $1: the head, $2: a number for the port, the others: the nodes
         wait "$job" || status=$?
     done
     [[ $status != 2 || -n $asked ]] || fail 2 "the nodes could not be checked, see above; mend site.env"
-    ((status == 0)) || [[ -n $asked ]] ||
-        fail 1 "the nodes are not fit for the job; exclude what is named (--exclude in PREFOPT_SBATCH), or PREFOPT_CHECK_NODES=no"
+    ((status == 0)) || [[ -n $asked ]] || comes_back || fail 1 "the nodes are not fit for the job; exclude what is named (--exclude in PREFOPT_SBATCH), or PREFOPT_CHECK_NODES=no"
 }
 
 on_signal() { # $1: USR1 or TERM
@@ -178,7 +177,7 @@ job_name() {
 }
 
 shown() { # $1: what scontrol shows of this job
-    scontrol show job "$(job_name)" | sed -n "s/.*\b$1=\([^ ]*\).*/\1/p" | head -n 1
+    env -u SLURM_TIME_FORMAT scontrol show job "$(job_name)" | sed -n "s/.*\b$1=\([^ ]*\).*/\1/p" | head -n 1
 }
 
 # In this start, for a job of more priority. Slurm sends TERM to the ranks and would put the job back at the end of the
@@ -190,18 +189,30 @@ preempted() {
 }
 
 # By Slurm itself, which does not wait for the end of the job: a preemption without GraceTime, an operator's requeue.
-is_back() { # $1: restarts so far
+is_back() {
     local restarts
     restarts=$(shown Restarts) || return 1
-    [[ $restarts =~ ^[0-9]+$ ]] && ((restarts > $1))
+    [[ $restarts =~ ^[0-9]+$ ]] && ((restarts > ${SLURM_RESTART_COUNT:-0}))
 }
 
 put_back() { # into the queue, under its own id
     echo "slurm: back into the queue"
     trap - TERM USR1 # the requeue ends this shell by TERM
-    scontrol requeue "$(job_name)" || fail 75 "the requeue failed; submit again to go on"
+    if ! scontrol requeue "$(job_name)"; then
+        is_back || fail 75 "the requeue failed; submit again to go on"
+    fi
     sleep 60 # to end by itself could look like the job's end
     exit 75
+}
+
+# Fails where somebody has cancelled the job, or nobody but the job itself has ended it.
+comes_back() {
+    if is_back; then
+        echo "slurm: Slurm has put the job back into the queue"
+        exit 75
+    fi
+    [[ $asked != TERM ]] && preempted || return 1
+    put_back # as often as that happens: it is not this job's doing
 }
 
 # The ranks' word counts, not srun's status: that is 143 for a crash here and a signal there.
@@ -213,18 +224,13 @@ conclude() { # $1: stage, $2: srun's status, $3: restarts so far, $4: whether th
         exit 2
     fi
     if [[ $1 == export ]]; then
-        (($2 == 0)) && [[ $4 == yes ]] || ! preempted || put_back
-        [[ $4 == yes ]] || exit 75
-        (($2 == 0 || $2 == 2)) || fail 1 "export failed with $2; see the logs"
+        [[ $4 == yes ]] || comes_back || exit 75
+        (($2 == 0 || $2 == 2)) || comes_back || fail 1 "export failed with $2; see the logs"
         exit "$2"
     fi
     if [[ $4 == no ]] || stopped; then
         [[ $4 == no ]] || echo "slurm: $(<"$run_dir/STOPPED")"
-        if is_back "$3"; then
-            echo "slurm: Slurm has put the job back into the queue"
-            exit 75
-        fi
-        ! preempted || put_back # as often as that happens: it is not this job's doing
+        comes_back || true
         if [[ $asked != USR1 ]]; then
             echo "slurm: stopped on request; submit again to go on"
             exit 75
@@ -238,6 +244,6 @@ conclude() { # $1: stage, $2: srun's status, $3: restarts so far, $4: whether th
         fi
         put_back
     fi
-    (($2 == 0)) || fail 1 "$1 failed (srun: $2); see the logs of the nodes"
+    (($2 == 0)) || comes_back || fail 1 "$1 failed (srun: $2); see the logs of the nodes"
     exit 0
 }

@@ -249,32 +249,64 @@ def test_the_check_without_python_or_number() -> None:
     [
         ("127.0.0.1:29400", 0, "127.0.0.1"),  # as it was given: the others know it by that
         ("localhost:29400", 0, "localhost"),
-        ("[::1]:29400", 0, "::1"),
-        ("127.0.0.1:29400", 1, "127.0.0.2"),  # one machine: an address of its own for each
-        ("127.0.0.1:29400", 300, "127.0.1.45"),
+        ("127.0.0.1:29400", 1, "127.1.0.1"),  # one machine: an address of its own for each
+        ("127.0.0.1:29400", 300, "127.1.1.44"),
     ],
 )
 def test_address(head: str, node: int, address: str) -> None:
     assert address_of(head, node) == address
+    assert address_of(head, node, "n1") == address
 
 
 @pytest.mark.parametrize("head", ["no-such-host.invalid:1", "127.0.0.1:70000", "a..b:1", "x" * 70 + ":1"])
 def test_address_of_a_head_that_cannot_be_found(head: str) -> None:
     with pytest.raises(UserError, match="give an address that all machines know"):
-        address_of(head, 1)
+        address_of(head, 1, patience=0.0)
 
 
-def test_the_address_of_another_machine_is_where_its_way_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Way(socket.socket):
-        def connect(self, address: Any) -> None:
-            assert address == ("10.0.0.7", 29400)
+class Network:
+    """The head's name is known at the second question, and only its second address can be reached."""
 
-        def getsockname(self) -> tuple[str, int]:
-            return "10.0.0.9", 4711
+    def __init__(self) -> None:
+        self.asked = 0
+        self.known = {"n2": "10.0.0.9", "n3": "127.0.1.1"}
 
+    def getaddrinfo(self, host: str, port: int | None, type: int) -> list[Any]:
+        if port is None:
+            if host not in self.known:
+                raise socket.gaierror(socket.EAI_NONAME, "unknown")
+            return [(socket.AF_INET, type, 17, "", (self.known[host], 0))]
+        self.asked += 1
+        if self.asked == 1:
+            raise socket.gaierror(socket.EAI_AGAIN, "try again")
+        return [(socket.AF_INET, type, 17, "", (there, port)) for there in ("10.99.0.7", "10.0.0.7")]
+
+
+class Way(socket.socket):
+    def connect(self, address: Any) -> None:
+        if address[0] != "10.0.0.7":
+            raise OSError("no way")
+
+    def getsockname(self) -> tuple[str, int]:
+        return "10.0.0.9", 4711
+
+
+@pytest.mark.parametrize(
+    ("node", "name", "address"),
+    [
+        (0, "n1", "head"),
+        (1, "", "10.0.0.9"),  # where its way to the head begins
+        (1, "n2", "n2"),
+        (1, "n3", "10.0.0.9"),  # a name that is loopback on its own machine
+        (1, "n4", "10.0.0.9"),  # one that nobody knows
+    ],
+)
+def test_the_address_of_another_machine(monkeypatch: pytest.MonkeyPatch, node: int, name: str, address: str) -> None:
+    network = Network()
+    monkeypatch.setattr(socket, "getaddrinfo", network.getaddrinfo)
     monkeypatch.setattr(socket, "socket", Way)
-    assert address_of("10.0.0.7:29400", 0) == "10.0.0.7"
-    assert address_of("10.0.0.7:29400", 1) == "10.0.0.9"
+    assert address_of("head:29400", node, name) == address
+    assert network.asked == 2
 
 
 TWINS = """

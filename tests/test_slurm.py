@@ -408,15 +408,20 @@ def test_a_start_that_is_woken_before_its_ranks_does_not_come_back(site: Site) -
 PREEMPTED = "PreemptTime=2026-01-01T11:00:00"
 
 
-@pytest.mark.parametrize("work", [STOPPED, ASK.format("TERM") + STOPPED, ASK.format("USR1") + STOPPED])
+@pytest.mark.parametrize("work", [STOPPED, ASK.format("USR1") + STOPPED, "exit 143"])
 def test_a_preempted_job_comes_back_however_often(site: Site, work: str) -> None:
-    done = site.job(FAKE_JOB=work, FAKE_PREEMPTED=PREEMPTED, SLURM_RESTART_COUNT="40")
+    done = site.job(FAKE_JOB=work, FAKE_PREEMPTED=PREEMPTED, SLURM_RESTART_COUNT="40", SLURM_TIME_FORMAT="%a %T")
     assert done.returncode == 75
     assert REQUEUE in site.lines("scontrol")
 
 
+def test_a_preempted_job_that_is_cancelled_stays_away(site: Site) -> None:
+    assert site.job(FAKE_JOB=ASK.format("TERM") + STOPPED, FAKE_PREEMPTED=PREEMPTED).returncode == 75
+    assert REQUEUE not in site.lines("scontrol")
+
+
 def test_a_preemption_before_the_ranks_or_in_the_export(site: Site) -> None:
-    site.job(FAKE_NODES="kill -TERM $PPID; sleep 0.2", FAKE_PREEMPTED=PREEMPTED)
+    site.job(FAKE_NODES="exit 143", FAKE_PREEMPTED=PREEMPTED)
     assert site.lines("scontrol").count(REQUEUE) == 1
     site.job("export", FAKE_JOB="exit 1", FAKE_PREEMPTED=PREEMPTED)
     assert site.lines("scontrol").count(REQUEUE) == 2
@@ -427,8 +432,9 @@ def test_a_preemption_before_the_ranks_or_in_the_export(site: Site) -> None:
 @pytest.mark.parametrize("asked", ["TERM", "USR1"])
 def test_a_job_that_slurm_itself_has_put_back(site: Site, asked: str) -> None:
     more = {"FAKE_PREEMPTED": f"Restarts=3 {PREEMPTED}", "SLURM_RESTART_COUNT": "2"}
-    done = site.job(FAKE_JOB=ASK.format(asked) + STOPPED, **more)
-    assert (done.returncode, "Slurm has put the job back" in done.stdout) == (75, True)
+    for work in (ASK.format(asked) + STOPPED, ASK.format(asked) + "exit 143"):
+        done = site.job(FAKE_JOB=work, **more)
+        assert (done.returncode, "Slurm has put the job back" in done.stdout) == (75, True)
     assert REQUEUE not in site.lines("scontrol")
 
 

@@ -66,5 +66,5 @@ stop_daemon() { # and the containers in it
     done
     wait "${children[@]}" 2>/dev/null || true
     # The daemon leaves its name space mounted, which could not be removed.
-    findmnt --raw --noheadings --output TARGET | { grep "^$home/" || true; } | sort -r | xargs --no-run-if-empty umount
+    findmnt --raw --noheadings --output TARGET | { grep "^$home/" || true; } | sort -r | xargs --no-run-if-empty umount --lazy || true
 }

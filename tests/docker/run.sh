@@ -27,7 +27,7 @@ python=$(command -v "$python")
     { echo "tests/docker/run.sh: $python must be a Python 3.11, as in the base image" >&2 && exit 2; }
 if [[ -n $kept ]]; then
     mkdir -p "$kept"
-    home=$(cd "$kept" && pwd)
+    home=$(cd "$kept" && pwd -P)
 else
     home=$(mktemp -d)
 fi
