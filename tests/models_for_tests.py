@@ -47,6 +47,8 @@ GEMMA: dict[str, Any] = {
     "sliding_window": WINDOW,
     "tie_word_embeddings": True,
 }
+OLMOE: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2}
+QWEN3_MOE: dict[str, Any] = OLMOE | {"moe_intermediate_size": 24, "head_dim": 16}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "llama-untied": ("llama", {"tie_word_embeddings": False}),
@@ -100,6 +102,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
     "olmo2": ("olmo2", {"tie_word_embeddings": False}),
     "olmo2-tied": ("olmo2", {"tie_word_embeddings": True}),
+    # Every expert is met by some token, and none by all.
+    "mixtral": ("mixtral", {"num_local_experts": 4, "tie_word_embeddings": False}),
+    "mixtral-window-tied": (
+        "mixtral",
+        {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": WINDOW, "tie_word_embeddings": True},
+    ),
+    "qwen3-moe": ("qwen3_moe", QWEN3_MOE | {"tie_word_embeddings": False}),
+    "qwen3-moe-normed-tied": ("qwen3_moe", QWEN3_MOE | {"norm_topk_prob": True, "tie_word_embeddings": True}),
+    "olmoe": ("olmoe", OLMOE | {"tie_word_embeddings": False}),
+    "olmoe-tied": ("olmoe", OLMOE | {"norm_topk_prob": True, "tie_word_embeddings": True}),
 }
 
 

@@ -37,6 +37,7 @@ def build_plain(source: Any) -> nn.Module:
         model = type(source)(config).to(torch.float64)
         model.load_state_dict({k: v.detach().to(torch.float64) for k, v in source.state_dict().items()})
     model.config.use_cache = False
+    model.config._experts_implementation = "eager"  # torch's grouped product knows no float64
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = MethodType(_exact_norm, module)

@@ -4,7 +4,15 @@ import copy
 
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from prefopt_dist.config import Lora
 from prefopt_dist.data.micro_batch import Unit, pack
@@ -13,7 +21,7 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.model import attention
 from prefopt_dist.model.activations import ActivationMemory, activation_memory
 from prefopt_dist.model.adapter import Adapter, attach
-from prefopt_dist.model.cost import adapter_parameters, layer_parameters
+from prefopt_dist.model.cost import active_parameters, adapter_parameters, layer_parameters
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.stages.checks import adapter_of
 from prefopt_dist.training import room
@@ -32,6 +40,10 @@ CONFIGS = {
     "qwen3": Qwen3Config(**SHAPE, head_dim=16),
     "phi3": Phi3Config(**SHAPE),
     "gemma2": Gemma2Config(**SHAPE, head_dim=16, attn_logit_softcapping=None),
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=5, num_experts_per_tok=2),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SHAPE, head_dim=16, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=40, norm_topk_prob=True
+    ),
 }
 
 
@@ -160,3 +172,11 @@ def test_buckets_hold_a_layer_unless_the_file_says_otherwise() -> None:
     assert adapter_parameters(config, adapter) == trained
     zero = zero3.with_buckets({}, layer=layer, hidden=1024, trained=trained)["zero_optimization"]
     assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"]) == (trained, layer)
+
+
+def test_of_the_experts_those_count_that_a_token_meets() -> None:
+    llama, mixtral = CONFIGS["llama"], CONFIGS["mixtral"]
+    assert active_parameters(llama) == layer_parameters(llama)
+    expert, router = 3 * 64 * 160, 5 * 64
+    assert layer_parameters(mixtral) == layer_parameters(llama) + 4 * expert + router
+    assert active_parameters(mixtral) == layer_parameters(llama) + expert + router

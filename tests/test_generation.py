@@ -125,6 +125,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "phi3": {"pad_token_id": 0},
     "olmo2": {},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
 
 

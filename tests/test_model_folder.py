@@ -428,6 +428,25 @@ def test_a_slow_tokenizer(folder: Path) -> None:
 # Dropout
 
 
+@pytest.mark.parametrize("fields", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}])
+def test_layers_with_and_without_experts_are_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+    small("qwen3_moe", **fields).save_pretrained(tmp_path)
+    assert "some layers of" in complaint(tmp_path)
+
+
+def test_an_expert_that_is_missing_is_refused(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(small("mixtral")).save_pretrained(tmp_path)
+    assert inspect_folder(tmp_path, KEY).config.num_local_experts == 8
+    lost = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    edit_weights(tmp_path, lambda tensors: tensors.__delitem__(lost))
+    assert f"missing: {lost} (1 in all)" in complaint(tmp_path)
+
+
+def test_a_router_without_noise() -> None:
+    plain = without_dropout(small("mixtral", router_jitter_noise=0.1, output_router_logits=True))
+    assert (plain.router_jitter_noise, plain.output_router_logits) == (0.0, False)
+
+
 def test_without_dropout_changes_dropout_alone() -> None:
     for family in FAMILIES:
         config = AutoConfig.for_model(family, attention_dropout=0.25)

@@ -150,7 +150,9 @@ def test_a_cache_in_the_configuration_changes_nothing(name: str) -> None:
     assert all(torch.equal(s, sums[0]) for s in sums)
 
 
-ONE_OF_EACH = ["llama-tied", "mistral-window", "qwen2", "qwen3", "gemma2", "gemma3", "phi3-longrope", "olmo2"]
+ONE_OF_EACH = [
+    *("llama-tied", "mistral-window", "qwen2", "qwen3", "gemma2", "gemma3", "phi3-longrope", "olmo2", "mixtral")
+]
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -201,7 +203,7 @@ def test_neighbours_do_not_matter(name: str) -> None:
         assert apart(scorer(backwards)[backwards.units].flip(0), sums) <= 1e-6
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "llama-untied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama-tied", "llama-untied", "qwen2", "qwen3", "qwen3-moe"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_empty_micro_batch_gives_zeros(name: str, checkpointing: bool) -> None:
     for objective, responses, reference in (

@@ -18,7 +18,7 @@ from prefopt_dist.data.micro_batch import MicroBatch, Unit, pack
 from prefopt_dist.model import attention
 from prefopt_dist.model.scorer import Scorer
 
-FAMILIES = ["llama-tied", "mistral-window", "qwen2", "qwen3", "gemma3", "phi3", "olmo2"]
+FAMILIES = ["llama-tied", "mistral-window", "qwen2", "qwen3", "gemma3", "phi3", "olmo2", "mixtral", "qwen3-moe"]
 
 
 def two_pairs() -> list[Unit]:

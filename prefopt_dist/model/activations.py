@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
 
 from prefopt_dist.model.adapter import Adapter, attach
 from prefopt_dist.model.head import LOGITS_AT_ONCE
@@ -106,7 +107,33 @@ def _counted_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+class _Product(torch.autograd.Function):
+    """Keeps what a product of rows with their experts' matrices keeps: the rows, where the matrices are trained.
+    torch's own is not there for every dtype without storage."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(rows)
+        return rows.new_empty(rows.shape[0], weights.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None]:
+        raise AssertionError("only the forward pass is counted")
+
+
+def _counted_experts(module: Any, hidden: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Each token with its k experts, in order of the experts; hidden [T, D], experts and weights [T, k]."""
+    k = experts.shape[1]
+    order = experts.flatten().argsort()
+    inner = module._apply_gate(_Product.apply(hidden[order // k], module.gate_up_proj))  # type: ignore[no-untyped-call]
+    out = _Product.apply(inner, module.down_proj) * weights.flatten()[order, None]  # type: ignore[no-untyped-call]
+    found: torch.Tensor = out[order.argsort()].view(*experts.shape, -1).sum(1)
+    return found
+
+
 AttentionInterface.register(_NAME, _counted_attention)
+ExpertsInterface.register(_NAME, _counted_experts)
 
 
 def meta_model(
@@ -120,6 +147,7 @@ def meta_model(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation=_NAME).train()
         assert isinstance(model, PreTrainedModel)
+        model.config._experts_implementation = _NAME
         if adapter is not None:
             attach(model, adapter)
             model.to(dtype)  # what has no storage does not follow its layer by itself

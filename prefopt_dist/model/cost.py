@@ -17,6 +17,18 @@ def layer_parameters(config: PreTrainedConfig) -> int:
     return layer
 
 
+def active_parameters(config: PreTrainedConfig) -> float:
+    """Of one decoder layer's parameters those that a token meets: of E experts k."""
+
+    def met(layers: int) -> float:
+        each = meta_model(config, layers, torch.bfloat16).parameters()
+        # All experts' matrices are one tensor [E, out, in]; nothing else has three dimensions.
+        found: float = sum(p.numel() * (config.num_experts_per_tok / p.shape[0] if p.dim() == 3 else 1) for p in each)
+        return found
+
+    return met(2) - met(1)
+
+
 def adapter_parameters(config: PreTrainedConfig, adapter: Adapter) -> int:
     """Parameters of the adapters of one decoder layer."""
     one = meta_model(config, 1, torch.bfloat16, adapter)
@@ -24,8 +36,8 @@ def adapter_parameters(config: PreTrainedConfig, adapter: Adapter) -> int:
 
 
 def forward_cost(config: PreTrainedConfig) -> Cost:
-    """FLOP of a packed row: 2 a parameter of the layers and token, attention, and the head. Backward is twice that."""
-    of_layer = layer_parameters(config)
+    """FLOP of a packed row: 2 a token and parameter that it meets, attention, and the head. Backward is twice that."""
+    of_layer = active_parameters(config)
     numbers = config.to_dict()
     heads = numbers["num_attention_heads"]
     width = heads * (numbers.get("head_dim") or config.hidden_size // heads)

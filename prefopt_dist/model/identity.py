@@ -15,6 +15,7 @@ WITHOUT_EFFECT = frozenset(
     {"_name_or_path", "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id"}
     | {"dtype", "torch_dtype", "transformers_version", "use_cache", "_attn_implementation", "return_dict"}
     | {"output_attentions", "output_hidden_states", "problem_type", "chunk_size_feed_forward"}
+    | {"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"}
 )
 """Fields of a model's configuration that change no log-prob. All others are in the key, known or not."""
 

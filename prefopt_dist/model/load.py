@@ -12,12 +12,25 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations import HfDeepSpeedConfig
 
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import attention
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "mixtral",
+    "qwen3_moe",
+    "olmoe",
+)
 """`model_type`s whose packed log-probs are tested against the plain model's."""
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -87,6 +100,7 @@ def inspect_folder(path: Path, key: str, max_length: int | None = None) -> Model
 def check_config(config: PreTrainedConfig, path: Path, key: str, max_length: int | None) -> None:
     """What can be said of a model by its configuration alone; max_length as in `inspect_folder`."""
     _check_family(config, path, key)
+    _check_experts(config, path, key)
     _check_rope(config, path, key, max_length)
 
 
@@ -116,6 +130,15 @@ def _check_family(config: PreTrainedConfig, path: Path, key: str) -> None:
         raise UserError(f"{key}: layer_types of {path} has {', '.join(other)}; supported are {', '.join(LAYER_TYPES)}.")
     if plain.get("use_bidirectional_attention"):
         raise UserError(f"{key}: use_bidirectional_attention of {path} is set: no causal language model.")
+
+
+def _check_experts(config: PreTrainedConfig, path: Path, key: str) -> None:
+    """Memory and FLOP are counted on one layer and taken for all."""
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        raise UserError(
+            f"{key}: some layers of {path} have experts and others none (mlp_only_layers, decoder_sparse_step), which "
+            "is not supported; every layer must have them."
+        )
 
 
 def _check_rope(config: PreTrainedConfig, path: Path, key: str, max_length: int | None) -> None:
@@ -207,7 +230,8 @@ def _header(file: Path, key: str) -> dict[str, Any]:
 def _check_names(folder: ModelFolder, key: str) -> None:
     """Refuses weights that do not fill the model; from_pretrained says nothing about them under ZeRO-3."""
     with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(folder.config).state_dict()
+        lm = AutoModelForCausalLM.from_config(folder.config)
+        expected = revert_weight_conversion(lm, lm.state_dict())  # the files' layout: experts stand alone in them
     found: dict[str, list[int]] = {}
     for file in folder.weight_files:
         found |= {name: t["shape"] for name, t in _header(file, key).items()}
@@ -286,7 +310,11 @@ def load_whole(folder: ModelFolder, *, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of the configuration with every dropout probability 0: reference and policy must be comparable."""
+    """A copy of the configuration in which nothing is random: reference and policy must be comparable.
+
+    Every dropout probability is 0, and so is the noise of a router; router logits, which nobody reads, are not kept.
+    """
     plain = config.to_dict()
     zeroed = {k: 0.0 for k, v in plain.items() if ("dropout" in k or k.endswith("pdrop")) and isinstance(v, float)}
+    zeroed |= {k: type(v)(0) for k, v in plain.items() if k in ("router_jitter_noise", "output_router_logits")}
     return type(config).from_dict(plain | zeroed)

@@ -145,7 +145,7 @@ def load(sizes: ModelSizes, place: Place) -> Phase:
         (
             Part("parameters", sizes.item * shard(sizes, place), "s·N/W"),
             Part("the checkpoint, mapped", sizes.file_item * sizes.parameters, "bytes of the files", place.is_gpu),
-            Part("the largest parameter, whole", sizes.item * sizes.head, "s·V·d"),
+            Part("the largest parameter, whole", sizes.item * sizes.largest, "s·elements"),
             *_heap(place, "pieces read", READ, "s·N", sizes.item * sizes.parameters),
         ),
     )
@@ -314,12 +314,14 @@ def _gathered(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[Part
         return ()
     whole = sizes.parameters - sizes.persistent
     second = sizes.item * -(-whole // zero.secondary)
+    # A layer of many experts is more than the limit, and is gathered for all that.
+    most, name = max((zero.max_live, "stage3_max_live_parameters"), (sizes.largest, "the largest parameter"))
     return (
         *([Part("second shard (hpZ)", second, "s·N/zero_hpz_partition_size")] if zero.secondary > 1 else []),
         Part(
             "gathered parameters",
-            int((1.0 if place.is_gpu else GATHERED) * sizes.item * min(whole, zero.max_live)),
-            ("" if place.is_gpu else f"{GATHERED}·") + "s·min(N, stage3_max_live_parameters)",
+            int((1.0 if place.is_gpu else GATHERED) * sizes.item * min(whole, most)),
+            ("" if place.is_gpu else f"{GATHERED}·") + f"s·min(N, {name})",
         ),
         Part("prefetch buffer", sizes.item * min(whole, zero.prefetch), "s·min(N, stage3_prefetch_bucket_size)"),
     )

@@ -24,6 +24,8 @@ class ModelSizes:
     """Of one layer"""
     head: int
     """V·d of the output head"""
+    largest: int
+    """Elements of the largest parameter: the head, or a layer's experts, which are one"""
     persistent: int
     """In parameters so small that ZeRO-3 leaves them whole on every rank"""
     item: int
@@ -65,6 +67,7 @@ def model_sizes(
         trained=whole(lambda p: p.numel() if p.requires_grad else 0),
         layer=sum(p.numel() for p in two) - sum(p.numel() for p in one),
         head=config.vocab_size * config.hidden_size,
+        largest=max(p.numel() for p in two),
         persistent=whole(lambda p: p.numel() if p.numel() <= persistence_threshold else 0),
         item=item,
         file_item=torch.empty((), dtype=stored).element_size(),
