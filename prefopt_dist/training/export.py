@@ -66,9 +66,12 @@ def export(
         worst = _verify(staging, base, manifest, dtype, max(TOLERANCE[trained_dtype], TOLERANCE[dtype]))
         write_json(staging / MARKER, {"checkpoint": str(checkpoint), "step": manifest.step})
         usual = (staging / "README.md").stat().st_mode
-        for file in staging.iterdir():
-            file.chmod(usual)  # safetensors writes 0600 whatever the umask
-            with file.open("rb") as f:
+        for entry in [staging, *staging.rglob("*")]:  # a tokenizer of several chat templates has a folder for them
+            if entry.is_dir():
+                fsync_folder(entry)
+                continue
+            entry.chmod(usual)  # safetensors writes 0600 whatever the umask
+            with entry.open("rb") as f:
                 os.fsync(f.fileno())
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
