@@ -37,8 +37,9 @@ LONGEST_LOOK = 10.0
 SILENT_LOOKS = 5
 """A process that has not told anything for so many looks is stopped or gone: the others' threads go on telling."""
 IDLE_SHARE = 0.02
-"""Of a core: a rank at its own work that uses less, and moves less data than the next, does not get on."""
+"""Of a core: a rank at its own work that uses less does not get on"""
 IDLE_BYTES = 1 << 20
+"""unless it moves more to or from files than this between two looks, which any rank's getting on is."""
 CRASH = 1
 
 
@@ -116,7 +117,8 @@ class Watchdog:
         used, before = _used(), self._used
         self._used = used
         cpu, moved = used[0] - before[0], used[1] - before[1]
-        if beat.alone and (cpu > IDLE_SHARE * self._look_seconds or moved > IDLE_BYTES):
+        # Whoever reads or writes a checkpoint gets on, if slowly; a collective that waits may spin, but moves nothing.
+        if moved > IDLE_BYTES or (beat.alone and cpu > IDLE_SHARE * self._look_seconds):
             self._own_work += 1
         number = beat.number + self._own_work
         own.what, own.waits, own.told, own.told_at = beat.what, _in_a_collective(), told, self._clock
