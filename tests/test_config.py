@@ -599,11 +599,14 @@ def test_identity_has_what_decides_which_rows_are_dropped(tmp_path: Path) -> Non
             "micro_batch_tokens=8192 tokenizer=x max_tokens=3",
         ),
         ("short is false", "short is false"),
+        ("model.name_or_path: /models/base, /home/me/.token", "model.name_or_path: /models/base, /home/me/.token"),
     ],
 )
 def test_secrets_in_text(monkeypatch: pytest.MonkeyPatch, text: str, masked: str) -> None:
     monkeypatch.setenv("MY_SERVICE_TOKEN", "long-secret-value")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("TOKENIZER_PATH", "/models/base")
+    monkeypatch.setenv("HF_TOKEN_PATH", "/home/me/.token")
     assert mask_secrets(text) == masked
     assert mask_secrets(masked) == masked
 
