@@ -67,3 +67,7 @@ def test_the_text_has_a_line_for_each_source() -> None:
         "  rewards/accuracies_length_controlled: 70.0%",
     ]
     assert "  a.jsonl      10 pairs, accuracy 80.0% (95% interval 49.0% to 94.3%), margin 2.0000" in said
+
+
+def test_a_source_without_a_usable_row() -> None:
+    assert "  c.jsonl       0 pairs" in text(with_intervals(FOUND | {"eval/pairs_of/c.jsonl": 0})).splitlines()

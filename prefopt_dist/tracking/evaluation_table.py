@@ -62,7 +62,11 @@ def text(found: Mapping[str, Any]) -> str:
         sources = [name.removeprefix(f"{prefix}pairs_of/") for name in found if name.startswith(f"{prefix}pairs_of/")]
         width = max(map(len, sources), default=0)
         for source in sources:
-            n, margin = found[f"{prefix}pairs_of/{source}"], found[f"{prefix}rewards/margins_of/{source}"]
+            n = found[f"{prefix}pairs_of/{source}"]
+            if not n:
+                lines.append(f"  {source:{width}}  {n:6} pairs")
+                continue
+            margin = found[f"{prefix}rewards/margins_of/{source}"]
             accuracy = _accuracy(found, prefix, f"_of/{source}")
             lines.append(f"  {source:{width}}  {n:6} pairs, accuracy {accuracy}, margin {margin:.4f}")
     return "\n".join(lines)
