@@ -128,6 +128,15 @@ def test_other_settings_in_the_same_run_are_refused(world: Path, door: Door) -> 
         stage="generate",
         run=run,
     )
+    pairs = Path(json.loads(run.read_text())["run"]["dir"]) / "pairs.jsonl"
+    whole = pairs.read_text()
+    pairs.write_text("".join(whole.splitlines(keepends=True)[1:]))
+    door.fails(
+        [f"generate.pairs: {pairs} is not as this run wrote it", "data.train", "remove"], stage="generate", run=run
+    )
+    pairs.unlink()
+    assert door.ends(run, stage="generate")[0] == 0
+    assert pairs.read_text() == whole
     mine = door.lines("mine.jsonl", {"my": "file"})
     other = write_run(world, "other", generate={"prompts": str(world / "new.jsonl")})
     door.fails(

@@ -104,6 +104,11 @@ def _refuse_others(config: Config, job: Answering) -> None:
             + "\n  ".join(changed)
             + f"\nChoose another run.dir, or remove {file} and {facts}."
         )
+    if file.exists() and checksum(file) != before["pairs_blake2b"]:
+        raise UserError(
+            f"generate.pairs: {file} is not as this run wrote it, by the digest in {facts}. To keep it, move it and "
+            "name it in data.train; to have the run's own again, remove it."
+        )
 
 
 def _made(config: Config) -> str | None:
