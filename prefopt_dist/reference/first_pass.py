@@ -19,7 +19,7 @@ from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.micro_batch import pack
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.distributed.shared import refuse_local_folder
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import AgreedUserError, UserError
 from prefopt_dist.files import sweep
 from prefopt_dist.model.load import ModelFolder, load_sharded
 from prefopt_dist.model.scorer import Scorer
@@ -209,7 +209,7 @@ def _score(
             dist.all_reduce(flags)
             stopping, faulty = (f > 0 for f in flags.tolist())
             if faulty:
-                raise UserError(next(f for f in ranks.gather(fault) if f))
+                raise AgreedUserError(next(f for f in ranks.gather(fault) if f))
             last = r == rounds - 1 or stopping
             due = since >= SHARD_MICRO_BATCHES or time.monotonic() - committed_at > SHARD_SECONDS
             if pending and (due or last):

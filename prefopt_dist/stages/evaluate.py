@@ -14,7 +14,7 @@ from typing import Any
 
 from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import AgreedUserError
 from prefopt_dist.files import write_json
 from prefopt_dist.model.adapter import attach_saved
 from prefopt_dist.model.load import ModelFolder, inspect_folder, load_sharded, resolve
@@ -36,7 +36,7 @@ def run(config: Config) -> None:
     # A model folder needs no run: it is measured against the reference that the configuration names.
     with run_folder(config, begins=False, bare=config.evaluate.model is not None) as folder:
         if not config.data.eval and config.evaluate.prompts is None:
-            raise UserError(
+            raise AgreedUserError(
                 "data.eval: not set, so there is nothing to evaluate on. Name a data set, or set evaluate.prompts."
             )
         if config.evaluate.model is None:

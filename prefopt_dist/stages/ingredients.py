@@ -20,7 +20,7 @@ from prefopt_dist.config.losses import KTOLoss
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows
 from prefopt_dist.data.unpaired import OnePromptRules, unpaired
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import AgreedUserError, UserError
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.cost import adapter_parameters, layer_parameters
 from prefopt_dist.model.digests import FileState, refuse_if_changed, remembered_digest
@@ -204,7 +204,7 @@ def _open(make: Callable[[], Path]) -> TokenisedRows:
 def check_rows(rows: TokenisedRows, objective: Objective, key: str) -> None:
     """Refuses data that the loss cannot use."""
     if rows.responses < objective.responses:
-        raise UserError(
+        raise AgreedUserError(
             f"{key}: the rows are of the form {rows.kind!r}, with one response each; this loss compares two. "
             f"Give pairs, or set loss.name={'kto' if rows.kind == 'rated' else 'sft'}."
         )
@@ -215,16 +215,16 @@ def rows_for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRow
     if not isinstance(config.loss, KTOLoss):
         return rows
     if rows.kind == "demonstration" or (rows.kind == "pair" and not config.loss.split_pairs):
-        raise UserError(
+        raise AgreedUserError(
             f"{key}: the rows are of the form {rows.kind!r}; the loss kto takes rows of prompt, completion and label. "
             "Give such rows, or pairs and loss.split_pairs=true."
         )
     if rows.n * rows.responses < 2:
-        raise UserError(f"{key}: {rows.n} row; the loss kto needs two, since a row is compared with another one.")
+        raise AgreedUserError(f"{key}: {rows.n} row; the loss kto needs two, since a row is compared with another one.")
     try:
         return unpaired(rows, config.data.max_length)
     except OnePromptRules as found:
-        raise UserError(
+        raise AgreedUserError(
             f"{key}: {found} rows answer the same prompt; the loss kto measures each row by a response to another "
             "prompt, so no prompt may have more than half of the rows. Give rows of more prompts."
         ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import AgreedUserError
 from prefopt_dist.reference.turn import StoppedInFirstPass
 from prefopt_dist.stages import ingredients
 from prefopt_dist.stages.job import requests_for, run_folder
@@ -18,7 +18,9 @@ def run(config: Config) -> None:
         models = ingredients.load_models(config)
         objective = ingredients.make_objective(config.loss, models.dtype)
         if not objective.needs_reference:
-            raise UserError(f"loss.name: {config.loss.name!r} has no reference, so there is no first pass to run.")
+            raise AgreedUserError(
+                f"loss.name: {config.loss.name!r} has no reference, so there is no first pass to run."
+            )
         train = ingredients.load_train(config, models, objective)
         evals = ingredients.load_evals(config, models, objective)
         reference = ingredients.reference_weights(config, models, objective)

@@ -12,7 +12,7 @@ from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.layout import FROZEN, TRAINING
 from prefopt_dist.data.order import Order
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import AgreedUserError
 from prefopt_dist.model.activations import activation_memory
 from prefopt_dist.model.adapter import attach
 from prefopt_dist.model.cost import forward_cost
@@ -125,7 +125,7 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
     if found is None:
         return
     if config.checkpoint.resume == "never":
-        raise UserError(
+        raise AgreedUserError(
             f"checkpoint.resume: never, but {config.run_dir} has a checkpoint of step {found.step}. "
             "Choose another run.dir, or set checkpoint.resume=auto."
         )
@@ -135,7 +135,7 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
         ("base_key", "model.name_or_path", "the weights or the configuration of the base model's folder"),
     ):
         if name in facts and found.facts[name] != facts[name]:
-            raise UserError(
+            raise AgreedUserError(
                 f"{key}: this run began with {name} {found.facts[name]}, and {what} now give {facts[name]}. "
                 "Put them back as they were, or start a new run."
             )

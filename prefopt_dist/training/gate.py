@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import AgreedUserError
 from prefopt_dist.objectives import Objective, Terms
 
 LOGP_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -38,7 +38,7 @@ class StartGate:
         dist.all_reduce(self._worst, op=dist.ReduceOp.MAX)
         relative, apart = self._worst.tolist()
         if relative > LOGP_TOLERANCE[self._dtype]:
-            raise UserError(
+            raise AgreedUserError(
                 f"step 0: stored and live log-probs of a sequence differ by {apart:.6g} nats ({relative:.2e} of its "
                 f"value; {LOGP_TOLERANCE[self._dtype]:.0e} is allowed in {self._dtype}). The reference store does not "
                 "hold this policy's start: set reference.store to a new folder, or check the model folder."
@@ -47,7 +47,7 @@ class StartGate:
             return
         tolerance = LOSS_TOLERANCE[self._dtype] * max(1.0, self._start_loss)
         if not abs(mean_loss - self._start_loss) <= tolerance:
-            raise UserError(
+            raise AgreedUserError(
                 f"step 0: the loss is {mean_loss:.6f}; where policy and reference are equal it must be "
                 f"{self._start_loss:.6f} within {tolerance:.0e} in {self._dtype}."
             )

@@ -326,7 +326,8 @@ def _skipped(job: Job, index: int, loss: float) -> Any | None:
 def _not_finite(job: Job, index: int, what: str) -> str:
     return (
         f"step {index + 1}: {what}; no update was made. {_rows(job, index)}. "
-        "The committed checkpoints are sound; lower optim.learning_rate or look at these rows."
+        "The committed checkpoints are sound. Look at these rows; to go on, allow more of it in a row "
+        "(train.max_skipped_steps); with another optim.learning_rate or other rows it is a new run."
     )
 
 
