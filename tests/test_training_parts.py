@@ -444,18 +444,20 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.all_reduce", lambda *a, **k: None)
 
 
-def units(off: float, reference: float = -100.0) -> tuple[Terms, torch.Tensor]:
+def units(off: float, reference: float = -100.0, tokens: int = 1) -> tuple[Terms, torch.Tensor, torch.Tensor]:
     stored = torch.tensor([[reference, -50.0], [-0.1, -7.0]], dtype=torch.float64)
     live = stored.clone()
     live[0, 0] += off
-    return DPO(0.1)(Sequences(live, torch.ones(2, 2, dtype=torch.int64), stored)), stored
+    counts = torch.full((2, 2), tokens)
+    return DPO(0.1)(Sequences(live, counts, stored)), stored, counts
 
 
 def decide(off: float, loss: float = math.log(2), *, dtype: torch.dtype = torch.float32, **more: Any) -> None:
     gate = StartGate(DPO(0.1), dtype, torch.device("cpu"))
     gate.add(*units(0.0))
     gate.add(*units(off, **more))
-    gate.add(DPO(0.1)(Sequences(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0, 2))), torch.zeros(0, 2))
+    nothing = torch.zeros(0, 2)
+    gate.add(DPO(0.1)(Sequences(nothing, nothing, nothing)), nothing, nothing)
     gate.decide(loss)
 
 
@@ -463,9 +465,16 @@ def decide(off: float, loss: float = math.log(2), *, dtype: torch.dtype = torch.
 def test_the_gate_lets_the_start_pass(one_rank: None, dtype: torch.dtype) -> None:
     """Up to the tolerance of the dtype, and not beyond it."""
     decide(0.0, dtype=dtype)
-    decide(9e-4 if dtype == torch.float32 else 1.9, dtype=dtype)
+    decide(9e-4 if dtype == torch.float32 else 2.2, dtype=dtype)
     with pytest.raises(UserError, match="stored and live log-probs"):
-        decide(1.1e-3 if dtype == torch.float32 else 2.1, dtype=dtype)
+        decide(1.1e-3 if dtype == torch.float32 else 2.3, dtype=dtype)
+
+
+def test_a_short_likely_response_in_bfloat16_is_allowed_the_rounding_of_its_logits(one_rank: None) -> None:
+    decide(0.2, dtype=torch.bfloat16, reference=-0.01)
+    decide(2.4, dtype=torch.bfloat16, reference=-0.01, tokens=100)
+    with pytest.raises(UserError, match=r"differ by up to 0\.3 nats, and by 1\.11 times"):
+        decide(0.3, dtype=torch.bfloat16, reference=-0.01)
 
 
 @pytest.mark.parametrize("off", [1.1e-3, -1.1e-3, 5.0, math.nan, math.inf])

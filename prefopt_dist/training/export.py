@@ -22,12 +22,11 @@ from prefopt_dist.files import fsync_folder, write_json
 from prefopt_dist.model import adapter as adapters
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.load import ModelFolder, inspect_folder, load_whole
+from prefopt_dist.model.rounding import times_allowed
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.training import probe
 from prefopt_dist.training.manifest import Manifest, damage, read_manifest
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""By dtype, the coarser of the trained and the exported: |exported − live| log-prob, relative to it."""
 MARKER = "prefopt_export.json"
 """Says that a folder is an export of ours, which a later export may replace."""
 
@@ -63,7 +62,7 @@ def export(
         tokenizer.save_pretrained(staging)
         (staging / "README.md").write_text(card)
         base = None if adapter is None or merged else model
-        worst = _verify(staging, base, manifest, dtype, max(TOLERANCE[trained_dtype], TOLERANCE[dtype]))
+        worst = _verify(staging, base, manifest, dtype, trained_dtype)
         write_json(staging / MARKER, {"checkpoint": str(checkpoint), "step": manifest.step})
         usual = (staging / "README.md").stat().st_mode
         for entry in [staging, *staging.rglob("*")]:  # a tokenizer of several chat templates has a folder for them
@@ -132,7 +131,9 @@ def _float32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("lm."): tensor for name, tensor in weights.items()}
 
 
-def _verify(folder: Path, base: ModelFolder | None, manifest: Manifest, dtype: torch.dtype, tolerance: float) -> float:
+def _verify(
+    folder: Path, base: ModelFolder | None, manifest: Manifest, dtype: torch.dtype, trained: torch.dtype
+) -> float:
     """Loads the folder as a user would and scores the probe; what differs from the live policy is refused.
 
     base: of a folder of adapters.
@@ -145,11 +146,13 @@ def _verify(folder: Path, base: ModelFolder | None, manifest: Manifest, dtype: t
     scorer = Scorer(lm)
     with torch.no_grad():
         sums = scorer(batch)[batch.units]
+    coarser = torch.bfloat16 if torch.bfloat16 in (dtype, trained) else dtype
+    times = float(times_allowed(sums, said, batch.counts[batch.units], coarser).max())
     worst = float(((sums - said).abs() / said.abs().clamp(min=1.0)).max())
-    if not worst <= tolerance:
+    if times > 1:
         raise RuntimeError(
-            f"the exported model's log-probs differ from the trained policy's by {worst:.2e} of their value; "
-            "nothing was exported"
+            f"the exported model's log-probs differ from the trained policy's by {worst:.2e} of their value, and by "
+            f"{times:.3g} times what rounding explains in {coarser}; nothing was exported"
         )
     return worst
 

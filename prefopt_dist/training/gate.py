@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 
 from prefopt_dist.errors import AgreedUserError
+from prefopt_dist.model.rounding import times_allowed
 from prefopt_dist.objectives import Objective, Terms
 
-LOGP_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Largest |live − stored| of a sequence over max(1, |stored|), by the model's dtype."""
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest distance of the batch's mean loss from its closed form, relative to it where it is above 1 (IPO's)."""
 
@@ -25,23 +24,23 @@ class StartGate:
         self._dtype = dtype
         self._worst = torch.zeros(2, dtype=torch.float64, device=device)
 
-    def add(self, terms: Terms, reference: torch.Tensor) -> None:
-        """The units of one micro-batch; reference float64 [U, R]."""
+    def add(self, terms: Terms, reference: torch.Tensor, tokens: torch.Tensor) -> None:
+        """The units of one micro-batch; reference float64 [U, R], tokens of the responses [U, R]."""
         if len(reference) == 0:
             return
         apart = (terms.sums - reference).abs()
-        relative = (apart / reference.abs().clamp(min=1.0)).nan_to_num(nan=torch.inf)
-        self._worst = torch.maximum(self._worst, torch.stack([relative.max(), apart.nan_to_num(nan=torch.inf).max()]))
+        times = times_allowed(terms.sums, reference, tokens, self._dtype)
+        self._worst = torch.maximum(self._worst, torch.stack([times.max(), apart.nan_to_num(nan=torch.inf).max()]))
 
     def decide(self, mean_loss: float) -> None:
         """All ranks: refuses to train where live and stored log-probs, or the loss, are not what they must be."""
         dist.all_reduce(self._worst, op=dist.ReduceOp.MAX)
-        relative, apart = self._worst.tolist()
-        if relative > LOGP_TOLERANCE[self._dtype]:
+        times, apart = self._worst.tolist()
+        if times > 1:
             raise AgreedUserError(
-                f"step 0: stored and live log-probs of a sequence differ by {apart:.6g} nats ({relative:.2e} of its "
-                f"value; {LOGP_TOLERANCE[self._dtype]:.0e} is allowed in {self._dtype}). The reference store does not "
-                "hold this policy's start: set reference.store to a new folder, or check the model folder."
+                f"step 0: stored and live log-probs of a sequence differ by up to {apart:.6g} nats, and by {times:.3g} "
+                f"times what rounding explains in {self._dtype}. The reference store does not hold this policy's "
+                "start: set reference.store to a new folder, or check the model folder."
             )
         if self._start_loss is None:
             return

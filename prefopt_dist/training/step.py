@@ -50,7 +50,7 @@ def gradient(
         if diagnosis is not None:
             diagnosis.add(objective, terms, micro_batch, reference)
         if gate is not None and reference is not None:
-            gate.add(terms, reference)
+            gate.add(terms, reference, micro_batch.counts[micro_batch.units])
     return statistics.packed()
 
 
