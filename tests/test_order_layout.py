@@ -211,6 +211,20 @@ def test_fill(seed: int, budget: int) -> None:
     assert fill([], budget) == []
 
 
+def test_fill_of_one_prompt_s_parts_that_begin_alike_among_themselves() -> None:
+    prompt = np.arange(5, dtype=np.int32)
+
+    def one(i: int, *parts: tuple[int, int]) -> Unit:
+        return Unit(i, prompt, (np.concatenate([np.full(n, token, dtype=np.int32) for token, n in parts]),))
+
+    # Parts of 55, 99 and 45 tokens; the first and the last packed as one have 169.
+    units = [one(0, (1, 51)), one(1, (2, 95)), *(one(i, (3, 37), (10 + i, 2)) for i in (2, 3, 4))]
+    assert [packed_tokens(g) for g in groups_within(units, 100)] == [55, 99, 45]
+    filled = fill(units, 100)
+    assert all(packed_tokens(m) <= 100 for m in filled)
+    assert sorted(rows(u for m in filled for u in m)) == list(range(5))
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("g", [1, 2, 7, 11, 64])
 @pytest.mark.parametrize("budget", [60, 200, 1000, 10**6])

@@ -84,12 +84,18 @@ def fill(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
     groups = [(packed_tokens(g), g) for g in groups_within(units, budget)]
     groups.sort(key=lambda item: -item[0])  # stable: ties keep the order of the units
     filled: list[list[Unit]] = []
+    prompts: set[bytes] = set()
     room = 0
     for tokens, group in groups:
-        if tokens > room:
+        prompt = group[0].prompt.tobytes()
+        # Two parts of one prompt stay apart: packed as one, the second's responses would share their beginnings with
+        # the first's first response instead of their own, which can take more tokens than both parts alone.
+        if tokens > room or prompt in prompts:
             filled.append([])
+            prompts = set()
             room = budget
         filled[-1] += group
+        prompts.add(prompt)
         room -= tokens
     return filled
 
