@@ -6,6 +6,7 @@ import copy
 import multiprocessing
 import os
 import struct
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from prefopt_dist.data.micro_batch import packed_tokens
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.digests import file_digest
 from prefopt_dist.model.identity import reference_key
+from prefopt_dist.reference import first_pass
 from prefopt_dist.reference.plan import (
     Location,
     Plan,
@@ -333,6 +335,114 @@ def test_make_plan_of_a_part(sets: list[TokenisedRows]) -> None:
     placed = [p for m in make_plan(missing, sets, 100) for p in m]
     assert {p.digest(sets) for p in placed} == missing.keys()
     assert len(placed) == len(missing)
+
+
+class Starts:
+    """What several starts of a first pass over the same data sets find to be done in one store."""
+
+    def __init__(self, store: ReferenceStore, sets: list[TokenisedRows]) -> None:
+        self.store, self.sets = store, sets
+        self.missing = set(needed(sets, 2))
+        self.stored_by: dict[bytes, list[Location]] = {}
+        """As the newest start has it"""
+
+    def plan(self, budget: int) -> Plan:
+        """Of one start; every missing sequence is scored, and stored by one micro-batch."""
+        todo = first_pass._look_up(self.store, self.sets, 2, budget)
+        assert todo.missing == len(self.missing)
+        assert frozenset().union(*todo.own) == self.missing
+        for micro_batch, own in zip(todo.micro_batches, todo.own, strict=True):
+            assert own <= {p.digest(self.sets) for p in micro_batch}
+            self.stored_by |= dict.fromkeys(own, micro_batch)
+        return todo.micro_batches
+
+    def score(self, places: Sequence[Location]) -> None:
+        self.store.commit({p.digest(self.sets): Score(-1.0, 1) for p in places})
+        self.missing -= {p.digest(self.sets) for p in places}
+
+    def tokens(self, plan: Plan) -> list[int]:
+        return [packed_tokens([p.unit(self.sets, i) for i, p in enumerate(m)]) for m in plan]
+
+    def saved(self) -> list[Plan]:
+        return [read_plan(p) for p in plan_files(self.store.folder, plan_name(self.sets, 2))]
+
+
+def test_a_smaller_budget_plans_anew_what_exceeds_it(store: ReferenceStore, sets: list[TokenisedRows]) -> None:
+    starts = Starts(store, sets)
+    first = starts.plan(400)
+    assert max(starts.tokens(first)) > 100
+    small = first[-1]
+    starts.score(first[0])
+    starts.score(first[1][:2])  # the rest of its shard was lost: what is stored stays
+    lower = starts.plan(100)
+    assert all(size <= 100 or len(m) == 1 for size, m in zip(starts.tokens(lower), lower, strict=True))
+    assert not {p.digest(sets) for p in first[1][:2]} & {p.digest(sets) for m in lower for p in m}
+    # What fits is taken as it was saved, and the new plan is saved for the next start.
+    assert (small in lower) == (starts.tokens([small])[0] <= 100)
+    assert starts.plan(100) == lower
+    assert len(starts.saved()) == 2
+    starts.score(lower[0])
+    assert starts.plan(100) == lower[1:]
+    assert len(starts.saved()) == 2
+
+
+def test_what_fits_the_smaller_budget_is_taken_as_saved(store: ReferenceStore, sets: list[TokenisedRows]) -> None:
+    starts = Starts(store, sets)
+    first = starts.plan(400)
+    budget = sorted(starts.tokens(first))[1]
+    within = [m for m, size in zip(first, starts.tokens(first), strict=True) if size <= budget]
+    lower = starts.plan(budget)
+    assert 0 < len(within) < len(first)
+    assert lower[: len(within)] == within
+    assert lower[len(within) :] == starts.saved()[1]
+
+
+@pytest.mark.parametrize("budget", [1, 40, 150, 400, 10**6])
+def test_the_same_budget_goes_on_with_the_same_plan(
+    store: ReferenceStore, sets: list[TokenisedRows], budget: int
+) -> None:
+    """A sequence that exceeds the budget alone is its own micro-batch at every start."""
+    starts = Starts(store, sets)
+    first = starts.plan(budget)
+    for done in range(len(first)):
+        assert starts.plan(budget) == first[done:]
+        starts.score(first[done])
+    assert starts.plan(budget) == []
+    assert len(starts.saved()) == 1
+
+
+def test_jobs_of_two_budgets_take_turns_on_one_store(store: ReferenceStore, sets: list[TokenisedRows]) -> None:
+    """Each goes on with its own plan for what the other has left."""
+    starts = Starts(store, sets)
+    large = starts.plan(400)
+    small = starts.plan(100)
+    starts.score(small[0])
+    assert starts.plan(400) == large
+    starts.score([p for p in large[0] if p.digest(sets) in starts.missing])
+    left = starts.plan(100)
+    assert left == [m for m in small if {p.digest(sets) for p in m} & starts.missing]
+    for micro_batch in left:
+        starts.score([p for p in micro_batch if p.digest(sets) in starts.missing])
+    assert starts.plan(400) == starts.plan(100) == []
+    assert len(starts.saved()) == 2
+
+
+def test_under_a_third_budget_an_interruption_does_not_matter(store: ReferenceStore, sets: list[TokenisedRows]) -> None:
+    """Where plans overlap a sequence is stored by the same micro-batch wherever the pass was interrupted."""
+    starts = Starts(store, sets)
+    large = starts.plan(400)
+    starts.plan(100)
+    between = sorted(starts.tokens(large))[1]
+    assert 100 < between < 400
+    plan = starts.plan(between)
+    assert len({p for m in plan for p in m}) < sum(map(len, plan)), "the plans must overlap"
+    stored_by = dict(starts.stored_by)
+    for micro_batch in plan:
+        starts.score([p for p in micro_batch if stored_by[p.digest(sets)] == micro_batch])
+        starts.plan(between)
+        assert starts.stored_by == stored_by
+    assert not starts.missing
+    assert len(starts.saved()) == 2
 
 
 def test_plan_name_holds_for_these_sets(sets: list[TokenisedRows]) -> None:

@@ -26,6 +26,7 @@ from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.reference.plan import (
     Location,
     Plan,
+    fits,
     make_plan,
     needed,
     plan_files,
@@ -70,9 +71,15 @@ class _Todo:
     """Rank 0's decision of what is to be done."""
 
     micro_batches: Plan
-    missing: frozenset[bytes]
+    own: list[frozenset[bytes]]
+    """Of each micro-batch the missing sequences that it stores; no two store the same one"""
     checks: list[tuple[Location, Score]]
     reused: int
+
+    @property
+    def missing(self) -> int:
+        """Distinct sequences to be scored."""
+        return sum(map(len, self.own))
 
 
 def run_first_pass(
@@ -102,7 +109,7 @@ def run_first_pass(
             todo = ranks.decide(lambda: _look_up(store, sets, responses, budget))
             if todo.micro_batches:
                 _pass(model, store, check_loaded, sets, dtype, settings, todo, stop_asked)
-            scored, reused = len(todo.missing), todo.reused
+            scored, reused = todo.missing, todo.reused
     if not scored:
         say(f"reference: all {reused} sequences are in the store")
     sums = ranks.decide(lambda: _collect(store, sets, responses))
@@ -133,7 +140,7 @@ def _pass(
         check_loaded()
         held, whole = zero3.shard_bytes(engine.module)
         say(
-            f"reference: {len(todo.missing)} sequences to score in {len(todo.micro_batches)} micro-batches, "
+            f"reference: {todo.missing} sequences to score in {len(todo.micro_batches)} micro-batches, "
             f"{todo.reused} reused; each rank holds {in_units(held)} of {in_units(whole)}"
         )
         _spot_check(engine, todo.checks, sets, dtype)
@@ -145,7 +152,7 @@ def _pass(
 
 
 def _look_up(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int, budget: int) -> _Todo:
-    """Rank 0: what the store lacks, by the saved plans where they cover it, by a new one where they don't."""
+    """Rank 0: what the store lacks, by the saved plans where they cover it within the budget, else by a new one."""
     places = needed(sets, responses)
     sweep(store.folder, ".*.tmp")
     scores, messages = store.read()
@@ -154,21 +161,27 @@ def _look_up(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: in
     missing = {d: p for d, p in places.items() if d not in scores}
     name = plan_name(sets, responses)
     todo: Plan = []
-    covered: set[bytes] = set()
-    for path in plan_files(store.folder, name):
-        for micro_batch in read_plan(path):
-            digests = {p.digest(sets) for p in micro_batch}
-            if (digests & missing.keys()) - covered:
-                todo.append(micro_batch)
-                covered |= digests
-    uncovered = {d: p for d, p in missing.items() if d not in covered}
-    if uncovered:
-        plan = make_plan(uncovered, sets, budget)
+    own: list[frozenset[bytes]] = []
+    owned: set[bytes] = set()
+    for micro_batch in (m for path in plan_files(store.folder, name) for m in read_plan(path)):
+        if not fits(micro_batch, sets, budget):
+            continue
+        # Plans of several budgets may overlap. A sequence is the first micro-batch's that has it, done or not: which
+        # one stores it must hang neither on where the pass was interrupted nor on who is quicker.
+        digests = {p.digest(sets) for p in micro_batch} - owned
+        owned |= digests
+        if digests & missing.keys():
+            todo.append(micro_batch)
+            own.append(frozenset(digests & missing.keys()))
+    unowned = {d: p for d, p in missing.items() if d not in owned}
+    if unowned:
+        plan = make_plan(unowned, sets, budget)
         save_plan(store.folder, name, plan)
         todo += plan
+        own += [frozenset(p.digest(sets) for p in m) for m in plan]
     stored = [d for d in places if d in scores]
     checks = [(places[d], scores[d]) for d in stored[:: max(1, len(stored) // SPOT_CHECK)][:SPOT_CHECK]]
-    return _Todo(todo, frozenset(missing), checks, len(stored))
+    return _Todo(todo, own, checks, len(stored))
 
 
 def _sums(engine: Any, places: Sequence[Location], sets: Sequence[TokenisedRows]) -> list[Score]:
@@ -190,7 +203,7 @@ def _score(
     with Progress(len(todo.micro_batches), "reference", "micro-batches", rank) as progress:
         for r in range(rounds):
             mine = r * world + rank
-            places = todo.micro_batches[mine] if mine < len(todo.micro_batches) else []
+            places, own = (todo.micro_batches[mine], todo.own[mine]) if mine < len(todo.micro_batches) else ([], [])
             fault = ""
             for place, score in zip(places, _sums(engine, places, sets), strict=True):
                 if not np.isfinite(score.sum):
@@ -201,7 +214,7 @@ def _score(
                     continue
                 digest = place.digest(sets)
                 # A micro-batch that is done in part is computed whole, for its bits; what is stored stays.
-                if digest in todo.missing:
+                if digest in own:
                     pending[digest] = score
             since += 1
             # The ranks stop together, or the next round's collectives would wait for ever.

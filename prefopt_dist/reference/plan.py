@@ -3,6 +3,9 @@
 The same sequences packed differently differ in their last bits. So that an interrupted pass ends with the
 bits of an uninterrupted one, its micro-batches are fixed at its first start, saved beside the shards, and
 scored whole; a micro-batch is done when all its rows are in the store.
+
+A start under a smaller budget, as after running out of memory, leaves out the saved micro-batches that exceed it:
+what is missing of them is planned anew, and what is stored of them stays, as any packing's value is the sequence's.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from numpy.typing import NDArray
 
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.layout import fill
-from prefopt_dist.data.micro_batch import Unit
+from prefopt_dist.data.micro_batch import Unit, packed_tokens
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import write_atomic
 
@@ -66,6 +69,11 @@ def make_plan(missing: Mapping[bytes, Location], sets: Sequence[TokenisedRows], 
     places = list(missing.values())
     units = [p.unit(sets, i) for i, p in enumerate(places)]
     return [[places[u.row] for u in micro_batch] for micro_batch in fill(units, budget)]
+
+
+def fits(micro_batch: Sequence[Location], sets: Sequence[TokenisedRows], budget: int) -> bool:
+    """Whether `make_plan` could make this micro-batch under the budget; true of all that it made under the same one."""
+    return len(micro_batch) == 1 or packed_tokens([p.unit(sets, i) for i, p in enumerate(micro_batch)]) <= budget
 
 
 def plan_name(sets: Sequence[TokenisedRows], responses: int) -> str:
