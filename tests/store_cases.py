@@ -17,17 +17,23 @@ from typing import Any
 import case_runner
 import numpy as np
 import plain
+import pytest
 import torch
 import worlds
 from safetensors.torch import load_file
 
 from prefopt_dist.config import Config, load_config
+from prefopt_dist.data.micro_batch import MicroBatch, packed_tokens
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.file_lock import FileLock
+from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.reference import first_pass
 from prefopt_dist.reference.plan import plan_name
 from prefopt_dist.reference.store import MAGIC, ROW, ReferenceStore
 from prefopt_dist.stages import ingredients, reference, train
+from prefopt_dist.training import export, probe
+from prefopt_dist.training.batches import ScoredRows
 
 PAIRS, MORE, MAX_LENGTH = 40, 9, 48
 
@@ -332,6 +338,49 @@ def stopped_while_it_waits_for_its_turn(folder: Path) -> dict[str, Any]:
     ranks.gather(None)
     lock.give_back()
     return found | {"then": scored(config_for(folder, "waiting-2", cache="waiting"))}
+
+
+def every_micro_batch_fits_the_budget(folder: Path) -> dict[str, Any]:
+    """Tokens of all that an engine computes, in a first pass with stored rows to check and in a training."""
+    whole = config_for(folder, "fits-lengths", cache="fits")
+    models = ingredients.load_models(whole)
+    rows = ingredients.load_train(whole, models, ingredients.make_objective(whole.loss, models.dtype))
+    units = ScoredRows(rows, None).units(range(rows.n), 2)
+    budget = max(packed_tokens([unit]) for unit in units)
+    parts: dict[str, dict[str, object]] = {
+        "train": {"global_batch_pairs": 5, "max_steps": 1, "micro_batch_tokens": budget},
+        "reference": {"micro_batch_tokens": budget},
+    }
+    subset = {"train": str(folder / "subset.jsonl")}
+    found: dict[str, Any] = {"budget": budget, "probe": packed_tokens(units[: probe.ROWS])}
+    found["before"] = scored(config_for(folder, "fits-first", cache="fits", data=subset, **parts))
+    config = config_for(folder, "fits", cache="fits", **parts)
+    computed: dict[str, list[int]] = {}
+    now = "other"
+    forward = Scorer.forward
+
+    def noted(scorer: Scorer, batch: MicroBatch, *arguments: Any) -> Any:
+        computed.setdefault(now, []).append(batch.tokens)
+        return forward(scorer, batch, *arguments)
+
+    def under(name: str, function: Any) -> Any:
+        def named(*arguments: Any) -> Any:
+            nonlocal now
+            now, before = name, now
+            try:
+                return function(*arguments)
+            finally:
+                now = before
+
+        return named
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scorer, "forward", noted)
+        patch.setattr(first_pass, "_spot_check", under("spot check", first_pass._spot_check))
+        patch.setattr(probe, "make", under("probe", probe.make))
+        patch.setattr(export, "_verify", under("export", export._verify))  # rank 0's, on the CPU
+        train.run(config)
+    return found | {"computed": ranks.gather(computed)}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ CASES = [
     "an_altered_byte_in_any_shard",
     "a_store_on_the_nodes_own_disks",
     "stopped_while_it_waits_for_its_turn",
+    "every_micro_batch_fits_the_budget",
 ]
 ROUNDING = 1e-5
 
@@ -95,3 +96,14 @@ def test_a_waiting_job_obeys_stop(folder: Path) -> None:
     assert "STOP" in f["stopped"]
     assert f["shards"] == 0
     assert f["then"][0] > 0
+
+
+def test_every_micro_batch_fits_the_budget(folder: Path) -> None:
+    """The spot check's and the probe's too, or what ran well at first could run out of memory later."""
+    f = found(folder, "every_micro_batch_fits_the_budget")
+    assert f["before"][0] > 0, "there must be stored rows to check"
+    assert f["probe"] > f["budget"], "the probe's rows together must exceed the budget"
+    first, second = f["computed"]
+    for kind in ("spot check", "probe", "other"):
+        assert len(first[kind]) == len(second[kind]) > 1, kind
+        assert max(first[kind] + second[kind]) <= f["budget"], kind

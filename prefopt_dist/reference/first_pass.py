@@ -108,7 +108,7 @@ def run_first_pass(
             # A plan is made in one's turn alone. And another job may have scored everything while this one waited.
             todo = ranks.decide(lambda: _look_up(store, sets, responses, budget))
             if todo.micro_batches:
-                _pass(model, store, check_loaded, sets, dtype, settings, todo, stop_asked)
+                _pass(model, store, check_loaded, sets, dtype, settings, budget, todo, stop_asked)
             scored, reused = todo.missing, todo.reused
     if not scored:
         say(f"reference: all {reused} sequences are in the store")
@@ -132,6 +132,7 @@ def _pass(
     sets: Sequence[TokenisedRows],
     dtype: torch.dtype,
     settings: dict[str, Any],
+    budget: int,
     todo: _Todo,
     stop_asked: Callable[[], bool],
 ) -> None:
@@ -143,9 +144,9 @@ def _pass(
             f"reference: {todo.missing} sequences to score in {len(todo.micro_batches)} micro-batches, "
             f"{todo.reused} reused; each rank holds {in_units(held)} of {in_units(whole)}"
         )
-        _spot_check(engine, todo.checks, sets, dtype)
+        _spot_check(engine, todo.checks, sets, dtype, budget)
         _score(engine, todo, store, sets, stop_asked)
-        _spot_check(engine, ranks.decide(lambda: _first_scored(todo, store, sets)), sets, dtype)
+        _spot_check(engine, ranks.decide(lambda: _first_scored(todo, store, sets)), sets, dtype, budget)
     finally:
         zero3.release(engine)
         del engine
@@ -242,15 +243,19 @@ def _first_scored(todo: _Todo, store: ReferenceStore, sets: Sequence[TokenisedRo
 
 
 def _spot_check(
-    engine: Any, checks: list[tuple[Location, Score]], sets: Sequence[TokenisedRows], dtype: torch.dtype
+    engine: Any, checks: list[tuple[Location, Score]], sets: Sequence[TokenisedRows], dtype: torch.dtype, budget: int
 ) -> None:
-    """Scores a few stored sequences again: a store that does not belong to these weights is refused."""
-    if not checks:
-        return
-    live = _sums(engine, [p for p, _ in checks], sets)
+    """Scores a few stored sequences again: a store that does not belong to these weights is refused.
+
+    Every rank scores all of them, in as many micro-batches: the checks are rank 0's, what packs them is pure.
+    """
+    live: dict[Location, Score] = {}
+    for places in make_plan({p.digest(sets): p for p, _ in checks}, sets, budget):
+        live |= zip(places, _sums(engine, places, sets), strict=True)
 
     def compare() -> None:
-        for (place, stored), now in zip(checks, live, strict=True):
+        for place, stored in checks:
+            now = live[place]
             if abs(now.sum - stored.sum) > SPOT_TOLERANCE[dtype] * max(1.0, abs(stored.sum)):
                 raise UserError(
                     f"reference: the store says {stored.sum:.6f} for {sets[place.data_set].origin(place.row)}, the "

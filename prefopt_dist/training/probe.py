@@ -14,13 +14,16 @@ ROWS = 4
 
 
 def make(engine: Any, data: ScoredRows, responses: int) -> dict[str, Any]:
-    """All ranks: scores the first rows of the data set; plain values for the checkpoint's manifest."""
+    """All ranks: scores the first rows of the data set; plain values for the checkpoint's manifest.
+
+    One row a micro-batch: that each fits the token budget by itself is all that is known of them.
+    """
     units = data.units(range(min(ROWS, data.rows.n)), responses)
     was_training = engine.module.training
     engine.module.eval()
     with torch.no_grad():
-        batch = pack(units, responses)
-        sums = engine(batch.to(ranks.device())).cpu()[batch.units]
+        alone = [pack([unit], responses) for unit in units]
+        sums = torch.cat([engine(batch.to(ranks.device())).cpu()[batch.units] for batch in alone])
     engine.module.train(was_training)
     return {
         "prompts": [u.prompt.tolist() for u in units],
