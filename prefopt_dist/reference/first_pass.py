@@ -22,6 +22,7 @@ from prefopt_dist.distributed.shared import refuse_local_folder
 from prefopt_dist.errors import AgreedUserError, UserError
 from prefopt_dist.files import sweep
 from prefopt_dist.model.load import ModelFolder, load_sharded
+from prefopt_dist.model.rounding import times_allowed
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.reference.plan import (
     Location,
@@ -44,8 +45,6 @@ SHARD_SECONDS = 30.0
 """A rank writes a shard after so many micro-batches or seconds: what a kill can cost."""
 SPOT_CHECK = 8
 """Stored sequences that are scored again while the reference is up."""
-SPOT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""By dtype, relative to the sum: how far two packings of one sequence may lie apart."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +255,10 @@ def _spot_check(
     def compare() -> None:
         for place, stored in checks:
             now = live[place]
-            if abs(now.sum - stored.sum) > SPOT_TOLERANCE[dtype] * max(1.0, abs(stored.sum)):
+            live_sum, stored_sum, tokens = (
+                torch.tensor(n, dtype=torch.float64) for n in (now.sum, stored.sum, stored.tokens)
+            )
+            if times_allowed(live_sum, stored_sum, tokens, dtype) > 1:
                 raise UserError(
                     f"reference: the store says {stored.sum:.6f} for {sets[place.data_set].origin(place.row)}, the "
                     f"reference says {now.sum:.6f}. The store does not belong to these weights or this machine "
