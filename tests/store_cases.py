@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import threading
 import time
 from pathlib import Path
@@ -20,13 +21,15 @@ import plain
 import pytest
 import torch
 import worlds
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.data.micro_batch import MicroBatch, packed_tokens
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.file_lock import FileLock
+from prefopt_dist.model.digests import remembered_digest
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.reference import first_pass
 from prefopt_dist.reference.plan import plan_name
@@ -306,6 +309,73 @@ def a_store_on_the_nodes_own_disks(folder: Path) -> dict[str, Any]:
         "shards": len(list(folder.glob("node-*/store/*/rows-*"))),
         "run": (folder / "local").exists(),
     }
+
+
+def a_model_on_the_nodes_own_disks(folder: Path) -> dict[str, Any]:
+    """The same path is another folder on each rank, which plays a node: with other weights, another configuration,
+    the same of both; and one folder on a disk that they share."""
+    settings = {k: str(Path(f"deepspeed_configs/{k}_zero3.json").resolve()) for k in ("policy", "reference")}
+    here, mine, name = Path.cwd(), folder / f"disk-{ranks.rank()}", f"n{ranks.rank() + 1}"
+
+    def parted() -> None:
+        """The model in two weight files."""
+        model = LlamaForCausalLM.from_pretrained(folder / "model")
+        shutil.copytree(folder / "model", folder / "parted")
+        (folder / "parted" / "model.safetensors").unlink()
+        model.save_pretrained(folder / "parted", max_shard_size="100KB")
+
+    def other_weights(model: Path) -> None:
+        file = max(model.glob("*.safetensors"))
+        tensors = {n: t + 1 for n, t in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    def other_config(model: Path) -> None:
+        file = model / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 1e-3}))
+
+    ranks.decide(parted)
+    found: dict[str, Any] = {"files": len(list((folder / "parted").glob("*.safetensors")))}
+    mine.mkdir()
+    read: list[Path] = []
+
+    def noted(file: Path, memory: Path) -> str:
+        read.append(file)
+        return remembered_digest(file, memory)
+
+    for case, change in {"weights": other_weights, "config": other_config, "same": None, "shared": None}.items():
+        model = mine / case
+        if case == "shared":
+            model.symlink_to(folder / "parted")
+        else:
+            shutil.copytree(folder / "parted", model)
+        if change is not None and ranks.rank() == 1:
+            change(model)
+        config = config_for(
+            folder,
+            f"disks-{case}",
+            cache=f"disks-{case}",
+            model={"name_or_path": f"/proc/self/cwd/{case}"},
+            deepspeed=settings,
+        )
+        read.clear()
+        message, count = "", [0, 0]
+        os.chdir(mine)
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(socket, "gethostname", lambda: name)
+                patch.setattr(ingredients, "remembered_digest", noted)
+                count = scored(config)
+        except UserError as e:
+            message = f"{type(e).__name__}: {e}"
+        finally:
+            os.chdir(here)
+        found[case] = {
+            "messages": ranks.gather(message),
+            "scored": count[0],
+            "read": ranks.gather(len(read)),
+            "stores": len(list(config.reference_store.glob("*"))),
+        }
+    return found
 
 
 def stopped_while_it_waits_for_its_turn(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ CASES = [
     "resume_with_the_store_deleted",
     "an_altered_byte_in_any_shard",
     "a_store_on_the_nodes_own_disks",
+    "a_model_on_the_nodes_own_disks",
     "stopped_while_it_waits_for_its_turn",
     "every_micro_batch_fits_the_budget",
 ]
@@ -89,6 +90,32 @@ def test_a_store_on_local_disks_is_refused(folder: Path) -> None:
         assert word in f["message"]
     assert f["shards"] == 0
     assert not f["run"]
+
+
+def test_a_model_that_differs_between_nodes_is_refused(folder: Path) -> None:
+    f = found(folder, "a_model_on_the_nodes_own_disks")
+    assert f["files"] > 1
+    for case, file in (
+        ("weights", f"model-0000{f['files']}-of-0000{f['files']}.safetensors"),
+        ("config", "config.json"),
+    ):
+        first, second = f[case]["messages"]
+        assert first == second
+        for word in (
+            "AgreedUserError: model.name_or_path: ",
+            f"/proc/self/cwd/{case} on n2 (rank 1) is not the folder that n1 (rank 0) has",
+            f": other content in {file}. ",
+            "copy n1's folder to the others",
+        ):
+            assert word in first
+        assert f[case]["scored"] == f[case]["stores"] == 0
+    for case in ("same", "shared"):
+        assert f[case]["messages"] == ["", ""]
+        assert f[case]["scored"] > 0
+        assert f[case]["stores"] == 1
+    assert f["same"]["read"] == [f["files"]] * 2, "each node reads its own disk"
+    assert sum(f["shared"]["read"]) == f["files"], "a shared disk is read once"
+    assert min(f["shared"]["read"]) > 0
 
 
 def test_a_waiting_job_obeys_stop(folder: Path) -> None:

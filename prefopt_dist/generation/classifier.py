@@ -49,7 +49,7 @@ def inspect_reward(name: str, key: str) -> RewardFolder:
             f"{key}: the tokenizer in {path} has no chat template, so a prompt and a response cannot be put to the "
             "model as it was trained; add chat_template.jinja to the folder"
         )
-    return RewardFolder(ModelFolder(Path(path), config, weight_files(path, key)), tokenizer, key)
+    return RewardFolder(ModelFolder(Path(path), config, weight_files(path, key), key), tokenizer, key)
 
 
 class ClassifierReward:

@@ -55,6 +55,8 @@ class ModelFolder:
     config: PreTrainedConfig
     weight_files: tuple[Path, ...]
     """Sorted by name."""
+    key: str
+    """The dotted key that named it, for messages"""
 
 
 def resolve(name_or_path: str, key: str, *, weights: bool = True) -> Path:
@@ -92,7 +94,7 @@ def inspect_folder(path: Path, key: str, max_length: int | None = None) -> Model
     config = read_config(path, key)
     check_config(config, path, key, max_length)
     config.return_dict = True  # the scoring module reads results by name
-    folder = ModelFolder(path=path, config=config, weight_files=weight_files(path, key))
+    folder = ModelFolder(path=path, config=config, weight_files=weight_files(path, key), key=key)
     _check_names(folder, key)
     return folder
 

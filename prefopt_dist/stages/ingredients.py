@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from prefopt_dist.config.losses import KTOLoss
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows
 from prefopt_dist.data.unpaired import OnePromptRules, unpaired
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.errors import AgreedUserError, UserError
+from prefopt_dist.errors import AgreedUserError, UserError, shortened
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.cost import adapter_parameters, layer_parameters
 from prefopt_dist.model.digests import FileState, refuse_if_changed, remembered_digest
@@ -279,14 +280,48 @@ def reference_weights(config: Config, models: Models, objective: Objective) -> W
 
 
 def weights(model: ModelFolder, dtype: torch.dtype, cache: Path) -> Weights:
-    """All ranks: the weight files' content hashed by the ranks in parallel, what is known in the cache not again."""
-    world, files = ranks.world_size(), model.weight_files
-    states = {file: FileState.of(file) for file in files}  # before the hashing, which may take minutes
+    """All ranks: the weight files' content hashed by the ranks in parallel, what is known in the cache not again.
+
+    Refuses a folder that is another one on some node: rank 0 alone reads the tensors, whoever has hashed them.
+    """
+    files = model.weight_files
+    # Before the hashing, which may take minutes.
+    states = ranks.together(lambda: {file: FileState.of(file) for file in files})
+    # Ranks that see the same files share the hashing, so a folder on a shared disk is read once, and not by every
+    # node: 140 GB times the nodes would be the longest part of a start. Files are the same where all but the device's
+    # number is, which each node gives anew: nobody can choose a time of change, so of two disks they agree only where
+    # one is a copy of the other as a whole. Where a file system numbers its files anew on each node, every node reads
+    # them all: slower, and as right.
+    views = ranks.gather([(file.name, *state[1:]) for file, state in states.items()])
+    sharing = [rank for rank, view in enumerate(views) if view == views[ranks.rank()]]
 
     def hash_mine() -> list[str]:
         heartbeat.beat("reading the weight files")
-        return [remembered_digest(file, cache / "digests") for file in files[ranks.rank() :: world]]
+        mine = files[sharing.index(ranks.rank()) :: len(sharing)]
+        return [remembered_digest(file, cache / "digests") for file in mine]
 
     parts = ranks.gather(ranks.together(hash_mine))
-    digests = [parts[i % world][i // world] for i in range(len(files))]
+    digests = [parts[sharing[i % len(sharing)]][i // len(sharing)] for i in range(len(files))]
+    _refuse_other_folders(model, dtype, digests)
     return Weights(reference_key(digests, model.config, dtype), states)
+
+
+def _refuse_other_folders(model: ModelFolder, dtype: torch.dtype, digests: list[str]) -> None:
+    """All ranks: refuses a model folder of which some node has another one of the same name."""
+    content = {"config.json": reference_key([], model.config, dtype)}  # what of it is in the key
+    content |= {file.name: digest for file, digest in zip(model.weight_files, digests, strict=True)}
+    found = ranks.gather((socket.gethostname(), content))
+    first, expected = found[0]
+    places: dict[str, int] = {}
+    names: set[str] = set()
+    for rank, (host, there) in enumerate(found):
+        if there != expected:
+            places.setdefault(host, rank)  # in containers all may have one name
+            names |= {name for name in expected | there if there.get(name) != expected.get(name)}
+    if places:
+        where = ", ".join(f"{host} (rank {rank})" for host, rank in places.items())
+        raise AgreedUserError(
+            f"{model.key}: {model.path} on {shortened(where)} is not the folder that {first} (rank 0) has: other "
+            f"content in {shortened(', '.join(sorted(names)))}. Scores are stored under the weights' digest, so all "
+            f"nodes must have the same: copy {first}'s folder to the others, or give one on a disk that all share."
+        )
