@@ -223,6 +223,10 @@ def test_fill_of_one_prompt_s_parts_that_begin_alike_among_themselves() -> None:
     filled = fill(units, 100)
     assert all(packed_tokens(m) <= 100 for m in filled)
     assert sorted(rows(u for m in filled for u in m)) == list(range(5))
+    for world in (1, 2):
+        laid_out = [m for by_rank in lay_out(units, world, 100) for m in by_rank]
+        assert all(packed_tokens(m) <= 100 for m in laid_out if m)
+        assert sorted(rows(u for m in laid_out for u in m)) == list(range(5))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])

@@ -6,6 +6,7 @@ The result of a step does not depend on it (every unit weighs 1/G wherever it st
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -114,9 +115,14 @@ def lay_out(units: Sequence[Unit], world_size: int, budget: int, cost: Cost | No
     costs = np.array([cost.of(g, int(t)) for g, t in zip(groups, tokens, strict=True)])
     # What exceeds the budget alone fills one micro-batch, however much it exceeds it.
     per_rank = max(1, -(-int(np.minimum(tokens, budget).sum()) // (world_size * budget)))
-    while (bin_of := _longest_first(costs, tokens, per_rank * world_size, budget)) is None:
+    # Of a prompt that was split; its parts stay apart, as in `fill`.
+    prompts = [g[0].prompt.tobytes() for g in groups]
+    count = Counter(prompts)
+    split = np.array([count[p] > 1 for p in prompts], dtype=bool)
+    part_of = [p if is_part else b"" for p, is_part in zip(prompts, split, strict=True)]
+    while (bin_of := _longest_first(costs, tokens, part_of, per_rank * world_size, budget)) is None:
         per_rank += 1
-    _even_out(costs, tokens, bin_of, per_rank * world_size, budget)
+    _even_out(costs, tokens, split, bin_of, per_rank * world_size, budget)
     load = np.bincount(bin_of, costs, per_rank * world_size)
     bins: list[list[Unit]] = [[] for _ in load]
     for i in np.argsort(-costs, kind="stable"):
@@ -126,39 +132,60 @@ def lay_out(units: Sequence[Unit], world_size: int, budget: int, cost: Cost | No
 
 
 def _longest_first(
-    costs: NDArray[np.float64], tokens: NDArray[np.int64], bins: int, budget: int
+    costs: NDArray[np.float64], tokens: NDArray[np.int64], part_of: Sequence[bytes], bins: int, budget: int
 ) -> NDArray[np.int64] | None:
-    """The bin of each group, dearest group first into the cheapest bin; None where a bin exceeds the budget."""
+    """The bin of each group, dearest group first into the cheapest bin; None where a bin exceeds the budget.
+
+    part_of: the prompt of a group that is one of several with it, of which no two come into a bin; else b"".
+    """
     bin_of = np.empty(len(costs), dtype=np.int64)
     heap = [(0.0, i) for i in range(bins)]
+    parts: set[tuple[bytes, int]] = set()
     for i in np.argsort(-costs, kind="stable"):  # ties keep the order of the units
+        passed = []
+        while heap and (part_of[i], heap[0][1]) in parts:
+            passed.append(heapq.heappop(heap))
+        if not heap:
+            return None
         load, b = heap[0]
         heapq.heapreplace(heap, (load + costs[i], b))
+        for other in passed:
+            heapq.heappush(heap, other)
         bin_of[i] = b
+        if part_of[i]:
+            parts.add((part_of[i], b))
     members = np.bincount(bin_of, minlength=bins)
     over = np.bincount(bin_of, tokens, bins) > budget
     return None if (over & (members > 1)).any() else bin_of
 
 
 def _even_out(
-    costs: NDArray[np.float64], tokens: NDArray[np.int64], bin_of: NDArray[np.int64], bins: int, budget: int
+    costs: NDArray[np.float64],
+    tokens: NDArray[np.int64],
+    stays: NDArray[np.bool_],
+    bin_of: NDArray[np.int64],
+    bins: int,
+    budget: int,
 ) -> None:
     """Swaps two groups, or moves one, as long as the dearest or the cheapest bin comes nearer to the others.
 
     Each exchange is the one that lowers the sum of squared loads most. With eight pairs a rank or more it takes
-    the time lost by waiting from some per cent to a few tenths. Changes `bin_of` in place; deterministic.
+    the time lost by waiting from some per cent to a few tenths. What stays is not moved. Changes `bin_of` in place;
+    deterministic.
     """
     load, held = np.bincount(bin_of, costs, bins), np.bincount(bin_of, tokens, bins)
     # One more partner for each bin: nothing, so that a swap with it is a move.
     cost_there, tokens_there = np.append(costs, np.zeros(bins)), np.append(tokens, np.zeros(bins, dtype=np.int64))
+    stays_there = np.append(stays, np.zeros(bins, dtype=bool))
     for _ in range(MOST_SWAPS):
         for here in (int(load.argmax()), int(load.argmin())):
-            mine = np.flatnonzero(bin_of == here)
+            mine = np.flatnonzero((bin_of == here) & ~stays)
             there = np.append(bin_of, np.arange(bins))
             moved = np.append(costs[mine], 0.0)[:, None] - cost_there[None]
             grown = tokens_there[None] - np.append(tokens[mine], 0)[:, None]
             gain = 2 * moved * (load[here] - load[there][None] - moved)
             fits = (held[here] + grown <= budget) & (held[there][None] - grown <= budget) & (there != here)[None]
+            fits &= ~stays_there[None]
             i, j = divmod(int(np.where(fits, gain, -1.0).argmax()), len(there))
             if fits[i, j] and gain[i, j] > SMALLEST_GAIN * load[here] ** 2:
                 break
