@@ -20,7 +20,7 @@ _TOKENS = re.compile(
     r"|(?<![0-9A-Za-z/@_.-])[0-9a-f]{40}(?![0-9A-Za-z/@_.-])"
 )
 # Not TOKENIZER, nor what names a secret's place: the run's identity would hang on somebody's paths.
-_ENVIRONMENT_NAME = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD)S?(?![A-Z])(?!.*_(?:PATH|FILE|DIR|FOLDER|HOME)$)")
+_ENVIRONMENT_NAME = re.compile(r"(?:KEY|TOKEN(?!IZ)|SECRET|PASSWORD)(?!.*_(?:PATH|FILE|DIR|FOLDER|HOME)$)")
 _ENVIRONMENT_SHORTEST = 8  # shorter values ('false', '1') are settings and would mask ordinary words
 
 
