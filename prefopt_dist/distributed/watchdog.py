@@ -39,7 +39,7 @@ SILENT_LOOKS = 5
 IDLE_SHARE = 0.02
 """Of a core: a rank at its own work that uses less does not get on"""
 IDLE_BYTES = 1 << 20
-"""unless it moves more to or from files than this between two looks, which any rank's getting on is."""
+"""unless it reads or writes more than this between two looks, which is to get on for any rank that does not wait."""
 CRASH = 1
 
 
@@ -117,11 +117,13 @@ class Watchdog:
         used, before = _used(), self._used
         self._used = used
         cpu, moved = used[0] - before[0], used[1] - before[1]
-        # Whoever reads or writes a checkpoint gets on, if slowly; a collective that waits may spin, but moves nothing.
-        if moved > IDLE_BYTES or (beat.alone and cpu > IDLE_SHARE * self._look_seconds):
+        waits = _in_a_collective()
+        # Whoever reads or writes a checkpoint gets on, if slowly. What other threads move while this rank waits does
+        # not count, nor that a collective which waits may spin.
+        if (moved > IDLE_BYTES and not waits) or (beat.alone and cpu > IDLE_SHARE * self._look_seconds):
             self._own_work += 1
         number = beat.number + self._own_work
-        own.what, own.waits, own.told, own.told_at = beat.what, _in_a_collective(), told, self._clock
+        own.what, own.waits, own.told, own.told_at = beat.what, waits, told, self._clock
         if number != own.number:
             own.number, own.got_on_at = number, self._clock
 

@@ -75,12 +75,20 @@ def test_a_stopped_rank_ends_the_job_which_then_goes_on(world: World) -> None:
 
 
 ONE_RANK = """
-import sys, time
+import sys, threading, time
 from pathlib import Path
 from prefopt_dist.distributed.watchdog import Watchdog
 from prefopt_dist.tracking import heartbeat
 
 kind, folder = sys.argv[1], Path(sys.argv[2])
+
+def write(once=False):
+    while True:
+        (folder.parent / "checkpoint").write_bytes(bytes(4 << 20))
+        time.sleep(0.02)
+        if once:
+            return
+
 with Watchdog(folder, rank=0, world_size=1, minutes=1 / 60):
     heartbeat.beat("step 40")
     end = time.monotonic() + 4
@@ -89,10 +97,12 @@ with Watchdog(folder, rank=0, world_size=1, minutes=1 / 60):
     while kind == "beats" and time.monotonic() < end:
         heartbeat.beat("step 41")
         time.sleep(0.2)
+    if kind == "waits":  # as in a collective, while another thread writes
+        threading.Thread(target=write, daemon=True).start()
+        exec(compile("import time\\ntime.sleep(60)", "/x/torch/distributed/distributed_c10d.py", "exec"))
     while kind in ("writes", "spins") and time.monotonic() < end:
         if kind == "writes":
-            (folder.parent / "checkpoint").write_bytes(bytes(4 << 20))
-            time.sleep(0.02)
+            write(once=True)
     with heartbeat.alone():
         while kind == "computes alone" and time.monotonic() < end:
             sum(range(10000))
@@ -103,7 +113,7 @@ with Watchdog(folder, rank=0, world_size=1, minutes=1 / 60):
 
 @pytest.mark.parametrize(
     ("kind", "status"),
-    [("hangs", 1), ("beats", 0), ("writes", 0), ("spins", 1), ("computes alone", 0), ("sleeps alone", 1)],
+    [("hangs", 1), ("beats", 0), ("writes", 0), ("spins", 1), ("waits", 1), ("computes alone", 0), ("sleeps alone", 1)],
 )
 def test_what_is_a_hang(tmp_path: Path, kind: str, status: int) -> None:
     (tmp_path / "run").mkdir()
