@@ -49,7 +49,7 @@ def run(config: Config, asked: Requests | None = None, *, served: bool = False) 
             top_p=generate.top_p,
             what="generate",
         )
-        ranks.decide(lambda: _refuse_others(config, job))
+        ranks.decide(lambda: _refuse_others(config, job, served=served))
         made = ranks.decide(lambda: _made(config))
         if served or made is not None:  # whatever has become of the answers in the cache
             say(made or "generate: the pairs have been trained on")
@@ -87,8 +87,11 @@ def _sampled_by(job: Answering) -> dict[str, Any]:
     return settings | {f"sampling.{name}": value for name, value in job.store.settings["sampling"].items()}
 
 
-def _refuse_others(config: Config, job: Answering) -> None:
-    """Rank 0: never writes over pairs that were made otherwise, or that are somebody's own."""
+def _refuse_others(config: Config, job: Answering, *, served: bool) -> None:
+    """Rank 0: never writes over pairs that were made otherwise, or that are somebody's own.
+
+    served: a training on them is done, so nothing will be written.
+    """
     file, facts = config.pairs_file, config.run_dir / FACTS
     if not facts.exists():
         if file.exists():
@@ -104,7 +107,7 @@ def _refuse_others(config: Config, job: Answering) -> None:
             + "\n  ".join(changed)
             + f"\nChoose another run.dir, or remove {file} and {facts}."
         )
-    if file.exists() and checksum(file) != before["pairs_blake2b"]:
+    if not served and file.exists() and checksum(file) != before["pairs_blake2b"]:
         raise UserError(
             f"generate.pairs: {file} is not as this run wrote it, by the digest in {facts}. To keep it, move it and "
             "name it in data.train; to have the run's own again, remove it."
