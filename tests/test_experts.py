@@ -49,6 +49,7 @@ def test_sizes_are_the_published_ones(family: str, fields: dict[str, Any], billi
     assert met / 1e9 == pytest.approx(active, abs=0.06)
     experts = 2 * config.hidden_size * getattr(config, "moe_intermediate_size", config.intermediate_size)
     assert sizes.largest == max(sizes.head, config.num_local_experts * experts)
+    assert sizes.together == max(sizes.head, config.num_local_experts * experts * 3 // 2)
 
 
 @pytest.mark.slow

@@ -246,7 +246,7 @@ def around(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[Part, .
         *states(sizes, zero, place),
         *_gathered(sizes, zero, place),
         Part("reduce buffers", sizes.item * bucket, "s·(reduce_bucket_size + its copy)"),
-        *_head_gradient(sizes),
+        *_whole_gradient(sizes),
         *_passing(sizes, place),
     )
 
@@ -263,12 +263,14 @@ def _passing(sizes: ModelSizes, place: Place) -> tuple[Part, ...]:
     )
 
 
-def _head_gradient(sizes: ModelSizes) -> tuple[Part, ...]:
-    """A frozen head has none."""
+def _whole_gradient(sizes: ModelSizes) -> tuple[Part, ...]:
+    """The largest that stands whole before it is divided: the head's, or experts'. What is frozen has none."""
     if sizes.frozen:
         return ()
     rounded = sizes.item if sizes.item != 4 else 0
-    return (Part("head gradient", (4 + rounded) * sizes.head, "4·V·d, and s·V·d rounded"),)
+    head = Part("head gradient", (4 + rounded) * sizes.head, "4·V·d, and s·V·d rounded")
+    experts = Part("experts' gradient", sizes.item * sizes.largest, "s·elements of the largest parameter")
+    return (max(head, experts, key=lambda part: part.bytes),)
 
 
 def activations(sizes: ModelSizes, place: Place, tokens: int, checkpointed: int) -> int:
@@ -314,8 +316,8 @@ def _gathered(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[Part
         return ()
     whole = sizes.parameters - sizes.persistent
     second = sizes.item * -(-whole // zero.secondary)
-    # A layer of many experts is more than the limit, and is gathered for all that.
-    most, name = max((zero.max_live, "stage3_max_live_parameters"), (sizes.largest, "the largest parameter"))
+    # A module that alone is more than the limit, as many experts may be, is gathered for all that.
+    most, name = max((zero.max_live, "stage3_max_live_parameters"), (sizes.together, "the largest module's"))
     return (
         *([Part("second shard (hpZ)", second, "s·N/zero_hpz_partition_size")] if zero.secondary > 1 else []),
         Part(

@@ -25,7 +25,10 @@ class ModelSizes:
     head: int
     """V·d of the output head"""
     largest: int
-    """Elements of the largest parameter: the head, or a layer's experts, which are one"""
+    """Elements of the largest parameter: the head, or one of the two that hold a layer's experts"""
+    together: int
+    """Elements that are gathered at once: the head, or all of a layer's experts, since a module's parameters come
+    together"""
     persistent: int
     """In parameters so small that ZeRO-3 leaves them whole on every rank"""
     item: int
@@ -48,7 +51,8 @@ def model_sizes(
     config: PreTrainedConfig, dtype: torch.dtype, persistence_threshold: int, adapter: Adapter | None = None
 ) -> ModelSizes:
     """Counted on models without storage of one and two layers; the layers of the supported families are alike."""
-    one, two = (list(meta_model(config, layers, dtype, adapter).parameters()) for layers in (1, 2))
+    models = [meta_model(config, layers, dtype, adapter) for layers in (1, 2)]
+    one, two = (list(model.parameters()) for model in models)
     layers = config.num_hidden_layers
 
     def whole(of: Callable[[torch.Tensor], int]) -> int:
@@ -68,6 +72,7 @@ def model_sizes(
         layer=sum(p.numel() for p in two) - sum(p.numel() for p in one),
         head=config.vocab_size * config.hidden_size,
         largest=max(p.numel() for p in two),
+        together=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in models[1].modules()),
         persistent=whole(lambda p: p.numel() if p.numel() <= persistence_threshold else 0),
         item=item,
         file_item=torch.empty((), dtype=stored).element_size(),

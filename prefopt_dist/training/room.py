@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -82,21 +83,28 @@ def available_bytes(lm: PreTrainedModel, zero: Mapping[str, Any]) -> int:
 
     zero: the engine's zero_optimization settings, for the parameters that it gathers and its buckets.
     """
-    parameters = [p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in lm.parameters()]
+    parameters = [_elements(p) for p in lm.parameters()]
     size = next(lm.parameters()).element_size()
-    gathered = min(sum(parameters), int(zero.get("stage3_max_live_parameters", 1e9)))
+    together = max(sum(map(_elements, m.parameters(recurse=False))) for m in lm.modules())
+    gathered = min(sum(parameters), max(together, int(zero.get("stage3_max_live_parameters", 1e9))))
     buckets = int(zero.get("reduce_bucket_size", 5e8)) + int(zero.get("stage3_prefetch_bucket_size", 5e7))
     coming = size * (gathered + min(2 * sum(parameters), buckets))
     # The head's gradient: float32 until it is rounded once, and one block's product or the rounded whole beside it.
-    # A frozen head has none; the largest of what is trained is then as good as nothing.
+    # Or experts' gradient, which stands whole before it is divided. What is frozen has none.
     trained = [p for p in lm.parameters() if p.requires_grad]
-    coming += (4 + size) * max(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in trained)
+    head = lm.get_output_embeddings().weight
+    coming += max((4 + size) * _elements(head) * head.requires_grad, size * max(map(_elements, trained)))
     # Adam's two moments come with the first update, or with a checkpoint: both are still to come.
     offloaded = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
     if not (offloaded and torch.cuda.is_available()):
         held = (p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in trained)
         coming += 8 * sum(held)
     return int(max(0.0, (1 - KEPT_FREE) * free_bytes() - coming))
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """Of the whole, of which this rank may hold a part."""
+    return int(parameter.ds_numel) if hasattr(parameter, "ds_numel") else parameter.numel()
 
 
 def free_bytes() -> int:
