@@ -442,6 +442,15 @@ def test_an_expert_that_is_missing_is_refused(tmp_path: Path) -> None:
     assert f"missing: {lost} (1 in all)" in complaint(tmp_path)
 
 
+def test_experts_that_were_saved_as_one(tmp_path: Path) -> None:
+    lm = AutoModelForCausalLM.from_config(small("mixtral"))
+    lm.save_pretrained(tmp_path, save_original_format=False)
+    loaded = load_whole(inspect_folder(tmp_path, KEY), dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in lm.state_dict().items())
+    edit_weights(tmp_path, lambda tensors: tensors.__delitem__("model.layers.1.mlp.experts.down_proj"))
+    assert "missing: model.layers.1.mlp.experts.down_proj (1 in all)" in complaint(tmp_path)
+
+
 def test_a_router_without_noise() -> None:
     plain = without_dropout(small("mixtral", router_jitter_noise=0.1, output_router_logits=True))
     assert (plain.router_jitter_noise, plain.output_router_logits) == (0.0, False)

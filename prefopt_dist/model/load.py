@@ -233,10 +233,13 @@ def _check_names(folder: ModelFolder, key: str) -> None:
     """Refuses weights that do not fill the model; from_pretrained says nothing about them under ZeRO-3."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(folder.config)
-        expected = revert_weight_conversion(lm, lm.state_dict())  # the files' layout: experts stand alone in them
+        inside = lm.state_dict()
+        expected = revert_weight_conversion(lm, dict(inside))  # the usual files' layout: experts stand alone in them
     found: dict[str, list[int]] = {}
     for file in folder.weight_files:
         found |= {name: t["shape"] for name, t in _header(file, key).items()}
+    if any(name in found for name in inside.keys() - expected.keys()):
+        expected = inside  # saved as they are in the model, a layer's experts as one
     tied = {"lm_head.weight"} if folder.config.tie_word_embeddings else set()
     if tied and "lm_head.weight" in found and not _equal_tensors(folder, "lm_head.weight", EMBEDDING):
         raise UserError(
