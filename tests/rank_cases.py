@@ -40,6 +40,7 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.model import head
 from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import load_sharded, load_whole
+from prefopt_dist.model.rounding import Rounding
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.stages import ingredients, train
 from prefopt_dist.tracking import own_work, statistics
@@ -522,7 +523,7 @@ def other_reference_is_refused(folder: Path) -> dict:
     for name, change in (("right", 0.0), ("wrong", 0.01)):
         reference = scored.reference.clone()
         reference[5, 1] -= change
-        gate = StartGate(objective, torch.float32, ranks.device())
+        gate = StartGate(objective, Rounding.of(models.policy.config, torch.float32), ranks.device())
         batch = step_batch(ScoredRows(scored.rows, reference), list(range(G)), 2, 150)
         sums, _ = step.agree(step.gradient(engine, batch, objective, gate), Request(False, False))
         try:

@@ -77,10 +77,10 @@ def whole(door: Door) -> Path:
 
 def logps(lm: Any, manifest: Any) -> torch.Tensor:
     """float64 [U, R] of the checkpoint's probe."""
-    batch, _ = probe.batch_of(manifest.facts["probe"])
+    batches, _ = probe.batches_of(manifest.facts["probe"])
+    scorer = Scorer(lm)
     with torch.no_grad():
-        found: torch.Tensor = Scorer(lm)(batch)[batch.units]
-    return found
+        return torch.cat([scorer(batch)[batch.units] for batch in batches])
 
 
 def test_the_reference_is_the_base(whole: Path) -> None:

@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from prefopt_dist.config import Config, identity, load_config
 from prefopt_dist.errors import UserError
+from prefopt_dist.model.rounding import Rounding
 from prefopt_dist.objectives import DPO, SFT, Sequences, Terms
 from prefopt_dist.stages import ingredients
 from prefopt_dist.stages.rounds import Asked
@@ -453,7 +455,7 @@ def units(off: float, reference: float = -100.0, tokens: int = 1) -> tuple[Terms
 
 
 def decide(off: float, loss: float = math.log(2), *, dtype: torch.dtype = torch.float32, **more: Any) -> None:
-    gate = StartGate(DPO(0.1), dtype, torch.device("cpu"))
+    gate = StartGate(DPO(0.1), Rounding.of(LlamaConfig(), dtype), torch.device("cpu"))
     gate.add(*units(0.0))
     gate.add(*units(off, **more))
     nothing = torch.zeros(0, 2)
@@ -468,6 +470,14 @@ def test_the_gate_lets_the_start_pass(one_rank: None, dtype: torch.dtype) -> Non
     decide(9e-4 if dtype == torch.float32 else 2.2, dtype=dtype)
     with pytest.raises(UserError, match="stored and live log-probs"):
         decide(1.1e-3 if dtype == torch.float32 else 2.3, dtype=dtype)
+
+
+@pytest.mark.parametrize(("config", "allowed"), [(LlamaConfig(), 1e-5), (MixtralConfig(), 0.2 + 1e-5)])
+def test_a_router_s_last_bit_is_rounding(config: PreTrainedConfig, allowed: float) -> None:
+    """0.1 nats times the root of 4 tokens in float32, where there are experts."""
+    live, stored = torch.tensor([0.5], dtype=torch.float64), torch.tensor([0.0], dtype=torch.float64)
+    times = Rounding.of(config, torch.float32).times(live, stored, torch.tensor([4.0]))
+    assert times.item() == pytest.approx(0.5 / allowed)
 
 
 def test_a_short_likely_response_in_bfloat16_is_allowed_the_rounding_of_its_logits(one_rank: None) -> None:
@@ -496,9 +506,9 @@ def test_the_gate_refuses_another_loss(one_rank: None, loss: float) -> None:
 
 def test_the_gate_of_a_loss_without_a_closed_form(one_rank: None) -> None:
     """Any loss passes for it, where one with a closed form refuses the same number."""
-    StartGate(SFT(), torch.float32, torch.device("cpu")).decide(3.0)
+    StartGate(SFT(), Rounding.of(LlamaConfig(), torch.float32), torch.device("cpu")).decide(3.0)
     with pytest.raises(UserError, match="the loss is 3"):
-        StartGate(DPO(0.1), torch.float32, torch.device("cpu")).decide(3.0)
+        StartGate(DPO(0.1), Rounding.of(LlamaConfig(), torch.float32), torch.device("cpu")).decide(3.0)
 
 
 def test_an_export_replaces_nothing_but_an_export(tmp_path: Path) -> None:

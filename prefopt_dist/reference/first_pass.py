@@ -22,7 +22,7 @@ from prefopt_dist.distributed.shared import refuse_local_folder
 from prefopt_dist.errors import AgreedUserError, UserError
 from prefopt_dist.files import sweep
 from prefopt_dist.model.load import ModelFolder, load_sharded
-from prefopt_dist.model.rounding import times_allowed
+from prefopt_dist.model.rounding import Rounding
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.reference.plan import (
     Location,
@@ -143,9 +143,10 @@ def _pass(
             f"reference: {todo.missing} sequences to score in {len(todo.micro_batches)} micro-batches, "
             f"{todo.reused} reused; each rank holds {in_units(held)} of {in_units(whole)}"
         )
-        _spot_check(engine, todo.checks, sets, dtype, budget)
+        rounding = Rounding.of(model.config, dtype)
+        _spot_check(engine, todo.checks, sets, rounding, budget)
         _score(engine, todo, store, sets, stop_asked)
-        _spot_check(engine, ranks.decide(lambda: _first_scored(todo, store, sets)), sets, dtype, budget)
+        _spot_check(engine, ranks.decide(lambda: _first_scored(todo, store, sets)), sets, rounding, budget)
     finally:
         zero3.release(engine)
         del engine
@@ -242,7 +243,7 @@ def _first_scored(todo: _Todo, store: ReferenceStore, sets: Sequence[TokenisedRo
 
 
 def _spot_check(
-    engine: Any, checks: list[tuple[Location, Score]], sets: Sequence[TokenisedRows], dtype: torch.dtype, budget: int
+    engine: Any, checks: list[tuple[Location, Score]], sets: Sequence[TokenisedRows], rounding: Rounding, budget: int
 ) -> None:
     """Scores a few stored sequences again: a store that does not belong to these weights is refused.
 
@@ -258,7 +259,7 @@ def _spot_check(
             live_sum, stored_sum, tokens = (
                 torch.tensor(n, dtype=torch.float64) for n in (now.sum, stored.sum, stored.tokens)
             )
-            if times_allowed(live_sum, stored_sum, tokens, dtype) > 1:
+            if rounding.times(live_sum, stored_sum, tokens) > 1:
                 raise UserError(
                     f"reference: the store says {stored.sum:.6f} for {sets[place.data_set].origin(place.row)}, the "
                     f"reference says {now.sum:.6f}. The store does not belong to these weights or this machine "

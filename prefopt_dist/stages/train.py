@@ -18,6 +18,7 @@ from prefopt_dist.model.adapter import attach
 from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.digests import refuse_if_changed
 from prefopt_dist.model.load import load_sharded
+from prefopt_dist.model.rounding import Rounding
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import Objective
 from prefopt_dist.planning.machine import device_peak
@@ -97,7 +98,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
             config=config,
             engine=engine,
             objective=objective,
-            dtype=models.dtype,
+            rounding=Rounding.of(models.policy.config, models.dtype),
             train=scored,
             eval_sets=dict(zip(evals, others, strict=True)),
             order=order,

@@ -22,7 +22,7 @@ from prefopt_dist.files import fsync_folder, write_json
 from prefopt_dist.model import adapter as adapters
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.load import ModelFolder, inspect_folder, load_whole
-from prefopt_dist.model.rounding import times_allowed
+from prefopt_dist.model.rounding import Rounding
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.training import probe
 from prefopt_dist.training.manifest import Manifest, damage, read_manifest
@@ -138,16 +138,17 @@ def _verify(
 
     base: of a folder of adapters.
     """
-    batch, said = probe.batch_of(manifest.facts["probe"])
-    longest = int(batch.position_ids.max()) + 2  # the last token of a response is no input
+    batches, said = probe.batches_of(manifest.facts["probe"])
+    longest = max(int(batch.position_ids.max()) for batch in batches) + 2  # the last token of a response is no input
     lm = load_whole(base or inspect_folder(folder, "export.dir", longest), dtype=dtype)
     if base is not None:
         adapters.load_back(lm, folder)
     scorer = Scorer(lm)
     with torch.no_grad():
-        sums = scorer(batch)[batch.units]
+        sums = torch.cat([scorer(batch)[batch.units] for batch in batches])
+    tokens = torch.cat([batch.counts[batch.units] for batch in batches])
     coarser = torch.bfloat16 if torch.bfloat16 in (dtype, trained) else dtype
-    times = float(times_allowed(sums, said, batch.counts[batch.units], coarser).max())
+    times = float(Rounding.of(lm.config, coarser).times(sums, said, tokens).max())
     worst = float(((sums - said).abs() / said.abs().clamp(min=1.0)).max())
     if times > 1:
         raise RuntimeError(

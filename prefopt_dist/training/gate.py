@@ -9,19 +9,16 @@ import torch
 import torch.distributed as dist
 
 from prefopt_dist.errors import AgreedUserError
-from prefopt_dist.model.rounding import times_allowed
+from prefopt_dist.model.rounding import Rounding
 from prefopt_dist.objectives import Objective, Terms
-
-LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Largest distance of the batch's mean loss from its closed form, relative to it where it is above 1 (IPO's)."""
 
 
 class StartGate:
     """Collects the first batch's worst differences on the device, then decides once for all ranks."""
 
-    def __init__(self, objective: Objective, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, objective: Objective, rounding: Rounding, device: torch.device) -> None:
         self._start_loss = objective.start_loss
-        self._dtype = dtype
+        self._rounding = rounding
         self._worst = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(self, terms: Terms, reference: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -29,7 +26,7 @@ class StartGate:
         if len(reference) == 0:
             return
         apart = (terms.sums - reference).abs()
-        times = times_allowed(terms.sums, reference, tokens, self._dtype)
+        times = self._rounding.times(terms.sums, reference, tokens)
         self._worst = torch.maximum(self._worst, torch.stack([times.max(), apart.nan_to_num(nan=torch.inf).max()]))
 
     def decide(self, mean_loss: float) -> None:
@@ -39,14 +36,14 @@ class StartGate:
         if times > 1:
             raise AgreedUserError(
                 f"step 0: stored and live log-probs of a sequence differ by up to {apart:.6g} nats, and by {times:.3g} "
-                f"times what rounding explains in {self._dtype}. The reference store does not hold this policy's "
-                "start: set reference.store to a new folder, or check the model folder."
+                f"times what rounding explains in {self._rounding.dtype}. The reference store does not hold this "
+                "policy's start: set reference.store to a new folder, or check the model folder."
             )
         if self._start_loss is None:
             return
-        tolerance = LOSS_TOLERANCE[self._dtype] * max(1.0, self._start_loss)
+        tolerance = self._rounding.of_loss * max(1.0, self._start_loss)
         if not abs(mean_loss - self._start_loss) <= tolerance:
             raise AgreedUserError(
                 f"step 0: the loss is {mean_loss:.6f}; where policy and reference are equal it must be "
-                f"{self._start_loss:.6f} within {tolerance:.0e} in {self._dtype}."
+                f"{self._start_loss:.6f} within {tolerance:.0e} in {self._rounding.dtype}."
             )

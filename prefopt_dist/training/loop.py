@@ -16,6 +16,7 @@ from prefopt_dist.data.layout import Cost
 from prefopt_dist.data.order import Order
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.distributed.waits import Waits
+from prefopt_dist.model.rounding import Rounding
 from prefopt_dist.objectives import Objective
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
@@ -60,7 +61,7 @@ class Job:
     config: Config
     engine: Any
     objective: Objective
-    dtype: torch.dtype
+    rounding: Rounding
     train: ScoredRows
     eval_sets: Mapping[str, ScoredRows]
     order: Order
@@ -120,7 +121,7 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
         job.go_on(state)
     gate = None
     if job.gated and start_step == 0:
-        gate = StartGate(job.objective, job.dtype, ranks.device())
+        gate = StartGate(job.objective, job.rounding, ranks.device())
     if start_step == 0 and config.eval.at_start:
         _evaluate(job, 0)
     if start_step and _stops_early(job, start_step):

@@ -32,12 +32,12 @@ def make(engine: Any, data: ScoredRows, responses: int) -> dict[str, Any]:
     }
 
 
-def batch_of(probe: dict[str, Any]) -> tuple[MicroBatch, torch.Tensor]:
-    """The probe's micro-batch on the CPU and float64 [U, R], what the policy said of it."""
+def batches_of(probe: dict[str, Any]) -> tuple[list[MicroBatch], torch.Tensor]:
+    """The probe's micro-batches of a row each, on the CPU, and float64 [U, R], what the policy said of them."""
     import numpy as np
 
     units = [
         Unit(i, np.array(p, dtype=np.int32), tuple(np.array(r, dtype=np.int32) for r in rs))
         for i, (p, rs) in enumerate(zip(probe["prompts"], probe["responses"], strict=True))
     ]
-    return pack(units, len(units[0].responses)), torch.tensor(probe["sums"], dtype=torch.float64)
+    return [pack([unit], len(unit.responses)) for unit in units], torch.tensor(probe["sums"], dtype=torch.float64)
