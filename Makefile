@@ -31,7 +31,7 @@ lint: $(STAMP) ## ruff, mypy --strict, shellcheck
 		| xargs $(BIN)/shellcheck -x
 
 test: lint ## lint and the quick tests
-	@$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --durations=15
+	@$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 test-all: lint ## lint and every test
 	@$(BIN)/python -m pytest -q --durations=15

@@ -3,9 +3,18 @@
 import os
 import signal
 
+import pytest
+
 # Small matrices on a busy machine: threads that wait for each other would make a test of a second last thirty.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A runner that is itself started in the background ignores SIGINT, and so would everything started from here; a
 # handler, whichever it is, is reset to the default in a new process.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+LONG = ("test_ranks", "test_end_to_end", "test_campaign", "test_generate", "test_store_attacks", "test_universal")
+"""Files that take minutes, the longest first: begun last, one of them would keep one worker busy and the other idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
