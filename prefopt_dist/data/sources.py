@@ -6,6 +6,7 @@ Rows are read one after the other and never held together; each knows its origin
 import gzip
 import json
 import re
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -201,6 +202,7 @@ def _offline_where_unreachable(datasets: Any, name: str, key: str) -> Iterator[N
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    silence = ""
     try:
         HfApi().auth_check(name, repo_type="dataset")
     except GatedRepoError as error:
@@ -210,10 +212,16 @@ def _offline_where_unreachable(datasets: Any, name: str, key: str) -> Iterator[N
         ) from error
     except (HfHubHTTPError, HFValidationError):
         pass  # an answer: `datasets` gets it too, and knows more of what it asked for
-    except Exception:  # kinds of the http library, which is another one in other versions of the hub's
+    except Exception as error:  # kinds of the http library, which is another one in other versions of the hub's
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        silence = type(error).__name__
     try:
         yield
+        if silence:  # where nothing was found, the error raised inside says so
+            warnings.warn(
+                f"{key}: the hub gave no answer ({silence}), so the data set {name!r} is the copy in the local cache",
+                stacklevel=2,
+            )
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 

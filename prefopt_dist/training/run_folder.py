@@ -85,8 +85,7 @@ class RunFolder:
             self._before, self._began = {}, True  # after a mistake nothing stays
             return
         if begins and self.summary() is not None:  # done: the launcher would take an earlier stop for this start's
-            for name in ("STOPPED", "STOP"):
-                (self.path / name).unlink(missing_ok=True)
+            self.starts_beside()
         if not begins or self.summary() is not None:
             self._facts = read_json(self.path / "run.json")
             return
