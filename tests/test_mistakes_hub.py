@@ -16,6 +16,8 @@ import pytest
 import worlds
 from door import tree
 
+from prefopt_dist.data import sources
+
 REPOSITORY = Path(__file__).parents[1]
 NAME = "somebody/private-thing"
 PATIENCE = 20
@@ -117,3 +119,21 @@ def test_gated(folder: Path, status: int) -> None:
     words = ["is gated on the hub", "set HF_TOKEN"]
     with gated_hub(status) as address:
         check_refused(folder, [*words, "Accept its licence"], [*words, "accept its terms"], HF_ENDPOINT=address)
+
+
+def test_a_copy_that_is_taken_because_the_hub_is_silent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def silent(*_: object, **__: object) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.HfApi.auth_check", silent)
+    before = datasets.config.HF_HUB_OFFLINE
+    with (
+        pytest.warns(
+            UserWarning, match=r"data\.train: the hub gave no answer \(ConnectionError\), so the data set 'a/b'"
+        ),
+        sources._offline_where_unreachable(datasets, "a/b", "data.train"),
+    ):
+        assert datasets.config.HF_HUB_OFFLINE
+    assert before == datasets.config.HF_HUB_OFFLINE
