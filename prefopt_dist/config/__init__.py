@@ -8,6 +8,7 @@ from prefopt_dist.config.load import load_config
 from prefopt_dist.config.lora import Lora
 from prefopt_dist.config.losses import LOSSES, DPOLoss, Loss, MixLoss, SFTLoss
 from prefopt_dist.config.schema import (
+    Answers,
     Checkpoint,
     Config,
     Data,
@@ -32,6 +33,7 @@ from prefopt_dist.config.secrets import mask_secrets
 
 __all__ = [
     "LOSSES",
+    "Answers",
     "Checkpoint",
     "Config",
     "DPOLoss",

@@ -22,9 +22,19 @@ from prefopt_dist.errors import UserError, shortened
 
 T = TypeVar("T")
 
+SUCCESSORS = {
+    "tracking.samples": "its successor is the section answers: answers.number says how many prompts are answered "
+    "before and after (0: none)"
+}
+"""What took the place of a key that was there once."""
+
 
 def build_config(raw: dict[str, Any]) -> Config:
     """The configuration that a merged mapping of sections describes."""
+    tracking = raw.get("tracking")
+    if isinstance(tracking, dict) and tracking.get("samples") == 0:
+        # It meant none, and stands in every config.yaml that a run left before there was the section answers.
+        raw = raw | {"tracking": {key: value for key, value in tracking.items() if key != "samples"}}
     return _build_dataclass(Config, raw, "")
 
 
@@ -65,7 +75,8 @@ def _build_dataclass(cls: type[T], raw: Any, path: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in raw:
         if key not in fields:
-            raise UserError(f"{_join(path, shortened(key))}: unknown key; {nearest(key, fields)}")
+            said = SUCCESSORS.get(_join(path, key)) or nearest(key, fields)
+            raise UserError(f"{_join(path, shortened(key))}: unknown key; {said}")
     hints = get_type_hints(cls, include_extras=True)
     values = {}
     for name, field in fields.items():

@@ -18,7 +18,7 @@ from prefopt_dist.config.schema import Config
 from prefopt_dist.config.strict_yaml import load_yaml, parse_value
 from prefopt_dist.errors import UserError
 
-_WHOLE = ("data.train", "data.eval", "generate.prompts", "evaluate.prompts")
+_WHOLE = ("data.train", "data.eval", "generate.prompts", "evaluate.prompts", "answers.prompts")
 _OVERRIDE_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)+")
 
 

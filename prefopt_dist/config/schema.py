@@ -204,10 +204,26 @@ class Tracking:
     """Weights & Biases."""
     log_every_steps: Count = 1
     """A row is the mean over the pairs of this many steps."""
-    samples: Annotated[int, Rule("at least 0", lambda v: v >= 0)] = 0
-    """Prompts of the evaluation (or training) set that the model answers before and after, at the end; 0: none."""
     tensorboard: bool = False
     """Event files in RUN/tensorboard too; needs the package tensorboard."""
+
+
+MOST_NEW_TOKENS = 256
+"""Of an answer, where answers.max_new_tokens is null."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the start and the trained model say to the same prompts, by which `train` ends with a verdict."""
+
+    prompts: tuple[DataSource, ...] | None = None
+    """Rows of any form, of each only the prompt; null: those of the first set of data.eval, else of data.train."""
+    number: Annotated[int, Rule("at least 0", lambda v: v >= 0)] = 64
+    """Prompts that are answered: the first different ones that fit, as many of each source; 0: none, and no verdict."""
+    max_new_tokens: Count | None = None
+    """Tokens of an answer, its end included; null: what data.max_length leaves a longest prompt, at most 256."""
+    temperature: Positive = 1.0
+    """Of the sampling; at 1 the KL is the policy's own."""
 
 
 @dataclass(frozen=True)
@@ -362,6 +378,8 @@ class Config:
     """When to commit."""
     tracking: Tracking = field(default_factory=Tracking)
     """Where the metrics go."""
+    answers: Answers = field(default_factory=Answers)
+    """The model's own answers, before and after."""
     health: Health = field(default_factory=Health)
     """The thresholds of the health rules."""
     deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
@@ -382,6 +400,11 @@ class Config:
     """What findings in the data do."""
 
     def __post_init__(self) -> None:
+        if self.answers.max_new_tokens is not None and self.answers.max_new_tokens >= self.data.max_length:
+            raise UserError(
+                f"answers.max_new_tokens: got {self.answers.max_new_tokens}, must be less than data.max_length "
+                f"({self.data.max_length}), so that a prompt fits; lower it or raise data.max_length"
+            )
         if self.export.merged and self.lora is None:
             raise UserError(
                 "export.merged: got true, but this run has no section lora, so its export is a whole model; remove it"
@@ -429,6 +452,21 @@ class Config:
     def pairs_file(self) -> Path:
         """The file of pairs that the generate stage writes."""
         return self.run_dir / "pairs.jsonl" if self.generate.pairs is None else Path(self.generate.pairs)
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that an answer of the section answers may have."""
+        room = self.data.max_length - self.data.max_prompt_length
+        return self.answers.max_new_tokens or min(MOST_NEW_TOKENS, room)
+
+    @property
+    def answered_sources(self) -> tuple[str, tuple[DataSource, ...]]:
+        """The dotted key and the sources of the prompts of the section answers."""
+        if self.answers.prompts is not None:
+            return "answers.prompts", self.answers.prompts
+        for name, sources in (self.data.eval or {}).items():
+            return f"data.eval.{name}".rstrip("."), sources
+        return "data.train", self.data.train
 
     @property
     def prompt_sources(self) -> tuple[DataSource, ...]:

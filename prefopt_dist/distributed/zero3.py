@@ -135,6 +135,40 @@ def trained_parameters(module: nn.Module) -> int:
     return sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in module.parameters() if p.requires_grad)
 
 
+GATHERED_AT_ONCE = 50_000_000
+"""Elements that `copy_whole` gathers together, or one larger parameter."""
+
+
+def copy_whole(sharded: nn.Module, whole: nn.Module) -> None:
+    """All ranks: copy every parameter and buffer of a model under ZeRO-3 into a whole one of the same structure."""
+    import deepspeed
+
+    into = dict(whole.named_parameters())
+    parameters = dict(sharded.named_parameters())
+    assert parameters.keys() == into.keys(), sorted(parameters.keys() ^ into.keys())[:4]
+    with torch.no_grad():
+        for names in _in_portions({name: int(p.ds_numel) for name, p in parameters.items()}):
+            with deepspeed.zero.GatheredParameters([parameters[name] for name in names]):
+                for name in names:
+                    into[name].copy_(parameters[name].data)
+        buffers = dict(sharded.named_buffers())  # whole on every rank
+        for name, buffer in whole.named_buffers():
+            buffer.copy_(buffers[name])
+
+
+def _in_portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names in order, as many together as GATHERED_AT_ONCE allows."""
+    names: list[str] = []
+    elements = 0
+    for name, size in sizes.items():
+        if names and elements + size > GATHERED_AT_ONCE:
+            yield names
+            names, elements = [], 0
+        names.append(name)
+        elements += size
+    yield names
+
+
 def drop_gradient(engine: Any) -> None:
     """Forgets the gradient that backward passes have added up, as DeepSpeed itself does where it skips an update."""
     engine.optimizer._overflow_clean_up(engine.optimizer.loss_scale)

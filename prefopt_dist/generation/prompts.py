@@ -20,6 +20,7 @@ from prefopt_dist.data.template import PROBE_REPLY
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.errors import UserError
 
+TOO_LONG = "prompt_too_long"
 BLOCK = 256
 """Rows that are tokenised together."""
 
@@ -81,6 +82,33 @@ class Prompts:
         return ", ".join(parts)
 
 
+def first_prompts(
+    sources: Sequence[SourceLike], *, number: int, tokeniser: Tokeniser, longest: int, on_bad_row: str, key: str
+) -> Prompts:
+    """Return the first `number` distinct prompts that fit, as many of each source. One process.
+
+    What comes after them is not read. longest: tokens that a prompt may have; a longer one is left out and counted, whatever on_bad_row says.
+    key: the dotted key that named the sources. Raises UserError: a source that cannot be read, a bad row under
+    on_bad_row=stop.
+    """
+    found: dict[bytes, Prompt] = {}
+    rows = repeated = 0
+    dropped: Counter[str] = Counter()
+    for index, source in enumerate(sources):
+        most = number * (index + 1) // len(sources)  # of this source and those before it
+        for origin, fields, outcome in _tokenised([source], tokeniser, key):
+            if len(found) >= most:
+                break
+            rows += 1
+            if isinstance(outcome, list) and len(outcome) > longest:
+                dropped[TOO_LONG] += 1
+            elif isinstance(outcome, BadRow):
+                _drop(outcome, origin, on_bad_row, dropped)
+            else:
+                repeated += _add(found, origin, fields, outcome)
+    return Prompts(sorted(found.values(), key=lambda p: len(p.ids)), rows, repeated, dict(dropped))
+
+
 def read_prompts(
     sources: Sequence[SourceLike],
     *,
@@ -101,28 +129,37 @@ def read_prompts(
         rows += 1
         if isinstance(outcome, list) and len(outcome) > longest:
             outcome = BadRow(
-                "prompt_too_long",
+                TOO_LONG,
                 f"prompt and room for a response must fit data.max_length, so the prompt {longest} tokens",
                 f"{len(outcome)} tokens",
                 "raise data.max_length or lower generate.max_new_tokens",
             )
         if isinstance(outcome, BadRow):
-            if on_bad_row == "stop":
-                raise UserError(
-                    f"{outcome.message(origin)}; {outcome.remedy}, or leave such rows out with data.on_bad_row=drop"
-                )
-            dropped[outcome.kind] += 1
+            _drop(outcome, origin, on_bad_row, dropped)
             continue
-        prompt, tools = read_prompt(fields)
-        said = prompt if isinstance(prompt, str) else [turn.as_dict() for turn in prompt]
-        # What a row of another format holds (dates, bytes) becomes text here, for every rank and start alike.
-        row = json.loads(json.dumps(fields, default=str))
-        new = Prompt(len(found), origin, said, list(tools) if tools else None, row, outcome)
-        repeated += new.key in found
-        found.setdefault(new.key, new)
+        repeated += _add(found, origin, fields, outcome)
     if not found:
         raise UserError(f"{key}: no prompt is left of {rows} rows ({dict(dropped)}); mend the data")
     return Prompts(sorted(found.values(), key=lambda p: len(p.ids)), rows, repeated, dict(dropped))
+
+
+def _drop(bad: BadRow, origin: str, on_bad_row: str, dropped: Counter[str]) -> None:
+    """Counts a bad row, or raises it under on_bad_row=stop."""
+    if on_bad_row == "stop":
+        raise UserError(f"{bad.message(origin)}; {bad.remedy}, or leave such rows out with data.on_bad_row=drop")
+    dropped[bad.kind] += 1
+
+
+def _add(found: dict[bytes, Prompt], origin: str, fields: dict[str, Any], ids: list[int]) -> bool:
+    """Adds a row's prompt; returns whether it stood before."""
+    prompt, tools = read_prompt(fields)
+    said = prompt if isinstance(prompt, str) else [turn.as_dict() for turn in prompt]
+    # What a row of another format holds (dates, bytes) becomes text here, for every rank and start alike.
+    row = json.loads(json.dumps(fields, default=str))
+    new = Prompt(len(found), origin, said, list(tools) if tools else None, row, ids)
+    repeated = new.key in found
+    found.setdefault(new.key, new)
+    return repeated
 
 
 def _tokenised(

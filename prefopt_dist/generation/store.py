@@ -48,8 +48,10 @@ class SampleStore:
 
     folder: Path
 
-    def make_plan(self, prompts: Sequence[Prompt], settings: dict[str, Any]) -> None:
-        """Writes the prompts as shards; where that was done before, nothing."""
+    def make_plan(
+        self, prompts: Sequence[Prompt], settings: dict[str, Any], shard_prompts: int = SHARD_PROMPTS
+    ) -> None:
+        """Writes the prompts as shards of so many; where that was done before, nothing."""
         if (self.folder / SETTINGS).is_file():
             sweep(self.folder, ".*.tmp")
             return
@@ -59,11 +61,11 @@ class SampleStore:
             raise UserError(
                 f"run.cache: {self.folder} cannot be made ({e.strerror}); name a folder where files can be made"
             ) from e
-        for number, start in enumerate(range(0, len(prompts), SHARD_PROMPTS)):
-            part = prompts[start : start + SHARD_PROMPTS]
+        for number, start in enumerate(range(0, len(prompts), shard_prompts)):
+            part = prompts[start : start + shard_prompts]
             # NaN is no fault here: it may stand in a field of the row that nobody asks for.
             _write_lines(self._file("prompts", number), [asdict(prompt) for prompt in part], nan=True)
-        shards = -(-len(prompts) // SHARD_PROMPTS)
+        shards = -(-len(prompts) // shard_prompts)
         write_json(self.folder / SETTINGS, {"shards": shards, **settings})
 
     @property
@@ -103,12 +105,16 @@ class SampleStore:
         """Commits a shard; what: see `scores_name`."""
         _write_lines(self._file(what, number), scores)
 
-    def answered(self, what: str) -> list[Answered]:
-        """Everything, in the order of the files that the prompts came from; all shards must be there."""
+    def answered(self, what: str | None) -> list[Answered]:
+        """Everything, in the order of the files that the prompts came from; all shards must be there.
+
+        what: see `scores_name`; None: without scores.
+        """
         found = []
         for number in range(self.settings["shards"]):
-            parts = (self.prompts(number), self.answers(number), self._rows(what, number))
-            found += [Answered(*one) for one in zip(*parts, strict=True)]
+            answers = self.answers(number)
+            scores = [[[] for _ in of_prompt] for of_prompt in answers] if what is None else self._rows(what, number)
+            found += [Answered(*one) for one in zip(self.prompts(number), answers, scores, strict=True)]
         return sorted(found, key=lambda a: a.prompt.index)
 
     def _file(self, what: str, number: int) -> Path:

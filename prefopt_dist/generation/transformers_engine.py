@@ -12,33 +12,64 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from prefopt_dist.distributed.zero3 import copy_whole
 from prefopt_dist.errors import UserError
 from prefopt_dist.generation.engine import Ids
 from prefopt_dist.generation.noise import uniforms
 from prefopt_dist.generation.prompts import Prompt
 from prefopt_dist.generation.sampling import Sampling, choose
 from prefopt_dist.generation.whole_model import give_back, padded
+from prefopt_dist.model.adapter import Adapter, attach
 from prefopt_dist.model.load import ModelFolder, without_dropout
 
 Row = tuple[int, int]
 """Index of the prompt, number of the response."""
 
 
-class TransformersEngine:
-    """The model of a folder, whole on one device."""
+def load_for_sampling(folder: ModelFolder, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Return the model of a folder, whole on the device, with transformers' own attention."""
+    config = without_dropout(folder.config)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder.path, config=config, dtype=dtype, attn_implementation=attention_of(config)
+    )
+    whole: PreTrainedModel = model.eval().to(device)
+    return whole
 
-    def __init__(self, folder: ModelFolder, *, dtype: torch.dtype, device: torch.device, batch_tokens: int) -> None:
-        config = without_dropout(folder.config)
-        # transformers' sdpa leaves out the cap of Gemma 2's attention.
-        capped = config.to_dict().get("attn_logit_softcapping") is not None
-        model = AutoModelForCausalLM.from_pretrained(
-            folder.path, config=config, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
+
+def copy_for_sampling(
+    sharded: PreTrainedModel, folder: ModelFolder, adapter: Adapter | None, *, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """All ranks: return a whole copy of the live policy on each rank's device, adapters on; no random state changes.
+
+    sharded: the language model under ZeRO-3; folder: that it was loaded from.
+    """
+    config = without_dropout(folder.config)
+    with torch.random.fork_rng(), device:
+        whole: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention_of(config)
         )
-        self._model = model.eval().to(device)
-        self._path = folder.path
-        self._device = device
+        if adapter is not None:
+            attach(whole, adapter)
+    copy_whole(sharded, whole)
+    return whole.eval()
+
+
+def attention_of(config: PreTrainedConfig) -> str:
+    """Return the name of the attention that computes the model's own numbers while it answers."""
+    # transformers' sdpa leaves out the cap of Gemma 2's attention.
+    return "eager" if config.to_dict().get("attn_logit_softcapping") is not None else "sdpa"
+
+
+class TransformersEngine:
+    """A whole model on one device answers."""
+
+    def __init__(self, model: PreTrainedModel, name: str, *, batch_tokens: int) -> None:
+        """name: of the model, for messages; batch_tokens: see `batches`."""
+        self._model = model
+        self._name = name
+        self._device = next(model.parameters()).device
         self._batch_tokens = batch_tokens
 
     @torch.inference_mode()
@@ -85,7 +116,7 @@ class TransformersEngine:
 
     def _no_numbers(self, prompt: Prompt) -> UserError:
         return UserError(
-            f"{self._path}: the model's logits for the prompt at {prompt.origin} are NaN or infinite, so no token can "
+            f"{self._name}: the model's logits for the prompt at {prompt.origin} are NaN or infinite, so no token can "
             "be sampled; mend the weights, or set model.dtype=float32 or a temperature that is not next to 0"
         )
 

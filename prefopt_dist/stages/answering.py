@@ -1,4 +1,4 @@
-"""What `generate`, `rounds` and `evaluate` share: prompts answered by a model and scored by the rewards.
+"""What `generate`, `rounds`, `evaluate` and `train` share: prompts answered by a model and scored by the rewards.
 
 `check` needs no ranks; the rest is for all ranks together.
 """
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt_dist.config import Config, DataSource, RewardSource
+from prefopt_dist.config import Config, DataSource
 from prefopt_dist.data.prepare import tokenizer_content
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import Tokeniser
@@ -21,19 +21,19 @@ from prefopt_dist.distributed.shared import refuse_local_folder
 from prefopt_dist.errors import UserError
 from prefopt_dist.generation import vllm_engine
 from prefopt_dist.generation.answers import answers_of
-from prefopt_dist.generation.classifier import ClassifierReward, RewardFolder, inspect_reward
 from prefopt_dist.generation.engine import Engine
 from prefopt_dist.generation.noise import seed_of_model
-from prefopt_dist.generation.prompts import Prompt, read_prompts
-from prefopt_dist.generation.rewards import Bad, FunctionReward, Reward, find_function, function_identity
+from prefopt_dist.generation.prompts import read_prompts
 from prefopt_dist.generation.sampling import Sampling, stop_ids_of
 from prefopt_dist.generation.shards import over_shards
-from prefopt_dist.generation.store import Answered, SampleStore, Scores, digest_of, scores_name
-from prefopt_dist.generation.transformers_engine import TransformersEngine
+from prefopt_dist.generation.store import Answered, SampleStore, digest_of
+from prefopt_dist.generation.transformers_engine import TransformersEngine, load_for_sampling
 from prefopt_dist.model.digests import refuse_if_changed
 from prefopt_dist.model.load import ModelFolder
 from prefopt_dist.reference.turn import my_turn
 from prefopt_dist.stages.ingredients import Models, weights
+from prefopt_dist.stages.judges import Judges, check_rewards, judges_of
+from prefopt_dist.stages.rows import TRAIN, eval_sets
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
 
@@ -44,6 +44,8 @@ def sources_of(config: Config, stage: str) -> list[tuple[str, Sequence[DataSourc
     answered = [] if config.evaluate.prompts is None else [("evaluate.prompts", config.evaluate.prompts)]
     if stage == "generate":
         return [*prompts]
+    if stage == "train" and config.answers.number and config.answers.prompts is not None:
+        return [(TRAIN, config.data.train), *eval_sets(config).items(), ("answers.prompts", config.answers.prompts)]
     return [*prompts, *answered] if stage == "rounds" else None
 
 
@@ -66,6 +68,8 @@ def check_for(config: Config, stage: str) -> None:
         )
     if stage in ("generate", "rounds") or (stage == "evaluate" and config.evaluate.prompts is not None):
         check(config)
+    elif stage == "train" and config.answers.number:
+        check_rewards(config)  # there may be none
 
 
 def check(config: Config) -> None:
@@ -75,8 +79,7 @@ def check(config: Config) -> None:
             "generate.rewards: none, so no response could be said to be better than another; "
             "give [{function: my_module:score}] or [{model: FOLDER}]"
         )
-    for key, source in _reward_keys(config):
-        _checked(source, key)
+    check_rewards(config)
     if config.generate.engine == "vllm":
         vllm_engine.refuse_where_absent()
     room = config.data.max_length - config.generate.max_new_tokens
@@ -87,58 +90,60 @@ def check(config: Config) -> None:
         )
 
 
-def _reward_keys(config: Config) -> list[tuple[str, RewardSource]]:
-    return [
-        (f"generate.rewards[{i}].{'function' if s.model is None else 'model'}", s)
-        for i, s in enumerate(config.generate.rewards)
-    ]
-
-
-def _checked(source: RewardSource, key: str) -> RewardFolder | Callable[..., Any]:
-    if source.function is not None:
-        return find_function(source.function, key)
-    assert source.model is not None
-    return inspect_reward(source.model, key)
-
-
 @dataclass(frozen=True)
 class Answering:
     """Prompts that a model is to answer, planned on disk; `run` does what is missing there."""
 
-    config: Config
-    models: Models
-    model: ModelFolder
     what: str
     """For people: whose answers"""
     store: SampleStore
-    scores: str
-    """Names the scores in the store"""
-    model_key: str
-    """Of the weights that answer"""
-    rewards: list[tuple[str, RewardFolder | Callable[..., Any]]]
-    """With their dotted keys"""
+    judges: Judges
     sampling: Sampling
     tokeniser: Tokeniser
-    check_loaded: Callable[[], None]
+    open_engine: Callable[[], Engine]
+    """All ranks: loads what answers"""
+    model: ModelFolder
+    """The folder that answers, or from which it was trained"""
+    model_key: str
+    """Of the weights that answer"""
+
+    @property
+    def config(self) -> Config:
+        """Return the run's configuration."""
+        return self.judges.config
+
+    @property
+    def scores(self) -> str | None:
+        """Return the name of the scores in the store; None where there is no reward."""
+        return self.judges.scores
 
     @property
     def reward_weights(self) -> tuple[float, ...]:
         """Of each reward in the mean."""
-        return tuple(source.weight for source in self.config.generate.rewards)
+        return self.judges.weights
 
     def run(self, stop_asked: Callable[[], bool]) -> None:
         """All ranks: samples and scores what is missing. Raises StoppedInFirstPass where a stop was asked."""
+        self.sample(stop_asked)
+        self.score(stop_asked)
+
+    def sample(self, stop_asked: Callable[[], bool]) -> None:
+        """All ranks: samples what is missing. Raises as `run`."""
         with my_turn(self.store.folder, "samples", stop_asked, "answering these prompts"):
             self._each("samples", self._sample, stop_asked)
-            self._each(self.scores, self._score, stop_asked)
+
+    def score(self, stop_asked: Callable[[], bool]) -> None:
+        """All ranks: scores what is missing of what was sampled. Raises as `run`."""
+        if self.scores is not None:
+            with my_turn(self.store.folder, "samples", stop_asked, "scoring these answers"):
+                self._each(self.scores, self._score, stop_asked)
 
     def answered(self) -> list[Answered]:
         """One rank by itself: all prompts with answers and scores, in the order of the files, once `run` is done."""
         found = self.store.answered(self.scores)
-        if self.config.generate.on_bad_reward == "stop":  # the scores may have been made under drop
-            for one in found:
-                for number, said in enumerate(one.scores):
-                    self._refuse_bad(one.prompt, number, said)
+        for one in found:  # the scores may have been made under on_bad_reward=drop
+            for number, said in enumerate(one.scores):
+                self.judges.refuse_bad(one.prompt, number, said)
         return found
 
     def _each(
@@ -152,7 +157,7 @@ class Answering:
 
     def _sample(self, todo: list[int], stop_asked: Callable[[], bool]) -> None:
         heartbeat.beat("loading the model that answers")
-        engine = ranks.together(self._engine)
+        engine = self.open_engine()
 
         def one(number: int) -> None:
             prompts = self.store.prompts(number)
@@ -168,32 +173,22 @@ class Answering:
         finally:
             engine.close()
 
-    def _engine(self) -> Engine:
-        dtype, generate = self.models.dtype, self.config.generate
-        engine: Engine
-        if generate.engine == "vllm":
-            engine = vllm_engine.VllmEngine(self.model, dtype=dtype, longest=self.config.data.max_length)
-        else:
-            engine = TransformersEngine(
-                self.model, dtype=dtype, device=ranks.device(), batch_tokens=generate.batch_tokens
-            )
-        self.check_loaded()
-        return engine
-
     def _score(self, todo: list[int], stop_asked: Callable[[], bool]) -> None:
         heartbeat.beat("loading the rewards")
-        rewards = ranks.together(self._rewards)
+        rewards = ranks.together(lambda: self.judges.open(self.tokeniser.template))
+        assert self.scores is not None
+        name = self.scores
 
         def one(number: int) -> None:
             prompts, answers = self.store.prompts(number), self.store.answers(number)
             asked = [(p, a.text) for p, of_prompt in zip(prompts, answers, strict=True) for a in of_prompt]
             columns = [reward.score(asked) for reward in rewards]
             told = [
-                self._told(asked[i][0], i % self.sampling.n, values)
+                self.judges.told(asked[i][0], i % self.sampling.n, values)
                 for i, values in enumerate(zip(*columns, strict=True))
             ]
             self.store.write_scores(
-                self.scores, number, [told[i : i + self.sampling.n] for i in range(0, len(told), self.sampling.n)]
+                name, number, [told[i : i + self.sampling.n] for i in range(0, len(told), self.sampling.n)]
             )
 
         try:
@@ -201,39 +196,6 @@ class Answering:
         finally:
             for reward in rewards:
                 reward.close()
-
-    def _told(self, prompt: Prompt, number: int, values: Sequence[float | Bad]) -> Scores:
-        """Numbers, and texts for what is none; under on_bad_reward=stop such a text ends the job."""
-        told: Scores = [v.why if isinstance(v, Bad) else v for v in values]
-        if self.config.generate.on_bad_reward == "stop":
-            self._refuse_bad(prompt, number, told)
-        return told
-
-    def _refuse_bad(self, prompt: Prompt, number: int, said: Scores) -> None:
-        for (key, _), value in zip(self.rewards, said, strict=True):
-            if isinstance(value, str):
-                raise UserError(
-                    f"{key}: for response {number} to the prompt at {prompt.origin} the reward {value}. "
-                    "Mend the reward, or leave such responses out with generate.on_bad_reward=drop."
-                )
-
-    def _rewards(self) -> list[Reward]:
-        generate = self.config.generate
-        found: list[Reward] = []
-        for _, part in self.rewards:
-            if isinstance(part, RewardFolder):
-                found.append(
-                    ClassifierReward(
-                        part,
-                        template=self.tokeniser.template,
-                        dtype=self.models.dtype,
-                        device=ranks.device(),
-                        batch_tokens=generate.batch_tokens,
-                    )
-                )
-            else:
-                found.append(FunctionReward(part))
-        return found
 
 
 def prepare(
@@ -255,12 +217,8 @@ def prepare(
     to the same prompts are drawn independently.
     """
     ranks.decide(lambda: check(config))
-    rewards = ranks.together(lambda: [(k, _checked(source, k)) for k, source in _reward_keys(config)])
-    identities = [
-        _identity(config, models, source, part)
-        for (_, part), source in zip(rewards, config.generate.rewards, strict=True)
-    ]
     data = config.data
+    judges = judges_of(config, models)
     tokeniser = Tokeniser(read_template(models.tokenizer, data.template), data.max_length, data.max_prompt_length)
     held = weights(model, models.dtype, config.cache_dir)
     sampling = Sampling(
@@ -285,11 +243,8 @@ def prepare(
         settings = {
             "model": held.key,
             "prompts": prompts.digest(),
-            "tokenizer": hashlib.blake2b(tokenizer_content(models.tokenizer), digest_size=16).hexdigest(),
-            "template": data.template,
-            "max_length": data.max_length,
             "engine": config.generate.engine,
-            "sampling": json.loads(json.dumps(asdict(sampling))),
+            **made_by(config, models, sampling),
         }
         store = SampleStore(config.cache_dir / "samples" / digest_of(settings))
         store.make_plan(prompts.all, settings)
@@ -297,28 +252,31 @@ def prepare(
 
     folder = ranks.decide(plan)
     refuse_local_folder(folder, "run.cache", remedy="Set run.cache to one that is.")
-    return Answering(
-        config=config,
-        models=models,
-        model=model,
-        what=what,
-        store=SampleStore(folder),
-        scores=scores_name(identities),
-        model_key=held.key,
-        rewards=rewards,
-        sampling=sampling,
-        tokeniser=tokeniser,
-        check_loaded=lambda: refuse_if_changed(held.states),
-    )
+
+    def open_engine() -> Engine:
+        return ranks.together(lambda: _engine(config, models, model, lambda: refuse_if_changed(held.states)))
+
+    return Answering(what, SampleStore(folder), judges, sampling, tokeniser, open_engine, model, held.key)
 
 
-def _identity(
-    config: Config, models: Models, source: RewardSource, part: RewardFolder | Callable[..., Any]
-) -> dict[str, Any]:
-    """All ranks: what a reward's numbers depend on."""
-    if not isinstance(part, RewardFolder):
-        assert source.function is not None
-        return dict(ranks.decide(lambda: function_identity(str(source.function))))
-    held = weights(part.model, models.dtype, config.cache_dir)
-    text = hashlib.blake2b(tokenizer_content(part.tokenizer), digest_size=16).hexdigest()
-    return {"model": held.key, "tokenizer": text, "pad": part.model.config.pad_token_id}
+def made_by(config: Config, models: Models, sampling: Sampling) -> dict[str, Any]:
+    """Return what, beside model and prompts, decides the answers, as a store keeps it."""
+    return {
+        "tokenizer": hashlib.blake2b(tokenizer_content(models.tokenizer), digest_size=16).hexdigest(),
+        "template": config.data.template,
+        "max_length": config.data.max_length,
+        "sampling": json.loads(json.dumps(asdict(sampling))),
+    }
+
+
+def _engine(config: Config, models: Models, model: ModelFolder, check_loaded: Callable[[], None]) -> Engine:
+    """Each rank by itself: load the model of a folder whole."""
+    dtype, generate = models.dtype, config.generate
+    engine: Engine
+    if generate.engine == "vllm":
+        engine = vllm_engine.VllmEngine(model, dtype=dtype, longest=config.data.max_length)
+    else:
+        lm = load_for_sampling(model, dtype=dtype, device=ranks.device())
+        engine = TransformersEngine(lm, str(model.path), batch_tokens=generate.batch_tokens)
+    check_loaded()
+    return engine

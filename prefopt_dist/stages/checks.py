@@ -104,11 +104,6 @@ def check_evaluations(config: Config) -> None:
     ):
         if asked is not None and (not config.data.eval or config.eval.every_steps is None):
             raise UserError(f"{key}: it goes by evaluations, so set data.eval and eval.every_steps, or {key} to null")
-    if config.tracking.samples and config.lora is not None and not config.export.merged:
-        raise UserError(
-            "tracking.samples: a run with adapters exports no whole model that could answer; set export.merged=true "
-            "or tracking.samples=0"
-        )
 
 
 def check_tokenizer(tokenizer: Any, template: str, vocab_size: int) -> None:

@@ -48,7 +48,10 @@ class Comparison:
         of = {what: found[job.store.folder] for what, job in self.jobs.items()}
         weights, evaluate = self.jobs["policy"].reward_weights, self.config.evaluate
         units = units_of(of["policy"])
-        sums = [_sums(self.config, self.models, m, units) for m in (self.jobs["policy"].model, self.reference)]
+        budget = self.config.reference_micro_batch_tokens
+        sums = [
+            sums_under(self.config, self.models, m, units, budget) for m in (self.jobs["policy"].model, self.reference)
+        ]
         compared = {
             "prompts": len(of["policy"]),
             "samples": evaluate.samples,
@@ -109,11 +112,14 @@ def prepare(
     return Comparison(config, models, jobs, reference, made_of)
 
 
-def _sums(config: Config, models: Models, model: ModelFolder, units: Sequence[Unit]) -> NDArray[np.float64]:
+def sums_under(
+    config: Config, models: Models, model: ModelFolder, units: Sequence[Unit], budget: int
+) -> NDArray[np.float64]:
+    """All ranks: return Σ log π(answer | prompt) of each unit, in nats, under a model that is loaded for it."""
     settings = ingredients.reference_settings(config, models)
     engine = zero3.reference_engine(Scorer(load_sharded(model, dtype=models.dtype, settings=settings)), settings)
     try:
-        return answer_sums(engine, units, config.reference_micro_batch_tokens, "log-probs of answers")
+        return answer_sums(engine, units, budget, "log-probs of answers")
     finally:
         zero3.release(engine)
         del engine

@@ -122,6 +122,8 @@ def round_config(config: Config, number: int, hours_gone: float = 0.0) -> Config
         data=replace(config.data, train=(DataSource(str(folder / "pairs.jsonl")),)),
         generate=replace(config.generate, prompts=config.prompt_sources, pairs=None),
         export=replace(config.export, dir=None, checkpoint=None),
+        # What the round is worth, its comparison says, on evaluate.prompts.
+        answers=replace(config.answers, number=0),
         # The rounds' own watch looks after them all.
         train=replace(config.train, max_hours=hours and max(hours - hours_gone, 1e-3), hang_minutes=None),
         tracking=replace(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from prefopt_dist.config import Config, mask_secrets, to_dict
+from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.layout import FROZEN, TRAINING
 from prefopt_dist.data.order import Order
@@ -20,22 +20,18 @@ from prefopt_dist.model.digests import refuse_if_changed
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.rounding import Rounding
 from prefopt_dist.model.scorer import Scorer
-from prefopt_dist.objectives import Objective
 from prefopt_dist.planning.machine import device_peak
 from prefopt_dist.reference.turn import StoppedInFirstPass
-from prefopt_dist.stages import export, ingredients
+from prefopt_dist.stages import ingredients, own_answers
 from prefopt_dist.stages.base import base_weights
+from prefopt_dist.stages.finish import finish
 from prefopt_dist.stages.ingredients import Models
 from prefopt_dist.stages.job import requests_for, run_folder
 from prefopt_dist.stages.losses import described
-from prefopt_dist.stages.samples import write_samples
+from prefopt_dist.stages.own_answers import NotAnswered, OwnAnswers
+from prefopt_dist.stages.train_log import open_log
 from prefopt_dist.tracking.console import in_units, say
-from prefopt_dist.tracking.feed import Feed, Feeds
-from prefopt_dist.tracking.health import Finding, RunFacts, Watch
 from prefopt_dist.tracking.metrics_file import MetricsFile
-from prefopt_dist.tracking.own_work import peak_memory
-from prefopt_dist.tracking.tensorboard_feed import TensorBoardFeed
-from prefopt_dist.tracking.wandb_feed import WandbFeed
 from prefopt_dist.training import checkpoint, loop, room
 from prefopt_dist.training.best import best_step
 from prefopt_dist.training.manifest import Manifest
@@ -65,16 +61,23 @@ def run(config: Config, asked: Requests | None = None) -> None:
         root = config.run_dir / "checkpoints"
         found = checkpoint.find(root)
         _check_resume(config, found, facts)  # before the first pass, which may take hours
+        where = "in the first pass"
         try:
             (scored, *others), first_pass = ingredients.score_reference(
                 config, models, objective, [train, *evals.values()], reference, lambda: requests.look().stop
             )
+            where = "while the start answers"
+            answers = own_answers.prepare(config, models, next(iter(evals.values()), train))
+            if isinstance(answers, OwnAnswers) and (lacking := answers.answer_start(lambda: requests.look().stop)):
+                answers = NotAnswered(lacking)
         except StoppedInFirstPass:
             if ranks.rank() == 0:
-                folder.stopped(requests.reason(), None)
+                folder.stopped(requests.reason(), None, where)
                 requests.obeyed()
-            say("stopped on request in the first pass; start again to go on")
+            say(f"stopped on request {where}; start again to go on")
             return
+        if isinstance(answers, NotAnswered):
+            say(f"answers: none, so the run ends without a verdict on them: {answers.why}")
         if ranks.rank() == 0:
             folder.note(
                 data=ingredients.data_facts(train, evals),
@@ -109,12 +112,18 @@ def run(config: Config, asked: Requests | None = None) -> None:
             peak=device_peak(),
             gated=objective.needs_reference and models.reference_is_start,
             facts=facts,
-            log=_open_log(config, folder, start, total_steps, objective) if ranks.rank() == 0 else None,
+            log=open_log(config, folder, start, total_steps, objective) if ranks.rank() == 0 else None,
         )
+        if job.log is not None and start == 0 and isinstance(answers, OwnAnswers):
+            job.log.write("answers", 0, None, answers.start_metrics())
         say(_what_comes(config, order, start, total_steps))
         stopped_at = loop.train(job, start, state)
         del engine
-        _finish(config, folder, models, job, stopped_at)
+        if stopped_at is not None:
+            zero3.release(job.engine)
+            _stop(folder, job, stopped_at)
+            return
+        finish(config, folder, models, job, answers)
 
 
 def _plan_steps(config: Config, rows: TokenisedRows) -> tuple[Order, int]:
@@ -189,82 +198,13 @@ def _policy(config: Config, models: Models) -> tuple[Any, room.Room]:
     return engine, here
 
 
-def _open_log(config: Config, folder: RunFolder, start: int, total_steps: int, objective: Objective) -> loop.Log:
-    metrics = MetricsFile(folder.metrics)
-    again = metrics.cut_back(start)
-    if again:
-        say(f"metrics: {again} rows after step {start} are written again")
-    folder.note_start_step(start)
-    masked = mask_secrets(to_dict(config))
-    wandb = masked["tracking"]["wandb"]
-    made_of = {name: folder.facts[name] for name in ("run_id", "data", "reference", "versions")}
-    wandb_feed = WandbFeed(
-        mode=wandb["mode"],
-        project=wandb["project"],
-        name=wandb["name"] or config.run_dir.name,
-        group=wandb["group"],
-        tags=wandb["tags"],
-        run_id=folder.facts["wandb_id"],
-        folder=folder.path,
-        config=masked | {"made_of": made_of},
-        metrics=metrics,
-    )
-    feeds = Feeds(wandb_feed, TensorBoardFeed(folder.path, metrics)) if config.tracking.tensorboard else wandb_feed
-    feeds.feed()
-    facts = RunFacts(total_steps, config.tracking.log_every_steps, objective.start_loss)
-    folder.note(training=facts.as_json())
-    return loop.Log(folder, metrics, feeds, _open_watch(config, folder, metrics, feeds, facts))
-
-
-def _open_watch(config: Config, folder: RunFolder, metrics: MetricsFile, feeds: Feed, facts: RunFacts) -> Watch:
-    told = [(rule, step) for rule, step in folder.facts.get("health_told", [])]
-    new_ones: list[Finding] = []
-
-    def tell(new: list[Finding], found: list[Finding]) -> None:
-        new_ones.extend(new)
-        told.extend((f.id, f.step) for f in new)
-        folder.note(health=[f.as_json() for f in found], health_told=told)
-        for finding in new:
-            say(finding.text())
-            if finding.level == "warning":
-                feeds.alert(finding.title, finding.text())
-
-    watch = Watch(metrics, facts, config.health, told, tell)
-    watch.look()
-    for finding in watch.found:
-        if finding.level == "warning" and finding not in new_ones:
-            feeds.alert(finding.title, finding.text(), again=True)
-    folder.note(health=[f.as_json() for f in watch.found])
-    return watch
-
-
-def _finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, stopped_at: int | None) -> None:
-    """Gives the engine back, then leaves word: STOPPED, or the exported model and DONE."""
-    zero3.release(job.engine)
-    job.engine = None
-    if stopped_at is not None:
-        if job.log is not None:
-            folder.stopped(job.requests.reason(), stopped_at)
-            job.requests.obeyed()
-            job.log.feeds.finish()  # last: a W&B that hangs must not hold the word back
-        say(f"stopped after step {stopped_at} of {job.total_steps}; start again to go on")
-        return
-
-    def conclude() -> str:
-        assert job.log is not None
-        source = config.run_dir / "checkpoints" / checkpoint.folder_name(job.total_steps)
-        text = export.export_checkpoint(config, models, source, folder, merged=config.export.merged)
-        summary = _summary(config, job.log.metrics.rows(), job.total_steps, text)
-        if config.tracking.samples:
-            rows = next(iter(job.eval_sets.values()), job.train).rows
-            job.log.feeds.samples(write_samples(config, models, rows))
-        folder.note(memory=folder.facts["memory"] | {"peak_bytes": peak_memory()})
-        folder.done(summary)
+def _stop(folder: RunFolder, job: loop.Job, step: int) -> None:
+    """Leaves word that the training was stopped after this step."""
+    if job.log is not None:
+        folder.stopped(job.requests.reason(), step)
         job.requests.obeyed()
-        job.log.feeds.finish()
-        return summary
-
-    say(ranks.decide(conclude))
+        job.log.feeds.finish()  # last: a W&B that hangs must not hold the word back
+    say(f"stopped after step {step} of {job.total_steps}; start again to go on")
 
 
 def _what_comes(config: Config, order: Order, start: int, total: int) -> str:
@@ -278,19 +218,3 @@ def _what_comes(config: Config, order: Order, start: int, total: int) -> str:
         f"({order.rows_per_epoch} an epoch, {epochs} {'epoch' if epochs == 1 else 'epochs'}) "
         f"on {ranks.world_size()} ranks; {'; '.join(every)}"
     )
-
-
-def _summary(config: Config, rows: list[dict[str, Any]], steps: int, exported: str) -> str:
-    lines = [f"done: {steps} steps, {rows[-1]['pairs_seen']} rows seen"]
-    for kind in ("train", "eval"):
-        of_kind = [r for r in rows if r["kind"] == kind]
-        # data.eval may have changed between the starts: names that are in both.
-        both = [n for n in of_kind[0] if n in of_kind[-1]] if of_kind else []
-        for name in both:
-            if name.endswith(("/loss", "/rewards/accuracies", "/rewards/margins")):
-                lines.append(f"  {name}: {of_kind[0][name]:.4f} at first, {of_kind[-1][name]:.4f} at last")
-    lines += [
-        f"  {exported}",
-        f"  curves: {config.run_dir / 'metrics.jsonl'}; checkpoints, configuration and versions beside it",
-    ]
-    return "\n".join(lines)

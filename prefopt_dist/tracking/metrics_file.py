@@ -113,6 +113,14 @@ def strict(row: Row) -> Row:
     return {key: _strict(value) if isinstance(value, float) else value for key, value in row.items()}
 
 
+def strict_inside(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return nested facts as strict JSON can hold them."""
+    return {
+        key: strict_inside(value) if isinstance(value, dict) else _strict(value) if isinstance(value, float) else value
+        for key, value in facts.items()
+    }
+
+
 def _line(row: Row) -> bytes:
     return (json.dumps(strict(row), allow_nan=False, ensure_ascii=False) + "\n").encode()
 

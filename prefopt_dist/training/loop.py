@@ -13,7 +13,7 @@ import torch
 
 from prefopt_dist.config import Config
 from prefopt_dist.data.layout import Cost
-from prefopt_dist.data.order import Order
+from prefopt_dist.data.order import Order, Position
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.distributed.waits import Waits
 from prefopt_dist.model.rounding import Rounding
@@ -47,6 +47,14 @@ class Log:
     metrics: MetricsFile
     feeds: Feed
     watch: Watch
+
+    def write(self, kind: str, done: int, position: Position | None, metrics: Mapping[str, Any]) -> None:
+        """Append a row of step `done`, unless an earlier start did; position: of the last step's rows, None before."""
+        if self.metrics.has(kind, done):
+            return
+        epoch, seen = (0.0, 0) if position is None else (position.epoch_fraction, position.rows_seen)
+        self.metrics.append(kind, done, epoch, seen, metrics)
+        self.rows_came()
 
     def rows_came(self) -> None:
         """A row was appended: everybody who follows the file may look."""
@@ -250,9 +258,7 @@ def _evaluate(job: Job, done: int) -> None:
         ranks.decide(partial(best.refuse_unknown, metric, key, found))
     found["perf/evaluation_seconds"] = time.perf_counter() - began
     if job.log is not None:
-        seen = job.order.step(done - 1) if done else None
-        job.log.metrics.append("eval", done, seen.epoch_fraction if seen else 0.0, seen.rows_seen if seen else 0, found)
-        job.log.rows_came()
+        job.log.write("eval", done, job.order.step(done - 1) if done else None, found)
 
 
 def _stops_early(job: Job, done: int) -> bool:

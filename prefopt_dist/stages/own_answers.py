@@ -1,0 +1,358 @@
+"""The model's own answers in a run: the start's before training, the policy's after it, and what both are worth.
+
+The start answers when the first pass is done and no engine is in memory; the policy answers from a whole copy of the
+live engine's weights on each rank, before the export; then the reference is loaded once more and scores all answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefopt_dist.config import Config
+from prefopt_dist.data import TokenisedRows
+from prefopt_dist.data.micro_batch import Unit
+from prefopt_dist.data.template import read_template
+from prefopt_dist.data.tokenise import Tokeniser
+from prefopt_dist.distributed import ranks
+from prefopt_dist.distributed.shared import refuse_local_folder
+from prefopt_dist.files import checksum, write_atomic
+from prefopt_dist.generation import comparison, measures
+from prefopt_dist.generation.engine import Engine
+from prefopt_dist.generation.likelihood import answer_sums, units_of
+from prefopt_dist.generation.noise import seed_of_model
+from prefopt_dist.generation.prompts import TOO_LONG, Prompts, first_prompts
+from prefopt_dist.generation.sampling import Sampling, stop_ids_of
+from prefopt_dist.generation.store import Answered, SampleStore, digest_of
+from prefopt_dist.generation.transformers_engine import TransformersEngine, copy_for_sampling, load_for_sampling
+from prefopt_dist.model.digests import refuse_if_changed
+from prefopt_dist.planning import memory
+from prefopt_dist.planning.memory import Place, Sampled
+from prefopt_dist.planning.sizes import model_sizes
+from prefopt_dist.stages import comparing
+from prefopt_dist.stages.answering import Answering, made_by
+from prefopt_dist.stages.ingredients import Models, weights
+from prefopt_dist.stages.judges import judges_of
+from prefopt_dist.tracking import heartbeat
+from prefopt_dist.tracking.console import in_units, say
+from prefopt_dist.tracking.feed import Sample
+from prefopt_dist.tracking.metrics_file import strict_inside
+from prefopt_dist.training.manifest import MANIFEST
+from prefopt_dist.training.room import KEPT_FREE, free_bytes
+
+SHARD_PROMPTS = 8
+"""Prompts that are answered together, one lockstep batch: what a kill costs each rank."""
+FILE = "answers.jsonl"
+"""In the run folder: every prompt with both answers, for people."""
+
+
+@dataclass(frozen=True)
+class NotAnswered:
+    """Why a run has no answers."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class OwnAnswers:
+    """The prompts of a run, the start's answers, and how the policy's are made and judged."""
+
+    config: Config
+    models: Models
+    prompts: Prompts
+    start: Answering
+    chosen: list[Unit]
+    """Chosen responses of the data, which tell how likely good text is to the reference"""
+
+    def answer_start(self, stop_asked: Callable[[], bool]) -> str | None:
+        """All ranks: sample and score what the cache lacks of the start's answers; return why it cannot be done.
+
+        Raises StoppedInFirstPass where a stop was asked.
+        """
+        missing, _ = ranks.decide(lambda: self.start.store.missing("samples"))
+        lacking = _lacking_room(self.config, self.models) if missing else None
+        if lacking is None:
+            self.start.run(stop_asked)
+        return lacking
+
+    def start_metrics(self) -> dict[str, Any]:
+        """Return the metrics of the start's answers, once `answer_start` is done."""
+        found = self.start.answered()
+        return {f"answers/{name}": value for name, value in self._of(found).items()}
+
+    def _of(self, found: Sequence[Answered]) -> dict[str, float]:
+        """What can be said of one model's answers alone."""
+        values = measures.of_text(found, self.start.sampling.stop_ids)
+        if self.start.scores is not None:
+            values |= measures.flat("reward", comparison.summary(found, self.start.reward_weights)["reward"])
+        return values
+
+    def answer(self, engine: Any, step: int, stop_asked: Callable[[], bool]) -> PolicyAnswers | NotAnswered:
+        """All ranks, the checkpoint of `step` committed: sample what is missing of the live policy's answers.
+
+        Raises StoppedInFirstPass where a stop was asked; what was sampled is kept in the run folder.
+        """
+        lacking = _lacking_room(self.config, self.models)
+        if lacking is not None:
+            return NotAnswered(lacking)
+        policy = self._of_policy(engine, step)
+        policy.sample(stop_asked)
+        found = ranks.together(lambda: policy.store.answered(None))
+        was_training = engine.module.training
+        engine.module.eval()
+        units = units_of(found)
+        sums = answer_sums(engine, units, self._budget(units), "the policy's log-probs of its answers")
+        engine.module.train(was_training)
+        return PolicyAnswers(policy, sums)
+
+    def _of_policy(self, engine: Any, step: int) -> Answering:
+        """All ranks: the policy's answers to the start's prompts, planned in the run folder."""
+        models, config = self.models, self.config
+        # Other draws than the start's, and the same whatever the ranks: see seed_of_model.
+        sampling = replace(
+            self.start.sampling, seed=seed_of_model(config.run.seed, f"trained from {self.start.model_key}")
+        )
+
+        def plan() -> tuple[Path, str]:
+            weights_of = checksum(config.run_dir / "checkpoints" / f"step-{step:08d}" / MANIFEST)
+            settings = {
+                "checkpoint": weights_of,
+                "prompts": self.prompts.digest(),
+                "shard": SHARD_PROMPTS,
+                **made_by(config, models, sampling),
+            }
+            store = SampleStore(config.run_dir / "answers" / f"step-{step:08d}-{digest_of(settings)[:16]}")
+            store.make_plan(self.prompts.all, settings, SHARD_PROMPTS)
+            return store.folder, weights_of
+
+        folder, weights_of = ranks.decide(plan)
+
+        def open_engine() -> Engine:
+            lm = copy_for_sampling(
+                engine.module.lm, models.policy, models.adapter, dtype=models.dtype, device=ranks.device()
+            )
+            return TransformersEngine(lm, f"step {step}", batch_tokens=_batch_tokens(config))
+
+        return replace(
+            self.start,
+            what="the trained model",
+            store=SampleStore(folder),
+            sampling=sampling,
+            open_engine=open_engine,
+            model_key=weights_of,
+        )
+
+    def judge(self, policy: PolicyAnswers, stop_asked: Callable[[], bool]) -> dict[str, float]:
+        """All ranks, no engine in memory: score the answers by the rewards and by the reference; return the metrics.
+
+        Raises StoppedInFirstPass where a stop was asked.
+        """
+        policy.job.score(stop_asked)
+        after, before = (ranks.together(job.answered) for job in (policy.job, self.start))
+        parts = [units_of(after), units_of(before), self.chosen]
+        units = [replace(unit, row=i) for i, unit in enumerate(u for part in parts for u in part)]
+        say(f"answers: the reference scores {len(units)} answers and chosen responses")
+        sums = comparing.sums_under(self.config, self.models, self.models.reference, units, self._budget(units))
+        of_policy, of_start, of_chosen = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
+        return self._metrics(after, before, policy.sums, of_policy, of_start, of_chosen)
+
+    def _metrics(
+        self,
+        after: Sequence[Answered],
+        before: Sequence[Answered],
+        own: NDArray[np.float64],
+        of_policy: NDArray[np.float64],
+        of_start: NDArray[np.float64],
+        of_chosen: NDArray[np.float64],
+    ) -> dict[str, float]:
+        """own: the policy's sums of its answers; the others are the reference's."""
+        tokens, weights_of = measures.lengths(after), self.start.reward_weights
+        values = self._of(after) | {f"start/{name}": value for name, value in self._of(before).items()}
+        del values["start/prompts"]
+        values |= {
+            "nats": measures.nats(own, tokens),
+            "reference_nats": measures.nats(of_policy, tokens),
+            "start/reference_nats": measures.nats(of_start, measures.lengths(before)),
+            "kl_per_token": float((own - of_policy).sum()) / sum(tokens),
+            **measures.flat("kl", comparison.kl(after, own, of_policy)),
+        }
+        if len(of_chosen):
+            chosen_tokens = [len(unit.responses[0]) for unit in self.chosen]
+            values["chosen/reference_nats"] = measures.nats(of_chosen, chosen_tokens)
+        if self.start.scores is not None:
+            compared = comparison.compared(after, before, weights_of)
+            values |= measures.flat("reward_difference", compared["difference"])
+            values |= measures.flat("win_rate", compared["win_rate"])
+        return {f"answers/{name}": value for name, value in values.items()}
+
+    def samples(self, policy: PolicyAnswers) -> list[Sample]:
+        """Rank 0: return every prompt with both answers, written to the run folder too."""
+        found = []
+        for after, before in zip(policy.job.answered(), self.start.answered(), strict=True):
+            rewards = [_reward(one, self.start.reward_weights) for one in (before, after)]
+            texts = [one.answers[0].text for one in (before, after)]
+            found.append(Sample(_as_text(after.prompt.prompt), *texts, *rewards))
+        lines = [json.dumps({k: v for k, v in s._asdict().items() if v is not None}, ensure_ascii=False) for s in found]
+        write_atomic(self.config.run_dir / FILE, "\n".join(lines) + "\n")
+        return found
+
+    def _budget(self, units: Sequence[Unit]) -> int:
+        """Tokens of a micro-batch that the longest of these fits into."""
+        longest = max(len(unit.prompt) + max(map(len, unit.responses)) for unit in units)
+        return max(self.config.reference_micro_batch_tokens, longest)
+
+
+@dataclass(frozen=True)
+class PolicyAnswers:
+    """The trained model's answers, and its own log-probs of them."""
+
+    job: Answering
+    sums: NDArray[np.float64]
+    """[answers] in nats"""
+
+
+def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers | NotAnswered:
+    """All ranks: read the prompts on rank 0 and plan the start's answers; nothing is sampled yet.
+
+    rows: the set that the prompts are of, or the first one, for its chosen responses.
+    """
+    asked = config.answers
+    if asked.number == 0:
+        return NotAnswered("answers.number is 0")
+    judges = judges_of(config, models)
+    data = config.data
+    tokeniser = Tokeniser(read_template(models.tokenizer, data.template), data.max_length, data.max_prompt_length)
+    held = weights(models.policy, models.dtype, config.cache_dir)
+    sampling = Sampling(
+        n=1,
+        temperature=asked.temperature,
+        top_p=1.0,  # all tokens, as the KL is over all of them
+        max_new_tokens=config.new_tokens,
+        seed=seed_of_model(config.run.seed, held.key),
+        stop_ids=ranks.together(lambda: stop_ids_of(tokeniser.template, models.policy.path)),
+    )
+    key, sources = config.answered_sources
+
+    def plan() -> tuple[Prompts, Path | None]:
+        heartbeat.beat(f"reading {key}")
+        prompts = first_prompts(
+            sources,
+            number=asked.number,
+            tokeniser=tokeniser,
+            longest=data.max_length - config.new_tokens,
+            on_bad_row=data.on_bad_row,
+            key=key,
+        )
+        if not prompts.all:
+            return prompts, None
+        settings = {
+            "model": held.key,
+            "prompts": prompts.digest(),
+            "shard": SHARD_PROMPTS,
+            **made_by(config, models, sampling),
+        }
+        store = SampleStore(config.cache_dir / "samples" / digest_of(settings))
+        store.make_plan(prompts.all, settings, SHARD_PROMPTS)
+        return prompts, store.folder
+
+    prompts, folder = ranks.decide(plan)
+    if folder is None:
+        return NotAnswered(
+            f"no prompt of {key} leaves {config.new_tokens} of data.max_length's {data.max_length} tokens for an "
+            "answer; lower answers.max_new_tokens"
+        )
+    refuse_local_folder(folder, "run.cache", remedy="Set run.cache to one that is.")
+    left_out = prompts.dropped.get(TOO_LONG, 0)
+    said = f"; {left_out} longer prompts are left out" if left_out else ""
+    say(
+        f"answers: {len(prompts.all)} prompts of {key}, answered by the start and by the trained model with at most "
+        f"{config.new_tokens} tokens{said}"
+    )
+
+    def open_engine() -> Engine:
+        def load() -> Engine:
+            lm = load_for_sampling(models.policy, dtype=models.dtype, device=ranks.device())
+            refuse_if_changed(held.states)
+            return TransformersEngine(lm, str(models.policy.path), batch_tokens=_batch_tokens(config))
+
+        return ranks.together(load)
+
+    start = Answering(
+        "the start", SampleStore(folder), judges, sampling, tokeniser, open_engine, models.policy, held.key
+    )
+    return OwnAnswers(config, models, prompts, start, _chosen(rows, asked.number))
+
+
+def _chosen(rows: TokenisedRows, number: int) -> list[Unit]:
+    """The first chosen responses of a set: of a pair the chosen one, of rated rows the good ones, else all."""
+    good = range(rows.n) if rows.labels is None else np.flatnonzero(rows.labels[: 8 * number] == 1).tolist()
+    return [Unit(i, rows.prompt(i), (rows.response(i, 0),)) for i in list(good)[:number]]
+
+
+def _batch_tokens(config: Config) -> int:
+    """Room for a shard in one batch."""
+    return SHARD_PROMPTS * config.data.max_length
+
+
+def sampled(config: Config) -> Sampled:
+    """Return how the prompts of the section answers are answered, for what a plan says of memory."""
+    new = config.new_tokens
+    return Sampled(_batch_tokens(config), max(1, config.data.max_length - new), new, 1, False)
+
+
+def _lacking_room(config: Config, models: Models) -> str | None:
+    """All ranks: why no whole copy can answer beside what the device holds now; None where there is room on all."""
+    sizes = model_sizes(models.policy.config, models.dtype, 0, models.adapter)
+    place = Place(ranks.world_size(), ranks.device().type == "cuda")
+    need = memory.generation(sizes, place, sampled(config)).device
+    free = int((1 - KEPT_FREE) * min(ranks.gather(free_bytes())))
+    if need <= free:
+        return None
+    return (
+        f"a whole copy of the model with its answers takes {in_units(need)} of a device, and {in_units(free)} are free"
+    )
+
+
+def _reward(one: Answered, weights_of: Sequence[float]) -> float | None:
+    """The first answer's reward; None where there is none, or no number."""
+    if not one.scores[0]:
+        return None
+    value = float(comparison.rewards_of(one, weights_of)[0])
+    return None if np.isnan(value) else value
+
+
+def _as_text(prompt: str | list[dict[str, Any]]) -> str:
+    """A prompt for people: messages with their roles."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def as_run_json(own: OwnAnswers, row: dict[str, Any]) -> dict[str, Any]:
+    """Return what run.json says of the answers, from their row of metrics."""
+    values = {name.removeprefix("answers/"): v for name, v in row.items() if name.startswith("answers/")}
+
+    def interval(name: str, prefix: str = "") -> dict[str, float | None]:
+        ends = {"mean": name, "low": f"{name}_low", "high": f"{name}_high"}
+        return {end: values.get(prefix + metric) for end, metric in ends.items()}
+
+    plain = ("length", "ended", "repeated_4grams", "distinct", "reference_nats")
+    block: dict[str, Any] = {
+        "prompts": int(values["prompts"]),
+        "left_out": own.prompts.dropped.get(TOO_LONG, 0),
+        "sampling": asdict(own.start.sampling),
+        **{name: values[name] for name in (*plain, "nats", "kl_per_token")},
+        "kl": interval("kl"),
+        "start": {name: values[f"start/{name}"] for name in plain},
+        "chosen": {"reference_nats": values.get("chosen/reference_nats")},
+    }
+    if "reward" in values:
+        block["reward"] = interval("reward")
+        block["start"]["reward"] = interval("reward", "start/")
+        block["difference"] = interval("reward_difference")
+        block["win_rate"] = interval("win_rate")
+    return strict_inside(block)
