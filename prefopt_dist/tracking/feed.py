@@ -7,11 +7,13 @@ from typing import NamedTuple, Protocol
 
 
 class Sample(NamedTuple):
-    """A prompt and what two models say to it."""
+    """A prompt and what the model says to it before and after training, with the rewards where there are any."""
 
     prompt: str
-    reference: str
-    policy: str
+    before: str
+    after: str
+    reward_before: float | None = None
+    reward_after: float | None = None
 
 
 class Feed(Protocol):
@@ -27,6 +29,10 @@ class Feed(Protocol):
 
     def samples(self, samples: Sequence[Sample]) -> None:
         """A table of samples, once, when no row will come any more."""
+        ...
+
+    def verdict(self, word: str, text: str) -> None:
+        """How the trained model is by its own answers, before `finish`."""
         ...
 
     def finish(self) -> None:
@@ -54,6 +60,11 @@ class Feeds:
         """A table of samples."""
         for feed in self._feeds:
             feed.samples(samples)
+
+    def verdict(self, word: str, text: str) -> None:
+        """How the trained model is by its own answers."""
+        for feed in self._feeds:
+            feed.verdict(word, text)
 
     def finish(self) -> None:
         """No row will come any more."""

@@ -46,8 +46,15 @@ class TensorBoardFeed:
 
     def samples(self, samples: Sequence[Sample]) -> None:
         """As text."""
-        text = "\n\n".join(f"**{s.prompt}**\n\nreference: {s.reference}\n\npolicy: {s.policy}" for s in samples)
+        text = "\n\n".join(
+            f"**{s.prompt}**\n\nbefore{_worth(s.reward_before)}: {s.before}\n\nafter{_worth(s.reward_after)}: {s.after}"
+            for s in samples
+        )
         self._safely(lambda: self._writer.add_text("samples", text, self._step))
+
+    def verdict(self, word: str, text: str) -> None:
+        """As text, which begins with the word."""
+        self._safely(lambda: self._writer.add_text("verdict", text, self._step))
 
     def finish(self) -> None:
         """Everything is on disk."""
@@ -93,3 +100,7 @@ class TensorBoardFeed:
         except OSError as fault:
             self._broken = True
             say(f"TensorBoard: off for this start, training goes on and metrics.jsonl has every row ({fault})")
+
+
+def _worth(reward: float | None) -> str:
+    return "" if reward is None else f" (reward {reward:.4g})"

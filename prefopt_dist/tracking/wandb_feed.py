@@ -80,6 +80,7 @@ class WandbFeed:
         self._alerts: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._warnings = 0
         self._samples: list[Sample] = []
+        self._verdict: dict[str, str] = {}
         self._wake = threading.Event()
         self._ending = False
         self._failed = False
@@ -107,6 +108,10 @@ class WandbFeed:
     def samples(self, samples: Sequence[Sample]) -> None:
         """A table beside the last row. Before `finish`, after the last row."""
         self._samples = list(samples)
+
+    def verdict(self, word: str, text: str) -> None:
+        """Into the summary, by which W&B's table of runs can be sorted and filtered. Before `finish`."""
+        self._verdict = {"verdict": word, "verdict_text": text}
 
     def finish(self, exit_code: int = 0) -> None:
         """Send what is left and close the W&B run; gives up, saying so, where W&B does not answer."""
@@ -184,7 +189,7 @@ class WandbFeed:
             self._wake.wait()
 
     def _summary(self) -> dict[str, Any]:
-        """What W&B's own summary, each metric's last value, does not say: the best evaluation, the warnings."""
+        """What W&B's own summary, each metric's last value, does not say: best evaluations, warnings, verdict."""
         rows = self._metrics.rows()
         best: dict[str, Any] = {}
         for row in rows:
@@ -193,7 +198,7 @@ class WandbFeed:
                 if row["kind"] == "eval" and name.endswith(BEST_OF) and not math.isnan(value):
                     better = min if name.endswith("loss") else max
                     best[f"best/{name}"] = better(best.get(f"best/{name}", value), value)
-        return best | {"health/warnings": self._warnings}
+        return best | {"health/warnings": self._warnings} | self._verdict
 
     def _set_aside_offline_folders(self) -> None:
         folder = self._folder / "wandb"
@@ -222,9 +227,12 @@ def _shown(value: Any) -> Any:
 
 
 def _table(samples: Sequence[Sample]) -> Any:
+    """Without the columns of rewards where no sample has any."""
     import wandb
 
-    return wandb.Table(columns=list(Sample._fields), data=[list(sample) for sample in samples])
+    rewarded = any(sample.reward_before is not None or sample.reward_after is not None for sample in samples)
+    columns = list(Sample._fields if rewarded else Sample._fields[:3])
+    return wandb.Table(columns=columns, data=[list(sample[: len(columns)]) for sample in samples])
 
 
 def _agreed_mode(mode: str) -> str:

@@ -46,11 +46,12 @@ class History:
         self.facts = facts
         self.train: list[Row] = []
         self.evals: list[Row] = []
+        self.answers: list[Row] = []
         self.steps_done = 0
 
     def add(self, row: Row) -> None:
         """One row more."""
-        (self.train if row["kind"] == "train" else self.evals).append(row)
+        {"train": self.train, "eval": self.evals, "answers": self.answers}[row["kind"]].append(row)
         self.steps_done = row["step"]
 
     @property
@@ -85,6 +86,10 @@ class History:
             return 0
         in_an_epoch: float = rows[-1]["pairs_seen"] / rows[-1]["epoch"]
         return min(self.pairs(rows), round(in_an_epoch))
+
+    def answered(self) -> Row | None:
+        """The newest row of answers that tells the policy's from the start's; the start's own row does not."""
+        return next((row for row in reversed(self.answers) if "answers/nats" in row), None)
 
     def first(self) -> list[Row]:
         """The run's first window; none before it is whole."""

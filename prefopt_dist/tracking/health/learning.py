@@ -140,6 +140,25 @@ def chosen_falls(history: History, thresholds: Health) -> str | None:
     )
 
 
+def likelihood_displaced(history: History, thresholds: Health) -> str | None:
+    """What the chosen responses have lost of their log-prob, over all that the reference gave them.
+
+    Not per token as in `chosen_falls`: sure responses have little to lose, and a model that has lost as much again
+    writes something else.
+    """
+    rows = history.latest()
+    now, gained = (mean(rows, f"train/{what}/chosen") for what in ("logps", "logratio"))
+    given, whose = None if now is None or gained is None else now - gained, "the reference"
+    if gained is None:  # a loss without reference
+        given, whose = mean(history.first(), "train/logps/chosen"), "the model of the first rows"
+    if now is None or given is None or given >= 0 or (given - now) / -given <= thresholds.displacement:
+        return None
+    return (
+        f"A chosen response has a log-prob of {now:.3g} over the last {len(rows)} rows, {whose} gives it {given:.3g}: "
+        f"it has lost {(given - now) / -given:.1f} times of that (threshold {thresholds.displacement:g})"
+    )
+
+
 def rewards_fall(history: History, thresholds: Health) -> str | None:
     """Both rewards below 0, without a steep fall."""
     rows = history.latest()

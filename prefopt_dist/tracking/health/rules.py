@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from prefopt_dist.config.health import Health
-from prefopt_dist.tracking.health import learning, machine
+from prefopt_dist.tracking.health import answers, learning, machine
 from prefopt_dist.tracking.health.finding import Level
 from prefopt_dist.tracking.health.history import History
 
@@ -24,6 +24,8 @@ class Rule:
     remedy: str
     look: Callable[[History, Health], str | None]
     """The evidence as it is after the last row; None where there is none"""
+    measured: bool = False
+    """It judges one measurement, not a window that rows enter and leave: a row without its evidence is a recovery."""
 
 
 RULES: tuple[Rule, ...] = (
@@ -71,6 +73,14 @@ RULES: tuple[Rule, ...] = (
         "Raise loss.beta or lower optim.learning_rate, both hold the policy nearer to its start; or give "
         "loss.sft_weight, which keeps the chosen responses likely",
         learning.chosen_falls,
+    ),
+    Rule(
+        "likelihood-displaced",
+        "warning",
+        "The chosen responses have lost as much log-probability again as they had in all",
+        "The margin grows while both responses become improbable, so what the model writes is likely neither: lower "
+        "optim.learning_rate, raise loss.beta, or give loss.sft_weight, and read its answers (answers.number)",
+        learning.likelihood_displaced,
     ),
     Rule(
         "rewards-fall",
@@ -125,5 +135,41 @@ RULES: tuple[Rule, ...] = (
         "Memory keeps growing",
         "The job may run out of memory later: note where it stands, and restart it from a checkpoint before that",
         machine.memory_creep,
+    ),
+    Rule(
+        "answers-collapsed",
+        "warning",
+        "The model no longer writes what its reference or the data would",
+        "Do not use it, whatever its loss and accuracy are: read its answers, lower optim.learning_rate (by a factor "
+        "of 3 to 10 first), raise loss.beta, or give loss.sft_weight, and train from the start again",
+        answers.answers_collapsed,
+        measured=True,
+    ),
+    Rule(
+        "answers-worse",
+        "warning",
+        "The model's answers earn less reward than those of the model it started from",
+        "Read answers before and after: where the pairs prefer something else than generate.rewards, mend one of "
+        "the two; else lower optim.learning_rate or raise loss.beta",
+        answers.answers_worse,
+        measured=True,
+    ),
+    Rule(
+        "answers-longer",
+        "info",
+        "The answers have become much longer",
+        "Where that is not wanted, take a loss per token (loss.average=tokens, or loss.name=simpo) or balance the "
+        "lengths of chosen and rejected responses (run `inspect`)",
+        answers.answers_longer,
+        measured=True,
+    ),
+    Rule(
+        "answers-do-not-end",
+        "warning",
+        "More answers run to the limit without an end",
+        "Look whether the chosen responses of data.train end with the template's end token and are cut by "
+        "data.max_length (run `inspect`); else lower optim.learning_rate, or give loss.sft_weight",
+        answers.answers_do_not_end,
+        measured=True,
     ),
 )

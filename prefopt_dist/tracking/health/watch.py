@@ -13,7 +13,10 @@ from prefopt_dist.tracking.metrics_file import MetricsFile, Row
 
 
 class Fold:
-    """Rows in, findings out: a rule speaks once, and again only after a window of rows without its evidence."""
+    """Rows in, findings out: a rule speaks once, and again only after a window of rows without its evidence.
+
+    One that judges a measurement needs no window to be over.
+    """
 
     def __init__(self, facts: RunFacts, thresholds: Health) -> None:
         self._history = History(facts)
@@ -30,7 +33,7 @@ class Fold:
             if evidence is None:
                 if rule.id in self._quiet:
                     self._quiet[rule.id] += 1
-                    if self._quiet[rule.id] >= self._history.facts.window:
+                    if rule.measured or self._quiet[rule.id] >= self._history.facts.window:
                         del self._quiet[rule.id]
                 continue
             if rule.id not in self._quiet:

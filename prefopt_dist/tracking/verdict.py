@@ -1,0 +1,67 @@
+"""In one line: whether the trained model is better than the one that it started from, by their own answers."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+from prefopt_dist.config.health import Health
+from prefopt_dist.tracking.health.answers import collapse
+from prefopt_dist.tracking.metrics_file import Row
+
+Word = Literal["better", "no difference to be seen", "worse", "collapsed", "not judged"]
+
+REMEDY = (
+    "set generate.rewards to a function or a model, then run `evaluate` with evaluate.prompts, or train anew in another "
+    "run.dir"
+)
+
+
+class Verdict(NamedTuple):
+    """What is said of the exported model."""
+
+    word: Word
+    text: str
+    """One line, which begins with the word"""
+
+
+def verdict(row: Row, thresholds: Health, model: str) -> Verdict:
+    """Judge a model by its row of answers; model: the exported folder, as people shall find it.
+
+    A collapsed model is called so whatever it earns: a reward may be blind to nonsense, or like it.
+    """
+    collapsed = collapse(row, thresholds)
+    if collapsed is not None:
+        return _verdict("collapsed", f"{model} does not write what its start or the data would; {_small(collapsed)}")
+    mine, theirs, apart = (
+        row.get(f"answers/{name}", math.nan) for name in ("reward", "start/reward", "reward_difference")
+    )
+    if "answers/reward_difference" not in row:
+        return _verdict("not judged", f"{model} has not collapsed, but nothing says what its answers are worth; {REMEDY}")
+    if not (math.isfinite(mine) and math.isfinite(theirs) and math.isfinite(apart)):
+        return _verdict(
+            "not judged",
+            f"{model} has not collapsed, but generate.rewards gave its answers {mine:g} and the start's {theirs:g}, "
+            "which is no finite number; mend the reward, then run `evaluate` with evaluate.prompts",
+        )
+    low, high = (row.get(f"answers/reward_difference_{end}", math.nan) for end in ("low", "high"))
+    word: Word = "better" if low > 0 else "worse" if high < 0 else "no difference to be seen"
+    between = f", {low:.3f} to {high:.3f}" if math.isfinite(low) and math.isfinite(high) else ""
+    prompts = f"{row['answers/prompts']} prompt{'' if row['answers/prompts'] == 1 else 's'}"
+    return _verdict(
+        word, f"answers of {model} earn {mine:.3f} where the start's earned {theirs:.3f} (difference {apart:.3f}{between}, {prompts})"
+    )
+
+
+def unjudged(why: str) -> Verdict:
+    """Say why nobody knows how the model answers; why: without a full stop, with what to do about it."""
+    return _verdict("not judged", why)
+
+
+def _verdict(word: Word, text: str) -> Verdict:
+    return Verdict(word, f"{word}: {text}")
+
+
+def _small(sentence: str) -> str:
+    """A sentence's beginning in the middle of another."""
+    return sentence[0].lower() + sentence[1:]
