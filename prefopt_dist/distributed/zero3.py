@@ -144,7 +144,7 @@ def copy_whole(sharded: nn.Module, whole: nn.Module) -> None:
     import deepspeed
 
     into = dict(whole.named_parameters())
-    parameters = dict(sharded.named_parameters())
+    parameters: dict[str, Any] = dict(sharded.named_parameters())
     assert parameters.keys() == into.keys(), sorted(parameters.keys() ^ into.keys())[:4]
     with torch.no_grad():
         for names in _in_portions({name: int(p.ds_numel) for name, p in parameters.items()}):

@@ -87,9 +87,9 @@ def first_prompts(
 ) -> Prompts:
     """Return the first `number` distinct prompts that fit, as many of each source. One process.
 
-    What comes after them is not read. longest: tokens that a prompt may have; a longer one is left out and counted, whatever on_bad_row says.
-    key: the dotted key that named the sources. Raises UserError: a source that cannot be read, a bad row under
-    on_bad_row=stop.
+    What comes after them is not read. longest: tokens that a prompt may have; a longer one is left out and counted,
+    whatever on_bad_row says. key: the dotted key that named the sources.
+    Raises UserError: a source that cannot be read, a bad row under on_bad_row=stop.
     """
     found: dict[bytes, Prompt] = {}
     rows = repeated = 0

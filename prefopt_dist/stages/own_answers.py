@@ -195,9 +195,9 @@ class OwnAnswers:
         """Rank 0: return every prompt with both answers, written to the run folder too."""
         found = []
         for after, before in zip(policy.job.answered(), self.start.answered(), strict=True):
-            rewards = [_reward(one, self.start.reward_weights) for one in (before, after)]
-            texts = [one.answers[0].text for one in (before, after)]
-            found.append(Sample(_as_text(after.prompt.prompt), *texts, *rewards))
+            old, new = (_reward(one, self.start.reward_weights) for one in (before, after))
+            prompt = _as_text(after.prompt.prompt)
+            found.append(Sample(prompt, before.answers[0].text, after.answers[0].text, old, new))
         lines = [json.dumps({k: v for k, v in s._asdict().items() if v is not None}, ensure_ascii=False) for s in found]
         write_atomic(self.config.run_dir / FILE, "\n".join(lines) + "\n")
         return found
