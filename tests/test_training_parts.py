@@ -427,7 +427,7 @@ def test_done(tmp_path: Path, folder: RunFolder) -> None:
 
 def test_stopped_in_the_first_pass(tmp_path: Path, folder: RunFolder) -> None:
     folder.open(config(tmp_path), world_size=1)
-    folder.stopped("asked by SIGTERM", None)
+    folder.stopped("asked by SIGTERM", None, "in the first pass")
     assert "asked by SIGTERM; stopped in the first pass" in (folder.path / "STOPPED").read_text()
 
 

@@ -30,7 +30,7 @@ def run(config: Config) -> None:
             )
         except StoppedInFirstPass:
             if ranks.rank() == 0:
-                folder.stopped(requests.reason(), None)
+                folder.stopped(requests.reason(), None, "in the first pass")
                 requests.obeyed()
             say("stopped on request in the first pass; start again to go on")
             return

@@ -135,9 +135,10 @@ class RunFolder:
         *earlier, this = self._facts["starts"]
         self.note(starts=[*earlier, this | {"step": step}])
 
-    def stopped(self, why: str, step: int | None, where: str = "in the first pass") -> None:
+    def stopped(self, why: str, step: int | None, where: str | None = None) -> None:
         """Leaves word that the run was stopped on request and can go on; where: outside of the steps."""
-        at = where if step is None else f"after step {step}, checkpoint committed"
+        parts = [] if step is None else [f"after step {step}, checkpoint committed"]
+        at = ", ".join(parts if where is None else [*parts, where])
         write_atomic(self.path / "STOPPED", f"{why}; stopped {at}, {_now()}\n")
 
     def done(self, summary: str) -> None:

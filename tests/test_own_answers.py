@@ -1,0 +1,250 @@
+"""A run's own answers: what is measured, who made which, stops and kills, and the verdict at the end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import answers_cases
+import case_runner
+import numpy as np
+import plain
+import pytest
+import torch
+from answers_cases import NUMBER, samples, write_run
+from door import Door, one_process_group
+
+from prefopt_dist.__main__ import main
+from prefopt_dist.generation import measures
+from prefopt_dist.generation.answers import Answer
+from prefopt_dist.generation.prompts import Prompt
+from prefopt_dist.generation.store import Answered, SampleStore
+from prefopt_dist.stages import own_answers
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("answers")
+    answers_cases.write_world(folder)
+    with one_process_group():
+        yield folder
+
+
+@pytest.fixture
+def door(world: Path, capsys: pytest.CaptureFixture[str]) -> Door:
+    return Door(world, capsys)
+
+
+def rows(run: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if row["kind"] == kind]
+
+
+def answered(*answers: list[int]) -> Answered:
+    prompt = Prompt(0, "p.jsonl:1", "say", None, {}, [1])
+    return Answered(prompt, [Answer(list(ids), "", None, True) for ids in answers], [])
+
+
+# What is measured
+
+
+def test_measures_of_the_ids() -> None:
+    found = [answered([1, 2, 3, 4, 9]), answered([5, 5, 5, 5, 5, 5]), answered([1, 2, 3, 4, 9])]
+    values = measures.of_text(found, stop_ids=(9,))
+    assert values["prompts"] == 3
+    assert values["length"] == 16 / 3
+    assert values["ended"] == 2 / 3
+    assert values["repeated_4grams"] == 2 / 7  # of 2 + 3 + 2 pieces, two of the fives stood before
+    assert values["distinct"] == 2 / 3
+    assert measures.repeated([[1, 2]]) == 0
+
+
+def test_nats_are_of_all_tokens() -> None:
+    assert measures.nats(np.array([-1.0, -5.0]), [1, 2]) == 2.0
+
+
+def exact_nats(folder: Path, store: Path) -> float:
+    """Nats a token of a store's answers under a model, by plain transformers in float64, one at a time."""
+    model = plain.build_plain(folder)
+    total = tokens = 0.0
+    for one in SampleStore(store).answered(None):
+        ids = torch.tensor([one.prompt.ids + one.answers[0].ids])
+        with torch.no_grad():
+            logps = torch.log_softmax(model(ids).logits[0, :-1], -1)
+        n = len(one.answers[0].ids)
+        total += float(logps.gather(1, ids[0, 1:, None])[-n:].sum())
+        tokens += n
+    return -total / tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [
+        ("dpo", {}),
+        ("lora", {"lora": {"r": 4, "alpha": 8}, "optim": {"learning_rate": 0.02}, "export": {"merged": True}}),
+        ("simpo", {"loss": {"name": "simpo", "beta": 2.0, "gamma": 0.5}}),
+        ("kto", {"loss": {"name": "kto", "split_pairs": True}}),
+        ("sft", {"loss": {"name": "sft"}}),
+    ],
+)
+def test_nats_and_rewards_of_a_run(world: Path, name: str, sections: dict[str, Any]) -> None:
+    """Beside a float64 computation of the exported model and of the start; each loss, adapters too."""
+    assert main(["train", str(write_run(world, name, **sections))]) == 0
+    run = world / "runs" / name
+    first, last = rows(run, "answers")
+    train = rows(run, "train")
+    assert (first["step"], last["step"]) == (0, train[-1]["step"])
+    assert first["answers/prompts"] == last["answers/prompts"] == NUMBER
+    (policy,) = (run / "answers").iterdir()
+    start = next(
+        s for s in (world / "cache" / "samples").iterdir() if "checkpoint" not in json.loads((s / "settings.json").read_text())
+    )
+    near = pytest.approx
+    assert last["answers/nats"] == near(exact_nats(run / "final", policy), rel=1e-5)
+    assert last["answers/reference_nats"] == near(exact_nats(world / "model", policy), rel=1e-5)
+    assert last["answers/start/reference_nats"] == near(exact_nats(world / "model", start), rel=1e-5)
+    assert last["answers/kl_per_token"] == near(last["answers/reference_nats"] - last["answers/nats"], abs=1e-6)
+    for measure in ("length", "ended", "repeated_4grams", "distinct", "reward"):
+        assert last[f"answers/start/{measure}"] == first[f"answers/{measure}"]
+    written = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    assert len(written) == NUMBER
+    apart = np.array([one["reward_after"] - one["reward_before"] for one in written])
+    assert last["answers/reward_difference"] == near(apart.mean())
+    half = 1.96 * apart.std(ddof=1) / NUMBER**0.5
+    assert last["answers/reward_difference_low"] == near(apart.mean() - half)
+    won = (apart > 0) + 0.5 * (apart == 0)
+    assert last["answers/win_rate"] == near(won.mean())
+    facts = json.loads((run / "run.json").read_text())["answers"]
+    assert facts["difference"]["mean"] == last["answers/reward_difference"]
+    assert facts["verdict_text"] in (run / "DONE").read_text()
+    assert str(run / "final") in facts["verdict_text"]
+
+
+def test_a_sweep_samples_the_start_once(world: Path) -> None:
+    """Three betas: the first run samples the start, the others find its answers in the cache; so does a resume."""
+    loads = 0
+    load = own_answers.load_for_sampling
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal loads
+        loads += 1
+        return load(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own_answers, "load_for_sampling", counted)
+        for beta in (0.05, 0.1, 0.5):
+            run = write_run(world, f"beta-{beta}", cache="cache-sweep", loss={"name": "dpo", "beta": beta})
+            assert main(["train", str(run)]) == 0
+            assert loads == 1
+    firsts = [rows(world / "runs" / f"beta-{beta}", "answers")[0] for beta in (0.05, 0.1, 0.5)]
+    assert firsts[0] == firsts[1] == firsts[2]
+
+
+def test_a_stop_while_the_model_answers_is_obeyed(world: Path, door: Door) -> None:
+    run, folder = write_run(world, "stopped"), world / "runs" / "stopped"
+    write = SampleStore.write_answers
+    made: list[int] = []
+
+    def write_and_ask(self: SampleStore, number: int, answers: Any) -> None:
+        write(self, number, answers)
+        if self.folder.parent == folder / "answers":
+            made.append(number)
+            if len(made) == 2:
+                (folder / "STOP").touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SampleStore, "write_answers", write_and_ask)
+        assert door.ends(run)[0] == 0
+        assert "while the trained model answers" in (folder / "STOPPED").read_text()
+        assert not (folder / "DONE").exists()
+        assert not (folder / "final").exists()
+        kept = samples(folder / "answers")
+        assert len(kept) == 2
+        assert door.ends(run)[0] == 0
+    assert sorted(made) == [0, 1, 2, 3, 4]
+    assert samples(folder / "answers").items() >= kept.items()
+    assert (folder / "DONE").exists()
+    assert not (folder / "STOPPED").exists()
+
+
+def test_no_answers_is_said_and_not_judged(world: Path, door: Door) -> None:
+    run = write_run(world, "none", answers={"number": 0})
+    assert door.ends(run)[0] == 0
+    facts = json.loads((world / "runs" / "none" / "run.json").read_text())["answers"]
+    assert facts["verdict"] == "not judged"
+    assert "answers.number" in facts["verdict_text"]
+    assert rows(world / "runs" / "none", "answers") == []
+
+
+def test_no_room_for_a_whole_copy_is_said(world: Path, door: Door) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own_answers, "free_bytes", lambda: 1000)
+        assert door.ends(write_run(world, "narrow", cache="cache-narrow"))[0] == 0
+    facts = json.loads((world / "runs" / "narrow" / "run.json").read_text())["answers"]
+    assert facts["verdict"] == "not judged"
+    assert "whole copy" in facts["verdict_text"]
+
+
+def test_long_prompts_are_left_out_and_counted(world: Path) -> None:
+    """Of 150 prompts those that leave no 230 tokens of 256; all that do are fewer than are wanted."""
+    assert main(["train", str(write_run(world, "long", answers={"max_new_tokens": 230, "number": 60}))]) == 0
+    facts = json.loads((world / "runs" / "long" / "run.json").read_text())["answers"]
+    assert facts["left_out"] > 0
+    assert 0 < facts["prompts"] == 150 - facts["left_out"] < 60
+
+
+def test_a_bad_reward_ends_the_run_before_training(world: Path, door: Door) -> None:
+    run = write_run(world, "bad", generate={"rewards": [{"function": "rewards_for_tests:raises"}]})
+    status, said = door.ends(run)
+    assert status == 2
+    assert "no answer column" in said
+    assert rows(world / "runs" / "bad", "train") == [] if (world / "runs" / "bad" / "metrics.jsonl").exists() else True
+
+
+def test_the_old_key_names_its_successor(world: Path, door: Door) -> None:
+    run = door.run("old", tracking={"samples": 8})
+    assert "answers.number" in door.fails(["tracking.samples"], run=run, early=True)
+    config = door.run("older", tracking={"samples": 0})  # as every saved config.yaml of then has it
+    assert main(["train", str(config), "--check"]) == 0
+
+
+# Ranks and kills
+
+
+def test_ranks_and_kills_change_no_answer(tmp_path: Path) -> None:
+    """The start's and a given checkpoint's answers are those of one rank; what a kill left is not sampled again."""
+    two = tmp_path / "two"
+    case_runner.run_cases("answers_cases.py", 2, two, ["resumed", "whole"])
+    whole, resumed = (case_runner.found(two, case) for case in ("whole", "resumed"))
+    assert len(whole["start"]) == len(whole["policy"]) == 5
+    assert whole["facts"]["verdict_text"] in whole["done"]
+    assert 0 < len(resumed["there"]) < 5
+    assert resumed["after"].items() >= resumed["there"].items()
+    assert sorted(resumed["made"]) == [n for n in range(5) if f"samples-{n:05d}.jsonl" not in resumed["there"]]
+    assert resumed["start_kept"]
+    assert resumed["done"]
+    # One rank, from nothing: the same start's answers.
+    with one_process_group():
+        assert main(["train", str(write_run(two, "one", cache="cache-one"))]) == 0
+        assert samples(two / "cache-one" / "samples") == whole["start"]
+        # One rank, from the two ranks' last checkpoint: the same answers of it.
+        shutil.copytree(two / "runs" / "two", two / "runs" / "given")
+        assert answers_cases.again(two)["policy"] == whole["policy"]
+
+
+def test_a_run_from_before_there_were_answers_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run folder that d31efad left at step 3: it ends with the same command, and with a verdict."""
+    with tarfile.open(Path(__file__).parent / "runs_of_before" / "d31efad.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    with one_process_group():
+        assert main(["train", "run.yaml"]) == 0
+    kinds = [(row["kind"], row["step"]) for row in map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())]
+    assert kinds == [*(("train", step) for step in range(1, 7)), ("answers", 6)]
+    starts = json.loads(Path("run/run.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 3]
+    assert "not judged" in Path("run/DONE").read_text()
