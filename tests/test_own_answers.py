@@ -101,7 +101,9 @@ def test_nats_and_rewards_of_a_run(world: Path, name: str, sections: dict[str, A
     assert first["answers/prompts"] == last["answers/prompts"] == NUMBER
     (policy,) = (run / "answers").iterdir()
     start = next(
-        s for s in (world / "cache" / "samples").iterdir() if "checkpoint" not in json.loads((s / "settings.json").read_text())
+        s
+        for s in (world / "cache" / "samples").iterdir()
+        if "checkpoint" not in json.loads((s / "settings.json").read_text())
     )
     near = pytest.approx
     assert last["answers/nats"] == near(exact_nats(run / "final", policy), rel=1e-5)

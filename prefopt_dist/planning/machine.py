@@ -23,6 +23,8 @@ GPUS = {
     "l40s": (48e9, 362e12),
 }
 """(bytes of memory, peak in FLOP a second) by the name that `plan.gpu` takes."""
+BANDWIDTHS = {"h200": 4.8e12, "h100": 3.35e12, "a100-80": 2.04e12, "a100-40": 1.56e12, "l40s": 0.86e12}
+"""Bytes of memory that a device reads in a second, by the same sheets."""
 
 GPU_EFFICIENCY = 0.4
 """Of the peak that a training step reaches: what well-built jobs on A100 and H100 report as model FLOP utilisation
@@ -50,6 +52,8 @@ class Machine:
     efficiency: float
     """The share of the peak that is reckoned with"""
     is_gpu: bool
+    bandwidth: float | None = None
+    """Bytes of its memory that a rank's device reads in a second; None where it is not known"""
 
     @property
     def ranks(self) -> int:
@@ -72,9 +76,14 @@ def planned(plan: Plan) -> Machine:
     if name == "cuda":
         found = torch.cuda.get_device_properties(0)
         ranks = plan.gpus_per_node or torch.cuda.device_count()
-        return Machine(found.name, plan.nodes, ranks, found.total_memory, device_peak(), GPU_EFFICIENCY, True)
+        known = known_gpu(found.name, found.total_memory)
+        bandwidth = None if known is None else BANDWIDTHS[known]
+        return Machine(
+            found.name, plan.nodes, ranks, found.total_memory, device_peak(), GPU_EFFICIENCY, True, bandwidth
+        )
     memory, peak = GPUS[name]
-    return Machine(name, plan.nodes, plan.gpus_per_node or GPUS_A_NODE, int(memory), peak, GPU_EFFICIENCY, True)
+    ranks = plan.gpus_per_node or GPUS_A_NODE
+    return Machine(name, plan.nodes, ranks, int(memory), peak, GPU_EFFICIENCY, True, BANDWIDTHS[name])
 
 
 def device_peak() -> float | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from prefopt_dist.planning.answers import AnswersPlan
 from prefopt_dist.planning.disk import Disk
 from prefopt_dist.planning.fit import Fit
 from prefopt_dist.planning.machine import Machine
@@ -30,6 +31,8 @@ class Report:
     first_pass_seconds: float | None
     evaluation_seconds: float | None
     disk: Disk
+    answers: AnswersPlan | None = None
+    """None where no prompt is answered"""
 
     @property
     def total_seconds(self) -> float | None:
@@ -40,7 +43,9 @@ class Report:
 
     def text(self) -> str:
         """The whole table."""
-        return "\n".join([*self._head(), *_memory(self.fits[0]), *self._settings(), *self._work(), *self._disk()])
+        answers = [] if self.answers is None else [self.answers.text(self.total_seconds)]
+        parts = [self._head(), _memory(self.fits[0]), self._settings(), self._work(), answers, self._disk()]
+        return "\n".join(line for part in parts for line in part)
 
     def as_json(self) -> dict[str, Any]:
         """Bytes, seconds and counts under plain names."""
@@ -69,7 +74,9 @@ class Report:
                 "first_pass": self.first_pass_seconds,
                 "evaluation": self.evaluation_seconds,
                 "total": self.total_seconds,
+                "answers": None if self.answers is None else self.answers.seconds,
             },
+            "answers": None if self.answers is None else asdict(self.answers) | {"fits": self.answers.fits},
             "disk_bytes": asdict(self.disk),
         }
 

@@ -33,6 +33,7 @@ from prefopt_dist.generation.store import Answered, SampleStore, digest_of
 from prefopt_dist.generation.transformers_engine import TransformersEngine, copy_for_sampling, load_for_sampling
 from prefopt_dist.model.digests import refuse_if_changed
 from prefopt_dist.planning import memory
+from prefopt_dist.planning.answers import SHARD_PROMPTS
 from prefopt_dist.planning.memory import Place, Sampled
 from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.stages import comparing
@@ -46,8 +47,6 @@ from prefopt_dist.tracking.metrics_file import strict_inside
 from prefopt_dist.training.manifest import MANIFEST
 from prefopt_dist.training.room import KEPT_FREE, free_bytes
 
-SHARD_PROMPTS = 8
-"""Prompts that are answered together, one lockstep batch: what a kill costs each rank."""
 FILE = "answers.jsonl"
 """In the run folder: every prompt with both answers, for people."""
 

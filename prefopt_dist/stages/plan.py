@@ -16,6 +16,7 @@ from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import check_config, load_tokenizer, read_config, resolve
 from prefopt_dist.objectives import Objective
 from prefopt_dist.planning import work
+from prefopt_dist.planning.answers import AnswersPlan, answers_plan
 from prefopt_dist.planning.disk import disk
 from prefopt_dist.planning.fit import Needs, offloadings, refuse_misfit
 from prefopt_dist.planning.machine import Machine, planned
@@ -25,6 +26,7 @@ from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.stages.checks import adapter_of
 from prefopt_dist.stages.ingredients import DTYPES, rows_for_loss, sized, zero_settings
 from prefopt_dist.stages.losses import make_objective
+from prefopt_dist.stages.own_answers import sampled
 from prefopt_dist.stages.rows import TRAIN, eval_sets, prepared, prepared_train
 from prefopt_dist.tracking.console import say
 
@@ -124,8 +126,15 @@ def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], tod
         step_seconds=seconds(work.training_flop(todo, cost, again, needs.sizes.frozen)),
         first_pass_seconds=seconds(todo.first_pass_flop),
         evaluation_seconds=seconds(todo.evaluation_flop),
+        answers=_answers(config, machine, needs),
         disk=disk(needs.sizes, config.checkpoint.keep, written, todo.sequences, merged=config.export.merged),
     )
+
+
+def _answers(config: Config, machine: Machine, needs: Needs) -> AnswersPlan | None:
+    if config.answers.number == 0:
+        return None
+    return answers_plan(needs.sizes, needs.policy, machine, sampled(config), config.answers.number)
 
 
 def _write(path: Path, plan: dict[str, Any]) -> None:
