@@ -9,8 +9,10 @@ from typing import Any
 import worlds
 
 from prefopt_dist.config import load_config, to_yaml
+from prefopt_dist.config.health import Health
 from prefopt_dist.tracking.diagnosis import BIN_EDGES
-from prefopt_dist.tracking.metrics_file import MetricsFile
+from prefopt_dist.tracking.metrics_file import MetricsFile, strict
+from prefopt_dist.tracking.verdict import verdict
 
 
 def write_run_folder(
@@ -55,6 +57,80 @@ def write_run_folder(
         (checkpoint / "manifest.json").write_text("{}")
     (folder / "DONE").write_text("done\n")
     return folder
+
+
+def answers_row(
+    word: str = "better", *, rewards: bool = True, step: int = 120, start: bool = False, **changes: Any
+) -> dict[str, Any]:
+    """A row of answers, as its kind of model has it; start: the row of step 0."""
+    base = {"answers/prompts": 64}
+    of_start = {"length": 31.4, "ended": 0.98, "repeated_4grams": 0.01, "distinct": 1.0} | (
+        {"reward": 0.731} if rewards else {}
+    )
+    keys = {"kind": "answers", "step": 0 if start else step, "epoch": 1.0, "pairs_seen": 32 * step}
+    if start:
+        return keys | base | {f"answers/{name}": value for name, value in of_start.items()}
+    apart, low, high = {"better": (0.081, 0.046, 0.13), "worse": (-0.2, -0.25, -0.15)}.get(word, (0.01, -0.03, 0.05))
+    nats, reference = (0.57, 1.29) if word == "collapsed" else (0.19, 0.31)
+    row = base | {
+        "answers/length": 35.2,
+        "answers/ended": 0.97,
+        "answers/repeated_4grams": 0.02,
+        "answers/distinct": 0.98,
+        "answers/nats": nats,
+        "answers/reference_nats": reference,
+        "answers/chosen/reference_nats": 0.09,
+        "answers/start/reference_nats": 0.12,
+        "answers/kl": 35 * (reference - nats),
+        "answers/kl_low": 30 * (reference - nats),
+        "answers/kl_high": 40 * (reference - nats),
+        "answers/kl_per_token": reference - nats,
+    }
+    row |= {f"answers/start/{name}": value for name, value in of_start.items()}
+    if rewards:
+        row |= {
+            "answers/reward": 0.731 + apart,
+            "answers/reward_difference": apart,
+            "answers/reward_difference_low": low,
+            "answers/reward_difference_high": high,
+            "answers/win_rate": 0.5 + apart,
+            "answers/win_rate_low": 0.5 + low,
+            "answers/win_rate_high": 0.5 + high,
+        }
+    return keys | row | changes
+
+
+def add_answers(folder: Path, word: str, *, rewards: bool = True, on_its_way: tuple[int, ...] = ()) -> None:
+    """As `train` leaves them in a run folder that is done; not judged: without rewards."""
+    file = MetricsFile(folder / "metrics.jsonl")
+    rows = file.rows()
+    last = rows[-1]["step"]
+    rewards = rewards and word != "not judged"
+    asked = [answers_row(start=True, rewards=rewards)]
+    asked += [answers_row("no difference", step=step, rewards=rewards) for step in on_its_way]
+    asked += [answers_row(word, step=last, rewards=rewards)]
+    kept = [strict(row) for row in sorted([*rows, *asked], key=lambda row: row["step"])]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    row = asked[-1]
+    found = verdict(row, Health(), str(folder / "final"))
+    block: dict[str, Any] = {"prompts": 64, "left_out": 2, "verdict": found.word, "verdict_text": found.text}
+    if rewards:
+        reward = row["answers/reward"]
+        block |= {"reward": {"mean": reward, "low": reward - 0.04, "high": reward + 0.04}}
+        block |= {"start": {"reward": {"mean": 0.731, "low": 0.69, "high": 0.77}}}
+    facts = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(facts | {"answers": block}))
+    after = (
+        "so the so the so the " * 40 if word == "collapsed" else "Dear Anna,\n\nthe train is late. See you at <ten>."
+    )
+    said: dict[str, Any] = {
+        "prompt": "Write to my aunt & say that the train is late.",
+        "before": "yo, late",
+        "after": after,
+    }
+    if rewards:
+        said |= {"reward_before": 0.25, "reward_after": 1.0}
+    (folder / "answers.jsonl").write_text((json.dumps(said) + "\n") * 10)
 
 
 def _row(prefix: str, part: float, pairs: int, draw: random.Random, ill: bool) -> dict[str, Any]:

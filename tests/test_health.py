@@ -113,6 +113,7 @@ ILL: dict[str, Callable[[int], dict[str, Any]]] = {
     },
     "diverging": lambda step: {"train/loss": 0.693 + 0.01 * step},
     "chosen-falls": lambda step: {"train/logratio/chosen_per_token": -0.01 * step},
+    "likelihood-displaced": lambda step: {"train/logratio/chosen": -1.0 * step, "train/logps/chosen": -40.0 - step},
     "rewards-fall": lambda step: {
         "train/rewards/chosen": -0.01 * step,
         "train/rewards/rejected": -0.02 * step,
@@ -126,6 +127,10 @@ ILL: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
+ANSWERS = {"answers-collapsed", "answers-worse", "answers-longer", "answers-do-not-end"}
+"""tests/test_answers_rules.py has their runs."""
+
+
 @pytest.mark.parametrize("rule", ILL)
 def test_each_rule_speaks_once_where_it_should(rule: str) -> None:
     (finding,) = found(run(ILL[rule]))
@@ -137,7 +142,7 @@ def test_each_rule_speaks_once_where_it_should(rule: str) -> None:
 
 
 def test_every_rule_has_its_run() -> None:
-    assert {rule.id for rule in RULES} == ILL.keys() | {"overfit"}
+    assert {rule.id for rule in RULES} == ILL.keys() | {"overfit"} | ANSWERS
     assert len({rule.id for rule in RULES}) == len(RULES)
 
 

@@ -50,6 +50,6 @@ def test_samples_show_both_models_answers(folder: Path) -> None:
     assert len({sample["prompt"] for sample in samples}) == 6
     for sample in samples:
         addressee = sample["prompt"].split("Write to my ")[1].split()[0]
-        assert addressee in sample["reference"]
-        assert sample["policy"]
-    assert any(sample["policy"] != sample["reference"] for sample in samples)
+        assert addressee in sample["before"]
+        assert sample["after"]
+    assert any(sample["after"] != sample["before"] for sample in samples)

@@ -1,5 +1,6 @@
 """The page about a run: what it says, that it needs nothing else, and how it looks in a real browser."""
 
+import html
 import json
 import os
 import re
@@ -9,10 +10,10 @@ from pathlib import Path
 import browser
 import pytest
 import worlds
-from run_folders import write_run_folder
+from run_folders import add_answers, write_run_folder
 
 from prefopt_dist.__main__ import main
-from prefopt_dist.report.page import verdict
+from prefopt_dist.report.banner import verdict
 from prefopt_dist.report.record import read_run
 from prefopt_dist.report.sweep import sweep_table
 from prefopt_dist.tracking.metrics_file import MetricsFile
@@ -52,9 +53,7 @@ def page(run: Path, *overrides: str) -> str:
 def test_the_page_of_a_run(tmp_path: Path) -> None:
     run = write_run_folder(tmp_path / "ill", ill=True, sets=("helpful", "harmless"))
     (run / "inspection.json").write_text(json.dumps({"data.train": {"findings": {"<b>equal</b>": 7}}}))
-    (run / "samples.jsonl").write_text(
-        json.dumps({"prompt": "Say <hi>", "reference": "no", "policy": "hi & ho"}) + "\n"
-    )
+    (run / "answers.jsonl").write_text(json.dumps({"prompt": "Say <hi>", "before": "no", "after": "hi & ho"}) + "\n")
     text = page(run)
     plain = text.replace("\u200b", "")
     assert "Not well: one warning stands. The chosen responses are losing their probability." in text
@@ -92,15 +91,15 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     assert "mathdefault" not in text, "a label is a formula, as it is written"
 
 
-def test_a_run_that_is_well_and_one_that_has_not_begun(tmp_path: Path) -> None:
+def test_a_run_without_findings_and_one_that_has_not_begun(tmp_path: Path) -> None:
     run = write_run_folder(tmp_path / "well", steps=60)
-    assert "Done, and well: no rule has a warning." in page(run)
+    assert "No rule has a warning. Whether the answers are better was not judged." in page(run)
     (run / "DONE").unlink()
     MetricsFile(run / "metrics.jsonl").cut_back(20)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # while the run writes
     text = page(run)
-    assert "Well so far" in text
+    assert "No rule has a warning. Whether the answers are better is seen at the end." in text
     assert "step 20 of 60" in text
     (run / "metrics.jsonl").unlink()
     assert "Nothing to judge yet" in page(run)
@@ -108,15 +107,118 @@ def test_a_run_that_is_well_and_one_that_has_not_begun(tmp_path: Path) -> None:
 
 def test_a_warning_that_is_over_is_no_verdict(tmp_path: Path) -> None:
     run = write_run_folder(tmp_path / "slow", steps=60)
+    slow_until(run, 30)
+    record = read_run(run, "run.dir")
+    assert [f.id for f in record.found if f.level == "warning"] == ["slow-rank"]
+    assert verdict(record)["text"].startswith("It has recovered")
+
+
+def slow_until(run: Path, step: int) -> None:
+    """One rank is slow before this step."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     slow = {"perf/slowest_rank": 1, "perf/other_ranks_seconds": 1.0, "perf/slowest_rank_load": 1.0}
     for row in lines:
         if row["kind"] == "train":
-            row |= slow | {"perf/slowest_rank_seconds": 3.0 if row["step"] < 30 else 1.0}
+            row |= slow | {"perf/slowest_rank_seconds": 3.0 if row["step"] < step else 1.0}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    record = read_run(run, "run.dir")
-    assert [f.id for f in record.found if f.level == "warning"] == ["slow-rank"]
-    assert verdict(record)["text"].startswith("It has recovered")
+
+
+WORDS = ("better", "no difference to be seen", "worse", "collapsed", "not judged")
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("ill", [False, True])
+def test_the_banner_says_the_verdict_first(tmp_path: Path, word: str, ill: bool) -> None:
+    """And never that a run is well; a warning that stands is told beside it."""
+    run = write_run_folder(tmp_path / "run", steps=60, ill=ill)
+    add_answers(run, word.removesuffix(" to be seen"))
+    found = verdict(read_run(run, "run.dir"))
+    judged = json.loads((run / "run.json").read_text())["answers"]
+    assert judged["verdict"] == word
+    first = "Done; whether the answers are better was not judged: " if word == "not judged" else word.capitalize()
+    assert found["text"].startswith(first)
+    assert str(run / "final") in found["text"]
+    assert not re.search(r"\bwell\b", found["text"], re.IGNORECASE)
+    assert "recovered" not in found["text"]
+    moods = {"better": "good", "no difference to be seen": "open", "not judged": "open"}
+    ill_moods = moods | {"better": "open", "no difference to be seen": "poor", "not judged": "poor"}
+    assert found["mood"] == (ill_moods if ill else moods).get(word, "poor")
+    assert ("ne warning stands: The chosen responses are losing" in found["text"]) == ill
+    assert ("No rule has a warning." in found["text"]) == (not ill and word in moods)
+    # What the verdict says already is said once.
+    assert "The model no longer writes" not in found["text"]
+    assert "earn less reward" not in found["text"]
+    assert found["text"] in html.unescape(page(run))
+    # A run that goes on from there: the verdict is of another model.
+    (run / "DONE").unlink()
+    assert verdict(read_run(run, "run.dir"))["mood"] == ("poor" if ill or word in ("worse", "collapsed") else "open")
+
+
+@pytest.mark.parametrize(("word", "mood"), [("better", "good"), ("not judged", "open"), ("collapsed", "poor")])
+def test_what_is_over_is_no_recovery_of_bad_answers(tmp_path: Path, word: str, mood: str) -> None:
+    run = write_run_folder(tmp_path / "slow", steps=60)
+    slow_until(run, 30)
+    add_answers(run, word)
+    found = verdict(read_run(run, "run.dir"))
+    assert found["mood"] == mood
+    assert "recovered" not in found["text"]
+    assert found["text"].endswith("Every warning below is over.") == (word != "collapsed")
+
+
+def test_the_models_own_answers(tmp_path: Path) -> None:
+    """Start and trained beside each other, intervals where there are any, eight answers, curves of several rows."""
+    run = write_run_folder(tmp_path / "run", steps=60)
+    add_answers(run, "better", on_its_way=(20, 40))
+    text = page(run)
+    assert text.index("The model's own answers") < text.index("<h2>In numbers") < text.index("<h2>Curves")
+    rows = dict(re.findall(r"<tr><td>([^<]*)</td>(<td class=\"(?:n|both)\".*?)</tr>", text))
+    cells = {name: re.findall(r">([^<]+)</td>", told) for name, told in rows.items()}
+    assert cells["reward"] == ["0.731 (0.690 to 0.770)", "0.812 (0.772 to 0.852)"]
+    assert cells["difference of the rewards, prompt by prompt"] == ["0.081 (0.046 to 0.130)"]
+    assert cells["win rate against the start"] == ["0.581 (0.546 to 0.630)"]
+    assert cells["KL from the reference, nats an answer"] == ["4.200 (3.600 to 4.800)"]
+    assert cells["nats a token of the answers, by the reference"] == ["0.120", "0.310"]
+    assert cells["nats a token of the chosen responses, by it"] == ["0.090"]
+    assert cells["nats a token of the answers, by the model"] == ["–", "0.190"]
+    assert cells["answers that end"] == ["98%", "97%"]
+    assert text.count("before training · reward 0.25") == text.count("after training · reward 1") == 8
+    assert "See you at &lt;ten&gt;." in text
+    assert "64 prompts (2 more were left out)" in text
+    titles = re.findall(r"<title>([^<]*)</title>", text)
+    assert titles[1:4] == ["Reward of the answers", "KL from the reference", "Length of the answers"]
+
+
+def test_answers_of_a_start_alone_and_without_rewards(tmp_path: Path) -> None:
+    run = write_run_folder(tmp_path / "run", steps=60)
+    add_answers(run, "not judged")
+    text = page(run)
+    assert "Reward of the answers" not in text
+    assert "reward</td>" not in text
+    assert "before training<" in text
+    (run / "DONE").unlink()
+    (run / "answers.jsonl").unlink()
+    MetricsFile(run / "metrics.jsonl").cut_back(20)
+    text = html.unescape(page(run))
+    assert "The start's answers to 64 prompts; the trained model answers them at the end." in text
+    assert '<td>tokens an answer</td><td class="n">31.4</td><td class="n">–</td>' in text
+
+
+def test_a_model_that_has_diverged_has_its_page(tmp_path: Path) -> None:
+    """Numbers that are not finite stand in the rows, and in run.json and answers.jsonl by their word."""
+    run = write_run_folder(tmp_path / "run", steps=60)
+    add_answers(run, "collapsed")
+    for name in ("metrics.jsonl", "run.json"):
+        text = (run / name).read_text()
+        (run / name).write_text(
+            re.sub(r'("answers/(?:nats|kl|reward|reward_difference)"|"mean"): [-\d.]+', r'\1: "NaN"', text)
+        )
+    (run / "answers.jsonl").write_text(
+        json.dumps({"prompt": "p", "before": "b", "after": "", "reward_after": "NaN"}) + "\n"
+    )
+    text = page(run)
+    assert "(an empty answer)" in text
+    assert "reward NaN" in text
+    assert "not finite, it has diverged" in text
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:
@@ -128,6 +230,13 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert "They differ in: loss.beta." in text
     assert "chosen-falls" in text
     assert len(re.findall(r"<title>", text)) == 9
+    assert "its answers are" not in text
+    for run, word in zip(runs, ("better", "collapsed"), strict=False):
+        add_answers(run, word)
+    text = page(runs[0], f"report.compare=[{', '.join(map(str, runs))}]")
+    assert '<td>better</td><td class="n">0.812</td><td class="n">4.2</td>' in text
+    assert '<td>collapsed</td><td class="n">0.741</td><td class="n">25.2</td>' in text
+    assert '<td>–</td><td class="n">–</td><td class="n">–</td>' in text
     assert all(f"<strong>beta{beta}</strong>" in text for beta in (0.1, 0.3, 0.5))
 
 
@@ -192,7 +301,7 @@ COLOURS = """
     return [of(document.body).backgroundColor, of(document.body).color, of(text).fill]; })()
 """
 Y_NAMES = {"loss", "share of pairs", "reward", "nats a token", "norm", "tokens a second", "seconds a row", "GiB"}
-Y_NAMES |= {"share of the pairs", "event"}
+Y_NAMES |= {"share of the pairs", "event", "nats an answer", "tokens"}
 X_NAMES = {"step", "reward margin (logarithmic beyond ±0.1)"}
 
 
@@ -204,6 +313,8 @@ def test_in_a_browser_nothing_overflows_and_every_axis_has_its_name(tmp_path: Pa
         write_run_folder(tmp_path / f"a-run-with-a-long-name-{i}", ill=i == 0, sets=("helpful", "harmless"), seed=i)
         for i in range(3)
     ]
+    for run, word in zip(runs, ("collapsed", "better", "not judged"), strict=True):
+        add_answers(run, word, on_its_way=(30, 60))
     pages = {"run": tmp_path / "run.html", "sweep": tmp_path / "sweep.html"}
     pages["run"].write_text(page(runs[0]))
     pages["sweep"].write_text(page(runs[0], f"report.compare=[{', '.join(map(str, runs))}]"))
@@ -219,7 +330,7 @@ def test_in_a_browser_nothing_overflows_and_every_axis_has_its_name(tmp_path: Pa
                     assert look.ask(OVERFLOWING) == [], place
                     assert look.ask(BEYOND_ITS_CHART) == [], place
                     charts = look.ask(AXES)
-                    assert len(charts) == {"run": 12, "sweep": 8}[name]
+                    assert len(charts) == {"run": 15, "sweep": 8}[name]
                     for title, texts in charts:
                         assert X_NAMES & set(texts), f"{place}: the x axis of {title} has no name"
                         assert Y_NAMES & set(texts), f"{place}: the y axis of {title} has no name"

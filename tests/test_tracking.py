@@ -18,7 +18,7 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.tracking import progress
 from prefopt_dist.tracking.console import rank_fault, say
 from prefopt_dist.tracking.diagnosis import BIN_EDGES
-from prefopt_dist.tracking.feed import Sample
+from prefopt_dist.tracking.feed import Feeds, Sample
 from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.tracking.progress import Progress
 from prefopt_dist.tracking.statistics import Statistics
@@ -315,19 +315,62 @@ def test_alerts_histograms_and_the_summary_reach_wandb(tmp_path: Path, monkeypat
         metrics.append("eval", step, 0.1, 8, {"eval/loss": loss, "eval/x/rewards/accuracies": accuracy})
     feed = _feed(tmp_path, metrics, "online")
     feed.alert("a title", "a text")
+    # A reward is no evaluation's; and `loss` at the end of a name makes none.
+    metrics.append("answers", 20, 0.1, 8, {"answers/reward": 0.5, "answers/rewards/margins": 9.0})
     feed.samples([Sample("a prompt", "before", "after")])
+    feed.verdict("better", "better: by much")
     feed.finish()
     index, last = run.sent[-1]
-    assert index == 4  # behind the rows
+    assert index == 5  # behind the rows
+    assert run.sent[4][1] == {
+        **{"step": 20, "epoch": 0.1, "pairs_seen": 8},
+        **{"answers/reward": 0.5, "answers/rewards/margins": 9.0},
+    }
     assert (last["samples"].columns, last["samples"].data) == (
-        ["prompt", "reference", "policy"],
+        ["prompt", "before", "after"],
         [["a prompt", "before", "after"]],
     )
     assert run.alerts == ["WARN: a title: a text"]
-    assert run.summary == {"best/eval/loss": 0.5, "best/eval/x/rewards/accuracies": 0.8, "health/warnings": 1}
+    assert run.summary == {
+        **{"best/eval/loss": 0.5, "best/eval/x/rewards/accuracies": 0.8, "health/warnings": 1},
+        **{"verdict": "better", "verdict_text": "better: by much"},
+    }
     shown = run.sent[0][1]["train/rewards/margins_histogram"]
     assert shown.histogram == counts
     assert list(shown.bins[1:-1]) == list(BIN_EDGES)
+
+
+def test_samples_with_rewards_have_their_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _FakeRun(0, "")
+    _fake(monkeypatch, run, "")
+    feed = _feed(tmp_path, MetricsFile(tmp_path / "metrics.jsonl"), "online")
+    feed.samples([Sample("a", "b", "c", 0.5, 1.0), Sample("d", "e", "f")])
+    feed.finish()
+    table = run.sent[-1][1]["samples"]
+    assert table.columns == ["prompt", "before", "after", "reward_before", "reward_after"]
+    assert table.data == [["a", "b", "c", 0.5, 1.0], ["d", "e", "f", None, None]]
+    assert "verdict" not in run.summary
+
+
+def test_several_outlets_hear_everything() -> None:
+    heard: list[tuple[str, Any]] = []
+
+    class Outlet:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *given, **more: heard.append((name, given))
+
+    feeds = Feeds(Outlet(), Outlet())
+    feeds.feed()
+    feeds.samples([])
+    feeds.verdict("worse", "worse: by much")
+    feeds.finish()
+    told: list[tuple[str, Any]] = [
+        ("feed", ()),
+        ("samples", ([],)),
+        ("verdict", ("worse", "worse: by much")),
+        ("finish", ()),
+    ]
+    assert heard == [event for event in told for _ in range(2)]
 
 
 def test_a_warning_of_an_earlier_start_reaches_who_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,13 +414,24 @@ def test_tensorboard_has_the_rows_of_the_file_after_a_rollback(tmp_path: Path) -
     second = TensorBoardFeed(tmp_path, metrics)
     second.feed()
     _row(metrics, 2, third=math.nan)
+    metrics.append("answers", 2, 0.2, 8, {"answers/kl": 3.5})
     second.alert("a title", "a text")
+    second.samples([Sample("a prompt", "b", "c", 0.25, 1.0)])
+    second.verdict("better", "better: by much")
     second.finish()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, pytest.approx(1 / 3))]
-    assert [e.value for e in events.Scalars("pairs_seen")] == [4.0, 8.0]
+    assert [e.value for e in events.Scalars("pairs_seen")] == [4.0, 8.0, 8.0]  # of each row
     assert math.isnan(events.Scalars("third")[0].value)
+    assert [(e.step, e.value) for e in events.Scalars("answers/kl")] == [(2, 3.5)]
+    texts = {
+        name: events.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode()
+        for name in ("samples", "verdict")
+    }
+    assert texts["verdict"] == "better: by much"
+    assert "before (reward 0.25): b" in texts["samples"]
+    assert "after (reward 1): c" in texts["samples"]
     (histogram,) = events.Histograms("train/rewards/margins_histogram")
     assert histogram.histogram_value.num == 3
 

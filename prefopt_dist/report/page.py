@@ -9,9 +9,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from prefopt_dist.report.answers import section
+from prefopt_dist.report.banner import verdict
 from prefopt_dist.report.record import Record
 from prefopt_dist.report.run_charts import run_charts
-from prefopt_dist.report.sweep import differing_keys, sweep_charts, sweep_table
+from prefopt_dist.report.sweep import ANSWERED, differing_keys, sweep_charts, sweep_table
 from prefopt_dist.tracking.health import RULES
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logratio/chosen_per_token")
@@ -25,6 +27,7 @@ def run_page(record: Record) -> str:
         title=record.name,
         record=record,
         verdict=verdict(record),
+        answers=section(record),
         numbers=_numbers(record),
         charts=run_charts(record),
         checked=[rule for rule in RULES if rule.id not in {f.id for f in record.found}],
@@ -33,30 +36,17 @@ def run_page(record: Record) -> str:
 
 def sweep_page(records: Sequence[Record]) -> str:
     """The page of several runs."""
+    table = sweep_table(records)
     return _render(
         "sweep.html.j2",
         title=f"{len(records)} runs",
         keys=differing_keys(records),
-        table=sweep_table(records),
+        table=table,
+        answered=[name for name in ANSWERED if any(row[name] is not None for row in table)],
         records=records,
         verdicts={record.path: verdict(record) for record in records},
         charts=sweep_charts(records),
     )
-
-
-def verdict(record: Record) -> dict[str, str]:
-    """One sentence on how the run is, and its mood: good, poor, or open."""
-    warnings = [f for f in record.found if f.level == "warning"]
-    active = {f.id: f.title for f in warnings if f.id in record.active}
-    if active:
-        number = "one warning stands" if len(active) == 1 else f"{len(active)} warnings stand"
-        return {"mood": "poor", "text": f"Not well: {number}. {'; '.join(active.values())}."}
-    if not record.train:
-        return {"mood": "open", "text": "Nothing to judge yet: the run has no row of training."}
-    if warnings:
-        return {"mood": "open", "text": "It has recovered: every warning below is over."}
-    state = "Done, and well" if record.done else "Well so far"
-    return {"mood": "good", "text": f"{state}: no rule has a warning."}
 
 
 def _numbers(record: Record) -> list[dict[str, Any]]:

@@ -49,8 +49,8 @@ class Record:
     """evaluation.json"""
     inspection: dict[str, Any] | None
     """inspection.json"""
-    samples: list[dict[str, str]]
-    """samples.jsonl"""
+    samples: list[dict[str, Any]]
+    """answers.jsonl: prompts and their answers before and after, with rewards where there are any"""
 
     @property
     def name(self) -> str:
@@ -66,6 +66,22 @@ class Record:
     def evals(self) -> list[Row]:
         """The rows of evaluation."""
         return [row for row in self.rows if row["kind"] == "eval"]
+
+    @property
+    def answers(self) -> list[Row]:
+        """The rows of answers, the start's own first."""
+        return [row for row in self.rows if row["kind"] == "answers"]
+
+    @property
+    def answered(self) -> Row | None:
+        """The newest row that tells the policy's answers from the start's."""
+        return next((row for row in reversed(self.answers) if "answers/nats" in row), None)
+
+    @property
+    def judged(self) -> dict[str, Any] | None:
+        """What run.json says of the answers; of a run that goes on again it is not true any more."""
+        found: dict[str, Any] | None = self.facts.get("answers") if self.done else None
+        return found if found is not None and "verdict" in found else None
 
     @property
     def eval_sets(self) -> list[str]:
@@ -110,7 +126,7 @@ def read_run(path: Path, key: str) -> Record:
         active=active,
         evaluation=_optional(path / "evaluation.json"),
         inspection=_optional(path / "inspection.json"),
-        samples=_lines(path / "samples.jsonl"),
+        samples=_lines(path / "answers.jsonl"),
     )
 
 
@@ -118,7 +134,7 @@ def _optional(file: Path) -> dict[str, Any] | None:
     return read_json(file) if file.exists() else None
 
 
-def _lines(file: Path) -> list[dict[str, str]]:
+def _lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 

@@ -115,6 +115,7 @@ def _events(record: Record) -> str:
         ("start", [start["step"] for start in record.facts["starts"] if start["step"] is not None]),
         ("checkpoint", [c.step for c in record.checkpoints]),
         ("evaluation", [row["step"] for row in record.evals]),
+        ("answers", [row["step"] for row in record.answers]),
         ("warning", [f.step for f in record.found if f.level == "warning"]),
         ("information", [f.step for f in record.found if f.level == "info"]),
     ]

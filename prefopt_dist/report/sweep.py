@@ -10,6 +10,8 @@ from prefopt_dist.report.record import Record
 
 IGNORED = ("run.dir", "run.cache", "tracking.")
 COLUMNS = ("loss", "rewards/accuracies", "rewards/margins", "logratio/chosen_per_token")
+ANSWERED = ("verdict", "reward", "kl")
+"""Columns of the model's own answers, shown where a run has any."""
 CURVES = (
     ("Loss", "loss", "loss"),
     ("Accuracy of the rewards", "share of pairs", "rewards/accuracies"),
@@ -28,19 +30,23 @@ def differing_keys(records: Sequence[Record]) -> list[str]:
 
 
 def sweep_table(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """A row a run: the keys that differ, its steps, its last values, the evaluation's where it has one."""
+    """A row a run: the keys that differ, its steps, its verdict, its last values, an evaluation's where it has one."""
     keys = differing_keys(records)
     table = []
     for record in records:
         config = _dotted(record.config)
         prefix, rows = _judged(record)
         last = {name: _last(rows, prefix + name) for name in COLUMNS}
+        answered = record.answered or {}
         table.append(
             {
                 "name": record.name,
                 "state": record.state.partition(":")[0],
                 "steps": record.rows[-1]["step"] if record.rows else 0,
                 "config": [config.get(key) for key in keys],
+                "verdict": None if record.judged is None else record.judged["verdict"],
+                "reward": answered.get("answers/reward"),
+                "kl": answered.get("answers/kl"),
                 "on": "training" if prefix == "train/" else "evaluation",
                 "last": last,
                 "warnings": sorted({f.id for f in record.found if f.level == "warning"}),

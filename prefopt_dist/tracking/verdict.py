@@ -12,8 +12,8 @@ from prefopt_dist.tracking.metrics_file import Row
 Word = Literal["better", "no difference to be seen", "worse", "collapsed", "not judged"]
 
 REMEDY = (
-    "set generate.rewards to a function or a model, then run `evaluate` with evaluate.prompts, or train anew in another "
-    "run.dir"
+    "set generate.rewards to a function or a model, then run `evaluate` with evaluate.prompts, or train anew in "
+    "another run.dir"
 )
 
 
@@ -37,7 +37,9 @@ def verdict(row: Row, thresholds: Health, model: str) -> Verdict:
         row.get(f"answers/{name}", math.nan) for name in ("reward", "start/reward", "reward_difference")
     )
     if "answers/reward_difference" not in row:
-        return _verdict("not judged", f"{model} has not collapsed, but nothing says what its answers are worth; {REMEDY}")
+        return _verdict(
+            "not judged", f"{model} has not collapsed, but nothing says what its answers are worth; {REMEDY}"
+        )
     if not (math.isfinite(mine) and math.isfinite(theirs) and math.isfinite(apart)):
         return _verdict(
             "not judged",
@@ -49,7 +51,9 @@ def verdict(row: Row, thresholds: Health, model: str) -> Verdict:
     between = f", {low:.3f} to {high:.3f}" if math.isfinite(low) and math.isfinite(high) else ""
     prompts = f"{row['answers/prompts']} prompt{'' if row['answers/prompts'] == 1 else 's'}"
     return _verdict(
-        word, f"answers of {model} earn {mine:.3f} where the start's earned {theirs:.3f} (difference {apart:.3f}{between}, {prompts})"
+        word,
+        f"answers of {model} earn {mine:.3f} where the start's earned {theirs:.3f} "
+        f"(difference {apart:.3f}{between}, {prompts})",
     )
 
 
