@@ -31,7 +31,7 @@ from prefopt_dist.generation.prompts import Prompt
 from prefopt_dist.generation.sampling import Sampling
 from prefopt_dist.generation.shards import HALT, over_shards
 from prefopt_dist.reference.turn import StoppedInFirstPass
-from prefopt_dist.stages import answering, comparing, rounds
+from prefopt_dist.stages import answering, comparing, judges, rounds
 from prefopt_dist.training.checkpoint import committed
 
 REWARDS = [{"function": "rewards_for_tests:letters"}]
@@ -82,7 +82,7 @@ def test_pairs_are_made_of_the_best_and_the_worst(world: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(answering, "TransformersEngine")
-        patch.delattr(answering, "FunctionReward")
+        patch.delattr(judges, "FunctionReward")
         assert (
             main(["generate", str(write_run(world, "margin", generate={"pairing": "margin", "min_margin": 2.0}))]) == 0
         )
@@ -189,7 +189,10 @@ def test_evaluate_compares_two_models_by_their_answers(world: Path, door: Door) 
     found = json.loads((world / "runs" / "one" / "evaluation.json").read_text())["answers"]
     assert found["win_rate"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     assert found["kl"]["mean"] == 0
+    assert found["policy"].pop("nats") == found["policy"]["reference_nats"]
     assert found["policy"] == found["against"]
+    assert found["verdict"] == "no difference to be seen"
+    assert str(world / "model") in found["verdict_text"]
     other = world / "other-model"
     worlds.write_model(other, seed=2, scale=3.0)
     (other / "generation_config.json").write_bytes((world / "model" / "generation_config.json").read_bytes())

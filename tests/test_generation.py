@@ -32,7 +32,7 @@ from prefopt_dist.generation.prompts import Prompt, read_prompts
 from prefopt_dist.generation.rewards import Bad, FunctionReward, find_function
 from prefopt_dist.generation.sampling import Sampling, choose, stop_ids_of
 from prefopt_dist.generation.store import Answered, SampleStore
-from prefopt_dist.generation.transformers_engine import TransformersEngine, batches
+from prefopt_dist.generation.transformers_engine import TransformersEngine, batches, load_for_sampling
 from prefopt_dist.generation.whole_model import padded
 from prefopt_dist.model.load import inspect_folder
 
@@ -171,8 +171,9 @@ def test_batches_with_a_cache_sample_what_each_response_alone_does(family: str, 
     expected = alone(folder, prompts, sampling)
     lengths = Counter(len(ids) for responses in expected for ids in responses)
     assert len(lengths) > 2, lengths  # rows did leave at different times
+    lm = load_for_sampling(model, dtype=FLOAT32, device=CPU)
     for batch_tokens in (1, 60, 10_000):
-        engine = TransformersEngine(model, dtype=FLOAT32, device=CPU, batch_tokens=batch_tokens)
+        engine = TransformersEngine(lm, "a model", batch_tokens=batch_tokens)
         assert engine.sample(prompts, sampling) == expected
     assert engine.sample(prompts[3:], sampling) == expected[3:]
 
@@ -189,7 +190,8 @@ def test_lines_are_padded_on_either_side() -> None:
 
 
 def test_a_model_without_numbers_is_named(llama: Path) -> None:
-    engine = TransformersEngine(inspect_folder(llama, "k", 64), dtype=FLOAT32, device=CPU, batch_tokens=100)
+    lm = load_for_sampling(inspect_folder(llama, "k", 64), dtype=FLOAT32, device=CPU)
+    engine = TransformersEngine(lm, "a model", batch_tokens=100)
     torch.nn.init.constant_(engine._model.get_output_embeddings().weight, float("nan"))
     sampling = Sampling(n=2, temperature=0.9, top_p=0.9, max_new_tokens=4, seed=0, stop_ids=())
     with pytest.raises(UserError, match=r"the prompt at p\.jsonl:1 are NaN or infinite"):

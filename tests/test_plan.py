@@ -267,7 +267,7 @@ def test_answers_of_an_8b_and_a_70b() -> None:
     scored = 4 * 2 * needs.sizes.parameters * 64 * 2048 / (8 * 0.4 * 989e12)
     assert found.seconds == pytest.approx(2 * (1792 * product + 256 * 0.032) + scored)
     assert "64 prompts" in found.text(3600.0)
-    assert "0.5% of the job" in found.text(3600.0)
+    assert "0.6% of the job" in found.text(3600.0)
     twice = answers_plan(needs.sizes, needs.policy, h200(1), asked, 65)
     assert twice.seconds is not None
     assert twice.seconds > 1.9 * found.seconds

@@ -6,10 +6,13 @@ Legend: an answer is the list of its token ids, its end token included where it 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prefopt_dist.data.micro_batch import Unit
+from prefopt_dist.generation import comparison
 from prefopt_dist.generation.comparison import Interval
 from prefopt_dist.generation.store import Answered
 
@@ -43,14 +46,78 @@ def repeated(answers: Sequence[Sequence[int]]) -> float:
     return again / grams if grams else 0.0
 
 
-def nats(sums: NDArray[np.float64], tokens: Sequence[int]) -> float:
+def nats(sums: NDArray[np.float64], of_tokens: Sequence[int]) -> float:
     """Return −Σ log π / Σ tokens, in nats a token; sums [n] in nats of sequences of so many tokens."""
-    return -float(sums.sum()) / sum(tokens)
+    return -float(sums.sum()) / sum(of_tokens)
 
 
 def lengths(found: Sequence[Answered]) -> list[int]:
     """Return the tokens of every answer, in order."""
     return [len(answer.ids) for one in found for answer in one.answers]
+
+
+def tokens(units: Sequence[Unit]) -> list[int]:
+    """Return the tokens of every unit's first response."""
+    return [len(unit.responses[0]) for unit in units]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """By what answers are measured."""
+
+    stop_ids: Sequence[int]
+    weights: Sequence[float] | None
+    """Of the rewards in their mean; None where there is no reward"""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Σ log π of answers, in nats; each float64 [answers]."""
+
+    own: NDArray[np.float64]
+    """The policy's of its own answers"""
+    of_policy: NDArray[np.float64]
+    """The reference's of the policy's answers"""
+    of_start: NDArray[np.float64]
+    """The reference's of the start's answers"""
+    of_chosen: NDArray[np.float64]
+    """The reference's of chosen responses of the data; there may be none"""
+    chosen_tokens: Sequence[int]
+
+
+def of_model(found: Sequence[Answered], terms: Terms) -> dict[str, float]:
+    """Return what can be said of one model's answers alone."""
+    values = of_text(found, terms.stop_ids)
+    if terms.weights is not None:
+        values |= flat("reward", comparison.summary(found, terms.weights)["reward"])
+    return values
+
+
+def of_both(
+    after: Sequence[Answered], before: Sequence[Answered], likelihood: Likelihood, terms: Terms
+) -> dict[str, float]:
+    """Return what the policy's answers (after) say beside the start's (before) to the same prompts; docs/metrics.md."""
+    of_after = lengths(after)
+    values = of_model(after, terms)
+    values |= {f"start/{name}": value for name, value in of_model(before, terms).items() if name != "prompts"}
+    values |= {
+        "nats": nats(likelihood.own, of_after),
+        "reference_nats": nats(likelihood.of_policy, of_after),
+        "start/reference_nats": nats(likelihood.of_start, lengths(before)),
+        "kl_per_token": float((likelihood.own - likelihood.of_policy).sum()) / sum(of_after),
+        **flat("kl", comparison.kl(after, likelihood.own, likelihood.of_policy)),
+    }
+    if len(likelihood.of_chosen):
+        values["chosen/reference_nats"] = nats(likelihood.of_chosen, likelihood.chosen_tokens)
+    if terms.weights is not None:
+        compared = comparison.compared(after, before, terms.weights)
+        values |= flat("reward_difference", compared["difference"]) | flat("win_rate", compared["win_rate"])
+    return values
+
+
+def as_metrics(values: dict[str, float]) -> dict[str, float]:
+    """Return them under the names that metrics.jsonl has."""
+    return {f"answers/{name}": value for name, value in values.items()}
 
 
 def flat(name: str, of: Interval) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from prefopt_dist.config import Config
 from prefopt_dist.data.micro_batch import Unit
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.generation import comparison
+from prefopt_dist.generation import comparison, measures
 from prefopt_dist.generation.likelihood import answer_sums, units_of
 from prefopt_dist.generation.store import Answered
 from prefopt_dist.model.load import ModelFolder, load_sharded
@@ -21,6 +21,8 @@ from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.stages import answering, ingredients
 from prefopt_dist.stages.answering import Answering
 from prefopt_dist.stages.ingredients import Models
+from prefopt_dist.tracking.metrics_file import Row
+from prefopt_dist.tracking.verdict import verdict
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Comparison:
     reference: ModelFolder
     made_of: dict[str, Any]
     """Digests of all that decides what is found"""
+    name: str
+    """Of the policy, for people"""
 
     def run(self, stop_asked: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """All ranks: the answers' rewards, wins, and the policy's KL from the live reference.
@@ -47,23 +51,35 @@ class Comparison:
                 found[job.store.folder] = ranks.together(job.answered)
         of = {what: found[job.store.folder] for what, job in self.jobs.items()}
         weights, evaluate = self.jobs["policy"].reward_weights, self.config.evaluate
-        units = units_of(of["policy"])
-        budget = self.config.reference_micro_batch_tokens
-        sums = [
-            sums_under(self.config, self.models, m, units, budget) for m in (self.jobs["policy"].model, self.reference)
-        ]
+        units = [units_of(of["policy"]), units_of(of["against"])]
+        budget, policy = self.config.reference_micro_batch_tokens, self.jobs["policy"]
+        own = sums_under(self.config, self.models, policy.model, units[0], budget)
+        both = [replace(unit, row=i) for i, unit in enumerate([*units[0], *units[1]])]
+        reference = sums_under(self.config, self.models, self.reference, both, budget)
+        of_policy, of_against = np.split(reference, [len(own)])
+        likelihood = measures.Likelihood(own, of_policy, of_against, np.empty(0), [])
+        terms = measures.Terms(policy.sampling.stop_ids, weights)
+        row = measures.as_metrics(measures.of_both(of["policy"], of["against"], likelihood, terms))
+        said = verdict(row, self.config.health, self.name)
         compared = {
+            "verdict": said.word,
+            "verdict_text": said.text,
             "prompts": len(of["policy"]),
             "samples": evaluate.samples,
             "temperature": evaluate.temperature,
-            "policy": comparison.summary(of["policy"], weights),
-            "against": comparison.summary(of["against"], weights),
+            "policy": comparison.summary(of["policy"], weights) | _nats(row, "answers/"),
+            "against": comparison.summary(of["against"], weights) | _nats(row, "answers/start/"),
             **comparison.compared(of["policy"], of["against"], weights),
-            "kl": comparison.kl(of["policy"], *sums),
+            "kl": comparison.kl(of["policy"], own, of_policy),
         }
         if "start" in of:
             compared["from_start"] = comparison.compared(of["policy"], of["start"], weights)
         return compared
+
+
+def _nats(row: Row, prefix: str) -> dict[str, float]:
+    """Nats a token of one model's answers, by the model where they are its own, and by the reference."""
+    return {name: row[prefix + name] for name in ("nats", "reference_nats") if prefix + name in row}
 
 
 def prepare(
@@ -74,10 +90,12 @@ def prepare(
     reference: ModelFolder,
     *,
     start: ModelFolder | None = None,
+    name: str | None = None,
 ) -> Comparison:
     """All ranks: reads the prompts and hashes the weights; nothing is sampled yet.
 
-    start: one more model that the policy is compared with, as `from_start`.
+    start: one more model that the policy is compared with, as `from_start`; name: of the policy, for people; None: its
+    folder.
     """
     evaluate = config.evaluate
     assert evaluate.prompts is not None
@@ -109,7 +127,7 @@ def prepare(
         "on_bad_reward": config.generate.on_bad_reward,
         "reference": ingredients.weights(reference, models.dtype, config.cache_dir).key,
     }
-    return Comparison(config, models, jobs, reference, made_of)
+    return Comparison(config, models, jobs, reference, made_of, name or str(policy.path))
 
 
 def sums_under(
@@ -135,5 +153,6 @@ def compared_text(found: dict[str, Any], policy: str, against: str) -> str:
         f"  win rate {comparison.shown(found['win_rate'])}, difference of rewards "
         f"{comparison.shown(found['difference'])}",
         f"  KL from the reference on the policy's answers {comparison.shown(found['kl'])}",
+        f"  {found['verdict_text']}",
     ]
     return "\n".join(lines)

@@ -53,7 +53,10 @@ def run(config: Config) -> None:
             against = models.reference
             if config.evaluate.against is not None:
                 against = _given("evaluate.against", config.evaluate.against, config)
-            found["answers"] = comparing.prepare(config, models, evaluated.model, against, models.reference).run()
+            comparison = comparing.prepare(
+                config, models, evaluated.model, against, models.reference, name=evaluated.name
+            )
+            found["answers"] = comparison.run()
         if ranks.rank() == 0:
             write_json(config.run_dir / "evaluation.json", strict(found))  # a model may have diverged
             if evaluated.temporary is not None:

@@ -82,15 +82,7 @@ class OwnAnswers:
 
     def start_metrics(self) -> dict[str, Any]:
         """Return the metrics of the start's answers, once `answer_start` is done."""
-        found = self.start.answered()
-        return {f"answers/{name}": value for name, value in self._of(found).items()}
-
-    def _of(self, found: Sequence[Answered]) -> dict[str, float]:
-        """What can be said of one model's answers alone."""
-        values = measures.of_text(found, self.start.sampling.stop_ids)
-        if self.start.scores is not None:
-            values |= measures.flat("reward", comparison.summary(found, self.start.reward_weights)["reward"])
-        return values
+        return measures.as_metrics(measures.of_model(self.start.answered(), self._terms))
 
     def answer(self, engine: Any, step: int, stop_asked: Callable[[], bool]) -> PolicyAnswers | NotAnswered:
         """All ranks, the checkpoint of `step` committed: sample what is missing of the live policy's answers.
@@ -159,36 +151,14 @@ class OwnAnswers:
         say(f"answers: the reference scores {len(units)} answers and chosen responses")
         sums = comparing.sums_under(self.config, self.models, self.models.reference, units, self._budget(units))
         of_policy, of_start, of_chosen = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
-        return self._metrics(after, before, policy.sums, of_policy, of_start, of_chosen)
+        likelihood = measures.Likelihood(policy.sums, of_policy, of_start, of_chosen, measures.tokens(self.chosen))
+        return measures.as_metrics(measures.of_both(after, before, likelihood, self._terms))
 
-    def _metrics(
-        self,
-        after: Sequence[Answered],
-        before: Sequence[Answered],
-        own: NDArray[np.float64],
-        of_policy: NDArray[np.float64],
-        of_start: NDArray[np.float64],
-        of_chosen: NDArray[np.float64],
-    ) -> dict[str, float]:
-        """own: the policy's sums of its answers; the others are the reference's."""
-        tokens, weights_of = measures.lengths(after), self.start.reward_weights
-        values = self._of(after) | {f"start/{name}": value for name, value in self._of(before).items()}
-        del values["start/prompts"]
-        values |= {
-            "nats": measures.nats(own, tokens),
-            "reference_nats": measures.nats(of_policy, tokens),
-            "start/reference_nats": measures.nats(of_start, measures.lengths(before)),
-            "kl_per_token": float((own - of_policy).sum()) / sum(tokens),
-            **measures.flat("kl", comparison.kl(after, own, of_policy)),
-        }
-        if len(of_chosen):
-            chosen_tokens = [len(unit.responses[0]) for unit in self.chosen]
-            values["chosen/reference_nats"] = measures.nats(of_chosen, chosen_tokens)
-        if self.start.scores is not None:
-            compared = comparison.compared(after, before, weights_of)
-            values |= measures.flat("reward_difference", compared["difference"])
-            values |= measures.flat("win_rate", compared["win_rate"])
-        return {f"answers/{name}": value for name, value in values.items()}
+    @property
+    def _terms(self) -> measures.Terms:
+        """Return by what answers are measured."""
+        rewarded = self.start.scores is not None
+        return measures.Terms(self.start.sampling.stop_ids, self.start.reward_weights if rewarded else None)
 
     def samples(self, policy: PolicyAnswers) -> list[Sample]:
         """Rank 0: return every prompt with both answers, written to the run folder too."""
@@ -223,7 +193,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
     """
     asked = config.answers
     if asked.number == 0:
-        return NotAnswered("answers.number is 0")
+        return NotAnswered("answers.number is 0, so no prompt was answered; set it to some number, as 64")
     judges = judges_of(config, models)
     data = config.data
     tokeniser = Tokeniser(read_template(models.tokenizer, data.template), data.max_length, data.max_prompt_length)
