@@ -173,6 +173,65 @@ def test_a_stop_while_the_model_answers_is_obeyed(world: Path, door: Door) -> No
     assert not (folder / "STOPPED").exists()
 
 
+EVERY = {
+    "data": {"eval": "pairs.jsonl"},
+    "eval": {"every_steps": 1, "at_start": False},
+    "answers": {"every": 1, "number": 16},
+    "checkpoint": {"every_steps": 1},
+}
+
+
+def test_answers_between_start_and_end(world: Path, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every evaluation; training itself is not changed by it, and a rollback takes them back."""
+    monkeypatch.chdir(world)
+    keep = {"checkpoint": {"every_steps": 1, "keep_best": "answers/reward"}}
+    assert door.ends(write_run(world, "every", **(EVERY | keep)))[0] == 0
+    folder = world / "runs" / "every"
+    found = rows(folder, "answers")
+    assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
+    assert all("answers/kl" not in row for row in found[1:4])
+    assert all(row["answers/nats"] > 0 for row in found[1:])
+    assert len(list((folder / "answers").iterdir())) == 4
+    best = max(found[1:], key=lambda row: row["answers/reward"])["step"]
+    assert (folder / "checkpoints" / f"step-{best:08d}").is_dir()
+    exported = write_run(world, "every", **(EVERY | keep), export={"checkpoint": "best", "dir": "best"})
+    assert door.ends(exported, stage="export")[0] == 0
+    assert f"step-{best:08d}" in json.loads(Path("best/prefopt_export.json").read_text())["checkpoint"]
+
+    assert door.ends(write_run(world, "seldom", **(EVERY | {"answers": {"number": 16}})))[0] == 0
+    for row, other in zip(rows(folder, "train"), rows(world / "runs" / "seldom", "train"), strict=True):
+        assert {k: v for k, v in row.items() if not k.startswith("perf/")} == {
+            k: v for k, v in other.items() if not k.startswith("perf/")
+        }
+    # Back to step 2: what was answered after it is made anew, the same.
+    for name in ("step-00000003", "step-00000004"):
+        shutil.rmtree(folder / "checkpoints" / name)
+    (folder / "DONE").unlink()
+    shutil.rmtree(folder / "final")
+    assert door.ends(write_run(world, "every", **EVERY))[0] == 0
+    again = rows(folder, "answers")
+    assert [row["step"] for row in again] == [0, 1, 2, 3, 4]
+    for row, other in zip(again, found, strict=True):
+        assert row["answers/reward"] == other["answers/reward"]
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides"),
+    [
+        (["checkpoint.keep_best", "answers/length", "neither longer"], ["checkpoint.keep_best=answers/length"]),
+        (["checkpoint.keep_best", "answers/kl", "at the end"], ["checkpoint.keep_best=answers/kl"]),
+        (["answers.every", "eval.every_steps"], ["eval.every_steps=null"]),
+        (["checkpoint.keep_best", "answers.every"], ["answers.every=null", "checkpoint.keep_best=answers/reward"]),
+        (["generate.rewards"], ["generate.rewards=[]", "checkpoint.keep_best=answers/win_rate"]),
+        (["answers.every", "generate.rewards[0]"], ['generate.rewards=[{"model": "model"}]']),
+        (["answers.max_new_tokens", "data.max_length"], ["answers.max_new_tokens=256"]),
+    ],
+)
+def test_mistakes_in_the_section(world: Path, door: Door, words: list[str], overrides: list[str]) -> None:
+    sections = EVERY | {"data": {"eval": str(world / "pairs.jsonl")}}
+    door.fails(words, *overrides, run=write_run(world, "mistaken", **sections), early=True)
+
+
 def test_no_answers_is_said_and_not_judged(world: Path, door: Door) -> None:
     run = write_run(world, "none", answers={"number": 0})
     assert door.ends(run)[0] == 0

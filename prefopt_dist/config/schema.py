@@ -123,7 +123,8 @@ class EarlyStop:
     """Ends the training where an evaluation has not got better for long; the run is then done."""
 
     metric: Text = "eval/loss"
-    """A metric of the evaluations; what ends in loss is better where it is lower, all else where it is higher."""
+    """A metric of the evaluations, or with answers.every of the answers, such as answers/reward; what ends in loss and
+    answers/repeated_4grams are better where they are lower, all else where it is higher."""
     evaluations: Count = 3
     """So many in a row without a new best end it."""
 
@@ -175,7 +176,8 @@ class Checkpoint:
     keep: Annotated[int, Rule("at least 2", lambda v: v >= 2)] = 2
     """The newest this many stay; two, so that one is whole whatever happens to the other."""
     keep_best: Text | None = None
-    """A metric of the evaluations, such as eval/loss: the checkpoint that is best by it stays too; null: none."""
+    """A metric of the evaluations or answers, such as eval/loss or answers/reward: the checkpoint that is best by it
+    stays too; null: none."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint; never: refuse a run folder that has one."""
 
@@ -224,6 +226,9 @@ class Answers:
     """Tokens of an answer, its end included; null: what data.max_length leaves a longest prompt, at most 256."""
     temperature: Positive = 1.0
     """Of the sampling; at 1 the KL is the policy's own."""
+    every: Count | None = None
+    """Answers with every such evaluation of eval.every_steps too, for rewards that are functions; null: none between
+    start and end."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,7 @@ class Export:
     dir: Text | None = None
     """The folder to write; null: RUN/final."""
     checkpoint: Text | None = None
-    """The checkpoint to export; null: the newest."""
+    """The checkpoint to export; null: the newest; best: the one that is best by checkpoint.keep_best's metric."""
     dtype: Dtype | None = None
     """The dtype of the written weights; null: model.dtype."""
     merged: bool = False
@@ -458,6 +463,13 @@ class Config:
         """Tokens that an answer of the section answers may have."""
         room = self.data.max_length - self.data.max_prompt_length
         return self.answers.max_new_tokens or min(MOST_NEW_TOKENS, room)
+
+    @property
+    def answers_every_steps(self) -> int | None:
+        """Steps between the answers of section answers; None: at start and end alone."""
+        if self.answers.every is None or self.eval.every_steps is None or self.answers.number == 0:
+            return None
+        return self.answers.every * self.eval.every_steps
 
     @property
     def answered_sources(self) -> tuple[str, tuple[DataSource, ...]]:

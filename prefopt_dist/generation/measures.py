@@ -93,15 +93,26 @@ def of_model(found: Sequence[Answered], terms: Terms) -> dict[str, float]:
     return values
 
 
+def in_between(
+    after: Sequence[Answered], before: Sequence[Answered], own: NDArray[np.float64], terms: Terms
+) -> dict[str, float]:
+    """Return what of `of_both` needs no reference; own: float64 [answers], the policy's sums of its own answers."""
+    values = of_model(after, terms)
+    values |= {f"start/{name}": value for name, value in of_model(before, terms).items() if name != "prompts"}
+    values["nats"] = nats(own, lengths(after))
+    if terms.weights is not None:
+        compared = comparison.compared(after, before, terms.weights)
+        values |= flat("reward_difference", compared["difference"]) | flat("win_rate", compared["win_rate"])
+    return values
+
+
 def of_both(
     after: Sequence[Answered], before: Sequence[Answered], likelihood: Likelihood, terms: Terms
 ) -> dict[str, float]:
     """Return what the policy's answers (after) say beside the start's (before) to the same prompts; docs/metrics.md."""
     of_after = lengths(after)
-    values = of_model(after, terms)
-    values |= {f"start/{name}": value for name, value in of_model(before, terms).items() if name != "prompts"}
+    values = in_between(after, before, likelihood.own, terms)
     values |= {
-        "nats": nats(likelihood.own, of_after),
         "reference_nats": nats(likelihood.of_policy, of_after),
         "start/reference_nats": nats(likelihood.of_start, lengths(before)),
         "kl_per_token": float((likelihood.own - likelihood.of_policy).sum()) / sum(of_after),
@@ -109,9 +120,6 @@ def of_both(
     }
     if len(likelihood.of_chosen):
         values["chosen/reference_nats"] = nats(likelihood.of_chosen, likelihood.chosen_tokens)
-    if terms.weights is not None:
-        compared = comparison.compared(after, before, terms.weights)
-        values |= flat("reward_difference", compared["difference"]) | flat("win_rate", compared["win_rate"])
     return values
 
 

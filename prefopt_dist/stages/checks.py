@@ -26,6 +26,7 @@ from prefopt_dist.model.activations import meta_model
 from prefopt_dist.model.adapter import Adapter, linear_layers
 from prefopt_dist.objectives import Objective
 from prefopt_dist.packages import refuse_absent
+from prefopt_dist.training import best
 from prefopt_dist.training.export import check_target
 
 MOST_COUNTED = 10_000
@@ -97,13 +98,43 @@ def adapter_of(lora: Lora | None, model: PreTrainedConfig, base: str) -> Adapter
 
 
 def check_evaluations(config: Config) -> None:
-    """Refuses to be led by evaluations that there will not be."""
-    for key, asked in (
-        ("train.early_stop", config.train.early_stop),
-        ("checkpoint.keep_best", config.checkpoint.keep_best),
-    ):
-        if asked is not None and (not config.data.eval or config.eval.every_steps is None):
-            raise UserError(f"{key}: it goes by evaluations, so set data.eval and eval.every_steps, or {key} to null")
+    """Refuses to be led by evaluations or answers that there will not be."""
+    _check_answers(config)
+    for section, key, metric in led_by(config):
+        if metric.startswith(best.ANSWERS):
+            best.refuse_answers(metric, key, rewarded=bool(config.generate.rewards))
+            if config.answers_every_steps is None:
+                raise UserError(
+                    f"{section}: {metric} is measured as often as answers.every says, and it is null, or no prompt is "
+                    f"answered; set answers.every=1 and eval.every_steps, or {section} to null"
+                )
+        elif not config.data.eval or config.eval.every_steps is None:
+            raise UserError(
+                f"{section}: it goes by evaluations, so set data.eval and eval.every_steps, or {section} to null"
+            )
+
+
+def led_by(config: Config) -> list[tuple[str, str, str]]:
+    """Return what goes by a metric: the section's key, the metric's key, the metric."""
+    early, keep = config.train.early_stop, config.checkpoint.keep_best
+    found = [] if early is None else [("train.early_stop", "train.early_stop.metric", early.metric)]
+    return found if keep is None else [*found, ("checkpoint.keep_best", "checkpoint.keep_best", keep)]
+
+
+def _check_answers(config: Config) -> None:
+    if config.answers.every is None:
+        return
+    if config.eval.every_steps is None:
+        raise UserError(
+            f"answers.every: got {config.answers.every}, but eval.every_steps is null, so there is nothing to count; "
+            "set eval.every_steps, or answers.every to null"
+        )
+    for i, source in enumerate(config.generate.rewards):
+        if source.function is None:
+            raise UserError(
+                f"answers.every: got {config.answers.every}, but generate.rewards[{i}] is a model, for which there is "
+                "no room beside the training; set answers.every to null, or reward by functions alone"
+            )
 
 
 def check_tokenizer(tokenizer: Any, template: str, vocab_size: int) -> None:

@@ -13,10 +13,15 @@ from prefopt_dist.stages.ingredients import DTYPES, Models
 from prefopt_dist.stages.job import run_folder
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
+from prefopt_dist.tracking.metrics_file import MetricsFile
 from prefopt_dist.training import checkpoint
+from prefopt_dist.training.best import best_step
 from prefopt_dist.training.export import export, model_card
 from prefopt_dist.training.manifest import read_manifest
 from prefopt_dist.training.run_folder import RunFolder
+
+BEST = "best"
+"""In export.checkpoint: the one that checkpoint.keep_best keeps."""
 
 
 def run(config: Config) -> None:
@@ -29,12 +34,29 @@ def run(config: Config) -> None:
 
 def chosen_checkpoint(config: Config) -> Path:
     """The checkpoint that the configuration names, or the newest committed one."""
-    if config.export.checkpoint is not None:
-        return Path(config.export.checkpoint)
+    if config.export.checkpoint not in (None, BEST):
+        return Path(str(config.export.checkpoint))
     found = checkpoint.committed(config.run_dir / "checkpoints")
     if not found:
         raise UserError(f"run.dir: {config.run_dir} has no committed checkpoint to export. Train first.")
-    return found[-1]
+    return found[-1] if config.export.checkpoint is None else _best(config, found)
+
+
+def _best(config: Config, found: list[Path]) -> Path:
+    """The committed checkpoint that checkpoint.keep_best's metric calls the best."""
+    metric = config.checkpoint.keep_best
+    if metric is None:
+        raise UserError(
+            f"export.checkpoint: got {BEST!r}, but checkpoint.keep_best is null, so nothing says what is better; set "
+            "it to a metric such as eval/loss or answers/reward"
+        )
+    steps = {int(path.name.removeprefix("step-")): path for path in found}
+    step = best_step(MetricsFile(RunFolder(config.run_dir).metrics).rows(), metric, steps.keys())
+    if step is None:
+        raise UserError(
+            f"export.checkpoint: got {BEST!r}, but no committed checkpoint's step has {metric}; name a checkpoint"
+        )
+    return steps[step]
 
 
 def export_checkpoint(

@@ -7,6 +7,7 @@ live engine's weights on each rank, before the export; then the reference is loa
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.distributed import ranks
 from prefopt_dist.distributed.shared import refuse_local_folder
-from prefopt_dist.files import checksum, write_atomic
+from prefopt_dist.files import write_atomic
 from prefopt_dist.generation import comparison, measures
 from prefopt_dist.generation.engine import Engine
 from prefopt_dist.generation.likelihood import answer_sums, units_of
@@ -44,9 +45,10 @@ from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.tracking.feed import Sample
 from prefopt_dist.tracking.metrics_file import strict_inside
-from prefopt_dist.training.manifest import MANIFEST
 from prefopt_dist.training.room import KEPT_FREE, free_bytes
 
+FOLDER = "answers"
+"""In the run folder: the policy's answers, a folder for each step that they are of."""
 FILE = "answers.jsonl"
 """In the run folder: every prompt with both answers, for people."""
 
@@ -85,7 +87,7 @@ class OwnAnswers:
         return measures.as_metrics(measures.of_model(self.start.answered(), self._terms))
 
     def answer(self, engine: Any, step: int, stop_asked: Callable[[], bool]) -> PolicyAnswers | NotAnswered:
-        """All ranks, the checkpoint of `step` committed: sample what is missing of the live policy's answers.
+        """All ranks, the policy as it is after `step`: sample what is missing of its answers.
 
         Raises StoppedInFirstPass where a stop was asked; what was sampled is kept in the run folder.
         """
@@ -110,19 +112,18 @@ class OwnAnswers:
             self.start.sampling, seed=seed_of_model(config.run.seed, f"trained from {self.start.model_key}")
         )
 
-        def plan() -> tuple[Path, str]:
-            weights_of = checksum(config.run_dir / "checkpoints" / f"step-{step:08d}" / MANIFEST)
+        def plan() -> Path:
             settings = {
-                "checkpoint": weights_of,
+                "step": step,
                 "prompts": self.prompts.digest(),
                 "shard": SHARD_PROMPTS,
                 **made_by(config, models, sampling),
             }
-            store = SampleStore(config.run_dir / "answers" / f"step-{step:08d}-{digest_of(settings)[:16]}")
+            store = SampleStore(config.run_dir / FOLDER / f"{of_step(step)}{digest_of(settings)[:16]}")
             store.make_plan(self.prompts.all, settings, SHARD_PROMPTS)
-            return store.folder, weights_of
+            return store.folder
 
-        folder, weights_of = ranks.decide(plan)
+        folder = ranks.decide(plan)
 
         def open_engine() -> Engine:
             lm = copy_for_sampling(
@@ -136,8 +137,21 @@ class OwnAnswers:
             store=SampleStore(folder),
             sampling=sampling,
             open_engine=open_engine,
-            model_key=weights_of,
+            model_key=f"{self.start.model_key} trained {step} steps",
         )
+
+    def between(self, engine: Any, step: int) -> dict[str, float]:
+        """All ranks, in the middle of a training: return the metrics of the policy's answers that need no reference.
+
+        The rewards are functions.
+        """
+        policy = self.answer(engine, step, lambda: False)
+        if isinstance(policy, NotAnswered):
+            say(f"answers: none after step {step}: {policy.why}")
+            return {}
+        policy.job.score(lambda: False)
+        after, before = (ranks.together(job.answered) for job in (policy.job, self.start))
+        return measures.as_metrics(measures.in_between(after, before, policy.sums, self._terms))
 
     def judge(self, policy: PolicyAnswers, stop_asked: Callable[[], bool]) -> dict[str, float]:
         """All ranks, no engine in memory: score the answers by the rewards and by the reference; return the metrics.
@@ -184,6 +198,18 @@ class PolicyAnswers:
     job: Answering
     sums: NDArray[np.float64]
     """[answers] in nats"""
+
+
+def of_step(step: int) -> str:
+    """Return what the folder's name begins with that holds the answers after a step."""
+    return f"step-{step:08d}-"
+
+
+def forget_after(run_dir: Path, step: int) -> None:
+    """Rank 0, before a start goes on from `step`: remove answers of later steps, whose weights are made anew."""
+    for folder in (run_dir / FOLDER).glob("step-*-*"):
+        if folder.name > of_step(step + 1):
+            shutil.rmtree(folder)
 
 
 def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers | NotAnswered:

@@ -97,6 +97,10 @@ def run(config: Config, asked: Requests | None = None) -> None:
             # A kill right after a commit leaves one too many; after the last commit nobody else would remove it.
             ranks.decide(lambda: checkpoint.prune(root, config.checkpoint.keep, best_checkpoint(config)))
             say(f"resuming from {checkpoint.folder_name(start)}")
+        ranks.decide(lambda: own_answers.forget_after(config.run_dir, start))
+        in_between = None
+        if isinstance(answers, OwnAnswers) and config.answers_every_steps is not None:
+            in_between = partial(answers.between, engine)
         job = loop.Job(
             config=config,
             engine=engine,
@@ -113,6 +117,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
             gated=objective.needs_reference and models.reference_is_start,
             facts=facts,
             log=open_log(config, folder, start, total_steps, objective) if ranks.rank() == 0 else None,
+            answer=in_between,
         )
         if job.log is not None and start == 0 and isinstance(answers, OwnAnswers):
             job.log.write("answers", 0, None, answers.start_metrics())

@@ -8,6 +8,15 @@ from collections.abc import Collection, Sequence
 from prefopt_dist.errors import UserError
 from prefopt_dist.tracking.metrics_file import Row
 
+ANSWERS = "answers/"
+"""Begins the names of metrics of the model's own answers."""
+HIGHER, LOWER = ("reward", "reward_difference", "win_rate", "ended"), ("repeated_4grams",)
+"""Of the answers' metrics, those by which one model is better than another, and in which direction."""
+NO_MEASURE = {
+    "kl": "the reference is not in memory while the run trains, so it is known at the end alone",
+    "length": "neither longer nor shorter answers are better ones",
+}
+
 
 def best_step(rows: Sequence[Row], metric: str, steps: Collection[int]) -> int | None:
     """The first of these steps whose evaluation has the best value; a loss is best where it is lowest."""
@@ -30,11 +39,29 @@ def refuse_unknown(metric: str, key: str, found: Collection[str]) -> None:
         )
 
 
+def refuse_answers(metric: str, key: str, *, rewarded: bool) -> None:
+    """Raise UserError where no row of answers has such a metric, or nothing is better by it; rewarded: there are."""
+    name = metric.removeprefix(ANSWERS)
+    if name not in (*HIGHER, *LOWER):
+        why = f"{NO_MEASURE[name]}; " if name in NO_MEASURE else ""
+        raise UserError(
+            f"{key}: got {metric!r}, by which no checkpoint is better than another: {why}"
+            f"take one of {', '.join(ANSWERS + n for n in (*HIGHER, *LOWER))}"
+        )
+    if not rewarded and name not in ("ended", *LOWER):
+        raise UserError(f"{key}: got {metric!r}, but generate.rewards has none, so no answer has a reward; set some")
+
+
+def kind_of(metric: str) -> str:
+    """Return the kind of the rows that have the metric."""
+    return "answers" if metric.startswith(ANSWERS) else "eval"
+
+
 def _values(rows: Sequence[Row], metric: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[metric]) for row in rows if row["kind"] == "eval" and metric in row]
+    return [(row["step"], row[metric]) for row in rows if row["kind"] == kind_of(metric) and metric in row]
 
 
 def _cost(metric: str, value: float) -> float:
     if math.isnan(value):
         return math.inf
-    return value if metric.endswith("loss") else -value
+    return value if metric.endswith("loss") or metric.removeprefix(ANSWERS) in LOWER else -value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -86,6 +86,8 @@ class Job:
     facts: dict[str, Any]
     """For the checkpoints' manifests."""
     log: Log | None
+    answer: Callable[[int], Mapping[str, Any]] | None = None
+    """All ranks: the metrics of the policy's own answers after a step; None where it does not answer in between."""
     diagnosis: Diagnosis = field(init=False)
     window: Window = field(init=False)
     skips: Skips = field(init=False)
@@ -180,12 +182,16 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             if done % config.tracking.log_every_steps == 0 or done == job.total_steps:
                 _write_row(job, done, rate, norm)
             last = done == job.total_steps
-            if _due(done, config.eval.every_steps) or (last and config.eval.at_end):
+            evaluated = _due(done, config.eval.every_steps) or (last and config.eval.at_end)
+            if evaluated:
                 _evaluate(job, done)
-                if _stops_early(job, done):
-                    last = True
-                    if job.window.steps:
-                        _write_row(job, done, rate, norm)
+            answered = not last and job.answer is not None and _due(done, config.answers_every_steps)
+            if answered:
+                _answer(job, done)
+            if (evaluated or answered) and _stops_early(job, done):
+                last = True
+                if job.window.steps:
+                    _write_row(job, done, rate, norm)
             if _due(done, config.checkpoint.every_steps) or last or request.stop or request.save:
                 _save(job, done)
             progress.update(text=f"loss {loss:.4f}")
@@ -255,10 +261,22 @@ def _evaluate(job: Job, done: int) -> None:
     began = time.perf_counter()
     found = evaluate(job.engine, job.objective, job.eval_sets, job.config.reference_micro_batch_tokens)
     for key, metric in _judged_by(job.config):
-        ranks.decide(partial(best.refuse_unknown, metric, key, found))
+        if best.kind_of(metric) == "eval":
+            ranks.decide(partial(best.refuse_unknown, metric, key, found))
     found["perf/evaluation_seconds"] = time.perf_counter() - began
     if job.log is not None:
         job.log.write("eval", done, job.order.step(done - 1) if done else None, found)
+
+
+def _answer(job: Job, done: int) -> None:
+    """A row of the policy's own answers, unless a start before this one wrote it. A stop waits for it."""
+    assert job.answer is not None
+    if ranks.decide(lambda: job.log is not None and job.log.metrics.has("answers", done)):
+        return
+    began = time.perf_counter()
+    found = {**job.answer(done), "perf/answers_seconds": time.perf_counter() - began}
+    if job.log is not None:
+        job.log.write("answers", done, job.order.step(done - 1), found)
 
 
 def _stops_early(job: Job, done: int) -> bool:
@@ -270,7 +288,8 @@ def _stops_early(job: Job, done: int) -> bool:
     def look() -> bool:
         assert job.log is not None
         rows = job.log.metrics.rows()
-        return job.log.metrics.has("eval", done) and best.stops(rows, early.metric, early.evaluations)
+        there = job.log.metrics.has(best.kind_of(early.metric), done)
+        return there and best.stops(rows, early.metric, early.evaluations)
 
     if not ranks.decide(look):
         return False
