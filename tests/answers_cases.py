@@ -72,6 +72,22 @@ def whole(folder: Path) -> dict[str, Any]:
     }
 
 
+def sharded(folder: Path) -> dict[str, Any]:
+    """The same run where no rank has room for a whole copy."""
+    free = train.own_answers.free_bytes
+    train.own_answers.free_bytes = lambda: 0
+    try:
+        config = load_config(ranks.decide(lambda: write_run(folder, "sharded", cache="cache-sharded")))
+        train.run(config)
+    finally:
+        train.own_answers.free_bytes = free
+    return {
+        "start": samples(folder / "cache-sharded" / "samples"),
+        "policy": samples(config.run_dir / "answers"),
+        "facts": read_json(config.run_dir / "run.json")["answers"],
+    }
+
+
 def resumed(folder: Path) -> dict[str, Any]:
     """Kills the process by SIGKILL as soon as its trained model has committed answers, and goes on."""
     answers = folder / "runs" / "killed" / "answers"
@@ -129,4 +145,4 @@ def again(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    case_runner.serve({"whole": whole, "resumed": resumed, "again": again}, prepare)
+    case_runner.serve({"whole": whole, "resumed": resumed, "again": again, "sharded": sharded}, prepare)

@@ -241,15 +241,6 @@ def test_no_answers_is_said_and_not_judged(world: Path, door: Door) -> None:
     assert rows(world / "runs" / "none", "answers") == []
 
 
-def test_no_room_for_a_whole_copy_is_said(world: Path, door: Door) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(own_answers, "free_bytes", lambda: 1000)
-        assert door.ends(write_run(world, "narrow", cache="cache-narrow"))[0] == 0
-    facts = json.loads((world / "runs" / "narrow" / "run.json").read_text())["answers"]
-    assert facts["verdict"] == "not judged"
-    assert "whole copy" in facts["verdict_text"]
-
-
 def test_long_prompts_are_left_out_and_counted(world: Path) -> None:
     """Of 150 prompts those that leave no 230 tokens of 256; all that do are fewer than are wanted."""
     assert main(["train", str(write_run(world, "long", answers={"max_new_tokens": 230, "number": 60}))]) == 0
@@ -279,8 +270,8 @@ def test_the_old_key_names_its_successor(world: Path, door: Door) -> None:
 def test_ranks_and_kills_change_no_answer(tmp_path: Path) -> None:
     """The start's and a given checkpoint's answers are those of one rank; what a kill left is not sampled again."""
     two = tmp_path / "two"
-    case_runner.run_cases("answers_cases.py", 2, two, ["resumed", "whole"])
-    whole, resumed = (case_runner.found(two, case) for case in ("whole", "resumed"))
+    case_runner.run_cases("answers_cases.py", 2, two, ["resumed", "whole", "sharded"])
+    whole, resumed, sharded = (case_runner.found(two, case) for case in ("whole", "resumed", "sharded"))
     assert len(whole["start"]) == len(whole["policy"]) == 5
     assert whole["facts"]["verdict_text"] in whole["done"]
     assert 0 < len(resumed["there"]) < 5
@@ -288,6 +279,9 @@ def test_ranks_and_kills_change_no_answer(tmp_path: Path) -> None:
     assert sorted(resumed["made"]) == [n for n in range(5) if f"samples-{n:05d}.jsonl" not in resumed["there"]]
     assert resumed["start_kept"]
     assert resumed["done"]
+    # Without room for a whole copy the sharded engine answers: the same tokens.
+    assert (sharded["start"], sharded["policy"]) == (whole["start"], whole["policy"])
+    assert sharded["facts"]["nats"] == whole["facts"]["nats"]
     # One rank, from nothing: the same start's answers.
     with one_process_group():
         assert main(["train", str(write_run(two, "one", cache="cache-one"))]) == 0

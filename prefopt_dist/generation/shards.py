@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from prefopt_dist.distributed import ranks
@@ -49,3 +50,35 @@ def over_shards(
     ranks.decide(lambda: halt.unlink(missing_ok=True))
     if left:
         raise StoppedInFirstPass
+
+
+def in_lockstep(
+    todo: list[int],
+    what: str,
+    work: Callable[[int], None],
+    meet: Callable[[], None],
+    stop_asked: Callable[[], bool],
+) -> None:
+    """All ranks: as `over_shards`, where the work itself holds collectives; meet: who has done his computes along.
+
+    Raises as `over_shards`.
+    """
+    rank, world = ranks.rank(), ranks.world_size()
+    with Progress(len(todo), what, "shards", rank) as progress:
+        for turn in range(0, len(todo), world):
+            if any(ranks.gather(stop_asked())):
+                raise StoppedInFirstPass
+            fault: Exception | None = None
+            try:
+                if turn + rank < len(todo):
+                    work(todo[turn + rank])
+            except Exception as e:  # raised on all ranks below: the others are still computing
+                fault = e
+            meet()
+            ranks.together(partial(_raise, fault))
+            progress.update(min(world, len(todo) - turn))
+
+
+def _raise(fault: Exception | None) -> None:
+    if fault is not None:
+        raise fault

@@ -65,6 +65,8 @@ def attention_of(config: PreTrainedConfig) -> str:
 class TransformersEngine:
     """A whole model on one device answers."""
 
+    lockstep = False
+
     def __init__(self, model: PreTrainedModel, name: str, *, batch_tokens: int) -> None:
         """name: of the model, for messages; batch_tokens: see `batches`."""
         self._model = model
@@ -72,14 +74,17 @@ class TransformersEngine:
         self._device = next(model.parameters()).device
         self._batch_tokens = batch_tokens
 
-    @torch.inference_mode()
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Ids]]:
         """See Engine. The prompts are best of like length."""
         responses: list[list[Ids]] = [[[] for _ in range(sampling.n)] for _ in prompts]
-        for rows in batches([len(p.ids) for p in prompts], sampling, self._batch_tokens):
-            for (i, k), ids in zip(rows, self._batch(prompts, rows, sampling), strict=True):
-                responses[i][k] = ids
+        with torch.no_grad():
+            for rows in batches([len(p.ids) for p in prompts], sampling, self._batch_tokens):
+                for (i, k), ids in zip(rows, self._batch(prompts, rows, sampling), strict=True):
+                    responses[i][k] = ids
         return responses
+
+    def meet(self) -> None:
+        """See Engine: nobody waits for a whole copy."""
 
     def _batch(self, prompts: Sequence[Prompt], rows: Sequence[Row], sampling: Sampling) -> list[Ids]:
         """The responses of one batch, whose rows leave it as they end."""

@@ -44,6 +44,8 @@ def refuse_where_absent() -> None:
 class VllmEngine:
     """The model of a folder in a vLLM engine of this rank's own GPU."""
 
+    lockstep = False
+
     def __init__(self, folder: ModelFolder, *, dtype: torch.dtype, longest: int) -> None:
         vllm = importlib.import_module("vllm")
         self._parameters = vllm.SamplingParams
@@ -75,6 +77,9 @@ class VllmEngine:
                 )
         answers = iter(self._engine.generate(asked, parameters, use_tqdm=False))
         return [[list(next(answers).outputs[0].token_ids) for _ in range(sampling.n)] for _ in prompts]
+
+    def meet(self) -> None:
+        """See Engine: nobody waits for it."""
 
     def close(self) -> None:
         """See Engine. vLLM's own process holds the GPU's memory and ends with its client."""

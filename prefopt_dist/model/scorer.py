@@ -6,13 +6,28 @@ its weight with the right gradient.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from prefopt_dist.data.micro_batch import Ends, MicroBatch
 from prefopt_dist.model.head import attach_logp_head
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Sequences that are being sampled: what comes next in each of B lines."""
+
+    ids: torch.Tensor
+    """int64 [B, L] the tokens that the cache has not"""
+    mask: torch.Tensor
+    """int64 [B, all] 1 where a line has a token"""
+    positions: torch.Tensor
+    """int64 [B, L]"""
+    cache: DynamicCache | None
 
 
 class Scorer(nn.Module):
@@ -29,12 +44,16 @@ class Scorer(nn.Module):
         return _sums(self.lm.get_output_embeddings()(self._states(batch), batch.target), batch.scored, batch.counts)
 
     def forward(
-        self, batch: MicroBatch, objective: Objective | None = None, reference: torch.Tensor | None = None
+        self, batch: MicroBatch | NextToken, objective: Objective | None = None, reference: torch.Tensor | None = None
     ) -> Terms | torch.Tensor:
         """Without an objective the sequence sums; with one, its loss summed over the units and its statistics.
 
+        Of sequences that are being sampled the logits [B, V] of what comes next; see `answering`.
+
         reference: float64 [U, R], the stored reference sum of each unit's responses; None for a loss without.
         """
+        if isinstance(batch, NextToken):
+            return self._next_logits(batch)
         if objective is None:
             return self.sequence_sums(batch)
         if not torch.is_grad_enabled():
@@ -50,6 +69,17 @@ class Scorer(nn.Module):
         value, logps = self.lm.get_output_embeddings()(self._states(batch), batch.target, ends, loss)
         terms = objective(_units(batch, _sums(logps, batch.scored, batch.counts), reference))
         return terms._replace(loss=value)
+
+    def _next_logits(self, batch: NextToken) -> torch.Tensor:
+        logits: torch.Tensor = self.lm(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            past_key_values=batch.cache,
+            use_cache=batch.cache is not None,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        return logits
 
     def _states(self, batch: MicroBatch) -> torch.Tensor:
         """[N, D]: the hidden states that predict response tokens."""

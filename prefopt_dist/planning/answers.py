@@ -22,6 +22,8 @@ SHARD_PROMPTS = 8
 LAYER_SECONDS = 1.0e-3
 """A token's step through a layer by transformers' own code, however small the layer is: what the host takes to start
 its operations. 1.7 to 2.3 ms were measured on a busy CPU core; not measured on a GPU."""
+NETWORK = 50e9
+"""Bytes a second by which a rank is sent the model, where the sharded engine answers: 400 Gb/s."""
 MODELS = 2
 """The start and the trained one"""
 SCORED = 4
@@ -49,14 +51,16 @@ class AnswersPlan:
 
     def text(self, total: float | None) -> str:
         """Return a line for people; total: seconds of the job without this."""
-        if not self.fits:
-            return (
-                f"answers: a whole copy beside the training takes {in_units(self.policy.device)} of a rank, and "
-                f"{in_units(self.available)} may be used: the run would end without a verdict on its answers"
+        if self.fits:
+            how = f"{in_units(self.policy.device)} of a rank while the latter answers"
+        else:
+            how = (
+                f"under ZeRO-3, since a whole copy beside the training takes {in_units(self.policy.device)} of a rank "
+                f"and {in_units(self.available)} may be used"
             )
         said = (
             f"answers: {self.prompts} prompts, at most {self.new} tokens each, by the start and by the trained model; "
-            f"{in_units(self.policy.device)} of a rank while the latter answers"
+            f"{how}"
         )
         if self.seconds is None:
             return said
@@ -70,12 +74,13 @@ def answers_plan(sizes: ModelSizes, zero: ZeroSettings, machine: Machine, asked:
     copy: Sequence[Part] = memory.generation(sizes, place, asked).parts
     beside = [part for part in copy if not part.on_host]  # the copy is of the live engine: nothing is loaded
     policy = Phase(ANSWERS, (*memory.states(sizes, zero, place), *beside))
-    return AnswersPlan(
-        prompts, asked.new, policy, int((1 - KEPT_FREE) * machine.memory), _seconds(sizes, machine, asked, prompts)
-    )
+    available = int((1 - KEPT_FREE) * machine.memory)
+    gathered = policy.device > available
+    return AnswersPlan(prompts, asked.new, policy, available, _seconds(sizes, machine, asked, prompts, gathered))
 
 
-def _seconds(sizes: ModelSizes, machine: Machine, asked: Sampled, prompts: int) -> float | None:
+def _seconds(sizes: ModelSizes, machine: Machine, asked: Sampled, prompts: int, gathered: bool) -> float | None:
+    """gathered: the model is sent to every rank for every token."""
     if machine.peak is None:
         return None
     speed = machine.peak * machine.efficiency
@@ -83,7 +88,8 @@ def _seconds(sizes: ModelSizes, machine: Machine, asked: Sampled, prompts: int) 
     of_rank = -(-shards // machine.ranks)
     reading = 0.0 if machine.bandwidth is None else sizes.item * sizes.parameters / machine.bandwidth
     product = 2 * sizes.parameters * min(SHARD_PROMPTS, prompts) / speed
-    token = max(reading, product, LAYER_SECONDS * sizes.activations.layers)
+    sending = sizes.item * sizes.parameters / NETWORK if gathered else 0.0
+    token = max(reading, product, LAYER_SECONDS * sizes.activations.layers, sending)
     prefill = product * asked.prompt
     scored = SCORED * 2 * sizes.parameters * prompts * (asked.prompt + asked.new) / (speed * machine.ranks)
     return MODELS * of_rank * (prefill + asked.new * token) + scored

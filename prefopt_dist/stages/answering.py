@@ -25,7 +25,7 @@ from prefopt_dist.generation.engine import Engine
 from prefopt_dist.generation.noise import seed_of_model
 from prefopt_dist.generation.prompts import read_prompts
 from prefopt_dist.generation.sampling import Sampling, stop_ids_of
-from prefopt_dist.generation.shards import over_shards
+from prefopt_dist.generation.shards import in_lockstep, over_shards
 from prefopt_dist.generation.store import Answered, SampleStore, digest_of
 from prefopt_dist.generation.transformers_engine import TransformersEngine, load_for_sampling
 from prefopt_dist.model.digests import refuse_if_changed
@@ -168,8 +168,12 @@ class Answering:
                 [answers_of(p, ids, stop_ids, self.tokeniser) for p, ids in zip(prompts, sampled, strict=True)],
             )
 
+        what = f"{self.what}: answering"
         try:
-            over_shards(self.store.folder, todo, f"{self.what}: answering", one, stop_asked)
+            if engine.lockstep:
+                in_lockstep(todo, what, one, engine.meet, stop_asked)
+            else:
+                over_shards(self.store.folder, todo, what, one, stop_asked)
         finally:
             engine.close()
 

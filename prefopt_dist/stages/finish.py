@@ -14,7 +14,7 @@ from prefopt_dist.stages.own_answers import NotAnswered, OwnAnswers, PolicyAnswe
 from prefopt_dist.tracking.console import say
 from prefopt_dist.tracking.metrics_file import Row
 from prefopt_dist.tracking.own_work import peak_memory
-from prefopt_dist.tracking.verdict import Verdict, unjudged, verdict
+from prefopt_dist.tracking.verdict import unjudged, verdict
 from prefopt_dist.training import checkpoint, loop
 from prefopt_dist.training.run_folder import RunFolder
 
@@ -29,9 +29,9 @@ def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, ans
         return job.requests.look().stop
 
     try:
-        policy = answers.answer(job.engine, job.total_steps, stop_asked) if isinstance(answers, OwnAnswers) else answers
+        policy = answers.answer(job.engine, job.total_steps, stop_asked) if isinstance(answers, OwnAnswers) else None
         _give_back(job)
-        row = _judged(job, answers, policy, stop_asked)
+        row = _judged(job, answers, policy, stop_asked) if isinstance(answers, OwnAnswers) and policy else None
     except StoppedInFirstPass:
         _give_back(job)
         _stop(folder, job)
@@ -40,12 +40,15 @@ def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, ans
     def conclude() -> str:
         log = job.log
         assert log is not None
-        said = _verdict(config, row, policy)
-        block = {} if row is None or not isinstance(answers, OwnAnswers) else own_answers.as_run_json(answers, row)
+        if isinstance(answers, NotAnswered):
+            said, block = unjudged(answers.why), {}
+        else:
+            assert row is not None
+            said, block = verdict(row, config.health, str(config.export_dir)), own_answers.as_run_json(answers, row)
         folder.note(answers={**block, "verdict": said.word, "verdict_text": said.text})
         source = config.run_dir / "checkpoints" / checkpoint.folder_name(job.total_steps)
         exported = export.export_checkpoint(config, models, source, folder, merged=config.export.merged)
-        if isinstance(answers, OwnAnswers) and isinstance(policy, PolicyAnswers):
+        if isinstance(answers, OwnAnswers) and policy is not None:
             log.feeds.samples(answers.samples(policy))
         log.feeds.verdict(said.word, said.text)
         summary = _summary(config, log.metrics.rows(), job.total_steps, exported, said.text)
@@ -73,15 +76,8 @@ def _stop(folder: RunFolder, job: loop.Job) -> None:
     say(f"stopped on request {where}; start again to go on")
 
 
-def _judged(
-    job: loop.Job,
-    answers: OwnAnswers | NotAnswered,
-    policy: PolicyAnswers | NotAnswered,
-    stop_asked: Callable[[], bool],
-) -> Row | None:
-    """All ranks: the row of the policy's answers, written where an earlier start has not; None where there are none."""
-    if isinstance(policy, NotAnswered) or isinstance(answers, NotAnswered):
-        return None
+def _judged(job: loop.Job, answers: OwnAnswers, policy: PolicyAnswers, stop_asked: Callable[[], bool]) -> Row:
+    """All ranks: the row of the policy's answers, written where an earlier start has not."""
     step = job.total_steps
 
     def written() -> Row | None:
@@ -89,20 +85,13 @@ def _judged(
         rows = [row for row in job.log.metrics.rows() if (row["kind"], row["step"]) == ("answers", step)]
         return rows[0] if rows else None
 
-    row = ranks.decide(written)
-    if row is None:
+    if ranks.decide(written) is None:
         metrics = answers.judge(policy, stop_asked)
         if job.log is not None:
             job.log.write("answers", step, job.order.step(step - 1), metrics)
-        row = ranks.decide(written)
-    return row
-
-
-def _verdict(config: Config, row: Row | None, policy: PolicyAnswers | NotAnswered) -> Verdict:
-    if isinstance(policy, NotAnswered):
-        return unjudged(policy.why)
+    row: Row | None = ranks.decide(written)
     assert row is not None
-    return verdict(row, config.health, str(config.export_dir))
+    return row
 
 
 def _summary(config: Config, rows: list[dict[str, Any]], steps: int, exported: str, verdict: str) -> str:

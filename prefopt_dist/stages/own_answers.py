@@ -21,7 +21,7 @@ from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.micro_batch import Unit
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import Tokeniser
-from prefopt_dist.distributed import ranks
+from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.distributed.shared import refuse_local_folder
 from prefopt_dist.files import write_atomic
 from prefopt_dist.generation import comparison, measures
@@ -30,16 +30,19 @@ from prefopt_dist.generation.likelihood import answer_sums, units_of
 from prefopt_dist.generation.noise import seed_of_model
 from prefopt_dist.generation.prompts import TOO_LONG, Prompts, first_prompts
 from prefopt_dist.generation.sampling import Sampling, stop_ids_of
+from prefopt_dist.generation.sharded_engine import ShardedEngine
 from prefopt_dist.generation.store import Answered, SampleStore, digest_of
 from prefopt_dist.generation.transformers_engine import TransformersEngine, copy_for_sampling, load_for_sampling
 from prefopt_dist.model.digests import refuse_if_changed
+from prefopt_dist.model.load import load_sharded
+from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.answers import SHARD_PROMPTS
 from prefopt_dist.planning.memory import Place, Sampled
 from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.stages import comparing
 from prefopt_dist.stages.answering import Answering, made_by
-from prefopt_dist.stages.ingredients import Models, weights
+from prefopt_dist.stages.ingredients import Models, reference_settings, weights
 from prefopt_dist.stages.judges import judges_of
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import in_units, say
@@ -71,29 +74,15 @@ class OwnAnswers:
     chosen: list[Unit]
     """Chosen responses of the data, which tell how likely good text is to the reference"""
 
-    def answer_start(self, stop_asked: Callable[[], bool]) -> str | None:
-        """All ranks: sample and score what the cache lacks of the start's answers; return why it cannot be done.
-
-        Raises StoppedInFirstPass where a stop was asked.
-        """
-        missing, _ = ranks.decide(lambda: self.start.store.missing("samples"))
-        lacking = _lacking_room(self.config, self.models) if missing else None
-        if lacking is None:
-            self.start.run(stop_asked)
-        return lacking
-
     def start_metrics(self) -> dict[str, Any]:
         """Return the metrics of the start's answers, once `answer_start` is done."""
         return measures.as_metrics(measures.of_model(self.start.answered(), self._terms))
 
-    def answer(self, engine: Any, step: int, stop_asked: Callable[[], bool]) -> PolicyAnswers | NotAnswered:
+    def answer(self, engine: Any, step: int, stop_asked: Callable[[], bool]) -> PolicyAnswers:
         """All ranks, the policy as it is after `step`: sample what is missing of its answers.
 
         Raises StoppedInFirstPass where a stop was asked; what was sampled is kept in the run folder.
         """
-        lacking = _lacking_room(self.config, self.models)
-        if lacking is not None:
-            return NotAnswered(lacking)
         policy = self._of_policy(engine, step)
         policy.sample(stop_asked)
         found = ranks.together(lambda: policy.store.answered(None))
@@ -126,6 +115,8 @@ class OwnAnswers:
         folder = ranks.decide(plan)
 
         def open_engine() -> Engine:
+            if not _room_for_a_copy(config, models, "the trained model"):
+                return ShardedEngine(engine, f"step {step}", batch_tokens=_batch_tokens(config), release=False)
             lm = copy_for_sampling(
                 engine.module.lm, models.policy, models.adapter, dtype=models.dtype, device=ranks.device()
             )
@@ -146,9 +137,6 @@ class OwnAnswers:
         The rewards are functions.
         """
         policy = self.answer(engine, step, lambda: False)
-        if isinstance(policy, NotAnswered):
-            say(f"answers: none after step {step}: {policy.why}")
-            return {}
         policy.job.score(lambda: False)
         after, before = (ranks.together(job.answered) for job in (policy.job, self.start))
         return measures.as_metrics(measures.in_between(after, before, policy.sums, self._terms))
@@ -271,6 +259,13 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
     )
 
     def open_engine() -> Engine:
+        if not _room_for_a_copy(config, models, "the start"):
+            settings = reference_settings(config, models)
+            lm = load_sharded(models.policy, dtype=models.dtype, settings=settings)
+            sharded = zero3.reference_engine(Scorer(lm), settings)
+            ranks.together(lambda: refuse_if_changed(held.states))
+            return ShardedEngine(sharded, str(models.policy.path), batch_tokens=_batch_tokens(config), release=True)
+
         def load() -> Engine:
             lm = load_for_sampling(models.policy, dtype=models.dtype, device=ranks.device())
             refuse_if_changed(held.states)
@@ -301,17 +296,18 @@ def sampled(config: Config) -> Sampled:
     return Sampled(_batch_tokens(config), max(1, config.data.max_length - new), new, 1, False)
 
 
-def _lacking_room(config: Config, models: Models) -> str | None:
-    """All ranks: why no whole copy can answer beside what the device holds now; None where there is room on all."""
+def _room_for_a_copy(config: Config, models: Models, who: str) -> bool:
+    """All ranks: whether a whole copy has room beside what each device holds now; where not, it is said."""
     sizes = model_sizes(models.policy.config, models.dtype, 0, models.adapter)
     place = Place(ranks.world_size(), ranks.device().type == "cuda")
     need = memory.generation(sizes, place, sampled(config)).device
     free = int((1 - KEPT_FREE) * min(ranks.gather(free_bytes())))
-    if need <= free:
-        return None
-    return (
-        f"a whole copy of the model with its answers takes {in_units(need)} of a device, and {in_units(free)} are free"
-    )
+    if need > free:
+        say(
+            f"answers: {who} answers under ZeRO-3, which gathers the model for every token, since a whole copy takes "
+            f"{in_units(need)} of a device and {in_units(free)} are free"
+        )
+    return need <= free
 
 
 def _reward(one: Answered, weights_of: Sequence[float]) -> float | None:

@@ -68,8 +68,8 @@ def run(config: Config, asked: Requests | None = None) -> None:
             )
             where = "while the start answers"
             answers = own_answers.prepare(config, models, next(iter(evals.values()), train))
-            if isinstance(answers, OwnAnswers) and (lacking := answers.answer_start(lambda: requests.look().stop)):
-                answers = NotAnswered(lacking)
+            if isinstance(answers, OwnAnswers):
+                answers.start.run(lambda: requests.look().stop)
         except StoppedInFirstPass:
             if ranks.rank() == 0:
                 folder.stopped(requests.reason(), None, where)
