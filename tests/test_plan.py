@@ -270,7 +270,7 @@ def test_answers_of_an_8b_and_a_70b() -> None:
     assert "0.6% of the job" in found.text(3600.0)
     twice = answers_plan(needs.sizes, needs.policy, h200(1), asked, 65)
     assert twice.seconds is not None
-    assert twice.seconds > 1.9 * found.seconds
+    assert twice.seconds > 1.8 * found.seconds  # what is scored grows by a 64th
 
     large = needs_of("70B")
     found = answers_plan(large.sizes, large.policy, h200(2), asked, 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,10 +29,11 @@ def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, ans
     def stop_asked() -> bool:
         return job.requests.look().stop
 
+    began = time.perf_counter()
     try:
         policy = answers.answer(job.engine, job.total_steps, stop_asked) if isinstance(answers, OwnAnswers) else None
         _give_back(job)
-        row = _judged(job, answers, policy, stop_asked) if isinstance(answers, OwnAnswers) and policy else None
+        row = _judged(job, answers, policy, began, stop_asked) if isinstance(answers, OwnAnswers) and policy else None
     except StoppedInFirstPass:
         _give_back(job)
         _stop(folder, job)
@@ -76,7 +78,9 @@ def _stop(folder: RunFolder, job: loop.Job) -> None:
     say(f"stopped on request {where}; start again to go on")
 
 
-def _judged(job: loop.Job, answers: OwnAnswers, policy: PolicyAnswers, stop_asked: Callable[[], bool]) -> Row:
+def _judged(
+    job: loop.Job, answers: OwnAnswers, policy: PolicyAnswers, began: float, stop_asked: Callable[[], bool]
+) -> Row:
     """All ranks: the row of the policy's answers, written where an earlier start has not."""
     step = job.total_steps
 
@@ -87,8 +91,9 @@ def _judged(job: loop.Job, answers: OwnAnswers, policy: PolicyAnswers, stop_aske
 
     if ranks.decide(written) is None:
         metrics = answers.judge(policy, stop_asked)
+        seconds = {"perf/answers_seconds": time.perf_counter() - began}
         if job.log is not None:
-            job.log.write("answers", step, job.order.step(step - 1), metrics)
+            job.log.write("answers", step, job.order.step(step - 1), metrics | seconds)
     row: Row | None = ranks.decide(written)
     assert row is not None
     return row

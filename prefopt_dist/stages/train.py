@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import Any
 
@@ -66,10 +67,11 @@ def run(config: Config, asked: Requests | None = None) -> None:
             (scored, *others), first_pass = ingredients.score_reference(
                 config, models, objective, [train, *evals.values()], reference, lambda: requests.look().stop
             )
-            where = "while the start answers"
+            where, began = "while the start answers", time.perf_counter()
             answers = own_answers.prepare(config, models, next(iter(evals.values()), train))
             if isinstance(answers, OwnAnswers):
                 answers.start.run(lambda: requests.look().stop)
+            seconds = {"perf/answers_seconds": time.perf_counter() - began}
         except StoppedInFirstPass:
             if ranks.rank() == 0:
                 folder.stopped(requests.reason(), None, where)
@@ -120,7 +122,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
             answer=in_between,
         )
         if job.log is not None and start == 0 and isinstance(answers, OwnAnswers):
-            job.log.write("answers", 0, None, answers.start_metrics())
+            job.log.write("answers", 0, None, answers.start_metrics() | seconds)
         say(_what_comes(config, order, start, total_steps))
         stopped_at = loop.train(job, start, state)
         del engine
