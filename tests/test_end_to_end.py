@@ -190,7 +190,7 @@ def test_kill_in_training(world: World, whole: Path) -> None:
 @pytest.mark.slow
 def test_wandb_has_every_row_after_two_kills(world: World, whole: Path) -> None:
     """Read back from the newest offline folder, as `wandb sync` takes it: rows, table, configuration, summary."""
-    run = world.run("killed-twice", tracking={"wandb": {"mode": "offline"}, "samples": 3})
+    run = world.run("killed-twice", tracking={"wandb": {"mode": "offline"}}, answers={"number": 3})
     folder = world.folder / "killed-twice"
     start_and(run, at_step(folder, 9), kill_all)
     start_and(run, at_step(folder, 15), kill_all)
@@ -206,10 +206,11 @@ def test_wandb_has_every_row_after_two_kills(world: World, whole: Path) -> None:
     table = by_step.pop(len(truth))["samples"]
     assert table["_type"] == "table-file"
     answers = json.loads((newest / "files" / table["path"]).read_text())
-    written = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert [dict(zip(answers["columns"], line, strict=True)) for line in answers["data"]] == written
+    written = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    table = [dict(zip(answers["columns"], line, strict=True)) for line in answers["data"]]
+    assert [{name: value for name, value in line.items() if value is not None} for line in table] == written
     assert len(written) == 3
-    assert len(truth) == len(by_step) == STEPS + 4
+    assert len(truth) == len(by_step) == STEPS + 4 + 2
     for index, row in enumerate(truth):
         for name, value in row.items():
             if name == "kind" or name.startswith("perf/"):
@@ -222,6 +223,7 @@ def test_wandb_has_every_row_after_two_kills(world: World, whole: Path) -> None:
     assert config["loss"]["beta"] == 0.1
     assert config["made_of"]["data"]["train"]["digest"] == facts["data"]["train"]["digest"]
     assert config["made_of"]["reference"]["key"] == facts["reference"]["key"]
+    assert summary["verdict"] == "not judged"
     assert summary["best/eval/loss"] == min(row["eval/loss"] for row in truth if row["kind"] == "eval")
     assert summary["pairs_seen"] == PAIRS
 
