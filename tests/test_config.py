@@ -100,9 +100,9 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         "tracking": {
             "wandb": {"mode": "online", "project": "prefopt", "name": None, "group": None, "tags": []},
             "log_every_steps": 1,
-            "samples": 0,
             "tensorboard": False,
         },
+        "answers": {"prompts": None, "number": 64, "max_new_tokens": None, "temperature": 1.0, "every": None},
         "health": {
             "grace": 0.333,
             "stuck_accuracy": 0.6,
