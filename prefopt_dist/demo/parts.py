@@ -19,7 +19,7 @@ from prefopt_dist.stages import comparing, ingredients
 REPOSITORY = Path(__file__).parents[2]
 USUAL = "runs/demo"
 """The folder that the recipes name."""
-DEMONSTRATIONS, PROMPTS, HELD_OUT, UNSEEN = 2000, 1200, 200, 400
+DEMONSTRATIONS, PROMPTS, HELD_OUT, UNSEEN = 3000, 2400, 200, 400
 CONTROL_RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates of SFT on the chosen answers, of which the best counts."""
 
@@ -115,4 +115,9 @@ def judge_answers(folder: Path, seed: int, name: str, model: Path) -> None:
     found["whole"] = {
         which: sum(whole(prompt, text) for prompt, text in said) / len(said) for which, said in texts.items()
     }
-    ranks.decide(lambda: write_json(file, found))
+
+    def write() -> None:
+        file.parent.mkdir(exist_ok=True)
+        write_json(file, found)
+
+    ranks.decide(write)
