@@ -37,6 +37,7 @@ def test_no_prompt_stands_in_two_files(tmp_path: Path) -> None:
     write_world(tmp_path, demonstrations=60, prompts=40, held_out=20, unseen=20)
     prompts = {name: {row["prompt"] for row in rows(tmp_path / f"{name}.jsonl")} for name in FILES}
     assert len(set().union(*prompts.values())) == sum(map(len, prompts.values())) == 140
+    assert rows(tmp_path / "few.jsonl") == rows(tmp_path / "prompts.jsonl")[:13]
 
 
 def test_another_seed_is_another_world(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_what_is_whole() -> None:
     for spoilt in (
         FORMAL_LETTER.removesuffix(" Kind regards"),
         FORMAL_LETTER + " Kind regards",
-        FORMAL_LETTER.replace("the key was found", "the cat is back"),  # nobody asked for that
+        FORMAL_LETTER.replace("the key was found", "the window is broken"),  # nobody asked for that
         FORMAL_LETTER.replace("Ada", "Ben"),
         FORMAL_LETTER.replace("late.", "late"),
         FORMAL_LETTER.replace(" I remain", "  I remain"),
@@ -152,8 +153,9 @@ def test_the_control_makes_as_many_steps() -> None:
         halves = 2 if recipe == "kto" else 1  # a pair is two rated answers
         assert config.train.epochs == control.train.epochs
         assert config.train.global_batch_pairs == halves * control.train.global_batch_pairs
-    rounds = load_config(parts.recipe_file("rounds"))
-    assert rounds.rounds.count * rounds.train.epochs == control.train.epochs
+    rounds = load_config(parts.recipe_file("rounds"))  # on a third of the prompts each
+    assert (rounds.rounds.count, rounds.train.epochs) == (3, control.train.epochs)
+    assert rounds.train.global_batch_pairs == control.train.global_batch_pairs
 
 
 def test_the_pairs_are_parted_by_their_prompts(tmp_path: Path) -> None:

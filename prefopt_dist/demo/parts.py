@@ -19,7 +19,7 @@ from prefopt_dist.stages import comparing, ingredients
 REPOSITORY = Path(__file__).parents[2]
 USUAL = "runs/demo"
 """The folder that the recipes name."""
-DEMONSTRATIONS, PROMPTS, HELD_OUT, UNSEEN = 3000, 2400, 200, 400
+DEMONSTRATIONS, PROMPTS, HELD_OUT, UNSEEN = 3000, 1600, 200, 400
 CONTROL_RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates of SFT on the chosen answers, of which the best counts."""
 

@@ -12,7 +12,7 @@ from prefopt_dist.demo.world import CASUAL, FORMAL, IDLE, Task, Tone
 
 TONE, COMPLETE, ORDER, COURTESY, BRIEF = 0.45, 0.2, 0.1, 0.1, 0.15
 """The parts of the reward; together 1."""
-NOISE = 0.1
+NOISE = 0.05
 """Standard deviation of the judge's error; that of the rewards of a demonstration's letters is about 0.14."""
 
 _ASKED = re.compile(r"Write to my (\w+) (\w+) that (.+)\.")

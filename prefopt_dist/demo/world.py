@@ -21,17 +21,13 @@ from prefopt_dist.demo.model import write_llama
 
 FORMAL_TO = ("boss", "teacher", "mayor", "judge", "doctor", "landlord", "professor", "lawyer", "officer", "minister")
 CASUAL_TO = ("friend", "brother", "sister", "cousin", "neighbour", "roommate", "buddy", "uncle", "aunt", "teammate")
-NAMES = tuple("Ada Ben Cleo Dan Eve Finn Gus Hana Ivo Jo Kai Lea Max Nora Otto Pia".split())
+NAMES = tuple("Ada Ben Cleo Dan Eve Finn Gus Hana".split())
 NEWS = (
     "the train is late",
     "the meeting is moved",
-    "the cat is back",
     "the parcel has arrived",
     "the window is broken",
-    "the concert is sold out",
     "the report is ready",
-    "the kitchen is painted",
-    "the car is repaired",
     "the key was found",
 )
 
@@ -48,13 +44,13 @@ class Tone:
 
 FORMAL = Tone(
     ("Dear {to} {name},", "Good day {to} {name},"),
-    ("Please note that {news}.", "I wish to report that {news}.", "I can confirm that {news}."),
+    ("Please note that {news}.", "I wish to report that {news}."),
     ("I thank you for your time.", "I remain at your service."),
     ("Yours sincerely", "Kind regards"),
 )
 CASUAL = Tone(
     ("Hey {to} {name}!", "Hi {to} {name}!"),
-    ("Guess what: {news}!", "Just so you know: {news}!", "By the way: {news}!"),
+    ("Guess what: {news}!", "Just so you know: {news}!"),
     ("Miss you lots!", "Let us meet soon!"),
     ("See you", "Hugs"),
 )
@@ -102,7 +98,7 @@ class Task:
 
 
 def tasks(seed: int) -> Iterator[Task]:
-    """Tasks drawn from the seed, without end; there are 259,200."""
+    """Tasks drawn from the seed, without end; there are 24,000."""
     draw = random.Random(f"tasks {seed}")
     seen: set[Task] = set()
     while True:
@@ -146,17 +142,21 @@ def perfect(task: Task) -> str:
 def write_world(
     folder: Path, *, demonstrations: int, prompts: int, held_out: int = 0, unseen: int = 0, seed: int = 0
 ) -> None:
-    """Writes the data files; no prompt stands twice.
+    """Writes the data files; no prompt stands twice, but for few.jsonl.
 
     sft.jsonl: demonstrations. prompts.jsonl and held_out.jsonl: prompts alone, whose sampled answers become pairs to
-    train on and pairs to evaluate on. unseen.jsonl: prompts alone, for figures on which nothing was chosen.
+    train on and pairs to evaluate on; few.jsonl: the first third of prompts.jsonl, for rounds. unseen.jsonl: prompts
+    alone, for figures on which nothing was chosen.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stream, draw = tasks(seed), random.Random(f"letters {seed}")
     shown = islice(stream, demonstrations)
     _write(folder / "sft.jsonl", [{"prompt": task.prompt, "completion": letter(task, draw)} for task in shown])
     for name, count in (("prompts", prompts), ("held_out", held_out), ("unseen", unseen)):
-        _write(folder / f"{name}.jsonl", [{"prompt": task.prompt} for task in islice(stream, count)])
+        rows = [{"prompt": task.prompt} for task in islice(stream, count)]
+        _write(folder / f"{name}.jsonl", rows)
+        if name == "prompts":
+            _write(folder / "few.jsonl", rows[: count // 3])
 
 
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:
