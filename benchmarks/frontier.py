@@ -1,15 +1,9 @@
 """Reward against KL for several beta, after figure 2 of the DPO paper: python -m benchmarks.frontier
 
 The task is the demo's world of letters, whose true reward a program can tell; so one can see what each nat of KL from
-the start buys. The start (the demo's SFT model, `make demo`) answers 800 prompts eight times, the best and the worst
-answers are the pairs, one first pass scores them for all, and DPO trains on them as long for each beta. Reward and KL
-are of answers to 400 prompts of the world that are in no file of the demo; settings were chosen on unseen.jsonl.
-
-The loss is DPO with an SFT term whose weight is 20·beta: beside DPO's gradient, which is beta times as large too, the
-term then weighs the same for all, and beta alone is varied. Plain DPO (--sft-per-beta 0) has no good frontier here: it
-lowers rejected letters by raising first words that neither letter has, so the reward falls with every nat, and after
-100 steps at 3e-4 the small betas are not told apart (on unseen.jsonl: beta 5, 0.5, 0.1, 0.05: KL 1.6, 6.3, 8.6, 8.0;
-reward 0.66, 0.46, 0.40, 0.45, the start's 0.72). One process, no GPU.
+the start buys. The start (the demo's SFT model, `make demo`) answers 1,200 prompts four times, a noisy judge's best and
+worst answers are the pairs, one first pass scores them for all, and DPO trains on them as long for each beta. Reward
+and KL are of answers to 400 prompts of the world that are in no file of the demo. One process, no GPU.
 """
 
 from __future__ import annotations
@@ -24,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from prefopt_dist.config import Config, load_config
-from prefopt_dist.demo.__main__ import DEMONSTRATIONS, EVALUATION, PROMPTS, TRAIN, UNSEEN
-from prefopt_dist.demo.world import letters
+from prefopt_dist.demo.parts import DEMONSTRATIONS, HELD_OUT, PROMPTS, UNSEEN
+from prefopt_dist.demo.world import tasks
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import read_json, write_json
@@ -37,12 +31,14 @@ BETAS = (0.05, 0.1, 0.5, 1.0, 5.0)
 RECIPE = "launch/recipes/demo_rounds.yaml"
 FRESH = 400
 """Prompts that reward and KL are of."""
+TRUE = 'generate.rewards=[{"function": "prefopt_dist.demo.reward:score"}]'
+"""Judges the answers; the recipe's own reward made the pairs."""
 
 
 def write_fresh(file: Path) -> None:
     """The prompts that follow those of the demo's files in the world's stream, in which none stands twice."""
-    used = TRAIN + EVALUATION + DEMONSTRATIONS + UNSEEN + PROMPTS
-    rows = [{"prompt": prompt} for prompt, *_ in islice(letters(seed=0), used, used + FRESH)]
+    used = DEMONSTRATIONS + PROMPTS + HELD_OUT + UNSEEN
+    rows = [{"prompt": task.prompt} for task in islice(tasks(seed=0), used, used + FRESH)]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -77,7 +73,7 @@ def run_all(
         raise UserError("stopped while generating; the same command goes on")
     points = {}
     for beta in betas:
-        of_beta = [f"run.dir={folder / f'beta-{beta:g}'}", *loss_of(beta, sft_per_beta)]
+        of_beta = [TRUE, f"run.dir={folder / f'beta-{beta:g}'}", *loss_of(beta, sft_per_beta)]
         points[beta] = _point(load_config(recipe, [*common, *of_beta]))
     return {
         "sft_per_beta": sft_per_beta,
@@ -178,11 +174,9 @@ def main() -> int:
     parser.add_argument("--recipe", default=RECIPE, help="a recipe of rounds: model, prompts, rewards, optimiser")
     parser.add_argument("--folder", type=Path, default=Path("runs/frontier"))
     parser.add_argument("--betas", type=float, nargs="+", default=list(BETAS))
-    parser.add_argument(
-        "--sft-per-beta", type=float, default=20.0, help="the SFT term's weight over beta; 0: plain DPO"
-    )
+    parser.add_argument("--sft-per-beta", type=float, default=0.0, help="the SFT term's weight over beta; 0: plain DPO")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--samples", type=int, default=4, help="answers to each unseen prompt")
     parser.add_argument("--save", metavar="NAME", default="frontier", help="results/NAME.json and NAME.svg")
     options = parser.parse_args()

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import case_runner
+import letters
 import pytest
 import torch
 
 from prefopt_dist.config import load_config
-from prefopt_dist.demo import world
 from prefopt_dist.distributed import ranks
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.stages import train
@@ -39,7 +39,7 @@ FILLER = (" I hope you are well.", " Please tell everybody.", " There is more to
 def pairs(n: int, seed: int, *, wrong: float = 0.0) -> list[dict[str, str]]:
     """Letters in the right tone and in the other one; a share of the labels is the wrong way round."""
     coin, rows = random.Random(seed), []
-    for prompt, formal_fits, formal, casual in islice(world.letters(seed), n):
+    for prompt, formal_fits, formal, casual in islice(letters.letters(seed), n):
         chosen, rejected = (formal, casual) if formal_fits else (casual, formal)
         if coin.random() < wrong:
             chosen, rejected = rejected, chosen
@@ -50,7 +50,7 @@ def pairs(n: int, seed: int, *, wrong: float = 0.0) -> list[dict[str, str]]:
 def longer_is_chosen(n: int, seed: int) -> list[dict[str, str]]:
     """Letters of either tone; the chosen one goes on for longer."""
     draw, rows = random.Random(seed), []
-    for prompt, _, *texts in islice(world.letters(seed), n):
+    for prompt, _, *texts in islice(letters.letters(seed), n):
         draw.shuffle(texts)
         less = draw.randrange(2)
         more = less + draw.randrange(1, 3)
@@ -62,7 +62,7 @@ def longer_is_chosen(n: int, seed: int) -> list[dict[str, str]]:
 def demonstrations(n: int, seed: int, *, fitting: bool = False, wordy: bool = False) -> Iterator[dict[str, str]]:
     """Letters in the fitting tone or in either; wordy ones go on for a sentence or more."""
     coin = random.Random(seed)
-    for prompt, formal_fits, formal, casual in islice(world.letters(seed), n):
+    for prompt, formal_fits, formal, casual in islice(letters.letters(seed), n):
         right, other = (formal, casual) if formal_fits else (casual, formal)
         text = right if fitting else coin.choice((right, other))
         more = "".join(coin.sample(FILLER, coin.randrange(4))) if wordy else ""
@@ -72,7 +72,7 @@ def demonstrations(n: int, seed: int, *, fitting: bool = False, wordy: bool = Fa
 def prepare(folder: Path) -> None:
     if (folder / "model").exists():
         return
-    world.write_model(folder / "model", hidden=64, layers=2, seed=SEED)
+    letters.write_model(folder / "model", hidden=64, layers=2, seed=SEED)
     of = 100 * SEED
     files = {
         "neutral": demonstrations(1600, of + 11),

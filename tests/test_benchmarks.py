@@ -21,7 +21,7 @@ from benchmarks.world import Task, load_task, save_task, text, write_model
 from prefopt_dist.config import load_config
 from prefopt_dist.config.losses import DPOLoss
 from prefopt_dist.data.micro_batch import Unit, pack
-from prefopt_dist.demo import __main__ as demo
+from prefopt_dist.demo import parts
 from prefopt_dist.demo.world import write_world
 
 TINY = SHAPES["tiny"]
@@ -247,10 +247,10 @@ def test_the_frontier_varies_beta_alone() -> None:
 
 
 def test_the_frontier_is_of_prompts_in_no_file_of_the_demo(tmp_path: Path) -> None:
-    sizes = {"train": demo.TRAIN, "evaluation": demo.EVALUATION, "demonstrations": demo.DEMONSTRATIONS}
-    write_world(tmp_path, **sizes, unseen=demo.UNSEEN, prompts=demo.PROMPTS)
+    sizes = {"demonstrations": parts.DEMONSTRATIONS, "prompts": parts.PROMPTS, "held_out": parts.HELD_OUT}
+    write_world(tmp_path, **sizes, unseen=parts.UNSEEN)
     used = {json.loads(line)["prompt"] for file in tmp_path.glob("*.jsonl") for line in file.read_text().splitlines()}
-    assert len(used) == sum(sizes.values()) + demo.UNSEEN + demo.PROMPTS
+    assert len(used) == sum(sizes.values()) + parts.UNSEEN
     frontier.write_fresh(tmp_path / "new" / "fresh.jsonl")
     fresh = {json.loads(line)["prompt"] for line in (tmp_path / "new" / "fresh.jsonl").read_text().splitlines()}
     assert len(fresh) == frontier.FRESH

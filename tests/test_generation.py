@@ -14,6 +14,7 @@ import pytest
 import rewards_for_tests
 import torch
 import worlds
+from letters import score
 from tokenizers_for_tests import CHATML, small_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
@@ -22,7 +23,6 @@ from prefopt_dist.data.rows import open_rows
 from prefopt_dist.data.sources import DataSource
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import Tokeniser
-from prefopt_dist.demo.reward import score
 from prefopt_dist.errors import UserError
 from prefopt_dist.generation import comparison, pairs
 from prefopt_dist.generation.answers import Answer, answers_of

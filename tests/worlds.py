@@ -5,10 +5,9 @@ import random
 import shutil
 from pathlib import Path
 
+import letters
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-from prefopt_dist.demo import world
 
 WORDS = "the a red green blue cat dog bird tree house runs sings sleeps over under near old new big small".split()
 
@@ -49,7 +48,7 @@ def write_pairs(file: Path, n: int, *, seed: int = 0, longest: int = 60) -> None
 
 def write_model(folder: Path, *, seed: int = 0, tied: bool = True, scale: float = 1.0) -> None:
     """A Llama of two layers with the demo's tokenizer; `scale` > 1 makes its log-probs less alike."""
-    world.write_model(folder, hidden=32, layers=2, vocabulary=300, tied=tied, seed=0)
+    letters.write_model(folder, hidden=32, layers=2, vocabulary=300, tied=tied, seed=0)
     config = LlamaConfig.from_pretrained(folder)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)

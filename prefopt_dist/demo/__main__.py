@@ -1,116 +1,62 @@
-"""`make demo`: a small world, a short SFT, then the whole DPO job on two CPU ranks; ends with a few plain lines.
+"""`make demo`: a small world, SFT, pairs of the SFT model's own answers, preference training, and what it brought.
 
-Started again it goes on where it was, and shows the result at once where it is done; `rm -r runs/demo`
-starts anew.
+Started again it goes on where it was, and shows the result at once where it is done; removing the folder starts anew.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from prefopt_dist.demo import parts, result
+from prefopt_dist.demo.jobs import Failed, run_stage, run_together
+from prefopt_dist.files import read_json, write_json
 
-from prefopt_dist.demo.world import letters, write_model, write_world
-from prefopt_dist.tracking.metrics_file import MetricsFile
-
-REPOSITORY = Path(__file__).parents[2]
-FOLDER = Path("runs/demo")
-TRAIN, EVALUATION, DEMONSTRATIONS, UNSEEN, PROMPTS = 2400, 400, 2400, 400, 800
-SHOWN_SEED = 7
-"""Seed of the prompts that are answered for show; far from those of the data files."""
+RECIPES = ("demo", "ipo", "simpo", "orpo", "kto", "lora", "dpo_sft", "rounds")
 
 
 def main() -> int:
-    """Makes what is missing, runs both recipes, shows the result."""
-    os.chdir(REPOSITORY)
+    """Makes what is missing, shows the result; 1 where the model is not better beyond its interval."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(prog="python -m prefopt_dist.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="of data, weights and order (default 0)")
+    parser.add_argument("--folder", type=Path, default=Path(parts.USUAL), help=f"default {parts.USUAL}")
+    parser.add_argument("--recipe", choices=RECIPES, default="demo", help="what follows the SFT (default demo)")
+    asked = parser.parse_args()
+    os.chdir(parts.REPOSITORY)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.disable_progress_bar()
     began = time.monotonic()
-    world = FOLDER / "world"
-    if not (world / "model" / "tokenizer_config.json").is_file():
-        print("demo: making a world of letters, a tokenizer and a small Llama", flush=True)
-        sizes = {"train": TRAIN, "evaluation": EVALUATION, "demonstrations": DEMONSTRATIONS, "unseen": UNSEEN}
-        sizes["prompts"] = PROMPTS
-        write_world(world, **sizes)
-        write_model(world / "model")
-    for recipe in ("demo_sft", "demo"):
-        print(f"\ndemo: launch/run.sh -n 2 train launch/recipes/{recipe}.yaml", flush=True)
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PREFOPT_PYTHON": sys.executable}
-        job = subprocess.Popen(["launch/run.sh", "-n", "2", "train", f"launch/recipes/{recipe}.yaml"], env=environment)
-        with _passed_on(signal.SIGTERM, job):
-            status = job.wait()
-        if status != 0:
-            return status
-    print(_result(time.monotonic() - began))
-    return 0
-
-
-@contextmanager
-def _passed_on(number: int, job: subprocess.Popen[bytes]) -> Iterator[None]:
-    """A signal to this process goes to the job, which commits a checkpoint."""
-    before = signal.signal(number, lambda *_: job.send_signal(number))
     try:
-        yield
-    finally:
-        signal.signal(number, before)
+        _run(asked.folder, asked.seed, asked.recipe)
+    except Failed as e:
+        return e.status
+    found = read_json(asked.folder / "result.json")
+    print(result.text(found, asked.folder, time.monotonic() - began))
+    return 0 if found["verdict"] == "better" else 1
 
 
-def _result(seconds: float) -> str:
-    rows = MetricsFile(FOLDER / "dpo" / "metrics.jsonl").rows()
-    evals = [r for r in rows if r["kind"] == "eval"]
-    first, last = evals[0], evals[-1]
-    lines = [
-        "",
-        f"demo: done in {seconds:.0f} s. On {EVALUATION} pairs never trained on, before → after:",
-        f"  prefers the fitting letter (log-prob):  {first['eval/logps/accuracies']:6.1%} → "
-        f"{last['eval/logps/accuracies']:.1%}",
-        f"  reward accuracy, against the start:     {first['eval/rewards/accuracies']:6.1%} → "
-        f"{last['eval/rewards/accuracies']:.1%}   (at the start every pair is a tie)",
-        f"  reward margin:                          {first['eval/rewards/margins']:6.2f} → "
-        f"{last['eval/rewards/margins']:.2f}",
-        f"  loss at the first step:                 {rows[1]['train/loss']:.4f} (ln 2 = 0.6931)",
-    ]
-    before, after = FOLDER / "sft" / "final", FOLDER / "dpo" / "final"
-    for prompt in _shown_prompts():
-        lines += ["", f"  {prompt}", f"    before: {_answer(before, prompt)}", f"    after:  {_answer(after, prompt)}"]
-    lines += [
-        "",
-        f"  models: {before} and {after} (Hugging Face folders)",
-        f"  curves: {FOLDER / 'dpo' / 'metrics.jsonl'};  what was read: {FOLDER / 'dpo' / 'run.json'}",
-    ]
-    return "\n".join(lines)
+def _run(folder: Path, seed: int, recipe: str) -> None:
+    """Leaves FOLDER/result.json."""
+    if not (folder / "world" / "model" / "tokenizer_config.json").is_file():
+        print("demo: making a world of letters, a tokenizer and a small Llama", flush=True)
+        parts.make_world(folder, seed)
+    run_stage("train", *_command("sft", folder, seed))
+    run_stage("generate", *_command("pairs", folder, seed))
+    parts.split_pairs(folder)
+    run_stage("rounds" if recipe == "rounds" else "train", *_command(recipe, folder, seed))
+    print("\ndemo: SFT on the chosen answers alone, for comparison, and answers to unseen prompts", flush=True)
+    judging = [sys.executable, "-m", "prefopt_dist.demo.judging", "--folder", str(folder), "--seed", str(seed)]
+    first, *others = map(str, parts.CONTROL_RATES)
+    run_together([[*judging, "--recipe", recipe, "--controls", first], [*judging, "--controls", *others]])
+    write_json(folder / "result.json", result.result_of(folder, seed, recipe))
 
 
-def _shown_prompts() -> list[str]:
-    """One prompt to somebody formal and one to somebody casual."""
-    stream = iter(letters(SHOWN_SEED))
-    found: dict[bool, str] = {}
-    while len(found) < 2:
-        prompt, formal_fits, _, _ = next(stream)
-        found.setdefault(formal_fits, prompt)
-    return [found[True], found[False]]
-
-
-def _answer(folder: Path, prompt: str) -> str:
-    """The model's most likely answer."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    messages = [{"role": "user", "content": prompt}]
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    with torch.no_grad():
-        ids = model.generate(**inputs, max_new_tokens=60, do_sample=False)
-    text: str = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text
+def _command(recipe: str, folder: Path, seed: int) -> tuple[str, list[str]]:
+    file = parts.recipe_file(recipe).relative_to(parts.REPOSITORY)
+    return str(file), parts.overrides(recipe, folder, seed)
 
 
 if __name__ == "__main__":

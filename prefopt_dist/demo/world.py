@@ -1,146 +1,172 @@
-"""A small world of letters with a known preference: whoever is written to decides the tone.
+"""A small world of letters, in which a letter can be better or worse in many ways at once.
 
-A prompt asks for a message to a boss, a friend, … . A formal and a casual text both say the right thing; the
-one whose tone fits the addressee is preferred. The addressee's word alone decides, so neither the response
-by itself nor its length tells which one is chosen: the model has to read the prompt. Demonstrations for
-supervised fine-tuning have either tone at random, so before preference training it is a coin flip.
+A prompt asks for two or three pieces of news to a boss, a friend, … . A letter is a greeting, sentences and a close;
+each sentence has a tone of its own. A perfect one has the addressee's tone throughout, says all news in the order asked
+for, once, has a courteous sentence and nothing idle. Demonstrations for supervised fine-tuning are drawn with faults
+of every kind, each at random and apart from the others: who learns from them writes whole letters of middling worth,
+and its better and worse samples are what preferences can be stated of.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from prefopt_dist.demo.model import write_llama
 
 FORMAL_TO = ("boss", "teacher", "mayor", "judge", "doctor", "landlord", "professor", "lawyer", "officer", "minister")
 CASUAL_TO = ("friend", "brother", "sister", "cousin", "neighbour", "roommate", "buddy", "uncle", "aunt", "teammate")
-NAMES = tuple(
-    "Ada Ben Cleo Dan Eve Finn Gus Hana Ivo Jo Kai Lea Max Nora Otto Pia Quinn Rosa Sam Tess Uma Vera Will Xena Yara "
-    "Zoe Amir Bela Chen Dora".split()
-)
-EVENTS = (
+NAMES = tuple("Ada Ben Cleo Dan Eve Finn Gus Hana".split())
+NEWS = (
     "the train is late",
     "the meeting is moved",
-    "the cat is back home",
     "the parcel has arrived",
     "the window is broken",
-    "the concert is sold out",
     "the report is ready",
-    "the kitchen is painted",
-    "the car is repaired",
-    "the garden is in bloom",
     "the key was found",
-    "the exam went well",
 )
-FORMAL = (
-    "Dear {to} {name}, I would like to inform you that {event}. Yours sincerely",
-    "Good day {to} {name}, please note that {event}. Kind regards",
-    "Dear {to} {name}, allow me to report that {event}. With great respect",
-)
-CASUAL = (
-    "Hey {to} {name}! Guess what, {event}. See you",
-    "Hi {to} {name}, just so you know, {event}. Cheers",
-    "Yo {to} {name}, crazy news, {event}. Hugs",
-)
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SPECIAL = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 
-def letters(seed: int) -> Iterable[tuple[str, bool, str, str]]:
-    """Distinct (prompt, formal is right, formal text, casual text), drawn from the seed; there are 7,200 prompts."""
-    draw = random.Random(seed)
-    seen = set()
+@dataclass(frozen=True)
+class Tone:
+    """The sentences of one tone; each ends in a stop, a comma or an exclamation mark and has none of these inside."""
+
+    greetings: tuple[str, ...]
+    news: tuple[str, ...]
+    courtesies: tuple[str, ...]
+    closes: tuple[str, ...]
+
+
+FORMAL = Tone(
+    ("Dear {to} {name},", "Good day {to} {name},"),
+    ("Please note that {news}.", "I wish to report that {news}."),
+    ("I thank you for your time.", "I remain at your service."),
+    ("Yours sincerely", "Kind regards"),
+)
+CASUAL = Tone(
+    ("Hey {to} {name}!", "Hi {to} {name}!"),
+    ("Guess what: {news}!", "Just so you know: {news}!"),
+    ("Miss you lots!", "Let us meet soon!"),
+    ("See you", "Hugs"),
+)
+IDLE = ("It was a long day.", "The sky is grey.", "There is more to say.")
+
+FITTING = 0.55
+"""Of the sentences of demonstrations, the share that has the addressee's tone."""
+LEFT_OUT, SWAPPED, REPEATED, COURTEOUS = 0.25, 0.3, 0.3, 0.5
+"""How often a piece of news is missing, two are swapped, one is said again, and the courteous sentence is there."""
+IDLE_SENTENCES = (0, 0, 1, 1, 2)
+"""How many idle sentences there are, each as likely."""
+SPREAD = 0.06
+"""Of the random weights. With Llama's 0.02 so narrow a model learns late, on some seeds not in time, to copy the words
+of the prompt into its letter.
+"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a prompt asks for."""
+
+    to: str
+    name: str
+    news: tuple[str, ...]
+
+    @property
+    def prompt(self) -> str:
+        """As it is asked."""
+        first, *between, last = self.news
+        return (
+            f"Write to my {self.to} {self.name} that {first}"
+            + "".join(f", that {news}" for news in between)
+            + f" and that {last}."
+        )
+
+    @property
+    def tone(self) -> Tone:
+        """The addressee's."""
+        return FORMAL if self.to in FORMAL_TO else CASUAL
+
+    @property
+    def other_tone(self) -> Tone:
+        """The one that does not fit."""
+        return CASUAL if self.to in FORMAL_TO else FORMAL
+
+
+def tasks(seed: int) -> Iterator[Task]:
+    """Tasks drawn from the seed, without end; there are 24,000."""
+    draw = random.Random(f"tasks {seed}")
+    seen: set[Task] = set()
     while True:
         to, name = draw.choice(FORMAL_TO + CASUAL_TO), draw.choice(NAMES)
-        event = draw.choice(EVENTS)
-        said = {"to": to, "name": name, "event": event}
-        formal, casual = draw.choice(FORMAL).format(**said), draw.choice(CASUAL).format(**said)
-        prompt = f"Write to my {to} {name} that {event}."
-        if prompt not in seen:
-            seen.add(prompt)
-            yield prompt, to in FORMAL_TO, formal, casual
+        task = Task(to, name, tuple(draw.sample(NEWS, draw.choice((2, 3)))))
+        if task not in seen:
+            seen.add(task)
+            yield task
+
+
+def letter(task: Task, draw: random.Random) -> str:
+    """A demonstration: whole, with faults at random."""
+    news = [one for one in task.news if draw.random() >= LEFT_OUT] or [draw.choice(task.news)]
+    if len(news) > 1 and draw.random() < SWAPPED:
+        at = draw.randrange(len(news) - 1)
+        news[at : at + 2] = news[at + 1], news[at]
+    if draw.random() < REPEATED:
+        news.insert(draw.randrange(1, len(news) + 1), draw.choice(news))
+    body = [_sentence(task, "news", draw).format(news=one) for one in news]
+    if draw.random() < COURTEOUS:
+        body.append(_sentence(task, "courtesies", draw))
+    for _ in range(draw.choice(IDLE_SENTENCES)):
+        body.insert(draw.randrange(len(body) + 1), draw.choice(IDLE))
+    greeting = _sentence(task, "greetings", draw).format(to=task.to, name=task.name)
+    return " ".join([greeting, *body, _sentence(task, "closes", draw)])
+
+
+def _sentence(task: Task, kind: str, draw: random.Random) -> str:
+    tone = task.tone if draw.random() < FITTING else task.other_tone
+    found: str = draw.choice(getattr(tone, kind))
+    return found
+
+
+def perfect(task: Task) -> str:
+    """The letter of the highest reward, in the first words for everything."""
+    tone = task.tone
+    news = [tone.news[0].format(news=one) for one in task.news]
+    return " ".join([tone.greetings[0].format(to=task.to, name=task.name), *news, tone.courtesies[0], tone.closes[0]])
 
 
 def write_world(
-    folder: Path, *, train: int, evaluation: int, demonstrations: int, unseen: int = 0, prompts: int = 0, seed: int = 0
+    folder: Path, *, demonstrations: int, prompts: int, held_out: int = 0, unseen: int = 0, seed: int = 0
 ) -> None:
-    """Writes the data files; no prompt stands in two of those that are made of letters of their own.
+    """Writes the data files; no prompt stands twice, but for few.jsonl.
 
-    train.jsonl, eval.jsonl and unseen.jsonl: raw pairs, the last for figures on which nothing was chosen. sft.jsonl:
-    demonstrations. prompts.jsonl: prompts alone. rated.jsonl: one letter of each pair of train.jsonl, rated true or
-    false; the other is in no row.
+    sft.jsonl: demonstrations. prompts.jsonl and held_out.jsonl: prompts alone, whose sampled answers become pairs to
+    train on and pairs to evaluate on; few.jsonl: the first third of prompts.jsonl, for rounds. unseen.jsonl: prompts
+    alone, for figures on which nothing was chosen.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stream = iter(letters(seed))
-    _write(folder / "train.jsonl", pairs := [_pair(*next(stream)) for _ in range(train)])
-    _write(folder / "eval.jsonl", [_pair(*next(stream)) for _ in range(evaluation)])
-    coin = random.Random(seed + 1)
-    demonstrated = [next(stream) for _ in range(demonstrations)]
-    _write(folder / "sft.jsonl", [{"prompt": p, "completion": coin.choice(two)} for p, _, *two in demonstrated])
-    _write(folder / "unseen.jsonl", [_pair(*next(stream)) for _ in range(unseen)])
-    _write(folder / "prompts.jsonl", [{"prompt": next(stream)[0]} for _ in range(prompts)])
-    _write(folder / "rated.jsonl", [_rated(pair, coin.random() < 0.5) for pair in pairs])
+    stream, draw = tasks(seed), random.Random(f"letters {seed}")
+    shown = islice(stream, demonstrations)
+    _write(folder / "sft.jsonl", [{"prompt": task.prompt, "completion": letter(task, draw)} for task in shown])
+    for name, count in (("prompts", prompts), ("held_out", held_out), ("unseen", unseen)):
+        rows = [{"prompt": task.prompt} for task in islice(stream, count)]
+        _write(folder / f"{name}.jsonl", rows)
+        if name == "prompts":
+            _write(folder / "few.jsonl", rows[: count // 3])
 
 
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _pair(prompt: str, formal_fits: bool, formal: str, casual: str) -> dict[str, Any]:
-    chosen, rejected = (formal, casual) if formal_fits else (casual, formal)
-    return {"prompt": prompt, "chosen_response": chosen, "rejected_response": rejected}
-
-
-def _rated(pair: dict[str, Any], good: bool) -> dict[str, Any]:
-    completion = pair["chosen_response" if good else "rejected_response"]
-    return {"prompt": pair["prompt"], "completion": completion, "label": good}
-
-
 def write_model(
     folder: Path, *, hidden: int = 128, layers: int = 3, vocabulary: int = 512, tied: bool = True, seed: int = 0
 ) -> None:
     """Writes a small Llama with random weights and a byte-level BPE tokenizer trained on the world's text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    stream = iter(letters(seed + 2))
-    text = [part for _ in range(2000) for part in next(stream) if isinstance(part, str)]
-    tokenizer.train_from_iterator(
-        text,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=list(SPECIAL),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[-1], chat_template=CHAT_TEMPLATE
-    )
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            tie_word_embeddings=tied,
-            bos_token_id=None,
-            eos_token_id=fast.eos_token_id,
-            pad_token_id=fast.pad_token_id,
-        )
-    )
-    model.save_pretrained(folder)
-    fast.save_pretrained(folder)
+    draw = random.Random(f"text {seed}")
+    text = [part for task in islice(tasks(seed), 2000) for part in (task.prompt, letter(task, draw))]
+    write_llama(folder, text, hidden=hidden, layers=layers, vocabulary=vocabulary, tied=tied, spread=SPREAD, seed=seed)

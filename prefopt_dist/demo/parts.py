@@ -1,0 +1,123 @@
+"""The parts of the demo: the world, the recipes in a folder, the pairs, the control, and what answers are worth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prefopt_dist.config import Config, load_config
+from prefopt_dist.demo.reward import whole
+from prefopt_dist.demo.world import write_model, write_world
+from prefopt_dist.distributed import ranks
+from prefopt_dist.files import write_atomic, write_json
+from prefopt_dist.model.load import inspect_folder
+from prefopt_dist.stages import comparing, ingredients
+
+REPOSITORY = Path(__file__).parents[2]
+USUAL = "runs/demo"
+"""The folder that the recipes name."""
+DEMONSTRATIONS, PROMPTS, HELD_OUT, UNSEEN = 3000, 1600, 200, 400
+CONTROL_RATES = (3e-4, 1e-3, 3e-3)
+"""Learning rates of SFT on the chosen answers, of which the best counts."""
+
+
+def make_world(folder: Path, seed: int) -> None:
+    """Writes data, tokenizer and random weights of a seed into FOLDER/world."""
+    world = folder / "world"
+    write_world(world, demonstrations=DEMONSTRATIONS, prompts=PROMPTS, held_out=HELD_OUT, unseen=UNSEEN, seed=seed)
+    write_model(world / "model", seed=seed)
+
+
+def recipe_file(name: str) -> Path:
+    """The recipe of a name such as `demo` or `ipo`."""
+    return REPOSITORY / "launch" / "recipes" / (f"{name}.yaml" if name == "demo" else f"demo_{name}.yaml")
+
+
+def overrides(name: str, folder: Path, seed: int) -> list[str]:
+    """What makes a recipe one of this folder and seed."""
+    sections: dict[str, dict[str, Any]] = yaml.safe_load(recipe_file(name).read_text())
+    moved = [f"run.seed={seed}"]
+    for section, keys in sections.items():
+        for key, value in keys.items():
+            text = json.dumps(value)
+            if USUAL in text and str(folder) != USUAL:
+                moved.append(f"{section}.{key}={text.replace(USUAL, str(folder))}")
+    return moved
+
+
+def config_of(name: str, folder: Path, seed: int, *more: str) -> Config:
+    """The recipe's configuration in this folder."""
+    return load_config(recipe_file(name), [*overrides(name, folder, seed), *more]).with_cache()
+
+
+def split_pairs(folder: Path) -> None:
+    """Parts the sampled pairs by their prompts' file: pairs to train on, pairs to evaluate on, and the chosen answers
+    of the first alone, for the control.
+    """
+    rows = [json.loads(line) for line in (folder / "pairs" / "pairs.jsonl").read_text().splitlines()]
+    held_out = [row for row in rows if "held_out.jsonl" in row["origin"]]
+    train = [row for row in rows if "held_out.jsonl" not in row["origin"]]
+    chosen = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in train]
+    for name, part in (("train", train), ("eval", held_out), ("chosen", chosen)):
+        write_atomic(folder / "pairs" / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
+
+
+def control_name(rate: float) -> str:
+    """The run folder's name of SFT on the chosen answers at a learning rate."""
+    return f"control-{rate:g}"
+
+
+def control_config(folder: Path, seed: int, rate: float) -> Config:
+    """SFT on the chosen answers at a learning rate."""
+    return config_of("control", folder, seed, f"run.dir={folder / control_name(rate)}", f"optim.learning_rate={rate}")
+
+
+def model_of(recipe: str, folder: Path) -> Path:
+    """The folder of the model that a recipe has trained."""
+    config = config_of(recipe, folder, 0)
+    last = config.run_dir / f"round-{config.rounds.count}"
+    return (last if recipe == "rounds" else config.run_dir) / "final"
+
+
+def judged_file(folder: Path, name: str) -> Path:
+    """What a run's answers to the unseen prompts were found to be worth."""
+    return folder / "judged" / f"{name}.json"
+
+
+def judge_answers(folder: Path, seed: int, name: str, model: Path) -> None:
+    """Compares a model's answers to the unseen prompts with the SFT model's, once; all ranks.
+
+    The one place that knows how reward, win rate and KL come about.
+    """
+    file = judged_file(folder, name)
+    if ranks.decide(file.exists):
+        return
+    config = config_of(
+        "demo",
+        folder,
+        seed,
+        f"run.dir={file.parent}",
+        f"run.cache={folder / '.prefopt'}",
+        f"evaluate.prompts={folder / 'world' / 'unseen.jsonl'}",
+    )
+    models = ingredients.load_models(config)  # the policy of the recipe is the SFT model
+    trained = ranks.together(lambda: inspect_folder(model, "evaluate.model", config.data.max_length))
+    comparison = comparing.prepare(config, models, trained, models.policy, models.policy)
+    found = comparison.run()
+    texts = {}
+    for which in ("policy", "against"):
+        answered = ranks.together(comparison.jobs[which].answered)
+        texts[which] = [(one.prompt.prompt, answer.text) for one in answered for answer in one.answers]
+    found["texts"] = texts
+    found["whole"] = {
+        which: sum(whole(prompt, text) for prompt, text in said) / len(said) for which, said in texts.items()
+    }
+
+    def write() -> None:
+        file.parent.mkdir(exist_ok=True)
+        write_json(file, found)
+
+    ranks.decide(write)

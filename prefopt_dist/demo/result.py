@@ -1,0 +1,100 @@
+"""What a demo's run has brought: result.json, and the same in plain words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefopt_dist.demo import parts
+from prefopt_dist.demo.reward import score
+from prefopt_dist.demo.world import FORMAL_TO
+from prefopt_dist.files import read_json
+from prefopt_dist.generation.comparison import shown
+from prefopt_dist.tracking.metrics_file import MetricsFile
+
+
+def verdict_of(difference: dict[str, float | None]) -> str:
+    """What the interval of the difference of rewards says."""
+    low, high = difference["low"], difference["high"]
+    if low is None or high is None:
+        return "not judged"
+    return "better" if low > 0 else "worse" if high < 0 else "no difference to be seen"
+
+
+def result_of(folder: Path, seed: int, recipe: str) -> dict[str, Any]:
+    """Puts together what FOLDER/judged and the run's metrics say."""
+    judged = read_json(parts.judged_file(folder, recipe))
+    controls = {rate: read_json(parts.judged_file(folder, parts.control_name(rate))) for rate in parts.CONTROL_RATES}
+    best = max(controls, key=lambda rate: float(controls[rate]["policy"]["reward"]["mean"]))
+    difference = judged["difference"]
+    return {
+        "seed": seed,
+        "recipe": recipe,
+        "reward": {
+            "before": judged["against"]["reward"]["mean"],
+            "after": judged["policy"]["reward"]["mean"],
+            "difference": difference["mean"],
+            "low": difference["low"],
+            "high": difference["high"],
+        },
+        "control": controls[best]["policy"]["reward"]["mean"],
+        "control_interval": controls[best]["policy"]["reward"],
+        "after_interval": judged["policy"]["reward"],
+        "control_rate": best,
+        "win_rate": judged["win_rate"]["mean"],
+        "kl": judged["kl"]["mean"],
+        **_on_pairs(parts.config_of(recipe, folder, seed).run_dir / "metrics.jsonl"),
+        "whole": {"before": judged["whole"]["against"], "after": judged["whole"]["policy"]},
+        "tokens": {"before": judged["against"]["tokens"], "after": judged["policy"]["tokens"]},
+        "unfinished": {"before": judged["against"]["unfinished"], "after": judged["policy"]["unfinished"]},
+        "verdict": verdict_of(difference),
+    }
+
+
+def _on_pairs(metrics: Path) -> dict[str, float | None]:
+    """Accuracy and margin on the pairs of held-out prompts, where the run has evaluated on them."""
+    rows = [row for row in MetricsFile(metrics).rows() if row["kind"] == "eval"] if metrics.exists() else []
+    last = rows[-1] if rows else {}
+    return {"accuracy": last.get("eval/rewards/accuracies"), "margin": last.get("eval/rewards/margins")}
+
+
+def text(found: dict[str, Any], folder: Path, seconds: float) -> str:
+    """For people: reward first, then the control, then the rest and two prompts with answers before and after."""
+    judged = read_json(parts.judged_file(folder, found["recipe"]))
+    reward, whole = found["reward"], found["whole"]
+    lines = [
+        "",
+        f"demo: {found['verdict']}, in {seconds:.0f} s. Answers to {judged['prompts']} prompts that nobody trained on, "
+        "before (SFT) → after:",
+        f"  true reward, 0 to 1:     {reward['before']:.3f} → {reward['after']:.3f}, difference "
+        f"{shown(judged['difference'])}, 95 % interval by prompt",
+        f"  control:                 {found['control']:.3f} after SFT on the same chosen answers alone, as many steps, "
+        f"the best of {len(parts.CONTROL_RATES)} learning rates",
+        f"  wins against before:     {found['win_rate']:.1%}, at {found['kl']:.1f} nats of KL an answer",
+        f"  whole letters:           {whole['before']:.1%} → {whole['after']:.1%}",
+    ]
+    if found["accuracy"] is not None:
+        lines += [
+            f"  reward accuracy:         {found['accuracy']:.1%} of held-out pairs, whose labels are noisy",
+            f"  reward margin:           {found['margin']:.2f}",
+        ]
+    for prompt, before, after in _shown(judged):
+        lines += ["", f"  {prompt}"]
+        for when, answer in (("before", before), ("after", after)):
+            lines.append(f"    {when + ':':8}{answer}  [{score(prompt, answer, {}):.2f}]")
+    run = parts.config_of(found["recipe"], folder, found["seed"]).run_dir
+    lines += [
+        "",
+        f"  models: {folder / 'sft' / 'final'} and {parts.model_of(found['recipe'], folder)} (Hugging Face folders)",
+        f"  pairs:  {folder / 'pairs' / 'train.jsonl'};  every answer: {parts.judged_file(folder, found['recipe'])}",
+        f"  run:    {run} (metrics.jsonl, run.json);  this result: {folder / 'result.json'}",
+    ]
+    return "\n".join(lines)
+
+
+def _shown(judged: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The first prompt to somebody formal and to somebody casual, with the answers before and after."""
+    found: dict[bool, tuple[str, str, str]] = {}
+    for (prompt, after), (_, before) in zip(judged["texts"]["policy"], judged["texts"]["against"], strict=True):
+        found.setdefault(any(f" my {to} " in prompt for to in FORMAL_TO), (prompt, before, after))
+    return [found[key] for key in (True, False) if key in found]
