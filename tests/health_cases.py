@@ -111,6 +111,8 @@ def run(
         "train": {"global_batch_pairs": G, "micro_batch_tokens": 4096},
         "checkpoint": {"every_steps": None},
         "tracking": {"wandb": {"mode": "disabled"}},
+        "answers": {"prompts": str(folder / "held_out.jsonl"), "number": 128 if start else 0, "max_new_tokens": 60},
+        "generate": {"rewards": [{"function": "letters:score"}]},
     }
     config["model"]["dtype"] = "float32"
     if held_out:
@@ -123,13 +125,8 @@ def run(
     facts = ranks.decide(lambda: json.loads((run_dir / "run.json").read_text()))
     rows = ranks.decide(lambda: MetricsFile(run_dir / "metrics.jsonl").rows())
     last = [row for row in rows if row["kind"] == "train"][-1]
-    written = ranks.decide(lambda: _samples(run_dir))
-    return {"health": facts["health"], "last": last, "samples": written}
-
-
-def _samples(run_dir: Path) -> list[dict[str, str]]:
-    file = run_dir / "samples.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    answers = facts["answers"]
+    return {"health": facts["health"], "last": last, "verdict": answers["verdict"], "text": answers["verdict_text"]}
 
 
 def sft(folder: Path, name: str) -> dict[str, Any]:
@@ -164,6 +161,7 @@ DUE = {
     "longer-chosen": "length-bias",
     "many-epochs": "overfit",
     "slow-rank": "slow-rank",
+    "displaced": "answers-collapsed",
 }
 """The finding that each ill run must get."""
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -173,13 +171,12 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "healthy-dpo": lambda f: run(
         f,
         "healthy-dpo",
-        DPO,
+        DPO | {"sft_weight": 1.0},
         held_out="held_out",
         eval={"every_steps": 6},
-        tracking={"wandb": {"mode": "disabled"}, "samples": 6},
     ),
     # A margin of 1/6 nats a token is its aim; with an aim of 1/3 the chosen responses lose about 0.5, which is ill.
-    "healthy-ipo": lambda f: run(f, "healthy-ipo", {"name": "ipo", "beta": 3.0}),
+    "healthy-ipo": lambda f: run(f, "healthy-ipo", {"name": "ipo", "beta": 3.0, "sft_weight": 1.0}),
     "healthy-simpo": lambda f: run(f, "healthy-simpo", {"name": "simpo", "beta": 2.0, "gamma": 0.5, "sft_weight": 1.0}),
     "labels-random": lambda f: run(f, "labels-random", DPO, data="random"),
     "labels-fifth-wrong": lambda f: run(f, "labels-fifth-wrong", DPO, data="fifth"),
@@ -197,6 +194,8 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
         eval={"every_steps": 6},
     ),
     "slow-rank": slow_rank,
+    # No more is wrong with it than that nothing holds the chosen letters: its accuracy is as good as healthy-dpo's.
+    "displaced": lambda f: run(f, "displaced", DPO, train={"epochs": 2, "global_batch_pairs": G}),
 }
 
 

@@ -1,4 +1,4 @@
-"""Eight runs that are ill on purpose get the finding due; three healthy ones get no warning.
+"""Nine runs that are ill on purpose get the finding due; three healthy ones get no warning.
 
 HEALTH_SEED=1 pytest tests/test_health_runs.py draws other letters, weights and orders.
 """
@@ -42,14 +42,11 @@ def test_a_healthy_run_gets_no_warning(folder: Path, case: str) -> None:
     result = case_runner.found(folder, case)
     assert warnings(folder, case) == {}
     assert result["last"]["train/rewards/accuracies"] > 0.9  # and it has learnt
+    assert result["verdict"] == "better", result["text"]
 
 
-def test_samples_show_both_models_answers(folder: Path) -> None:
-    """Six different prompts; the model before training writes to whom it is asked to write to."""
-    samples = case_runner.found(folder, "healthy-dpo")["samples"]
-    assert len({sample["prompt"] for sample in samples}) == 6
-    for sample in samples:
-        addressee = sample["prompt"].split("Write to my ")[1].split()[0]
-        assert addressee in sample["before"]
-        assert sample["after"]
-    assert any(sample["after"] != sample["before"] for sample in samples)
+def test_accuracy_does_not_see_what_answers_show(folder: Path) -> None:
+    """The run without an SFT term is as right about given letters, and its own are worth less than its start's."""
+    result = case_runner.found(folder, "displaced")
+    assert result["last"]["train/rewards/accuracies"] > 0.9
+    assert result["verdict"] == "collapsed"
