@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -105,14 +105,16 @@ WAYS = {
     "kto-rate": Way("demo_kto", ("loss.beta=0.05", "optim.learning_rate=3e-3"), data="rated"),
     "simpo-beta": Way("demo_simpo", ("loss.beta=50", "loss.gamma=25", "optim.learning_rate=1e-3")),
     "hinge": Way("demo", (ONE, "loss.name=hinge", "loss.beta=0.02", "optim.learning_rate=5e-4")),
-    # Ways that were thought to be healthy.
-    "dpo-sft": Way("demo", (ONE, SFT_TERM)),
+    # Ways with a cure or a small rate, and those of other losses; the short ones end in the middle of the way.
+    "dpo-sft": Way("demo", (SFT_TERM,)),
+    "dpo-sft-short": Way("demo", (ONE, SFT_TERM)),
     "dpo-sft-rate": Way("demo", (ONE, SFT_TERM, "optim.learning_rate=1.5e-3")),
     "dpo-low": Way("demo", (ONE, "optim.learning_rate=3e-5")),
     "ipo": Way("demo_ipo"),
     "simpo": Way("demo_simpo"),
     "kto": Way("demo_kto", data="rated"),
-    "narrow": Way("demo", (ONE, SFT_TERM, "optim.learning_rate=1e-3"), start="narrow"),
+    "narrow": Way("demo", (SFT_TERM, "optim.learning_rate=2e-3"), start="narrow"),
+    "narrow-short": Way("demo", (ONE, SFT_TERM, "optim.learning_rate=1e-3"), start="narrow"),
     "orpo": Way("demo_orpo", start="model"),
     "sft-chosen": Way("demo_sft", (ONE, "optim.learning_rate=1e-3")),
 }
@@ -204,7 +206,7 @@ def falls(folder: Path) -> list[float | None]:
     """At the end of each part of a run: how far the chosen log-prob has fallen, over what the reference gives it."""
     rows = [row for row in MetricsFile(folder / "metrics.jsonl").rows() if row["kind"] == "train"]
     chosen = [row.get("train/logps/chosen") for row in rows]
-    ratio = [row.get("train/logratio/chosen") for row in rows]
+    ratios = [row.get("train/logratio/chosen") for row in rows]
     edges = [round(len(rows) * k / PARTS) for k in range(PARTS + 1)]
 
     def mean(values: Sequence[float | None], k: int) -> float:
@@ -213,32 +215,25 @@ def falls(folder: Path) -> list[float | None]:
 
     found = []
     for k in range(PARTS):
-        now = mean(chosen, k)
-        before = mean(chosen, 0) if math.isnan(mean(ratio, k)) else now - mean(ratio, k)
-        value = (now - before) / -before
-        found.append(None if math.isnan(value) else value)
+        now, ratio = mean(chosen, k), mean(ratios, k)
+        before = mean(chosen, 0) if math.isnan(ratio) else now - ratio
+        found.append(None if math.isnan(now) else (now - before) / -before)
     return found
 
 
 def judged(world: World, policy: Model, start: Model, prompts: Sequence[str]) -> dict[str, Any]:
     """The true reward of both, and whether the run is wrecked by it."""
-    texts = {"policy": policy.texts(), "start": start.texts()}
-    rewards = {
-        name: np.array([world.score(*both) for both in zip(prompts, t, strict=True)]) for name, t in texts.items()
-    }
-    wholes = {
-        name: float(np.mean([world.whole(*both) for both in zip(prompts, t, strict=True)])) for name, t in texts.items()
-    }
-    apart = interval(rewards["policy"] - rewards["start"])
+    asked = list(zip(prompts, policy.texts(), start.texts(), strict=True))
+    rewards = np.array([[world.score(prompt, text) for text in texts] for prompt, *texts in asked])
+    wholes = np.mean([[world.whole(prompt, text) for text in texts] for prompt, *texts in asked], axis=0)
+    apart = interval(rewards[:, 0] - rewards[:, 1])
     assert apart["high"] is not None
     return {
-        "reward": float(rewards["policy"].mean()),
-        "start_reward": float(rewards["start"].mean()),
+        **dict(zip(("reward", "start_reward"), rewards.mean(0).tolist(), strict=True)),
+        **dict(zip(("whole", "start_whole"), wholes.tolist(), strict=True)),
         "difference": apart,
-        "whole": wholes["policy"],
-        "start_whole": wholes["start"],
-        "wrecked": apart["high"] < 0 and wholes["policy"] < 0.5,
-        "shown": [texts["start"][:3], texts["policy"][:6]],
+        "wrecked": bool(apart["high"] < 0 and wholes[0] < 0.5),
+        "shown": asked[:6],
     }
 
 
@@ -258,7 +253,7 @@ def one_run(name: str, seed: int, folder: Path, way: str) -> dict[str, Any]:
     start, policy = Model.answering(begin, prompts, seed), Model.answering(final, prompts, seed + 1)
     found = judged(world, policy, start, prompts)
     found |= evidence(policy, start, [row["chosen_response"] for row in rows])
-    found |= {"falls": falls(here / way), "way": way, "seed": seed, "setup": setup}
+    found |= {"falls": falls(here / way), "way": way, "of": asdict(plan), "seed": seed, "setup": setup}
     return found | {"seconds": time.monotonic() - began - setup}
 
 
