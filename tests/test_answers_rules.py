@@ -74,7 +74,7 @@ def test_a_wrecked_model_has_collapsed(case: str) -> None:
     (finding,) = found([*run(lambda step: {}), answers_row(start=True), row])
     assert (finding.id, finding.step, finding.level) == ("answers-collapsed", STEPS, "warning")
     assert f"costs the reference {row['answers/reference_nats']:.2f} nats" in finding.evidence
-    assert "threshold 0.5 more" in finding.evidence
+    assert "and 0.35 more" in finding.evidence
     assert "threshold 1.5 times 0.12" in finding.evidence
     assert verdict(row, HEALTH, "final").word == "collapsed"
 
@@ -93,14 +93,25 @@ def test_a_model_that_has_diverged_has_collapsed(name: str, value: float) -> Non
     assert verdict(row, HEALTH, "final").word == "collapsed"
 
 
-def test_collapse_needs_both_and_never_looks_at_kl() -> None:
-    sure, unsure = 0.15, 0.57
+def test_collapse_needs_all_of_it_and_never_looks_at_kl() -> None:
+    sure, unsure = 0.14, 0.57
     assert collapse(nats(sure, 1.29, 0.12, 0.09), HEALTH) is None
-    assert collapse(nats(unsure, 0.6, 0.12, 0.09), HEALTH) is None
+    assert collapse(nats(unsure, 0.45, 0.12, 0.09), HEALTH) is None
+    assert collapse(nats(0.4, 0.68, 0.12, 0.09), HEALTH) is None  # noisier, but not moved
     assert collapse(nats(sure, 0.2, 0.12, 0.09) | {"answers/kl": 1e6, "answers/kl_per_token": 1e4}, HEALTH) is None
     assert collapse(answers_row(start=True), HEALTH) is None
     assert collapse(nats(unsure, 1.29, 0.12, 0.09), Health(collapse_excess=1.2)) is None
     assert collapse(nats(unsure, 1.29, 0.12, 0.09), Health(collapse_own=5.0)) is None
+    assert collapse(nats(unsure, 1.29, 0.12, 0.09), Health(collapse_moved=0.8)) is None
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [("repeated_4grams", 0.6, "4-grams"), ("ended", 0.1, "end, of")])
+def test_a_model_that_loops_has_collapsed_however_sure_it_is(name: str, value: float, said: str) -> None:
+    row = nats(0.05, 1.29, 0.12, 0.09)
+    assert collapse(row, HEALTH) is None
+    assert said in (collapse(row | {f"answers/{name}": value}, HEALTH) or "")
+    far = nats(0.05, 3.48, 0.09, 3.50) | {f"answers/{name}": value}  # the chosen ones do so too
+    assert collapse(far, HEALTH) is None
 
 
 def rules_of(**changes: Any) -> Iterator[tuple[str, str, str]]:

@@ -21,7 +21,7 @@ class Health:
     """labels-flipped: the reference's log-prob accuracy, summed and per token, below this."""
     chosen_fall: Positive = 0.5
     """chosen-falls: nats a token that the chosen responses have lost since the start."""
-    displacement: Positive = 1.0
+    displacement: Positive = 1.25
     """likelihood-displaced: log-probability that the chosen responses have lost, over what the reference gave them."""
     overfit_rise: Positive = 0.1
     """overfit: part by which an evaluation loss lies above its best; half of it three times in a row; or twice it in
@@ -36,11 +36,16 @@ class Health:
     """slow-rank: a rank's own seconds of work over what its units would take the others (median)."""
     memory_growth: Positive = 0.05
     """memory-creep: part by which memory has grown through four successive stretches, and 64 MiB at least."""
-    collapse_excess: Positive = 0.5
-    """answers-collapsed: nats a token by which the reference finds the model's answers stranger than both its own and
-    the chosen responses; counts together with collapse_own."""
-    collapse_own: Positive = 1.5
-    """answers-collapsed: the model's own nats a token on its answers, over the reference's on its own."""
+    collapse_excess: Positive = 0.35
+    """answers-collapsed: nats a token by which the model's answers are stranger to the reference than 1.25 times the
+    stranger of its own answers and the chosen responses; counts together with the next two."""
+    collapse_moved: Positive = 0.3
+    """answers-collapsed: nats a token by which they are stranger to the reference than to the model itself."""
+    collapse_own: Positive = 1.25
+    """answers-collapsed: the model's own nats a token on its answers, over the reference's on the start's; where the
+    answers loop or no longer end, these count in its place."""
+    collapse_loops: Fraction = 0.2
+    """answers-collapsed: by how much more of the 4-grams repeat than in the start's answers."""
     longer_answers: Positive = 1.5
     """answers-longer: the mean length of the model's answers over that of the start's."""
     unended_answers: Fraction = 0.2

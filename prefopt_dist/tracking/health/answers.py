@@ -8,12 +8,15 @@ from prefopt_dist.config.health import Health
 from prefopt_dist.tracking.health.history import History
 from prefopt_dist.tracking.metrics_file import Row
 
+STRANGER = 1.25
+"""How many times as strange as anything that is due an answer may be, and more that a threshold says."""
+
 
 def collapse(row: Row, thresholds: Health) -> str | None:
     """Judge a row of answers by log-probs alone: the evidence that the model has collapsed, or None.
 
     Far is not collapsed: a policy may leave its reference for what the data prefer, at any KL. It has collapsed where
-    its answers are neither the reference's nor the data's, and it is unsure of them itself.
+    its answers are neither the reference's nor the data's, and it is unsure of them itself, loops, or does not end.
     """
     nats, theirs = row.get("answers/nats"), row.get("answers/reference_nats")
     if nats is None or theirs is None:
@@ -27,14 +30,33 @@ def collapse(row: Row, thresholds: Health) -> str | None:
     if not math.isfinite(start):
         return None
     usual = max(start, chosen) if math.isfinite(chosen) else start
-    if theirs - usual <= thresholds.collapse_excess or nats <= thresholds.collapse_own * start:
+    strange = theirs > STRANGER * usual + thresholds.collapse_excess
+    moved = theirs - nats > thresholds.collapse_moved
+    signs = _signs(row, nats, start, thresholds)
+    if not (strange and moved and signs):
         return None
     on_chosen = f" and {chosen:.2f} on the chosen responses" if math.isfinite(chosen) else ""
     return (
-        f"A token of the model's answers costs the reference {theirs:.2f} nats, where it needs {start:.2f} on its own "
-        f"answers{on_chosen} (threshold {thresholds.collapse_excess:g} more), and the model itself {nats:.2f} "
-        f"(threshold {thresholds.collapse_own:g} times {start:.2f})"
+        f"A token of the model's answers costs the reference {theirs:.2f} nats, where it needs {start:.2f} on the "
+        f"start's{on_chosen} (threshold {STRANGER:g} times the larger and {thresholds.collapse_excess:g} more), and "
+        f"{'; '.join(signs)}"
     )
+
+
+def _signs(row: Row, nats: float, start: float, thresholds: Health) -> list[str]:
+    """What tells answers that the model itself does not mean from those of a new habit."""
+    found = []
+    if nats > thresholds.collapse_own * start:
+        found.append(f"the model itself {nats:.2f} (threshold {thresholds.collapse_own:g} times {start:.2f})")
+    again, before = row["answers/repeated_4grams"], row["answers/start/repeated_4grams"]
+    if again > before + thresholds.collapse_loops:
+        found.append(
+            f"{again:.0%} of the 4-grams stood before in their answer, of the start's {before:.0%} (threshold "
+            f"{thresholds.collapse_loops:.0%} more)"
+        )
+    if row["answers/start/ended"] - row["answers/ended"] > thresholds.unended_answers:
+        found.append(f"{row['answers/ended']:.0%} of the answers end, of the start's {row['answers/start/ended']:.0%}")
+    return found
 
 
 def answers_collapsed(history: History, thresholds: Health) -> str | None:
