@@ -75,7 +75,7 @@ def test_a_wrecked_model_has_collapsed(case: str) -> None:
     assert (finding.id, finding.step, finding.level) == ("answers-collapsed", STEPS, "warning")
     assert f"costs the reference {row['answers/reference_nats']:.2f} nats" in finding.evidence
     assert "and 0.35 more" in finding.evidence
-    assert "threshold 1.5 times 0.12" in finding.evidence
+    assert "threshold 1.25 times 0.12" in finding.evidence
     assert verdict(row, HEALTH, "final").word == "collapsed"
 
 
