@@ -20,8 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
-demo: $(STAMP) ## A small model through the whole way, on two CPU ranks
-	@$(BIN)/python -m prefopt_dist.demo
+demo: $(STAMP) ## A small model through the whole way, on two CPU ranks, four minutes; SEED=0
+	@$(BIN)/python -m prefopt_dist.demo --seed $(or $(SEED),0)
 
 lint: $(STAMP) ## ruff, mypy --strict, shellcheck
 	@$(BIN)/ruff check --quiet

@@ -61,10 +61,10 @@ def test_a_perfect_letter_has_the_whole_reward() -> None:
     [
         ("Kind regards", "Hugs", 0.45 / 5),  # one sentence of five has the wrong tone
         ("Dear boss Ada,", "Hey boss Ada!", 0.45 / 5),
-        ("I wish to report that the key was found.", "I wish to report that the train is late.", 0.1 + 0.1 + 0.075),
+        ("I wish to report that the key was found.", "I wish to report that the train is late.", 0.075 + 0.1 + 0.1),
         (" I remain at your service.", "", 0.1),
-        (" I remain", " It was a long day. I remain", 0.075),
-        ("Dear boss Ada,", "Dear boss Ben,", 0.45 / 5 + 0.075),  # nobody's greeting, and so much idle text
+        (" I remain", " It was a long day. I remain", 0.1),
+        ("Dear boss Ada,", "Dear boss Ben,", 0.45 / 5 + 0.1),  # nobody's greeting, and so much idle text
     ],
 )
 def test_each_fault_costs_its_part(before: str, after: str, less: float) -> None:
@@ -85,8 +85,8 @@ def test_the_addressee_decides_the_tone() -> None:
 
 
 def test_any_text_has_a_reward() -> None:
-    assert score(TASK.prompt, "", {}) == pytest.approx(0.15)
-    for text, most in (("", 0.2), ("Hugs", 0.2), ("!!,,..", 0.2), ("the train", 0.2), (FORMAL_LETTER * 3, 0.9)):
+    assert score(TASK.prompt, "", {}) == pytest.approx(0.2)
+    for text, most in (("", 0.25), ("Hugs", 0.25), ("!!,,..", 0.25), ("the train", 0.25), (FORMAL_LETTER * 3, 0.9)):
         assert 0.0 <= score(TASK.prompt, text, {}) <= most
         assert not whole(TASK.prompt, text)
 

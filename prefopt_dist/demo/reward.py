@@ -10,7 +10,7 @@ from typing import Any
 
 from prefopt_dist.demo.world import CASUAL, FORMAL, IDLE, Task, Tone
 
-TONE, COMPLETE, ORDER, COURTESY, BRIEF = 0.45, 0.2, 0.1, 0.1, 0.15
+TONE, COMPLETE, ORDER, COURTESY, BRIEF = 0.45, 0.15, 0.1, 0.1, 0.2
 """The parts of the reward; together 1."""
 NOISE = 0.05
 """Standard deviation of the judge's error; that of the rewards of a demonstration's letters is about 0.14."""

@@ -56,8 +56,8 @@ CASUAL = Tone(
 )
 IDLE = ("It was a long day.", "The sky is grey.", "There is more to say.")
 
-FITTING = 0.55
-"""Of the sentences of demonstrations, the share that has the addressee's tone."""
+FITTING = (0.3, 0.95)
+"""Of a demonstration's sentences, the share that has the addressee's tone: one of these for each letter, as likely."""
 LEFT_OUT, SWAPPED, REPEATED, COURTEOUS = 0.25, 0.3, 0.3, 0.5
 """How often a piece of news is missing, two are swapped, one is said again, and the courteous sentence is there."""
 IDLE_SENTENCES = (0, 0, 1, 1, 2)
@@ -111,23 +111,24 @@ def tasks(seed: int) -> Iterator[Task]:
 
 def letter(task: Task, draw: random.Random) -> str:
     """A demonstration: whole, with faults at random."""
+    fitting = draw.choice(FITTING)
     news = [one for one in task.news if draw.random() >= LEFT_OUT] or [draw.choice(task.news)]
     if len(news) > 1 and draw.random() < SWAPPED:
         at = draw.randrange(len(news) - 1)
         news[at : at + 2] = news[at + 1], news[at]
     if draw.random() < REPEATED:
         news.insert(draw.randrange(1, len(news) + 1), draw.choice(news))
-    body = [_sentence(task, "news", draw).format(news=one) for one in news]
+    body = [_sentence(task, "news", fitting, draw).format(news=one) for one in news]
     if draw.random() < COURTEOUS:
-        body.append(_sentence(task, "courtesies", draw))
+        body.append(_sentence(task, "courtesies", fitting, draw))
     for _ in range(draw.choice(IDLE_SENTENCES)):
         body.insert(draw.randrange(len(body) + 1), draw.choice(IDLE))
-    greeting = _sentence(task, "greetings", draw).format(to=task.to, name=task.name)
-    return " ".join([greeting, *body, _sentence(task, "closes", draw)])
+    greeting = _sentence(task, "greetings", fitting, draw).format(to=task.to, name=task.name)
+    return " ".join([greeting, *body, _sentence(task, "closes", fitting, draw)])
 
 
-def _sentence(task: Task, kind: str, draw: random.Random) -> str:
-    tone = task.tone if draw.random() < FITTING else task.other_tone
+def _sentence(task: Task, kind: str, fitting: float, draw: random.Random) -> str:
+    tone = task.tone if draw.random() < fitting else task.other_tone
     found: str = draw.choice(getattr(tone, kind))
     return found
 
