@@ -1,304 +1,326 @@
-"""Train in many ways, some of which wreck the model, and save what its answers tell: python -m benchmarks.collapse
+"""Train in many ways, some of which wreck the model, and see whether the job says so: python -m benchmarks.collapse
 
-For the health rules that are to know a wrecked run by the model's own answers, with no reward at hand. Each seed makes
-a world of its own with its start; each way trains from it, and start and trained model answer 400 unseen prompts at
-temperature 1. Whether a run is wrecked the world's true reward says: it fell beyond the 95 % interval of the answers
-paired by prompt, and under half of the answers are whole. What the rule may look at is of the first 64 of them.
+The job has no reward here: it judges by the log-probs of 64 answers of the start and of the trained model, and before
+half of the run by the chosen responses' log-probs alone. Whether a run is wrecked the world's true reward says, of
+answers to 400 prompts that nobody trained on: it fell beyond the 95 % interval of the difference paired by prompt, and
+under half of the answers are whole letters. Each seed has data and random weights of its own; thresholds were found on
+seeds of 1000 and above.
 
-A run's figures are saved as FOLDER/WORLD-SEED/WAY.json; what is there is not made again. One process, no GPU.
+Worlds: `letters`, of the tests (tests/letters.py), and `demo`, whose SFT model and pairs are those of
+`python -m prefopt_dist.demo --seed N --folder FOLDER/demo-N`, made here where they are missing. What is found of a run
+is FOLDER/WORLD-SEED/ways/WAY.json; what is there is not made again. One process, no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from prefopt_dist.config import load_config
-from prefopt_dist.demo import world as letters_world
-from prefopt_dist.demo.__main__ import DEMONSTRATIONS, EVALUATION, TRAIN
-from prefopt_dist.demo.reward import score
+from prefopt_dist.demo import parts
+from prefopt_dist.demo import reward as demo_reward
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import read_json, write_json
 from prefopt_dist.generation.comparison import interval
 from prefopt_dist.generation.prompts import Prompt
 from prefopt_dist.generation.sampling import Sampling
-from prefopt_dist.generation.transformers_engine import TransformersEngine
-from prefopt_dist.generation.whole_model import padded
+from prefopt_dist.generation.transformers_engine import TransformersEngine, load_for_sampling
 from prefopt_dist.model.load import inspect_folder
-from prefopt_dist.stages import export, train
+from prefopt_dist.stages import export, generate, train
 from prefopt_dist.tracking.metrics_file import MetricsFile
+from tests import letters
 
 RECIPES = Path("launch/recipes")
-UNSEEN, SEEN = 400, 64
-"""Prompts that the true reward is of, and the first of them, which the rule may look at."""
-NEW_TOKENS = 64
-PARTS = 10
-"""Windows of a run, for the early evidence."""
-
-
-@dataclass(frozen=True)
-class World:
-    """What a world can do; another one is another entry of WORLDS."""
-
-    write: Callable[[Path, int], None]
-    """Writes train, rated, sft, narrow and unseen.jsonl and the folder model, of a seed"""
-    score: Callable[[str, str], float]
-    """The true reward of an answer to a prompt"""
-    whole: Callable[[str, str], bool]
-    """Whether it is one that somebody could have written, liked or not"""
-
-
-def write_letters(folder: Path, seed: int) -> None:
-    """The demo's world; narrow.jsonl: its demonstrations in the casual tone alone."""
-    sizes = {"train": TRAIN, "evaluation": EVALUATION, "demonstrations": DEMONSTRATIONS, "unseen": UNSEEN}
-    letters_world.write_world(folder, **sizes, seed=seed)
-    stream = islice(letters_world.letters(seed), TRAIN + EVALUATION, TRAIN + EVALUATION + DEMONSTRATIONS)
-    casual = [json.dumps({"prompt": prompt, "completion": text}) for prompt, _, _, text in stream]
-    (folder / "narrow.jsonl").write_text("\n".join(casual) + "\n")
-    letters_world.write_model(folder / "model", seed=seed)
-
-
-def whole_letter(prompt: str, answer: str) -> bool:
-    """A whole letter of either tone, which the true reward does not tell from a fitting greeting and close."""
-    to, name, event = prompt.removeprefix("Write to my ").removesuffix(".").replace(" that ", " ", 1).split(" ", 2)
-    both = letters_world.FORMAL + letters_world.CASUAL
-    return any(answer == letter.format(to=to, name=name, event=event) for letter in both)
-
-
-WORLDS = {"letters": World(write_letters, lambda prompt, answer: score(prompt, answer, {}), whole_letter)}
+RESULTS = Path(__file__).parent / "results"
+SEEN, NEW_TOKENS = 64, 96
+"""Prompts that the job answers, and tokens of an answer."""
+QUIET = ["checkpoint.every_steps=null", "tracking.wandb.mode=disabled", "train.micro_batch_tokens=1024"]
+"""Quicker on one thread; another layout is the same run."""
 
 
 @dataclass(frozen=True)
 class Way:
     """One way to train."""
 
-    recipe: str
-    settings: tuple[str, ...] = ()
+    settings: tuple[str, ...]
+    """Over the recipe of DPO in this world"""
     start: str = "sft"
-    """sft, narrow (SFT on narrow.jsonl) or model (random weights)"""
+    """sft; narrow (SFT on letters of one tone alone) or model (random weights), which the letters' world has"""
     data: str = "train"
+    due: str = ""
+    """wrecks, where that is its purpose; else it is healthy"""
 
 
-SFT_TERM = "loss.sft_weight=1"
-ONE = "train.epochs=1"
-WAYS = {
-    # As the recipes are, and ways that were thought to wreck.
-    "demo": Way("demo"),
-    "lora": Way("demo_lora"),
-    "dpo-rate": Way("demo", (ONE, "optim.learning_rate=1.5e-3")),
-    "dpo-beta": Way("demo", (ONE, "loss.beta=0.005", "optim.learning_rate=5e-4")),
-    "dpo-small": Way("demo", (ONE, "train.global_batch_pairs=8", "optim.schedule=constant")),
-    "ipo-rate": Way("demo_ipo", ("loss.beta=0.02", "optim.learning_rate=1.5e-3")),
-    "kto-rate": Way("demo_kto", ("loss.beta=0.05", "optim.learning_rate=3e-3"), data="rated"),
-    "simpo-beta": Way("demo_simpo", ("loss.beta=50", "loss.gamma=25", "optim.learning_rate=1e-3")),
-    "hinge": Way("demo", (ONE, "loss.name=hinge", "loss.beta=0.02", "optim.learning_rate=5e-4")),
-    # Ways with a cure or a small rate, and those of other losses; the short ones end in the middle of the way.
-    "dpo-sft": Way("demo", (SFT_TERM,)),
-    "dpo-sft-short": Way("demo", (ONE, SFT_TERM)),
-    "dpo-sft-rate": Way("demo", (ONE, SFT_TERM, "optim.learning_rate=1.5e-3")),
-    "dpo-low": Way("demo", (ONE, "optim.learning_rate=3e-5")),
-    "ipo": Way("demo_ipo"),
-    "simpo": Way("demo_simpo"),
-    "kto": Way("demo_kto", data="rated"),
-    "narrow": Way("demo", (SFT_TERM, "optim.learning_rate=2e-3"), start="narrow"),
-    "narrow-short": Way("demo", (ONE, SFT_TERM, "optim.learning_rate=1e-3"), start="narrow"),
-    "orpo": Way("demo_orpo", start="model"),
-    "sft-chosen": Way("demo_sft", (ONE, "optim.learning_rate=1e-3")),
+ONE, SFT_TERM = "train.epochs=1", "loss.sft_weight=1"
+LETTERS_DPO = {
+    "run": {"dir": "runs/letters"},
+    "model": {"name_or_path": "model", "dtype": "float32"},
+    "data": {"train": "train.jsonl", "max_length": 256, "max_prompt_length": 128},
+    "loss": {"name": "dpo", "beta": 0.5},
+    "optim": {"learning_rate": 1.5e-4},
+    "train": {"epochs": 2, "global_batch_pairs": 32},
+}
+"""What was once the demo's recipe."""
+LETTERS_SFT = ("loss.name=sft", "optim.learning_rate=4e-3", "optim.schedule=cosine", "train.epochs=3")
+LETTERS_LORA = ("lora.r=8", "lora.alpha=16", "optim.learning_rate=2e-3", ONE)
+LETTERS = {
+    "dpo": Way((), due="wrecks"),
+    "lora": Way(LETTERS_LORA, due="wrecks"),
+    "dpo-rate": Way((ONE, "optim.learning_rate=1.5e-3"), due="wrecks"),
+    "dpo-beta": Way((ONE, "loss.beta=0.005", "optim.learning_rate=5e-4"), due="wrecks"),
+    "dpo-small": Way((ONE, "train.global_batch_pairs=8", "optim.schedule=constant"), due="wrecks"),
+    "narrow": Way((SFT_TERM, "optim.learning_rate=2e-3"), start="narrow"),
+    "orpo": Way(("loss.name=orpo", "loss.beta=1.0", "optim.learning_rate=4e-3", "train.epochs=3"), start="model"),
+}
+DEMO: dict[str, Way] = {
+    "dpo-rate": Way(("loss.sft_weight=0", "optim.learning_rate=3e-3"), due="wrecks"),
+    "dpo-beta": Way(("loss.sft_weight=0", "loss.beta=0.005", "optim.learning_rate=1e-3"), due="wrecks"),
+    "hinge-rate": Way(("loss.name=hinge", "loss.beta=0.02", "optim.learning_rate=1.5e-3"), due="wrecks"),
 }
 
 
-def trained(recipe: str, folder: Path, model: Path, data: Path, settings: Sequence[str] = ()) -> Path:
-    """Trains where that is not done; the folder of the whole model."""
-    fixed = [f"run.dir={folder}", f"run.cache={folder.parent / 'cache'}", f"model.name_or_path={model}"]
-    fixed += [f"data.train={data}", "data.eval=null", "checkpoint.every_steps=null", "tracking.wandb.mode=disabled"]
-    fixed.append("train.micro_batch_tokens=1024")  # quicker on one thread
-    config = load_config(RECIPES / f"{recipe}.yaml", [*fixed, *settings])
+@dataclass(frozen=True)
+class Start:
+    """What a way begins with."""
+
+    model: Path
+    data: Path
+    recipe: Path
+    """Of DPO in this world"""
+    unseen: Path
+
+
+@dataclass(frozen=True)
+class World:
+    """What a world can do."""
+
+    ways: dict[str, Way]
+    start: Callable[[Path, int, Way], Start]
+    """Makes what is missing of a seed in a folder"""
+    score: Callable[[str, str, dict[str, Any]], float]
+    whole: Callable[[str, str], bool]
+
+
+def start_of_letters(here: Path, seed: int, way: Way) -> Start:
+    """Writes the letters of a seed and trains the start; narrow.jsonl: demonstrations in the casual tone alone."""
+    data = here / "world"
+    if not (data / "model" / "tokenizer_config.json").exists():
+        letters.write_world(data, train=2400, evaluation=400, demonstrations=2400, unseen=400, seed=seed)
+        casual = [{"prompt": p, "completion": text} for p, _, _, text in islice(letters.letters(seed), 2800, 5200)]
+        (data / "narrow.jsonl").write_text("".join(json.dumps(row) + "\n" for row in casual))
+        letters.write_model(data / "model", seed=seed)
+    recipe = here / "dpo.yaml"
+    recipe.write_text(json.dumps(LETTERS_DPO))  # JSON is YAML
+    model = data / "model"
+    if way.start != "model":
+        here_from = [f"model.name_or_path={model}", f"data.train={data / way.start}.jsonl", "answers.number=0"]
+        model = _train(here / f"start-{way.start}", recipe, [*LETTERS_SFT, *here_from])
+    return Start(model, data / f"{way.data}.jsonl", recipe, data / "unseen.jsonl")
+
+
+def start_of_demo(here: Path, seed: int, way: Way) -> Start:
+    """Makes the demo's world, SFT model and pairs of a seed."""
+    if not (here / "world" / "model" / "tokenizer_config.json").exists():
+        parts.make_world(here, seed)
+    sft = parts.config_of("sft", here, seed, *QUIET)
+    if not (sft.run_dir / "DONE").exists():
+        train.run(sft)
+    if not (here / "pairs" / "train.jsonl").exists():
+        generate.run(parts.config_of("pairs", here, seed))
+        parts.split_pairs(here)
+    recipe = parts.recipe_file("demo")
+    return Start(
+        here / "sft" / "final", here / "pairs" / f"{way.data}.jsonl", recipe, (), here / "world" / "unseen.jsonl"
+    )
+
+
+def whole_of_letters(prompt: str, answer: str) -> bool:
+    """A whole letter of either tone."""
+    to, name, event = prompt.removeprefix("Write to my ").removesuffix(".").replace(" that ", " ", 1).split(" ", 2)
+    both = letters.FORMAL + letters.CASUAL
+    return any(answer == text.format(to=to, name=name, event=event) for text in both)
+
+
+WORLDS = {
+    "letters": World(LETTERS, start_of_letters, letters.score, whole_of_letters),
+    "demo": World(DEMO, start_of_demo, demo_reward.score, demo_reward.whole),
+}
+
+
+def _train(run_dir: Path, recipe: Path, settings: Sequence[str]) -> Path:
+    """Trains where that is not done, without a reward; returns the folder of the whole model."""
+    fixed = [f"run.dir={run_dir}", f"run.cache={run_dir.parent / 'cache'}", "data.eval=null", *QUIET]
+    config = load_config(recipe, [*settings, *fixed, "generate.rewards=[]"]).with_cache()
     train.run(config)
-    if not (folder / "DONE").exists():
-        raise UserError(f"{folder} was stopped; the same command goes on")
+    if not (run_dir / "DONE").exists():
+        raise UserError(f"{run_dir} was stopped; the same command goes on")
     if config.lora is None:
-        return folder / "final"
-    merged = folder / "merged"
+        return run_dir / "final"
+    merged = run_dir / "merged"
     if not merged.exists():
         export.run(replace(config, export=replace(config.export, merged=True, dir=str(merged))))
     return merged
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model folder with its answers to the unseen prompts."""
-
-    path: Path
-    tokenizer: Any
-    prompts: list[list[int]]
-    answers: list[list[int]]
-
-    @classmethod
-    def answering(cls, path: Path, prompts: Sequence[str], seed: int) -> Model:
-        """Answers at temperature 1, each with its end token where it ended."""
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        ids = [tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False) for t in turns]
-        asked = [Prompt(i, "", text, None, {}, ids[i]) for i, text in enumerate(prompts)]
-        sampling = Sampling(
-            n=1, temperature=1.0, top_p=1.0, max_new_tokens=NEW_TOKENS, seed=seed, stop_ids=(tokenizer.eos_token_id,)
-        )
-        folder = inspect_folder(path, "model")
-        engine = TransformersEngine(folder, dtype=torch.float32, device=torch.device("cpu"), batch_tokens=16384)
-        answers = [one[0] for one in engine.sample(asked, sampling)]
-        engine.close()
-        return cls(path, tokenizer, ids, answers)
-
-    def texts(self) -> list[str]:
-        """The answers without their end."""
-        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in self.answers]
-
-    @torch.inference_mode()
-    def nats(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
-        """−log π(answer | prompt) of each."""
-        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32).eval()
-        lines = [p + a for p, a in zip(prompts, answers, strict=True)]
-        ids, mask = padded(lines, self.tokenizer.pad_token_id, "right", torch.device("cpu"))
-        logps = model(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
-        of_tokens = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)
-        spans = [(len(p) - 1, len(p) + len(a) - 1) for p, a in zip(prompts, answers, strict=True)]
-        return [-float(of_tokens[i, a:b].double().sum()) for i, (a, b) in enumerate(spans)]
+def answers_of(path: Path, prompts: Sequence[str], seed: int) -> list[str]:
+    """Return an answer at temperature 1 to each prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    ids = [tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False) for t in turns]
+    asked = [Prompt(i, "", text, None, {}, ids[i]) for i, text in enumerate(prompts)]
+    sampling = Sampling(1, 1.0, 1.0, NEW_TOKENS, seed, (tokenizer.eos_token_id,))
+    model = load_for_sampling(inspect_folder(path, "model"), dtype=torch.float32, device=torch.device("cpu"))
+    engine = TransformersEngine(model, str(path), batch_tokens=16384)
+    texts = [str(tokenizer.decode(one[0], skip_special_tokens=True)) for one in engine.sample(asked, sampling)]
+    engine.close()
+    return texts
 
 
-def repeated(ids: Sequence[int], n: int = 4) -> float:
-    """The share of an answer's n-grams that stood in it before."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def evidence(policy: Model, start: Model, chosen: Sequence[str]) -> dict[str, Any]:
-    """What the rule may look at, of the first prompts; the start is the reference. Per token all tokens weigh alike."""
-    prompts, end = policy.prompts[:SEEN], start.tokenizer.eos_token_id
-    own, before = policy.answers[:SEEN], start.answers[:SEEN]
-    liked = [[*start.tokenizer(text, add_special_tokens=False).input_ids, end] for text in chosen[:SEEN]]
-    of = {"R_pol": (start, own), "R_own": (start, before), "R_chosen": (start, liked), "P_own": (policy, own)}
-    of |= {"P_chosen": (policy, liked), "P_start": (policy, before)}
-    sums = {name: model.nats(prompts, answers) for name, (model, answers) in of.items()}
-    found: dict[str, Any] = {name: sum(sums[name]) / sum(map(len, answers)) for name, (_, answers) in of.items()}
-    for name, model in (("", policy), ("start_", start)):
-        answers = model.answers[:SEEN]
-        found[f"{name}ended"] = float(np.mean([ids[-1] == end for ids in answers]))
-        found[f"{name}repeated"] = float(np.mean([repeated(ids) for ids in answers]))
-        found[f"{name}distinct"] = len(set(map(tuple, answers))) / SEEN
-        found[f"{name}tokens"] = float(np.mean([len(ids) for ids in answers]))
-    return found | {"sums": sums, "lengths": {name: [len(ids) for ids in answers] for name, (_, answers) in of.items()}}
-
-
-def falls(folder: Path) -> list[float | None]:
-    """At the end of each part of a run: how far the chosen log-prob has fallen, over what the reference gives it."""
-    rows = [row for row in MetricsFile(folder / "metrics.jsonl").rows() if row["kind"] == "train"]
-    chosen = [row.get("train/logps/chosen") for row in rows]
-    ratios = [row.get("train/logratio/chosen") for row in rows]
-    edges = [round(len(rows) * k / PARTS) for k in range(PARTS + 1)]
-
-    def mean(values: Sequence[float | None], k: int) -> float:
-        there = [v for v in values[edges[k] : edges[k + 1]] if v is not None]
-        return sum(there) / len(there) if there else math.nan
-
-    found = []
-    for k in range(PARTS):
-        now, ratio = mean(chosen, k), mean(ratios, k)
-        before = mean(chosen, 0) if math.isnan(ratio) else now - ratio
-        found.append(None if math.isnan(now) else (now - before) / -before)
-    return found
-
-
-def judged(world: World, policy: Model, start: Model, prompts: Sequence[str]) -> dict[str, Any]:
-    """The true reward of both, and whether the run is wrecked by it."""
-    asked = list(zip(prompts, policy.texts(), start.texts(), strict=True))
-    rewards = np.array([[world.score(prompt, text) for text in texts] for prompt, *texts in asked])
-    wholes = np.mean([[world.whole(prompt, text) for text in texts] for prompt, *texts in asked], axis=0)
-    apart = interval(rewards[:, 0] - rewards[:, 1])
+def truth(world: World, policy: Path, start: Path, unseen: Path, seed: int) -> dict[str, Any]:
+    """Return the true reward of both models' answers, and whether the run is wrecked by it."""
+    prompts = [json.loads(line)["prompt"] for line in unseen.read_text().splitlines()]
+    texts = answers_of(policy, prompts, seed + 1), answers_of(start, prompts, seed)
+    rewards, whole = (
+        np.array([[of(prompt, text) for prompt, text in zip(prompts, said, strict=True)] for said in texts])
+        for of in (lambda prompt, text: world.score(prompt, text, {}), world.whole)
+    )
+    apart = interval(rewards[0] - rewards[1])
     assert apart["high"] is not None
+    after, before = whole.mean(1)
     return {
-        **dict(zip(("reward", "start_reward"), rewards.mean(0).tolist(), strict=True)),
-        **dict(zip(("whole", "start_whole"), wholes.tolist(), strict=True)),
-        "difference": apart,
-        "wrecked": bool(apart["high"] < 0 and wholes[0] < 0.5),
-        "shown": asked[:6],
+        "reward": {"before": float(rewards[1].mean()), "after": float(rewards[0].mean()), "difference": apart},
+        "whole": {"before": float(before), "after": float(after)},
+        "wrecked": bool(apart["high"] < 0 and after < 0.5),
+        "shown": [list(one) for one in zip(prompts[:3], texts[0][:3], strict=True)],
     }
 
 
-def one_run(name: str, seed: int, folder: Path, way: str) -> dict[str, Any]:
-    """World and start where they are missing, then the way."""
-    world, here, began = WORLDS[name], folder / f"{name}-{seed}", time.monotonic()
-    data, plan = here / "world", WAYS[way]
-    if not (data / "model" / "tokenizer_config.json").exists():
-        world.write(data, seed)
-    begin = data / "model"
-    if plan.start != "model":
-        begin = trained("demo_sft", here / f"start-{plan.start}", begin, data / f"{plan.start}.jsonl")
-    setup = time.monotonic() - began
-    final = trained(plan.recipe, here / way, begin, data / f"{plan.data}.jsonl", plan.settings)
-    rows = [json.loads(line) for line in (data / "unseen.jsonl").read_text().splitlines()]
-    prompts = [row["prompt"] for row in rows]
-    start, policy = Model.answering(begin, prompts, seed), Model.answering(final, prompts, seed + 1)
-    found = judged(world, policy, start, prompts)
-    found |= evidence(policy, start, [row["chosen_response"] for row in rows])
-    found |= {"falls": falls(here / way), "way": way, "of": asdict(plan), "seed": seed, "setup": setup}
-    return found | {"seconds": time.monotonic() - began - setup}
+def one_run(world: World, here: Path, seed: int, name: str) -> dict[str, Any]:
+    """Return what the job said of a way, beside the truth."""
+    way, began = world.ways[name], time.monotonic()
+    start = world.start(here, seed, way)
+    run_dir = here / "ways" / name
+    settings = [*way.settings, f"model.name_or_path={start.model}", f"data.train={start.data}", f"run.seed={seed}"]
+    settings += [f"answers.prompts={start.unseen}", f"answers.number={SEEN}", f"answers.max_new_tokens={NEW_TOKENS}"]
+    final = _train(run_dir, start.recipe, settings)
+    facts = read_json(run_dir / "run.json")
+    told = {finding["id"]: finding["step"] for finding in reversed(facts["health"])}
+    steps = facts["training"]["total_steps"]
+    last = [row for row in MetricsFile(run_dir / "metrics.jsonl").rows() if row["kind"] == "answers"][-1]
+    early = told.get("likelihood-displaced")
+    return {
+        "way": name,
+        "seed": seed,
+        "due": way.due,
+        **truth(world, final, start.model, start.unseen, seed),
+        "verdict": facts["answers"]["verdict"],
+        "collapsed": "answers-collapsed" in told,
+        "displaced_at": None if early is None else early / steps,
+        "measures": {k.removeprefix("answers/"): v for k, v in last.items() if k.startswith("answers/")},
+        "seconds": time.monotonic() - began,
+    }
 
 
-COLUMNS = (
-    *("start_reward", "reward", "whole", "R_pol", "R_own", "R_chosen", "P_own", "P_chosen"),
-    *("ended", "repeated", "distinct", "tokens", "seconds"),
-)
-
-
-def table(all_found: Sequence[dict[str, Any]]) -> str:
-    """As Markdown; the last column is the early evidence at each part of the run."""
-    lines = [f"| way | seed | wrecked | {' | '.join(COLUMNS)} | falls |", "| --- " * (len(COLUMNS) + 4) + "|"]
-    for f in all_found:
-        early = " ".join("-" if v is None else f"{v:.2f}" for v in f["falls"])
-        cells = " | ".join(f"{f[column]:.2f}" for column in COLUMNS)
-        lines.append(f"| {f['way']} | {f['seed']} | {'yes' if f['wrecked'] else ''} | {cells} | {early} |")
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """As Markdown, a line a run."""
+    lines = [
+        "| way | seed | true reward | whole | wrecked | verdict | displaced at "
+        "| reference's nats on start, chosen, policy | own |",
+        "| --- | ---: | --- | ---: | --- | --- | ---: | --- | ---: |",
+    ]
+    for f in found:
+        m, r = f["measures"], f["reward"]
+        at = "" if f["displaced_at"] is None else f"{f['displaced_at']:.0%}"
+        chosen = m.get("chosen/reference_nats", float("nan"))
+        lines.append(
+            f"| {f['way']} | {f['seed']} | {r['before']:.2f} → {r['after']:.2f} | {f['whole']['after']:.0%} | "
+            f"{'yes' if f['wrecked'] else ''} | {f['verdict']} | {at} | {m['start/reference_nats']:.2f}, {chosen:.2f}, "
+            f"{m['reference_nats']:.2f} | {m['nats']:.2f} |"
+        )
     return "\n".join(lines)
 
 
+def summary(found: Sequence[dict[str, Any]]) -> str:
+    """As Markdown, a line a way."""
+    lines = [
+        "| way | runs | wrecked by the true reward | of them collapsed | displaced before half | true reward | whole |",
+        "| --- | ---: | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for name in dict.fromkeys(f["way"] for f in found):
+        mine = [f for f in found if f["way"] == name]
+        wrecked = [f for f in mine if f["wrecked"]]
+        early = sum(f["displaced_at"] is not None and f["displaced_at"] <= 0.5 for f in mine)
+        others = sum(f["collapsed"] for f in mine) - sum(f["collapsed"] for f in wrecked)
+        before, after, whole = (
+            np.mean([f["reward"]["before"] for f in mine]),
+            np.mean([f["reward"]["after"] for f in mine]),
+            np.mean([f["whole"]["after"] for f in mine]),
+        )
+        lines.append(
+            f"| {name} | {len(mine)} | {len(wrecked)} | {sum(f['collapsed'] for f in wrecked)}"
+            f"{f' (and {others} others)' if others else ''} | {early} | {before:.2f} → {after:.2f} | {whole:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def faults(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the runs of which the job said something else than the truth."""
+    told = []
+    for f in found:
+        if f["wrecked"] != f["collapsed"]:
+            told.append(f"{f['way']}, seed {f['seed']}: wrecked {f['wrecked']}, collapsed {f['collapsed']}")
+        if not f["due"] and f["displaced_at"] is not None:
+            told.append(f"{f['way']}, seed {f['seed']}: healthy, but likelihood-displaced at {f['displaced_at']:.0%}")
+    return told
+
+
 def main() -> int:
-    """Makes what is missing and prints the table of what was asked for."""
+    """Makes what is missing, prints and saves the tables; 1 where the job and the truth differ."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="python -m benchmarks.collapse", description=__doc__.splitlines()[0])
     parser.add_argument("--world", choices=WORLDS, default="letters")
-    parser.add_argument("--seeds", type=int, nargs="+", required=True)
-    parser.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS), metavar="WAY")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--ways", nargs="+", metavar="WAY")
     parser.add_argument("--folder", type=Path, default=Path("runs/collapse"))
+    parser.add_argument("--save", metavar="NAME", help="results/NAME.json and NAME.md")
     options = parser.parse_args()
+    world = WORLDS[options.world]
     torch.set_num_threads(1)
     ranks.start()
-    all_found = []
-    for seed in options.seeds:
-        for way in options.ways:
-            file = options.folder / f"{options.world}-{seed}" / f"{way}.json"
-            if not file.exists():
-                try:
-                    write_json(file, one_run(options.world, seed, options.folder, way))
-                except UserError as e:
-                    print(f"error: {e}", file=sys.stderr)
-                    return 2
-            all_found.append(read_json(file))
-            print(table(all_found[-1:]).splitlines()[-1], flush=True)
-    print(f"\n{table(all_found)}")
+    found: list[dict[str, Any]] = []
+    try:
+        for seed in options.seeds:
+            for name in options.ways or world.ways:
+                here = options.folder / f"{options.world}-{seed}"
+                file = here / "ways" / f"{name}.json"
+                if not file.exists():
+                    write_json(file, one_run(world, here, seed, name))
+                found.append(read_json(file))
+                print(table(found[-1:]).splitlines()[-1], flush=True)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
     ranks.end()
-    return 0
+    text = f"{summary(found)}\n\n{table(found)}\n"
+    print(f"\n{text}")
+    for fault in faults(found):
+        print(f"differs: {fault}")
+    if options.save:
+        write_json(RESULTS / f"{options.save}.json", found)
+        (RESULTS / f"{options.save}.md").write_text(text)
+    return 1 if faults(found) else 0
 
 
 if __name__ == "__main__":

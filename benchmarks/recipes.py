@@ -57,7 +57,7 @@ def one(root: Path, seed: int, recipe: str) -> dict[str, Any]:
         shared(folder, seed)
         began = time.monotonic()
         _trained(parts.config_of(recipe, folder, seed).run_dir, recipe, folder, seed)
-        parts.judge_answers(folder, seed, recipe, parts.model_of(recipe, folder))
+        parts.judge_answers(folder, seed, recipe, parts.config_of(recipe, folder, seed))
         write_json(file, result.result_of(folder, seed, recipe) | {"seconds": time.monotonic() - began})
     found: dict[str, Any] = read_json(file)
     return found

@@ -22,7 +22,7 @@ def judge_control(folder: Path, seed: int, rate: float) -> bool:
         train.run(config)
         if not (config.run_dir / "DONE").exists():
             return False
-    parts.judge_answers(folder, seed, config.run_dir.name, config.run_dir / "final")
+    parts.judge_answers(folder, seed, config.run_dir.name, config)
     return True
 
 
@@ -37,7 +37,8 @@ def main() -> int:
     ranks.start()
     try:
         if asked.recipe is not None:
-            parts.judge_answers(asked.folder, asked.seed, asked.recipe, parts.model_of(asked.recipe, asked.folder))
+            config = parts.config_of(asked.recipe, asked.folder, asked.seed)
+            parts.judge_answers(asked.folder, asked.seed, asked.recipe, config)
         for rate in asked.controls:
             if not judge_control(asked.folder, asked.seed, rate):
                 return STOPPED

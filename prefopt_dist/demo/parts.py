@@ -12,9 +12,10 @@ from prefopt_dist.config import Config, load_config
 from prefopt_dist.demo.reward import whole
 from prefopt_dist.demo.world import write_model, write_world
 from prefopt_dist.distributed import ranks
-from prefopt_dist.files import write_atomic, write_json
+from prefopt_dist.files import read_json, write_atomic, write_json
 from prefopt_dist.model.load import inspect_folder
 from prefopt_dist.stages import comparing, ingredients
+from prefopt_dist.stages.own_answers import FILE
 
 REPOSITORY = Path(__file__).parents[2]
 USUAL = "runs/demo"
@@ -87,37 +88,61 @@ def judged_file(folder: Path, name: str) -> Path:
     return folder / "judged" / f"{name}.json"
 
 
-def judge_answers(folder: Path, seed: int, name: str, model: Path) -> None:
-    """Compares a model's answers to the unseen prompts with the SFT model's, once; all ranks.
+def judge_answers(folder: Path, seed: int, name: str, config: Config) -> None:
+    """All ranks: write what a run's answers to the unseen prompts are worth, beside the SFT model's, once.
 
-    The one place that knows how reward, win rate and KL come about.
+    config: of the run. A run has answered them itself; the rounds, which compare by other prompts, are asked here.
     """
     file = judged_file(folder, name)
     if ranks.decide(file.exists):
         return
-    config = config_of(
+    own = config.answers.prompts is not None
+    found = ranks.decide(lambda: _own(config.run_dir)) if own else _compared(folder, seed, config)
+
+    def write() -> None:
+        file.parent.mkdir(exist_ok=True)
+        of = {which: [whole(prompt, text) for prompt, text in said] for which, said in found["texts"].items()}
+        write_json(file, found | {"whole": {which: sum(wholes) / len(wholes) for which, wholes in of.items()}})
+
+    ranks.decide(write)
+
+
+def _own(run_dir: Path) -> dict[str, Any]:
+    """What the run itself has found."""
+    facts = read_json(run_dir / "run.json")["answers"]
+    lines = [json.loads(line) for line in (run_dir / FILE).read_text().splitlines()]
+    sides = {"policy": facts, "against": facts["start"]}
+    return {
+        **{
+            which: {"reward": side["reward"], "tokens": side["length"], "unfinished": 1 - side["ended"]}
+            for which, side in sides.items()
+        },
+        **{name: facts[name] for name in ("prompts", "difference", "win_rate", "kl", "verdict")},
+        "texts": {
+            which: [(line["prompt"], line[when]) for line in lines]
+            for which, when in (("policy", "after"), ("against", "before"))
+        },
+    }
+
+
+def _compared(folder: Path, seed: int, config: Config) -> dict[str, Any]:
+    """All ranks: the last round's model beside the SFT model."""
+    model = config.run_dir / f"round-{config.rounds.count}" / "final"
+    judging = config_of(
         "demo",
         folder,
         seed,
-        f"run.dir={file.parent}",
+        f"run.dir={folder / 'judged'}",
         f"run.cache={folder / '.prefopt'}",
         f"evaluate.prompts={folder / 'world' / 'unseen.jsonl'}",
+        "generate.max_new_tokens=96",
     )
-    models = ingredients.load_models(config)  # the policy of the recipe is the SFT model
-    trained = ranks.together(lambda: inspect_folder(model, "evaluate.model", config.data.max_length))
-    comparison = comparing.prepare(config, models, trained, models.policy, models.policy)
+    models = ingredients.load_models(judging)  # the policy of the recipe is the SFT model
+    trained = ranks.together(lambda: inspect_folder(model, "evaluate.model", judging.data.max_length))
+    comparison = comparing.prepare(judging, models, trained, models.policy, models.policy)
     found = comparison.run()
     texts = {}
     for which in ("policy", "against"):
         answered = ranks.together(comparison.jobs[which].answered)
         texts[which] = [(one.prompt.prompt, answer.text) for one in answered for answer in one.answers]
-    found["texts"] = texts
-    found["whole"] = {
-        which: sum(whole(prompt, text) for prompt, text in said) / len(said) for which, said in texts.items()
-    }
-
-    def write() -> None:
-        file.parent.mkdir(exist_ok=True)
-        write_json(file, found)
-
-    ranks.decide(write)
+    return found | {"texts": texts}

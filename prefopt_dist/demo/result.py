@@ -13,14 +13,6 @@ from prefopt_dist.generation.comparison import shown
 from prefopt_dist.tracking.metrics_file import MetricsFile
 
 
-def verdict_of(difference: dict[str, float | None]) -> str:
-    """What the interval of the difference of rewards says."""
-    low, high = difference["low"], difference["high"]
-    if low is None or high is None:
-        return "not judged"
-    return "better" if low > 0 else "worse" if high < 0 else "no difference to be seen"
-
-
 def result_of(folder: Path, seed: int, recipe: str) -> dict[str, Any]:
     """Puts together what FOLDER/judged and the run's metrics say."""
     judged = read_json(parts.judged_file(folder, recipe))
@@ -47,7 +39,7 @@ def result_of(folder: Path, seed: int, recipe: str) -> dict[str, Any]:
         "whole": {"before": judged["whole"]["against"], "after": judged["whole"]["policy"]},
         "tokens": {"before": judged["against"]["tokens"], "after": judged["policy"]["tokens"]},
         "unfinished": {"before": judged["against"]["unfinished"], "after": judged["policy"]["unfinished"]},
-        "verdict": verdict_of(difference),
+        "verdict": judged["verdict"],
     }
 
 

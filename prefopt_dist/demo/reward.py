@@ -38,7 +38,8 @@ def score(prompt: str | list[dict[str, Any]], response: str, row: dict[str, Any]
     task = _task(prompt)
     found = _sentences(task, response)
     kinds = [sentence.kind for sentence in found]
-    toned = [sentence for sentence in found if sentence.tone is not None]
+    # Said once more, a fitting sentence earns nothing: letters would grow by it.
+    toned = list({(one.kind, one.news): one for one in reversed(found) if one.tone is not None}.values())
     missing = ("greetings" not in kinds[:1]) + ("closes" not in kinds[-1:])
     fitting = sum(sentence.tone == task.tone for sentence in toned) / max(1, len(toned) + missing)
     said = [sentence.news for sentence in found if sentence.kind == "news"]
