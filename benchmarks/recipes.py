@@ -24,15 +24,16 @@ from prefopt_dist.files import read_json, write_json
 from prefopt_dist.stages import generate, rounds, train
 
 RESULTS = Path(__file__).parent / "results"
-QUIET = "tracking.wandb.mode=disabled"
+QUIET = ("tracking.wandb.mode=disabled", "train.micro_batch_tokens=1024")
+"""Quicker on one thread; another layout is the same run."""
 
 
 def shared(folder: Path, seed: int) -> None:
     """Makes a seed's world, SFT model, pairs and controls."""
     if not (folder / "world" / "model" / "tokenizer_config.json").is_file():
         parts.make_world(folder, seed)
-    _trained(parts.config_of("sft", folder, seed, QUIET).run_dir, "sft", folder, seed)
-    if not generate.run(parts.config_of("pairs", folder, seed, QUIET)):
+    _trained(parts.config_of("sft", folder, seed, *QUIET).run_dir, "sft", folder, seed)
+    if not generate.run(parts.config_of("pairs", folder, seed, *QUIET)):
         raise UserError("stopped while generating; the same command goes on")
     parts.split_pairs(folder)
     for rate in parts.CONTROL_RATES:
@@ -44,7 +45,7 @@ def _trained(run_dir: Path, recipe: str, folder: Path, seed: int) -> None:
     if (run_dir / "DONE").exists():
         return
     stage = rounds if recipe == "rounds" else train
-    stage.run(parts.config_of(recipe, folder, seed, QUIET))
+    stage.run(parts.config_of(recipe, folder, seed, *QUIET))
     if not (run_dir / "DONE").exists():
         raise UserError(f"{run_dir} was stopped; the same command goes on")
 

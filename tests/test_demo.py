@@ -64,7 +64,7 @@ def test_a_perfect_letter_has_the_whole_reward() -> None:
         ("I wish to report that the key was found.", "I wish to report that the train is late.", 0.075 + 0.1 + 0.1),
         (" I remain at your service.", "", 0.1),
         (" I remain", " It was a long day. I remain", 0.1),
-        ("Dear boss Ada,", "Dear boss Ben,", 0.45 / 5 + 0.1),  # nobody's greeting, and so much idle text
+        ("Dear boss Ada,", "Dear boss Ben,", 0.45 / 5 + 0.1 + 0.2),  # nobody's greeting: idle, not whole
     ],
 )
 def test_each_fault_costs_its_part(before: str, after: str, less: float) -> None:
@@ -85,7 +85,7 @@ def test_the_addressee_decides_the_tone() -> None:
 
 
 def test_any_text_has_a_reward() -> None:
-    assert score(TASK.prompt, "", {}) == pytest.approx(0.2)
+    assert score(TASK.prompt, "", {}) == 0.0
     for text, most in (("", 0.25), ("Hugs", 0.25), ("!!,,..", 0.25), ("the train", 0.25), (FORMAL_LETTER * 3, 0.9)):
         assert 0.0 <= score(TASK.prompt, text, {}) <= most
         assert not whole(TASK.prompt, text)

@@ -20,7 +20,7 @@ from prefopt_dist.stages.own_answers import FILE
 REPOSITORY = Path(__file__).parents[2]
 USUAL = "runs/demo"
 """The folder that the recipes name."""
-DEMONSTRATIONS, PROMPTS, HELD_OUT, UNSEEN = 3000, 1600, 200, 400
+DEMONSTRATIONS, PROMPTS, HELD_OUT, UNSEEN = 2200, 1600, 200, 400
 CONTROL_RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates of SFT on the chosen answers, of which the best counts."""
 

@@ -12,6 +12,8 @@ from prefopt_dist.demo.world import CASUAL, FORMAL, IDLE, Task, Tone
 
 TONE, COMPLETE, ORDER, COURTESY, BRIEF = 0.45, 0.15, 0.1, 0.1, 0.2
 """The parts of the reward; together 1."""
+SPOILT = 0.2
+"""What a letter loses that is not whole: a sentence of no sense, or no greeting or close."""
 NOISE = 0.05
 """Standard deviation of the judge's error; that of the rewards of a demonstration's letters is about 0.14."""
 
@@ -34,7 +36,9 @@ _STRAY = _Sentence("stray")
 
 
 def score(prompt: str | list[dict[str, Any]], response: str, row: dict[str, Any]) -> float:
-    """From 0 to 1, graded: tone sentence by sentence, news said, their order, a courteous sentence, nothing idle."""
+    """From 0 to 1, graded: tone sentence by sentence, news said, their order, a courteous sentence, nothing idle,
+    and all of it whole.
+    """
     task = _task(prompt)
     found = _sentences(task, response)
     kinds = [sentence.kind for sentence in found]
@@ -47,13 +51,14 @@ def score(prompt: str | list[dict[str, Any]], response: str, row: dict[str, Any]
     in_order = sum(a in first and b in first and first[a] < first[b] for a, b in pairwise(task.news))
     idle = sum(kind in ("idle", "stray") for kind in kinds) + len(said) - len(first)
     idle += sum(max(0, kinds.count(kind) - 1) for kind in ("greetings", "courtesies", "closes"))
-    return (
+    worth = (
         TONE * fitting
         + COMPLETE * len(first) / len(task.news)
         + ORDER * in_order / (len(task.news) - 1)
         + COURTESY * ("courtesies" in kinds)
         + BRIEF / (1 + idle)
     )
+    return worth if whole(prompt, response) else max(0.0, worth - SPOILT)
 
 
 def judge(prompt: str | list[dict[str, Any]], response: str, row: dict[str, Any]) -> float:
