@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +67,45 @@ def one(root: Path, seed: int, recipe: str) -> dict[str, Any]:
 def table(found: Sequence[dict[str, Any]]) -> str:
     """As Markdown."""
     lines = [
-        "| recipe | seed | reward before | control | after | difference, 95 % | win rate | KL, nats | accuracy "
-        "| whole letters | verdict |",
-        "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | --- | --- |",
+        "| recipe | seed | reward before | control | after | difference, 95 % | beyond the control, 95 % | win rate "
+        "| KL, nats | accuracy | whole letters | verdict |",
+        "| --- | ---: | ---: | ---: | ---: | --- | --- | ---: | ---: | ---: | --- | --- |",
     ]
     for r in found:
-        reward, whole = r["reward"], r["whole"]
+        reward, whole, apart = r["reward"], r["whole"], r["control_difference"]
         accuracy = "" if r["accuracy"] is None else f"{r['accuracy']:.2f}"
         lines.append(
             f"| {r['recipe']} | {r['seed']} | {reward['before']:.3f} | {r['control']:.3f} | {reward['after']:.3f} | "
-            f"{reward['difference']:+.3f} ({reward['low']:+.3f} to {reward['high']:+.3f}) | {r['win_rate']:.2f} | "
+            f"{reward['difference']:+.3f} ({reward['low']:+.3f} to {reward['high']:+.3f}) | "
+            f"{apart['mean']:+.3f} ({apart['low']:+.3f} to {apart['high']:+.3f}) | {r['win_rate']:.2f} | "
             f"{r['kl']:.1f} | {accuracy} | {whole['before']:.1%} → {whole['after']:.1%} | {r['verdict']} |"
+        )
+    return "\n".join(lines)
+
+
+def pooled(found: Sequence[dict[str, Any]]) -> str:
+    """As Markdown, a line a recipe: over its seeds, differences paired by prompt, each seed as many prompts."""
+    lines = [
+        "| recipe | seeds | better than the start | reward before → after | control | beyond the control, 95 % "
+        "| KL, nats | whole letters |",
+        "| --- | ---: | ---: | --- | ---: | --- | ---: | --- |",
+    ]
+    for recipe in dict.fromkeys(r["recipe"] for r in found):
+        mine = [r for r in found if r["recipe"] == recipe]
+
+        def mean(of: Callable[[dict[str, Any]], float], rows: Sequence[dict[str, Any]] = mine) -> float:
+            return sum(map(of, rows)) / len(rows)
+
+        beyond = mean(lambda r: r["control_difference"]["mean"])
+        # The seeds' prompts are different ones: variances add up.
+        half = mean(lambda r: (r["control_difference"]["high"] - r["control_difference"]["mean"]) ** 2) ** 0.5
+        half /= len(mine) ** 0.5
+        lines.append(
+            f"| {recipe} | {len(mine)} | {sum(r['verdict'] == 'better' for r in mine)} | "
+            f"{mean(lambda r: r['reward']['before']):.3f} → {mean(lambda r: r['reward']['after']):.3f} | "
+            f"{mean(lambda r: r['control']):.3f} | {beyond:+.3f} ({beyond - half:+.3f} to {beyond + half:+.3f}) | "
+            f"{mean(lambda r: r['kl']):.1f} | {mean(lambda r: r['whole']['before']):.1%} → "
+            f"{mean(lambda r: r['whole']['after']):.1%} |"
         )
     return "\n".join(lines)
 
@@ -103,9 +131,10 @@ def main() -> int:
         return 2
     ranks.end()
     found.sort(key=lambda r: (options.recipes.index(r["recipe"]), r["seed"]))
-    print(f"\n{table(found)}")
+    text = f"{pooled(found)}\n\n{table(found)}\n"
+    print(f"\n{text}")
     write_json(RESULTS / f"{options.save}.json", found)
-    (RESULTS / f"{options.save}.md").write_text(table(found) + "\n")
+    (RESULTS / f"{options.save}.md").write_text(text)
     return 1 if any(r["verdict"] != "better" for r in found) else 0
 
 

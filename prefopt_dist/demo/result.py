@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from prefopt_dist.demo import parts
 from prefopt_dist.demo.reward import score
 from prefopt_dist.demo.world import FORMAL_TO
 from prefopt_dist.files import read_json
-from prefopt_dist.generation.comparison import shown
+from prefopt_dist.generation.comparison import interval, shown
 from prefopt_dist.tracking.metrics_file import MetricsFile
 
 
@@ -30,6 +33,7 @@ def result_of(folder: Path, seed: int, recipe: str) -> dict[str, Any]:
             "high": difference["high"],
         },
         "control": controls[best]["policy"]["reward"]["mean"],
+        "control_difference": interval(_rewards(judged) - _rewards(controls[best])),
         "control_interval": controls[best]["policy"]["reward"],
         "after_interval": judged["policy"]["reward"],
         "control_rate": best,
@@ -41,6 +45,11 @@ def result_of(folder: Path, seed: int, recipe: str) -> dict[str, Any]:
         "unfinished": {"before": judged["against"]["unfinished"], "after": judged["policy"]["unfinished"]},
         "verdict": judged["verdict"],
     }
+
+
+def _rewards(judged: dict[str, Any]) -> NDArray[np.float64]:
+    """float64 [prompts]: the true reward of a trained model's answers."""
+    return np.array([score(prompt, text, {}) for prompt, text in judged["texts"]["policy"]])
 
 
 def _on_pairs(metrics: Path) -> dict[str, float | None]:
