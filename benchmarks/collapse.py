@@ -142,7 +142,7 @@ def start_of_demo(here: Path, seed: int, way: Way) -> Start:
         parts.split_pairs(here)
     recipe = parts.recipe_file("demo")
     return Start(
-        here / "sft" / "final", here / "pairs" / f"{way.data}.jsonl", recipe, (), here / "world" / "unseen.jsonl"
+        here / "sft" / "final", here / "pairs" / f"{way.data}.jsonl", recipe, here / "world" / "unseen.jsonl"
     )
 
 

@@ -89,6 +89,7 @@ def answers_row(
     row |= {f"answers/start/{name}": value for name, value in of_start.items()}
     if rewards:
         row |= {
+            "answers/compared": 64,
             "answers/reward": 0.731 + apart,
             "answers/reward_difference": apart,
             "answers/reward_difference_low": low,

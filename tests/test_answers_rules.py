@@ -205,10 +205,17 @@ def test_the_verdicts_numbers() -> None:
         "better: answers of runs/x/final earn 0.812 where the start's earned 0.731 (difference 0.081, 0.046 to 0.130, "
         "64 prompts)"
     )
-    one = {k: v for k, v in answers_row().items() if not k.endswith(("_low", "_high"))} | {"answers/prompts": 1}
-    found = verdict(one, HEALTH, "final")
-    assert found.word == "no difference to be seen"
-    assert found.text.endswith("(difference 0.081, 1 prompt)")
+    other = verdict(answers_row("worse"), HEALTH, "final", "models/other").text
+    assert "where models/other's earned" in other
+
+
+@pytest.mark.parametrize("compared", [0, 1, 7])
+def test_few_prompts_are_not_judged(compared: int) -> None:
+    """Two equal differences would have an interval without width."""
+    found = verdict(answers_row() | {"answers/compared": compared}, HEALTH, "final")
+    assert found.word == "not judged"
+    assert f"{compared} of 64 prompts have a reward" in found.text
+    assert verdict(answers_row() | {"answers/compared": 8}, HEALTH, "final").word == "better"
 
 
 def test_a_reward_excuses_no_collapse() -> None:
@@ -223,9 +230,6 @@ def test_not_judged_says_what_to_do() -> None:
     assert "has not collapsed" in found.text
     for key in ("generate.rewards", "`evaluate`", "evaluate.prompts"):
         assert key in found.text
-    broken = verdict(answers_row() | {"answers/reward": math.nan}, HEALTH, "final")
-    assert broken.word == "not judged"
-    assert "generate.rewards gave its answers nan" in broken.text
     assert unjudged("answers.number=0") == ("not judged", "not judged: answers.number=0")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import tarfile
@@ -19,11 +20,13 @@ from answers_cases import NUMBER, samples, write_run
 from door import Door, one_process_group
 
 from prefopt_dist.__main__ import main
-from prefopt_dist.generation import measures
+from prefopt_dist.errors import UserError
+from prefopt_dist.generation import measures, transformers_engine
 from prefopt_dist.generation.answers import Answer
 from prefopt_dist.generation.prompts import Prompt
 from prefopt_dist.generation.store import Answered, SampleStore
-from prefopt_dist.stages import own_answers
+from prefopt_dist.stages import judges, own_answers
+from prefopt_dist.training import best
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +235,118 @@ def test_answers_between_start_and_end(world: Path, door: Door, monkeypatch: pyt
 def test_mistakes_in_the_section(world: Path, door: Door, words: list[str], overrides: list[str]) -> None:
     sections = EVERY | {"data": {"eval": str(world / "pairs.jsonl")}}
     door.fails(words, *overrides, run=write_run(world, "mistaken", **sections), early=True)
+
+
+def test_an_early_stop_by_answers_ends_with_a_verdict(world: Path, door: Door) -> None:
+    """Its last row has what the reference says too, and a start that finds the checkpoint knows that it was the end."""
+    sections = EVERY | {
+        "data": {"eval": str(world / "pairs.jsonl")},
+        "train": {"epochs": 3, "early_stop": {"metric": "answers/distinct", "evaluations": 1}},
+    }
+    run, folder = write_run(world, "early", **sections), world / "runs" / "early"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(best, "HIGHER", (*best.HIGHER, "distinct"))  # a metric that does not change
+        assert door.ends(run)[0] == 0
+        last = rows(folder, "answers")[-1]
+        assert last["step"] == rows(folder, "train")[-1]["step"] == 1  # no better than the start
+        assert last["answers/reference_nats"] > 0
+        assert (folder / "final").is_dir()
+        # Killed before its end: from the checkpoint it is at the end again.
+        (folder / "DONE").unlink()
+        lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
+        assert door.ends(run)[0] == 0
+    assert without_times(rows(folder, "answers")[-1]) == without_times(last)
+
+
+def test_a_diverged_model_is_exported_and_called_so(world: Path, door: Door) -> None:
+    choose = transformers_engine.choose
+
+    def nothing(logits: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        return choose(logits, *arguments) if not diverged else torch.full((len(logits),), logits.shape[-1])
+
+    diverged: list[int] = []
+    copy = own_answers.copy_for_sampling
+
+    def copied(*arguments: Any, **options: Any) -> Any:
+        diverged.append(1)
+        return copy(*arguments, **options)
+
+    sums = own_answers.answer_sums
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers_engine, "choose", nothing)
+        patch.setattr(own_answers, "copy_for_sampling", copied)
+        patch.setattr(own_answers, "answer_sums", lambda *a: np.nan * sums(*a))
+        assert door.ends(write_run(world, "diverged"))[0] == 0
+    facts = json.loads((world / "runs" / "diverged" / "run.json").read_text())
+    assert facts["answers"]["verdict"] == "collapsed"
+    assert "not finite" in facts["answers"]["verdict_text"]
+    assert "answers-collapsed" in [finding["id"] for finding in facts["health"]]
+    assert (world / "runs" / "diverged" / "final").is_dir()
+
+
+def test_a_reward_that_fails_at_the_end_costs_no_export(world: Path, door: Door) -> None:
+    told = judges.Judges.told
+
+    def refuses(self: Any, prompt: Any, number: int, values: Any) -> Any:
+        if trained:
+            raise UserError("generate.rewards[0].function: no")
+        return told(self, prompt, number, values)
+
+    trained: list[int] = []
+    copy = own_answers.copy_for_sampling
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judges.Judges, "told", refuses)
+        patch.setattr(own_answers, "copy_for_sampling", lambda *a, **o: trained.append(1) or copy(*a, **o))
+        assert door.ends(write_run(world, "refused"))[0] == 0
+    folder = world / "runs" / "refused"
+    assert json.loads((folder / "run.json").read_text())["answers"]["verdict"] == "not judged"
+    assert "reward_after" not in (folder / "answers.jsonl").read_text()
+    assert (folder / "final").is_dir()
+
+
+def test_other_answers_than_before_are_made_anew(world: Path, door: Door) -> None:
+    """Prompts or rewards that change once all is done but DONE: no row of the old ones stays."""
+    run, folder = write_run(world, "changed"), world / "runs" / "changed"
+    assert door.ends(run)[0] == 0
+    (folder / "DONE").unlink()
+    other = write_run(
+        world, "changed", answers={"number": 16}, generate={"rewards": [{"function": "rewards_for_tests:same"}]}
+    )
+    assert door.ends(other)[0] == 0
+    (row,) = rows(folder, "answers")
+    assert (row["answers/prompts"], row["answers/reward"], row["step"]) == (16, 1.0, 4)
+    assert json.loads((folder / "run.json").read_text())["answers"]["verdict"] == "no difference to be seen"
+    assert len((folder / "answers.jsonl").read_text().splitlines()) == 16
+    (folder / "DONE").unlink()
+    shutil.rmtree(folder / "answers")
+    assert door.ends(other)[0] == 0  # sampled again, the same
+    assert rows(folder, "answers") == [row]
+
+
+def test_the_training_s_engine_is_gone_when_the_reference_comes(world: Path, door: Door) -> None:
+    alive: list[int] = []
+    sums = own_answers.comparing.sums_under
+
+    def looked(*arguments: Any) -> Any:
+        gc.collect()
+        engines = [o for o in gc.get_objects() if type(o).__name__ == "DeepSpeedEngine"]
+        alive.append(len(engines))
+        return sums(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own_answers.comparing, "sums_under", looked)
+        sections = EVERY | {"data": {"eval": str(world / "pairs.jsonl")}}
+        assert door.ends(write_run(world, "freed", **sections))[0] == 0
+    assert alive == [0]
+
+
+def test_a_page_shows_answers_with_odd_line_ends(world: Path, door: Door) -> None:
+    run = write_run(world, "dpo")
+    assert door.ends(run)[0] == 0
+    file = world / "runs" / "dpo" / "answers.jsonl"
+    file.write_text(json.dumps({"prompt": "p", "before": "a\u2028b", "after": "c\x85d"}, ensure_ascii=False) + "\n")
+    assert door.ends(run, stage="report")[0] == 0
 
 
 def test_no_answers_is_said_and_not_judged(world: Path, door: Door) -> None:

@@ -58,7 +58,7 @@ def split_pairs(folder: Path) -> None:
     """Parts the sampled pairs by their prompts' file: pairs to train on, pairs to evaluate on, and the chosen answers
     of the first alone, for the control.
     """
-    rows = [json.loads(line) for line in (folder / "pairs" / "pairs.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "pairs" / "pairs.jsonl").read_text().split("\n") if line]
     held_out = [row for row in rows if "held_out.jsonl" in row["origin"]]
     train = [row for row in rows if "held_out.jsonl" not in row["origin"]]
     chosen = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in train]
@@ -110,7 +110,7 @@ def judge_answers(folder: Path, seed: int, name: str, config: Config) -> None:
 def _own(run_dir: Path) -> dict[str, Any]:
     """What the run itself has found."""
     facts = read_json(run_dir / "run.json")["answers"]
-    lines = [json.loads(line) for line in (run_dir / FILE).read_text().splitlines()]
+    lines = [json.loads(line) for line in (run_dir / FILE).read_text().split("\n") if line]
     sides = {"policy": facts, "against": facts["start"]}
     return {
         **{

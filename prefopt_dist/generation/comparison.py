@@ -75,15 +75,33 @@ def summary(all_found: Sequence[Answered], weights: Sequence[float]) -> dict[str
 
 
 def compared(mine: Sequence[Answered], theirs: Sequence[Answered], weights: Sequence[float]) -> dict[str, Interval]:
-    """Win rate of mine against theirs and the mean difference of rewards, by prompt; the prompts are the same."""
-    won, apart = [], []
+    """Win rate of mine against theirs and the mean difference of rewards, by prompt; the prompts are the same.
+
+    Beside them each side's mean reward over the prompts that have one of both sides.
+    """
+    won, apart, sides = [], [], []
     for a, b in zip(mine, theirs, strict=True):
         assert a.prompt.ids == b.prompt.ids
         of_mine, of_theirs = (r[~np.isnan(r)] for r in (rewards_of(a, weights), rewards_of(b, weights)))
         if len(of_mine) and len(of_theirs):
             won.append(wins(of_mine, of_theirs))
             apart.append(float(of_mine.mean() - of_theirs.mean()))
-    return {"win_rate": interval(np.array(won)), "difference": interval(np.array(apart))}
+            sides.append((float(of_mine.mean()), float(of_theirs.mean())))
+    mine_there, theirs_there = np.array(sides).reshape(-1, 2).T
+    return {
+        "win_rate": interval(np.array(won)),
+        "difference": interval(np.array(apart)),
+        "mine": interval(mine_there),
+        "theirs": interval(theirs_there),
+    }
+
+
+def number_compared(mine: Sequence[Answered], theirs: Sequence[Answered], weights: Sequence[float]) -> int:
+    """Return how many prompts have a reward of both sides."""
+    return sum(
+        not (np.isnan(rewards_of(a, weights)).all() or np.isnan(rewards_of(b, weights)).all())
+        for a, b in zip(mine, theirs, strict=True)
+    )
 
 
 def kl(found: Sequence[Answered], policy: NDArray[np.float64], reference: NDArray[np.float64]) -> Interval:

@@ -103,6 +103,8 @@ def in_between(
     if terms.weights is not None:
         compared = comparison.compared(after, before, terms.weights)
         values |= flat("reward_difference", compared["difference"]) | flat("win_rate", compared["win_rate"])
+        values |= flat("reward", compared["mine"]) | flat("start/reward", compared["theirs"])
+        values["compared"] = comparison.number_compared(after, before, terms.weights)
     return values
 
 

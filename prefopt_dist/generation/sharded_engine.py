@@ -16,6 +16,7 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.generation.transformers_engine import TransformersEngine, attention_of
 from prefopt_dist.model import attention
 from prefopt_dist.model.scorer import NextToken
+from prefopt_dist.tracking import heartbeat
 
 
 class ShardedEngine(TransformersEngine):
@@ -23,20 +24,21 @@ class ShardedEngine(TransformersEngine):
 
     lockstep = True
 
-    def __init__(self, engine: Any, name: str, *, batch_tokens: int, release: bool) -> None:
+    def __init__(self, engine: Any, name: str, *, batch_tokens: int, release: bool, nan_ends: bool = False) -> None:
         """release: the engine is this one's own and is given back with it."""
         self._engine = engine
         self._release = release
         self._was_training = engine.module.training
         engine.module.eval()
         lm = engine.module.lm
-        super().__init__(lm, name, batch_tokens=batch_tokens)
+        super().__init__(lm, name, batch_tokens=batch_tokens, nan_ends=nan_ends)
         self._device = ranks.device()
         lm.set_attn_implementation(attention_of(lm.config))
 
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
+        heartbeat.beat("answering under ZeRO-3")  # a token may take seconds, a shard hours
         self._agree(True)
         logits: torch.Tensor = self._engine(NextToken(ids, mask, positions, cache))
         return logits
@@ -46,6 +48,7 @@ class ShardedEngine(TransformersEngine):
         one = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
         with torch.no_grad():
             while self._agree(False):
+                heartbeat.beat("waiting for others who answer under ZeRO-3")
                 self._engine(NextToken(one, one + 1, one, None))
 
     def _agree(self, more: bool) -> bool:

@@ -46,7 +46,7 @@ def copy_for_sampling(
     sharded: the language model under ZeRO-3; folder: that it was loaded from.
     """
     config = without_dropout(folder.config)
-    with torch.random.fork_rng(), device:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         whole: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention_of(config)
         )
@@ -67,8 +67,12 @@ class TransformersEngine:
 
     lockstep = False
 
-    def __init__(self, model: PreTrainedModel, name: str, *, batch_tokens: int) -> None:
-        """name: of the model, for messages; batch_tokens: see `batches`."""
+    def __init__(self, model: PreTrainedModel, name: str, *, batch_tokens: int, nan_ends: bool = False) -> None:
+        """name: of the model, for messages; batch_tokens: see `batches`.
+
+        nan_ends: where the logits are NaN an answer ends, instead of the job: of a model that training has wrecked.
+        """
+        self._nan_ends = nan_ends
         self._model = model
         self._name = name
         self._device = next(model.parameters()).device
@@ -102,7 +106,9 @@ class TransformersEngine:
             for row, token in zip(here, chosen.tolist(), strict=True):
                 if row in open_rows:
                     if token == logits.shape[-1]:
-                        raise self._no_numbers(prompts[rows[row][0]])
+                        if not self._nan_ends:
+                            raise self._no_numbers(prompts[rows[row][0]])
+                        token = sampling.stop_ids[0]
                     responses[row].append(token)
                     if token in sampling.stop_ids:
                         open_rows.discard(row)

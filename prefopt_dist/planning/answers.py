@@ -68,18 +68,24 @@ class AnswersPlan:
         return f"{said}; at most {self.seconds:.3g} s{share} (the start's are kept in the cache)"
 
 
-def answers_plan(sizes: ModelSizes, zero: ZeroSettings, machine: Machine, asked: Sampled, prompts: int) -> AnswersPlan:
-    """Return the plan of `prompts` prompts that are as long as they may be."""
+def answers_plan(
+    sizes: ModelSizes, zero: ZeroSettings, machine: Machine, asked: Sampled, prompts: int, between: int = 0
+) -> AnswersPlan:
+    """Return the plan of `prompts` prompts that are as long as they may be; between: times between start and end."""
     place = Place(machine.ranks, machine.is_gpu)
     copy: Sequence[Part] = memory.generation(sizes, place, asked).parts
     beside = [part for part in copy if not part.on_host]  # the copy is of the live engine: nothing is loaded
     policy = Phase(ANSWERS, (*memory.states(sizes, zero, place), *beside))
     available = int((1 - KEPT_FREE) * machine.memory)
     gathered = policy.device > available
-    return AnswersPlan(prompts, asked.new, policy, available, _seconds(sizes, machine, asked, prompts, gathered))
+    return AnswersPlan(
+        prompts, asked.new, policy, available, _seconds(sizes, machine, asked, prompts, gathered, between)
+    )
 
 
-def _seconds(sizes: ModelSizes, machine: Machine, asked: Sampled, prompts: int, gathered: bool) -> float | None:
+def _seconds(
+    sizes: ModelSizes, machine: Machine, asked: Sampled, prompts: int, gathered: bool, between: int
+) -> float | None:
     """gathered: the model is sent to every rank for every token."""
     if machine.peak is None:
         return None
@@ -92,4 +98,4 @@ def _seconds(sizes: ModelSizes, machine: Machine, asked: Sampled, prompts: int, 
     token = max(reading, product, LAYER_SECONDS * sizes.activations.layers, sending)
     prefill = product * asked.prompt
     scored = SCORED * 2 * sizes.parameters * prompts * (asked.prompt + asked.new) / (speed * machine.ranks)
-    return MODELS * of_rank * (prefill + asked.new * token) + scored
+    return (MODELS + between) * of_rank * (prefill + asked.new * token) + scored

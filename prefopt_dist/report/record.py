@@ -135,7 +135,8 @@ def _optional(file: Path) -> dict[str, Any] | None:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    # Not splitlines: it parts at other characters too, such as U+2028 within an answer.
+    return [json.loads(line) for line in file.read_text().split("\n") if line] if file.exists() else []
 
 
 def _checkpoints(root: Path) -> list[Checkpoint]:

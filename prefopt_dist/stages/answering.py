@@ -31,11 +31,13 @@ from prefopt_dist.generation.transformers_engine import TransformersEngine, load
 from prefopt_dist.model.digests import refuse_if_changed
 from prefopt_dist.model.load import ModelFolder
 from prefopt_dist.reference.turn import my_turn
+from prefopt_dist.stages.checks import led_by
 from prefopt_dist.stages.ingredients import Models, weights
 from prefopt_dist.stages.judges import Judges, check_rewards, judges_of
 from prefopt_dist.stages.rows import TRAIN, eval_sets
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
+from prefopt_dist.training.best import ANSWERS
 
 
 def sources_of(config: Config, stage: str) -> list[tuple[str, Sequence[DataSource]]] | None:
@@ -61,6 +63,8 @@ def check_for(config: Config, stage: str) -> None:
             f"reference.name_or_path: got {config.reference.name_or_path!r}, must be null with rounds.reference=start, "
             "by which each round's reference is its own start; leave it out, or set rounds.reference=first"
         )
+    if stage == "rounds":
+        _refuse_answers_in_rounds(config)
     if stage == "rounds" and config.lora is not None and not config.export.merged:
         raise UserError(
             "export.merged: got false, but with a section lora a round's adapters must be added into the model that "
@@ -70,6 +74,16 @@ def check_for(config: Config, stage: str) -> None:
         check(config)
     elif stage == "train" and config.answers.number:
         check_rewards(config)  # there may be none
+
+
+def _refuse_answers_in_rounds(config: Config) -> None:
+    """A round's training answers nothing of its own: the rounds compare by evaluate.prompts."""
+    led = [(key, metric) for _, key, metric in led_by(config) if metric.startswith(ANSWERS)]
+    for key, value in [*led, *([("answers.every", config.answers.every)] if config.answers.every else [])]:
+        raise UserError(
+            f"{key}: got {value}, but the rounds compare their models by evaluate.prompts, after each round, and a "
+            "round's own training answers nothing; leave it out"
+        )
 
 
 def check(config: Config) -> None:

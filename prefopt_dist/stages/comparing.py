@@ -60,7 +60,12 @@ class Comparison:
         likelihood = measures.Likelihood(own, of_policy, of_against, np.empty(0), [])
         terms = measures.Terms(policy.sampling.stop_ids, weights)
         row = measures.as_metrics(measures.of_both(of["policy"], of["against"], likelihood, terms))
-        said = verdict(row, self.config.health, self.name)
+        against = self.jobs["against"].model.path
+        usual = (self.reference.path, self.models.policy.path)
+        if against not in usual:  # strange to the reference itself, it tells nothing of what is usual
+            del row["answers/start/reference_nats"]
+        other = "the start" if against in usual else str(against)
+        said = verdict(row, self.config.health, self.name, other)
         compared = {
             "verdict": said.word,
             "verdict_text": said.text,
@@ -69,12 +74,18 @@ class Comparison:
             "temperature": evaluate.temperature,
             "policy": comparison.summary(of["policy"], weights) | _nats(row, "answers/"),
             "against": comparison.summary(of["against"], weights) | _nats(row, "answers/start/"),
-            **comparison.compared(of["policy"], of["against"], weights),
+            **_apart(of["policy"], of["against"], weights),
             "kl": comparison.kl(of["policy"], own, of_policy),
         }
         if "start" in of:
-            compared["from_start"] = comparison.compared(of["policy"], of["start"], weights)
+            compared["from_start"] = _apart(of["policy"], of["start"], weights)
         return compared
+
+
+def _apart(mine: Sequence[Answered], theirs: Sequence[Answered], weights: Sequence[float]) -> dict[str, Any]:
+    """Win rate and difference of rewards."""
+    found = comparison.compared(mine, theirs, weights)
+    return {name: found[name] for name in ("win_rate", "difference")}
 
 
 def _nats(row: Row, prefix: str) -> dict[str, float]:

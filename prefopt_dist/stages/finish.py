@@ -17,6 +17,7 @@ from prefopt_dist.tracking.metrics_file import Row
 from prefopt_dist.tracking.own_work import peak_memory
 from prefopt_dist.tracking.verdict import unjudged, verdict
 from prefopt_dist.training import checkpoint, loop
+from prefopt_dist.training.best import best_step
 from prefopt_dist.training.run_folder import RunFolder
 
 
@@ -53,6 +54,9 @@ def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, ans
         if isinstance(answers, OwnAnswers) and policy is not None:
             log.feeds.samples(answers.samples(policy))
         log.feeds.verdict(said.word, said.text)
+        if (metric := config.checkpoint.keep_best) is not None:  # the end's own answers came after its checkpoint
+            steps = [int(path.name.removeprefix("step-")) for path in checkpoint.committed(source.parent)]
+            folder.note(best={"metric": metric, "step": best_step(log.metrics.rows(), metric, steps)})
         summary = _summary(config, log.metrics.rows(), job.total_steps, exported, said.text)
         folder.note(memory=folder.facts["memory"] | {"peak_bytes": peak_memory()})
         folder.done(summary)
@@ -64,6 +68,7 @@ def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, ans
 
 
 def _give_back(job: loop.Job) -> None:
+    job.answer = None  # it holds the engine too
     if job.engine is not None:
         zero3.release(job.engine)
         job.engine = None

@@ -23,6 +23,7 @@ from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.distributed.shared import refuse_local_folder
+from prefopt_dist.errors import AgreedUserError
 from prefopt_dist.files import write_atomic
 from prefopt_dist.generation import comparison, measures
 from prefopt_dist.generation.engine import Engine
@@ -47,8 +48,9 @@ from prefopt_dist.stages.judges import judges_of
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.tracking.feed import Sample
-from prefopt_dist.tracking.metrics_file import strict_inside
-from prefopt_dist.training.room import KEPT_FREE, free_bytes
+from prefopt_dist.tracking.metrics_file import MetricsFile, strict_inside
+from prefopt_dist.training.room import KEPT_FREE, free_bytes, host_bytes
+from prefopt_dist.training.run_folder import RunFolder
 
 FOLDER = "answers"
 """In the run folder: the policy's answers, a folder for each step that they are of."""
@@ -85,6 +87,7 @@ class OwnAnswers:
         """
         policy = self._of_policy(engine, step)
         policy.sample(stop_asked)
+        policy = replace(policy, open_engine=_closed)  # it holds the training's engine, whose memory others need
         found = ranks.together(lambda: policy.store.answered(None))
         was_training = engine.module.training
         engine.module.eval()
@@ -116,11 +119,13 @@ class OwnAnswers:
 
         def open_engine() -> Engine:
             if not _room_for_a_copy(config, models, "the trained model"):
-                return ShardedEngine(engine, f"step {step}", batch_tokens=_batch_tokens(config), release=False)
+                return ShardedEngine(
+                    engine, f"step {step}", batch_tokens=_batch_tokens(config), release=False, nan_ends=True
+                )
             lm = copy_for_sampling(
                 engine.module.lm, models.policy, models.adapter, dtype=models.dtype, device=ranks.device()
             )
-            return TransformersEngine(lm, f"step {step}", batch_tokens=_batch_tokens(config))
+            return TransformersEngine(lm, f"step {step}", batch_tokens=_batch_tokens(config), nan_ends=True)
 
         return replace(
             self.start,
@@ -137,24 +142,51 @@ class OwnAnswers:
         The rewards are functions.
         """
         policy = self.answer(engine, step, lambda: False)
-        policy.job.score(lambda: False)
-        after, before = (ranks.together(job.answered) for job in (policy.job, self.start))
-        return measures.as_metrics(measures.in_between(after, before, policy.sums, self._terms))
+        after, terms = self._scored(policy, lambda: False)
+        before = ranks.together(self.start.answered)
+        return measures.as_metrics(measures.in_between(after, before, policy.sums, terms))
+
+    def _scored(self, policy: PolicyAnswers, stop_asked: Callable[[], bool]) -> tuple[list[Answered], measures.Terms]:
+        """All ranks: the policy's answers with their rewards.
+
+        A reward that fails on them, though it did not on the start's, costs neither the training nor its export: it is
+        said, and the answers stand without.
+        """
+        try:
+            policy.job.score(stop_asked)
+            return ranks.together(policy.job.answered), self._terms
+        except AgreedUserError as fault:
+            say(f"answers: no reward for the trained model's: {fault}")
+            return ranks.together(lambda: policy.job.store.answered(None)), replace(self._terms, weights=None)
+
+    @property
+    def made_of(self) -> str:
+        """Return a digest of all that decides what is found of given weights."""
+        generate = self.config.generate
+        return digest_of(
+            {
+                "prompts": self.prompts.digest(),
+                "sampling": asdict(self.start.sampling),
+                "scores": self.start.scores,
+                "weights": list(self.start.reward_weights),
+                "on_bad_reward": generate.on_bad_reward,
+            }
+        )
 
     def judge(self, policy: PolicyAnswers, stop_asked: Callable[[], bool]) -> dict[str, float]:
         """All ranks, no engine in memory: score the answers by the rewards and by the reference; return the metrics.
 
         Raises StoppedInFirstPass where a stop was asked.
         """
-        policy.job.score(stop_asked)
-        after, before = (ranks.together(job.answered) for job in (policy.job, self.start))
+        after, terms = self._scored(policy, stop_asked)
+        before = ranks.together(self.start.answered)
         parts = [units_of(after), units_of(before), self.chosen]
         units = [replace(unit, row=i) for i, unit in enumerate(u for part in parts for u in part)]
         say(f"answers: the reference scores {len(units)} answers and chosen responses")
         sums = comparing.sums_under(self.config, self.models, self.models.reference, units, self._budget(units))
         of_policy, of_start, of_chosen = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
         likelihood = measures.Likelihood(policy.sums, of_policy, of_start, of_chosen, measures.tokens(self.chosen))
-        return measures.as_metrics(measures.of_both(after, before, likelihood, self._terms))
+        return measures.as_metrics(measures.of_both(after, before, likelihood, terms))
 
     @property
     def _terms(self) -> measures.Terms:
@@ -165,7 +197,9 @@ class OwnAnswers:
     def samples(self, policy: PolicyAnswers) -> list[Sample]:
         """Rank 0: return every prompt with both answers, written to the run folder too."""
         found = []
-        for after, before in zip(policy.job.answered(), self.start.answered(), strict=True):
+        scored = not policy.job.store.missing(self.start.scores)[0] if self.start.scores else False
+        answers = policy.job.answered() if scored else policy.job.store.answered(None)
+        for after, before in zip(answers, self.start.answered(), strict=True):
             old, new = (_reward(one, self.start.reward_weights) for one in (before, after))
             prompt = _as_text(after.prompt.prompt)
             found.append(Sample(prompt, before.answers[0].text, after.answers[0].text, old, new))
@@ -193,11 +227,20 @@ def of_step(step: int) -> str:
     return f"step-{step:08d}-"
 
 
-def forget_after(run_dir: Path, step: int) -> None:
-    """Rank 0, before a start goes on from `step`: remove answers of later steps, whose weights are made anew."""
-    for folder in (run_dir / FOLDER).glob("step-*-*"):
-        if folder.name > of_step(step + 1):
-            shutil.rmtree(folder)
+def forget(folder: RunFolder, answers: OwnAnswers | NotAnswered, step: int) -> None:
+    """Rank 0, before a start goes on from `step`: remove answers of later steps, whose weights are made anew.
+
+    And the rows of all answers where the prompts, the sampling or the rewards are others now.
+    """
+    for made in (folder.path / FOLDER).glob("step-*-*"):
+        if made.name > of_step(step + 1):
+            shutil.rmtree(made)
+    made_of = None if isinstance(answers, NotAnswered) else answers.made_of
+    if made_of != folder.facts.get("answers_of"):
+        dropped = MetricsFile(folder.metrics).drop("answers")
+        if dropped:
+            say(f"answers: prompts, sampling or rewards are others than before: {dropped} rows of answers are dropped")
+        folder.note(answers_of=made_of)
 
 
 def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers | NotAnswered:
@@ -247,8 +290,8 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
     prompts, folder = ranks.decide(plan)
     if folder is None:
         return NotAnswered(
-            f"no prompt of {key} leaves {config.new_tokens} of data.max_length's {data.max_length} tokens for an "
-            "answer; lower answers.max_new_tokens"
+            f"{key} has no prompt that leaves {config.new_tokens} of data.max_length's {data.max_length} tokens for an "
+            f"answer ({prompts.text()}); name other answers.prompts or lower answers.max_new_tokens"
         )
     refuse_local_folder(folder, "run.cache", remedy="Set run.cache to one that is.")
     left_out = prompts.dropped.get(TOO_LONG, 0)
@@ -259,7 +302,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
     )
 
     def open_engine() -> Engine:
-        if not _room_for_a_copy(config, models, "the start"):
+        if not _room_for_a_copy(config, models, "the start", loads=True):
             settings = reference_settings(config, models)
             lm = load_sharded(models.policy, dtype=models.dtype, settings=settings)
             sharded = zero3.reference_engine(Scorer(lm), settings)
@@ -296,16 +339,25 @@ def sampled(config: Config) -> Sampled:
     return Sampled(_batch_tokens(config), max(1, config.data.max_length - new), new, 1, False)
 
 
-def _room_for_a_copy(config: Config, models: Models, who: str) -> bool:
-    """All ranks: whether a whole copy has room beside what each device holds now; where not, it is said."""
+def _closed() -> Engine:
+    raise AssertionError("the training's engine has been given back")
+
+
+def _room_for_a_copy(config: Config, models: Models, who: str, *, loads: bool = False) -> bool:
+    """All ranks: whether a whole copy has room beside what each device holds now; where not, it is said.
+
+    loads: from the model's folder, by way of the host's memory.
+    """
     sizes = model_sizes(models.policy.config, models.dtype, 0, models.adapter)
     place = Place(ranks.world_size(), ranks.device().type == "cuda")
-    need = memory.generation(sizes, place, sampled(config)).device
-    free = int((1 - KEPT_FREE) * min(ranks.gather(free_bytes())))
+    phase = memory.generation(sizes, place, sampled(config))
+    need, free = phase.device, int((1 - KEPT_FREE) * min(ranks.gather(free_bytes())))
+    if loads and place.is_gpu and need <= free:
+        need, free = phase.host, int((1 - KEPT_FREE) * min(ranks.gather(host_bytes())))
     if need > free:
         say(
             f"answers: {who} answers under ZeRO-3, which gathers the model for every token, since a whole copy takes "
-            f"{in_units(need)} of a device and {in_units(free)} are free"
+            f"{in_units(need)} of a rank's memory and {in_units(free)} are free"
         )
     return need <= free
 

@@ -126,15 +126,17 @@ def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], tod
         step_seconds=seconds(work.training_flop(todo, cost, again, needs.sizes.frozen)),
         first_pass_seconds=seconds(todo.first_pass_flop),
         evaluation_seconds=seconds(todo.evaluation_flop),
-        answers=_answers(config, machine, needs),
+        answers=_answers(config, machine, needs, todo.steps),
         disk=disk(needs.sizes, config.checkpoint.keep, written, todo.sequences, merged=config.export.merged),
     )
 
 
-def _answers(config: Config, machine: Machine, needs: Needs) -> AnswersPlan | None:
+def _answers(config: Config, machine: Machine, needs: Needs, steps: int | None) -> AnswersPlan | None:
     if config.answers.number == 0:
         return None
-    return answers_plan(needs.sizes, needs.policy, machine, sampled(config), config.answers.number)
+    every = config.answers_every_steps
+    between = 0 if every is None or not steps else (steps - 1) // every
+    return answers_plan(needs.sizes, needs.policy, machine, sampled(config), config.answers.number, between)
 
 
 def _write(path: Path, plan: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
             # A kill right after a commit leaves one too many; after the last commit nobody else would remove it.
             ranks.decide(lambda: checkpoint.prune(root, config.checkpoint.keep, best_checkpoint(config)))
             say(f"resuming from {checkpoint.folder_name(start)}")
-        ranks.decide(lambda: own_answers.forget_after(config.run_dir, start))
+        ranks.decide(lambda: own_answers.forget(folder, answers, start))
         in_between = None
         if isinstance(answers, OwnAnswers) and config.answers_every_steps is not None:
             in_between = partial(answers.between, engine)
@@ -125,7 +125,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
             job.log.write("answers", 0, None, answers.start_metrics() | seconds)
         say(_what_comes(config, order, start, total_steps))
         stopped_at = loop.train(job, start, state)
-        del engine
+        del engine, in_between
         if stopped_at is not None:
             zero3.release(job.engine)
             _stop(folder, job, stopped_at)

@@ -77,6 +77,18 @@ class MetricsFile:
         self._known = {(row["kind"], row["step"]) for row in kept}
         return len(rows) - len(kept)
 
+    def drop(self, kind: str) -> int:
+        """Take all rows of a kind out of the file, before anybody follows it; return their number."""
+        rows, _ = self.rows_after(0)
+        kept = [row for row in rows if row["kind"] != kind]
+        if len(kept) < len(rows):
+            self.close()
+            content = b"".join(_line(row) for row in kept)
+            write_atomic(self._path, content)
+            self._size = len(content)
+            self._known = {(row["kind"], row["step"]) for row in kept}
+        return len(rows) - len(kept)
+
     def rows(self) -> list[Row]:
         """All whole rows, in the order written."""
         return self.rows_after(0)[0]

@@ -25,35 +25,40 @@ class Verdict(NamedTuple):
     """One line, which begins with the word"""
 
 
-def verdict(row: Row, thresholds: Health, model: str) -> Verdict:
-    """Judge a model by its row of answers; model: the exported folder, as people shall find it.
+FEWEST_PROMPTS = 8
+"""Of fewer the interval, a normal distribution's, says nothing."""
+
+
+def verdict(row: Row, thresholds: Health, model: str, other: str = "the start") -> Verdict:
+    """Judge a model by its row of answers; model: the exported folder, as people shall find it; other: whose answers it
+    is compared with.
 
     A collapsed model is called so whatever it earns: a reward may be blind to nonsense, or like it.
     """
     collapsed = collapse(row, thresholds)
     if collapsed is not None:
-        return _verdict("collapsed", f"{model} does not write what its start or the data would; {_small(collapsed)}")
-    mine, theirs, apart = (
-        row.get(f"answers/{name}", math.nan) for name in ("reward", "start/reward", "reward_difference")
-    )
-    if "answers/reward_difference" not in row:
+        return _verdict("collapsed", f"{model} does not write what {other} or the data would; {_small(collapsed)}")
+    compared = row.get("answers/compared")
+    if compared is None:
         return _verdict(
             "not judged", f"{model} has not collapsed, but nothing says what its answers are worth; {REMEDY}"
         )
-    if not (math.isfinite(mine) and math.isfinite(theirs) and math.isfinite(apart)):
+    if compared < FEWEST_PROMPTS:
         return _verdict(
             "not judged",
-            f"{model} has not collapsed, but generate.rewards gave its answers {mine:g} and the start's {theirs:g}, "
-            "which is no finite number; mend the reward, then run `evaluate` with evaluate.prompts",
+            f"{model} has not collapsed, but {compared} of {row['answers/prompts']} prompts have a reward of both its "
+            f"answer and {other}'s, and fewer than {FEWEST_PROMPTS} say nothing; ask more (answers.number), or see why "
+            "generate.rewards gives no number",
         )
-    low, high = (row.get(f"answers/reward_difference_{end}", math.nan) for end in ("low", "high"))
+    mine, theirs, apart, low, high = (
+        row.get(f"answers/{name}", math.nan)
+        for name in ("reward", "start/reward", *(f"reward_difference{end}" for end in ("", "_low", "_high")))
+    )
     word: Word = "better" if low > 0 else "worse" if high < 0 else "no difference to be seen"
-    between = f", {low:.3f} to {high:.3f}" if math.isfinite(low) and math.isfinite(high) else ""
-    prompts = f"{row['answers/prompts']} prompt{'' if row['answers/prompts'] == 1 else 's'}"
     return _verdict(
         word,
-        f"answers of {model} earn {mine:.3f} where the start's earned {theirs:.3f} "
-        f"(difference {apart:.3f}{between}, {prompts})",
+        f"answers of {model} earn {mine:.3f} where {other}'s earned {theirs:.3f} "
+        f"(difference {apart:.3f}, {low:.3f} to {high:.3f}, {compared} prompts)",
     )
 
 

@@ -88,6 +88,8 @@ class Job:
     log: Log | None
     answer: Callable[[int], Mapping[str, Any]] | None = None
     """All ranks: the metrics of the policy's own answers after a step; None where it does not answer in between."""
+    ended: bool = False
+    """Training ends before the steps that were planned: an evaluation was one too many without a new best."""
     diagnosis: Diagnosis = field(init=False)
     window: Window = field(init=False)
     skips: Skips = field(init=False)
@@ -107,7 +109,7 @@ class Job:
     def state(self) -> dict[str, Any]:
         """For a checkpoint; equal on all ranks."""
         norms = [] if self.spikes is None else self.spikes.state()
-        return {"window": vars(self.window), "skips": vars(self.skips), "norms": norms}
+        return {"window": vars(self.window), "skips": vars(self.skips), "norms": norms, "ended": self.ended}
 
     def go_on(self, state: dict[str, Any]) -> None:
         """From a checkpoint's state."""
@@ -115,6 +117,7 @@ class Job:
         self.window = replace(Window(**state["window"]), ranks=self.window.ranks)
         self.skips = Skips(**state["skips"])
         self.spikes = self._judge_of(state["norms"])
+        self.ended = state.get("ended", False)  # checkpoints of before have no word of it
 
     def _judge_of(self, norms: list[float]) -> Spikes | None:
         train = self.config.train
@@ -134,7 +137,8 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
         gate = StartGate(job.objective, job.rounding, ranks.device())
     if start_step == 0 and config.eval.at_start:
         _evaluate(job, 0)
-    if start_step and _stops_early(job, start_step):
+    if start_step and (job.ended or _stops_early(job, start_step, {})):
+        job.total_steps = start_step
         return None
     steps = range(start_step, job.total_steps)
     laps = Laps(ranks.device())
@@ -185,13 +189,15 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             evaluated = _due(done, config.eval.every_steps) or (last and config.eval.at_end)
             if evaluated:
                 _evaluate(job, done)
-            answered = not last and job.answer is not None and _due(done, config.answers_every_steps)
-            if answered:
-                _answer(job, done)
-            if (evaluated or answered) and _stops_early(job, done):
-                last = True
+            answers: Mapping[str, Any] = {}
+            if not last and job.answer is not None and _due(done, config.answers_every_steps):
+                answers = _answered(job, done)
+            if (evaluated or answers) and _stops_early(job, done, answers):
+                last = True  # then the row of answers is the end's, with what the reference says of them
                 if job.window.steps:
                     _write_row(job, done, rate, norm)
+            elif answers and job.log is not None:
+                job.log.write("answers", done, job.order.step(done - 1), answers)
             if _due(done, config.checkpoint.every_steps) or last or request.stop or request.save:
                 _save(job, done)
             progress.update(text=f"loss {loss:.4f}")
@@ -268,33 +274,38 @@ def _evaluate(job: Job, done: int) -> None:
         job.log.write("eval", done, job.order.step(done - 1) if done else None, found)
 
 
-def _answer(job: Job, done: int) -> None:
-    """A row of the policy's own answers, unless a start before this one wrote it. A stop waits for it."""
+def _answered(job: Job, done: int) -> Mapping[str, Any]:
+    """The metrics of the policy's own answers; none where a start before this one wrote their row. A stop waits."""
     assert job.answer is not None
     if ranks.decide(lambda: job.log is not None and job.log.metrics.has("answers", done)):
-        return
+        return {}
     began = time.perf_counter()
-    found = {**job.answer(done), "perf/answers_seconds": time.perf_counter() - began}
-    if job.log is not None:
-        job.log.write("answers", done, job.order.step(done - 1), found)
+    return {**job.answer(done), "perf/answers_seconds": time.perf_counter() - began}
 
 
-def _stops_early(job: Job, done: int) -> bool:
-    """All ranks: whether the evaluation at this step was one too many without a new best; then it is the last step."""
+def _stops_early(job: Job, done: int, answers: Mapping[str, Any]) -> bool:
+    """All ranks: whether the evaluation at this step was one too many without a new best; then it is the last step.
+
+    answers: the metrics of this step's answers, of which no row is written yet.
+    """
     early = job.config.train.early_stop
     if early is None or done == job.total_steps:
         return False
 
     def look() -> bool:
         assert job.log is not None
+        kind = best.kind_of(early.metric)
         rows = job.log.metrics.rows()
-        there = job.log.metrics.has(best.kind_of(early.metric), done)
+        if kind == "answers" and answers:
+            rows.append({"kind": kind, "step": done, **answers})
+        there = any((row["kind"], row["step"]) == (kind, done) for row in rows)
         return there and best.stops(rows, early.metric, early.evaluations)
 
     if not ranks.decide(look):
         return False
     say(f"step {done}: {early.metric} has had no new best for {early.evaluations} evaluations; training ends here")
     job.total_steps = done
+    job.ended = True
     return True
 
 

@@ -112,6 +112,11 @@ def free_bytes() -> int:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what the allocator holds without need would look taken
         return int(torch.cuda.mem_get_info()[0])
+    return host_bytes()
+
+
+def host_bytes() -> int:
+    """Return this rank's share of what the machine's memory, or its control group, still has."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     (free,) = (
         1024 * int(line.split()[1])
