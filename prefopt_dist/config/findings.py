@@ -39,6 +39,8 @@ class Inspect:
     """Rated rows of one label outweigh those of the other."""
     few_rows: SetPolicy = "keep"
     """Fewer than 10,000 rows."""
+    show: Annotated[int, Rule("at least 0", lambda v: v >= 0)] = 0
+    """Rows of each data set that are shown as the model sees them; in the file they stand under shown."""
     file: Text | None = None
     """Where the report is written as JSON; null: nowhere."""
     picture: Picture | None = None
@@ -47,4 +49,4 @@ class Inspect:
     @property
     def policies(self) -> dict[str, str]:
         """What each kind of finding does."""
-        return {name: value for name, value in vars(self).items() if name not in ("file", "picture")}
+        return {name: value for name, value in vars(self).items() if name not in ("show", "file", "picture")}

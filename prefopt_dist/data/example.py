@@ -39,3 +39,5 @@ class Example:
     label: bool | None = None
     """The rating of a rated row."""
     tools: tuple[Any, ...] | None = None
+    ignored: tuple[str, ...] = ()
+    """Columns of the row that hold something, of which nothing was made."""

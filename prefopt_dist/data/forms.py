@@ -15,7 +15,8 @@ A `tools` column (a list, or JSON text of one) may stand beside each.
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from prefopt_dist.data.bad_row import BadRow
@@ -27,6 +28,28 @@ FIRST_ROWS = 64
 """Rows that `auto` looks at."""
 
 Row = Mapping[str, Any]
+
+
+class Reading(Mapping[str, Any]):
+    """A row that remembers which of its columns were read."""
+
+    def __init__(self, row: Row) -> None:
+        self._row = row
+        self._read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return self._row[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._row)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def ignored(self) -> tuple[str, ...]:
+        """The columns that hold something and were not read."""
+        return tuple(name for name, value in self._row.items() if value is not None and name not in self._read)
 
 
 def detect_form(rows: Sequence[Row], key: str) -> str:
@@ -63,7 +86,9 @@ def _form_of(row: Row) -> str | None:
 
 def read_form(form: str, row: Row) -> Example:
     """The row as an `Example`. Raises BadRow where it is not of that form."""
-    example = FORMS[form](row)
+    reading = Reading(row)
+    example = FORMS[form](reading)
+    example = replace(example, ignored=reading.ignored())
     if _is_blank(example.prompt):
         raise BadRow("empty_prompt", "the prompt needs a character that is no space", _said(example.prompt))
     for response in example.responses:

@@ -192,7 +192,10 @@ class _Build:
         rows = []
         for raw, item in block:
             outcome = item if isinstance(item, BadRow) else next(encoded)
-            origin = f"{self.sources[raw.source].name}:{raw.line}"
+            name = self.sources[raw.source].name
+            origin = f"{name}:{raw.line}"
+            if isinstance(item, Example):
+                self.tally.ignore(name, item.ignored)
             if isinstance(raw.fields, dict):
                 self.tally.name(raw.fields)
             if isinstance(outcome, TokenisedRow):

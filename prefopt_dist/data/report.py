@@ -1,7 +1,7 @@
 """What became of the rows: used, dropped, cut and repaired, by kind."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -42,6 +42,9 @@ class DataReport:
     named: dict[str, dict[str, int]] = field(default_factory=dict)
     """Rows read by the name that a field of `NAMING_FIELDS` gives, for each such field that rows have."""
 
+    ignored: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By source: rows read that hold something in a column of which nothing was made."""
+
     @property
     def first_fault(self) -> str | None:
         """The message of the first row that was found unfit."""
@@ -60,6 +63,10 @@ class DataReport:
             lines += [f"    {example}" for example in self.examples[kind]]
         lines += [f"  cut the {kind} of {count} rows" for kind, count in self.cut.items()]
         lines += [f"  repaired {count} {kind}" for kind, count in self.repaired.items()]
+        for source, columns in self.ignored.items():
+            if columns:
+                names = ", ".join(f"{name} ({count} rows)" for name, count in columns.items())
+                lines.append(f"  columns of {source} that are ignored: {names}")
         if self.as_is:
             lines.append(f"  {self.as_is} rows of strings taken as they are, without a template")
         return "\n".join(lines)
@@ -76,6 +83,7 @@ class Tally:
         self.repaired: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.named: dict[str, Counter[str]] = {}
+        self.ignored: dict[str, Counter[str]] = {}
 
     def name(self, fields: Mapping[str, Any]) -> None:
         """Counts a row read under the names that it gives its origin."""
@@ -85,6 +93,13 @@ class Tally:
                 value = value[:MOST_LETTERS]
                 counts = self.named.setdefault(column, Counter())
                 counts[value if value in counts or len(counts) < MOST_NAMES else OTHERS] += 1
+
+    def ignore(self, source: str, columns: Iterable[str]) -> None:
+        """Counts the columns of a row of which nothing was made."""
+        counts = self.ignored.setdefault(source, Counter())
+        for column in columns:
+            column = column[:MOST_LETTERS]
+            counts[column if column in counts or len(counts) < MOST_NAMES else OTHERS] += 1
 
     def drop(self, bad: BadRow, origin: str) -> None:
         """Counts a row left out."""
@@ -113,4 +128,5 @@ class Tally:
             examples={kind: tuple(examples) for kind, examples in self.examples.items()},
             digest=digest,
             named={column: dict(counts.most_common()) for column, counts in self.named.items()},
+            ignored={source: dict(counts.most_common()) for source, counts in self.ignored.items()},
         )

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from prefopt_dist.data.report import DataReport
 from prefopt_dist.files import checksum, write_json
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of this folder's layout and of what the tokens mean."""
 SEQUENCE_SCHEMA = 1
 """Version of `sequence_digest`; stored log-probs are found by it."""
@@ -95,6 +95,10 @@ class TokenisedRows:
         """[length] the ids of row i's response k; of a pair, 0 is the chosen and 1 the rejected one."""
         assert 0 <= k < self.responses
         return self._part(i, 1 + k)
+
+    def learnt(self, i: int, k: int) -> NDArray[np.bool_]:
+        """[length] which tokens of row i's response k are scored and learnt."""
+        return np.ones(len(self.response(i, k)), dtype=bool)
 
     def lengths(self) -> NDArray[np.int64]:
         """[n, 1+R] tokens of each row's prompt and responses."""

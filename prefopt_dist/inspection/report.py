@@ -122,6 +122,10 @@ class SetReport:
             shown = ", ".join(f"{name} {n:,}" for name, n in list(counts.items())[:NAMES_SHOWN])
             more = f", {len(counts) - NAMES_SHOWN} more" if len(counts) > NAMES_SHOWN else ""
             yield f"  {field}: {shown}{more}"
+        for source, columns in self.counts.ignored.items():
+            if columns:
+                names = ", ".join(f"{name} {n:,}" for name, n in columns.items())
+                yield f"  columns of {source} of which nothing is made, by rows: {names}"
         looked_for = {told.name: told for told in self.told}
         for name in ("length_bias", "label_balance"):
             if name in looked_for and not looked_for[name].count:

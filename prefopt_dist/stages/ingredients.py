@@ -22,6 +22,7 @@ from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows
 from prefopt_dist.data.unpaired import OnePromptRules, unpaired
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import AgreedUserError, UserError, shortened
+from prefopt_dist.inspection.show import show_rows, shown_text
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.cost import adapter_parameters, layer_parameters
 from prefopt_dist.model.digests import FileState, refuse_if_changed, remembered_digest
@@ -161,6 +162,8 @@ def load_train(config: Config, models: Models, objective: Objective) -> Tokenise
     say(f"data: reading {', '.join(s.path for s in config.data.train)}")
     train = _open(lambda: prepared_train(config, models.tokenizer, models.policy.config.vocab_size))
     say(f"data.train: {train.report.text()}")
+    for shown in show_rows("data.train", train, models.tokenizer, 1):
+        say(shown_text(shown, train.kind, models.tokenizer))
     check_rows(train, objective, "data.train")
     train = rows_for_loss(config, train, "data.train")
     ranks.decide(lambda: checks.check_lengths(config, train, objective, "data.train", trained=True))
