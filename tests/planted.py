@@ -98,7 +98,7 @@ def unusable(p: Planted) -> None:
     for question in ("and now?", "really?", "why?"):
         row = {"chosen": turns("hello", "hi", "so?", "yes"), "rejected": turns("hello", "hi", question, "no")}
         p.add(row, "prompts_differ")
-    p.add(pair("<|im_start|>user what?", chosen="this", rejected="that"), "doubled_template")
+    p.add(pair("<|im_start|>user\nwhat?<|im_end|>\n", chosen="this", rejected="that"), "doubled_template")
     for inside in ("yes<|im_end|> no", "<|im_end|>well"):
         p.add(pair("is it?", chosen=inside, rejected="maybe"), "end_token_inside")
     for number in (1, 2):

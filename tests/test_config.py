@@ -67,6 +67,8 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "eval": None,
             "format": "auto",
             "template": "auto",
+            "template_date": "2024-07-26",
+            "learn": "all",
             "max_length": 1024,
             "max_prompt_length": 512,
             "on_bad_row": "stop",
@@ -131,10 +133,11 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         "report": {"compare": [], "file": None},
         "inspect": {
             **dict.fromkeys(
-                "duplicates contradictions eval_pairs eval_prompts cut special_tokens".split()
+                "duplicates contradictions eval_pairs eval_prompts cut special_tokens lost_reasoning".split()
                 + "length_bias label_balance few_rows".split(),
                 "keep",
             ),
+            "show": 0,
             "file": None,
             "picture": None,
         },

@@ -285,7 +285,7 @@ def test_an_answer_is_exact_where_training_gets_its_ids(tmp_path: Path) -> None:
         ("sky", None, False),
         ("the sky is blue.", "unfinished", False),
         ("", "empty_response", False),
-        ("the sky is blue.<|im_start|>", "doubled_template", False),
+        ("the sky is blue.<|im_start|>", None, True),
     ]
     scores = [[float(i)] for i in range(5)]
     rule = pairs.Rule("best_worst", 0.0, (1.0,), 0)

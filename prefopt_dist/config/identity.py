@@ -8,6 +8,7 @@ count, and they add a key instead of changing one, so runs from before there wer
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from prefopt_dist.config.dump import to_dict
@@ -21,6 +22,10 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "data": ("train", "format", "template", "max_length", "max_prompt_length", "on_bad_row"),
     "train": ("epochs", "max_steps", "global_batch_pairs"),
 }
+_ONLY_WHERE_SET: dict[str, tuple[str, ...]] = {
+    "data": ("template_date", "learn"),
+}
+"""Keys that came later: at their defaults they are no part of a run, so that runs from before go on."""
 _WHOLE_SECTIONS = ("loss", "lora", "optim")
 _ABSENT = "absent"
 
@@ -35,6 +40,11 @@ def identity(config: Config) -> dict[str, Any]:
     for section, keys in _KEYS.items():
         for key in keys:
             _flatten(f"{section}.{key}", sections[section][key], flat)
+    for section, keys in _ONLY_WHERE_SET.items():
+        defaults = {field.name: field.default for field in fields(getattr(config, section))}
+        for key in keys:
+            if getattr(getattr(config, section), key) != defaults[key]:
+                _flatten(f"{section}.{key}", sections[section][key], flat)
     for section in _WHOLE_SECTIONS:
         if sections[section] is not None:  # lora: a run without it may have begun before there was such a section
             _flatten(section, sections[section], flat)

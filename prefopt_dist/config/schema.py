@@ -7,6 +7,7 @@ Relative paths (model, data, DeepSpeed, run) are relative to the current working
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +18,8 @@ from prefopt_dist.config.lora import Lora
 from prefopt_dist.config.losses import DPOLoss, Loss
 from prefopt_dist.config.rules import Count, Dtype, Fraction, NotNegative, Positive, Rule, Text
 from prefopt_dist.errors import UserError
+
+Day = Annotated[str, Rule("a date as YYYY-MM-DD", lambda v: re.fullmatch(r"\d{4}-\d\d-\d\d", v) is not None)]
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,11 @@ class Data:
     format: Literal["auto", "raw_pair", "pair", "conversations", "transcripts", "demonstration", "rated"] = "auto"
     """The form of the rows; auto: found by the fields of the first rows."""
     template: Literal["auto", "chat", "none"] = "auto"
-    """Whether text goes through the chat template; auto: unless it already carries its tokens."""
+    """Whether text goes through the chat template; auto: unless the first prompts of its source are rendered turns."""
+    template_date: Day = "2024-07-26"
+    """YYYY-MM-DD: what a chat template that writes the day's date gets; the day itself would change the tokens."""
+    learn: Literal["all", "last"] = "all"
+    """Of several assistant turns in a response, or of a conversation in messages, which are scored and learnt."""
     max_length: Annotated[int, Rule("at least 2", lambda v: v >= 2)] = 1024
     """Tokens of prompt and response together."""
     max_prompt_length: Count = 512

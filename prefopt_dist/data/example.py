@@ -39,5 +39,7 @@ class Example:
     label: bool | None = None
     """The rating of a rated row."""
     tools: tuple[Any, ...] | None = None
+    templated: bool | None = None
+    """What the strings of its source are: rendered turns already, or plain text; None: as this row looks."""
     ignored: tuple[str, ...] = ()
     """Columns of the row that hold something, of which nothing was made."""

@@ -84,10 +84,15 @@ def _form_of(row: Row) -> str | None:
     return "demonstration" if "messages" in has else None
 
 
-def read_form(form: str, row: Row) -> Example:
-    """The row as an `Example`. Raises BadRow where it is not of that form."""
+def read_form(form: str, row: Row, learn: str = "last") -> Example:
+    """The row as an `Example`. Raises BadRow where it is not of that form.
+
+    learn: of the conversation in `messages` `all` assistant turns are the response, or the `last`.
+    """
     reading = Reading(row)
     example = FORMS[form](reading)
+    if learn == "all" and form == "demonstration" and row.get("messages") is not None:
+        example = _from_first_answer(example)
     example = replace(example, ignored=reading.ignored())
     if _is_blank(example.prompt):
         raise BadRow("empty_prompt", "the prompt needs a character that is no space", _said(example.prompt))
@@ -149,6 +154,14 @@ def _demonstration(row: Row) -> Example:
     turns = _messages(row["messages"], "messages")
     _check_response(turns[-1:], "messages")
     return Example(turns[:-1], (turns[-1:],), tools=_tools(row))
+
+
+def _from_first_answer(example: Example) -> Example:
+    """The conversation parted at its first answer instead of its last."""
+    turns = (*example.prompt, *example.responses[0])
+    asked = next((k for k, turn in enumerate(turns) if turn.role == "user"), len(turns))
+    first = next(k for k in range(len(turns)) if turns[k].role == "assistant" and (k > asked or k == len(turns) - 1))
+    return replace(example, prompt=turns[:first], responses=(turns[first:],))
 
 
 def _conversations(row: Row) -> Example:

@@ -59,7 +59,8 @@ def _write(
     dropped: dict[str, int],
     examples: dict[str, tuple[str, ...]],
 ) -> None:
-    names = [name for name in COLUMNS if name != "labels" or rows.labels is not None]
+    absent = {name for name, held in (("labels", rows.labels), ("learnt", rows.learnt)) if held is None}
+    names = [name for name in COLUMNS if name not in absent]
     with ExitStack() as stack:
         columns = {name: stack.enter_context(Column(folder, name)) for name in names}
         columns["offsets"].append([0])
@@ -80,6 +81,8 @@ def _copy(columns: dict[str, Column], rows: TokenisedRows, chosen: NDArray[np.in
     parts = 1 + rows.responses
     first, last = rows.offsets[chosen * parts], rows.offsets[(chosen + 1) * parts]
     columns["tokens"].append(np.concatenate([rows.tokens[a:b] for a, b in zip(first, last, strict=True)]))
+    if rows.learnt is not None:
+        columns["learnt"].append(np.concatenate([rows.learnt[a:b] for a, b in zip(first, last, strict=True)]))
     lengths = np.diff(rows.offsets[chosen[:, None] * parts + np.arange(parts + 1)], axis=1)
     ends = end + np.cumsum(lengths.reshape(-1))
     columns["offsets"].append(ends)

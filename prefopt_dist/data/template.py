@@ -1,18 +1,22 @@
 """From an `Example` to texts: the chat template, applied once, and the tokens that begin and end a sequence.
 
-A string is *carried* when it already holds a turn marker of the template; such a prompt is taken as it is.
+A string is *templated* when it is rendered turns already (`Frame.is_conversation`); it is then taken as it is.
 """
 
-import re
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.dates import date_checked, with_date
 from prefopt_dist.data.example import ROLES, Example, Message, Messages
+from prefopt_dist.data.frame import PROBE_CALL, PROBE_REPLY, PROBE_USER, Frame, read_frame
+from prefopt_dist.data.options import DEFAULTS, TextOptions
+from prefopt_dist.data.spans import Span, assistant_spans
+from prefopt_dist.data.written import has_reasoning, unwritten
 from prefopt_dist.errors import UserError
 
 PLAIN_TEMPLATE = (
@@ -25,8 +29,6 @@ PLAIN_TEMPLATE = (
 )
 """Used where the tokenizer has no chat template: a headline a turn, the answer ended by the eos token."""
 
-PROBE_USER, PROBE_REPLY = "prefopt-question", "prefopt-reply"
-
 
 @dataclass(frozen=True)
 class Rendered:
@@ -36,6 +38,8 @@ class Rendered:
     fulls: tuple[str, ...]
     """prompt + response, up to and with the end token; the end token may still be missing."""
     end_id: int
+    """Appended where none of `end_ids` ends a response"""
+    end_ids: frozenset[int]
     as_is: bool
     """The strings were taken as they are; no template was applied."""
     repaired: frozenset[str]
@@ -44,6 +48,10 @@ class Rendered:
     """The prompt holds the template's turn markers already."""
     missing_end: bool = False
     """Carried, and a response lacked its end token."""
+    learnt: tuple[tuple[Span, ...] | None, ...] = ()
+    """For each of `fulls` the characters that are learnt; None: all after the prompt"""
+    lost_reasoning: bool = False
+    """The template leaves out reasoning of the prompt's turns."""
 
 
 @dataclass(frozen=True)
@@ -59,30 +67,40 @@ class Template:
     """The token after an assistant turn: the last special token the template puts there, else eos."""
     tail: str
     """What the template writes after `end`; dropped from the end of a sequence."""
+    ends: tuple[str, ...]
+    """All that ends a turn: `end`, and where calls end otherwise that token."""
+    lead: str | None
+    """What a finished conversation has between the opened answer and its text; None where it parts from that before"""
     untemplated_end: str
     """What ends a response to a string that is no turn: eos, where the tokenizer has one."""
-    markers: tuple[str, ...]
-    """Strings that only the template writes around turns."""
+    frame: Frame
+    """What the template writes around turns."""
     bos: str | None
     starts_with_bos: bool
     """Every sequence begins with `bos`: the tokenizer adds it, or the template writes it."""
     writes_bos: bool
     """The template writes `bos` itself, so a carried prompt has it too."""
+    specials: tuple[str, ...]
+    """All special tokens but `bos`: one of them at the end of a rendered turn ends it."""
     stray_ids: frozenset[int]
     """Special tokens that the template never writes: in a sequence they come from the data."""
+    learn: str
+    """`all` assistant turns of a response are learnt, or the `last`."""
 
     def render(self, example: Example) -> Rendered:
         """The texts of the example.
 
-        Raises BadRow (`doubled_template`, `end_token_inside`, `empty_response`, `template_refused`,
-        `unstable_template`), and UserError for messages under `template: none`.
+        Raises BadRow (`mixed_texts`, `doubled_template`, `end_token_inside`, `empty_response`, `template_refused`,
+        `unstable_template`, `unwritten_part`), and UserError for messages under `template: none`.
         """
         if isinstance(example.prompt, str):
-            carried = self._marker_in(example.prompt)
-            if carried is not None and self.mode == "chat":
-                raise self._doubled(carried, example.prompt)
-            if carried is not None or self.mode == "none":
-                return self._as_is(example, carried is not None)
+            carried = self.carries(example.prompt)
+            if carried and self.mode == "chat":
+                raise self._doubled(example.prompt)
+            if self.mode == "auto" and example.templated not in (None, carried):
+                raise self._mixed(example.prompt, carried)
+            if carried or self.mode == "none":
+                return self._as_is(example, carried)
         elif self.mode == "none":
             raise UserError(
                 "data.template: none leaves strings as they are, but this data holds messages, "
@@ -91,8 +109,8 @@ class Template:
         return self._templated(example)
 
     def carries(self, prompt: str) -> bool:
-        """Whether the text holds a turn marker already."""
-        return self._marker_in(prompt) is not None
+        """Whether the text is rendered turns already."""
+        return self.frame.is_conversation(prompt)
 
     def _as_is(self, example: Example, carried: bool) -> Rendered:
         assert isinstance(example.prompt, str)
@@ -100,7 +118,8 @@ class Template:
         bodies, repaired = self._without_end(example.responses, (end,), allowed=1)
         fulls = tuple(f"{example.prompt}{body}" for body in bodies)
         missing = carried and any(body == whole for body, whole in zip(bodies, example.responses, strict=True))
-        return Rendered(example.prompt, fulls, self._id(end), True, frozenset(repaired), carried, missing)
+        end_id = self._id(end)
+        return Rendered(example.prompt, fulls, end_id, frozenset({end_id}), True, frozenset(repaired), carried, missing)
 
     def _templated(self, example: Example) -> Rendered:
         if example.tools and "tools" not in self.text:
@@ -109,7 +128,7 @@ class Template:
                 "use a tokenizer whose template shows tools, or remove the tools column",
             )  # fmt: skip
         # Data made for training without a template often carries eos already.
-        ends = (self.end, self.untemplated_end)
+        ends = tuple(dict.fromkeys((*self.ends, self.untemplated_end)))
         bodies, repaired = self._without_end(example.responses, ends, allowed=0)
         prompt = self._one_turn(example.prompt, "user")
         if isinstance(example.prompt, str) and self.bos and example.prompt.startswith(self.bos):
@@ -117,34 +136,90 @@ class Template:
             repaired.add("double_bos")
         responses = tuple(self._one_turn(body, "assistant") for body in bodies)
         self._check_contents(prompt, responses)
+        render = partial(self._apply, tools=example.tools)
         try:
-            start = self._apply(prompt, example.tools, add_generation_prompt=True)
-            fulls = tuple(self._apply(prompt + response, example.tools) for response in responses)
+            start = render(prompt, True)
+            fulls = tuple(render(prompt + response, False) for response in responses)
         except Exception as error:  # a template is somebody's program: it can raise anything
             remedy = "mend the row, or use a tokenizer whose template takes such turns"
             rule = f"the chat template must take the turns ({_brief(error)})"
             raise BadRow("template_refused", rule, [turn.role for turn in prompt], remedy) from error
-        for full in fulls:
+        spans = []
+        for full, response in zip(fulls, responses, strict=True):
             if not full.startswith(start):
                 raise BadRow(
                     "unstable_template", "prompt + response, rendered, must begin with the rendered prompt",
                     full[max(0, _common(start, full) - 20) :],
                     "use a tokenizer whose template keeps earlier turns as they are",
                 )  # fmt: skip
-        ended = self.end + self.tail
-        cut = tuple(full[: len(full) - len(self.tail)] if full.endswith(ended) else full for full in fulls)
-        return Rendered(start, cut, self._id(self.end), False, frozenset(repaired))
+            self._check_written(prompt, response, start, full, render)
+            spans.append(self._spans(prompt, response, self._ended(full), render))
+        reasoned = [k for k, turn in enumerate(prompt) if turn.role == "assistant" and has_reasoning(turn)]
+        lost = bool(reasoned) and unwritten(prompt, reasoned, start, lambda turns: render(turns, True)) is not None
+        return Rendered(
+            start,
+            tuple(map(self._ended, fulls)),
+            self._id(self.end),
+            frozenset(map(self._id, (*self.specials, self.end))),
+            False,
+            frozenset(repaired),
+            learnt=tuple(spans),
+            lost_reasoning=lost,
+        )
+
+    def _ended(self, full: str) -> str:
+        """The rendered text up to and with the token that ends it; a text without one as it is."""
+        if full.endswith(self.end + self.tail):
+            return full[: len(full) - len(self.tail)]
+        # Other turns than the probe's may end otherwise: calls often do.
+        bare = full.rstrip()
+        return bare if any(bare.endswith(token) for token in self.specials) else full
+
+    def _check_written(self, prompt: Messages, response: Messages, start: str, full: str, render: Any) -> None:
+        """Raises BadRow where the template leaves out a part of what the response says."""
+        if len(response) == 1 and not response[0].extra and self.lead is not None:
+            said = full[len(start) :]
+            after = self.end + self.tail
+            text = said.removeprefix(self.lead).removesuffix(after)
+            if len(text) == len(said) - len(self.lead) - len(after) and text.strip() == response[0].content.strip():
+                return  # nothing else stands there
+        turns = prompt + response
+        which = [k for k in range(len(prompt), len(turns)) if turns[k].role == "assistant"]
+        which = which[-1:] if self.learn == "last" else which
+        part = unwritten(turns, which, full, lambda changed: render(changed, False))
+        if part is not None:
+            rule = f"the chat template must write all that a response says; it leaves out its {part.name}"
+            remedy = "use a tokenizer whose template writes it, or remove it from the row"
+            if len(which) > 1:
+                remedy += ", or learn the last turn alone with data.learn=last"
+            raise BadRow("unwritten_part", rule, part.value, remedy)
+
+    def _spans(self, prompt: Messages, response: Messages, text: str, render: Any) -> tuple[Span, ...] | None:
+        """The characters of the text that are learnt; None: all after the prompt."""
+        which = [len(prompt) + k for k, turn in enumerate(response) if turn.role == "assistant"]
+        if len(response) == 1:
+            return None
+        turns = prompt + response
+        if self.learn == "last":
+            which = which[-1:]
+
+        def apply(some: Messages, opened: bool) -> str:
+            rendered: str = render(some, opened)
+            return rendered if opened else self._ended(rendered)
+
+        return assistant_spans(turns, which, text, apply, self.frame.reply, self.specials)
 
     def _check_contents(self, prompt: Messages, responses: tuple[Messages, ...]) -> None:
         for turns in (prompt, *responses):
             for turn in turns:
-                marker = self._marker_in(turn.content)
-                if marker is not None:
-                    raise self._doubled(marker, turn.content)
+                opens = turn.role == "assistant" and self.frame.opens_answer(turn.content)
+                if opens or self.frame.is_conversation(turn.content):
+                    raise self._doubled(turn.content)
         for response in responses:
             for turn in response:
-                if self.end in turn.content:
-                    rule = f"a response holds the end token {self.end!r} at its end only"
+                end = next((end for end in self.ends if end in turn.content), None)
+                if turn.role == "assistant" and end is not None:
+                    rule = f"a response holds the end token {end!r} at its end only"
                     raise BadRow("end_token_inside", rule, turn.content)
 
     def _without_end(
@@ -179,16 +254,20 @@ class Template:
     def _one_turn(self, value: str | Messages, role: str) -> Messages:
         return (Message(role, value),) if isinstance(value, str) else value
 
-    def _apply(self, turns: Messages, tools: Any, add_generation_prompt: bool = False) -> str:
-        return _apply(self.tokenizer, self.text, turns, tools, add_generation_prompt)
+    def _apply(self, turns: Messages, opened: bool, tools: Any = None) -> str:
+        return _apply(self.tokenizer, self.text, turns, tools, opened)
 
-    def _marker_in(self, text: str) -> str | None:
-        return next((marker for marker in self.markers if marker in text), None)
-
-    def _doubled(self, marker: str, text: str) -> BadRow:
+    def _doubled(self, text: str) -> BadRow:
         return BadRow(
-            "doubled_template", f"text that goes through the template must not hold its {marker!r}",
+            "doubled_template", "text that goes through the template must not be rendered turns already",
             text, "remove the markers, or put them into the prompt too and set data.template=auto",
+        )  # fmt: skip
+
+    def _mixed(self, text: str, carried: bool) -> BadRow:
+        is_, are = ("rendered turns", "plain text") if carried else ("plain text", "rendered turns of the template")
+        return BadRow(
+            "mixed_texts", f"the first prompts of this source are {are}, but this one is {is_}",
+            text, "part the two kinds into two sources, or set data.template",
         )  # fmt: skip
 
     def _id(self, token: str) -> int:
@@ -197,7 +276,7 @@ class Template:
         return token_id
 
 
-def read_template(tokenizer: PreTrainedTokenizerBase, mode: str) -> Template:
+def read_template(tokenizer: PreTrainedTokenizerBase, mode: str, options: TextOptions = DEFAULTS) -> Template:
     """Finds out how the tokenizer frames turns. `mode`: `auto`, `chat` or `none`.
 
     Raises UserError naming `model.tokenizer` where it has no end token or its template cannot render
@@ -214,8 +293,9 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str) -> Template:
     if eos is None and not own:
         raise _no_end(tokenizer)
     probe = (Message("user", PROBE_USER), Message("assistant", PROBE_REPLY))
+    date_checked(options.template_date)
     try:
-        text = tokenizer.get_chat_template() if own else PLAIN_TEMPLATE
+        text = with_date(tokenizer.get_chat_template() if own else PLAIN_TEMPLATE, options.template_date)
         full = _apply(tokenizer, text, probe, None, False)
         start = _apply(tokenizer, text, probe[:1], None, True)
     except Exception as error:  # a template is somebody's program: it can raise anything
@@ -238,7 +318,6 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str) -> Template:
         end, tail = eos, ""
     else:
         raise _no_end(tokenizer)
-    pieces = [*start.split(PROBE_USER), after]
     writes_bos = bos is not None and start.startswith(bos)
     written = {token for token in specials if token in _all_written(tokenizer, text)} | {end, bos}
     return Template(
@@ -247,12 +326,16 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str) -> Template:
         text=text,
         end=end,
         tail=tail,
+        ends=tuple(dict.fromkeys([end, *_call_ends(tokenizer, text, specials)])),
+        lead=full[len(start) : full.rindex(PROBE_REPLY)] if full.startswith(start) else None,
         untemplated_end=eos or end,
-        markers=_markers(pieces, specials, {eos, bos, end}),
+        frame=read_frame(lambda turns, opened: _apply(tokenizer, text, turns, None, opened), start, full, bos),
         bos=bos,
         starts_with_bos=bos is not None and (writes_bos or _adds_bos(tokenizer) or (not own and bos != eos)),
         writes_bos=writes_bos,
         stray_ids=frozenset(tokenizer.convert_tokens_to_ids([token for token in specials if token not in written])),
+        specials=tuple(token for token in specials if token != bos or token in (end, eos)),
+        learn=options.learn,
     )
 
 
@@ -267,20 +350,20 @@ def _all_written(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return "".join(written)
 
 
-def _markers(pieces: list[str], specials: list[str], ends: set[str | None]) -> tuple[str, ...]:
-    """What only a template writes: its special tokens, and its text in brackets such as [INST] or ### user:.
-
-    bos and end tokens count only where nothing else does: `</s>` also stands in ordinary text.
-    """
-    written = Counter(token for token in specials for piece in pieces if token in piece)
-    found = [token for token in written if token not in ends]
-    for piece in pieces:
-        for token in specials:
-            piece = piece.replace(token, "\n")
-        # A headline as a whole, not a word like "user": it begins and ends with no letter.
-        lines = map(str.strip, piece.split("\n"))
-        found += [line for line in lines if re.fullmatch(r"[^\w\s].*\w.*[^\w\s]", line)]
-    return tuple(dict.fromkeys(found or written))
+def _call_ends(tokenizer: PreTrainedTokenizerBase, text: str, specials: list[str]) -> list[str]:
+    """The token that ends an answer which calls a tool, where the template takes one."""
+    call = {
+        "type": "function",
+        "function": {"name": PROBE_CALL, "arguments": {PROBE_CALL: PROBE_CALL}},
+        "id": "call00001",
+    }
+    turns = (Message("user", PROBE_USER), Message("assistant", "", (("tool_calls", [call]),)))
+    tools = [{"type": "function", "function": {"name": PROBE_CALL, "description": "", "parameters": {}}}]
+    with suppress(Exception):  # many templates know no calls
+        rendered = _apply(tokenizer, text, turns, tools, False).rstrip()
+        if PROBE_CALL in rendered.partition(PROBE_USER)[2]:
+            return [token for token in specials if rendered.endswith(token)][:1]
+    return []
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.data.bad_row import BadRow
 from prefopt_dist.data.example import Example, Messages
+from prefopt_dist.data.spans import Span
 from prefopt_dist.data.template import Rendered, Template
 
 Ids = list[int]
@@ -29,9 +30,15 @@ class TokenisedRow:
     """The prompt carried the template already, or `template` is none."""
     noticed: frozenset[str] = frozenset()
     """`missing_bos`, `missing_end`: added to strings that carry the template without them; `stray_special`: a special
-    token that the template does not write."""
+    token that the template does not write; `lost_reasoning`: the template leaves out reasoning in the prompt."""
+    learnt: tuple[list[bool] | None, ...] = ()
+    """For each response which of its tokens are scored and learnt; None, or no entry: all of them."""
     cut_responses: frozenset[int] = frozenset()
     """Which responses truncation shortened."""
+
+    def learnt_of(self, k: int) -> list[bool] | None:
+        """Which tokens of response k are scored and learnt; None: all of them."""
+        return self.learnt[k] if self.learnt else None
 
     @property
     def flags(self) -> set[str]:
@@ -95,27 +102,42 @@ class Tokeniser:
         responses = []
         for full in fulls:
             response = full[boundary:]
-            if not response or response[-1] != rendered.end_id:
+            if not response or response[-1] not in rendered.end_ids:
                 response.append(rendered.end_id)
             responses.append(response)
         given = prompt
         prompt, doubled = self._with_bos(prompt)
         if not prompt:
             raise BadRow("empty_prompt", "a token of its own must remain of the prompt", rendered.prompt)
-        if len(responses) == 2 and responses[0] == responses[1]:
-            rule = "chosen and rejected must differ as tokens"
+        masks = tuple(
+            None if spans is None else self._mask(text, spans, boundary, len(response))
+            for text, spans, response in zip(
+                rendered.fulls, rendered.learnt or [None] * len(fulls), responses, strict=True
+            )
+        )
+        if _say_the_same(responses, masks):
+            rule = "chosen and rejected must differ as tokens, in what the assistant wrote"
             raise BadRow("identical_responses", rule, rendered.fulls[0][len(rendered.prompt) :])
         repaired = rendered.repaired | ({"double_bos"} if doubled else frozenset())
         stray = self.template.stray_ids
         noticed = {
             "missing_bos": rendered.carried and self.template.writes_bos and len(prompt) > len(given),
             "missing_end": rendered.missing_end,
+            "lost_reasoning": rendered.lost_reasoning,
             "stray_special": not (
                 stray.isdisjoint(prompt) and all(stray.isdisjoint(response[:-1]) for response in responses)
             ),
         }
         kinds = frozenset(name for name, holds in noticed.items() if holds)
-        return TokenisedRow(prompt, tuple(responses), None, frozenset(), repaired, rendered.as_is, kinds)
+        return TokenisedRow(prompt, tuple(responses), None, frozenset(), repaired, rendered.as_is, kinds, masks)
+
+    def _mask(self, text: str, spans: Sequence[Span], boundary: int, length: int) -> list[bool]:
+        """[length] which tokens from the boundary on reach into a span; an end token that was appended is learnt."""
+        mask = [
+            any(begin < max(stop, start + 1) and start < end for begin, end in spans)
+            for start, stop in self._offsets(text)[boundary:]
+        ]
+        return mask + [True] * (length - len(mask))
 
     def _with_bos(self, prompt: Ids) -> tuple[Ids, bool]:
         """The prompt with one beginning-of-sequence token, and whether there were more."""
@@ -138,12 +160,16 @@ class Tokeniser:
         if self._excess(row) > 0:
             budget = self.max_length - len(row.prompt)
             responses = tuple(response[:budget] for response in row.responses)
-            if len(responses) == 2 and responses[0] == responses[1]:
+            masks = tuple(None if mask is None else mask[:budget] for mask in row.learnt)
+            if any(mask is not None and not any(mask) for mask in masks):
+                rule = f"something that the assistant wrote must stand within data.max_length={self.max_length} tokens"
+                raise BadRow("nothing_learnt", rule, f"room for {budget} tokens", "raise data.max_length")
+            if _say_the_same(responses, masks):
                 rule = f"the responses must differ within data.max_length={self.max_length} tokens"
                 text = self.tokenizer.decode(responses[0][:64])
                 raise BadRow("identical_after_cut", rule, text, "raise data.max_length")
             shortened = frozenset(k for k, response in enumerate(row.responses) if len(response) > budget)
-            row = replace(row, responses=responses, cut_responses=shortened)
+            row = replace(row, responses=responses, learnt=masks, cut_responses=shortened)
             cut.add("response")
         return replace(row, cut=frozenset(cut), label=example.label)
 
@@ -216,6 +242,17 @@ def _later_turns(turns: Messages) -> list[Messages]:
         for start in range(head + 1, len(turns))
         if turns[start].role == "user"
     ]  # fmt: skip
+
+
+def _say_the_same(responses: Sequence[Ids], masks: Sequence[list[bool] | None]) -> bool:
+    """Whether two responses are equal in all that is learnt of them: there is no preference between them."""
+    if len(responses) != 2:
+        return False
+    first, second = (
+        ids if mask is None else [token for token, learnt in zip(ids, mask, strict=True) if learnt]
+        for ids, mask in zip(responses, masks or (None, None), strict=True)
+    )
+    return first == second
 
 
 def _shared(sequences: Sequence[Ids]) -> int:

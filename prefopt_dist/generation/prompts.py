@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
@@ -15,8 +15,10 @@ import numpy as np
 from prefopt_dist.data.bad_row import BadRow
 from prefopt_dist.data.example import Example, Message, Messages
 from prefopt_dist.data.forms import read_prompt
+from prefopt_dist.data.frame import PROBE_REPLY
+from prefopt_dist.data.prepare import FIRST_READ
 from prefopt_dist.data.sources import SourceLike, open_source
-from prefopt_dist.data.template import PROBE_REPLY
+from prefopt_dist.data.texts import are_templated
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.errors import UserError
 
@@ -169,8 +171,13 @@ def _tokenised(
     for index, source in enumerate(sources):
         opened = open_source(source, index, key)
         rows = opened.rows()
+        templated: bool | None = None
         while block := list(islice(rows, BLOCK)):
             examples = [_example(row.fields) for row in block]
+            if block[0].line == 1 and tokeniser.template.mode == "auto":  # the rows that decide it for training too
+                first = [e for e in examples[:FIRST_READ] if isinstance(e, Example)]
+                templated = are_templated(first, tokeniser.template)
+            examples = [e if isinstance(e, BadRow) else replace(e, templated=templated) for e in examples]
             ids = iter(tokeniser.encode_prompts([e for e in examples if isinstance(e, Example)]))
             for row, example in zip(block, examples, strict=True):
                 fields = row.fields if isinstance(row.fields, dict) else {}

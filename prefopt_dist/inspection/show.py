@@ -57,12 +57,18 @@ def _shown(key: str, rows: TokenisedRows, tokenizer: PreTrainedTokenizerBase, i:
         origin=rows.origin(i),
         prompt_ids=prompt,
         responses_ids=responses,
-        learnt=[rows.learnt(i, k).tolist() for k in range(rows.responses)],
+        learnt=[_learnt(rows, i, k) for k in range(rows.responses)],
         prompt_text=_decoded(tokenizer, prompt),
         responses_text=[_decoded(tokenizer, response) for response in responses],
         cut=[part for part in parts if rows.flagged(f"cut_{part}")[i]],
         ignored_columns=list(rows.report.ignored.get(rows.source_names[rows.source[i]], ())),
     )
+
+
+def _learnt(rows: TokenisedRows, i: int, k: int) -> list[bool]:
+    mask = rows.mask(i, k)
+    learnt: list[bool] = [True] * len(rows.response(i, k)) if mask is None else mask.tolist()
+    return learnt
 
 
 def shown_text(shown: Shown, kind: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from prefopt_dist.config import Config, Lora
 from prefopt_dist.config.build import nearest
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.data.micro_batch import Unit, packed_tokens
+from prefopt_dist.data.micro_batch import packed_tokens
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.unpaired import UnpairedRows
 from prefopt_dist.errors import UserError
@@ -173,7 +173,7 @@ def _less_shared(rows: TokenisedRows, units: NDArray[np.int64], responses: int, 
     exact = units.copy()
     over = np.flatnonzero(units > budget)
     for i in over[np.argsort(-units[over], kind="stable")][:MOST_COUNTED].tolist():
-        exact[i] = packed_tokens([Unit(i, rows.prompt(i), tuple(rows.response(i, k) for k in range(responses)))])
+        exact[i] = packed_tokens([rows.unit(i, range(responses))])
     return exact
 
 

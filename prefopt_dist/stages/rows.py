@@ -12,7 +12,10 @@ from typing import Any
 from prefopt_dist.config import Config, DataSource
 from prefopt_dist.config.losses import KTOLoss
 from prefopt_dist.data import TokenisedRows, open_rows, prepare_rows
+from prefopt_dist.data.options import TextOptions
 from prefopt_dist.data.subset import without
+from prefopt_dist.data.template import read_template
+from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.inspection.findings import Finding, row_findings, set_findings
 from prefopt_dist.inspection.policy import refuse_stops, rows_left, rows_to_drop
 from prefopt_dist.tracking import heartbeat
@@ -25,6 +28,18 @@ TRAIN = "data.train"
 def eval_sets(config: Config) -> dict[str, Sequence[DataSource]]:
     """The sources of each evaluation set by its dotted key."""
     return {f"data.eval.{name}".rstrip("."): sources for name, sources in (config.data.eval or {}).items()}
+
+
+def text_options(config: Config) -> TextOptions:
+    """How texts become tokens, for whatever reads rows or prompts."""
+    return TextOptions(template_date=config.data.template_date, learn=config.data.learn)
+
+
+def tokeniser_of(config: Config, tokenizer: Any) -> Tokeniser:
+    """What prompts go through that are to be answered: the same as what is trained on."""
+    data = config.data
+    template = read_template(tokenizer, data.template, text_options(config))
+    return Tokeniser(template, data.max_length, data.max_prompt_length)
 
 
 def prepared(
@@ -49,6 +64,7 @@ def prepared(
         cache_dir=config.cache_dir,
         vocab_size=vocabulary,
         key=key,
+        options=text_options(config),
         say=say,
         progress=_tokenising(key),
     )

@@ -1,0 +1,24 @@
+"""How texts become tokens, beside the template's mode and the limits: one value for every stage that reads rows."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+TEMPLATE_DATE = "2024-07-26"
+"""What a template that writes the day's date gets; the day itself would make other tokens of the same data."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Each at its default as data read before there was the option, where that was right."""
+
+    template_date: str = TEMPLATE_DATE
+    """YYYY-MM-DD"""
+    learn: Literal["all", "last"] = "all"
+    """Of several assistant turns in a response, which are learnt."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For digests."""
+        return asdict(self)
+
+
+DEFAULTS = TextOptions()
