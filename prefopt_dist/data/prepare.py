@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from prefopt_dist.data.rows import (
 )
 from prefopt_dist.data.sources import OpenSource, RawRow, SourceLike, open_source
 from prefopt_dist.data.template import read_template
-from prefopt_dist.data.texts import are_templated
+from prefopt_dist.data.texts import SAID, held_to, kind_of_texts
 from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
 from prefopt_dist.errors import UserError
 
@@ -172,7 +172,7 @@ class _Build:
         # With nothing readable there is no form to detect: the rows below say what is wrong with them.
         if form != "auto" or readable:
             form = self._settle(form, readable, source, say)
-        templated = self._texts(form, readable, source, say)
+        kind = self._texts(form, readable, source, say)
         for row in chain(first, rows):
             if isinstance(row.fields, BadRow):
                 yield row, row.fields
@@ -180,22 +180,23 @@ class _Build:
             try:
                 if form == "auto":
                     form = self._settle(form, [row.fields], source, say)
-                yield row, replace(read_form(form, row.fields, self.settings.options.learn), templated=templated)
+                example = read_form(form, row.fields, self.settings.options.learn)
+                yield row, held_to(example, kind, self.tokeniser.template)
             except BadRow as bad:
                 yield row, bad
 
-    def _texts(self, form: str, rows: list[dict[str, Any]], source: OpenSource, say: Say) -> bool | None:
-        """Whether the strings of the source are rendered turns already, by its first rows; None: no telling."""
-        if form == "auto" or self.settings.template != "auto":
+    def _texts(self, form: str, rows: list[dict[str, Any]], source: OpenSource, say: Say) -> str | None:
+        """What the strings of the source are, by its first rows; None: no telling."""
+        if form == "auto":
             return None
         examples = []
         for fields in rows:
             with suppress(BadRow):
                 examples.append(read_form(form, fields, self.settings.options.learn))
-        templated = are_templated(examples, self.tokeniser.template)
-        if templated:
-            say(f"{source.key}: the prompts of {source.name} are rendered turns already and are taken as they are")
-        return templated
+        kind = kind_of_texts(examples, self.tokeniser.template)
+        if kind in SAID:
+            say(f"{source.key}: the prompts of {source.name} {SAID[kind]}")
+        return kind
 
     def _settle(self, form: str, rows: list[dict[str, Any]], source: OpenSource, say: Say) -> str:
         """The form of the source, decided by its first rows under auto, once."""

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.data.bad_row import BadRow
 from prefopt_dist.data.example import Example, Messages
+from prefopt_dist.data.rendering import Rendered, Template
 from prefopt_dist.data.spans import Span
-from prefopt_dist.data.template import Rendered, Template
 
 Ids = list[int]
 Made = TypeVar("Made")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from prefopt_dist.data.template import Template
+from prefopt_dist.data.rendering import Template
 
 
 @dataclass(frozen=True)

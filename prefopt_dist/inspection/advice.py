@@ -36,6 +36,11 @@ ADVICE: dict[str, tuple[str, str]] = {
         "the prompt alone is rendered otherwise than before its response, so training and use would differ",
         "use a template that keeps earlier turns as they are",
     ),
+    "two_systems": ("a system column beside another system turn", "remove one of them"),
+    "no_place_for_system": (
+        "a system column beside a prompt that is rendered turns already",
+        "write it into the prompt, or remove the column",
+    ),
     "mixed_texts": (
         "some prompts of the source are rendered turns, others plain text",
         "part the two kinds into two sources, or set data.template",
