@@ -53,7 +53,7 @@ def complaint(tmp_path: Path, *overrides: str, text: str = MINIMAL) -> str:
 
 def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     config = load(tmp_path)
-    source = {"path": "rows.jsonl", "split": None, "weight": 1.0}
+    source = {"path": "rows.jsonl", "split": None, "weight": 1.0, "name": None}
     assert to_dict(config) == {
         "run": {"dir": "runs/a", "seed": 0, "cache": None},
         "model": {

@@ -66,7 +66,7 @@ def test_a_long_string_is_cut_behind_its_system_turn(tmp_path: Path) -> None:
     row = PAIR | {"prompt": "one two three four five six " * 9, "system": "be kind", "chosen": "yes " * 40}
     path = lines(tmp_path / "rows.jsonl", [row])
     made = open_rows(prepare(tmp_path, path, max_length=100, max_prompt_length=60))
-    assert made.report.cut == {"prompt": 1}
+    assert made.report.cut["prompt"] == 1
     assert TOKENIZER.decode(made.prompt(0)).startswith(SYSTEM + "<|im_start|>user\n")
 
 

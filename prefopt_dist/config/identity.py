@@ -36,6 +36,9 @@ def identity(config: Config) -> dict[str, Any]:
     Secrets are masked, so that the identity of a saved config.yaml equals the one that was saved.
     """
     sections = mask_secrets(to_dict(config))
+    for source in _sources(sections["data"]):
+        if source["name"] is None:  # there was no such key before
+            del source["name"]
     flat: dict[str, Any] = {}
     for section, keys in _KEYS.items():
         for key in keys:
@@ -53,6 +56,12 @@ def identity(config: Config) -> dict[str, Any]:
     if {"eval_pairs", "eval_prompts"} & set(dropped):
         _flatten("data.eval", sections["data"]["eval"], flat)  # it decides what is left of data.train
     return flat
+
+
+def _sources(data: dict[str, Any]) -> list[dict[str, Any]]:
+    evals = data["eval"] or {}
+    named = evals.values() if isinstance(evals, dict) else [evals]
+    return [*data["train"], *(source for sources in named for source in sources)]
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

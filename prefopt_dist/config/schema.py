@@ -69,9 +69,11 @@ class DataSource:
     path: Text
     """A file, a saved dataset or a hub name."""
     split: Text | None = None
-    """Split of a saved or hub dataset; null: 'train' there; files have none."""
+    """Split of a saved or hub dataset or a folder of files; null: 'train' there; files have none."""
     weight: Positive = 1.0
     """Passes an epoch; 0.5 is a seeded half."""
+    name: Text | None = None
+    """Configuration of a hub dataset or a folder of files, such as en; null: the only one."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Data:
     """The preference data and how its rows become token sequences."""
 
     train: tuple[DataSource, ...]
-    """A path or hub name, one {path, split, weight}, or a list of these."""
+    """A path or hub name, one {path, name, split, weight}, or a list of these."""
     eval: dict[str, tuple[DataSource, ...]] | None = None
     """The same, or a map of named sets; null: no evaluation. The unnamed set has the name ''."""
     format: Literal["auto", "raw_pair", "pair", "conversations", "transcripts", "demonstration", "rated"] = "auto"

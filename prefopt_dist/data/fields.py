@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from prefopt_dist.data.arrow import Unreadable
 from prefopt_dist.data.bad_row import BadRow
 from prefopt_dist.data.example import PASSED_ON, ROLES, Message, Messages
 
@@ -49,9 +50,12 @@ def text_of(value: str | Messages) -> str:
 
 def field_of(row: Row, name: str) -> Any:
     """The field's value. Raises BadRow where it is missing."""
-    if row.get(name) is None:
+    value = row.get(name)
+    if value is None:
         raise BadRow("missing_field", f"the row must have the field {name!r}", sorted(row))
-    return row[name]
+    if isinstance(value, Unreadable):
+        raise BadRow("not_utf8", f"{name} must be readable", value, "write the file again")
+    return value
 
 
 def string_of(row: Row, name: str) -> str:
