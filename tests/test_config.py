@@ -69,6 +69,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "template": "auto",
             "template_date": "2024-07-26",
             "learn": "all",
+            "system": "keep",
             "max_length": 1024,
             "max_prompt_length": 512,
             "on_bad_row": "stop",

@@ -204,7 +204,23 @@ def test_a_template_keeps_the_line_break_it_begins_with() -> None:
 
 
 def test_options_are_those_of_the_configuration() -> None:
-    section = {field: getattr(Data, field) for field in ("template_date", "learn")}
+    section = {field: getattr(Data, field) for field in ("template_date", "learn", "system")}
     assert TextOptions(**section) == TextOptions()
     assert Tokeniser(read_template(TOKENIZER, "auto"), 9, 3).template.text == TOKENIZER.chat_template
     assert read_template(small_tokenizer(), "auto").text == PLAIN_TEMPLATE
+
+
+def test_a_system_turn_without_a_place(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer(INST)
+    turns = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "what?"}]
+    row = {"prompt": turns, "chosen": "yes", "rejected": "no"}
+    path = lines(tmp_path / "r.jsonl", [row, row | {"prompt": "what?", "system": "be kind"}])
+    with pytest.raises(UserError, match=r"template_refused: .* no place for a system turn; got 'be kind'; set"):
+        prepare(tmp_path, path, tokenizer=tokenizer)
+    for system, prompt, counted in (
+        ("merge", "be kind\n\nwhat?", "system_merged"),
+        ("drop", "what?", "system_dropped"),
+    ):
+        made = open_rows(prepare(tmp_path, path, tokenizer=tokenizer, options=TextOptions(system=system)))  # type: ignore[arg-type]
+        assert {tokenizer.decode(made.prompt(i)) for i in (0, 1)} == {f"<s>[INST] {prompt} [/INST]"}
+        assert made.report.repaired == {counted: 2}

@@ -35,6 +35,8 @@ class Frame:
     user_end: str
     """Ends a user's turn"""
     bos: str | None
+    takes_system: bool
+    """A system turn is written"""
 
     def is_conversation(self, text: str) -> bool:
         """Whether the text is rendered turns in the template's order."""
@@ -83,9 +85,12 @@ def read_frame(apply: Apply, opened: str, full: str, bos: str | None) -> Frame:
         later = later.removeprefix(ending.rstrip()).lstrip()
         user = later if before.endswith(later) else before[len(before) - _common(before[::-1], later[::-1]) :]
     user = _without(user.strip(), bos)
+    takes_system = False
     with suppress(Exception):  # many templates know no system turn
-        turns = (Message("system", PROBE_SYSTEM), Message("user", PROBE_USER))
-        begins.append(_without(apply(turns, True).partition(PROBE_SYSTEM)[0].strip(), bos))
+        rendered = apply((Message("system", PROBE_SYSTEM), Message("user", PROBE_USER)), True)
+        takes_system = PROBE_SYSTEM in rendered
+        if takes_system:
+            begins.append(_without(rendered.partition(PROBE_SYSTEM)[0].strip(), bos))
     answers = [to_answer.strip(), shared.strip()]
     return Frame(
         begins=tuple(dict.fromkeys([*begins, *([user] if user else [])])),
@@ -94,6 +99,7 @@ def read_frame(apply: Apply, opened: str, full: str, bos: str | None) -> Frame:
         reply=shared.removeprefix(user_end).strip() if user_end.strip() else "",
         user_end=user_end.strip(),
         bos=bos,
+        takes_system=takes_system,
     )
 
 

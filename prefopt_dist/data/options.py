@@ -16,6 +16,9 @@ class TextOptions:
     learn: Literal["all", "last"] = "all"
     """Of several assistant turns in a response, which are learnt."""
 
+    system: Literal["keep", "merge", "drop"] = "keep"
+    """What becomes of a system turn that the chat template has no place for."""
+
     def as_json(self) -> dict[str, Any]:
         """For digests."""
         return asdict(self)

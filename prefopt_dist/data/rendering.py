@@ -71,6 +71,8 @@ class Template:
     """All special tokens but `bos`: one of them at the end of a rendered turn ends it."""
     stray_ids: frozenset[int]
     """Special tokens that the template never writes: in a sequence they come from the data."""
+    system: str
+    """What becomes of a system turn that the template does not write: `keep`, `merge`, `drop`."""
     learn: str
     """`all` assistant turns of a response are learnt, or the `last`."""
 
@@ -126,6 +128,8 @@ class Template:
             repaired.add("double_bos")
         if example.system is not None:
             prompt = (Message("system", example.system), *prompt)
+        if prompt and prompt[0].role == "system" and not self.frame.takes_system:
+            prompt = self._without_system(prompt, repaired)
         responses = tuple(self._one_turn(body, "assistant") for body in bodies)
         self._check_contents(prompt, responses)
         render = partial(self._apply, tools=example.tools, arguments=dict(example.arguments))
@@ -243,6 +247,22 @@ class Template:
             raise BadRow("empty_prompt", "the prompt needs more than its beginning-of-sequence token", self.bos)
         return text
 
+    def _without_system(self, prompt: Messages, repaired: set[str]) -> Messages:
+        """The turns with the system's text put before the first user's, or left out, by `system`."""
+        said, *turns = prompt
+        if self.system == "drop":
+            repaired.add("system_dropped")
+            return tuple(turns)
+        asked = next((k for k, turn in enumerate(turns) if turn.role == "user"), None)
+        if self.system == "keep" or asked is None:
+            raise BadRow(
+                "template_refused", "the chat template has no place for a system turn", said.content,
+                "set data.system to merge (it stands before the first user turn) or drop",
+            )  # fmt: skip
+        repaired.add("system_merged")
+        turns[asked] = replace(turns[asked], content=f"{said.content}\n\n{turns[asked].content}")
+        return tuple(turns)
+
     def _one_turn(self, value: str | Messages, role: str) -> Messages:
         return (Message(role, value),) if isinstance(value, str) else value
 
@@ -251,7 +271,8 @@ class Template:
 
     def _doubled(self, text: str) -> BadRow:
         return BadRow(
-            "doubled_template", "text that goes through the template must not be rendered turns already",
+            "doubled_template",
+            f"text that goes through the template must not be turns already, which it begins with {self.frame.user!r}",
             text, "remove the markers, or put them into the prompt too and set data.template=auto",
         )  # fmt: skip
 

@@ -19,6 +19,7 @@ from prefopt_dist.errors import UserError
 BLOCK = 4096
 """Rows that are copied together."""
 
+REPAIRS = ("double_bos", "double_end", "system_dropped", "system_merged")
 Left = tuple[str, NDArray[np.int64], Sequence[str]]
 """Kind, indices of the rows, and examples for the report."""
 
@@ -109,7 +110,7 @@ def _report(
         return int(np.count_nonzero(rows.flagged(*flags) & keep))
 
     cut = {"prompt": count("cut_prompt"), "response": count("cut_response_0", "cut_response_1")}
-    repaired = {name: count(name) for name in ("double_bos", "double_end")}
+    repaired = {name: count(name) for name in REPAIRS}
     return replace(
         rows.report,
         used=int(np.count_nonzero(keep)),

@@ -81,6 +81,7 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str, options: TextOp
         writes_bos=writes_bos,
         stray_ids=frozenset(tokenizer.convert_tokens_to_ids([token for token in specials if token not in written])),
         specials=tuple(token for token in specials if token != bos or token in (end, eos)),
+        system=options.system,
         learn=options.learn,
     )
 
@@ -94,6 +95,20 @@ def _all_written(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
             with suppress(Exception):  # the template refuses the role there
                 written.append(apply_template(tokenizer, text, probe, None, True))
     return "".join(written)
+
+
+def end_ids(template: Template) -> list[int]:
+    """The tokens that training teaches a response to end with."""
+    ends = (template.untemplated_end,) if template.mode == "none" else template.ends
+    ids: list[int] = template.tokenizer.convert_tokens_to_ids(list(ends))
+    return ids
+
+
+def template_named(tokenizer: PreTrainedTokenizerBase, mode: str) -> str:
+    """Whose chat template text goes through, for a person and run.json: the tokenizer's, the plain one, or none."""
+    if mode == "none":
+        return "none"
+    return "plain" if tokenizer.chat_template is None else "tokenizer"
 
 
 def _call_ends(tokenizer: PreTrainedTokenizerBase, text: str, specials: list[str]) -> list[str]:

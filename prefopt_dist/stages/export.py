@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefopt_dist.config import Config, to_dict
+from prefopt_dist.data.template import PLAIN_TEMPLATE, end_ids, read_template
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.stages import ingredients
 from prefopt_dist.stages.base import refuse_other_base
 from prefopt_dist.stages.ingredients import DTYPES, Models
 from prefopt_dist.stages.job import run_folder
+from prefopt_dist.stages.rows import text_options
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
 from prefopt_dist.tracking.metrics_file import MetricsFile
@@ -74,6 +76,8 @@ def export_checkpoint(
         adapter=models.adapter,
         merged=merged,
         tokenizer=models.tokenizer,
+        chat_template=PLAIN_TEMPLATE if config.data.template != "none" else None,
+        ends=end_ids(read_template(models.tokenizer, config.data.template, text_options(config))),
         trained_dtype=models.dtype,
         dtype=DTYPES[config.export.dtype or config.model.dtype],
         target=target,

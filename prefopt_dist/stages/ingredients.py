@@ -13,12 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
 from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.config.losses import KTOLoss
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows
+from prefopt_dist.data.template import template_named
 from prefopt_dist.data.unpaired import OnePromptRules, unpaired
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import AgreedUserError, UserError, shortened
@@ -83,7 +85,8 @@ def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | Non
     """
     RunFolder(config.run_dir).check_identity(config)
     _check_surroundings(config)
-    _models(config)
+    models = _models(config)
+    checks.check_exportable(models.policy, models.tokenizer)
     if sets is None:
         sets = [("data.train", config.data.train), *eval_sets(config).items()]
     for key, sources in sets:
@@ -135,6 +138,8 @@ def _models(config: Config) -> Models:
         reference = inspect_folder(resolve(config.reference.name_or_path, key), key, longest)
     tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
     checks.check_tokenizer(tokenizer, config.data.template, policy.config.vocab_size)
+    if reference is not policy:
+        checks.check_reference_tokenizer(tokenizer, reference)
     adapter = checks.adapter_of(config.lora, policy.config, config.model.name_or_path)
     return Models(policy, reference, tokenizer, DTYPES[config.model.dtype], adapter)
 
@@ -145,6 +150,7 @@ def load_models(config: Config) -> Models:
     # The first rank of a node downloads, the others then find the files.
     ranks.together(partial(_models, config) if os.environ["LOCAL_RANK"] == "0" else lambda: None)
     models = ranks.together(partial(_models, config))
+    ranks.decide(partial(checks.check_exportable, models.policy, models.tokenizer))
     say(f"policy: {_described(models.policy)}, computed in {config.model.dtype}")
     if config.reference.name_or_path is not None:
         say(f"reference: {_described(models.reference)}")
@@ -159,11 +165,17 @@ def _described(model: ModelFolder) -> str:
 
 def load_train(config: Config, models: Models, objective: Objective) -> TokenisedRows:
     """All ranks: the training set, tokenised by rank 0, mapped by all."""
+    if template_named(models.tokenizer, config.data.template) == "plain":
+        say(
+            "data: the tokenizer has no chat template, so turns get the plain one of this package "
+            "('### user:' and '### assistant:' as headlines); the export carries it"
+        )
     say(f"data: reading {', '.join(s.path for s in config.data.train)}")
     train = _open(lambda: prepared_train(config, models.tokenizer, models.policy.config.vocab_size))
     say(f"data.train: {train.report.text()}")
     for shown in show_rows("data.train", train, models.tokenizer, 1):
         say(shown_text(shown, train.kind, models.tokenizer))
+    _tell_beyond_positions(models, train, "data.train")
     check_rows(train, objective, "data.train")
     train = rows_for_loss(config, train, "data.train")
     ranks.decide(lambda: checks.check_lengths(config, train, objective, "data.train", trained=True))
@@ -176,12 +188,28 @@ def load_evals(config: Config, models: Models, objective: Objective) -> dict[str
     for name, (key, sources) in zip(config.data.eval or {}, eval_sets(config).items(), strict=True):
         evals[name] = _open(partial(prepared, config, models.tokenizer, models.policy.config.vocab_size, sources, key))
         say(f"{key}: {evals[name].report.text()}")
+        _tell_beyond_positions(models, evals[name], key)
         check_rows(evals[name], objective, key)
         evals[name] = rows_for_loss(config, evals[name], key)
         ranks.decide(partial(checks.check_lengths, config, evals[name], objective, key, trained=False))
     if not evals:
         say("data.eval is not set: nothing is evaluated")
     return evals
+
+
+def _tell_beyond_positions(models: Models, rows: TokenisedRows, key: str) -> None:
+    """Names the rows that are longer than a model was made for."""
+    lengths = rows.lengths()
+    longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    for model in {models.policy.path: models.policy, models.reference.path: models.reference}.values():
+        positions = getattr(model.config, "max_position_embeddings", None)  # not every family has such a number
+        beyond = np.flatnonzero(longest > positions) if positions is not None else ()
+        if len(beyond):
+            first = ", ".join(rows.origin(int(i)) for i in beyond[:3])
+            say(
+                f"{key}: {len(beyond)} rows are longer than the {positions} positions that {model.key} was made for "
+                f"(max_position_embeddings), the first: {first}; lower data.max_length to that"
+            )
 
 
 def data_facts(train: TokenisedRows, evals: dict[str, TokenisedRows]) -> dict[str, Any]:

@@ -32,7 +32,8 @@ def eval_sets(config: Config) -> dict[str, Sequence[DataSource]]:
 
 def text_options(config: Config) -> TextOptions:
     """How texts become tokens, for whatever reads rows or prompts."""
-    return TextOptions(template_date=config.data.template_date, learn=config.data.learn)
+    data = config.data
+    return TextOptions(template_date=data.template_date, learn=data.learn, system=data.system)
 
 
 def tokeniser_of(config: Config, tokenizer: Any) -> Tokeniser:

@@ -12,6 +12,7 @@ from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.layout import FROZEN, TRAINING
 from prefopt_dist.data.order import Order
+from prefopt_dist.data.template import template_named
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import AgreedUserError
 from prefopt_dist.model.activations import activation_memory
@@ -83,6 +84,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
         if ranks.rank() == 0:
             folder.note(
                 data=ingredients.data_facts(train, evals),
+                chat_template=template_named(models.tokenizer, config.data.template),
                 reference=None if first_pass is None else first_pass.as_run_json(),
             )
 
