@@ -70,6 +70,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "template_date": "2024-07-26",
             "learn": "all",
             "system": "keep",
+            "thinking": None,
             "max_length": 1024,
             "max_prompt_length": 512,
             "on_bad_row": "stop",
@@ -134,7 +135,8 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         "report": {"compare": [], "file": None},
         "inspect": {
             **dict.fromkeys(
-                "duplicates contradictions eval_pairs eval_prompts cut special_tokens lost_reasoning".split()
+                "duplicates contradictions eval_pairs eval_prompts cut special_tokens".split()
+                + "other_prompt lost_reasoning".split()
                 + "length_bias label_balance few_rows".split(),
                 "keep",
             ),

@@ -33,7 +33,6 @@ CALLS = (
     "{% endfor %}</s>{% else %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{# tools #}"
 )
-HIDES_THOUGHT = CHATML.replace("{{ message['content'] }}", "{{ message['content'].split('</think>')[-1] }}")
 
 
 def frame(template: str | None, **changes: Any) -> Frame:
@@ -127,7 +126,6 @@ ASKED = (Message("user", "what is blue?"),)
         (CHATML, says("the sky", call("look", at="sky")), "name of a call"),
         (CHATML, says("the sky", (("reasoning_content", "grass is green"),)), "reasoning"),
         (CHATML, says("the sky", (("thinking", "sky"),)), "reasoning"),
-        (HIDES_THOUGHT, says("<think>grass is green</think>the sky"), "text beside <think>"),
         (CALLS.replace("| tojson", ".at"), says("", call("look", at="sky", how="up")), "argument 'how'"),
         (CALLS.replace("{{ m['content'] }}", "{{ '' if m.tool_calls else m['content'] }}"),
          says("the sky", call("look", at="sky")), "text"),
@@ -204,7 +202,7 @@ def test_a_template_keeps_the_line_break_it_begins_with() -> None:
 
 
 def test_options_are_those_of_the_configuration() -> None:
-    section = {field: getattr(Data, field) for field in ("template_date", "learn", "system")}
+    section = {field: getattr(Data, field) for field in ("template_date", "learn", "system", "thinking")}
     assert TextOptions(**section) == TextOptions()
     assert Tokeniser(read_template(TOKENIZER, "auto"), 9, 3).template.text == TOKENIZER.chat_template
     assert read_template(small_tokenizer(), "auto").text == PLAIN_TEMPLATE

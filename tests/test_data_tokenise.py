@@ -76,10 +76,11 @@ def test_plain_template_where_there_is_none() -> None:
     assert fault(tokenizer, Example(SKY, (BLUE, GREEN), tools=({"name": "f"},))) == "template_refused"
 
 
-def test_tokenizer_that_adds_bos_gets_it_under_a_template_without() -> None:
+def test_bos_stands_as_the_model_s_own_chat_has_it() -> None:
     tokenizer = small_tokenizer(CHATML, adds_bos=True)
     row = encode(tokenizer, pair("a", "yes", "no"))
-    assert row.prompt == ids(tokenizer, "<s><|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
+    assert row.prompt == ids(tokenizer, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
+    assert encode(tokenizer, pair("what is", " blue", " green"), "none").prompt == ids(tokenizer, "<s>what is")
 
 
 def test_strings_that_carry_the_template() -> None:

@@ -31,7 +31,7 @@ from prefopt_dist.stages.rows import prepared_train
 
 ROW_KINDS = (
     "duplicates contradictions eval_pairs eval_prompts cut_prompt cut_response unfair_cut missing_bos missing_end "
-    "double_bos double_end stray_special lost_reasoning"
+    "double_bos double_end stray_special lost_reasoning other_prompt"
 ).split()
 
 

@@ -33,6 +33,8 @@ class Inspect:
     """Rows that were shortened to data.max_length."""
     special_tokens: RowPolicy = "keep"
     """Rows with missing or doubled special tokens (repaired if kept), or with some that the template never writes."""
+    other_prompt: RowPolicy = "keep"
+    """Rows whose prompt has another last token in use, since in training that token reaches into the response."""
     lost_reasoning: RowPolicy = "keep"
     """Rows with reasoning in earlier turns that the chat template leaves out, as many do."""
     length_bias: SetPolicy = "keep"

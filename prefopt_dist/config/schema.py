@@ -92,6 +92,9 @@ class Data:
     """YYYY-MM-DD: what a chat template that writes the day's date gets; the day itself would change the tokens."""
     learn: Literal["all", "last"] = "all"
     """Of several assistant turns in a response, or of a conversation in messages, which are scored and learnt."""
+    thinking: Literal["empty", "keep"] | None = None
+    """Answers where generation's prompt opens reasoning: behind that prompt, the reasoning closed at once; or as the
+    template renders the finished conversation; null: as rendered where that begins with the prompt, else empty."""
     system: Literal["keep", "merge", "drop"] = "keep"
     """A system turn that the chat template has no place for: a bad row, put before the first user turn, or left out."""
     max_length: Annotated[int, Rule("at least 2", lambda v: v >= 2)] = 1024

@@ -19,6 +19,9 @@ class TextOptions:
     system: Literal["keep", "merge", "drop"] = "keep"
     """What becomes of a system turn that the chat template has no place for."""
 
+    thinking: Literal["empty", "keep"] | None = None
+    """Answers under a template that opens reasoning; None: as it renders them where that begins with the prompt."""
+
     def as_json(self) -> dict[str, Any]:
         """For digests."""
         return asdict(self)

@@ -3,6 +3,7 @@
 A string is *templated* when it is rendered turns already (`Frame.is_conversation`); it is then taken as it is.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from prefopt_dist.data.bad_row import BadRow
 from prefopt_dist.data.example import Example, Message, Messages
 from prefopt_dist.data.frame import Frame
 from prefopt_dist.data.spans import Span, assistant_spans
+from prefopt_dist.data.thinking import Thinking, reasoning_of
 from prefopt_dist.data.written import has_reasoning, unwritten
 from prefopt_dist.errors import UserError
 
@@ -39,6 +41,23 @@ class Rendered:
     """For each of `fulls` the characters that are learnt; None: all after the prompt"""
     lost_reasoning: bool = False
     """The template leaves out reasoning of the prompt's turns."""
+    exact: bool = False
+    """The tokens of `prompt` stand as they are, whatever follows them."""
+
+    @property
+    def untouched(self) -> bool:
+        """A string that is no turn and becomes none."""
+        return self.as_is and not self.carried
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One response behind its prompt."""
+
+    prompt: str
+    full: str
+    learnt: tuple[Span, ...] | None = None
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,13 +83,17 @@ class Template:
     """What the template writes around turns."""
     bos: str | None
     starts_with_bos: bool
-    """Every sequence begins with `bos`: the tokenizer adds it, or the template writes it."""
+    """A string that is no turn begins with `bos`: the tokenizer adds it, or the template writes it."""
     writes_bos: bool
-    """The template writes `bos` itself, so a carried prompt has it too."""
+    """The template writes `bos` itself, so turns begin with it; under other templates they have none."""
     specials: tuple[str, ...]
     """All special tokens but `bos`: one of them at the end of a rendered turn ends it."""
     stray_ids: frozenset[int]
     """Special tokens that the template never writes: in a sequence they come from the data."""
+    thinking: Thinking
+    """How it marks reasoning."""
+    thinking_mode: str | None
+    """`empty`: generation's prompt stands before every answer; `keep`: what the finished conversation has."""
     system: str
     """What becomes of a system turn that the template does not write: `keep`, `merge`, `drop`."""
     learn: str
@@ -140,28 +163,79 @@ class Template:
             remedy = "mend the row, or use a tokenizer whose template takes such turns"
             rule = f"the chat template must take the turns ({brief(error)})"
             raise BadRow("template_refused", rule, [turn.role for turn in prompt], remedy) from error
-        spans = []
-        for full, response in zip(fulls, responses, strict=True):
-            if not full.startswith(start):
-                raise BadRow(
-                    "unstable_template", "prompt + response, rendered, must begin with the rendered prompt",
-                    full[max(0, _common(start, full) - 20) :],
-                    "use a tokenizer whose template keeps earlier turns as they are",
-                )  # fmt: skip
-            self._check_written(prompt, response, start, full, render)
-            spans.append(self._spans(prompt, response, self._ended(full), render))
+        answers = [
+            self._answer(prompt, response, start, full, render) for full, response in zip(fulls, responses, strict=True)
+        ]
+        if len({answer.prompt for answer in answers}) > 1:
+            raise self._unstable(start, fulls[-1])
         reasoned = [k for k, turn in enumerate(prompt) if turn.role == "assistant" and has_reasoning(turn)]
         lost = bool(reasoned) and unwritten(prompt, reasoned, start, lambda turns: render(turns, True)) is not None
         return Rendered(
-            start,
-            tuple(map(self._ended, fulls)),
+            answers[0].prompt,
+            tuple(answer.full for answer in answers),
             self._id(self.end),
             frozenset(map(self._id, (*self.specials, self.end))),
             False,
             frozenset(repaired),
-            learnt=tuple(spans),
+            learnt=tuple(answer.learnt for answer in answers),
             lost_reasoning=lost,
+            exact=any(answer.exact for answer in answers),
         )
+
+    def _answer(self, prompt: Messages, response: Messages, start: str, full: str, render: Any) -> _Answer:
+        """One response behind its prompt; `start` is generation's prompt, `full` the finished conversation rendered."""
+        keep, opener = self.thinking_mode == "keep", self.thinking.opener
+        alone = len(response) == 1 and not keep
+        said = self._said_behind(prompt, response[-1], full, render) if alone else None
+        if said is not None:
+            return _Answer(start, f"{start}{said}{self.end}", None, bool(opener))
+        stable = full.startswith(start)
+        begin = len(start) if stable else self._behind_question(prompt, start, full, render)
+        if begin is None:
+            raise self._unstable(start, full)
+        self._check_written(prompt, response, start, full, render)
+        ended = self._ended(full)
+        if stable or not alone:
+            exact = stable and self.thinking_mode == "empty" and bool(opener)
+            return _Answer(full[:begin], ended, self._spans(prompt, response, ended, render), exact)
+        rest = ended[begin:]
+        if opener:
+            rest = rest.removeprefix(opener) if rest.startswith(opener) else self.thinking.closes + rest.lstrip("\n")
+        return _Answer(start, start + rest, None, bool(opener))
+
+    def _behind_question(self, prompt: Messages, start: str, full: str, render: Any) -> int | None:
+        """Where the answer begins in a finished conversation that does not begin with generation's prompt.
+
+        Two ways of templates are known: generation's prompt opens reasoning that the finished conversation has not;
+        a system turn is written beside the last turn only where that is the user's. None: it is another way.
+        """
+        starts = [start]
+        if prompt[0].role == "system" and len(prompt) > 1:
+            with suppress(Exception):  # the template may refuse the turns without it
+                starts.append(render(prompt[1:], True))
+        for begins in starts:
+            bare = begins.removesuffix(self.thinking.opener)
+            if full.startswith(bare):
+                return len(bare)
+        return None
+
+    def _said_behind(self, prompt: Messages, turn: Message, full: str, render: Any) -> str | None:
+        """What an answer says behind generation's prompt, where the template leaves out its reasoning; else None."""
+        if not self.thinking.begins or not has_reasoning(turn) or dict(turn.extra).get("tool_calls"):
+            return None
+        if unwritten((*prompt, turn), [len(prompt)], full, lambda changed: render(changed, False)) is None:
+            return None
+        reasoning = reasoning_of(turn)
+        if reasoning is None:
+            return self.thinking.as_said(turn.content)
+        return self.thinking.behind(bool(self.thinking.opener), reasoning, turn.content)
+
+    def _unstable(self, start: str, full: str) -> BadRow:
+        return BadRow(
+            "unstable_template", "prompt + response, rendered, must begin with the rendered prompt",
+            full[max(0, _common(start, full) - 20) :],
+            "use a tokenizer whose template keeps earlier turns as they are, or set data.thinking=keep",
+        )  # fmt: skip
 
     def _ended(self, full: str) -> str:
         """The rendered text up to and with the token that ends it; a text without one as it is."""

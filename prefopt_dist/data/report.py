@@ -45,6 +45,9 @@ class DataReport:
     ignored: dict[str, dict[str, int]] = field(default_factory=dict)
     """By source: rows read that hold something in a column of which nothing was made."""
 
+    other_prompt: str = ""
+    """How the first prompt that ends otherwise in use ends there and here; "" where none does."""
+
     @property
     def first_fault(self) -> str | None:
         """The message of the first row that was found unfit."""
@@ -83,6 +86,7 @@ class Tally:
         self.repaired: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.named: dict[str, Counter[str]] = {}
+        self.other_prompt = ""
         self.ignored: dict[str, Counter[str]] = {}
 
     def name(self, fields: Mapping[str, Any]) -> None:
@@ -114,6 +118,9 @@ class Tally:
         self.as_is += row.as_is
         self.cut.update(row.cut)
         self.repaired.update(row.repaired)
+        if row.ends is not None and not self.other_prompt:
+            in_use, here = row.ends
+            self.other_prompt = f"in use the prompt ends with {in_use!r}, in training with {here!r}"
 
     def report(self, form: str, digest: str) -> DataReport:
         """The final counts, most frequent kind first."""
@@ -128,5 +135,6 @@ class Tally:
             examples={kind: tuple(examples) for kind, examples in self.examples.items()},
             digest=digest,
             named={column: dict(counts.most_common()) for column, counts in self.named.items()},
+            other_prompt=self.other_prompt,
             ignored={source: dict(counts.most_common()) for source, counts in self.ignored.items()},
         )

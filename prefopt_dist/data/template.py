@@ -9,6 +9,7 @@ from prefopt_dist.data.example import ROLES, Message
 from prefopt_dist.data.frame import PROBE_CALL, PROBE_REPLY, PROBE_USER, read_frame
 from prefopt_dist.data.options import DEFAULTS, TextOptions
 from prefopt_dist.data.rendering import Template, apply_template, brief
+from prefopt_dist.data.thinking import read_thinking
 from prefopt_dist.errors import UserError
 
 PLAIN_TEMPLATE = (
@@ -78,9 +79,13 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str, options: TextOp
         frame=read_frame(lambda turns, opened: apply_template(tokenizer, text, turns, None, opened), start, full, bos),
         bos=bos,
         starts_with_bos=bos is not None and (writes_bos or _adds_bos(tokenizer) or (not own and bos != eos)),
-        writes_bos=writes_bos,
+        writes_bos=writes_bos or (not own and bos is not None and bos != eos),
         stray_ids=frozenset(tokenizer.convert_tokens_to_ids([token for token in specials if token not in written])),
         specials=tuple(token for token in specials if token != bos or token in (end, eos)),
+        thinking=read_thinking(
+            lambda turns, opened: apply_template(tokenizer, text, turns, None, opened), text, start, full
+        ),
+        thinking_mode=options.thinking,
         system=options.system,
         learn=options.learn,
     )

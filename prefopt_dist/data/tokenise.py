@@ -11,6 +11,8 @@ from prefopt_dist.data.example import Example, Messages
 from prefopt_dist.data.rendering import Rendered, Template
 from prefopt_dist.data.spans import Span
 
+TAIL_TOKENS = 12
+"""Of a prompt's end that a message shows."""
 Ids = list[int]
 Made = TypeVar("Made")
 
@@ -30,9 +32,12 @@ class TokenisedRow:
     """The prompt carried the template already, or `template` is none."""
     noticed: frozenset[str] = frozenset()
     """`missing_bos`, `missing_end`: added to strings that carry the template without them; `stray_special`: a special
-    token that the template does not write; `lost_reasoning`: the template leaves out reasoning in the prompt."""
+    token that the template does not write; `lost_reasoning`: the template leaves out reasoning in the prompt;
+    `other_prompt`: in use the prompt's last tokens are others, since one of them reaches into the response."""
     learnt: tuple[list[bool] | None, ...] = ()
     """For each response which of its tokens are scored and learnt; None, or no entry: all of them."""
+    ends: tuple[str, str] | None = None
+    """How the prompt ends in use and in training, where that differs (`other_prompt`)."""
     cut_responses: frozenset[int] = frozenset()
     """Which responses truncation shortened."""
 
@@ -78,7 +83,10 @@ class Tokeniser:
         """
         rendered = [_or_bad(lambda example=example: self.template.render(example)) for example in examples]  # type: ignore[misc]
         ids = iter(self._ids([item.prompt for item in rendered if isinstance(item, Rendered)]))
-        return [item if isinstance(item, BadRow) else self._with_bos(next(ids))[0] for item in rendered]
+        return [
+            item if isinstance(item, BadRow) else self._with_bos(next(ids), item.as_is and not item.carried)[0]
+            for item in rendered
+        ]
 
     def _rows(self, rendered: Sequence[Rendered]) -> list[TokenisedRow | BadRow]:
         """Token ids before truncation."""
@@ -93,6 +101,10 @@ class Tokeniser:
     def _split(self, rendered: Rendered, prompt: Ids, fulls: list[Ids]) -> TokenisedRow:
         """Parts each full sequence at the end of the prompt, on tokens."""
         boundary = len(prompt)
+        in_use = prompt
+        if rendered.exact and any(full[:boundary] != prompt for full in fulls):
+            rests = self._ids([text[len(rendered.prompt) :] for text in rendered.fulls])
+            fulls = [prompt + rest for rest in rests]
         if any(full[:boundary] != prompt for full in fulls):
             # A token reaches over the end of the prompt. It belongs to the response, and so does
             # everything after the tokens that all full sequences share.
@@ -106,7 +118,7 @@ class Tokeniser:
                 response.append(rendered.end_id)
             responses.append(response)
         given = prompt
-        prompt, doubled = self._with_bos(prompt)
+        prompt, doubled = self._with_bos(prompt, rendered.untouched)
         if not prompt:
             raise BadRow("empty_prompt", "a token of its own must remain of the prompt", rendered.prompt)
         masks = tuple(
@@ -124,12 +136,20 @@ class Tokeniser:
             "missing_bos": rendered.carried and self.template.writes_bos and len(prompt) > len(given),
             "missing_end": rendered.missing_end,
             "lost_reasoning": rendered.lost_reasoning,
+            "other_prompt": given != in_use and not rendered.as_is,
             "stray_special": not (
                 stray.isdisjoint(prompt) and all(stray.isdisjoint(response[:-1]) for response in responses)
             ),
         }
         kinds = frozenset(name for name, holds in noticed.items() if holds)
-        return TokenisedRow(prompt, tuple(responses), None, frozenset(), repaired, rendered.as_is, kinds, masks)
+        ends = (self._tail(in_use), self._tail(given)) if noticed["other_prompt"] else None
+        return TokenisedRow(
+            prompt, tuple(responses), None, frozenset(), repaired, rendered.as_is, kinds, masks, ends=ends
+        )
+
+    def _tail(self, prompt: Ids) -> str:
+        text: str = self.tokenizer.decode(prompt[-TAIL_TOKENS:], skip_special_tokens=False)
+        return f"…{text}" if len(prompt) > TAIL_TOKENS else text
 
     def _mask(self, text: str, spans: Sequence[Span], boundary: int, length: int) -> list[bool]:
         """[length] which tokens from the boundary on reach into a span; an end token that was appended is learnt."""
@@ -139,15 +159,18 @@ class Tokeniser:
         ]
         return mask + [True] * (length - len(mask))
 
-    def _with_bos(self, prompt: Ids) -> tuple[Ids, bool]:
-        """The prompt with one beginning-of-sequence token, and whether there were more."""
+    def _with_bos(self, prompt: Ids, plain: bool) -> tuple[Ids, bool]:
+        """The prompt with one beginning-of-sequence token where it has one, and whether there were more.
+
+        plain: a string that is no turn and gets what the tokenizer gives a text; turns get what their template writes.
+        """
         bos = self.tokenizer.bos_token_id
         if bos is None:
             return prompt, False
         leading = next((i for i, token in enumerate(prompt) if token != bos), len(prompt))
         if leading > 1:
             return prompt[leading - 1 :], True
-        if leading == 0 and self.template.starts_with_bos:
+        if leading == 0 and (self.template.starts_with_bos if plain else self.template.writes_bos):
             return [bos, *prompt], False
         return prompt, False
 

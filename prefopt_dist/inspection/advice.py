@@ -68,6 +68,10 @@ ADVICE: dict[str, tuple[str, str]] = {
     "double_bos": ("two beginning-of-sequence tokens; one was removed", "keep: it is repaired"),
     "double_end": ("an end token that the template writes too; one was removed", "keep: it is repaired"),
     "stray_special": ("special tokens in the text that the template never writes", "remove them from the text"),
+    "other_prompt": (
+        "a token reaches over the end of the prompt, so in use the prompt ends with another one",
+        "set data.thinking=empty where the template opens reasoning; else keep",
+    ),
     "lost_reasoning": (
         "the chat template leaves out the reasoning of earlier turns, as at generation",
         "keep: use has the same; or choose a template that keeps it",

@@ -53,6 +53,11 @@ def row_findings(rows: TokenisedRows, evals: Mapping[str, TokenisedRows]) -> Ite
     yield _by_row(rows, "unfair_cut", "cut", _cut_unfairly(rows))
     for name in ("missing_bos", "missing_end", "double_bos", "double_end", "stray_special"):
         yield _by_row(rows, name, "special_tokens", rows.flagged(name))
+    ends = rows.report.other_prompt  # of the first such row; what others end with differs in their text only
+    other = np.flatnonzero(rows.flagged("other_prompt"))
+    yield _by_row(
+        rows, "other_prompt", "other_prompt", rows.flagged("other_prompt"), lambda i: ends if i == other[0] else ""
+    )
     yield _by_row(rows, "lost_reasoning", "lost_reasoning", rows.flagged("lost_reasoning"))
 
 
@@ -198,7 +203,7 @@ def _by_row(
 ) -> Finding:
     indices = np.flatnonzero(found)
     shown = indices[:EXAMPLES].tolist()
-    examples = tuple(rows.origin(i) if against is None else f"{rows.origin(i)} {against(i)}" for i in shown)
+    examples = tuple(rows.origin(i) if against is None else f"{rows.origin(i)} {against(i)}".rstrip() for i in shown)
     return Finding(name, policy, len(indices), indices, examples)
 
 

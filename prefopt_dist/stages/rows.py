@@ -33,7 +33,7 @@ def eval_sets(config: Config) -> dict[str, Sequence[DataSource]]:
 def text_options(config: Config) -> TextOptions:
     """How texts become tokens, for whatever reads rows or prompts."""
     data = config.data
-    return TextOptions(template_date=data.template_date, learn=data.learn, system=data.system)
+    return TextOptions(template_date=data.template_date, learn=data.learn, system=data.system, thinking=data.thinking)
 
 
 def tokeniser_of(config: Config, tokenizer: Any) -> Tokeniser:
