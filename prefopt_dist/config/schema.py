@@ -22,6 +22,16 @@ from prefopt_dist.errors import UserError
 Day = Annotated[str, Rule("a date as YYYY-MM-DD", lambda v: re.fullmatch(r"\d{4}-\d\d-\d\d", v) is not None)]
 
 
+Form = Literal[
+    "auto", "raw_pair", "pair", "conversations", "transcripts", "implicit_prompt", "rated", "demonstration",
+    "sharegpt", "sharegpt_rated", "sharegpt_kto_tag", "sharegpt_messages", "messages_pair", "swift",
+    "swift_messages", "messages_rated", "alpaca_pair", "alpaca_outputs", "alpaca_farm", "alpaca", "ultrafeedback",
+    "question_pair", "openai", "nemo", "nectar", "helpsteer2", "helpsteer3", "shp", "saferlhf", "webgpt", "arena",
+    "arena_texts",
+]  # fmt: skip
+"""The forms of data/forms.py, which a test compares."""
+
+
 @dataclass(frozen=True)
 class Run:
     """Where the run lives and what its randomness starts from."""
@@ -84,7 +94,7 @@ class Data:
     """A path or hub name, one {path, name, split, weight}, or a list of these."""
     eval: dict[str, tuple[DataSource, ...]] | None = None
     """The same, or a map of named sets; null: no evaluation. The unnamed set has the name ''."""
-    format: Literal["auto", "raw_pair", "pair", "conversations", "transcripts", "demonstration", "rated"] = "auto"
+    format: Form = "auto"
     """The form of the rows; auto: found by the fields of the first rows."""
     template: Literal["auto", "chat", "none"] = "auto"
     """Whether text goes through the chat template; auto: unless the first prompts of its source are rendered turns."""

@@ -67,8 +67,10 @@ def string_of(row: Row, name: str) -> str:
 
 
 def text_or_messages(row: Row, name: str) -> str | Messages:
-    """The field's value: a string, or the messages that a list or JSON text says."""
+    """The field's value: a string, or the messages that a list, one message alone or JSON text says."""
     value = _parsed_messages(field_of(row, name))
+    if isinstance(value, dict):
+        value = [value]
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -78,11 +80,11 @@ def text_or_messages(row: Row, name: str) -> str | Messages:
 
 def _parsed_messages(value: Any) -> Any:
     """The list that JSON text of messages says; everything else as it is."""
-    if isinstance(value, str) and value.lstrip().startswith("[") and '"role"' in value:
+    if isinstance(value, str) and value.lstrip().startswith("[") and ('"role"' in value or '"from"' in value):
         with suppress(ValueError, RecursionError):
             found = json.loads(value)
             json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate in it is no text for a tokenizer
-            if isinstance(found, list) and found and all(role_of(item) in ROLES for item in found):
+            if isinstance(found, list) and found and all(role_of(item) in (*ROLES, *SPEAKERS) for item in found):
                 return found
     return value
 
@@ -98,18 +100,61 @@ def messages_of(value: Any, name: str) -> Messages:
 
 
 def _message(item: Any, name: str) -> Message:
+    item = _in_our_words(item)
     if role_of(item) not in ROLES:
         rule = f"each message of {name} must be {{role, content}} with a role of {', '.join(ROLES)}"
         raise BadRow("bad_message", rule, item)
     extra = tuple(
         (part, _calls(item[part], name) if part == "tool_calls" else item[part]) for part in PASSED_ON if item.get(part)
     )
-    content = item.get("content")
+    content = _joined_parts(item.get("content"), name)
     if content is None and item.get("tool_calls"):
         content = ""  # a turn that only calls tools has no text
     if not isinstance(content, str):
         raise BadRow("bad_message", f"the content of each message of {name} must be a string", content)
     return Message(item["role"], content, extra)
+
+
+SPEAKERS = {
+    **{"human": "user", "user": "user", "system": "system"},
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot", "function_call"), "assistant"),
+    **dict.fromkeys(("function", "observation", "tool", "function_response"), "tool"),
+}
+"""What other forms call those who speak."""
+
+
+def is_assistant(role: Any) -> bool:
+    """Whether a role of any form is the assistant's."""
+    return isinstance(role, str) and SPEAKERS.get(role) == "assistant"
+
+
+def _in_our_words(item: Any) -> Any:
+    """A message with role and content, where it says from and value, or a call as OpenAI's older interface had it."""
+    if not isinstance(item, dict):
+        return item
+    if "role" not in item and "from" in item:
+        item = {**{name: value for name, value in item.items() if name not in ("from", "value")},
+                "role": item["from"], "content": item.get("value")}  # fmt: skip
+    role = item.get("role")
+    call = item.get("function_call")
+    if role == "function_call" and isinstance(item.get("content"), str):
+        with suppress(ValueError, RecursionError):
+            call = json.loads(item["content"])
+            item = {**item, "content": None}
+    if isinstance(call, dict):
+        item = {**item, "tool_calls": [{"type": "function", "function": call}]}
+    return {**item, "role": SPEAKERS.get(role, role) if isinstance(role, str) else role}
+
+
+def _joined_parts(content: Any, name: str) -> Any:
+    """The text of a list of text parts; everything else as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    strings = [text for text in texts if isinstance(text, str)]
+    if len(strings) < len(texts):
+        raise BadRow("bad_message", f"the parts of a content in {name} must be texts; others are not learnt", content)
+    return "".join(strings)
 
 
 def _calls(calls: Any, name: str) -> Any:
@@ -142,7 +187,7 @@ def _object(text: str, what: str) -> dict[str, Any]:
 
 def role_of(item: Any) -> Any:
     """Who speaks in a message, where it says so."""
-    return item.get("role") if isinstance(item, dict) else None
+    return item.get("role", item.get("from")) if isinstance(item, dict) else None
 
 
 def tools_of(row: Row) -> tuple[Any, ...] | None:

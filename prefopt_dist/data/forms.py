@@ -7,7 +7,10 @@
 | conversations | `chosen`, `rejected`: whole message lists; their common prefix is the prompt |
 | transcripts | `chosen`, `rejected`: whole `\\n\\nHuman: … \\n\\nAssistant: …` texts |
 | demonstration | `prompt`, `completion`: strings or message lists; or `messages`: a conversation |
-| rated | `prompt`, `completion`, `label`: true or false |
+| implicit_prompt | `chosen`, `rejected`: two texts whose common beginning is the prompt |
+| rated | `prompt`, `completion`, `label`: true or false, or 1 or 0 |
+
+`field_forms.py` has those of tools and data sets of the field.
 
 Beside each may stand `tools` (a list, or JSON text of one), `system` (the text of a system turn) and
 `chat_template_kwargs` (an object, or JSON text of one). Messages may be JSON text of a list. All other columns are
@@ -21,7 +24,9 @@ from typing import Any
 
 from prefopt_dist.data.bad_row import BadRow
 from prefopt_dist.data.example import Example, Message, Messages
+from prefopt_dist.data.field_forms import FIELD_FORMS, form_of_the_field
 from prefopt_dist.data.fields import (
+    TURN,
     Row,
     field_of,
     is_blank,
@@ -80,6 +85,9 @@ def detect_form(rows: Sequence[Row], key: str) -> str:
 def _form_of(row: Row) -> str | None:
     """The form the fields say; where two share the fields, their first values decide."""
     has = {name for name, value in row.items() if value is not None}
+    named = form_of_the_field(row, has)
+    if named is not None:
+        return named
     if {"prompt", "chosen_response", "rejected_response"} <= has:
         return "raw_pair"
     if {"chosen", "rejected"} <= has:
@@ -88,7 +96,9 @@ def _form_of(row: Row) -> str | None:
         if "prompt" in has:
             # A conversation that repeats the prompt is not a response to it.
             return "conversations" if whole else "pair"
-        return "conversations" if isinstance(chosen, list) else "transcripts"
+        if isinstance(chosen, list):
+            return "conversations"
+        return "transcripts" if not isinstance(chosen, str) or TURN.match(chosen) else "implicit_prompt"
     if {"prompt", "completion"} <= has:
         return "rated" if "label" in has else "demonstration"
     return "demonstration" if "messages" in has else None
@@ -100,8 +110,11 @@ def read_form(form: str, row: Row, learn: str = "last") -> Example:
     learn: of the conversation in `messages` `all` assistant turns are the response, or the `last`.
     """
     reading = Reading(row)
-    example = FORMS[form](reading)
-    if learn == "all" and form == "demonstration" and row.get("messages") is not None:
+    columns: Row = reading
+    if form in FIELD_FORMS:
+        columns, form = FIELD_FORMS[form].read(reading), FIELD_FORMS[form].becomes
+    example = OWN_FORMS[form](columns)
+    if learn == "all" and form == "demonstration" and columns.get("messages") is not None:
         example = _from_first_answer(example)
     example = _with_system(example, reading)
     example = replace(example, arguments=template_arguments(reading), ignored=reading.ignored())
@@ -122,9 +135,11 @@ def read_prompt(row: Row) -> Example:
 
     Raises BadRow where it has none.
     """
-    form = _form_of(row)
-    if form in ("conversations", "transcripts"):
-        prompt = read_form(form, row).prompt
+    form, given = _form_of(row), row
+    if form is not None and form in FIELD_FORMS:
+        row, form = FIELD_FORMS[form].read(row), FIELD_FORMS[form].becomes
+    if form in ("conversations", "transcripts", "implicit_prompt"):
+        prompt = OWN_FORMS[form](row).prompt
     elif row.get("prompt") is not None:
         prompt = text_or_messages(row, "prompt")
     elif row.get("messages") is not None:
@@ -135,11 +150,13 @@ def read_prompt(row: Row) -> Example:
         raise BadRow("missing_field", rule, sorted(row), "name a file of prompts")
     if is_blank(prompt):
         raise BadRow("empty_prompt", "the prompt needs a character that is no space", text_of(prompt))
-    return replace(_with_system(Example(prompt, (), tools=tools_of(row)), row), arguments=template_arguments(row))
+    example = _with_system(Example(prompt, (), tools=tools_of(row)), given)
+    return replace(example, arguments=template_arguments(given))
 
 
 def kind_of(form: str) -> str:
     """What rows of the form become: `pair`, `demonstration` or `rated`."""
+    form = FIELD_FORMS[form].becomes if form in FIELD_FORMS else form
     return form if form in ("demonstration", "rated") else "pair"
 
 
@@ -154,9 +171,9 @@ def _pair(row: Row) -> Example:
 
 def _rated(row: Row) -> Example:
     label = field_of(row, "label")
-    if not isinstance(label, bool):
-        raise BadRow("wrong_type", "label must be true or false", label)
-    return _prompted(row, ("completion",), label)
+    if not isinstance(label, bool | int | float) or label not in (0, 1):
+        raise BadRow("wrong_type", "label must be true or false, or 1 or 0", label)
+    return _prompted(row, ("completion",), bool(label))
 
 
 def _demonstration(row: Row) -> Example:
@@ -194,20 +211,37 @@ def _transcripts(row: Row) -> Example:
     return _split_common(chosen, rejected, tools_of(row))
 
 
-FORMS: dict[str, Callable[[Row], Example]] = {
+def _implicit_prompt(row: Row) -> Example:
+    """Two texts that begin alike: what both have, up to a white space, is the prompt."""
+    chosen, rejected = string_of(row, "chosen"), string_of(row, "rejected")
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shared = next((k for k, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    if shared == min(len(chosen), len(rejected)) and chosen != rejected:
+        raise BadRow("empty_response", "neither text may be the beginning of the other", chosen)
+    shared = max((k for k in range(shared) if chosen[k].isspace()), default=0)
+    if not chosen[:shared].strip():
+        raise BadRow("no_common_prompt", "both texts must begin with the same words", chosen)
+    return Example(chosen[:shared], (chosen[shared:], rejected[shared:]), tools=tools_of(row), joined=True)
+
+
+OWN_FORMS: dict[str, Callable[[Row], Example]] = {
     "raw_pair": _raw_pair,
     "pair": _pair,
     "conversations": _conversations,
     "transcripts": _transcripts,
+    "implicit_prompt": _implicit_prompt,
     "rated": _rated,
     "demonstration": _demonstration,
 }
+"""How each form's columns become an Example; others are turned into these columns first."""
+FORMS = (*OWN_FORMS, *FIELD_FORMS)
 _FIELDS = {
     "raw_pair": "prompt, chosen_response, rejected_response",
     "pair": "prompt, chosen, rejected",
-    "conversations or transcripts": "chosen, rejected",
+    "conversations, transcripts or implicit_prompt": "chosen, rejected",
     "rated": "prompt, completion, label",
     "demonstration": "prompt, completion, or messages",
+    **{name: ", ".join(form.columns) for name, form in FIELD_FORMS.items()},
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.bad_row import LEFT_OUT, BadRow
 from prefopt_dist.data.cache import Say, build, intact_rows, place
 from prefopt_dist.data.dates import writes_date
 from prefopt_dist.data.example import Example
@@ -226,7 +226,7 @@ class _Build:
             if isinstance(outcome, TokenisedRow):
                 self.tally.use(outcome)
                 rows.append((raw, outcome))
-            elif self.settings.on_bad_row == "drop":
+            elif self.settings.on_bad_row == "drop" or outcome.kind in LEFT_OUT:
                 self.tally.drop(outcome, origin)
             else:
                 raise stopped_by(outcome.message(origin))

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.bad_row import LEFT_OUT, BadRow
 from prefopt_dist.data.tokenise import TokenisedRow
 
 EXAMPLES = 3
@@ -51,7 +51,7 @@ class DataReport:
     @property
     def first_fault(self) -> str | None:
         """The message of the first row that was found unfit."""
-        return next((shown[0] for shown in self.examples.values()), None)
+        return next((shown[0] for kind, shown in self.examples.items() if kind not in LEFT_OUT), None)
 
     def as_run_json(self) -> dict[str, Any]:
         """What `run.json` holds of the data set."""

@@ -46,6 +46,9 @@ def held_to(example: Example, kind: str | None, template: Template) -> Example:
         )  # fmt: skip
     turns = parse_transcript_prompt(example.prompt) if own == TRANSCRIPT else None
     if turns is None:
+        if example.joined and own == PLAIN:
+            strings = [response.lstrip() for response in example.responses if isinstance(response, str)]
+            example = replace(example, responses=tuple(strings))
         return replace(example, templated=own == TURNS)
     if example.system is not None:
         turns = (Message("system", example.system), *turns)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.bad_row import LEFT_OUT, BadRow
 from prefopt_dist.data.example import Example, Message, Messages
 from prefopt_dist.data.fields import template_arguments
 from prefopt_dist.data.forms import read_prompt
@@ -150,7 +150,7 @@ def read_prompts(
 
 def _drop(bad: BadRow, origin: str, on_bad_row: str, dropped: Counter[str]) -> None:
     """Counts a bad row, or raises it under on_bad_row=stop."""
-    if on_bad_row == "stop":
+    if on_bad_row == "stop" and bad.kind not in LEFT_OUT:
         raise UserError(f"{bad.message(origin)}; {bad.remedy}, or leave such rows out with data.on_bad_row=drop")
     dropped[bad.kind] += 1
 

@@ -36,6 +36,7 @@ ADVICE: dict[str, tuple[str, str]] = {
         "the prompt alone is rendered otherwise than before its response, so training and use would differ",
         "use a template that keeps earlier turns as they are",
     ),
+    "tie": ("none of the answers is preferred, so the row says nothing", "leave it: such rows are left out"),
     "two_systems": ("a system column beside another system turn", "remove one of them"),
     "no_place_for_system": (
         "a system column beside a prompt that is rendered turns already",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from prefopt_dist.data.bad_row import LEFT_OUT
 from prefopt_dist.data.report import DataReport
 from prefopt_dist.data.rows import TokenisedRows
 from prefopt_dist.inspection.advice import ADVICE
@@ -59,7 +60,7 @@ class SetReport:
     ) -> SetReport:  # fmt: skip
         """policies: by the keys of the section inspect; None for an evaluation set."""
         bad = [
-            Told(kind, count, BAD_ROWS, on_bad_row, rows.report.examples[kind], False)
+            Told(kind, count, BAD_ROWS, "drop" if kind in LEFT_OUT else on_bad_row, rows.report.examples[kind], False)
             for kind, count in rows.report.dropped.items()
         ]
         others = [
