@@ -171,6 +171,8 @@ def _pair(row: Row) -> Example:
 
 def _rated(row: Row) -> Example:
     label = field_of(row, "label")
+    if isinstance(label, str):  # a table of text has no other values
+        label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower(), label)
     if not isinstance(label, bool | int | float) or label not in (0, 1):
         raise BadRow("wrong_type", "label must be true or false, or 1 or 0", label)
     return _prompted(row, ("completion",), bool(label))

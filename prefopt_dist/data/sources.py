@@ -11,17 +11,20 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import glob
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from prefopt_dist.data.arrow import rows_of
 from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.containers import csv_rows, listed, listed_rows, zstd_stream
 from prefopt_dist.data.folders import chosen_files
 from prefopt_dist.errors import NotHere, UserError
 from prefopt_dist.packages import needed
 
-JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+FILE_SUFFIXES = (*JSON_SUFFIXES, ".csv", ".parquet")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 READ_BYTES = 1 << 22
 READ_ROWS = 1024
@@ -106,6 +109,8 @@ class OpenSource:
             rows: Iterator[dict[str, Any] | BadRow] = _saved_rows(self.dataset)
         elif self.files[0].suffix == ".parquet":
             rows = _parquet_rows(self)
+        elif self.files[0].suffix == ".csv":
+            rows = (row for file in self.files for row in csv_rows(file, self.key))
         else:
             rows = _json_rows(self)
         line = 0
@@ -122,19 +127,21 @@ def open_source(source: SourceLike, index: int, key: str) -> OpenSource:
     """
     path = Path(source.path)
     if path.is_file():
-        if not path.name.endswith((*JSON_SUFFIXES, ".parquet")):
+        if not path.name.endswith(FILE_SUFFIXES):
             raise UserError(
                 f"{key}: {source.path!r} is of no known kind; name a file ending in "
-                f"{', '.join(JSON_SUFFIXES)} or .parquet, a saved data set folder or a hub name"
+                f"{', '.join(FILE_SUFFIXES)}, a saved data set folder or a hub name"
             )
         if source.split not in (None, "train"):
             raise UserError(f"{key}: a file has no splits, but {source.path!r} has {source.split!r}; remove the split")
         return OpenSource(source.path, index, (path,), None, key)
+    if any(mark in source.path for mark in "*?"):
+        return _open_glob(source, index, key)
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             return _open_saved(source, index, key)
         return _open_folder(source, index, key)
-    if HUB_NAME.fullmatch(source.path) and not source.path.endswith((*JSON_SUFFIXES, ".parquet")):
+    if HUB_NAME.fullmatch(source.path) and not source.path.endswith(FILE_SUFFIXES):
         return _open_hub(source, index, key)
     raise NotHere(f"{key}: there is no file or folder {source.path!r}; correct the path")
 
@@ -162,7 +169,7 @@ def _open_folder(source: SourceLike, index: int, key: str) -> OpenSource:
     # Hidden folders hold caches and histories, such as those of the hub's client.
     found = [file for file in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in file.parts[1:])]
     parquet = [file for file in found if file.suffix == ".parquet"]
-    lines = [file for file in found if file.name.endswith((".jsonl", ".jsonl.gz"))]
+    lines = [file for file in found if file.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))]
     if not parquet and not lines:
         raise UserError(
             f"{key}: the folder {source.path!r} holds neither a saved data set nor Parquet files nor .jsonl files; "
@@ -176,6 +183,22 @@ def _open_folder(source: SourceLike, index: int, key: str) -> OpenSource:
     files = chosen_files(
         folder, parquet or lines, name=source.name, split=source.split, key=key, shown=source.path
     )  # fmt: skip
+    return OpenSource(source.path, index, files, None, key)
+
+
+def _open_glob(source: SourceLike, index: int, key: str) -> OpenSource:
+    """The files that a pattern names, in the order of their names; all of one kind."""
+    files = tuple(sorted(Path(name) for name in glob(source.path, recursive=True) if Path(name).is_file()))
+    if not files:
+        raise NotHere(f"{key}: no file has a name like {source.path!r}; correct the pattern")
+    kinds = sorted({next((end for end in FILE_SUFFIXES if file.name.endswith(end)), "") for file in files})
+    if len(kinds) > 1 or not kinds[0]:
+        raise UserError(
+            f"{key}: {source.path!r} names files of the kinds {kinds}; let it name files of one kind, of "
+            f"{', '.join(FILE_SUFFIXES)}"
+        )
+    if source.split is not None:
+        raise UserError(f"{key}: files that a pattern names have no splits; remove the split {source.split!r}")
     return OpenSource(source.path, index, files, None, key)
 
 
@@ -263,11 +286,12 @@ def _json_rows(source: OpenSource) -> Iterator[dict[str, Any] | BadRow]:
 
 def _json_file(file: Path, source: OpenSource) -> Iterator[dict[str, Any] | BadRow]:
     """One entry a line, so that counting entries counts lines; blank lines at the end are none."""
-    opener: Any = gzip.open if file.suffix == ".gz" else open
     blank = 0
     try:
-        with opener(file, "rb") as stream:
-            _refuse_json_list(stream, source)
+        with _opened(file, source.key) as stream:
+            if listed(stream):
+                yield from listed_rows(stream, source.key, file)
+                return
             for line in stream:
                 if not line.strip():
                     blank += 1
@@ -280,14 +304,10 @@ def _json_file(file: Path, source: OpenSource) -> Iterator[dict[str, Any] | BadR
         raise UserError(f"{source.key}: {file} is a damaged gzip file ({error}); write it again") from error
 
 
-def _refuse_json_list(stream: IO[bytes], source: OpenSource) -> None:
-    start = stream.read(1024).lstrip()
-    stream.seek(0)
-    if start.startswith(b"["):
-        raise UserError(
-            f"{source.key}: {source.name} is one JSON list; one JSON object a line is needed: "
-            f"jq -c '.[]' FILE > FILE.jsonl"
-        )
+def _opened(file: Path, key: str) -> Any:
+    if file.suffix == ".zst":
+        return zstd_stream(file, key)
+    return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | BadRow:

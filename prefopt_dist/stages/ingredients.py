@@ -46,7 +46,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 REPOSITORY = Path(__file__).parents[2]
-FILE_ENDINGS = (".jsonl", ".json", ".gz", ".parquet")
+FILE_ENDINGS = (".jsonl", ".json", ".gz", ".zst", ".csv", ".parquet")
 """A data path that ends so is a file; a hub name may have dots too."""
 
 
@@ -92,7 +92,8 @@ def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | Non
     for key, sources in sets:
         for source in sources:
             looks_local = source.path.startswith((".", "/", "~")) or source.path.endswith(FILE_ENDINGS)
-            if looks_local and not Path(source.path).exists():
+            named = Path(source.path).exists() or any(mark in source.path for mark in "*?")
+            if looks_local and not named:
                 raise UserError(f"{key}: {source.path!r} does not exist. Give a file, a saved dataset or a hub name.")
 
 
