@@ -169,3 +169,9 @@ def test_the_configuration_knows_every_form() -> None:
     assert {form.becomes for form in FIELD_FORMS.values()} <= set(FORMS)
     with pytest.raises(UserError, match=r"the first rows have the fields \['a'\].*nectar: prompt, answers"):
         detect_form([{"a": 1}], "data.format")
+
+
+def test_the_page_has_every_form() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    for name in FORMS:
+        assert f"| `{name}` | " in page, name
