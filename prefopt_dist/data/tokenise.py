@@ -206,22 +206,29 @@ class Tokeniser:
             kept = start + row.prompt[len(row.prompt) - keep + len(start) :]
             return replace(row, prompt=kept)
         if isinstance(example.prompt, str):
-            return self._cut_text(example, example.prompt, row)
+            return self._cut_text(example.prompt, row, lambda text: replace(example, prompt=text))
+        turns = example.prompt
         for turns in _later_turns(example.prompt):
-            shorter = self._again(replace(example, prompt=turns))
-            if len(shorter.prompt) <= keep:
-                return shorter
-        raise self._prompt_too_long(row)
+            row = self._again(replace(example, prompt=turns))
+            if len(row.prompt) <= keep:
+                return row
+        last = turns[-1] if turns else None
+        if last is None or last.role != "user" or any(turn.role == "user" for turn in turns[:-1]):
+            raise self._prompt_too_long(row)
+        # One question is left; it is cut as a string would be.
+        return self._cut_text(
+            last.content, row, lambda text: replace(example, prompt=(*turns[:-1], replace(last, content=text)))
+        )
 
-    def _cut_text(self, example: Example, text: str, row: TokenisedRow) -> TokenisedRow:
-        """A string that became one turn loses tokens from its head; the turn's frame stays."""
+    def _cut_text(self, text: str, row: TokenisedRow, with_text: Callable[[str], Example]) -> TokenisedRow:
+        """The text of one turn loses tokens from its head; the turn's frame stays."""
         starts = [start for start, _ in self._offsets(text)]
         dropped = 0
         while len(row.prompt) > self.max_prompt_length:
             dropped += len(row.prompt) - self.max_prompt_length
             if dropped >= len(starts) or not text[starts[dropped] :].strip():
                 raise self._prompt_too_long(row)
-            row = self._again(replace(example, prompt=text[starts[dropped] :]))
+            row = self._again(with_text(text[starts[dropped] :]))
         return row
 
     def _again(self, example: Example) -> TokenisedRow:
