@@ -23,7 +23,10 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "train": ("epochs", "max_steps", "global_batch_pairs"),
 }
 _ONLY_WHERE_SET: dict[str, tuple[str, ...]] = {
-    "data": ("template_date", "learn", "system", "thinking"),
+    "data": (
+        *("template_date", "learn", "system", "thinking"),
+        *("chat_template", "template_kwargs", "columns", "pairs_from"),
+    ),
 }
 """Keys that came later: at their defaults they are no part of a run, so that runs from before go on."""
 _WHOLE_SECTIONS = ("loss", "lora", "optim")

@@ -10,7 +10,7 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from prefopt_dist.config.findings import Inspect
 from prefopt_dist.config.health import Health
@@ -87,6 +87,20 @@ class DataSource:
 
 
 @dataclass(frozen=True)
+class PairsFrom:
+    """How a row of several rated answers becomes a pair."""
+
+    responses: Text
+    """Dotted path of the list of answers; through a list of objects, as completions.text."""
+    scores: Text
+    """Dotted path of the list of their scores, such as completions.score."""
+    pairing: Literal["best_worst", "best_random"] = "best_worst"
+    """The rejected one: that of the lowest score, or one of the lower ones, drawn by the row's content."""
+    min_margin: NotNegative = 0.0
+    """A row whose two scores differ by less is left out as a tie."""
+
+
+@dataclass(frozen=True)
 class Data:
     """The preference data and how its rows become token sequences."""
 
@@ -107,6 +121,14 @@ class Data:
     template renders the finished conversation; null: as rendered where that begins with the prompt, else empty."""
     system: Literal["keep", "merge", "drop"] = "keep"
     """A system turn that the chat template has no place for: a bad row, put before the first user turn, or left out."""
+    chat_template: Text | None = None
+    """A file with a Jinja template to use instead of the tokenizer's; the export carries it."""
+    template_kwargs: dict[str, Any] | None = None
+    """Arguments of the chat template, such as {enable_thinking: false}; a row's chat_template_kwargs go before them."""
+    columns: dict[str, str] | None = None
+    """Our names of columns, and the dotted paths of the data's, such as {prompt: input.text, chosen: good}."""
+    pairs_from: PairsFrom | None = None
+    """Of rows with several rated answers: where they are, and which two are the pair; null: rows are what they are."""
     max_length: Annotated[int, Rule("at least 2", lambda v: v >= 2)] = 1024
     """Tokens of prompt and response together."""
     max_prompt_length: Count = 512

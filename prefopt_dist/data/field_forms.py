@@ -57,7 +57,7 @@ def pick(row: Row, first: str, second: str, better: bool | None) -> tuple[Any, A
 
 def best_and_worst(answers: Sequence[Any], scores: Sequence[Any], what: str) -> tuple[Any, Any]:
     """The answers of the highest and the lowest score; of equal ones the first and the last."""
-    rated = [(score, answer) for score, answer in zip(scores, answers, strict=True) if _number(score) is not None]
+    rated = [(score, answer) for score, answer in zip(scores, answers, strict=True) if number_of(score) is not None]
     if not rated:
         raise BadRow("missing_field", f"{what} must have scores that are numbers", list(scores))
     ranked = sorted(rated, key=lambda pair: -float(pair[0]))
@@ -66,7 +66,8 @@ def best_and_worst(answers: Sequence[Any], scores: Sequence[Any], what: str) -> 
     return ranked[0][1], ranked[-1][1]
 
 
-def _number(value: Any) -> float | None:
+def number_of(value: Any) -> float | None:
+    """A score as a number; None: it is none."""
     if isinstance(value, bool) or value is None:
         return None
     with suppress(ValueError, TypeError, OverflowError):
@@ -77,7 +78,7 @@ def _number(value: Any) -> float | None:
 
 def _sign(row: Row, name: str, *, first_is: int) -> bool | None:
     """Whether a signed preference is for the first of two answers; first_is: the sign that says so."""
-    value = _number(field_of(row, name))
+    value = number_of(field_of(row, name))
     if value is None:
         raise BadRow("wrong_type", f"{name} must be a number", row.get(name))
     return None if value == 0 else (value > 0) == (first_is > 0)
@@ -145,14 +146,14 @@ def _openai(row: Row) -> Columns:
 
 def _nemo(row: Row) -> Columns:
     ranked = _list(row, "completions")
-    ranks = [-rank if (rank := _number(one.get("rank"))) is not None else None for one in ranked]
+    ranks = [-rank if (rank := number_of(one.get("rank"))) is not None else None for one in ranked]
     best, worst = best_and_worst([one.get("completion") for one in ranked], ranks, "completions")
     return _pair(field_of(row, "context"), best, worst, tools=row.get("tools"))
 
 
 def _nectar(row: Row) -> Columns:
     ranked = _list(row, "answers")
-    ranks = [-rank if (rank := _number(one.get("rank"))) is not None else None for one in ranked]
+    ranks = [-rank if (rank := number_of(one.get("rank"))) is not None else None for one in ranked]
     best, worst = best_and_worst([one.get("answer") for one in ranked], ranks, "answers")
     return _pair(field_of(row, "prompt"), best, worst)
 

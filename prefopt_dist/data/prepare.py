@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.data.bad_row import LEFT_OUT, BadRow
 from prefopt_dist.data.cache import Say, build, intact_rows, place
+from prefopt_dist.data.columns import as_named
 from prefopt_dist.data.dates import writes_date
 from prefopt_dist.data.example import Example
 from prefopt_dist.data.forms import FORMS, detect_form, kind_of, read_form
@@ -105,7 +106,7 @@ def prepare_rows(
         if on_bad_row == "stop" and rows.report.first_fault is not None:
             raise stopped_by(rows.report.first_fault)
         return folder
-    if template != "none" and writes_date(tokenizer.chat_template or ""):
+    if template != "none" and writes_date(options.chat_template or str(tokenizer.chat_template)):
         say(f"{key}: the chat template writes a date, which is fixed to {options.template_date} (data.template_date)")
     tokeniser = Tokeniser(read_template(tokenizer, template, options), max_length, max_prompt_length)
     made = _Build(opened, tokeniser, settings)
@@ -180,7 +181,7 @@ class _Build:
             try:
                 if form == "auto":
                     form = self._settle(form, [row.fields], source, say)
-                example = read_form(form, row.fields, self.settings.options.learn)
+                example = read_form(form, as_named(row.fields, self.settings.options), self.settings.options.learn)
                 yield row, held_to(example, kind, self.tokeniser.template)
             except BadRow as bad:
                 yield row, bad
@@ -192,16 +193,24 @@ class _Build:
         examples = []
         for fields in rows:
             with suppress(BadRow):
-                examples.append(read_form(form, fields, self.settings.options.learn))
+                examples.append(read_form(form, as_named(fields, self.settings.options), self.settings.options.learn))
         kind = kind_of_texts(examples, self.tokeniser.template)
         if kind in SAID:
             say(f"{source.key}: the prompts of {source.name} {SAID[kind]}")
         return kind
 
+    def _named(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows under our names; those of which nothing can be made as they are."""
+        named = []
+        for fields in rows:
+            with suppress(BadRow):
+                named.append(as_named(fields, self.settings.options))
+        return named or rows
+
     def _settle(self, form: str, rows: list[dict[str, Any]], source: OpenSource, say: Say) -> str:
         """The form of the source, decided by its first rows under auto, once."""
         if form == "auto":
-            form = detect_form(rows, f"data.format: {source.name}")
+            form = detect_form(self._named(rows), f"data.format: {source.name}")
             say(f"{source.key}: {source.name} is read as {form}")
         self.forms[form] = None
         if len({kind_of(name) for name in self.forms}) > 1:

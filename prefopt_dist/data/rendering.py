@@ -69,6 +69,10 @@ class Template:
     """`auto`, `chat` or `none`."""
     text: str
     """The Jinja template: the tokenizer's or `PLAIN_TEMPLATE`."""
+    tool_text: str
+    """The same for rows with tools; a tokenizer may have a template of its own for these."""
+    arguments: tuple[tuple[str, Any], ...]
+    """Names and values that every rendering gets; a row's own go before them."""
     end: str
     """The token after an assistant turn: the last special token the template puts there, else eos."""
     tail: str
@@ -137,7 +141,7 @@ class Template:
         return Rendered(example.prompt, fulls, end_id, frozenset({end_id}), True, frozenset(repaired), carried, missing)
 
     def _templated(self, example: Example) -> Rendered:
-        if example.tools and "tools" not in self.text:
+        if example.tools and "tools" not in self.tool_text:
             raise BadRow(
                 "template_refused", "the chat template has no place for tools", example.tools[0],
                 "use a tokenizer whose template shows tools, or remove the tools column",
@@ -155,7 +159,7 @@ class Template:
             prompt = self._without_system(prompt, repaired)
         responses = tuple(self._one_turn(body, "assistant") for body in bodies)
         self._check_contents(prompt, responses)
-        render = partial(self._apply, tools=example.tools, arguments=dict(example.arguments))
+        render = partial(self._apply, tools=example.tools, arguments=dict(self.arguments + example.arguments))
         try:
             start = render(prompt, True)
             fulls = tuple(render(prompt + response, False) for response in responses)
@@ -341,7 +345,8 @@ class Template:
         return (Message(role, value),) if isinstance(value, str) else value
 
     def _apply(self, turns: Messages, opened: bool, tools: Any, arguments: dict[str, Any]) -> str:
-        return apply_template(self.tokenizer, self.text, turns, tools, opened, arguments)
+        text = self.tool_text if tools else self.text
+        return apply_template(self.tokenizer, text, turns, tools, opened, arguments)
 
     def _doubled(self, text: str) -> BadRow:
         return BadRow(

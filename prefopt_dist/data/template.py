@@ -34,7 +34,8 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str, options: TextOp
             f"model.tokenizer: {type(tokenizer).__name__} of {tokenizer.name_or_path} has no fast backend, "
             "which is needed to find the boundary between prompt and response; save it with a tokenizer.json"
         )
-    own = tokenizer.chat_template is not None
+    own = tokenizer.chat_template is not None or options.chat_template is not None
+    arguments = dict(options.template_kwargs)
     eos = None if tokenizer.eos_token is None else str(tokenizer.eos_token)
     bos = None if tokenizer.bos_token is None else str(tokenizer.bos_token)
     if eos is None and not own:
@@ -42,9 +43,10 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str, options: TextOp
     probe = (Message("user", PROBE_USER), Message("assistant", PROBE_REPLY))
     date_checked(options.template_date)
     try:
-        text = with_date(tokenizer.get_chat_template() if own else PLAIN_TEMPLATE, options.template_date)
-        full = apply_template(tokenizer, text, probe, None, False)
-        start = apply_template(tokenizer, text, probe[:1], None, True)
+        given = options.chat_template or (tokenizer.get_chat_template() if own else PLAIN_TEMPLATE)
+        text = with_date(given, options.template_date)
+        full = apply_template(tokenizer, text, probe, None, False, arguments)
+        start = apply_template(tokenizer, text, probe[:1], None, True, arguments)
     except Exception as error:  # a template is somebody's program: it can raise anything
         raise UserError(
             f"model.tokenizer: the chat template of {tokenizer.name_or_path} cannot render one question and one "
@@ -71,19 +73,23 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str, options: TextOp
         tokenizer=tokenizer,
         mode=mode,
         text=text,
+        tool_text=_tool_template(tokenizer, options) or text,
+        arguments=options.template_kwargs,
         end=end,
         tail=tail,
         ends=tuple(dict.fromkeys([end, *_call_ends(tokenizer, text, specials)])),
         lead=full[len(start) : full.rindex(PROBE_REPLY)] if full.startswith(start) else None,
         untemplated_end=eos or end,
-        frame=read_frame(lambda turns, opened: apply_template(tokenizer, text, turns, None, opened), start, full, bos),
+        frame=read_frame(
+            lambda turns, opened: apply_template(tokenizer, text, turns, None, opened, arguments), start, full, bos
+        ),
         bos=bos,
         starts_with_bos=bos is not None and (writes_bos or _adds_bos(tokenizer) or (not own and bos != eos)),
         writes_bos=writes_bos or (not own and bos is not None and bos != eos),
         stray_ids=frozenset(tokenizer.convert_tokens_to_ids([token for token in specials if token not in written])),
         specials=tuple(token for token in specials if token != bos or token in (end, eos)),
         thinking=read_thinking(
-            lambda turns, opened: apply_template(tokenizer, text, turns, None, opened), text, start, full
+            lambda turns, opened: apply_template(tokenizer, text, turns, None, opened, arguments), text, start, full
         ),
         thinking_mode=options.thinking,
         system=options.system,
@@ -109,10 +115,20 @@ def end_ids(template: Template) -> list[int]:
     return ids
 
 
-def template_named(tokenizer: PreTrainedTokenizerBase, mode: str) -> str:
-    """Whose chat template text goes through, for a person and run.json: the tokenizer's, the plain one, or none."""
+def _tool_template(tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> str | None:
+    """The template that a tokenizer of several names `tool_use`; None where there is no such one."""
+    named = tokenizer.chat_template
+    if options.chat_template is not None or not isinstance(named, dict) or "tool_use" not in named:
+        return None
+    return with_date(named["tool_use"], options.template_date)
+
+
+def template_named(tokenizer: PreTrainedTokenizerBase, mode: str, file: str | None) -> str:
+    """Whose chat template text goes through, for run.json: a file, the tokenizer (its own), plain or none."""
     if mode == "none":
         return "none"
+    if file is not None:
+        return file
     return "plain" if tokenizer.chat_template is None else "tokenizer"
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.data.bad_row import BadRow
 from prefopt_dist.data.example import Example, Messages
+from prefopt_dist.data.options import DEFAULTS, TextOptions
 from prefopt_dist.data.rendering import Rendered, Template
 from prefopt_dist.data.spans import Span
 
@@ -61,6 +62,8 @@ class Tokeniser:
     """Tokens of prompt + longer response."""
     max_prompt_length: int
     """Tokens that a prompt keeps where prompt + longer response exceeds `max_length`."""
+    options: TextOptions = DEFAULTS
+    """How the rows are read."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from prefopt_dist.data.bad_row import LEFT_OUT, BadRow
+from prefopt_dist.data.columns import as_named
 from prefopt_dist.data.example import Example, Message, Messages
 from prefopt_dist.data.fields import template_arguments
 from prefopt_dist.data.forms import read_prompt
 from prefopt_dist.data.frame import PROBE_REPLY
+from prefopt_dist.data.options import TextOptions
 from prefopt_dist.data.prepare import FIRST_READ
 from prefopt_dist.data.rendering import Template
 from prefopt_dist.data.sources import SourceLike, open_source
@@ -185,11 +187,11 @@ def _tokenised(
         opened = open_source(source, index, key)
         rows = opened.rows()
         first = list(islice(rows, FIRST_READ))
-        found = [example for row in first if isinstance(example := _example(row.fields), Example)]
+        found = [example for row in first if isinstance(example := _example(row.fields, tokeniser.options), Example)]
         kind = kind_of_texts(found, tokeniser.template)
         rows = chain(first, rows)
         while block := list(islice(rows, BLOCK)):
-            examples = [_example(row.fields, kind, tokeniser.template) for row in block]
+            examples = [_example(row.fields, tokeniser.options, kind, tokeniser.template) for row in block]
             ids = iter(tokeniser.encode_prompts([e for e in examples if isinstance(e, Example)]))
             for row, example in zip(block, examples, strict=True):
                 fields = row.fields if isinstance(row.fields, dict) else {}
@@ -204,13 +206,13 @@ def _tokenised(
 
 
 def _example(
-    fields: dict[str, Any] | BadRow, kind: str | None = None, template: Template | None = None
+    fields: dict[str, Any] | BadRow, options: TextOptions, kind: str | None = None, template: Template | None = None
 ) -> Example | BadRow:
     """The prompt with a reply that stands for what is to come; template: None where it is only looked at."""
     if isinstance(fields, BadRow):
         return fields
     try:
-        example = read_prompt(fields)
+        example = read_prompt(_columns_alone(fields, options))
         if isinstance(example.prompt, str):
             example = replace(example, responses=(PROBE_REPLY,))
         else:
@@ -218,6 +220,11 @@ def _example(
         return example if template is None else held_to(example, kind, template)
     except BadRow as bad:
         return bad
+
+
+def _columns_alone(fields: dict[str, Any], options: TextOptions) -> dict[str, Any]:
+    """The row under our names; a prompt needs no answers."""
+    return as_named(fields, replace(options, pairs_from=None))
 
 
 def _messages(turns: list[dict[str, Any]]) -> Messages:

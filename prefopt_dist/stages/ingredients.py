@@ -166,7 +166,7 @@ def _described(model: ModelFolder) -> str:
 
 def load_train(config: Config, models: Models, objective: Objective) -> TokenisedRows:
     """All ranks: the training set, tokenised by rank 0, mapped by all."""
-    if template_named(models.tokenizer, config.data.template) == "plain":
+    if template_named(models.tokenizer, config.data.template, config.data.chat_template) == "plain":
         say(
             "data: the tokenizer has no chat template, so turns get the plain one of this package "
             "('### user:' and '### assistant:' as headlines); the export carries it"

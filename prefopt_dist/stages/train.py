@@ -84,7 +84,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
         if ranks.rank() == 0:
             folder.note(
                 data=ingredients.data_facts(train, evals),
-                chat_template=template_named(models.tokenizer, config.data.template),
+                chat_template=template_named(models.tokenizer, config.data.template, config.data.chat_template),
                 reference=None if first_pass is None else first_pass.as_run_json(),
             )
 

@@ -50,7 +50,7 @@ def export(
     """Writes `target` whole or not at all; returns the worst relative difference of the probe's log-probs.
 
     model: the folder that training started from, for its architecture and what was frozen; adapter: of the run, which
-    is written alone unless merged; chat_template: that the training used, for a tokenizer that has none of its own;
+    is written alone unless merged; chat_template: that the training used in place of the tokenizer's;
     ends: tokens at which it taught the model to stop; card: the model card's text.
     """
     check_target(target)
@@ -64,7 +64,7 @@ def export(
     shutil.rmtree(staging, ignore_errors=True)
     try:
         _write(checkpoint, model, adapter, merged, dtype, staging, ends)
-        if tokenizer.chat_template is None and chat_template is not None:
+        if chat_template is not None:
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.chat_template = chat_template
         tokenizer.save_pretrained(staging)
