@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 import worlds
+from data_for_tests import ROWS, lines, prepare
 from tokenizers_for_tests import CHATML
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from prefopt_dist.data import open_rows
 from prefopt_dist.data.template import PLAIN_TEMPLATE
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.load import inspect_folder, load_tokenizer
@@ -81,6 +83,18 @@ def test_a_generation_config_that_the_export_could_not_write(tmp_path: Path, con
     folder = inspect_folder(tmp_path / "model", "model.name_or_path")
     with pytest.raises(UserError, match=rf"^model\.name_or_path: .*generation_config\.json {words}"):
         checks.check_exportable(folder, load_tokenizer(tmp_path / "model", "model.tokenizer"))
+
+
+def test_a_reference_that_lacks_a_token(tmp_path: Path) -> None:
+    worlds.write_model(tmp_path / "model", seed=1)
+    reference = inspect_folder(tmp_path / "model", "reference.name_or_path")
+    rows = open_rows(prepare(tmp_path, lines(tmp_path / "rows.jsonl", ROWS)))
+    largest = int(rows.tokens.max())
+    reference.config.vocab_size = largest + 1
+    checks.check_reference_vocabulary(reference, rows, "data.train")
+    reference.config.vocab_size = largest
+    with pytest.raises(UserError, match=rf"^reference\.name_or_path: .* but data\.train has token {largest}, which"):
+        checks.check_reference_vocabulary(reference, rows, "data.train")
 
 
 def test_a_reference_of_another_tokenizer(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def _instruction(row: Row) -> Any:
     history = row.get("history")
     if not history:
         return asked
-    if not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise BadRow("wrong_type", "history must be a list of [question, answer]", history)
     said = [{"role": role, "content": text} for turn in history for role, text in zip(ROLES, turn, strict=True)]
     return [*said, {"role": "user", "content": asked}]
@@ -183,7 +183,7 @@ def _arena(row: Row) -> Columns:
 
 def _arena_texts(row: Row) -> Columns:
     better = True if row.get("winner_model_a") else False if row.get("winner_model_b") else None
-    row.get("winner_tie")
+    row.get("winner_tie")  # what it says follows from the other two
     chosen, rejected = pick(row, "response_a", "response_b", better)
     asked, good, bad = (_json_list(value) for value in (field_of(row, "prompt"), chosen, rejected))
     if not asked or len(good) != len(asked) or len(bad) != len(asked):

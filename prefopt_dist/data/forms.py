@@ -112,6 +112,8 @@ def read_form(form: str, row: Row, learn: str = "last") -> Example:
     reading = Reading(row)
     columns: Row = reading
     if form in FIELD_FORMS:
+        for name in FIELD_FORMS[form].columns:
+            field_of(reading, name)
         columns, form = FIELD_FORMS[form].read(reading), FIELD_FORMS[form].becomes
     example = OWN_FORMS[form](columns)
     if learn == "all" and form == "demonstration" and columns.get("messages") is not None:

@@ -174,6 +174,16 @@ def check_reference_tokenizer(tokenizer: Any, reference: ModelFolder) -> None:
         )
 
 
+def check_reference_vocabulary(reference: ModelFolder, rows: TokenisedRows, key: str) -> None:
+    """Refuses rows with tokens that the reference has no embedding of."""
+    largest, has = int(rows.tokens.max()), reference.config.vocab_size
+    if largest >= has:
+        raise UserError(
+            f"{reference.key}: {reference.path} has {has} tokens, but {key} has token {largest}, which the policy "
+            "knows and the reference does not; give a reference of the same vocabulary"
+        )
+
+
 def check_exportable(policy: ModelFolder, tokenizer: Any) -> None:
     """Tries what the export writes besides weights: found there, after the training, a fault would be a pity."""
     generation = generation_config(policy.path, policy.key)

@@ -176,7 +176,7 @@ def load_train(config: Config, models: Models, objective: Objective) -> Tokenise
     say(f"data.train: {train.report.text()}")
     for shown in show_rows("data.train", train, models.tokenizer, 1):
         say(shown_text(shown, train.kind, models.tokenizer))
-    _tell_beyond_positions(models, train, "data.train")
+    _check_beside_models(models, train, objective, "data.train")
     check_rows(train, objective, "data.train")
     train = rows_for_loss(config, train, "data.train")
     ranks.decide(lambda: checks.check_lengths(config, train, objective, "data.train", trained=True))
@@ -189,7 +189,7 @@ def load_evals(config: Config, models: Models, objective: Objective) -> dict[str
     for name, (key, sources) in zip(config.data.eval or {}, eval_sets(config).items(), strict=True):
         evals[name] = _open(partial(prepared, config, models.tokenizer, models.policy.config.vocab_size, sources, key))
         say(f"{key}: {evals[name].report.text()}")
-        _tell_beyond_positions(models, evals[name], key)
+        _check_beside_models(models, evals[name], objective, key)
         check_rows(evals[name], objective, key)
         evals[name] = rows_for_loss(config, evals[name], key)
         ranks.decide(partial(checks.check_lengths, config, evals[name], objective, key, trained=False))
@@ -198,8 +198,10 @@ def load_evals(config: Config, models: Models, objective: Objective) -> dict[str
     return evals
 
 
-def _tell_beyond_positions(models: Models, rows: TokenisedRows, key: str) -> None:
-    """Names the rows that are longer than a model was made for."""
+def _check_beside_models(models: Models, rows: TokenisedRows, objective: Objective, key: str) -> None:
+    """All ranks: refuses tokens that the reference lacks; names the rows that are longer than a model was made for."""
+    if objective.needs_reference and models.reference is not models.policy:
+        ranks.decide(partial(checks.check_reference_vocabulary, models.reference, rows, key))
     lengths = rows.lengths()
     longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     for model in {models.policy.path: models.policy, models.reference.path: models.reference}.values():
