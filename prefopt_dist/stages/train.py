@@ -41,6 +41,12 @@ from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.run_folder import RunFolder
 from prefopt_dist.training.stopping import Requests
 
+DATA = (
+    "the data files, the tokenizer, (for inspect.eval_…=drop) data.eval, or this version of prefopt_dist, which may "
+    "read such rows otherwise (docs/data.md),"
+)
+"""What decides the tokens besides the configuration."""
+
 
 def run(config: Config, asked: Requests | None = None) -> None:
     """All ranks. asked: what the rounds are asked that this run is a part of; None: this run's own."""
@@ -150,7 +156,7 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
         )
     for name, key, what in (
         ("reference_key", "reference", "the weights or the configuration of the model folder"),
-        ("data_digest", "data.train", "the data files, the tokenizer or (for inspect.eval_…=drop) data.eval"),
+        ("data_digest", "data.train", DATA),
         ("base_key", "model.name_or_path", "the weights or the configuration of the base model's folder"),
     ):
         if name in facts and found.facts[name] != facts[name]:
