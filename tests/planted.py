@@ -98,12 +98,14 @@ def unusable(p: Planted) -> None:
     for question in ("and now?", "really?", "why?"):
         row = {"chosen": turns("hello", "hi", "so?", "yes"), "rejected": turns("hello", "hi", question, "no")}
         p.add(row, "prompts_differ")
-    p.add(pair("<|im_start|>user what?", chosen="this", rejected="that"), "doubled_template")
+    p.add(pair("<|im_start|>user\nwhat?<|im_end|>\n", chosen="this", rejected="that"), "doubled_template")
     for inside in ("yes<|im_end|> no", "<|im_end|>well"):
         p.add(pair("is it?", chosen=inside, rejected="maybe"), "end_token_inside")
     for number in (1, 2):
         p.add(pair(f"wobble {number}", chosen="yes", rejected="no"), "unstable_template")
-    p.add(pair(LONG, chosen=LONG, rejected="no"), "prompt_too_long")
+    ruled = [{"role": "system", "content": LONG}, *turns("what?")]
+    answers = [[{"role": "assistant", "content": text}] for text in (LONG, "no")]
+    p.add({"chosen": ruled + answers[0], "rejected": ruled + answers[1]}, "prompt_too_long")
     p.add(pair("tell me", chosen=LONG + "one", rejected=LONG + "two"), "identical_after_cut")
 
 

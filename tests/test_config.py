@@ -53,7 +53,7 @@ def complaint(tmp_path: Path, *overrides: str, text: str = MINIMAL) -> str:
 
 def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     config = load(tmp_path)
-    source = {"path": "rows.jsonl", "split": None, "weight": 1.0}
+    source = {"path": "rows.jsonl", "split": None, "weight": 1.0, "name": None}
     assert to_dict(config) == {
         "run": {"dir": "runs/a", "seed": 0, "cache": None},
         "model": {
@@ -67,6 +67,14 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "eval": None,
             "format": "auto",
             "template": "auto",
+            "template_date": "2024-07-26",
+            "learn": "all",
+            "system": "keep",
+            "thinking": None,
+            "chat_template": None,
+            "template_kwargs": None,
+            "columns": None,
+            "pairs_from": None,
             "max_length": 1024,
             "max_prompt_length": 512,
             "on_bad_row": "stop",
@@ -134,9 +142,11 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         "inspect": {
             **dict.fromkeys(
                 "duplicates contradictions eval_pairs eval_prompts cut special_tokens".split()
+                + "other_prompt lost_reasoning".split()
                 + "length_bias label_balance few_rows".split(),
                 "keep",
             ),
+            "show": 0,
             "file": None,
             "picture": None,
         },

@@ -113,7 +113,7 @@ LATER = turn("user", "again")
         ("demonstration", {"messages": [YES]}, "empty_prompt"),
         ("demonstration", {"messages": [USER]}, "bad_message"),
         ("demonstration", {"prompt": "q"}, "missing_field"),
-        ("rated", {"prompt": "q", "completion": "yes", "label": 1}, "wrong_type"),
+        ("rated", {"prompt": "q", "completion": "yes", "label": 2}, "wrong_type"),
         ("rated", {"prompt": "q", "completion": "yes"}, "missing_field"),
     ],
 )

@@ -95,7 +95,7 @@ def test_sources_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     saved.save_to_disk(tmp_path / "splits")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "list.json").write_text(json.dumps(ROWS))
+    (tmp_path / "list.json").write_text(json.dumps(ROWS)[:-1])
     (tmp_path / "rows.txt").write_text("x")
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
     (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(os.urandom(2000))[:-9])
@@ -103,7 +103,7 @@ def test_sources_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name, split, message in (
         ("missing.jsonl", None, "no file or folder"),
         ("empty.jsonl", None, "holds no row"),
-        ("list.json", None, "one JSON object a line"),
+        ("list.json", None, "begins as one JSON list, but is none"),
         ("rows.txt", None, "no known kind"),
         ("nothing", None, "neither a saved data set nor Parquet"),
         ("bad.parquet", None, "cannot be read as Parquet"),

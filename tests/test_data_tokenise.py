@@ -76,10 +76,11 @@ def test_plain_template_where_there_is_none() -> None:
     assert fault(tokenizer, Example(SKY, (BLUE, GREEN), tools=({"name": "f"},))) == "template_refused"
 
 
-def test_tokenizer_that_adds_bos_gets_it_under_a_template_without() -> None:
+def test_bos_stands_as_the_model_s_own_chat_has_it() -> None:
     tokenizer = small_tokenizer(CHATML, adds_bos=True)
     row = encode(tokenizer, pair("a", "yes", "no"))
-    assert row.prompt == ids(tokenizer, "<s><|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
+    assert row.prompt == ids(tokenizer, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
+    assert encode(tokenizer, pair("what is", " blue", " green"), "none").prompt == ids(tokenizer, "<s>what is")
 
 
 def test_strings_that_carry_the_template() -> None:
@@ -187,9 +188,17 @@ def test_prompt_is_cut_by_whole_turns() -> None:
         row = encode(tokenizer, pair(TURNS, BLUE, GREEN), max_length=length - 1, max_prompt=max_prompt)
         assert (row.prompt, row.responses) == (expected.prompt, expected.responses)
         assert row.cut == {"prompt"}
+    # The last question is cut as a string would be; its frame and the system turn stay.
     example = pair(TURNS, BLUE, GREEN)
-    kind = fault(tokenizer, example, max_length=length - 1, max_prompt=len(shortest.prompt) - 1)
-    assert kind == "prompt_too_long"
+    row = encode(tokenizer, example, max_length=length - 1, max_prompt=len(shortest.prompt) - 2)
+    system = "<|im_start|>system\nyou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    cut = tokenizer.decode(row.prompt)
+    assert cut.startswith(system)
+    assert len(row.prompt) <= len(shortest.prompt) - 2
+    assert cut.endswith("the colour?<|im_end|>\n<|im_start|>assistant\n")
+    assert row.cut == {"prompt"}
+    frame = len(encode(tokenizer, pair((*TURNS[:1], Message("user", "x")), BLUE, GREEN)).prompt) - 1
+    assert fault(tokenizer, example, max_length=length - 1, max_prompt=frame) == "prompt_too_long"
 
 
 def test_both_responses_are_cut_to_the_same_budget() -> None:

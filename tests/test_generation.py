@@ -277,15 +277,16 @@ def test_an_answer_is_exact_where_training_gets_its_ids(tmp_path: Path) -> None:
     ).all
     sky = tokenizer("the sky is blue.", add_special_tokens=False)["input_ids"]
     letters = [tokenizer.convert_tokens_to_ids(c) for c in "sky"]  # other tokens of a word that is one token or two
+    opened = tokenizer("assistant\n", add_special_tokens=False)["input_ids"]
     assert letters != tokenizer("sky", add_special_tokens=False)["input_ids"]
-    sampled = [[*sky, end], [*letters, end], sky, [end], [*sky, turn, end]]
+    sampled = [[*sky, end], [*letters, end], sky, [end], [turn, *opened, *sky, end]]
     found = answers_of(p, sampled, (end,), of)
     assert [(a.text, a.fault, a.exact) for a in found] == [
         ("the sky is blue.", None, True),
         ("sky", None, False),
         ("the sky is blue.", "unfinished", False),
         ("", "empty_response", False),
-        ("the sky is blue.<|im_start|>", "doubled_template", False),
+        ("<|im_start|>assistant\nthe sky is blue.", "doubled_template", False),
     ]
     scores = [[float(i)] for i in range(5)]
     rule = pairs.Rule("best_worst", 0.0, (1.0,), 0)

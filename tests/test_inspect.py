@@ -31,7 +31,7 @@ from prefopt_dist.stages.rows import prepared_train
 
 ROW_KINDS = (
     "duplicates contradictions eval_pairs eval_prompts cut_prompt cut_response unfair_cut missing_bos missing_end "
-    "double_bos double_end stray_special"
+    "double_bos double_end stray_special lost_reasoning other_prompt"
 ).split()
 
 
@@ -343,3 +343,29 @@ def test_the_benchmark_finds_what_it_planted() -> None:
     command = [sys.executable, "-m", "benchmarks.inspect", "--pairs", "3004", "--words", "3"]
     said = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
     assert "found: 12 contradictions, 4 duplicates, 4 empty_response, 3 eval_pairs, 3 eval_prompts, all that" in said
+
+
+def test_rows_are_shown_as_the_model_sees_them(world: World) -> None:
+    row = planted.pair("what is long?", chosen="grass\ngrass", rejected="grass") | {"note": "x", "empty": None}
+    world.train.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    report = world.report("inspect.show=1")
+    first, held = report["shown"]
+    assert (first["set"], held["set"]) == ("data.train", "data.eval")
+    assert first.keys() == set(
+        "set origin prompt_ids responses_ids learnt prompt_text responses_text cut ignored_columns".split()
+    )
+    rows = world.train_rows()
+    assert first["origin"] == f"{world.train}:1"
+    assert first["prompt_ids"] == rows.prompt(0).tolist()
+    assert first["responses_ids"] == [rows.response(0, k).tolist() for k in (0, 1)]
+    assert [len(one) for one in first["learnt"]] == [len(one) for one in first["responses_ids"]]
+    assert all(all(one) for one in first["learnt"])
+    assert first["prompt_text"] == world.tokenizer.decode(first["prompt_ids"])
+    assert first["responses_text"] == [world.tokenizer.decode(ids) for ids in first["responses_ids"]]
+    assert (first["cut"], first["ignored_columns"]) == ([], ["note"])
+    assert report["data.train"]["counts"]["ignored"] == {str(world.train): {"note": 2}}
+    said = world.inspect("inspect.show=1")[1]
+    assert f"data.train {world.train}:1, as the model sees it" in said
+    assert f"): ⟦grass\\ngrass{world.tokenizer.decode(first['responses_ids'][0][-1:])}⟧\n" in said
+    assert "  ignored columns: note\n" in said
+    assert world.inspect("inspect.show=-1")[0] == 2

@@ -25,6 +25,7 @@ from tokenizers_for_tests import CHATML, INST, small_tokenizer
 
 from prefopt_dist import model as model_package
 from prefopt_dist.config import load_config
+from prefopt_dist.data.micro_batch import Unit
 from prefopt_dist.errors import UserError
 from prefopt_dist.file_lock import FileLock
 from prefopt_dist.model.load import load_tokenizer
@@ -179,15 +180,18 @@ def test_training_reads_what_the_policies_leave(door: Door) -> None:
     """What load_train gives every rank, and what it says."""
     data = door.lines("twice.jsonl", PAIR, PAIR | {"prompt": "a dog"}, PAIR)
     tokenizer = load_tokenizer(door.folder / "model", "model.tokenizer")
-    policy = SimpleNamespace(config=SimpleNamespace(vocab_size=300))
+    made = SimpleNamespace(vocab_size=300, max_position_embeddings=5)
+    policy = SimpleNamespace(config=made, path="m", key="model.name_or_path")
     for overrides, left in (([], [1, 2, 3]), (["inspect.duplicates=drop"], [1, 2])):
         config = load_config(str(door.run()), [f"data.train={data}", *overrides])
-        models: Any = SimpleNamespace(tokenizer=tokenizer, policy=policy)
+        models: Any = SimpleNamespace(tokenizer=tokenizer, policy=policy, reference=policy)
         rows = ingredients.load_train(config, models, DPO(0.1, 0.0, 0.0, False))
         assert rows.line.tolist() == left
         facts = ingredients.data_facts(rows, {})["train"]
         assert (facts["rows"], facts["used"], sum(facts["dropped"].values())) == (3, len(left), 3 - len(left))
-    assert f"dropped 1 duplicates\n    {data}:3 repeats {data}:1" in door.capsys.readouterr().out
+    said = door.capsys.readouterr().out
+    assert f"dropped 1 duplicates\n    {data}:3 repeats {data}:1" in said
+    assert "data.train: 3 rows are longer than the 5 positions that model.name_or_path was made for" in said
 
 
 @pytest.mark.parametrize(("name", "content"), [("zero.jsonl", b""), ("blank.jsonl", b"\n  \n\n"), ("z.jsonl.gz", b"")])
@@ -329,8 +333,11 @@ def test_a_million_lengths_take_no_time(door: Door) -> None:
         responses=2,
         lengths=lambda: of_row,
         origin=str,
-        prompt=lambda i: np.zeros(of_row[i, 0], dtype=np.int32),
-        response=lambda i, k: np.full(of_row[i, 1 + k], k, dtype=np.int32),
+        unit=lambda i, responses: Unit(
+            i,
+            np.zeros(of_row[i, 0], dtype=np.int32),
+            tuple(np.full(of_row[i, 1 + k], k, dtype=np.int32) for k in responses),
+        ),
     )
     config = load_config(door.run(), ["train.micro_batch_tokens=600"])
     before = time.perf_counter()

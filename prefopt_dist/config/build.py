@@ -119,6 +119,8 @@ def _build(kind: Any, value: Any, key: str) -> Any:
         return value
     if origin is tuple:
         return _build_tuple(arguments, value, key)
+    if origin is dict:
+        return _build_map(arguments[1], value, key)
     return _build_scalar(kind, value, key)
 
 
@@ -160,6 +162,21 @@ def _build_tuple(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[Any,
     return tuple(
         _build(kind, item, f"{key}[{index}]") for index, (kind, item) in enumerate(zip(arguments, value, strict=True))
     )
+
+
+def _build_map(kind: Any, value: Any, key: str) -> dict[str, Any]:
+    """A mapping of names; kind Any: to plain values."""
+    if not isinstance(value, dict):
+        mistake(key, value, "a mapping of names", "write {name: value}")
+    built = {}
+    for name, item in value.items():
+        if not isinstance(name, str) or not name or not _is_writable(name):
+            mistake(key, name, "a name", "write {name: value}")
+        of = kind if kind is not Any else type(item)
+        if of not in (str, bool, int, float):
+            mistake(_join(key, name), item, "a string, a number, true or false", "write one of these")
+        built[name] = _build_scalar(of, item, _join(key, name))
+    return built
 
 
 def _build_sources(value: Any, key: str) -> tuple[DataSource, ...]:

@@ -33,12 +33,18 @@ class Inspect:
     """Rows that were shortened to data.max_length."""
     special_tokens: RowPolicy = "keep"
     """Rows with missing or doubled special tokens (repaired if kept), or with some that the template never writes."""
+    other_prompt: RowPolicy = "keep"
+    """Rows whose prompt has another last token in use, since in training that token reaches into the response."""
+    lost_reasoning: RowPolicy = "keep"
+    """Rows with reasoning in earlier turns that the chat template leaves out, as many do."""
     length_bias: SetPolicy = "keep"
     """The longer response is chosen too often or too seldom."""
     label_balance: SetPolicy = "keep"
     """Rated rows of one label outweigh those of the other."""
     few_rows: SetPolicy = "keep"
     """Fewer than 10,000 rows."""
+    show: Annotated[int, Rule("at least 0", lambda v: v >= 0)] = 0
+    """Rows of each data set that are shown as the model sees them; in the file they stand under shown."""
     file: Text | None = None
     """Where the report is written as JSON; null: nowhere."""
     picture: Picture | None = None
@@ -47,4 +53,4 @@ class Inspect:
     @property
     def policies(self) -> dict[str, str]:
         """What each kind of finding does."""
-        return {name: value for name, value in vars(self).items() if name not in ("file", "picture")}
+        return {name: value for name, value in vars(self).items() if name not in ("show", "file", "picture")}

@@ -8,6 +8,7 @@ count, and they add a key instead of changing one, so runs from before there wer
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from prefopt_dist.config.dump import to_dict
@@ -21,6 +22,13 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "data": ("train", "format", "template", "max_length", "max_prompt_length", "on_bad_row"),
     "train": ("epochs", "max_steps", "global_batch_pairs"),
 }
+_ONLY_WHERE_SET: dict[str, tuple[str, ...]] = {
+    "data": (
+        *("template_date", "learn", "system", "thinking"),
+        *("chat_template", "template_kwargs", "columns", "pairs_from"),
+    ),
+}
+"""Keys that came later: at their defaults they are no part of a run, so that runs from before go on."""
 _WHOLE_SECTIONS = ("loss", "lora", "optim")
 _ABSENT = "absent"
 
@@ -31,10 +39,18 @@ def identity(config: Config) -> dict[str, Any]:
     Secrets are masked, so that the identity of a saved config.yaml equals the one that was saved.
     """
     sections = mask_secrets(to_dict(config))
+    for source in _sources(sections["data"]):
+        if source["name"] is None:  # there was no such key before
+            del source["name"]
     flat: dict[str, Any] = {}
     for section, keys in _KEYS.items():
         for key in keys:
             _flatten(f"{section}.{key}", sections[section][key], flat)
+    for section, keys in _ONLY_WHERE_SET.items():
+        defaults = {field.name: field.default for field in fields(getattr(config, section))}
+        for key in keys:
+            if getattr(getattr(config, section), key) != defaults[key]:
+                _flatten(f"{section}.{key}", sections[section][key], flat)
     for section in _WHOLE_SECTIONS:
         if sections[section] is not None:  # lora: a run without it may have begun before there was such a section
             _flatten(section, sections[section], flat)
@@ -43,6 +59,12 @@ def identity(config: Config) -> dict[str, Any]:
     if {"eval_pairs", "eval_prompts"} & set(dropped):
         _flatten("data.eval", sections["data"]["eval"], flat)  # it decides what is left of data.train
     return flat
+
+
+def _sources(data: dict[str, Any]) -> list[dict[str, Any]]:
+    evals = data["eval"] or {}
+    named = evals.values() if isinstance(evals, dict) else [evals]
+    return [*data["train"], *(source for sources in named for source in sources)]
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

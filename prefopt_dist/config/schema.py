@@ -7,9 +7,10 @@ Relative paths (model, data, DeepSpeed, run) are relative to the current working
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from prefopt_dist.config.findings import Inspect
 from prefopt_dist.config.health import Health
@@ -17,6 +18,18 @@ from prefopt_dist.config.lora import Lora
 from prefopt_dist.config.losses import DPOLoss, Loss
 from prefopt_dist.config.rules import Count, Dtype, Fraction, NotNegative, Positive, Rule, Text
 from prefopt_dist.errors import UserError
+
+Day = Annotated[str, Rule("a date as YYYY-MM-DD", lambda v: re.fullmatch(r"\d{4}-\d\d-\d\d", v) is not None)]
+
+
+Form = Literal[
+    "auto", "raw_pair", "pair", "conversations", "transcripts", "implicit_prompt", "rated", "demonstration",
+    "sharegpt", "sharegpt_rated", "sharegpt_kto_tag", "sharegpt_messages", "messages_pair", "swift",
+    "swift_messages", "messages_rated", "alpaca_pair", "alpaca_outputs", "alpaca_farm", "alpaca", "ultrafeedback",
+    "question_pair", "openai", "nemo", "nectar", "helpsteer2", "helpsteer3", "shp", "saferlhf", "webgpt", "arena",
+    "arena_texts",
+]  # fmt: skip
+"""The forms of data/forms.py, which a test compares."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +79,25 @@ class DataSource:
     path: Text
     """A file, a saved dataset or a hub name."""
     split: Text | None = None
-    """Split of a saved or hub dataset; null: 'train' there; files have none."""
+    """Split of a saved or hub dataset or a folder of files; null: 'train' there; files have none."""
     weight: Positive = 1.0
     """Passes an epoch; 0.5 is a seeded half."""
+    name: Text | None = None
+    """Configuration of a hub dataset or a folder of files, such as en; null: the only one."""
+
+
+@dataclass(frozen=True)
+class PairsFrom:
+    """How a row of several rated answers becomes a pair."""
+
+    responses: Text
+    """Dotted path of the list of answers; through a list of objects, as completions.text."""
+    scores: Text
+    """Dotted path of the list of their scores, such as completions.score."""
+    pairing: Literal["best_worst", "best_random"] = "best_worst"
+    """The rejected one: that of the lowest score, or one of the lower ones, drawn by the row's content."""
+    min_margin: NotNegative = 0.0
+    """A row whose two scores differ by less is left out as a tie."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +105,30 @@ class Data:
     """The preference data and how its rows become token sequences."""
 
     train: tuple[DataSource, ...]
-    """A path or hub name, one {path, split, weight}, or a list of these."""
+    """A path or hub name, one {path, name, split, weight}, or a list of these."""
     eval: dict[str, tuple[DataSource, ...]] | None = None
     """The same, or a map of named sets; null: no evaluation. The unnamed set has the name ''."""
-    format: Literal["auto", "raw_pair", "pair", "conversations", "transcripts", "demonstration", "rated"] = "auto"
+    format: Form = "auto"
     """The form of the rows; auto: found by the fields of the first rows."""
     template: Literal["auto", "chat", "none"] = "auto"
-    """Whether text goes through the chat template; auto: unless it already carries its tokens."""
+    """Whether text goes through the chat template; auto: unless the first prompts of its source are rendered turns."""
+    template_date: Day = "2024-07-26"
+    """YYYY-MM-DD: what a chat template that writes the day's date gets; the day itself would change the tokens."""
+    learn: Literal["all", "last"] = "all"
+    """Of several assistant turns in a response, or of a conversation in messages, which are scored and learnt."""
+    thinking: Literal["empty", "keep"] | None = None
+    """Answers where generation's prompt opens reasoning: behind that prompt, the reasoning closed at once; or as the
+    template renders the finished conversation; null: as rendered where that begins with the prompt, else empty."""
+    system: Literal["keep", "merge", "drop"] = "keep"
+    """A system turn that the chat template has no place for: a bad row, put before the first user turn, or left out."""
+    chat_template: Text | None = None
+    """A file with a Jinja template to use instead of the tokenizer's; the export carries it."""
+    template_kwargs: dict[str, Any] | None = None
+    """Arguments of the chat template, such as {enable_thinking: false}; a row's chat_template_kwargs go before them."""
+    columns: dict[str, str] | None = None
+    """Our names of columns, and the dotted paths of the data's, such as {prompt: input.text, chosen: good}."""
+    pairs_from: PairsFrom | None = None
+    """Of rows with several rated answers: where they are, and which two are the pair; null: rows are what they are."""
     max_length: Annotated[int, Rule("at least 2", lambda v: v >= 2)] = 1024
     """Tokens of prompt and response together."""
     max_prompt_length: Count = 512

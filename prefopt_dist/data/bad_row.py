@@ -2,6 +2,8 @@
 
 from typing import Any
 
+LEFT_OUT = ("tie",)
+"""Kinds that are no fault of the data: such rows are left out and counted, and stop nothing."""
 SHOWN = 80
 """Characters of a value that a message shows."""
 

@@ -39,3 +39,13 @@ class Example:
     label: bool | None = None
     """The rating of a rated row."""
     tools: tuple[Any, ...] | None = None
+    system: str | None = None
+    """A system turn before a prompt that is a string."""
+    arguments: tuple[tuple[str, Any], ...] = ()
+    """Names and values that the chat template gets for this row."""
+    templated: bool | None = None
+    """What the strings of its source are: rendered turns already, or plain text; None: as this row looks."""
+    joined: bool = False
+    """The responses' strings go on from the prompt's, so the white space that they begin with is no part of them."""
+    ignored: tuple[str, ...] = ()
+    """Columns of the row that hold something, of which nothing was made."""

@@ -7,26 +7,64 @@
 | conversations | `chosen`, `rejected`: whole message lists; their common prefix is the prompt |
 | transcripts | `chosen`, `rejected`: whole `\\n\\nHuman: … \\n\\nAssistant: …` texts |
 | demonstration | `prompt`, `completion`: strings or message lists; or `messages`: a conversation |
-| rated | `prompt`, `completion`, `label`: true or false |
+| implicit_prompt | `chosen`, `rejected`: two texts whose common beginning is the prompt |
+| rated | `prompt`, `completion`, `label`: true or false, or 1 or 0 |
 
-A `tools` column (a list, or JSON text of one) may stand beside each.
+`field_forms.py` has those of tools and data sets of the field.
+
+Beside each may stand `tools` (a list, or JSON text of one), `system` (the text of a system turn) and
+`chat_template_kwargs` (an object, or JSON text of one). Messages may be JSON text of a list. All other columns are
+ignored, and named so.
 """
 
-import json
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from prefopt_dist.data.bad_row import BadRow
-from prefopt_dist.data.example import PASSED_ON, ROLES, Example, Message, Messages
+from prefopt_dist.data.example import Example, Message, Messages
+from prefopt_dist.data.field_forms import FIELD_FORMS, form_of_the_field
+from prefopt_dist.data.fields import (
+    TURN,
+    Row,
+    field_of,
+    is_blank,
+    messages_of,
+    parse_transcript,
+    role_of,
+    string_of,
+    template_arguments,
+    text_of,
+    text_or_messages,
+    tools_of,
+)
 from prefopt_dist.errors import UserError
 
-TURN = re.compile(r"\n\n(Human|Assistant):")
 FIRST_ROWS = 64
 """Rows that `auto` looks at."""
 
-Row = Mapping[str, Any]
+
+class Reading(Mapping[str, Any]):
+    """A row that remembers which of its columns were read."""
+
+    def __init__(self, row: Row) -> None:
+        self._row = row
+        self._read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return self._row[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._row)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def ignored(self) -> tuple[str, ...]:
+        """The columns that hold something and were not read."""
+        return tuple(name for name, value in self._row.items() if value is not None and name not in self._read)
 
 
 def detect_form(rows: Sequence[Row], key: str) -> str:
@@ -47,64 +85,86 @@ def detect_form(rows: Sequence[Row], key: str) -> str:
 def _form_of(row: Row) -> str | None:
     """The form the fields say; where two share the fields, their first values decide."""
     has = {name for name, value in row.items() if value is not None}
+    named = form_of_the_field(row, has)
+    if named is not None:
+        return named
     if {"prompt", "chosen_response", "rejected_response"} <= has:
         return "raw_pair"
     if {"chosen", "rejected"} <= has:
         chosen = row["chosen"]
-        whole = isinstance(chosen, list) and bool(chosen) and _role(chosen[0]) != "assistant"
+        whole = isinstance(chosen, list) and bool(chosen) and role_of(chosen[0]) != "assistant"
         if "prompt" in has:
             # A conversation that repeats the prompt is not a response to it.
             return "conversations" if whole else "pair"
-        return "conversations" if isinstance(chosen, list) else "transcripts"
+        if isinstance(chosen, list):
+            return "conversations"
+        return "transcripts" if not isinstance(chosen, str) or TURN.match(chosen) else "implicit_prompt"
     if {"prompt", "completion"} <= has:
         return "rated" if "label" in has else "demonstration"
     return "demonstration" if "messages" in has else None
 
 
-def read_form(form: str, row: Row) -> Example:
-    """The row as an `Example`. Raises BadRow where it is not of that form."""
-    example = FORMS[form](row)
-    if _is_blank(example.prompt):
-        raise BadRow("empty_prompt", "the prompt needs a character that is no space", _said(example.prompt))
+def read_form(form: str, row: Row, learn: str = "last") -> Example:
+    """The row as an `Example`. Raises BadRow where it is not of that form.
+
+    learn: of the conversation in `messages` `all` assistant turns are the response, or the `last`.
+    """
+    reading = Reading(row)
+    columns: Row = reading
+    if form in FIELD_FORMS:
+        for name in FIELD_FORMS[form].columns:
+            field_of(reading, name)
+        columns, form = FIELD_FORMS[form].read(reading), FIELD_FORMS[form].becomes
+    example = OWN_FORMS[form](columns)
+    if learn == "all" and form == "demonstration" and columns.get("messages") is not None:
+        example = _from_first_answer(example)
+    example = _with_system(example, reading)
+    example = replace(example, arguments=template_arguments(reading), ignored=reading.ignored())
+    if is_blank(example.prompt):
+        raise BadRow("empty_prompt", "the prompt needs a character that is no space", text_of(example.prompt))
     for response in example.responses:
-        if _is_blank(response):
+        if is_blank(response):
             rule = "each response needs a character that is no space"
-            raise BadRow("empty_response", rule, _said(response))
+            raise BadRow("empty_response", rule, text_of(response))
     if len(example.responses) == 2 and example.responses[0] == example.responses[1]:
-        said = _said(example.responses[0])
+        said = text_of(example.responses[0])
         raise BadRow("identical_responses", "chosen and rejected must differ", said)
     return example
 
 
-def read_prompt(row: Row) -> tuple[str | Messages, tuple[Any, ...] | None]:
-    """The prompt and the tools of a row of any form, or of one with `prompt` or a conversation in `messages` alone.
+def read_prompt(row: Row) -> Example:
+    """The prompt of a row of any form, or of one with `prompt` or a conversation in `messages` alone; no response.
 
     Raises BadRow where it has none.
     """
-    form = _form_of(row)
-    if form in ("conversations", "transcripts"):
-        prompt = read_form(form, row).prompt
+    form, given = _form_of(row), row
+    if form is not None and form in FIELD_FORMS:
+        row, form = FIELD_FORMS[form].read(row), FIELD_FORMS[form].becomes
+    if form in ("conversations", "transcripts", "implicit_prompt"):
+        prompt = OWN_FORMS[form](row).prompt
     elif row.get("prompt") is not None:
-        prompt = _text_or_messages(row, "prompt")
+        prompt = text_or_messages(row, "prompt")
     elif row.get("messages") is not None:
-        turns = _messages(row["messages"], "messages")
+        turns = messages_of(row["messages"], "messages")
         prompt = turns[:-1] if turns[-1].role == "assistant" else turns
     else:
         rule = "a row needs a prompt: the field prompt, messages, or chosen and rejected as conversations"
         raise BadRow("missing_field", rule, sorted(row), "name a file of prompts")
-    if _is_blank(prompt):
-        raise BadRow("empty_prompt", "the prompt needs a character that is no space", _said(prompt))
-    return prompt, _tools(row)
+    if is_blank(prompt):
+        raise BadRow("empty_prompt", "the prompt needs a character that is no space", text_of(prompt))
+    example = _with_system(Example(prompt, (), tools=tools_of(row)), given)
+    return replace(example, arguments=template_arguments(given))
 
 
 def kind_of(form: str) -> str:
     """What rows of the form become: `pair`, `demonstration` or `rated`."""
+    form = FIELD_FORMS[form].becomes if form in FIELD_FORMS else form
     return form if form in ("demonstration", "rated") else "pair"
 
 
 def _raw_pair(row: Row) -> Example:
-    chosen, rejected = _string(row, "chosen_response"), _string(row, "rejected_response")
-    return Example(_string(row, "prompt"), (chosen, rejected), tools=_tools(row))
+    chosen, rejected = string_of(row, "chosen_response"), string_of(row, "rejected_response")
+    return Example(string_of(row, "prompt"), (chosen, rejected), tools=tools_of(row))
 
 
 def _pair(row: Row) -> Example:
@@ -112,68 +172,95 @@ def _pair(row: Row) -> Example:
 
 
 def _rated(row: Row) -> Example:
-    label = _field(row, "label")
-    if not isinstance(label, bool):
-        raise BadRow("wrong_type", "label must be true or false", label)
-    return _prompted(row, ("completion",), label)
+    label = field_of(row, "label")
+    if isinstance(label, str):  # a table of text has no other values
+        label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower(), label)
+    if not isinstance(label, bool | int | float) or label not in (0, 1):
+        raise BadRow("wrong_type", "label must be true or false, or 1 or 0", label)
+    return _prompted(row, ("completion",), bool(label))
 
 
 def _demonstration(row: Row) -> Example:
     if row.get("messages") is None:
         return _prompted(row, ("completion",), None)
-    turns = _messages(row["messages"], "messages")
+    turns = messages_of(row["messages"], "messages")
     _check_response(turns[-1:], "messages")
-    return Example(turns[:-1], (turns[-1:],), tools=_tools(row))
+    return Example(turns[:-1], (turns[-1:],), tools=tools_of(row))
+
+
+def _from_first_answer(example: Example) -> Example:
+    """The conversation parted at its first answer instead of its last."""
+    turns = (*example.prompt, *example.responses[0])
+    asked = next((k for k, turn in enumerate(turns) if turn.role == "user"), len(turns))
+    first = next(k for k in range(len(turns)) if turns[k].role == "assistant" and (k > asked or k == len(turns) - 1))
+    return replace(example, prompt=turns[:first], responses=(turns[first:],))
 
 
 def _conversations(row: Row) -> Example:
-    chosen, rejected = (_messages(_field(row, name), name) for name in ("chosen", "rejected"))
-    example = _split_common(chosen, rejected, _tools(row))
+    chosen, rejected = (messages_of(field_of(row, name), name) for name in ("chosen", "rejected"))
+    example = _split_common(chosen, rejected, tools_of(row))
     given = row.get("prompt")
     if isinstance(given, str):
         users = [turn.content for turn in example.prompt if isinstance(turn, Message) and turn.role == "user"]
         agrees = given in users
     else:
-        agrees = given is None or _messages(given, "prompt") == example.prompt
+        agrees = given is None or messages_of(given, "prompt") == example.prompt
     if not agrees:
         raise BadRow("prompts_differ", "the prompt column must be what both conversations begin with", given)
     return example
 
 
 def _transcripts(row: Row) -> Example:
-    chosen, rejected = (_parse_transcript(_string(row, name), name) for name in ("chosen", "rejected"))
-    return _split_common(chosen, rejected, _tools(row))
+    chosen, rejected = (parse_transcript(string_of(row, name), name) for name in ("chosen", "rejected"))
+    return _split_common(chosen, rejected, tools_of(row))
 
 
-FORMS: dict[str, Callable[[Row], Example]] = {
+def _implicit_prompt(row: Row) -> Example:
+    """Two texts that begin alike: what both have, up to a white space, is the prompt."""
+    chosen, rejected = string_of(row, "chosen"), string_of(row, "rejected")
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shared = next((k for k, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    if shared == min(len(chosen), len(rejected)) and chosen != rejected:
+        raise BadRow("empty_response", "neither text may be the beginning of the other", chosen)
+    shared = max((k for k in range(shared) if chosen[k].isspace()), default=0)
+    if not chosen[:shared].strip():
+        raise BadRow("no_common_prompt", "both texts must begin with the same words", chosen)
+    return Example(chosen[:shared], (chosen[shared:], rejected[shared:]), tools=tools_of(row), joined=True)
+
+
+OWN_FORMS: dict[str, Callable[[Row], Example]] = {
     "raw_pair": _raw_pair,
     "pair": _pair,
     "conversations": _conversations,
     "transcripts": _transcripts,
+    "implicit_prompt": _implicit_prompt,
     "rated": _rated,
     "demonstration": _demonstration,
 }
+"""How each form's columns become an Example; others are turned into these columns first."""
+FORMS = (*OWN_FORMS, *FIELD_FORMS)
 _FIELDS = {
     "raw_pair": "prompt, chosen_response, rejected_response",
     "pair": "prompt, chosen, rejected",
-    "conversations or transcripts": "chosen, rejected",
+    "conversations, transcripts or implicit_prompt": "chosen, rejected",
     "rated": "prompt, completion, label",
     "demonstration": "prompt, completion, or messages",
+    **{name: ", ".join(form.columns) for name, form in FIELD_FORMS.items()},
 }
 
 
 def _prompted(row: Row, names: tuple[str, ...], label: bool | None) -> Example:
     """A prompt with its responses, each a string or a message list; one list makes all of them messages."""
-    prompt, responses = _text_or_messages(row, "prompt"), [_text_or_messages(row, name) for name in names]
+    prompt, responses = text_or_messages(row, "prompt"), [text_or_messages(row, name) for name in names]
     for name, response in zip(names, responses, strict=True):
         if isinstance(response, tuple) and response:
             _check_response(response, name)
     if isinstance(prompt, str):
         strings = tuple(response for response in responses if isinstance(response, str))
         if len(strings) == len(responses):
-            return Example(prompt, strings, label, _tools(row))
+            return Example(prompt, strings, label, tools_of(row))
     turns = tuple(_as_messages(response, "assistant") for response in responses)
-    return Example(_as_messages(prompt, "user"), turns, label, _tools(row))
+    return Example(_as_messages(prompt, "user"), turns, label, tools_of(row))
 
 
 def _as_messages(value: str | Messages, role: str) -> Messages:
@@ -210,82 +297,19 @@ def _check_response(turns: Messages, name: str) -> None:
         )
 
 
-def _parse_transcript(text: str, name: str) -> Messages:
-    before, *parts = TURN.split(text)
-    roles = ["user" if speaker == "Human" else "assistant" for speaker in parts[0::2]]
-    if before or not roles or roles[0] != "user" or roles[-1] != "assistant":
-        rule = f"{name} must begin with '\\n\\nHuman:' and end with a turn after '\\n\\nAssistant:'"
-        raise BadRow("bad_transcript", rule, text)
-    # The one space after the colon belongs to the form, further ones to the text.
-    return tuple(Message(role, turn.removeprefix(" ")) for role, turn in zip(roles, parts[1::2], strict=True))
-
-
-def _is_blank(value: str | Messages) -> bool:
-    if isinstance(value, str):
-        return not value.strip()
-    return not any(turn.content.strip() or dict(turn.extra).get("tool_calls") for turn in value)
-
-
-def _said(value: str | Messages) -> str:
-    return value if isinstance(value, str) else "".join(turn.content for turn in value)
-
-
-def _field(row: Row, name: str) -> Any:
-    if row.get(name) is None:
-        raise BadRow("missing_field", f"the row must have the field {name!r}", sorted(row))
-    return row[name]
-
-
-def _string(row: Row, name: str) -> str:
-    value = _field(row, name)
+def _with_system(example: Example, row: Row) -> Example:
+    """The example with the text of the column `system` as its first turn."""
+    value = row.get("system")
+    if value is None or value == "":
+        return example
     if not isinstance(value, str):
-        raise BadRow("wrong_type", f"{name} must be a string", value)
-    return value
-
-
-def _text_or_messages(row: Row, name: str) -> str | Messages:
-    value = _field(row, name)
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise BadRow("wrong_type", f"{name} must be a string or a list of messages", value)
-    return _messages(value, name) if value else ()
-
-
-def _messages(value: Any, name: str) -> Messages:
-    if not isinstance(value, list):
-        raise BadRow("wrong_type", f"{name} must be a list of messages", value)
-    if not value:
-        raise BadRow("empty_response", f"{name} must hold at least one message", value)
-    return tuple(_message(item, name) for item in value)
-
-
-def _message(item: Any, name: str) -> Message:
-    if _role(item) not in ROLES:
-        rule = f"each message of {name} must be {{role, content}} with a role of {', '.join(ROLES)}"
-        raise BadRow("bad_message", rule, item)
-    extra = tuple((part, item[part]) for part in PASSED_ON if item.get(part))
-    content = item.get("content")
-    if content is None and item.get("tool_calls"):
-        content = ""  # a turn that only calls tools has no text
-    if not isinstance(content, str):
-        raise BadRow("bad_message", f"the content of each message of {name} must be a string", content)
-    return Message(item["role"], content, extra)
-
-
-def _role(item: Any) -> Any:
-    return item.get("role") if isinstance(item, dict) else None
-
-
-def _tools(row: Row) -> tuple[Any, ...] | None:
-    tools = row.get("tools")
-    rule = "tools must be a list of objects, or JSON text of one"
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-            json.dumps(tools, ensure_ascii=False).encode()  # a lone surrogate in it is no text for a tokenizer
-        except (ValueError, RecursionError) as error:
-            raise BadRow("wrong_type", rule, tools) from error
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise BadRow("wrong_type", rule, tools)
-    return tuple(tools) if tools else None
+        raise BadRow("wrong_type", "system must be a string", value)
+    if isinstance(example.prompt, str):
+        return replace(example, system=value)
+    first = example.prompt[0] if example.prompt else None
+    if first is not None and first.role in ("system", "developer"):
+        if first.content.strip() != value.strip():
+            rule = "the system column must agree with the system turn that the prompt begins with"
+            raise BadRow("two_systems", rule, value, "remove one of them")
+        return example
+    return replace(example, prompt=(Message("system", value), *example.prompt))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt_dist.data.micro_batch import Unit, packed_tokens
+from prefopt_dist.data.micro_batch import Unit, packed_tokens, responses_of
 
 MOST_SWAPS = 2000
 TRAINING = 3
@@ -37,20 +37,22 @@ class Cost:
 
     def of(self, group: Sequence[Unit], tokens: int) -> float:
         """Of units of one prompt, which have `tokens` distinct tokens."""
-        distinct = {r.tobytes(): len(r) for u in group for r in u.responses}
-        return self.of_lengths(len(group[0].prompt), list(distinct.values()), tokens)
+        distinct = dict(pair for u in group for pair in responses_of(u))
+        lengths = [len(response.tokens) for response in distinct.values()]
+        scored = sum(response.scored for response in distinct.values())
+        return self.of_lengths(len(group[0].prompt), lengths, tokens, scored)
 
-    def of_lengths(self, prompt: int, responses: Sequence[int], tokens: int) -> float:
+    def of_lengths(self, prompt: int, responses: Sequence[int], tokens: int, scored: int | None = None) -> float:
         """Of a prompt and its different responses, by their lengths, which have `tokens` distinct input tokens.
 
         With a model's numbers (model/cost.py) these are the fewest operations of a forward pass: 2N·T + attention +
         2Vd·S, every distinct token through the layers once. A training step needs TRAINING times as many.
         """
-        attended, scored = prompt * (prompt + 1) / 2, 0
+        attended = prompt * (prompt + 1) / 2
         for n in responses:
             attended += (n - 1) * prompt + (n - 1) * n / 2
-            scored += n
-        return self.per_token * tokens + self.per_attended * attended + self.per_scored * scored
+        predicted = sum(responses) if scored is None else scored
+        return self.per_token * tokens + self.per_attended * attended + self.per_scored * predicted
 
 
 def work_of(groups: Sequence[Sequence[Unit]], cost: Cost) -> tuple[int, float]:

@@ -1,8 +1,8 @@
 """A micro-batch: one packed row of distinct sequences, and the units (pairs or single rows) over them.
 
-Legend: T packed input tokens, S scored (response) tokens, N tokens whose hidden states reach the output head,
-K most different tokens that one of them predicts, Q distinct sequences (prompt + response), U units,
-R responses of a unit.
+Legend: T packed input tokens, S scored tokens (those of the responses that are learnt), N tokens whose hidden states
+reach the output head, K most different tokens that one of them predicts, Q distinct sequences (prompt + response),
+U units, R responses of a unit.
 
 Each distinct prompt of the micro-batch stands in the row once, followed by its distinct responses:
 
@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.int32]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,33 @@ class Unit:
     responses: tuple[Tokens, ...]
     desirable: bool = True
     """Of a rated row: whether its response is a good one"""
+    learnt: tuple[Mask | None, ...] | None = None
+    """For each response which of its tokens are scored; None: all of them"""
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response to a prompt, with what is scored of it."""
+
+    tokens: Tokens
+    learnt: Mask | None
+
+    @property
+    def scored(self) -> int:
+        """Tokens that are scored."""
+        return len(self.tokens) if self.learnt is None else int(np.count_nonzero(self.learnt))
+
+
+ResponseKey = tuple[bytes, bytes]
+
+
+def responses_of(unit: Unit) -> list[tuple[ResponseKey, Response]]:
+    """The unit's responses by what makes them one: equal tokens, of which the same are scored."""
+    masks = unit.learnt or (None,) * len(unit.responses)
+    return [
+        ((tokens.tobytes(), b"" if mask is None else mask.tobytes()), Response(tokens, mask))
+        for tokens, mask in zip(unit.responses, masks, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -145,13 +173,13 @@ class MicroBatch:
         return replace(self, gathered=self.gathered.over(change), **changed)
 
 
-def _groups(units: Sequence[Unit]) -> dict[bytes, tuple[Tokens, dict[bytes, Tokens]]]:
+def _groups(units: Sequence[Unit]) -> dict[bytes, tuple[Tokens, dict[ResponseKey, Response]]]:
     """The distinct prompts in order of appearance, each with its distinct responses."""
-    groups: dict[bytes, tuple[Tokens, dict[bytes, Tokens]]] = {}
+    groups: dict[bytes, tuple[Tokens, dict[ResponseKey, Response]]] = {}
     for u in units:
         _, responses = groups.setdefault(u.prompt.tobytes(), (u.prompt, {}))
-        for r in u.responses:
-            responses.setdefault(r.tobytes(), r)
+        for key, response in responses_of(u):
+            responses.setdefault(key, response)
     return groups
 
 
@@ -166,7 +194,7 @@ def packed_tokens(units: Sequence[Unit]) -> int:
     """Input tokens of the row that `pack(units)` makes: each distinct token once."""
     total = 0
     for prompt, responses in _groups(units).values():
-        first, *others = responses.values()
+        first, *others = (response.tokens for response in responses.values())
         total += len(prompt) + len(first) - 1 + sum(len(r) - 1 - _shared(first, r) for r in others)
     return total
 
@@ -177,7 +205,7 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
         return _empty(responses_per_unit)
     for u in units:
         assert len(u.prompt) > 0, f"row {u.row}: empty prompt"
-        assert all(len(r) > 0 for r in u.responses), f"row {u.row}: empty response"
+        assert all(r.scored > 0 for _, r in responses_of(u)), f"row {u.row}: nothing of a response is scored"
         assert len(u.responses) == responses_per_unit, f"row {u.row}: {len(u.responses)} responses"
 
     ids: list[Tokens] = []
@@ -186,7 +214,7 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
     source: list[NDArray[np.int64]] = []
     target: list[Tokens] = []
     counts: list[int] = []
-    index: dict[tuple[bytes, bytes], int] = {}
+    index: dict[tuple[bytes, ResponseKey], int] = {}
     row_ends: list[int] = []  # where each prompt's own ends in the row
     sequence_ends: list[int] = []
     at = 0
@@ -196,8 +224,9 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
         ids.append(prompt)
         positions.append(np.arange(len(prompt)))
         at = p_end
-        first = next(iter(responses.values()))
-        for i, (response_key, response) in enumerate(responses.items()):
+        first = next(iter(responses.values())).tokens
+        for i, (response_key, scored) in enumerate(responses.items()):
+            response = scored.tokens
             shared = _shared(first, response) if i else 0
             inputs = response[shared:-1]
             start, at = at, at + len(inputs)
@@ -209,10 +238,11 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
                 segments.append(Segment(p_start, p_start, p_start, at))
             elif len(inputs):
                 segments.append(Segment(p_start, p_end + shared, start, at))
-            source.append(np.r_[p_end - 1 : p_end + shared, start:at])
-            target.append(response)
+            predicts = np.r_[p_end - 1 : p_end + shared, start:at]
+            source.append(predicts if scored.learnt is None else predicts[scored.learnt])
+            target.append(response if scored.learnt is None else response[scored.learnt])
             index[key, response_key] = len(counts)
-            counts.append(len(response))
+            counts.append(scored.scored)
         row_ends.append(at)
         sequence_ends.append(len(counts))
 
@@ -228,7 +258,7 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
         gathered=gather(segments),
         **_needs(np.concatenate(source), np.concatenate(target)),
         counts=torch.tensor(counts),
-        units=torch.tensor([[index[u.prompt.tobytes(), r.tobytes()] for r in u.responses] for u in units]),
+        units=torch.tensor([[index[u.prompt.tobytes(), key] for key, _ in responses_of(u)] for u in units]),
         rows=tuple(u.row for u in units),
         desirable=torch.tensor([u.desirable for u in units]),
         by_prompt=torch.from_numpy(of_unit.argsort(kind="stable")),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, islice
@@ -12,10 +12,13 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.bad_row import LEFT_OUT, BadRow
 from prefopt_dist.data.cache import Say, build, intact_rows, place
+from prefopt_dist.data.columns import as_named
+from prefopt_dist.data.dates import writes_date
 from prefopt_dist.data.example import Example
 from prefopt_dist.data.forms import FORMS, detect_form, kind_of, read_form
+from prefopt_dist.data.options import DEFAULTS, TextOptions
 from prefopt_dist.data.report import Tally
 from prefopt_dist.data.rows import (
     COLUMNS,
@@ -29,6 +32,7 @@ from prefopt_dist.data.rows import (
 )
 from prefopt_dist.data.sources import OpenSource, RawRow, SourceLike, open_source
 from prefopt_dist.data.template import read_template
+from prefopt_dist.data.texts import SAID, held_to, kind_of_texts
 from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
 from prefopt_dist.errors import UserError
 
@@ -49,6 +53,7 @@ class Settings:
     max_length: int
     max_prompt_length: int
     on_bad_row: str
+    options: TextOptions = DEFAULTS
 
     def check(self) -> None:
         """Raises UserError with the dotted key of the setting that is wrong."""
@@ -78,6 +83,7 @@ def prepare_rows(
     cache_dir: Path,
     vocab_size: int,
     key: str = "data.train",
+    options: TextOptions = DEFAULTS,
     say: Say = print,
     progress: Progress | None = None,
 ) -> Path:
@@ -89,7 +95,7 @@ def prepare_rows(
     Raises UserError: a source that cannot be read, wrong settings, a bad row under on_bad_row=stop,
     no row left, a token outside the model's vocabulary.
     """
-    settings = Settings(form, template, max_length, max_prompt_length, on_bad_row)
+    settings = Settings(form, template, max_length, max_prompt_length, on_bad_row, options)
     settings.check()
     opened = [open_source(source, index, key) for index, source in enumerate(sources)]
     weights = [source.weight for source in sources]
@@ -100,7 +106,9 @@ def prepare_rows(
         if on_bad_row == "stop" and rows.report.first_fault is not None:
             raise stopped_by(rows.report.first_fault)
         return folder
-    tokeniser = Tokeniser(read_template(tokenizer, template), max_length, max_prompt_length)
+    if template != "none" and writes_date(options.chat_template or str(tokenizer.chat_template)):
+        say(f"{key}: the chat template writes a date, which is fixed to {options.template_date} (data.template_date)")
+    tokeniser = Tokeniser(read_template(tokenizer, template, options), max_length, max_prompt_length)
     made = _Build(opened, tokeniser, settings)
     build(folder, lambda building: made.run(building, weights, vocab_size, key, say, progress))
     return folder
@@ -120,6 +128,7 @@ class _Build:
         self.settings = settings
         self.tally = Tally()
         self.forms: dict[str, None] = {}
+        self.masked = False
 
     def run(
         self,
@@ -148,9 +157,11 @@ class _Build:
             report = self.tally.report(", ".join(self.forms), "").text()
             raise UserError(f"{key}: no row is left to use; correct data.format or mend the data\n{report}")
         kind = cast(Kind, kind_of(next(iter(self.forms))))
-        if kind != "rated":
-            del files["labels"]
-            (folder / "labels.bin").unlink()
+        # Absent where it says nothing: labels of rows that are not rated, a mask of what is learnt throughout.
+        for name, absent in (("labels", kind != "rated"), ("learnt", not self.masked)):
+            if absent:
+                del files[name]
+                (folder / f"{name}.bin").unlink()
         report_ = self.tally.report(", ".join(self.forms), content_digest(files))
         write_manifest(folder, kind=kind, files=files, names=names, weights=weights, report=report_)
 
@@ -162,6 +173,7 @@ class _Build:
         # With nothing readable there is no form to detect: the rows below say what is wrong with them.
         if form != "auto" or readable:
             form = self._settle(form, readable, source, say)
+        kind = self._texts(form, readable, source, say)
         for row in chain(first, rows):
             if isinstance(row.fields, BadRow):
                 yield row, row.fields
@@ -169,14 +181,36 @@ class _Build:
             try:
                 if form == "auto":
                     form = self._settle(form, [row.fields], source, say)
-                yield row, read_form(form, row.fields)
+                example = read_form(form, as_named(row.fields, self.settings.options), self.settings.options.learn)
+                yield row, held_to(example, kind, self.tokeniser.template)
             except BadRow as bad:
                 yield row, bad
+
+    def _texts(self, form: str, rows: list[dict[str, Any]], source: OpenSource, say: Say) -> str | None:
+        """What the strings of the source are, by its first rows; None: no telling."""
+        if form == "auto":
+            return None
+        examples = []
+        for fields in rows:
+            with suppress(BadRow):
+                examples.append(read_form(form, as_named(fields, self.settings.options), self.settings.options.learn))
+        kind = kind_of_texts(examples, self.tokeniser.template)
+        if kind in SAID:
+            say(f"{source.key}: the prompts of {source.name} {SAID[kind]}")
+        return kind
+
+    def _named(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows under our names; those of which nothing can be made as they are."""
+        named = []
+        for fields in rows:
+            with suppress(BadRow):
+                named.append(as_named(fields, self.settings.options))
+        return named or rows
 
     def _settle(self, form: str, rows: list[dict[str, Any]], source: OpenSource, say: Say) -> str:
         """The form of the source, decided by its first rows under auto, once."""
         if form == "auto":
-            form = detect_form(rows, f"data.format: {source.name}")
+            form = detect_form(self._named(rows), f"data.format: {source.name}")
             say(f"{source.key}: {source.name} is read as {form}")
         self.forms[form] = None
         if len({kind_of(name) for name in self.forms}) > 1:
@@ -192,13 +226,16 @@ class _Build:
         rows = []
         for raw, item in block:
             outcome = item if isinstance(item, BadRow) else next(encoded)
-            origin = f"{self.sources[raw.source].name}:{raw.line}"
+            name = self.sources[raw.source].name
+            origin = f"{name}:{raw.line}"
+            if isinstance(item, Example):
+                self.tally.ignore(name, item.ignored)
             if isinstance(raw.fields, dict):
                 self.tally.name(raw.fields)
             if isinstance(outcome, TokenisedRow):
                 self.tally.use(outcome)
                 rows.append((raw, outcome))
-            elif self.settings.on_bad_row == "drop":
+            elif self.settings.on_bad_row == "drop" or outcome.kind in LEFT_OUT:
                 self.tally.drop(outcome, origin)
             else:
                 raise stopped_by(outcome.message(origin))
@@ -217,8 +254,14 @@ class _Build:
         tokens = np.concatenate(parts)
         _check_vocabulary(tokens.max(), vocab_size, key)
         ends = end + np.cumsum([len(part) for part in parts])
-        digests = b"".join(sequence_digest(row.prompt, ids) for _, row in rows for ids in row.responses)
+        digests = b"".join(
+            sequence_digest(row.prompt, ids, row.learnt_of(k)) for _, row in rows for k, ids in enumerate(row.responses)
+        )
         columns["tokens"].append(tokens)
+        for _, row in rows:
+            masks = [row.learnt_of(k) or [True] * len(ids) for k, ids in enumerate(row.responses)]
+            self.masked |= not all(map(all, masks))
+            columns["learnt"].append([False] * len(row.prompt) + [learnt for mask in masks for learnt in mask])
         columns["offsets"].append(ends)
         columns["digests"].append(np.frombuffer(digests, np.uint8))
         columns["labels"].append([row.label is True for _, row in rows])
@@ -253,6 +296,7 @@ def _cache_digest(
     state.update(tokenizer_content(tokenizer))
     # A build that stops at a bad row is never published, so both values of on_bad_row make the same folder.
     decisive = {name: value for name, value in vars(settings).items() if name != "on_bad_row"}
+    decisive["options"] = settings.options.as_json()
     state.update(json.dumps([SCHEMA, decisive], sort_keys=True).encode())
     return state.hexdigest()
 

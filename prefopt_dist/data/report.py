@@ -1,11 +1,11 @@
 """What became of the rows: used, dropped, cut and repaired, by kind."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.bad_row import LEFT_OUT, BadRow
 from prefopt_dist.data.tokenise import TokenisedRow
 
 EXAMPLES = 3
@@ -42,10 +42,16 @@ class DataReport:
     named: dict[str, dict[str, int]] = field(default_factory=dict)
     """Rows read by the name that a field of `NAMING_FIELDS` gives, for each such field that rows have."""
 
+    ignored: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By source: rows read that hold something in a column of which nothing was made."""
+
+    other_prompt: str = ""
+    """How the first prompt that ends otherwise in use ends there and here; "" where none does."""
+
     @property
     def first_fault(self) -> str | None:
         """The message of the first row that was found unfit."""
-        return next((shown[0] for shown in self.examples.values()), None)
+        return next((shown[0] for kind, shown in self.examples.items() if kind not in LEFT_OUT), None)
 
     def as_run_json(self) -> dict[str, Any]:
         """What `run.json` holds of the data set."""
@@ -60,6 +66,10 @@ class DataReport:
             lines += [f"    {example}" for example in self.examples[kind]]
         lines += [f"  cut the {kind} of {count} rows" for kind, count in self.cut.items()]
         lines += [f"  repaired {count} {kind}" for kind, count in self.repaired.items()]
+        for source, columns in self.ignored.items():
+            if columns:
+                names = ", ".join(f"{name} ({count} rows)" for name, count in columns.items())
+                lines.append(f"  columns of {source} that are ignored: {names}")
         if self.as_is:
             lines.append(f"  {self.as_is} rows of strings taken as they are, without a template")
         return "\n".join(lines)
@@ -76,6 +86,8 @@ class Tally:
         self.repaired: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.named: dict[str, Counter[str]] = {}
+        self.other_prompt = ""
+        self.ignored: dict[str, Counter[str]] = {}
 
     def name(self, fields: Mapping[str, Any]) -> None:
         """Counts a row read under the names that it gives its origin."""
@@ -85,6 +97,13 @@ class Tally:
                 value = value[:MOST_LETTERS]
                 counts = self.named.setdefault(column, Counter())
                 counts[value if value in counts or len(counts) < MOST_NAMES else OTHERS] += 1
+
+    def ignore(self, source: str, columns: Iterable[str]) -> None:
+        """Counts the columns of a row of which nothing was made."""
+        counts = self.ignored.setdefault(source, Counter())
+        for column in columns:
+            column = column[:MOST_LETTERS]
+            counts[column if column in counts or len(counts) < MOST_NAMES else OTHERS] += 1
 
     def drop(self, bad: BadRow, origin: str) -> None:
         """Counts a row left out."""
@@ -99,6 +118,9 @@ class Tally:
         self.as_is += row.as_is
         self.cut.update(row.cut)
         self.repaired.update(row.repaired)
+        if row.ends is not None and not self.other_prompt:
+            in_use, here = row.ends
+            self.other_prompt = f"in use the prompt ends with {in_use!r}, in training with {here!r}"
 
     def report(self, form: str, digest: str) -> DataReport:
         """The final counts, most frequent kind first."""
@@ -113,4 +135,6 @@ class Tally:
             examples={kind: tuple(examples) for kind, examples in self.examples.items()},
             digest=digest,
             named={column: dict(counts.most_common()) for column, counts in self.named.items()},
+            other_prompt=self.other_prompt,
+            ignored={source: dict(counts.most_common()) for source, counts in self.ignored.items()},
         )

@@ -17,15 +17,19 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from prefopt_dist.data.micro_batch import Unit
 from prefopt_dist.data.report import DataReport
 from prefopt_dist.files import checksum, write_json
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of this folder's layout and of what the tokens mean."""
 SEQUENCE_SCHEMA = 1
 """Version of `sequence_digest`; stored log-probs are found by it."""
+MASKED_SCHEMA = 2
+"""The same where not every token of the response is scored."""
 COLUMNS = {
     "tokens": "<i4",
+    "learnt": "|u1",
     "offsets": "<i8",
     "digests": "|u1",
     "labels": "|i1",
@@ -35,7 +39,8 @@ COLUMNS = {
 }
 FLAGS = (
     *("cut_prompt", "cut_response_0", "cut_response_1"),
-    *("double_bos", "double_end", "missing_bos", "missing_end", "stray_special", "as_is"),
+    *("double_bos", "double_end", "missing_bos", "missing_end", "stray_special", "as_is", "lost_reasoning"),
+    *("system_merged", "system_dropped", "other_prompt"),
 )
 """What is kept of how each row was made, a bit each from the lowest; words of `TokenisedRow`."""
 MANIFEST = "manifest.json"
@@ -47,17 +52,20 @@ class DamagedRows(Exception):
     """The folder is not what was written; it must be built again."""
 
 
-def sequence_digest(prompt_ids: ArrayLike, response_ids: ArrayLike) -> bytes:
+def sequence_digest(prompt_ids: ArrayLike, response_ids: ArrayLike, learnt: ArrayLike | None = None) -> bytes:
     """16 bytes that name the sequence (prompt, response), on every platform the same.
 
     blake2b over: the schema as a byte, the prompt's length as 8 bytes little endian, the prompt's ids and
     the response's ids as int32 little endian. Ids of any integer type; they must fit int32.
+    learnt: which of the response's tokens are scored; None or all true: all of them, and then it is not in the digest,
+    so that values stored before there were others stay valid. Otherwise the schema is 2, and a byte a token follows.
     """
     prompt = np.asarray(prompt_ids).astype("<i4")
     response = np.asarray(response_ids).astype("<i4")
     # The length parts prompt from response: (1, 23) and (12, 3) are other sequences.
-    head = struct.pack("<BQ", SEQUENCE_SCHEMA, prompt.size)
-    return blake2b(head + prompt.tobytes() + response.tobytes(), digest_size=16).digest()
+    mask = b"" if learnt is None or np.all(learnt) else np.asarray(learnt).astype("|u1").tobytes()
+    head = struct.pack("<BQ", MASKED_SCHEMA if mask else SEQUENCE_SCHEMA, prompt.size)
+    return blake2b(head + prompt.tobytes() + response.tobytes() + mask, digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,8 @@ class TokenisedRows:
     """[sum of all lengths]"""
     offsets: NDArray[np.int64]
     """[n·(1+R) + 1]"""
+    learnt: NDArray[np.uint8] | None
+    """[sum of all lengths] 1 where a response's token is scored and learnt; None where all of them are"""
     digests: NDArray[np.uint8]
     """[n, R, 16] `sequence_digest` of each sequence"""
     labels: NDArray[np.int8] | None
@@ -96,6 +106,33 @@ class TokenisedRows:
         assert 0 <= k < self.responses
         return self._part(i, 1 + k)
 
+    def mask(self, i: int, k: int) -> NDArray[np.bool_] | None:
+        """[length] which tokens of row i's response k are scored and learnt; None where all of them are."""
+        assert 0 <= k < self.responses
+        if self.learnt is None:
+            return None
+        begin, end = self._range(i, 1 + k)
+        mask = np.asarray(self.learnt[begin:end]) != 0
+        return None if mask.all() else mask
+
+    def learnt_lengths(self) -> NDArray[np.int64]:
+        """[n, R] tokens of each response that are scored and learnt."""
+        if self.learnt is None:
+            return self.lengths()[:, 1:]
+        counts = [
+            [np.count_nonzero(self.learnt[slice(*self._range(i, 1 + k))]) for k in range(self.responses)]
+            for i in range(self.n)
+        ]
+        return np.array(counts, dtype=np.int64)
+
+    def unit(self, i: int, responses: Iterable[int], number: int | None = None) -> Unit:
+        """Row i with these of its responses, as what is packed; number: its name instead of i."""
+        columns = tuple(responses)
+        learnt = None if self.learnt is None else tuple(self.mask(i, k) for k in columns)
+        desirable = self.labels is None or bool(self.labels[i])
+        found = tuple(self.response(i, k) for k in columns)
+        return Unit(i if number is None else number, self.prompt(i), found, desirable, learnt)
+
     def lengths(self) -> NDArray[np.int64]:
         """[n, 1+R] tokens of each row's prompt and responses."""
         lengths: NDArray[np.int64] = np.diff(self.offsets).reshape(self.n, 1 + self.responses)
@@ -117,8 +154,13 @@ class TokenisedRows:
 
     def _part(self, i: int, part: int) -> NDArray[np.int32]:
         assert 0 <= i < self.n
+        begin, end = self._range(i, part)
+        return self.tokens[begin:end]
+
+    def _range(self, i: int, part: int) -> tuple[int, int]:
+        """Where a part of row i begins and ends in `tokens`."""
         at = i * (1 + self.responses) + part
-        return self.tokens[self.offsets[at] : self.offsets[at + 1]]
+        return int(self.offsets[at]), int(self.offsets[at + 1])
 
 
 def flag_bits(names: Iterable[str]) -> int:
@@ -160,7 +202,7 @@ class Column:
 def content_digest(files: dict[str, dict[str, Any]]) -> str:
     """Digest of the rows by their files' checksums; where a row stood in its file does not count."""
     state = blake2b(digest_size=16)
-    for name in ("tokens", "offsets", "labels", "source"):
+    for name in ("tokens", "offsets", "labels", "source", "learnt"):  # labels and learnt are not always there
         if name in files:
             state.update(f"{name}:{files[name]['blake2b']};".encode())
     return state.hexdigest()
@@ -208,6 +250,7 @@ def open_rows(folder: Path, checksums: bool = True) -> TokenisedRows:
         responses=responses,
         tokens=arrays["tokens"],
         offsets=arrays["offsets"],
+        learnt=arrays.get("learnt"),
         digests=arrays["digests"].reshape(body["n"], responses, 16),
         labels=arrays.get("labels"),
         source=arrays["source"],

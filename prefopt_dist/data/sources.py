@@ -11,17 +11,23 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import glob
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
+from prefopt_dist.data.arrow import rows_of
 from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.containers import csv_rows, listed, listed_rows, zstd_stream
+from prefopt_dist.data.folders import chosen_files
 from prefopt_dist.errors import NotHere, UserError
 from prefopt_dist.packages import needed
 
-JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+FILE_SUFFIXES = (*JSON_SUFFIXES, ".csv", ".parquet")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 READ_BYTES = 1 << 22
+READ_ROWS = 1024
 
 
 class SourceLike(Protocol):
@@ -31,6 +37,8 @@ class SourceLike(Protocol):
     def path(self) -> str: ...
     @property
     def split(self) -> str | None: ...
+    @property
+    def name(self) -> str | None: ...
     @property
     def weight(self) -> float: ...
 
@@ -42,9 +50,11 @@ class DataSource:
     path: str
     """A file, a folder or a hub name."""
     split: str | None = None
-    """The split of a saved data set, a folder of Parquet or a hub name; null: `train`, or everything."""
+    """The split of a saved data set, a folder of files or a hub name; null: `train`, or all where there are none."""
     weight: float = 1.0
     """Passes over this source per epoch."""
+    name: str | None = None
+    """The configuration of a folder of files or a hub name; null: the only one."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +106,11 @@ class OpenSource:
     def rows(self) -> Iterator[RawRow]:
         """All rows in order. Raises UserError where the file cannot be read or holds no row."""
         if self.dataset is not None:
-            rows: Iterator[dict[str, Any] | BadRow] = iter(self.dataset)
+            rows: Iterator[dict[str, Any] | BadRow] = _saved_rows(self.dataset)
         elif self.files[0].suffix == ".parquet":
             rows = _parquet_rows(self)
+        elif self.files[0].suffix == ".csv":
+            rows = (row for file in self.files for row in csv_rows(file, self.key))
         else:
             rows = _json_rows(self)
         line = 0
@@ -115,19 +127,21 @@ def open_source(source: SourceLike, index: int, key: str) -> OpenSource:
     """
     path = Path(source.path)
     if path.is_file():
-        if not path.name.endswith((*JSON_SUFFIXES, ".parquet")):
+        if not path.name.endswith(FILE_SUFFIXES):
             raise UserError(
                 f"{key}: {source.path!r} is of no known kind; name a file ending in "
-                f"{', '.join(JSON_SUFFIXES)} or .parquet, a saved data set folder or a hub name"
+                f"{', '.join(FILE_SUFFIXES)}, a saved data set folder or a hub name"
             )
         if source.split not in (None, "train"):
             raise UserError(f"{key}: a file has no splits, but {source.path!r} has {source.split!r}; remove the split")
         return OpenSource(source.path, index, (path,), None, key)
+    if any(mark in source.path for mark in "*?"):
+        return _open_glob(source, index, key)
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             return _open_saved(source, index, key)
-        return _open_parquet_folder(source, index, key)
-    if HUB_NAME.fullmatch(source.path) and not source.path.endswith((*JSON_SUFFIXES, ".parquet")):
+        return _open_folder(source, index, key)
+    if HUB_NAME.fullmatch(source.path) and not source.path.endswith(FILE_SUFFIXES):
         return _open_hub(source, index, key)
     raise NotHere(f"{key}: there is no file or folder {source.path!r}; correct the path")
 
@@ -150,22 +164,42 @@ def _open_saved(source: SourceLike, index: int, key: str) -> OpenSource:
     return OpenSource(source.path, index, files, loaded, key)
 
 
-def _open_parquet_folder(source: SourceLike, index: int, key: str) -> OpenSource:
+def _open_folder(source: SourceLike, index: int, key: str) -> OpenSource:
     folder = Path(source.path)
-    files = sorted(folder.rglob("*.parquet"))
-    if not files:
+    # Hidden folders hold caches and histories, such as those of the hub's client.
+    found = [file for file in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in file.parts[1:])]
+    parquet = [file for file in found if file.suffix == ".parquet"]
+    lines = [file for file in found if file.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))]
+    if not parquet and not lines:
         raise UserError(
-            f"{key}: the folder {source.path!r} holds neither a saved data set nor Parquet files; name the file itself"
+            f"{key}: the folder {source.path!r} holds neither a saved data set nor Parquet files nor .jsonl files; "
+            "name the file itself"
+        )
+    if parquet and lines:
+        raise UserError(
+            f"{key}: the folder {source.path!r} holds Parquet files and .jsonl files, perhaps of the same rows; "
+            "name the files themselves"
+        )
+    files = chosen_files(
+        folder, parquet or lines, name=source.name, split=source.split, key=key, shown=source.path
+    )  # fmt: skip
+    return OpenSource(source.path, index, files, None, key)
+
+
+def _open_glob(source: SourceLike, index: int, key: str) -> OpenSource:
+    """The files that a pattern names, in the order of their names; all of one kind."""
+    files = tuple(sorted(Path(name) for name in glob(source.path, recursive=True) if Path(name).is_file()))
+    if not files:
+        raise NotHere(f"{key}: no file has a name like {source.path!r}; correct the pattern")
+    kinds = sorted({next((end for end in FILE_SUFFIXES if file.name.endswith(end)), "") for file in files})
+    if len(kinds) > 1 or not kinds[0]:
+        raise UserError(
+            f"{key}: {source.path!r} names files of the kinds {kinds}; let it name files of one kind, of "
+            f"{', '.join(FILE_SUFFIXES)}"
         )
     if source.split is not None:
-        belongs = re.compile(rf"(^|/){re.escape(source.split)}[-./]")
-        files = [file for file in files if belongs.search(str(file.relative_to(folder)))]
-        if not files:
-            raise UserError(
-                f"{key}: no Parquet file of {source.path!r} belongs to split {source.split!r}; "
-                "remove the split or name the files of a split SPLIT-*.parquet"
-            )
-    return OpenSource(source.path, index, tuple(files), None, key)
+        raise UserError(f"{key}: files that a pattern names have no splits; remove the split {source.split!r}")
+    return OpenSource(source.path, index, files, None, key)
 
 
 def _open_hub(source: SourceLike, index: int, key: str) -> OpenSource:
@@ -173,7 +207,7 @@ def _open_hub(source: SourceLike, index: int, key: str) -> OpenSource:
     split = source.split or "train"
     try:
         with _offline_where_unreachable(datasets, source.path, key):
-            loaded = datasets.load_dataset(source.path, split=split)
+            loaded = datasets.load_dataset(source.path, *([source.name] if source.name else []), split=split)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -233,21 +267,31 @@ def _parquet_rows(source: OpenSource) -> Iterator[dict[str, Any]]:
     for file in source.files:
         try:
             with pq.ParquetFile(file) as parquet:
-                for batch in parquet.iter_batches(batch_size=1024):
-                    yield from batch.to_pylist()
+                for batch in parquet.iter_batches(batch_size=READ_ROWS):
+                    yield from rows_of(batch)
         except (pa.ArrowInvalid, OSError) as error:
             message = f"{source.key}: {file} cannot be read as Parquet ({error}); write it again"
             raise UserError(message) from error
 
 
+def _saved_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    for table in dataset.with_format("arrow").iter(batch_size=READ_ROWS):
+        yield from rows_of(table)
+
+
 def _json_rows(source: OpenSource) -> Iterator[dict[str, Any] | BadRow]:
+    for file in source.files:
+        yield from _json_file(file, source)
+
+
+def _json_file(file: Path, source: OpenSource) -> Iterator[dict[str, Any] | BadRow]:
     """One entry a line, so that counting entries counts lines; blank lines at the end are none."""
-    file = source.files[0]
-    opener: Any = gzip.open if file.suffix == ".gz" else open
     blank = 0
     try:
-        with opener(file, "rb") as stream:
-            _refuse_json_list(stream, source)
+        with _opened(file, source.key) as stream:
+            if listed(stream):
+                yield from listed_rows(stream, source.key, file)
+                return
             for line in stream:
                 if not line.strip():
                     blank += 1
@@ -260,14 +304,10 @@ def _json_rows(source: OpenSource) -> Iterator[dict[str, Any] | BadRow]:
         raise UserError(f"{source.key}: {file} is a damaged gzip file ({error}); write it again") from error
 
 
-def _refuse_json_list(stream: IO[bytes], source: OpenSource) -> None:
-    start = stream.read(1024).lstrip()
-    stream.seek(0)
-    if start.startswith(b"["):
-        raise UserError(
-            f"{source.key}: {source.name} is one JSON list; one JSON object a line is needed: "
-            f"jq -c '.[]' FILE > FILE.jsonl"
-        )
+def _opened(file: Path, key: str) -> Any:
+    if file.suffix == ".zst":
+        return zstd_stream(file, key)
+    return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | BadRow:

@@ -19,6 +19,7 @@ from prefopt_dist.errors import UserError
 BLOCK = 4096
 """Rows that are copied together."""
 
+REPAIRS = ("double_bos", "double_end", "system_dropped", "system_merged")
 Left = tuple[str, NDArray[np.int64], Sequence[str]]
 """Kind, indices of the rows, and examples for the report."""
 
@@ -59,7 +60,8 @@ def _write(
     dropped: dict[str, int],
     examples: dict[str, tuple[str, ...]],
 ) -> None:
-    names = [name for name in COLUMNS if name != "labels" or rows.labels is not None]
+    absent = {name for name, held in (("labels", rows.labels), ("learnt", rows.learnt)) if held is None}
+    names = [name for name in COLUMNS if name not in absent]
     with ExitStack() as stack:
         columns = {name: stack.enter_context(Column(folder, name)) for name in names}
         columns["offsets"].append([0])
@@ -80,6 +82,8 @@ def _copy(columns: dict[str, Column], rows: TokenisedRows, chosen: NDArray[np.in
     parts = 1 + rows.responses
     first, last = rows.offsets[chosen * parts], rows.offsets[(chosen + 1) * parts]
     columns["tokens"].append(np.concatenate([rows.tokens[a:b] for a, b in zip(first, last, strict=True)]))
+    if rows.learnt is not None:
+        columns["learnt"].append(np.concatenate([rows.learnt[a:b] for a, b in zip(first, last, strict=True)]))
     lengths = np.diff(rows.offsets[chosen[:, None] * parts + np.arange(parts + 1)], axis=1)
     ends = end + np.cumsum(lengths.reshape(-1))
     columns["offsets"].append(ends)
@@ -106,7 +110,7 @@ def _report(
         return int(np.count_nonzero(rows.flagged(*flags) & keep))
 
     cut = {"prompt": count("cut_prompt"), "response": count("cut_response_0", "cut_response_1")}
-    repaired = {name: count(name) for name in ("double_bos", "double_end")}
+    repaired = {name: count(name) for name in REPAIRS}
     return replace(
         rows.report,
         used=int(np.count_nonzero(keep)),

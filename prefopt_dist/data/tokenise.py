@@ -8,8 +8,12 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.data.bad_row import BadRow
 from prefopt_dist.data.example import Example, Messages
-from prefopt_dist.data.template import Rendered, Template
+from prefopt_dist.data.options import DEFAULTS, TextOptions
+from prefopt_dist.data.rendering import Rendered, Template
+from prefopt_dist.data.spans import Span
 
+TAIL_TOKENS = 12
+"""Of a prompt's end that a message shows."""
 Ids = list[int]
 Made = TypeVar("Made")
 
@@ -29,9 +33,18 @@ class TokenisedRow:
     """The prompt carried the template already, or `template` is none."""
     noticed: frozenset[str] = frozenset()
     """`missing_bos`, `missing_end`: added to strings that carry the template without them; `stray_special`: a special
-    token that the template does not write."""
+    token that the template does not write; `lost_reasoning`: the template leaves out reasoning in the prompt;
+    `other_prompt`: in use the prompt's last tokens are others, since one of them reaches into the response."""
+    learnt: tuple[list[bool] | None, ...] = ()
+    """For each response which of its tokens are scored and learnt; None, or no entry: all of them."""
+    ends: tuple[str, str] | None = None
+    """How the prompt ends in use and in training, where that differs (`other_prompt`)."""
     cut_responses: frozenset[int] = frozenset()
     """Which responses truncation shortened."""
+
+    def learnt_of(self, k: int) -> list[bool] | None:
+        """Which tokens of response k are scored and learnt; None: all of them."""
+        return self.learnt[k] if self.learnt else None
 
     @property
     def flags(self) -> set[str]:
@@ -49,6 +62,8 @@ class Tokeniser:
     """Tokens of prompt + longer response."""
     max_prompt_length: int
     """Tokens that a prompt keeps where prompt + longer response exceeds `max_length`."""
+    options: TextOptions = DEFAULTS
+    """How the rows are read."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -71,7 +86,10 @@ class Tokeniser:
         """
         rendered = [_or_bad(lambda example=example: self.template.render(example)) for example in examples]  # type: ignore[misc]
         ids = iter(self._ids([item.prompt for item in rendered if isinstance(item, Rendered)]))
-        return [item if isinstance(item, BadRow) else self._with_bos(next(ids))[0] for item in rendered]
+        return [
+            item if isinstance(item, BadRow) else self._with_bos(next(ids), item.as_is and not item.carried)[0]
+            for item in rendered
+        ]
 
     def _rows(self, rendered: Sequence[Rendered]) -> list[TokenisedRow | BadRow]:
         """Token ids before truncation."""
@@ -86,6 +104,10 @@ class Tokeniser:
     def _split(self, rendered: Rendered, prompt: Ids, fulls: list[Ids]) -> TokenisedRow:
         """Parts each full sequence at the end of the prompt, on tokens."""
         boundary = len(prompt)
+        in_use = prompt
+        if rendered.exact and any(full[:boundary] != prompt for full in fulls):
+            rests = self._ids([text[len(rendered.prompt) :] for text in rendered.fulls])
+            fulls = [prompt + rest for rest in rests]
         if any(full[:boundary] != prompt for full in fulls):
             # A token reaches over the end of the prompt. It belongs to the response, and so does
             # everything after the tokens that all full sequences share.
@@ -95,37 +117,63 @@ class Tokeniser:
         responses = []
         for full in fulls:
             response = full[boundary:]
-            if not response or response[-1] != rendered.end_id:
+            if not response or response[-1] not in rendered.end_ids:
                 response.append(rendered.end_id)
             responses.append(response)
         given = prompt
-        prompt, doubled = self._with_bos(prompt)
+        prompt, doubled = self._with_bos(prompt, rendered.untouched)
         if not prompt:
             raise BadRow("empty_prompt", "a token of its own must remain of the prompt", rendered.prompt)
-        if len(responses) == 2 and responses[0] == responses[1]:
-            rule = "chosen and rejected must differ as tokens"
+        masks = tuple(
+            None if spans is None else self._mask(text, spans, boundary, len(response))
+            for text, spans, response in zip(
+                rendered.fulls, rendered.learnt or [None] * len(fulls), responses, strict=True
+            )
+        )
+        if _say_the_same(responses, masks):
+            rule = "chosen and rejected must differ as tokens, in what the assistant wrote"
             raise BadRow("identical_responses", rule, rendered.fulls[0][len(rendered.prompt) :])
         repaired = rendered.repaired | ({"double_bos"} if doubled else frozenset())
         stray = self.template.stray_ids
         noticed = {
             "missing_bos": rendered.carried and self.template.writes_bos and len(prompt) > len(given),
             "missing_end": rendered.missing_end,
+            "lost_reasoning": rendered.lost_reasoning,
+            "other_prompt": given != in_use and not rendered.as_is,
             "stray_special": not (
                 stray.isdisjoint(prompt) and all(stray.isdisjoint(response[:-1]) for response in responses)
             ),
         }
         kinds = frozenset(name for name, holds in noticed.items() if holds)
-        return TokenisedRow(prompt, tuple(responses), None, frozenset(), repaired, rendered.as_is, kinds)
+        ends = (self._tail(in_use), self._tail(given)) if noticed["other_prompt"] else None
+        return TokenisedRow(
+            prompt, tuple(responses), None, frozenset(), repaired, rendered.as_is, kinds, masks, ends=ends
+        )
 
-    def _with_bos(self, prompt: Ids) -> tuple[Ids, bool]:
-        """The prompt with one beginning-of-sequence token, and whether there were more."""
+    def _tail(self, prompt: Ids) -> str:
+        text: str = self.tokenizer.decode(prompt[-TAIL_TOKENS:], skip_special_tokens=False)
+        return f"…{text}" if len(prompt) > TAIL_TOKENS else text
+
+    def _mask(self, text: str, spans: Sequence[Span], boundary: int, length: int) -> list[bool]:
+        """[length] which tokens from the boundary on reach into a span; an end token that was appended is learnt."""
+        mask = [
+            any(begin < max(stop, start + 1) and start < end for begin, end in spans)
+            for start, stop in self._offsets(text)[boundary:]
+        ]
+        return mask + [True] * (length - len(mask))
+
+    def _with_bos(self, prompt: Ids, plain: bool) -> tuple[Ids, bool]:
+        """The prompt with one beginning-of-sequence token where it has one, and whether there were more.
+
+        plain: a string that is no turn and gets what the tokenizer gives a text; turns get what their template writes.
+        """
         bos = self.tokenizer.bos_token_id
         if bos is None:
             return prompt, False
         leading = next((i for i, token in enumerate(prompt) if token != bos), len(prompt))
         if leading > 1:
             return prompt[leading - 1 :], True
-        if leading == 0 and self.template.starts_with_bos:
+        if leading == 0 and (self.template.starts_with_bos if plain else self.template.writes_bos):
             return [bos, *prompt], False
         return prompt, False
 
@@ -138,12 +186,16 @@ class Tokeniser:
         if self._excess(row) > 0:
             budget = self.max_length - len(row.prompt)
             responses = tuple(response[:budget] for response in row.responses)
-            if len(responses) == 2 and responses[0] == responses[1]:
+            masks = tuple(None if mask is None else mask[:budget] for mask in row.learnt)
+            if any(mask is not None and not any(mask) for mask in masks):
+                rule = f"something that the assistant wrote must stand within data.max_length={self.max_length} tokens"
+                raise BadRow("nothing_learnt", rule, f"room for {budget} tokens", "raise data.max_length")
+            if _say_the_same(responses, masks):
                 rule = f"the responses must differ within data.max_length={self.max_length} tokens"
                 text = self.tokenizer.decode(responses[0][:64])
                 raise BadRow("identical_after_cut", rule, text, "raise data.max_length")
             shortened = frozenset(k for k, response in enumerate(row.responses) if len(response) > budget)
-            row = replace(row, responses=responses, cut_responses=shortened)
+            row = replace(row, responses=responses, learnt=masks, cut_responses=shortened)
             cut.add("response")
         return replace(row, cut=frozenset(cut), label=example.label)
 
@@ -157,22 +209,29 @@ class Tokeniser:
             kept = start + row.prompt[len(row.prompt) - keep + len(start) :]
             return replace(row, prompt=kept)
         if isinstance(example.prompt, str):
-            return self._cut_text(example, example.prompt, row)
+            return self._cut_text(example.prompt, row, lambda text: replace(example, prompt=text))
+        turns = example.prompt
         for turns in _later_turns(example.prompt):
-            shorter = self._again(replace(example, prompt=turns))
-            if len(shorter.prompt) <= keep:
-                return shorter
-        raise self._prompt_too_long(row)
+            row = self._again(replace(example, prompt=turns))
+            if len(row.prompt) <= keep:
+                return row
+        last = turns[-1] if turns else None
+        if last is None or last.role != "user" or any(turn.role == "user" for turn in turns[:-1]):
+            raise self._prompt_too_long(row)
+        # One question is left; it is cut as a string would be.
+        return self._cut_text(
+            last.content, row, lambda text: replace(example, prompt=(*turns[:-1], replace(last, content=text)))
+        )
 
-    def _cut_text(self, example: Example, text: str, row: TokenisedRow) -> TokenisedRow:
-        """A string that became one turn loses tokens from its head; the turn's frame stays."""
+    def _cut_text(self, text: str, row: TokenisedRow, with_text: Callable[[str], Example]) -> TokenisedRow:
+        """The text of one turn loses tokens from its head; the turn's frame stays."""
         starts = [start for start, _ in self._offsets(text)]
         dropped = 0
         while len(row.prompt) > self.max_prompt_length:
             dropped += len(row.prompt) - self.max_prompt_length
             if dropped >= len(starts) or not text[starts[dropped] :].strip():
                 raise self._prompt_too_long(row)
-            row = self._again(replace(example, prompt=text[starts[dropped] :]))
+            row = self._again(with_text(text[starts[dropped] :]))
         return row
 
     def _again(self, example: Example) -> TokenisedRow:
@@ -216,6 +275,17 @@ def _later_turns(turns: Messages) -> list[Messages]:
         for start in range(head + 1, len(turns))
         if turns[start].role == "user"
     ]  # fmt: skip
+
+
+def _say_the_same(responses: Sequence[Ids], masks: Sequence[list[bool] | None]) -> bool:
+    """Whether two responses are equal in all that is learnt of them: there is no preference between them."""
+    if len(responses) != 2:
+        return False
+    first, second = (
+        ids if mask is None else [token for token, learnt in zip(ids, mask, strict=True) if learnt]
+        for ids, mask in zip(responses, masks or (None, None), strict=True)
+    )
+    return first == second
 
 
 def _shared(sequences: Sequence[Ids]) -> int:

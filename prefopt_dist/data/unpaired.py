@@ -41,9 +41,8 @@ class UnpairedRows(TokenisedRows):
         """Tokens of row i: the prompt once, and both responses."""
         return int((self.ends[i] - self.starts[i]).sum())
 
-    def _part(self, i: int, part: int) -> NDArray[np.int32]:
-        assert 0 <= i < self.n
-        return self.tokens[self.starts[i, part] : self.ends[i, part]]
+    def _range(self, i: int, part: int) -> tuple[int, int]:
+        return int(self.starts[i, part]), int(self.ends[i, part])
 
 
 class OnePromptRules(Exception):
@@ -64,6 +63,8 @@ def unpaired(rows: TokenisedRows, longest: int) -> UnpairedRows:
     mismatched = own[mended]
     room = longest - (prompts[:, 1] - prompts[:, 0])
     mismatched[:, 1] = np.minimum(mismatched[:, 1], mismatched[:, 0] + room)
+    if rows.learnt is not None:
+        _keep_learnt(mismatched, own[mended][:, 1], rows.learnt)
     parts = np.stack([prompts, own, mismatched], axis=1)  # [n, 3, 2]
     halves = rows.responses == 2
     labels = np.tile(np.array([1, 0], dtype=np.int8), rows.n) if halves else rows.labels
@@ -76,6 +77,7 @@ def unpaired(rows: TokenisedRows, longest: int) -> UnpairedRows:
         responses=2,
         tokens=rows.tokens,
         offsets=rows.offsets,
+        learnt=rows.learnt,
         digests=np.empty((n, 2, 16), dtype=np.uint8),
         labels=labels,
         source=np.repeat(rows.source, rows.responses),
@@ -90,8 +92,21 @@ def unpaired(rows: TokenisedRows, longest: int) -> UnpairedRows:
     )
     bare.digests[:, 0] = rows.digests.reshape(n, 16)
     for i in range(n):
-        bare.digests[i, 1] = np.frombuffer(sequence_digest(bare.prompt(i), bare.response(i, 1)), dtype=np.uint8)
+        digest = sequence_digest(bare.prompt(i), bare.response(i, 1), bare.mask(i, 1))
+        bare.digests[i, 1] = np.frombuffer(digest, dtype=np.uint8)
     return bare
+
+
+def _keep_learnt(cut: NDArray[np.int64], whole: NDArray[np.int64], learnt: NDArray[np.uint8]) -> None:
+    """Moves each cut range that holds nothing learnt to where its first learnt token stands; in place.
+
+    cut: [n, 2] ranges of tokens; whole: [n] where the responses end that were not cut. A mismatched response only has
+    to be some answer that belongs elsewhere, and one of which nothing is scored would measure nothing.
+    """
+    for k, (begin, end) in enumerate(cut.tolist()):
+        if not learnt[begin:end].any():
+            first = begin + int(np.argmax(learnt[begin : whole[k]]))
+            cut[k] = first, min(first + end - begin, int(whole[k]))
 
 
 def partners(n: int) -> NDArray[np.int64]:

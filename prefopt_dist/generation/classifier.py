@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from prefopt_dist.data.template import Template
+from prefopt_dist.data.rendering import Template
 from prefopt_dist.errors import UserError
 from prefopt_dist.generation.prompts import Prompt
 from prefopt_dist.generation.rewards import Bad, finite

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
-from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.bad_row import LEFT_OUT, BadRow
+from prefopt_dist.data.columns import as_named
 from prefopt_dist.data.example import Example, Message, Messages
+from prefopt_dist.data.fields import template_arguments
 from prefopt_dist.data.forms import read_prompt
+from prefopt_dist.data.frame import PROBE_REPLY
+from prefopt_dist.data.options import TextOptions
+from prefopt_dist.data.prepare import FIRST_READ
+from prefopt_dist.data.rendering import Template
 from prefopt_dist.data.sources import SourceLike, open_source
-from prefopt_dist.data.template import PROBE_REPLY
+from prefopt_dist.data.texts import held_to, kind_of_texts
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.errors import UserError
 
@@ -48,10 +54,11 @@ class Prompt:
 
     def example(self, response: str) -> Example:
         """Prompt and response as a row of data has them."""
-        tools = tuple(self.tools) if self.tools else None
+        tools, arguments = tuple(self.tools) if self.tools else None, template_arguments(self.row)
         if isinstance(self.prompt, str):
-            return Example(self.prompt, (response,), tools=tools)
-        return Example(_messages(self.prompt), ((Message("assistant", response),),), tools=tools)
+            return Example(self.prompt, (response,), tools=tools, arguments=arguments)
+        said = ((Message("assistant", response),),)
+        return Example(_messages(self.prompt), said, tools=tools, arguments=arguments)
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def first_prompts(
             if len(found) >= most:
                 break
             rows += 1
-            if isinstance(outcome, list) and len(outcome) > longest:
+            if isinstance(outcome, _Asked) and len(outcome.ids) > longest:
                 dropped[TOO_LONG] += 1
             elif isinstance(outcome, BadRow):
                 _drop(outcome, origin, on_bad_row, dropped)
@@ -127,11 +134,11 @@ def read_prompts(
     dropped: Counter[str] = Counter()
     for origin, fields, outcome in _tokenised(sources, tokeniser, key):
         rows += 1
-        if isinstance(outcome, list) and len(outcome) > longest:
+        if isinstance(outcome, _Asked) and len(outcome.ids) > longest:
             outcome = BadRow(
                 TOO_LONG,
                 f"prompt and room for a response must fit data.max_length, so the prompt {longest} tokens",
-                f"{len(outcome)} tokens",
+                f"{len(outcome.ids)} tokens",
                 "raise data.max_length or lower generate.max_new_tokens",
             )
         if isinstance(outcome, BadRow):
@@ -145,14 +152,16 @@ def read_prompts(
 
 def _drop(bad: BadRow, origin: str, on_bad_row: str, dropped: Counter[str]) -> None:
     """Counts a bad row, or raises it under on_bad_row=stop."""
-    if on_bad_row == "stop":
+    if on_bad_row == "stop" and bad.kind not in LEFT_OUT:
         raise UserError(f"{bad.message(origin)}; {bad.remedy}, or leave such rows out with data.on_bad_row=drop")
     dropped[bad.kind] += 1
 
 
-def _add(found: dict[bytes, Prompt], origin: str, fields: dict[str, Any], ids: list[int]) -> bool:
+def _add(found: dict[bytes, Prompt], origin: str, fields: dict[str, Any], asked: _Asked) -> bool:
     """Adds a row's prompt; returns whether it stood before."""
-    prompt, tools = read_prompt(fields)
+    prompt, tools, ids = asked.example.prompt, asked.example.tools, asked.ids
+    if isinstance(prompt, str) and asked.example.system is not None:
+        prompt = (Message("system", asked.example.system), Message("user", prompt))
     said = prompt if isinstance(prompt, str) else [turn.as_dict() for turn in prompt]
     # What a row of another format holds (dates, bytes) becomes text here, for every rank and start alike.
     row = json.loads(json.dumps(fields, default=str))
@@ -162,35 +171,60 @@ def _add(found: dict[bytes, Prompt], origin: str, fields: dict[str, Any], ids: l
     return repeated
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A row's prompt as it is asked."""
+
+    example: Example
+    ids: list[int]
+
+
 def _tokenised(
     sources: Sequence[SourceLike], tokeniser: Tokeniser, key: str
-) -> Iterator[tuple[str, dict[str, Any], list[int] | BadRow]]:
-    """Origin, fields and ids (or what is wrong) of every row, in order."""
+) -> Iterator[tuple[str, dict[str, Any], _Asked | BadRow]]:
+    """Origin, fields and prompt (or what is wrong) of every row, in order; read as training reads it."""
     for index, source in enumerate(sources):
         opened = open_source(source, index, key)
         rows = opened.rows()
+        first = list(islice(rows, FIRST_READ))
+        found = [example for row in first if isinstance(example := _example(row.fields, tokeniser.options), Example)]
+        kind = kind_of_texts(found, tokeniser.template)
+        rows = chain(first, rows)
         while block := list(islice(rows, BLOCK)):
-            examples = [_example(row.fields) for row in block]
+            examples = [_example(row.fields, tokeniser.options, kind, tokeniser.template) for row in block]
             ids = iter(tokeniser.encode_prompts([e for e in examples if isinstance(e, Example)]))
             for row, example in zip(block, examples, strict=True):
                 fields = row.fields if isinstance(row.fields, dict) else {}
                 outcome = example if isinstance(example, BadRow) else next(ids)
                 if outcome == []:
                     outcome = BadRow("empty_prompt", "a token of its own must remain of the prompt", fields)
-                yield f"{opened.name}:{row.line}", fields, outcome
+                if isinstance(example, Example) and isinstance(outcome, list):
+                    yield f"{opened.name}:{row.line}", fields, _Asked(example, outcome)
+                else:
+                    assert isinstance(outcome, BadRow)
+                    yield f"{opened.name}:{row.line}", fields, outcome
 
 
-def _example(fields: dict[str, Any] | BadRow) -> Example | BadRow:
-    """The prompt with a reply that stands for what is to come."""
+def _example(
+    fields: dict[str, Any] | BadRow, options: TextOptions, kind: str | None = None, template: Template | None = None
+) -> Example | BadRow:
+    """The prompt with a reply that stands for what is to come; template: None where it is only looked at."""
     if isinstance(fields, BadRow):
         return fields
     try:
-        prompt, tools = read_prompt(fields)
+        example = read_prompt(_columns_alone(fields, options))
+        if isinstance(example.prompt, str):
+            example = replace(example, responses=(PROBE_REPLY,))
+        else:
+            example = replace(example, responses=((Message("assistant", PROBE_REPLY),),))
+        return example if template is None else held_to(example, kind, template)
     except BadRow as bad:
         return bad
-    if isinstance(prompt, str):
-        return Example(prompt, (PROBE_REPLY,), tools=tools)
-    return Example(prompt, ((Message("assistant", PROBE_REPLY),),), tools=tools)
+
+
+def _columns_alone(fields: dict[str, Any], options: TextOptions) -> dict[str, Any]:
+    """The row under our names; a prompt needs no answers."""
+    return as_named(fields, replace(options, pairs_from=None))
 
 
 def _messages(turns: list[dict[str, Any]]) -> Messages:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from prefopt_dist.data.template import Template
+from prefopt_dist.data.rendering import Template
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Sampling:
 def stop_ids_of(template: Template, folder: Path) -> tuple[int, ...]:
     """The tokens that end an answer: the template's, eos, and those of the folder's generation_config.json."""
     tokenizer = template.tokenizer
-    found = {tokenizer.convert_tokens_to_ids(end) for end in (template.end, template.untemplated_end)}
+    found = {tokenizer.convert_tokens_to_ids(end) for end in (*template.ends, template.untemplated_end)}
     file = folder / "generation_config.json"
     if file.is_file():
         said = json.loads(file.read_text()).get("eos_token_id")

@@ -28,12 +28,27 @@ ADVICE: dict[str, tuple[str, str]] = {
         "they are no pair: look at what joined them",
     ),
     "prompt_too_long": ("the prompt cannot be cut to fit", "raise data.max_prompt_length and data.max_length"),
+    "nothing_learnt": ("of a response nothing that the assistant wrote is left", "raise data.max_length"),
     "doubled_template": ("turn markers inside a turn: it was templated already", "remove the markers from the text"),
     "end_token_inside": ("the response ends before it ends", "remove the token, or split the turns into messages"),
     "template_refused": ("the chat template does not take these turns", "mend the turns, or use another template"),
     "unstable_template": (
         "the prompt alone is rendered otherwise than before its response, so training and use would differ",
         "use a template that keeps earlier turns as they are",
+    ),
+    "tie": ("none of the answers is preferred, so the row says nothing", "leave it: such rows are left out"),
+    "two_systems": ("a system column beside another system turn", "remove one of them"),
+    "no_place_for_system": (
+        "a system column beside a prompt that is rendered turns already",
+        "write it into the prompt, or remove the column",
+    ),
+    "mixed_texts": (
+        "some prompts of the source are rendered turns, others plain text",
+        "part the two kinds into two sources, or set data.template",
+    ),
+    "unwritten_part": (
+        "the chat template leaves out what the response says (text, reasoning or calls), so it would not be learnt",
+        "use a tokenizer whose template writes it, or remove it from the row",
     ),
     # Rows that can be used.
     "duplicates": ("the same lesson again: it counts twice", "drop them, unless the weight is meant"),
@@ -54,6 +69,14 @@ ADVICE: dict[str, tuple[str, str]] = {
     "double_bos": ("two beginning-of-sequence tokens; one was removed", "keep: it is repaired"),
     "double_end": ("an end token that the template writes too; one was removed", "keep: it is repaired"),
     "stray_special": ("special tokens in the text that the template never writes", "remove them from the text"),
+    "other_prompt": (
+        "a token reaches over the end of the prompt, so in use the prompt ends with another one",
+        "set data.thinking=empty where the template opens reasoning; else keep",
+    ),
+    "lost_reasoning": (
+        "the chat template leaves out the reasoning of earlier turns, as at generation",
+        "keep: use has the same; or choose a template that keeps it",
+    ),
     # The data set as a whole.
     "few_rows": ("preferences of few rows are learnt by heart soon", "watch eval/loss; one epoch, a higher loss.beta"),
     "length_bias": (

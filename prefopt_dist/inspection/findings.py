@@ -53,6 +53,12 @@ def row_findings(rows: TokenisedRows, evals: Mapping[str, TokenisedRows]) -> Ite
     yield _by_row(rows, "unfair_cut", "cut", _cut_unfairly(rows))
     for name in ("missing_bos", "missing_end", "double_bos", "double_end", "stray_special"):
         yield _by_row(rows, name, "special_tokens", rows.flagged(name))
+    ends = rows.report.other_prompt  # of the first such row; what others end with differs in their text only
+    other = np.flatnonzero(rows.flagged("other_prompt"))
+    yield _by_row(
+        rows, "other_prompt", "other_prompt", rows.flagged("other_prompt"), lambda i: ends if i == other[0] else ""
+    )
+    yield _by_row(rows, "lost_reasoning", "lost_reasoning", rows.flagged("lost_reasoning"))
 
 
 def set_findings(rows: TokenisedRows, label_weights: tuple[float, float], left: NDArray[np.bool_]) -> Iterator[Finding]:
@@ -105,8 +111,8 @@ class LongerChosen:
 
 
 def longer_chosen(rows: TokenisedRows, left: NDArray[np.bool_]) -> LongerChosen:
-    """Counted in tokens, as they are after the cut; left: [n] the rows that count."""
-    _, chosen, rejected = rows.lengths()[left].T
+    """Counted in learnt tokens, as they are after the cut; left: [n] the rows that count."""
+    chosen, rejected = rows.learnt_lengths()[left].T
     longer, shorter = int((chosen > rejected).sum()), int((chosen < rejected).sum())
     return LongerChosen(longer, shorter, len(chosen) - longer - shorter)
 
@@ -197,7 +203,7 @@ def _by_row(
 ) -> Finding:
     indices = np.flatnonzero(found)
     shown = indices[:EXAMPLES].tolist()
-    examples = tuple(rows.origin(i) if against is None else f"{rows.origin(i)} {against(i)}" for i in shown)
+    examples = tuple(rows.origin(i) if against is None else f"{rows.origin(i)} {against(i)}".rstrip() for i in shown)
     return Finding(name, policy, len(indices), indices, examples)
 
 

@@ -21,14 +21,14 @@ class Lengths:
     """Lengths of the parts of a data set's rows, in tokens after truncation."""
 
     parts: dict[str, NDArray[np.int64]]
-    """[n] of each: prompt, chosen, rejected (or response), and the longest sequence, prompt + longer response"""
+    """[n] of each: prompt, what is learnt of chosen and rejected (or response), and prompt + longer response"""
 
     @staticmethod
     def of(rows: TokenisedRows) -> Lengths:
         """Of a data set's rows."""
         lengths = rows.lengths()
         names = ("prompt", "chosen", "rejected") if rows.kind == "pair" else ("prompt", "response")
-        parts = dict(zip(names, lengths.T, strict=True))
+        parts = dict(zip(names, np.c_[lengths[:, 0], rows.learnt_lengths()].T, strict=True))
         return Lengths(parts | {"sequence": lengths[:, 0] + lengths[:, 1:].max(axis=1)})
 
     def text(self) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from prefopt_dist.data.bad_row import LEFT_OUT
 from prefopt_dist.data.report import DataReport
 from prefopt_dist.data.rows import TokenisedRows
 from prefopt_dist.inspection.advice import ADVICE
@@ -59,7 +60,7 @@ class SetReport:
     ) -> SetReport:  # fmt: skip
         """policies: by the keys of the section inspect; None for an evaluation set."""
         bad = [
-            Told(kind, count, BAD_ROWS, on_bad_row, rows.report.examples[kind], False)
+            Told(kind, count, BAD_ROWS, "drop" if kind in LEFT_OUT else on_bad_row, rows.report.examples[kind], False)
             for kind, count in rows.report.dropped.items()
         ]
         others = [
@@ -122,6 +123,10 @@ class SetReport:
             shown = ", ".join(f"{name} {n:,}" for name, n in list(counts.items())[:NAMES_SHOWN])
             more = f", {len(counts) - NAMES_SHOWN} more" if len(counts) > NAMES_SHOWN else ""
             yield f"  {field}: {shown}{more}"
+        for source, columns in self.counts.ignored.items():
+            if columns:
+                names = ", ".join(f"{name} {n:,}" for name, n in columns.items())
+                yield f"  columns of {source} of which nothing is made, by rows: {names}"
         looked_for = {told.name: told for told in self.told}
         for name in ("length_bias", "label_balance"):
             if name in looked_for and not looked_for[name].count:

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -181,6 +188,20 @@ def read_config(path: Path, key: str) -> PreTrainedConfig:
         why = str(e).rstrip(".")
         raise UserError(f"{key}: {path / 'config.json'} cannot be read: {why}. Copy the folder again.") from e
     return config
+
+
+def generation_config(path: Path, key: str) -> GenerationConfig | None:
+    """The generation_config.json of a model folder; None where it has none."""
+    if not (path / "generation_config.json").is_file():
+        return None
+    try:
+        found: GenerationConfig = GenerationConfig.from_pretrained(path)
+    except Exception as e:  # transformers' own kinds derive from nothing in particular
+        why = str(e).strip().rstrip(".").splitlines()[0]
+        raise UserError(
+            f"{key}: {path / 'generation_config.json'} cannot be read: {why}. Copy it again, or remove it."
+        ) from e
+    return found
 
 
 def weight_files(path: Path, key: str) -> tuple[Path, ...]:

@@ -121,7 +121,7 @@ def training_flop(work: Work, cost: Cost, again: float, frozen: bool = False) ->
 
 
 def _unit(rows: TokenisedRows, i: int, responses: Iterable[int]) -> Unit:
-    return Unit(i, rows.prompt(i), tuple(rows.response(i, k) for k in responses))
+    return rows.unit(i, responses)
 
 
 def _scored(config: Config, sets: Sequence[TokenisedRows], cost: Cost) -> tuple[int, float, int]:

@@ -282,13 +282,14 @@ def _collect(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: in
 
 def _aligned(scores: dict[bytes, Score], rows: TokenisedRows, responses: int) -> NDArray[np.float64]:
     sums = np.empty((rows.n, responses), dtype=np.float64)
+    tokens = rows.learnt_lengths()
     for i in range(rows.n):
         for k in range(responses):
             score = scores[rows.digests[i, k].tobytes()]
-            if score.tokens != len(rows.response(i, k)) or not np.isfinite(score.sum):
+            if score.tokens != tokens[i, k] or not np.isfinite(score.sum):
                 raise UserError(
                     f"reference store: the value for {rows.origin(i)} ({score.sum} over {score.tokens} tokens) cannot "
-                    f"be one of this response of {len(rows.response(i, k))} tokens. Remove the store's folder."
+                    f"be one of this response of {tokens[i, k]} scored tokens. Remove the store's folder."
                 )
             sums[i, k] = score.sum
     return sums

@@ -37,8 +37,7 @@ class Location:
 
     def unit(self, sets: Sequence[TokenisedRows], number: int) -> Unit:
         """The sequence as a unit of its own, numbered `number`."""
-        rows = sets[self.data_set]
-        return Unit(number, rows.prompt(self.row), (rows.response(self.row, self.response),))
+        return sets[self.data_set].unit(self.row, (self.response,), number)
 
     def digest(self, sets: Sequence[TokenisedRows]) -> bytes:
         """The sequence's key in the store."""

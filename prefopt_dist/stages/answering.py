@@ -14,7 +14,6 @@ from typing import Any
 
 from prefopt_dist.config import Config, DataSource
 from prefopt_dist.data.prepare import tokenizer_content
-from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.distributed import ranks
 from prefopt_dist.distributed.shared import refuse_local_folder
@@ -34,7 +33,7 @@ from prefopt_dist.reference.turn import my_turn
 from prefopt_dist.stages.checks import led_by
 from prefopt_dist.stages.ingredients import Models, weights
 from prefopt_dist.stages.judges import Judges, check_rewards, judges_of
-from prefopt_dist.stages.rows import TRAIN, eval_sets
+from prefopt_dist.stages.rows import TRAIN, eval_sets, tokeniser_of
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
 from prefopt_dist.training.best import ANSWERS
@@ -237,7 +236,7 @@ def prepare(
     ranks.decide(lambda: check(config))
     data = config.data
     judges = judges_of(config, models)
-    tokeniser = Tokeniser(read_template(models.tokenizer, data.template), data.max_length, data.max_prompt_length)
+    tokeniser = tokeniser_of(config, models.tokenizer)
     held = weights(model, models.dtype, config.cache_dir)
     sampling = Sampling(
         n=n,

@@ -18,17 +18,20 @@ from transformers import PreTrainedConfig
 from prefopt_dist.config import Config, Lora
 from prefopt_dist.config.build import nearest
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.data.micro_batch import Unit, packed_tokens
+from prefopt_dist.data.micro_batch import packed_tokens
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.unpaired import UnpairedRows
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.activations import meta_model
 from prefopt_dist.model.adapter import Adapter, linear_layers
+from prefopt_dist.model.load import ModelFolder, generation_config, load_tokenizer
 from prefopt_dist.objectives import Objective
 from prefopt_dist.packages import refuse_absent
 from prefopt_dist.training import best
 from prefopt_dist.training.export import check_target
 
+MOST_RENAMED = 0.05
+"""Share of the ids that may mean other tokens in the reference's tokenizer."""
 MOST_COUNTED = 10_000
 """Rows above the budget whose shared beginnings are counted, the longest first."""
 
@@ -148,6 +151,55 @@ def check_tokenizer(tokenizer: Any, template: str, vocab_size: int) -> None:
         )
 
 
+def check_reference_tokenizer(tokenizer: Any, reference: ModelFolder) -> None:
+    """Refuses a reference that lacks tokens of the tokenizer, or for which most of its ids mean other tokens."""
+    tokens, has = len(tokenizer), reference.config.vocab_size
+    if tokenizer.vocab_size > has:
+        raise UserError(
+            f"{reference.key}: {reference.path} has {has} tokens, but the tokenizer makes ids up to {tokens - 1}; give "
+            "a reference of the same vocabulary"
+        )
+    if not (reference.path / "tokenizer.json").is_file():
+        return
+    other = {index: token for token, index in load_tokenizer(reference.path, reference.key).get_vocab().items()}
+    shared = [(token, other[index]) for token, index in tokenizer.get_vocab().items() if index in other]
+    differ = [pair for pair in shared if pair[0] != pair[1]]
+    # Some tokens are renamed where a chat model was made of a base model; another tokenizer differs in most.
+    if len(differ) > MOST_RENAMED * len(shared):
+        ours, theirs = differ[0]
+        raise UserError(
+            f"{reference.key}: {reference.path} has another tokenizer: {len(differ)} of {len(shared)} ids mean other "
+            f"tokens ({theirs!r} there where model.tokenizer has {ours!r}), so its log-probs would be of other texts; "
+            "give a reference with the same tokenizer"
+        )
+
+
+def check_reference_vocabulary(reference: ModelFolder, rows: TokenisedRows, key: str) -> None:
+    """Refuses rows with tokens that the reference has no embedding of."""
+    largest, has = int(rows.tokens.max()), reference.config.vocab_size
+    if largest >= has:
+        raise UserError(
+            f"{reference.key}: {reference.path} has {has} tokens, but {key} has token {largest}, which the policy "
+            "knows and the reference does not; give a reference of the same vocabulary"
+        )
+
+
+def check_exportable(policy: ModelFolder, tokenizer: Any) -> None:
+    """Tries what the export writes besides weights: found there, after the training, a fault would be a pity."""
+    generation = generation_config(policy.path, policy.key)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if generation is not None:
+                generation.save_pretrained(folder)
+        except (ValueError, TypeError) as error:
+            why = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{policy.key}: {policy.path / 'generation_config.json'} cannot be written again as the export must "
+                f"({why}). Correct it, or remove it."
+            ) from error
+        tokenizer.save_pretrained(folder)
+
+
 def check_lengths(config: Config, rows: TokenisedRows, objective: Objective, key: str, *, trained: bool) -> None:
     """Refuses a token budget that the longest row exceeds: its micro-batch would need more memory than was meant.
 
@@ -173,7 +225,7 @@ def _less_shared(rows: TokenisedRows, units: NDArray[np.int64], responses: int, 
     exact = units.copy()
     over = np.flatnonzero(units > budget)
     for i in over[np.argsort(-units[over], kind="stable")][:MOST_COUNTED].tolist():
-        exact[i] = packed_tokens([Unit(i, rows.prompt(i), tuple(rows.response(i, k) for k in range(responses)))])
+        exact[i] = packed_tokens([rows.unit(i, range(responses))])
     return exact
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from prefopt_dist.config import Config, to_dict
+from prefopt_dist.data.options import TextOptions
+from prefopt_dist.data.template import PLAIN_TEMPLATE, end_ids, read_template
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.stages import ingredients
 from prefopt_dist.stages.base import refuse_other_base
 from prefopt_dist.stages.ingredients import DTYPES, Models
 from prefopt_dist.stages.job import run_folder
+from prefopt_dist.stages.rows import text_options
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import say
 from prefopt_dist.tracking.metrics_file import MetricsFile
@@ -68,12 +72,15 @@ def export_checkpoint(
     manifest = read_manifest(source)
     if manifest is not None:
         refuse_other_base(config, models, manifest)
+    options = text_options(config)
     worst = export(
         source,
         model=models.policy,
         adapter=models.adapter,
         merged=merged,
         tokenizer=models.tokenizer,
+        chat_template=_trained_template(models.tokenizer, config.data.template, options),
+        ends=end_ids(read_template(models.tokenizer, config.data.template, options)),
         trained_dtype=models.dtype,
         dtype=DTYPES[config.export.dtype or config.model.dtype],
         target=target,
@@ -88,3 +95,10 @@ def export_checkpoint(
     what = "" if models.adapter is None else " with its adapters added in" if merged else "'s adapters"
     said = f"exported {source.name}{what} to {target}"
     return f"{said}; loaded back, its log-probs differ by at most {worst:.1e} of their value"
+
+
+def _trained_template(tokenizer: Any, mode: str, options: TextOptions) -> str | None:
+    """The template that the export has in place of the tokenizer's; None: it keeps what it has."""
+    if mode == "none":
+        return None
+    return options.chat_template or (PLAIN_TEMPLATE if tokenizer.chat_template is None else None)

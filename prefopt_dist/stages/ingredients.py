@@ -13,15 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
 from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.config.losses import KTOLoss
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows
+from prefopt_dist.data.template import template_named
 from prefopt_dist.data.unpaired import OnePromptRules, unpaired
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import AgreedUserError, UserError, shortened
+from prefopt_dist.inspection.show import show_rows, shown_text
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.cost import adapter_parameters, layer_parameters
 from prefopt_dist.model.digests import FileState, refuse_if_changed, remembered_digest
@@ -43,7 +46,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 REPOSITORY = Path(__file__).parents[2]
-FILE_ENDINGS = (".jsonl", ".json", ".gz", ".parquet")
+FILE_ENDINGS = (".jsonl", ".json", ".gz", ".zst", ".csv", ".parquet")
 """A data path that ends so is a file; a hub name may have dots too."""
 
 
@@ -82,13 +85,15 @@ def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | Non
     """
     RunFolder(config.run_dir).check_identity(config)
     _check_surroundings(config)
-    _models(config)
+    models = _models(config)
+    checks.check_exportable(models.policy, models.tokenizer)
     if sets is None:
         sets = [("data.train", config.data.train), *eval_sets(config).items()]
     for key, sources in sets:
         for source in sources:
             looks_local = source.path.startswith((".", "/", "~")) or source.path.endswith(FILE_ENDINGS)
-            if looks_local and not Path(source.path).exists():
+            named = Path(source.path).exists() or any(mark in source.path for mark in "*?")
+            if looks_local and not named:
                 raise UserError(f"{key}: {source.path!r} does not exist. Give a file, a saved dataset or a hub name.")
 
 
@@ -134,6 +139,8 @@ def _models(config: Config) -> Models:
         reference = inspect_folder(resolve(config.reference.name_or_path, key), key, longest)
     tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
     checks.check_tokenizer(tokenizer, config.data.template, policy.config.vocab_size)
+    if reference is not policy:
+        checks.check_reference_tokenizer(tokenizer, reference)
     adapter = checks.adapter_of(config.lora, policy.config, config.model.name_or_path)
     return Models(policy, reference, tokenizer, DTYPES[config.model.dtype], adapter)
 
@@ -144,6 +151,7 @@ def load_models(config: Config) -> Models:
     # The first rank of a node downloads, the others then find the files.
     ranks.together(partial(_models, config) if os.environ["LOCAL_RANK"] == "0" else lambda: None)
     models = ranks.together(partial(_models, config))
+    ranks.decide(partial(checks.check_exportable, models.policy, models.tokenizer))
     say(f"policy: {_described(models.policy)}, computed in {config.model.dtype}")
     if config.reference.name_or_path is not None:
         say(f"reference: {_described(models.reference)}")
@@ -158,9 +166,17 @@ def _described(model: ModelFolder) -> str:
 
 def load_train(config: Config, models: Models, objective: Objective) -> TokenisedRows:
     """All ranks: the training set, tokenised by rank 0, mapped by all."""
+    if template_named(models.tokenizer, config.data.template, config.data.chat_template) == "plain":
+        say(
+            "data: the tokenizer has no chat template, so turns get the plain one of this package "
+            "('### user:' and '### assistant:' as headlines); the export carries it"
+        )
     say(f"data: reading {', '.join(s.path for s in config.data.train)}")
     train = _open(lambda: prepared_train(config, models.tokenizer, models.policy.config.vocab_size))
     say(f"data.train: {train.report.text()}")
+    for shown in show_rows("data.train", train, models.tokenizer, 1):
+        say(shown_text(shown, train.kind, models.tokenizer))
+    _check_beside_models(models, train, objective, "data.train")
     check_rows(train, objective, "data.train")
     train = rows_for_loss(config, train, "data.train")
     ranks.decide(lambda: checks.check_lengths(config, train, objective, "data.train", trained=True))
@@ -173,12 +189,30 @@ def load_evals(config: Config, models: Models, objective: Objective) -> dict[str
     for name, (key, sources) in zip(config.data.eval or {}, eval_sets(config).items(), strict=True):
         evals[name] = _open(partial(prepared, config, models.tokenizer, models.policy.config.vocab_size, sources, key))
         say(f"{key}: {evals[name].report.text()}")
+        _check_beside_models(models, evals[name], objective, key)
         check_rows(evals[name], objective, key)
         evals[name] = rows_for_loss(config, evals[name], key)
         ranks.decide(partial(checks.check_lengths, config, evals[name], objective, key, trained=False))
     if not evals:
         say("data.eval is not set: nothing is evaluated")
     return evals
+
+
+def _check_beside_models(models: Models, rows: TokenisedRows, objective: Objective, key: str) -> None:
+    """All ranks: refuses tokens that the reference lacks; names the rows that are longer than a model was made for."""
+    if objective.needs_reference and models.reference is not models.policy:
+        ranks.decide(partial(checks.check_reference_vocabulary, models.reference, rows, key))
+    lengths = rows.lengths()
+    longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    for model in {models.policy.path: models.policy, models.reference.path: models.reference}.values():
+        positions = getattr(model.config, "max_position_embeddings", None)  # not every family has such a number
+        beyond = np.flatnonzero(longest > positions) if positions is not None else ()
+        if len(beyond):
+            first = ", ".join(rows.origin(int(i)) for i in beyond[:3])
+            say(
+                f"{key}: {len(beyond)} rows are longer than the {positions} positions that {model.key} was made for "
+                f"(max_position_embeddings), the first: {first}; lower data.max_length to that"
+            )
 
 
 def data_facts(train: TokenisedRows, evals: dict[str, TokenisedRows]) -> dict[str, Any]:

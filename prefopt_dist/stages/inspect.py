@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows, open_rows
@@ -14,6 +15,7 @@ from prefopt_dist.inspection.equal import group, prompt_keys
 from prefopt_dist.inspection.picture import draw, matplotlib_figure
 from prefopt_dist.inspection.policy import refuse_stops
 from prefopt_dist.inspection.report import SetReport
+from prefopt_dist.inspection.show import Shown, show_rows, shown_text
 from prefopt_dist.model.load import load_tokenizer, read_config, resolve
 from prefopt_dist.stages.rows import TRAIN, eval_sets, find, prepared
 from prefopt_dist.tracking.console import say
@@ -23,7 +25,8 @@ def run(config: Config) -> None:
     """One process, no process group."""
     if config.inspect.picture is not None:
         matplotlib_figure()
-    sets = _read(config)
+    tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
+    sets = _read(config, tokenizer)
     evals = {key: rows for key, rows in sets.items() if key != TRAIN}
     found = {
         key: find(config, rows, evals, config.inspect.policies) if key == TRAIN else find(config, rows, {}, None)
@@ -42,16 +45,19 @@ def run(config: Config) -> None:
     }
     for report in reports.values():
         say(report.text())
-    _write(config, reports)
+    shown = {key: show_rows(key, rows, tokenizer, config.inspect.show) for key, rows in sets.items()}
+    for key, some in shown.items():
+        for one in some:
+            say(shown_text(one, sets[key].kind, tokenizer))
+    _write(config, reports, [one for some in shown.values() for one in some])
     for rows in sets.values():
         if config.data.on_bad_row == "stop" and rows.report.first_fault is not None:
             raise stopped_by(rows.report.first_fault)
     refuse_stops(found[TRAIN], config.inspect.policies, TRAIN)
 
 
-def _read(config: Config) -> dict[str, TokenisedRows]:
+def _read(config: Config, tokenizer: Any) -> dict[str, TokenisedRows]:
     """All data sets by their dotted key, less the rows that cannot be used: to stop at the first would hide others."""
-    tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
     model_key = "model.name_or_path"
     vocabulary = read_config(resolve(config.model.name_or_path, model_key, weights=False), model_key).vocab_size
     sets = {TRAIN: config.data.train, **eval_sets(config)}
@@ -59,11 +65,12 @@ def _read(config: Config) -> dict[str, TokenisedRows]:
     return {key: open_rows(folder, checksums=False) for key, folder in folders.items()}
 
 
-def _write(config: Config, reports: Mapping[str, SetReport]) -> None:
+def _write(config: Config, reports: Mapping[str, SetReport], shown: Sequence[Shown]) -> None:
     if config.inspect.file is not None:
         file = Path(config.inspect.file)
         try:
-            write_json(file, {key: report.as_json() for key, report in reports.items()})
+            body: dict[str, Any] = {key: report.as_json() for key, report in reports.items()}
+            write_json(file, body | ({"shown": [one.as_json() for one in shown]} if config.inspect.show else {}))
         except OSError as e:
             raise UserError(
                 f"inspect.file: {file} cannot be written ({e.strerror}). Choose a folder that exists."

@@ -9,7 +9,7 @@ from typing import Any
 
 from prefopt_dist.config import Config, RewardSource
 from prefopt_dist.data.prepare import tokenizer_content
-from prefopt_dist.data.template import Template
+from prefopt_dist.data.rendering import Template
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.generation.classifier import ClassifierReward, RewardFolder, inspect_reward

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.micro_batch import Unit
-from prefopt_dist.data.template import read_template
-from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.distributed.shared import refuse_local_folder
 from prefopt_dist.errors import AgreedUserError
@@ -45,6 +43,7 @@ from prefopt_dist.stages import comparing
 from prefopt_dist.stages.answering import Answering, made_by
 from prefopt_dist.stages.ingredients import Models, reference_settings, weights
 from prefopt_dist.stages.judges import judges_of
+from prefopt_dist.stages.rows import tokeniser_of
 from prefopt_dist.tracking import heartbeat
 from prefopt_dist.tracking.console import in_units, say
 from prefopt_dist.tracking.feed import Sample
@@ -253,7 +252,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
         return NotAnswered("answers.number is 0, so no prompt was answered; set it to some number, as 64")
     judges = judges_of(config, models)
     data = config.data
-    tokeniser = Tokeniser(read_template(models.tokenizer, data.template), data.max_length, data.max_prompt_length)
+    tokeniser = tokeniser_of(config, models.tokenizer)
     held = weights(models.policy, models.dtype, config.cache_dir)
     sampling = Sampling(
         n=1,
@@ -325,7 +324,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
 def _chosen(rows: TokenisedRows, number: int) -> list[Unit]:
     """The first chosen responses of a set: of a pair the chosen one, of rated rows the good ones, else all."""
     good = range(rows.n) if rows.labels is None else np.flatnonzero(rows.labels[: 8 * number] == 1).tolist()
-    return [Unit(i, rows.prompt(i), (rows.response(i, 0),)) for i in list(good)[:number]]
+    return [rows.unit(i, (0,)) for i in list(good)[:number]]
 
 
 def _batch_tokens(config: Config) -> int:

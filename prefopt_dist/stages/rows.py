@@ -12,7 +12,11 @@ from typing import Any
 from prefopt_dist.config import Config, DataSource
 from prefopt_dist.config.losses import KTOLoss
 from prefopt_dist.data import TokenisedRows, open_rows, prepare_rows
+from prefopt_dist.data.options import PairsFrom, TextOptions
 from prefopt_dist.data.subset import without
+from prefopt_dist.data.template import read_template
+from prefopt_dist.data.tokenise import Tokeniser
+from prefopt_dist.errors import UserError
 from prefopt_dist.inspection.findings import Finding, row_findings, set_findings
 from prefopt_dist.inspection.policy import refuse_stops, rows_left, rows_to_drop
 from prefopt_dist.tracking import heartbeat
@@ -25,6 +29,36 @@ TRAIN = "data.train"
 def eval_sets(config: Config) -> dict[str, Sequence[DataSource]]:
     """The sources of each evaluation set by its dotted key."""
     return {f"data.eval.{name}".rstrip("."): sources for name, sources in (config.data.eval or {}).items()}
+
+
+def text_options(config: Config) -> TextOptions:
+    """How texts become tokens, for whatever reads rows or prompts."""
+    data = config.data
+    return TextOptions(
+        template_date=data.template_date,
+        learn=data.learn,
+        system=data.system,
+        thinking=data.thinking,
+        chat_template=None if data.chat_template is None else _template_file(data.chat_template),
+        template_kwargs=tuple((data.template_kwargs or {}).items()),
+        columns=tuple((data.columns or {}).items()),
+        pairs_from=None if data.pairs_from is None else PairsFrom(**vars(data.pairs_from)),
+    )
+
+
+def _template_file(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.chat_template: {path} cannot be read ({error}); name a file with a template") from error
+
+
+def tokeniser_of(config: Config, tokenizer: Any) -> Tokeniser:
+    """What prompts go through that are to be answered: the same as what is trained on."""
+    data = config.data
+    options = text_options(config)
+    template = read_template(tokenizer, data.template, options)
+    return Tokeniser(template, data.max_length, data.max_prompt_length, options)
 
 
 def prepared(
@@ -49,6 +83,7 @@ def prepared(
         cache_dir=config.cache_dir,
         vocab_size=vocabulary,
         key=key,
+        options=text_options(config),
         say=say,
         progress=_tokenising(key),
     )

@@ -12,6 +12,7 @@ from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.layout import FROZEN, TRAINING
 from prefopt_dist.data.order import Order
+from prefopt_dist.data.template import template_named
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import AgreedUserError
 from prefopt_dist.model.activations import activation_memory
@@ -39,6 +40,12 @@ from prefopt_dist.training.manifest import Manifest
 from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.run_folder import RunFolder
 from prefopt_dist.training.stopping import Requests
+
+DATA = (
+    "the data files, the tokenizer, (for inspect.eval_…=drop) data.eval, or this version of prefopt_dist, which may "
+    "read such rows otherwise (docs/data.md),"
+)
+"""What decides the tokens besides the configuration."""
 
 
 def run(config: Config, asked: Requests | None = None) -> None:
@@ -83,6 +90,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
         if ranks.rank() == 0:
             folder.note(
                 data=ingredients.data_facts(train, evals),
+                chat_template=template_named(models.tokenizer, config.data.template, config.data.chat_template),
                 reference=None if first_pass is None else first_pass.as_run_json(),
             )
 
@@ -148,7 +156,7 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
         )
     for name, key, what in (
         ("reference_key", "reference", "the weights or the configuration of the model folder"),
-        ("data_digest", "data.train", "the data files, the tokenizer or (for inspect.eval_…=drop) data.eval"),
+        ("data_digest", "data.train", DATA),
         ("base_key", "model.name_or_path", "the weights or the configuration of the base model's folder"),
     ):
         if name in facts and found.facts[name] != facts[name]:

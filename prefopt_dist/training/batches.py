@@ -31,16 +31,7 @@ class ScoredRows:
 
     def units(self, indices: Iterable[int], responses: int, first: int = 0) -> list[Unit]:
         """The rows as units of `responses` responses from the `first` on."""
-        rows, columns = self.rows, range(first, first + responses)
-        return [
-            Unit(
-                i,
-                rows.prompt(i),
-                tuple(rows.response(i, k) for k in columns),
-                desirable=rows.labels is None or bool(rows.labels[i]),
-            )
-            for i in indices
-        ]
+        return [self.rows.unit(i, range(first, first + responses)) for i in indices]
 
 
 class Batch:

@@ -6,22 +6,24 @@ Of a run with adapters it is peft's folder of them, or on request the whole mode
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 from prefopt_dist import __version__
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import fsync_folder, write_json
 from prefopt_dist.model import adapter as adapters
 from prefopt_dist.model.adapter import Adapter
-from prefopt_dist.model.load import ModelFolder, inspect_folder, load_whole
+from prefopt_dist.model.load import ModelFolder, generation_config, inspect_folder, load_whole
 from prefopt_dist.model.rounding import Rounding
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.training import probe
@@ -38,6 +40,8 @@ def export(
     adapter: Adapter | None,
     merged: bool,
     tokenizer: Any,
+    chat_template: str | None,
+    ends: Sequence[int],
     trained_dtype: torch.dtype,
     dtype: torch.dtype,
     target: Path,
@@ -46,7 +50,8 @@ def export(
     """Writes `target` whole or not at all; returns the worst relative difference of the probe's log-probs.
 
     model: the folder that training started from, for its architecture and what was frozen; adapter: of the run, which
-    is written alone unless merged; card: the model card's text.
+    is written alone unless merged; chat_template: that the training used in place of the tokenizer's;
+    ends: tokens at which it taught the model to stop; card: the model card's text.
     """
     check_target(target)
     manifest = read_manifest(checkpoint)
@@ -58,7 +63,10 @@ def export(
     staging = target.with_name(f".{target.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        _write(checkpoint, model, adapter, merged, dtype, staging)
+        _write(checkpoint, model, adapter, merged, dtype, staging, ends)
+        if chat_template is not None:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.chat_template = chat_template
         tokenizer.save_pretrained(staging)
         (staging / "README.md").write_text(card)
         base = None if adapter is None or merged else model
@@ -96,26 +104,38 @@ def check_target(target: Path) -> None:
 
 
 def _write(
-    checkpoint: Path, model: ModelFolder, adapter: Adapter | None, merged: bool, dtype: torch.dtype, folder: Path
+    checkpoint: Path,
+    model: ModelFolder,
+    adapter: Adapter | None,
+    merged: bool,
+    dtype: torch.dtype,
+    folder: Path,
+    ends: Sequence[int],
 ) -> None:
     weights = _float32_weights(checkpoint)
     if adapter is None:
-        _write_whole(weights, model, dtype, folder)
+        _write_whole(weights, model, dtype, folder, ends)
     elif merged:
-        _write_whole(adapters.merged(model, adapter, weights), model, dtype, folder)
+        _write_whole(adapters.merged(model, adapter, weights), model, dtype, folder, ends)
     else:
         adapters.save(folder, adapter, {name: tensor.to(dtype) for name, tensor in weights.items()})
 
 
-def _write_whole(weights: dict[str, torch.Tensor], model: ModelFolder, dtype: torch.dtype, folder: Path) -> None:
+def _write_whole(
+    weights: dict[str, torch.Tensor], model: ModelFolder, dtype: torch.dtype, folder: Path, ends: Sequence[int]
+) -> None:
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(model.config)
     written = {name: tensor.to(dtype) for name, tensor in weights.items()}
     lm.load_state_dict(written, strict=not model.config.tie_word_embeddings, assign=True)
     lm.tie_weights()
     lm.config.dtype = dtype
-    if (model.path / "generation_config.json").is_file():
-        lm.generation_config = GenerationConfig.from_pretrained(model.path)
+    lm.generation_config = generation_config(model.path, model.key) or lm.generation_config
+    known = lm.generation_config.eos_token_id
+    stops = list(dict.fromkeys([*([known] if isinstance(known, int) else known or []), *ends]))
+    if set(ends) - {known if isinstance(known, int) else None}:
+        # A base model's end of text is not the end of turn that was learnt: without it generation ran to its limit.
+        lm.generation_config.eos_token_id = stops
     lm.save_pretrained(folder)
 
 

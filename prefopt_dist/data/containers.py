@@ -1,0 +1,74 @@
+"""Files of rows that are no JSON lines: one JSON list, comma-separated values, zstandard."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.errors import UserError
+from prefopt_dist.packages import needed
+
+LISTS = ("data", "rows", "examples", "train")
+"""Where an object around a list of rows may keep it."""
+CSV_FIELD = 1 << 30
+"""Characters of one value at most; the module's own limit of 131,072 would refuse long conversations."""
+
+
+def listed(stream: IO[bytes]) -> bool:
+    """Whether the file is one JSON list, or an object around one; the stream is then where it was."""
+    start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    stream.seek(0)
+    if start.startswith(b"["):
+        # A line that holds a list is a bad row of JSON lines; a list of rows begins with an object or goes on below.
+        return start[1:].lstrip().startswith((b"{", b"]")) or b"\n" not in start.rstrip()
+    if not start.startswith(b"{"):
+        return False
+    name, _, value = start[1:].lstrip().partition(b":")
+    return name.strip() in [f'"{key}"'.encode() for key in LISTS] and value.lstrip().startswith(b"[")
+
+
+def listed_rows(stream: IO[bytes], key: str, file: Path) -> Iterator[dict[str, Any] | BadRow]:
+    """The rows of one JSON list, or of an object around one. The whole file is held in memory."""
+    try:
+        found = json.loads(stream.read().decode("utf-8-sig"))
+        json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate in it is no text for a tokenizer
+    except (ValueError, RecursionError) as error:
+        why = str(error)[:80]
+        raise UserError(f"{key}: {file} begins as one JSON list, but is none ({why}); write it again") from error
+    if isinstance(found, dict):
+        found = next(found[name] for name in LISTS if isinstance(found.get(name), list))
+    for item in found:
+        yield item if isinstance(item, dict) else BadRow("not_an_object", "the list holds one object a row", item)
+
+
+def csv_rows(file: Path, key: str) -> Iterator[dict[str, Any] | BadRow]:
+    """The rows of comma-separated values under a line of names; values are text, an empty one is none."""
+    csv.field_size_limit(CSV_FIELD)
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, restkey="")
+            if not reader.fieldnames or len(set(reader.fieldnames)) < len(reader.fieldnames):
+                raise UserError(f"{key}: {file} must begin with a line of names, each once; add or mend it")
+            for row in reader:
+                if "" in row or None in row.values():
+                    yield BadRow("not_an_object", "a row has as many values as there are names", list(row.values()))
+                else:
+                    yield {name: value for name, value in row.items() if value != ""}
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}: {file} is no UTF-8 ({error.reason}); write it again as UTF-8") from error
+    except csv.Error as error:
+        raise UserError(f"{key}: {file} cannot be read as comma-separated values ({error}); write it again") from error
+
+
+def zstd_stream(file: Path, key: str) -> IO[bytes]:
+    """The file's content unpacked, in memory."""
+    pa = needed("pyarrow", key, f"the zstandard file {file}", "give the rows as .jsonl")
+    try:
+        return io.BytesIO(pa.input_stream(str(file), compression="zstd").read())
+    except OSError as error:
+        raise UserError(f"{key}: {file} is a damaged zstandard file ({error}); write it again") from error

@@ -1,0 +1,113 @@
+"""Which files of a folder are meant: its configurations and splits, as hub data sets lay them out.
+
+The front matter of README.md says it, or else the names of folders and files, as in en/train-00000-of-00002.parquet.
+One configuration and one split are taken: those named, or the only configuration and the split `train`. Anything else
+would mix what its author kept apart, test rows among them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prefopt_dist.errors import UserError
+
+SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])[\w.]*?(?=-\d|_\d{4,}|$)")
+SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
+DEFAULT = "default"
+PLAIN_FOLDERS = ("data", ".")
+"""Folders whose names say nothing."""
+PLAIN_FILES = ("data", "part", "shard", "chunk", "file", "rows", "output")
+"""Numbered files whose names say nothing."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file and what it belongs to."""
+
+    file: Path
+    configuration: str
+    split: str | None
+    """None: nothing says that it belongs to one"""
+
+
+def chosen_files(
+    folder: Path, files: list[Path], *, name: str | None, split: str | None, key: str, shown: str
+) -> tuple[Path, ...]:
+    """Those of `files` that are of the configuration `name` and of the split.
+
+    Raises UserError with the list where what is asked is not there, or where nothing is asked and there is a choice.
+    """
+    parts = [part for part in _declared(folder, files) or _by_names(folder, files)]
+    configurations = sorted({part.configuration for part in parts})
+    if name is not None and name not in configurations:
+        raise UserError(f"{key}: {shown!r} has no configuration {name!r}; name one of {configurations}")
+    if name is None and len(configurations) > 1 and DEFAULT not in configurations:
+        raise UserError(
+            f"{key}: {shown!r} has the configurations {configurations}; name one: {{path: {shown}, name: "
+            f"{configurations[0]}}}, or list several as sources of their own"
+        )
+    taken = name or (DEFAULT if DEFAULT in configurations else configurations[0])
+    parts = [part for part in parts if part.configuration == taken]
+    splits = sorted({part.split for part in parts if part.split is not None})
+    if split is None and not splits:
+        return tuple(part.file for part in parts)
+    wanted = split or "train"
+    found = tuple(part.file for part in parts if part.split == wanted)
+    if not found:
+        lacks = f"has no split {split!r}" if split else "has no split of the name 'train'"
+        has = f"name one of {splits}: {{path: {shown}, split: {splits[0]}}}" if splits else "remove the split"
+        raise UserError(f"{key}: {shown!r} {lacks}; {has}")
+    return found
+
+
+def _declared(folder: Path, files: list[Path]) -> list[Part]:
+    """What the front matter of README.md says of the files; none where it says nothing."""
+    return [
+        Part(file, str(configuration.get("config_name", DEFAULT)), split)
+        for configuration in _configurations(folder / "README.md")
+        for split, pattern in _patterns(configuration.get("data_files"))
+        for file in sorted(folder.glob(pattern))
+        if file in files
+    ]
+
+
+def _configurations(readme: Path) -> list[Mapping[str, Any]]:
+    try:
+        text = readme.read_text(encoding="utf-8", errors="replace")
+        head = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, yaml.YAMLError, IndexError):
+        return []  # a page for people, not ours to judge
+    found = head.get("configs") if isinstance(head, dict) else None
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def _patterns(data_files: Any) -> Iterator[tuple[str, str]]:
+    """Split and glob; files without a split are `train`, as the hub has it."""
+    for one in data_files if isinstance(data_files, list) else [data_files]:
+        split, paths = (one.get("split", "train"), one.get("path")) if isinstance(one, dict) else ("train", one)
+        for path in paths if isinstance(paths, list) else [paths]:
+            if isinstance(path, str) and path and not path.startswith("/") and ".." not in path:
+                yield str(split), path
+
+
+def _by_names(folder: Path, files: list[Path]) -> list[Part]:
+    return [_by_name(file, file.relative_to(folder)) for file in files]
+
+
+def _by_name(file: Path, relative: Path) -> Part:
+    folders = [part for part in relative.parent.parts if part not in PLAIN_FOLDERS]
+    stem = relative.name.split(".")[0]
+    sharded, named = SHARD.match(stem), SPLIT.match(stem)
+    if sharded and sharded.group(1) in PLAIN_FILES:
+        sharded = None
+    split = sharded.group(1) if sharded else named.group(0).rstrip("._") if named else None
+    if folders and SPLIT.fullmatch(folders[-1]):
+        split = split if sharded and named else folders[-1]
+        folders = folders[:-1]
+    return Part(file, "/".join(folders) or DEFAULT, split)
