@@ -141,9 +141,7 @@ def start_of_demo(here: Path, seed: int, way: Way) -> Start:
         generate.run(parts.config_of("pairs", here, seed))
         parts.split_pairs(here)
     recipe = parts.recipe_file("demo")
-    return Start(
-        here / "sft" / "final", here / "pairs" / f"{way.data}.jsonl", recipe, here / "world" / "unseen.jsonl"
-    )
+    return Start(here / "sft" / "final", here / "pairs" / f"{way.data}.jsonl", recipe, here / "world" / "unseen.jsonl")
 
 
 def whole_of_letters(prompt: str, answer: str) -> bool:
