@@ -38,6 +38,10 @@ class Comparison:
     """Digests of all that decides what is found"""
     name: str
     """Of the policy, for people"""
+    other: str
+    """What it is compared with, for people"""
+    is_start: bool
+    """The policy was trained from that, or from its like: what it says is usual"""
 
     def run(self, stop_asked: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """All ranks: the answers' rewards, wins, and the policy's KL from the live reference.
@@ -60,20 +64,18 @@ class Comparison:
         likelihood = measures.Likelihood(own, of_policy, of_against, np.empty(0), [])
         terms = measures.Terms(policy.sampling.stop_ids, weights)
         row = measures.as_metrics(measures.of_both(of["policy"], of["against"], likelihood, terms))
-        against = self.jobs["against"].model.path
-        usual = (self.reference.path, self.models.policy.path)
-        if against not in usual:  # strange to the reference itself, it tells nothing of what is usual
+        sides = {which: _nats(row, prefix) for which, prefix in (("policy", "answers/"), ("against", "answers/start/"))}
+        if not self.is_start:  # another model, strange to the reference itself, tells nothing of what is usual
             del row["answers/start/reference_nats"]
-        other = "the start" if against in usual else str(against)
-        said = verdict(row, self.config.health, self.name, other)
+        said = verdict(row, self.config.health, self.name, self.other)
         compared = {
             "verdict": said.word,
             "verdict_text": said.text,
             "prompts": len(of["policy"]),
             "samples": evaluate.samples,
             "temperature": evaluate.temperature,
-            "policy": comparison.summary(of["policy"], weights) | _nats(row, "answers/"),
-            "against": comparison.summary(of["against"], weights) | _nats(row, "answers/start/"),
+            "policy": comparison.summary(of["policy"], weights) | sides["policy"],
+            "against": comparison.summary(of["against"], weights) | sides["against"],
             **_apart(of["policy"], of["against"], weights),
             "kl": comparison.kl(of["policy"], own, of_policy),
         }
@@ -102,11 +104,12 @@ def prepare(
     *,
     start: ModelFolder | None = None,
     name: str | None = None,
+    other: str | None = None,
 ) -> Comparison:
     """All ranks: reads the prompts and hashes the weights; nothing is sampled yet.
 
-    start: one more model that the policy is compared with, as `from_start`; name: of the policy, for people; None: its
-    folder.
+    start: one more model that the policy is compared with, as `from_start`; name, other: of the policy and of
+    what it was trained from, for people; None: its folder, and what is found by comparing folders.
     """
     evaluate = config.evaluate
     assert evaluate.prompts is not None
@@ -138,7 +141,9 @@ def prepare(
         "on_bad_reward": config.generate.on_bad_reward,
         "reference": ingredients.weights(reference, models.dtype, config.cache_dir).key,
     }
-    return Comparison(config, models, jobs, reference, made_of, name or str(policy.path))
+    is_start = other is not None or against.path in (reference.path, models.policy.path)
+    other = other or ("the start" if is_start else str(against.path))
+    return Comparison(config, models, jobs, reference, made_of, name or str(policy.path), other, is_start)
 
 
 def sums_under(

@@ -170,7 +170,7 @@ def _comparison(config: Config, of_round: Config, first: ingredients.Models) -> 
     # The first may be a hub name.
     before = first.policy if start == config.model.name_or_path else _folder(config, Path(start))
     # By the rounds' own seed, whatever the round: each model's answers are sampled once.
-    return comparing.prepare(config, first, policy, before, first.policy, start=first.policy)
+    return comparing.prepare(config, first, policy, before, first.policy, start=first.policy, other="the round before")
 
 
 def _compared(
