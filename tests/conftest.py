@@ -12,7 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # handler, whichever it is, is reset to the default in a new process.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONG = ("test_ranks", "test_end_to_end", "test_campaign", "test_generate", "test_store_attacks", "test_universal")
+LONG = (
+    *("test_ranks", "test_end_to_end", "test_campaign", "test_own_answers", "test_generate", "test_store_attacks"),
+    "test_universal",
+)
 """Files that take minutes, the longest first: begun last, one of them would keep one worker busy and the other idle."""
 
 
