@@ -41,6 +41,7 @@ def tokenised(task: Task) -> TokenisedRows:
         responses=2,
         tokens=np.concatenate(parts),
         offsets=np.cumsum([0, *map(len, parts)]).astype(np.int64),
+        learnt=None,
         digests=np.array(digests),
         labels=None,
         source=np.zeros(n, dtype=np.int32),

@@ -30,7 +30,7 @@ def rows(names: tuple[str, ...] = SETS) -> TokenisedRows:
     report = DataReport(N, N, {}, {}, {}, 0, "pair", {}, "digest")
     source = SOURCE if len(names) > 1 else np.zeros(N, np.int32)
     named = (names, (1.0,) * len(names), report)
-    return TokenisedRows("pair", N, 2, nothing, nothing, nothing, None, source, nothing, nothing, *named)
+    return TokenisedRows("pair", N, 2, nothing, nothing, None, nothing, None, source, nothing, nothing, *named)
 
 
 def diagnosed(objective: Objective, parts: list[list[int]], *, desirable: np.ndarray | None = None) -> dict[str, Any]:
