@@ -206,10 +206,10 @@ def _in_a_collective() -> bool:
 
 
 def _used() -> tuple[float, int]:
-    """Seconds of CPU and bytes read and written by this process so far."""
+    """Seconds of CPU, less those of this thread (the watch), and bytes read and written by this process so far."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     moved = 0
     with suppress(OSError, ValueError):
         lines = Path("/proc/self/io").read_text().splitlines()
         moved = sum(int(line.split()[1]) for line in lines if line.split(":")[0] in ("rchar", "wchar", "read_bytes"))
-    return usage.ru_utime + usage.ru_stime, moved
+    return usage.ru_utime + usage.ru_stime - time.thread_time(), moved
