@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prefopt_dist.commands import plan, train
 from prefopt_dist.config import Plan
 from prefopt_dist.demo import parts
 from prefopt_dist.distributed import ranks
 from prefopt_dist.files import read_json, write_json
-from prefopt_dist.stages import plan, train
-from prefopt_dist.tracking.metrics_file import MetricsFile
+from prefopt_dist.monitoring.metrics_file import MetricsFile
 
 RESULTS = Path(__file__).parent / "results"
 NUMBER = 64

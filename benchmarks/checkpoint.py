@@ -58,9 +58,9 @@ def _start(phase: str, ranks: int, folder: Path) -> None:
 def _phase(phase: str, folder: Path) -> None:
     """On every rank; rank 0 writes <phase>.json."""
     from benchmarks import ours
+    from prefopt_dist.checkpoint import load, save
     from prefopt_dist.distributed import ranks
-    from prefopt_dist.model.load import inspect_folder
-    from prefopt_dist.training import checkpoint
+    from prefopt_dist.model.folder import inspect_folder
 
     ranks.start()
     task, root = load_task(folder), folder / "checkpoints"
@@ -76,13 +76,13 @@ def _phase(phase: str, folder: Path) -> None:
         found[name] = time.perf_counter() - start
 
     def find_and_load() -> None:
-        manifest = checkpoint.find(root)
+        manifest = load.find_newest(root)
         assert manifest is not None
-        checkpoint.load(engine, root, manifest)
+        load.load(engine, root, manifest)
 
     if phase == "write":
         _steps(engine, task, timed)
-        timed("save", lambda: checkpoint.save(engine, root, step=1, state={}, facts={}, keep=2))
+        timed("save", lambda: save.save(engine, root, step=1, state={}, facts={}, keep=2))
         found["bytes"] = sum(f.stat().st_size for f in root.rglob("*") if f.is_file())
         share = found["bytes"] // ranks.world_size()
         plain = folder / f"plain-{ranks.rank()}"
@@ -103,18 +103,18 @@ def _steps(engine: Any, task: Task, timed: Callable[[str, Callable[[], Any]], No
     import torch
 
     from benchmarks import ours
+    from prefopt_dist.batching.batches import ScoredRows, step_batch
     from prefopt_dist.objectives import DPO
     from prefopt_dist.training import step
-    from prefopt_dist.training.batches import ScoredRows, step_batch
-    from prefopt_dist.training.stopping import Request
+    from prefopt_dist.training.stop import Request
 
     rows, objective = ours.tokenised(task), DPO(task.beta)
     data = ScoredRows(rows, torch.zeros(rows.n, 2, dtype=torch.float64))
 
     def one(k: int) -> None:
         batch = step_batch(data, task.rows(k), objective.responses, task.micro_batch_tokens)
-        step.agree(step.gradient(engine, batch, objective, None), Request(False, False))
-        step.update(engine, task.learning_rate)
+        step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
+        step.optimizer_step(engine, task.learning_rate)
 
     for k in range(3):
         timed("step", lambda k=k: one(k))  # type: ignore[misc]

@@ -27,19 +27,19 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from prefopt_dist.commands import export, generate, train
 from prefopt_dist.config import load_config
 from prefopt_dist.demo import parts
 from prefopt_dist.demo import reward as demo_reward
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import read_json, write_json
-from prefopt_dist.generation.comparison import interval
-from prefopt_dist.generation.prompts import Prompt
-from prefopt_dist.generation.sampling import Sampling
-from prefopt_dist.generation.transformers_engine import TransformersEngine, load_for_sampling
-from prefopt_dist.model.load import inspect_folder
-from prefopt_dist.stages import export, generate, train
-from prefopt_dist.tracking.metrics_file import MetricsFile
+from prefopt_dist.model.folder import inspect_folder
+from prefopt_dist.monitoring.metrics_file import MetricsFile
+from prefopt_dist.rollouts.comparison import interval
+from prefopt_dist.rollouts.prompts import Prompt
+from prefopt_dist.rollouts.sampling import Sampling
+from prefopt_dist.rollouts.transformers_engine import TransformersEngine, load_for_sampling
 from tests import letters
 
 RECIPES = Path("launch/recipes")

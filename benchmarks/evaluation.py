@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def _ours(folder: Path, tokens: int) -> dict[str, Any]:
-    from prefopt_dist.__main__ import main as door
+    from prefopt_dist.cli import main as door
 
     config = {
         "run": {"dir": str(folder / f"ours-{tokens}")},

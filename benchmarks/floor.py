@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from prefopt_dist.data.layout import TRAINING, Cost
+from prefopt_dist.batching.layout import TRAINING, Cost
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from prefopt_dist.commands import evaluate, generate, train
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.demo.parts import DEMONSTRATIONS, HELD_OUT, PROMPTS, UNSEEN
 from prefopt_dist.demo.world import tasks
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import read_json, write_json
-from prefopt_dist.generation.comparison import shown
-from prefopt_dist.stages import evaluate, generate, train
+from prefopt_dist.rollouts.comparison import shown
 
 RESULTS = Path(__file__).parent / "results"
 BETAS = (0.05, 0.1, 0.5, 1.0, 5.0)

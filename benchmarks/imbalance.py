@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmarks.floor import SHAPES, Shape, step_flop
 from benchmarks.pairs import MIXES, Lens, draw_lengths
-from prefopt_dist.data.layout import lay_out
-from prefopt_dist.data.micro_batch import Unit
+from prefopt_dist.batching.layout import lay_out
+from prefopt_dist.data.unit import Unit
 
 BUDGET = 8192
 SHAPE = SHAPES["8b"]

@@ -98,8 +98,8 @@ def measured(folder: Path) -> dict[str, Any]:
 
 def stage(run: str) -> None:
     """Runs the stage and prints what its parts took, and the process's peak memory."""
-    from prefopt_dist.__main__ import main as door
-    from prefopt_dist.stages import inspect
+    from prefopt_dist.cli import main as door
+    from prefopt_dist.commands import inspect
 
     took: Counter[str] = Counter()
     worked: Counter[str] = Counter()
@@ -115,8 +115,8 @@ def write_rows(folder: Path, n: int, seed: int = 0) -> Counter[str]:
     """A folder of n tokenised pairs of random tokens and digests; every thousandth is repeated and contradicted."""
     import numpy as np
 
-    from prefopt_dist.data.report import DataReport
-    from prefopt_dist.data.rows import COLUMNS, Column, content_digest, write_manifest
+    from prefopt_dist.data.dataset import COLUMNS, Column, content_digest, write_manifest
+    from prefopt_dist.data.row_counts import DataReport
 
     folder.mkdir()
     draw = np.random.default_rng(seed)
@@ -144,16 +144,15 @@ def write_rows(folder: Path, n: int, seed: int = 0) -> Counter[str]:
 def look(folder: str) -> None:
     """Finds what is in tokenised rows, with the rows themselves as evaluation set: the most that there can be to do."""
     from prefopt_dist.data import open_rows
-    from prefopt_dist.inspection.equal import group, prompt_keys
-    from prefopt_dist.inspection.findings import row_findings, set_findings
-    from prefopt_dist.inspection.policy import rows_left
-    from prefopt_dist.inspection.report import SetReport
+    from prefopt_dist.data.quality.findings import group_equal, prompt_keys, row_findings, set_findings
+    from prefopt_dist.data.quality.policy import rows_left
+    from prefopt_dist.data.quality.report import SetReport
 
     rows = open_rows(Path(folder), checksums=False)
     with Watch() as watch:
         began, working = time.monotonic(), time.process_time()
         found = [*row_findings(rows, {"data.eval": rows}), *set_findings(rows, (1.0, 1.0), rows_left(rows.n, [], None))]
-        prompts = len(group(prompt_keys(rows)).first)
+        prompts = len(group_equal(prompt_keys(rows)).first)
         SetReport.of("data.train", rows, found, None, "drop", prompts).text()
         took, worked = time.monotonic() - began, time.process_time() - working
     counts = {f.name: f.count for f in found if f.count}

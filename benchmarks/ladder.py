@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import meter
 from benchmarks.world import Task
-from prefopt_dist.data.micro_batch import MicroBatch, Unit, pack
-from prefopt_dist.model.load import inspect_folder, load_whole
+from prefopt_dist.batching.micro_batch import MicroBatch, pack
+from prefopt_dist.data.unit import Unit
+from prefopt_dist.model.folder import inspect_folder
+from prefopt_dist.model.load import load_whole
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
 

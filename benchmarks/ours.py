@@ -11,20 +11,21 @@ import torch
 
 from benchmarks import meter
 from benchmarks.world import Task
+from prefopt_dist.batching.batches import Batch, Prefetcher, ScoredRows, step_batch
 from prefopt_dist.data import DataReport, TokenisedRows, sequence_digest
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.model.activations import activation_memory
-from prefopt_dist.model.cost import forward_cost
-from prefopt_dist.model.load import inspect_folder, load_sharded
+from prefopt_dist.model import activation_checkpointing
+from prefopt_dist.model.cost import activation_memory, forward_cost
+from prefopt_dist.model.folder import inspect_folder
+from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
 from prefopt_dist.reference import first_pass
 from prefopt_dist.reference.store import ReferenceStore
-from prefopt_dist.stages.ingredients import sized, zero_settings
-from prefopt_dist.training import room, step
-from prefopt_dist.training.batches import Ahead, Batch, ScoredRows, step_batch
+from prefopt_dist.setup.prepare_models import sized, zero_settings
+from prefopt_dist.training import step
 from prefopt_dist.training.optimizer import adamw
-from prefopt_dist.training.stopping import Request
+from prefopt_dist.training.stop import Request
 
 CONFIGS = Path(__file__).resolve().parent.parent / "deepspeed_configs"
 
@@ -70,13 +71,13 @@ def run(task: Task, folder: Path) -> dict[str, Any]:
     def make(k: int) -> Batch:
         return step_batch(data, task.rows(k), objective.responses, task.micro_batch_tokens, cost)
 
-    with Ahead(make, steps) as batches:
+    with Prefetcher(make, steps) as batches:
         for k in steps:
             start = meter.Mark.now()
             batch = batches.take(k)
-            packed = step.gradient(engine, batch, objective, None)
-            sums, _ = step.agree(packed, Request(False, False))
-            step.update(engine, task.learning_rate)
+            packed = step.forward_backward(engine, batch, objective, None)
+            sums, _ = step.reduce_metrics(packed, Request(False, False))
+            step.optimizer_step(engine, task.learning_rate)
             times.append(meter.Mark.now().since(start))
             losses.append(sums[0] / sums[-1])
             micro_batches.append(len(batch))
@@ -99,8 +100,8 @@ def stepper(task: Task, folder: Path, budget: int) -> Callable[[int], None]:
 
     def one(k: int) -> None:
         batch = step_batch(data, task.rows(k), objective.responses, budget, cost)
-        step.agree(step.gradient(engine, batch, objective, None), Request(False, False))
-        step.update(engine, task.learning_rate)
+        step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
+        step.optimizer_step(engine, task.learning_rate)
 
     return one
 
@@ -138,7 +139,10 @@ def policy(task: Task, model: Any, dtype: torch.dtype) -> Any:
     scorer = Scorer(lm).train()
     optimizer = adamw(scorer, learning_rate=task.learning_rate, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
     engine = zero3.policy_engine(scorer, optimizer, settings)
-    memory, available = activation_memory(model.config, dtype), room.available_bytes(lm, settings["zero_optimization"])
-    here = room.choose(memory, wish="auto", tokens=task.micro_batch_tokens, available=available)
-    room.apply(lm, here.checkpointed)
+    memory, available = (
+        activation_memory(model.config, dtype),
+        activation_checkpointing.available_bytes(lm, settings["zero_optimization"]),
+    )
+    here = activation_checkpointing.choose(memory, wish="auto", tokens=task.micro_batch_tokens, available=available)
+    activation_checkpointing.apply(lm, here.checkpointed)
     return engine

@@ -22,12 +22,14 @@ import torch
 from benchmarks.floor import Shape
 from benchmarks.pairs import Lengths, Mix, draw_pairs
 from benchmarks.world import write_model
+from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.config.build import build_config
-from prefopt_dist.data.micro_batch import Unit, pack
-from prefopt_dist.model.load import inspect_folder, load_whole
+from prefopt_dist.data.unit import Unit
+from prefopt_dist.model.folder import inspect_folder
+from prefopt_dist.model.load import load_whole
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import KTO, SFT, Sequences
-from prefopt_dist.stages.losses import make_objective
+from prefopt_dist.objectives.factory import make_objective
 
 LOSS_TOLERANCE = 2e-5
 """Relative; what float32 models differ by in log-probs, times what a loss makes of it."""

@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefopt_dist.commands import generate, rounds, train
 from prefopt_dist.demo import parts, result
 from prefopt_dist.demo.__main__ import RECIPES
 from prefopt_dist.demo.judging import judge_control
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import read_json, write_json
-from prefopt_dist.stages import generate, rounds, train
 
 RESULTS = Path(__file__).parent / "results"
 QUIET = ("tracking.wandb.mode=disabled", "train.micro_batch_tokens=1024")

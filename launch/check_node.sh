@@ -25,5 +25,5 @@ fi
 export OMP_NUM_THREADS=1
 node=()
 [[ " $* " == *" --node "* ]] || node=(--node "${SLURM_NODEID:?or --node}")
-exec "$python" -m prefopt_dist.nodes "${node[@]}" "$@"
+exec "$python" -m prefopt_dist.preflight "${node[@]}" "$@"
 }

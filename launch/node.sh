@@ -63,7 +63,7 @@ else
 fi
 share_cores "$ranks"
 name=${SLURMD_NODENAME:+$SLURMD_NODENAME${PREFOPT_HEAD_SUFFIX:-}}
-address=$("$python" -m prefopt_dist.nodes.address "$head" "$node" ${name:+"$name"}) || exit 2 # it has said why
+address=$("$python" -m prefopt_dist.preflight.rendezvous "$head" "$node" ${name:+"$name"}) || exit 2 # it has said why
 
 exec "$python" -m torch.distributed.run \
     --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts 0 \

@@ -20,3 +20,7 @@ class NotHere(UserError):
 def shortened(text: str) -> str:
     """What a message shows of a value or a key: its beginning."""
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+class StopRequested(Exception):
+    """The pass was asked to stop; what it scored is in the store."""

@@ -1,12 +1,20 @@
-"""Files that others read: written whole or not at all."""
+"""Write files whole or not at all, lock them, and explain a full disk."""
 
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import socket
 import time
+from collections.abc import Iterable
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +89,81 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}:{fault.lineno}: not valid JSON ({fault.msg})") from fault
     except UnicodeDecodeError as fault:
         raise UserError(f"{path}: not UTF-8 text ({fault.reason} at byte {fault.start})") from fault
+
+
+class FileLock:
+    """Held by at most one process on all machines that see the file (NFS 4 and parallel file systems pass it on)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._descriptor is not None
+
+    def take(self) -> str | None:
+        """Takes the lock and returns None, or returns who holds it; OSError where there can be no lock."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 500).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            return holder
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"host {socket.gethostname()}, process {os.getpid()}, since {since}".encode())
+        return None
+
+    def give_back(self) -> None:
+        """Gives the lock back if it is held; the file stays."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+_DISK_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "no room for")
+"""Of libraries that make an exception of their own of it."""
+_WRITERS = ("PytorchStreamWriter", "inline_container", "not committed")
+"""What torch says of any failed write: a full disk only where the disk is full now."""
+_FULL_BYTES = 1 << 20
+
+
+def explain_disk_error(fault: BaseException, folders: Iterable[tuple[str, Path]]) -> str | None:
+    """What to say of `fault` where it comes of a full disk, None where it does not.
+
+    folders: dotted key and folder of all that a job writes.
+    """
+    faults, link = [], fault
+    while link is not None and link not in faults:
+        faults.append(link)
+        link = link.__cause__ or link.__context__  # type: ignore[assignment]
+    full = [(key, folder) for key, folder in folders if _free_space(folder) < _FULL_BYTES]
+    text = " ".join(str(f) for f in faults)
+    certain = any(isinstance(f, OSError) and f.errno in _DISK_ERRORS for f in faults) or any(
+        w in text for w in _DISK_WORDS
+    )
+    if not certain and not (full and any(word in text for word in _WRITERS)):
+        return None
+    # Of a copy the second name is the one that was written.
+    files = [str(f.filename2 or f.filename) for f in faults if isinstance(f, OSError) and f.filename]
+    place = ", ".join(f"{key}: the disk of {folder} is full" for key, folder in full[:1])
+    return (
+        f"{place or 'a disk is full, or its quota used up'} ({(files or [text.splitlines()[0]])[0]}). What was "
+        "committed before is sound: free some space, or move the folder and name its new place, and start again."
+    )
+
+
+def _free_space(folder: Path) -> int:
+    """Bytes that are left where the folder is or would be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

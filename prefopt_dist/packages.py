@@ -9,7 +9,7 @@ from typing import Any
 from prefopt_dist.errors import UserError
 
 
-def needed(package: str, place: str, what: str, otherwise: str) -> Any:
+def import_optional(package: str, place: str, what: str, otherwise: str) -> Any:
     """The imported package, or the user's mistake; `what` needs it, and `otherwise` is the other remedy.
 
     `place` is the dotted key. The import may take seconds, so it is asked for only where it is needed.
@@ -20,7 +20,7 @@ def needed(package: str, place: str, what: str, otherwise: str) -> Any:
         raise _absent(package, place, what, otherwise, str(error)) from error
 
 
-def refuse_absent(package: str, place: str, what: str, otherwise: str) -> None:
+def require_package(package: str, place: str, what: str, otherwise: str) -> None:
     """As `needed`, without the import: a package that is there but broken is found later."""
     try:
         found = importlib.util.find_spec(package) is not None

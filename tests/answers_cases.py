@@ -15,10 +15,10 @@ import case_runner
 import generation_world
 import worlds
 
+from prefopt_dist.commands import train
 from prefopt_dist.config import load_config
 from prefopt_dist.distributed import ranks
 from prefopt_dist.files import checksum, read_json
-from prefopt_dist.stages import train
 
 PATIENCE = 120
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

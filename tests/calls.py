@@ -9,10 +9,11 @@ import json
 import sys
 import time
 
-from prefopt_dist.__main__ import main
-from prefopt_dist.stages import ingredients, inspect
+from prefopt_dist.cli import main
+from prefopt_dist.commands import inspect
+from prefopt_dist.setup import prepare_models
 
-assert ingredients
+assert prepare_models
 assert inspect  # imported now, or the first call would take as long as all imports
 
 found = []

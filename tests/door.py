@@ -14,7 +14,7 @@ import pytest
 import worlds
 from deepspeed.utils import groups
 
-from prefopt_dist.__main__ import main
+from prefopt_dist.cli import main
 from prefopt_dist.distributed import ranks
 
 LINES = 8

@@ -13,10 +13,10 @@ from typing import Any
 import case_runner
 from generation_world import write_run, write_world
 
+from prefopt_dist.commands import generate
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.distributed import ranks
 from prefopt_dist.files import checksum, read_json
-from prefopt_dist.stages import generate
 
 PATIENCE = 120
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

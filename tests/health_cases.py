@@ -18,11 +18,11 @@ import letters
 import pytest
 import torch
 
+from prefopt_dist.commands import train
 from prefopt_dist.config import load_config
 from prefopt_dist.distributed import ranks
 from prefopt_dist.model.scorer import Scorer
-from prefopt_dist.stages import train
-from prefopt_dist.tracking.metrics_file import MetricsFile
+from prefopt_dist.monitoring.metrics_file import MetricsFile
 
 SEED = int(os.environ.get("HEALTH_SEED", "0"))
 G, STEPS = 32, 60

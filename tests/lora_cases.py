@@ -10,14 +10,16 @@ import rank_cases
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
+from prefopt_dist.batching.batches import ScoredRows, step_batch
+from prefopt_dist.checkpoint import load, save
+from prefopt_dist.commands import train
 from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.model import adapter as adapters
 from prefopt_dist.model.load import load_whole
-from prefopt_dist.stages import ingredients, train
-from prefopt_dist.training import checkpoint, step
-from prefopt_dist.training.batches import ScoredRows, step_batch
-from prefopt_dist.training.stopping import Request
+from prefopt_dist.setup import prepare_models
+from prefopt_dist.training import step
+from prefopt_dist.training.stop import Request
 
 G = rank_cases.G
 LORA: dict[str, object] = {"r": 4, "alpha": 12, "rslora": True}
@@ -31,7 +33,7 @@ def fill(lm: Any) -> None:
             p.data.copy_(0.05 * torch.randn(p.shape, generator=draw))
 
 
-def filled_policy(config: Config, models: ingredients.Models) -> Any:
+def filled_policy(config: Config, models: prepare_models.Models) -> Any:
     """The engine by the job's own way, but for the adapters' start."""
     attach = train.attach
 
@@ -74,8 +76,8 @@ def weights(engine: Any) -> dict[str, torch.Tensor]:
 
 def update(engine: Any, objective: Any, scored: ScoredRows, index: int) -> float:
     batch = step_batch(scored, range(G * index, G * index + G), 2, 200)
-    sums, _ = step.agree(step.gradient(engine, batch, objective, None), Request(False, False))
-    step.update(engine, 1e-2)
+    sums, _ = step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
+    step.optimizer_step(engine, 1e-2)
     return sums[0] / sums[-1]
 
 
@@ -92,7 +94,7 @@ def tensor_bytes(file: Path) -> int:
     return count(torch.load(file, weights_only=False))
 
 
-def whole_start(models: ingredients.Models) -> dict[str, torch.Tensor]:
+def whole_start(models: prepare_models.Models) -> dict[str, torch.Tensor]:
     """The adapters' start beside a whole model in one process, with the run's seed."""
     lm = load_whole(models.policy, dtype=models.dtype)
     torch.manual_seed(0)
@@ -109,16 +111,16 @@ def lora_resume(folder: Path) -> dict[str, Any]:
     engine = train._policy(config, models)[0]
     start = weights(engine)
     losses = [update(engine, objective, scored, i) for i in range(2)]
-    checkpoint.save(engine, root, step=2, state={"window": {}}, facts={}, keep=2)
+    save.save(engine, root, step=2, state={"window": {}}, facts={}, keep=2)
     losses.append(update(engine, objective, scored, 2))
     expected = weights(engine)
     trained = zero3.trained_parameters(engine.module)
     optimized = sum(m.numel() for m in engine.optimizer.fp32_partitioned_groups_flat)
     zero3.release(engine)
     engine = train._policy(config, models)[0]
-    manifest = checkpoint.find(root)
+    manifest = load.find_newest(root)
     assert manifest is not None
-    loaded = checkpoint.load(engine, root, manifest)
+    loaded = load.load(engine, root, manifest)
     again = update(engine, objective, scored, 2)
     mine = weights(engine)
     zero3.release(engine)

@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
-from prefopt_dist.data.layout import lay_out
-from prefopt_dist.data.micro_batch import pack
+from prefopt_dist.batching.layout import lay_out
+from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.model.load import FAMILIES, inspect_folder, load_sharded, load_whole
+from prefopt_dist.model import activation_checkpointing
+from prefopt_dist.model.folder import FAMILIES, inspect_folder
+from prefopt_dist.model.load import load_sharded, load_whole
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
-from prefopt_dist.training import room
 from prefopt_dist.training.optimizer import adamw
 
 BUDGET = 60
@@ -107,5 +108,5 @@ def engine_of(folder: Path, setting: Setting) -> Any:
     scorer = Scorer(lm).train()
     optimizer = adamw(scorer, learning_rate=1e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
     engine = zero3.policy_engine(scorer, optimizer, settings)
-    room.apply(lm, lm.config.num_hidden_layers if setting.checkpointing else 0)
+    activation_checkpointing.apply(lm, lm.config.num_hidden_layers if setting.checkpointing else 0)
     return engine

@@ -9,7 +9,7 @@ import plain
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prefopt_dist.data.micro_batch import Unit
+from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import attention
 
 VOCABULARY = 67

@@ -15,13 +15,15 @@ import torch
 import worlds
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prefopt_dist.batching.micro_batch import MicroBatch, pack
+from prefopt_dist.commands import train
 from prefopt_dist.config import load_config
-from prefopt_dist.data.micro_batch import MicroBatch, Unit, pack
+from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives.dpo import DPO
-from prefopt_dist.stages import ingredients, train
+from prefopt_dist.setup import prepare_models, prepare_reference
 
 TOKENS = 1024
 """Of a micro-batch of training; the first pass has twice as many."""
@@ -124,10 +126,10 @@ def measured(folder: Path, name: str, which: str, checkpointing: str) -> dict[st
 def passed(file: Path, which: str) -> dict[str, Any]:
     """A pass over a few micro-batches: this process's peaks above what it had before, by moment."""
     config = load_config(file)
-    models = ingredients.load_models(config)
+    models = prepare_models.load_models(config)
     peak = Peak()
     if which == "reference":
-        settings = ingredients.reference_settings(config, models)
+        settings = prepare_reference.reference_settings(config, models)
         engine = zero3.reference_engine(
             Scorer(load_sharded(models.policy, dtype=torch.float32, settings=settings)), settings
         )

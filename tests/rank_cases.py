@@ -29,31 +29,34 @@ import worlds
 from deepspeed.utils import safe_get_full_grad
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prefopt_dist.batching.batches import Prefetcher, ScoredRows, step_batch, whole_set
+from prefopt_dist.batching.micro_batch import Segment, pack
+from prefopt_dist.batching.order import Order
+from prefopt_dist.checkpoint import load, save
+from prefopt_dist.commands import train
 from prefopt_dist.config import Config, load_config, load_deepspeed_json
 from prefopt_dist.config.build import _build_loss
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.data.micro_batch import Segment, Unit, pack
-from prefopt_dist.data.order import Order
-from prefopt_dist.data.unpaired import UnpairedRows
+from prefopt_dist.data.derived import UnpairedRows
+from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import head
 from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import load_sharded, load_whole
-from prefopt_dist.model.rounding import Rounding
 from prefopt_dist.model.scorer import Scorer
-from prefopt_dist.stages import ingredients, train
-from prefopt_dist.tracking import own_work, statistics
-from prefopt_dist.tracking.diagnosis import Diagnosis
-from prefopt_dist.training import checkpoint, step
-from prefopt_dist.training import spikes as spikes_of_training
-from prefopt_dist.training.batches import Ahead, ScoredRows, step_batch, whole_set
+from prefopt_dist.monitoring import statistics, timers
+from prefopt_dist.monitoring.diagnosis import Diagnosis
+from prefopt_dist.monitoring.timers import StepTimer
+from prefopt_dist.objectives import factory
+from prefopt_dist.reference.step0_check import Rounding, Step0Check
+from prefopt_dist.setup import prepare_data, prepare_models, prepare_reference
+from prefopt_dist.training import skipped_updates as spikes_of_training
+from prefopt_dist.training import step
 from prefopt_dist.training.evaluation import evaluate
-from prefopt_dist.training.gate import StartGate
-from prefopt_dist.training.laps import Laps
 from prefopt_dist.training.optimizer import adamw
-from prefopt_dist.training.spikes import Spikes
-from prefopt_dist.training.stopping import Request
+from prefopt_dist.training.skipped_updates import SpikeDetector
+from prefopt_dist.training.stop import Request
 
 PAIRS, G = 37, 11
 
@@ -66,17 +69,17 @@ def config_for(folder: Path, name: str, **sections: dict[str, object]) -> Config
     return load_config(file)
 
 
-def ready(config: Config) -> tuple[ingredients.Models, Any, ScoredRows, str | None]:
+def ready(config: Config) -> tuple[prepare_models.Models, Any, ScoredRows, str | None]:
     """Models, objective and scored training rows, by the job's own way."""
-    models = ingredients.load_models(config)
-    objective = ingredients.make_objective(config.loss, models.dtype)
-    rows = ingredients.load_train(config, models, objective)
-    reference = ingredients.reference_weights(config, models, objective)
-    (scored,), _ = ingredients.score_reference(config, models, objective, [rows], reference, lambda: False)
+    models = prepare_models.load_models(config)
+    objective = factory.make_objective(config.loss, models.dtype)
+    rows = prepare_data.load_train(config, models, objective)
+    reference = prepare_reference.reference_weights(config, models, objective)
+    (scored,), _ = prepare_reference.score_reference(config, models, objective, [rows], reference, lambda: False)
     return models, objective, scored, reference and reference.key
 
 
-def make_policy(config: Config, models: ingredients.Models) -> Any:
+def make_policy(config: Config, models: prepare_models.Models) -> Any:
     """The engine, by the job's own way."""
     return train._policy(config, models)[0]
 
@@ -89,7 +92,7 @@ def equality(
     *,
     of: str = "model",
     against: str = "reference",
-    make_engine: Callable[[Config, ingredients.Models], Any] = make_policy,
+    make_engine: Callable[[Config, prepare_models.Models], Any] = make_policy,
     exact_start: Callable[[Path], Any] = plain.build_plain,
     steps: int | None = None,
     **sections: dict[str, object],
@@ -113,8 +116,8 @@ def equality(
     for index in range(steps or order.steps_per_epoch):
         rows = order.step(index).rows.tolist()
         batch = step_batch(scored, rows, objective.responses, budget)
-        packed = step.gradient(engine, batch, objective, None)
-        sums, _ = step.agree(packed, Request(False, False))
+        packed = step.forward_backward(engine, batch, objective, None)
+        sums, _ = step.reduce_metrics(packed, Request(False, False))
         means = statistics.means(objective.metrics, sums, objective.counted_by)
         grads = {n: safe_get_full_grad(p) for n, p in engine.module.lm.named_parameters() if p.requires_grad}
         exact_policy.zero_grad()
@@ -222,7 +225,7 @@ def family(folder: Path) -> dict:
     lengths = torch.tensor([[len(scored.rows.response(i, k)) for k in (0, 1)] for i in rows], dtype=torch.float64)
     found: dict[str, Any] = {}
     for name, options in FAMILY.items():
-        objective = ingredients.make_objective(_build_loss(options, "loss"), torch.float32)
+        objective = factory.make_objective(_build_loss(options, "loss"), torch.float32)
         data = scored if objective.needs_reference else ScoredRows(scored.rows, None)
         terms, reward = plain.pair_loss(options, live, start, lengths)
         policy.zero_grad()
@@ -230,7 +233,7 @@ def family(folder: Path) -> dict:
         exact = {n: p.grad.clone() for n, p in policy.named_parameters()}
         for budget in (150, 100_000):
             batch = step_batch(data, rows, 2, budget)
-            sums, _ = step.agree(step.gradient(engine, batch, objective, None), Request(False, False))
+            sums, _ = step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
             means = statistics.means(objective.metrics, sums, objective.counted_by)
             grads = {n: safe_get_full_grad(p) for n, p in engine.module.lm.named_parameters()}
             engine.optimizer.zero_grad()
@@ -284,11 +287,11 @@ class Crash:
         self.left = step
 
     def __enter__(self) -> None:
-        self._gradient = step.gradient
-        step.gradient = self.gradient
+        self._gradient = step.forward_backward
+        step.forward_backward = self.gradient
 
     def __exit__(self, *_: object) -> None:
-        step.gradient = self._gradient
+        step.forward_backward = self._gradient
 
     def gradient(self, engine: Any, *args: Any) -> torch.Tensor:
         self.left -= 1
@@ -401,7 +404,7 @@ def dpo_stage_2(folder: Path) -> dict:
     return equality(folder, "dpo-stage-2", 150, DPO, make_engine=stage_2_engine, steps=2)
 
 
-def stage_2_engine(config: Config, models: ingredients.Models) -> Any:
+def stage_2_engine(config: Config, models: prepare_models.Models) -> Any:
     settings = zero3.policy_settings({"zero_optimization": {"stage": 2}}, dtype=models.dtype, max_grad_norm=None)
     scorer = Scorer(load_whole(models.policy, dtype=models.dtype)).train()
     optimizer = adamw(scorer, learning_rate=1e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
@@ -430,7 +433,7 @@ def whole_evaluation(folder: Path) -> dict:
 def shards(folder: Path) -> dict:
     """Half of the bytes on each of two ranks, logits as the unsharded model's, and nothing left after release."""
     config = config_for(folder, "shards")
-    models = ingredients.load_models(config)
+    models = prepare_models.load_models(config)
     settings = zero3.reference_settings(
         {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
         dtype=torch.float32,
@@ -474,7 +477,7 @@ def memory(folder: Path) -> dict:
 
     ranks.decide(write)
     config = config_for(folder, "memory", model={"name_or_path": str(big), "dtype": "float32"})
-    models = ingredients.load_models(config)
+    models = prepare_models.load_models(config)
     zero: dict[str, Any] = load_deepspeed_json(config.deepspeed.reference, "deepspeed.reference")
     settings = zero3.reference_settings(zero, dtype=torch.float32, offload="none")
     gc.collect()
@@ -523,9 +526,9 @@ def other_reference_is_refused(folder: Path) -> dict:
     for name, change in (("right", 0.0), ("wrong", 0.01)):
         reference = scored.reference.clone()
         reference[5, 1] -= change
-        gate = StartGate(objective, Rounding.of(models.policy.config, torch.float32), ranks.device())
+        gate = Step0Check(objective, Rounding.of(models.policy.config, torch.float32), ranks.device())
         batch = step_batch(ScoredRows(scored.rows, reference), list(range(G)), 2, 150)
-        sums, _ = step.agree(step.gradient(engine, batch, objective, gate), Request(False, False))
+        sums, _ = step.reduce_metrics(step.forward_backward(engine, batch, objective, gate), Request(False, False))
         try:
             gate.decide(sums[0] / sums[-1])
             found[name] = ["accepted"] * ranks.world_size()
@@ -556,11 +559,11 @@ class Full(io.FileIO):
 def save_fails_on_one_rank(folder: Path) -> dict:
     """A write error of the last rank ends the save on all ranks; the committed checkpoint stays."""
     config = config_for(folder, "save")
-    models = ingredients.load_models(config)
+    models = prepare_models.load_models(config)
     engine = make_policy(config, models)
     root = folder / "checkpoints"
     common: dict[str, Any] = {"state": {"window": {}}, "facts": {}, "keep": 2}
-    checkpoint.save(engine, root, step=1, **common)
+    save.save(engine, root, step=1, **common)
     said = []
     # The disk is full when a file is opened, in the middle of it, at its end.
     for place, owner in (("open", Path), ("write", Full), ("fsync", os)):
@@ -571,15 +574,15 @@ def save_fails_on_one_rank(folder: Path) -> dict:
                 else:
                     patch.setattr(owner, place, full)
             try:
-                checkpoint.save(engine, root, step=2, **common)
+                save.save(engine, root, step=2, **common)
                 said.append("committed")
-            except checkpoint.CheckpointNotCommitted as e:
+            except save.CheckpointNotCommitted as e:
                 said.append(str(e))
     said_by_all = [text for of_rank in ranks.gather(said) for text in of_rank]
-    left = [p.name for p in checkpoint.committed(root)]
-    checkpoint.save(engine, root, step=3, **common)
-    checkpoint.save(engine, root, step=4, **common)
-    kept = [p.name for p in checkpoint.committed(root)]
+    left = [p.name for p in save.committed(root)]
+    save.save(engine, root, step=3, **common)
+    save.save(engine, root, step=4, **common)
+    kept = [p.name for p in save.committed(root)]
 
     # A flipped byte in any rank's file: the older one is taken, the damaged one set aside.
     def flip() -> None:
@@ -589,14 +592,14 @@ def save_fails_on_one_rank(folder: Path) -> dict:
         file.write_bytes(content)
 
     ranks.decide(flip)
-    found = checkpoint.find(root)
+    found = load.find_newest(root)
 
     def spoil() -> None:
         (root / "step-00000003" / "manifest.json").write_text("{}")
 
     ranks.decide(spoil)
     try:
-        none_left = f"found {checkpoint.find(root)}"
+        none_left = f"found {load.find_newest(root)}"
     except UserError as e:
         none_left = str(e)
     zero3.release(engine)
@@ -642,8 +645,8 @@ def idle_ranks(folder: Path) -> dict:
         models, objective, scored, _ = ready(config)
         engine = make_policy(config, models)
         batch = step_batch(scored, [3], objective.responses, 4096)
-        sums, _ = step.agree(step.gradient(engine, batch, objective, None), Request(False, False))
-        norm = step.update(engine, 1e-3)
+        sums, _ = step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
+        norm = step.optimizer_step(engine, 1e-3)
         zero3.release(engine)
         found[name] = {"pairs": sums[-1], "loss": sums[0], "norm": float(norm)}
     return found
@@ -687,17 +690,17 @@ def collectives_and_host_reads(folder: Path) -> dict:
     engine = make_policy(config, models)
     cost = forward_cost(models.policy.config)
     diagnosis = Diagnosis(objective, scored.rows, ranks.device())
-    found, micro_batches, laps = [], [], Laps(ranks.device())
-    with Ahead(lambda i: step_batch(scored, range(G * i, G * i + G), 2, 150, cost), range(2)) as batches:
+    found, micro_batches, laps = [], [], StepTimer(ranks.device())
+    with Prefetcher(lambda i: step_batch(scored, range(G * i, G * i + G), 2, 150, cost), range(2)) as batches:
         for index in range(2):
             with pytest.MonkeyPatch.context() as patch:
                 counts = Counts(patch)
                 batch = batches.take(index)
-                packed = step.gradient(engine, batch, objective, None, diagnosis, laps)
-                own = packed.new_tensor(own_work.places(ranks.rank(), ranks.world_size(), 0.5, batch.own_flop))
-                step.agree(torch.cat([packed, diagnosis.take(), own]), Request(False, False))
+                packed = step.forward_backward(engine, batch, objective, None, diagnosis, laps)
+                own = packed.new_tensor(timers.rank_work_slots(ranks.rank(), ranks.world_size(), 0.5, batch.own_flop))
+                step.reduce_metrics(torch.cat([packed, diagnosis.take(), own]), Request(False, False))
                 laps.take()
-                step.update(engine, 1e-3, Spikes(10.0, [1e9] * 16) if index else None)
+                step.optimizer_step(engine, 1e-3, SpikeDetector(10.0, [1e9] * 16) if index else None)
             micro_batches.append(len(batch))
             found.append(counts.found)
     zero3.release(engine)
@@ -713,12 +716,12 @@ class Poison:
         self.counts: set[float] = set()
 
     def __enter__(self) -> "Poison":
-        self._gradient = step.gradient
-        step.gradient = self.gradient
+        self._gradient = step.forward_backward
+        step.forward_backward = self.gradient
         return self
 
     def __exit__(self, *_: object) -> None:
-        step.gradient = self._gradient
+        step.forward_backward = self._gradient
 
     def gradient(self, engine: Any, *args: Any) -> torch.Tensor:
         zero = engine.optimizer
@@ -745,16 +748,21 @@ def dropped_gradient(folder: Path) -> dict:
         policy = str(folder / f"drop-{name}.json")
         config = config_for(folder, f"drop-{name}", loss={"name": "dpo"}, deepspeed={"policy": policy})
         _, objective, scored, _ = ready(config)
-        engine = make_policy(config, ingredients.load_models(config))
+        engine = make_policy(config, prepare_models.load_models(config))
         gradients = []
-        for rows, spikes in (([3, 4, 5], None), ([7, 8], None), ([7, 8], Spikes(2.0, [1e-9] * 16)), ([3, 4, 5], None)):
+        for rows, spikes in (
+            ([3, 4, 5], None),
+            ([7, 8], None),
+            ([7, 8], SpikeDetector(2.0, [1e-9] * 16)),
+            ([3, 4, 5], None),
+        ):
             batch = step_batch(scored, rows, 2, 100)
-            step.gradient(engine, batch, objective, None)
+            step.forward_backward(engine, batch, objective, None)
             gradients.append({n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters()})
             if spikes is None:
                 zero3.drop_gradient(engine)
             else:
-                norm, why = step.update(engine, 1.0, spikes), spikes.why()
+                norm, why = step.optimizer_step(engine, 1.0, spikes), spikes.why()
         first, other, _, again = gradients
         found[name] = {
             "same": all(torch.equal(first[n], again[n]) for n in first),
@@ -798,7 +806,7 @@ def too_many_skipped_updates(folder: Path) -> dict:
             except FloatingPointError as e:
                 said.append(str(e))
     found = {"said": ranks.gather(said), "done": (config.run_dir / "DONE").exists()}
-    found["checkpoints"] = ranks.decide(lambda: [p.name for p in checkpoint.committed(config.run_dir / "checkpoints")])
+    found["checkpoints"] = ranks.decide(lambda: [p.name for p in save.committed(config.run_dir / "checkpoints")])
     found["files"] = ranks.decide(lambda: sorted(p.name for p in config.run_dir.glob("nonfinite-*")))
     train.run(config)
     lines = ranks.decide(lambda: (config.run_dir / "metrics.jsonl").read_text().splitlines())
@@ -832,7 +840,7 @@ def early_stop(folder: Path) -> dict:
     lines = ranks.decide(lambda: (config.run_dir / "metrics.jsonl").read_text().splitlines())
     return {
         "rows": [[row["kind"], row["step"]] for row in map(json.loads, lines)],
-        "checkpoints": ranks.decide(lambda: [p.name for p in checkpoint.committed(config.run_dir / "checkpoints")]),
+        "checkpoints": ranks.decide(lambda: [p.name for p in save.committed(config.run_dir / "checkpoints")]),
         "done": ranks.decide(lambda: (config.run_dir / "DONE").read_text()),
         "best": ranks.decide(lambda: json.loads((config.run_dir / "run.json").read_text())["best"]),
         "said": said,
@@ -886,13 +894,13 @@ def killed_before_pruning(folder: Path) -> dict:
         remove(old)
 
     def names() -> list[str]:
-        return [p.name for p in checkpoint.committed(config.run_dir / "checkpoints")]
+        return [p.name for p in save.committed(config.run_dir / "checkpoints")]
 
     found = {"done": []}
-    remove = checkpoint.remove
+    remove = save.remove
     for patch in (dies, remove):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(checkpoint, "remove", patch)
+            patched.setattr(save, "remove", patch)
             with contextlib.suppress(OSError, ranks.OtherRankFailed):
                 train.run(config)
         found["done"].append([ranks.decide(names), (config.run_dir / "DONE").exists()])

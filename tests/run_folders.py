@@ -9,10 +9,10 @@ from typing import Any
 import worlds
 
 from prefopt_dist.config import load_config, to_yaml
-from prefopt_dist.config.health import Health
-from prefopt_dist.tracking.diagnosis import BIN_EDGES
-from prefopt_dist.tracking.metrics_file import MetricsFile, strict
-from prefopt_dist.tracking.verdict import verdict
+from prefopt_dist.config.schema import Health
+from prefopt_dist.monitoring.diagnosis import BIN_EDGES
+from prefopt_dist.monitoring.metrics_file import MetricsFile, strict
+from prefopt_dist.monitoring.verdict import verdict
 
 
 def write_run_folder(

@@ -24,19 +24,21 @@ import worlds
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from prefopt_dist.batching.batches import ScoredRows
+from prefopt_dist.batching.micro_batch import MicroBatch, packed_tokens
+from prefopt_dist.checkpoint import export
+from prefopt_dist.commands import reference, train
 from prefopt_dist.config import Config, load_config
-from prefopt_dist.data.micro_batch import MicroBatch, packed_tokens
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
-from prefopt_dist.file_lock import FileLock
-from prefopt_dist.model.digests import remembered_digest
+from prefopt_dist.files import FileLock
+from prefopt_dist.model.fingerprint import remembered_digest
 from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.objectives import factory
 from prefopt_dist.reference import first_pass
-from prefopt_dist.reference.plan import plan_name
+from prefopt_dist.reference.scoring_plan import plan_name
 from prefopt_dist.reference.store import MAGIC, ROW, ReferenceStore
-from prefopt_dist.stages import ingredients, reference, train
-from prefopt_dist.training import export, probe
-from prefopt_dist.training.batches import ScoredRows
+from prefopt_dist.setup import prepare_data, prepare_models, prepare_reference
 
 PAIRS, MORE, MAX_LENGTH = 40, 9, 48
 
@@ -93,11 +95,11 @@ def counted(config: Config) -> list[int]:
 
 def worst(config: Config) -> float:
     """How far what a run takes from the store is from the exact log-probs of the model folder, relative."""
-    models = ingredients.load_models(config)
-    objective = ingredients.make_objective(config.loss, models.dtype)
-    rows = ingredients.load_train(config, models, objective)
-    weights = ingredients.reference_weights(config, models, objective)
-    (taken,), done = ingredients.score_reference(config, models, objective, [rows], weights, lambda: False)
+    models = prepare_models.load_models(config)
+    objective = factory.make_objective(config.loss, models.dtype)
+    rows = prepare_data.load_train(config, models, objective)
+    weights = prepare_reference.reference_weights(config, models, objective)
+    (taken,), done = prepare_reference.score_reference(config, models, objective, [rows], weights, lambda: False)
     assert done is not None
     assert done.scored == 0
     assert taken.reference is not None
@@ -190,10 +192,10 @@ def new_weights_at_the_same_path(folder: Path) -> dict[str, Any]:
 def weights_that_change_while_they_are_read(folder: Path) -> dict[str, Any]:
     """Between the hashing and the loading: nothing is scored under the old weights' key."""
     config = config_for(folder, "raced", cache="raced")
-    models = ingredients.load_models(config)
-    objective = ingredients.make_objective(config.loss, models.dtype)
-    rows = ingredients.load_train(config, models, objective)
-    before = ingredients.reference_weights(config, models, objective)
+    models = prepare_models.load_models(config)
+    objective = factory.make_objective(config.loss, models.dtype)
+    rows = prepare_data.load_train(config, models, objective)
+    before = prepare_reference.reference_weights(config, models, objective)
     file = models.reference.weight_files[0]
 
     def swap() -> None:
@@ -203,7 +205,7 @@ def weights_that_change_while_they_are_read(folder: Path) -> dict[str, Any]:
 
     ranks.decide(swap)
     try:
-        ingredients.score_reference(config, models, objective, [rows], before, lambda: False)
+        prepare_reference.score_reference(config, models, objective, [rows], before, lambda: False)
     except UserError as e:
         return {"message": str(e), "shards": len(shards(config))}
     return {"message": "", "shards": len(shards(config))}
@@ -241,8 +243,8 @@ def what_changes_the_numbers(folder: Path) -> dict[str, Any]:
 
 def sequences(config: Config) -> set[tuple[bytes, bytes]]:
     """The distinct sequences of a run's training set by their tokens, without the digests."""
-    models = ingredients.load_models(config)
-    rows = ingredients.load_train(config, models, ingredients.make_objective(config.loss, models.dtype))
+    models = prepare_models.load_models(config)
+    rows = prepare_data.load_train(config, models, factory.make_objective(config.loss, models.dtype))
     return {(rows.prompt(i).tobytes(), rows.response(i, k).tobytes()) for i in range(rows.n) for k in range(2)}
 
 
@@ -363,7 +365,7 @@ def a_model_on_the_nodes_own_disks(folder: Path) -> dict[str, Any]:
         try:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(socket, "gethostname", lambda: name)
-                patch.setattr(ingredients, "remembered_digest", noted)
+                patch.setattr(prepare_models, "remembered_digest", noted)
                 count = scored(config)
         except UserError as e:
             message = f"{type(e).__name__}: {e}"
@@ -381,10 +383,10 @@ def a_model_on_the_nodes_own_disks(folder: Path) -> dict[str, Any]:
 def stopped_while_it_waits_for_its_turn(folder: Path) -> dict[str, Any]:
     """Another job holds the turn and does not end: a STOP is obeyed, the lock is not taken from it."""
     config = config_for(folder, "waiting", cache="waiting")
-    models = ingredients.load_models(config)
-    objective = ingredients.make_objective(config.loss, models.dtype)
-    rows = ingredients.load_train(config, models, objective)
-    weights = ingredients.reference_weights(config, models, objective)
+    models = prepare_models.load_models(config)
+    objective = factory.make_objective(config.loss, models.dtype)
+    rows = prepare_data.load_train(config, models, objective)
+    weights = prepare_reference.reference_weights(config, models, objective)
     assert weights is not None
     store = ReferenceStore(config.reference_store / weights.key)
     lock = FileLock(store.folder / f"turn-{plan_name([rows], 2)}.lock")
@@ -413,8 +415,8 @@ def stopped_while_it_waits_for_its_turn(folder: Path) -> dict[str, Any]:
 def every_micro_batch_fits_the_budget(folder: Path) -> dict[str, Any]:
     """Tokens of all that an engine computes, in a first pass with stored rows to check and in a training."""
     whole = config_for(folder, "fits-lengths", cache="fits")
-    models = ingredients.load_models(whole)
-    rows = ingredients.load_train(whole, models, ingredients.make_objective(whole.loss, models.dtype))
+    models = prepare_models.load_models(whole)
+    rows = prepare_data.load_train(whole, models, factory.make_objective(whole.loss, models.dtype))
     units = ScoredRows(rows, None).units(range(rows.n), 2)
     budget = max(packed_tokens([unit]) for unit in units)
     parts: dict[str, dict[str, object]] = {
@@ -422,7 +424,7 @@ def every_micro_batch_fits_the_budget(folder: Path) -> dict[str, Any]:
         "reference": {"micro_batch_tokens": budget},
     }
     subset = {"train": str(folder / "subset.jsonl")}
-    found: dict[str, Any] = {"budget": budget, "probe": packed_tokens(units[: probe.ROWS])}
+    found: dict[str, Any] = {"budget": budget, "probe": packed_tokens(units[: export.EXPORT_CHECK_ROWS])}
     found["before"] = scored(config_for(folder, "fits-first", cache="fits", data=subset, **parts))
     config = config_for(folder, "fits", cache="fits", **parts)
     computed: dict[str, list[int]] = {}
@@ -447,7 +449,7 @@ def every_micro_batch_fits_the_budget(folder: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scorer, "forward", noted)
         patch.setattr(first_pass, "_spot_check", under("spot check", first_pass._spot_check))
-        patch.setattr(probe, "make", under("probe", probe.make))
+        patch.setattr(export, "record_export_check", under("probe", export.record_export_check))
         patch.setattr(export, "_verify", under("export", export._verify))  # rank 0's, on the CPU
         train.run(config)
     return found | {"computed": ranks.gather(computed)}

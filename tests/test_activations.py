@@ -14,17 +14,22 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.config import Lora
-from prefopt_dist.data.micro_batch import Unit, pack
+from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import zero3
 from prefopt_dist.errors import UserError
-from prefopt_dist.model import attention
-from prefopt_dist.model.activations import ActivationMemory, activation_memory
+from prefopt_dist.model import activation_checkpointing, attention
 from prefopt_dist.model.adapter import Adapter, attach
-from prefopt_dist.model.cost import active_parameters, adapter_parameters, layer_parameters
+from prefopt_dist.model.cost import (
+    ActivationMemory,
+    activation_memory,
+    active_parameters,
+    adapter_parameters,
+    layer_parameters,
+)
 from prefopt_dist.model.scorer import Scorer
-from prefopt_dist.stages.checks import adapter_of
-from prefopt_dist.training import room
+from prefopt_dist.setup.checks import adapter_of
 
 SHAPE = {
     "vocab_size": 300,
@@ -55,7 +60,7 @@ def kept(config: PreTrainedConfig, checkpointed: int, tokens: int, adapter: Adap
     if adapter is not None:
         attach(lm, adapter)
     scorer = Scorer(lm).train()
-    room.apply(lm, checkpointed)
+    activation_checkpointing.apply(lm, checkpointed)
     own = {p.untyped_storage().data_ptr() for p in [*lm.parameters(), *lm.buffers()]}
     found: dict[int, torch.UntypedStorage] = {}
 
@@ -124,16 +129,16 @@ def test_as_few_layers_as_fit() -> None:
 
 @pytest.mark.parametrize(("wish", "layers"), [("auto", 2), ("none", 0), ("all", 4)])
 def test_the_rank_with_least_decides(monkeypatch: pytest.MonkeyPatch, wish: str, layers: int) -> None:
-    monkeypatch.setattr(room.ranks, "gather", lambda mine: [mine, MEMORY.bytes(1000, 2)])
-    found = room.choose(MEMORY, wish=wish, tokens=1000, available=10**9)  # type: ignore[arg-type]
+    monkeypatch.setattr(activation_checkpointing.ranks, "gather", lambda mine: [mine, MEMORY.bytes(1000, 2)])
+    found = activation_checkpointing.choose(MEMORY, wish=wish, tokens=1000, available=10**9)  # type: ignore[arg-type]
     assert found.checkpointed == layers
     assert f"{layers} of 4 layers" in found.text()
 
 
 def test_what_cannot_fit_is_refused_with_what_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room.ranks, "gather", lambda mine: [mine])
+    monkeypatch.setattr(activation_checkpointing.ranks, "gather", lambda mine: [mine])
     with pytest.raises(UserError, match=r"train\.micro_batch_tokens: 1000 tokens .* at most 342"):
-        room.choose(MEMORY, wish="auto", tokens=1000, available=50_000)
+        activation_checkpointing.choose(MEMORY, wish="auto", tokens=1000, available=50_000)
 
 
 def test_some_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +149,7 @@ def test_some_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     for checkpointed in (0, 2, 6):
         torch.manual_seed(0)
         lm = LlamaForCausalLM._from_config(copy.deepcopy(CONFIGS["llama"]), attn_implementation=attention.NAME).train()
-        room.apply(lm, checkpointed)
+        activation_checkpointing.apply(lm, checkpointed)
         ids = torch.arange(5, 60).numpy().astype("int32")
         Scorer(lm)(pack([Unit(0, ids[:20], (ids[20:],))], 1)).sum().backward()
         gradients.append([p.grad for p in lm.parameters()])

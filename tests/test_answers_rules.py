@@ -11,11 +11,11 @@ import pytest
 from run_folders import answers_row
 from test_health import FACTS, STEPS, eval_row, found, run, train_row
 
-from prefopt_dist.config.health import Health
-from prefopt_dist.tracking.health import RULES, RunFacts, findings
-from prefopt_dist.tracking.health.answers import collapse
-from prefopt_dist.tracking.health.history import History
-from prefopt_dist.tracking.verdict import unjudged, verdict
+from prefopt_dist.config.schema import Health
+from prefopt_dist.monitoring.health import RULES, RunFacts, findings
+from prefopt_dist.monitoring.health.answers import collapse
+from prefopt_dist.monitoring.health.history import History
+from prefopt_dist.monitoring.verdict import unjudged, verdict
 
 HEALTH = Health()
 

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from prefopt_dist.errors import UserError
-from prefopt_dist.tracking.metrics_file import Row
-from prefopt_dist.training.best import best_step, refuse_unknown, stops
+from prefopt_dist.monitoring.metrics_file import Row
+from prefopt_dist.training.evaluation import best_step, refuse_unknown, stops
 
 
 def rows(metric: str, *values: float) -> list[Row]:

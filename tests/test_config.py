@@ -17,7 +17,7 @@ from prefopt_dist.config import (
     DPOLoss,
     MixLoss,
     SFTLoss,
-    differing,
+    differing_keys,
     identity,
     load_config,
     load_deepspeed_json,
@@ -25,7 +25,7 @@ from prefopt_dist.config import (
     to_dict,
     to_yaml,
 )
-from prefopt_dist.config.losses import IPOLoss, ORPOLoss, Part
+from prefopt_dist.config.losses import IPOLoss, MixedLoss, ORPOLoss
 from prefopt_dist.config.strict_yaml import dump_yaml, load_yaml, parse_value
 from prefopt_dist.errors import UserError
 
@@ -350,13 +350,13 @@ MIX = MINIMAL + "loss: {name: mix, of: {orpo: {weight: 0.2}, dpo: {weight: 1, be
 def test_a_mix(tmp_path: Path) -> None:
     """Each part with its own options, over layers and by dotted override; the order of the file decides nothing."""
     loss = load(tmp_path, text=MIX).loss
-    assert loss == MixLoss({"dpo": Part(1.0, DPOLoss(beta=0.3)), "orpo": Part(0.2, ORPOLoss())})
+    assert loss == MixLoss({"dpo": MixedLoss(1.0, DPOLoss(beta=0.3)), "orpo": MixedLoss(0.2, ORPOLoss())})
     assert list(loss.of) == ["dpo", "orpo"]
     changed = load(tmp_path, "loss.of.dpo.beta=0.5", "loss.of.sft.weight=0.1", text=MIX)
     assert changed.loss.of["dpo"].loss.beta == 0.5
-    assert changed.loss.of["sft"] == Part(0.1, SFTLoss())
+    assert changed.loss.of["sft"] == MixedLoss(0.1, SFTLoss())
     assert load(tmp_path, text=to_yaml(changed)) == changed
-    differ = differing(identity(load(tmp_path, text=MIX)), identity(changed))
+    differ = differing_keys(identity(load(tmp_path, text=MIX)), identity(changed))
     assert differ[0] == "loss.of.dpo.beta: was 0.3, now 0.5"
     assert "loss.of.sft.weight: was absent, now 0.1" in differ
     assert load(tmp_path, "loss.name=ipo", text=MIX).loss == IPOLoss()
@@ -571,7 +571,7 @@ def test_resolved_text_loads_back_equal(tmp_path: Path, overrides: list[str]) ->
 )
 def test_identity_holds_what_a_run_is(tmp_path: Path, override: str, line: str) -> None:
     before = json.loads(json.dumps(identity(load(tmp_path))))  # as it comes back from run.json
-    assert line in differing(before, identity(load(tmp_path, override)))
+    assert line in differing_keys(before, identity(load(tmp_path, override)))
 
 
 def test_identity_leaves_out_what_may_change(tmp_path: Path) -> None:
@@ -582,7 +582,7 @@ def test_identity_leaves_out_what_may_change(tmp_path: Path) -> None:
         "reference.micro_batch_tokens=3", "export.dir=d", "evaluate.model=m",
         "inspect.duplicates=stop", "inspect.file=f", "inspect.picture=p.png",
     ]  # fmt: skip
-    assert differing(identity(load(tmp_path)), identity(load(tmp_path, *changed))) == []
+    assert differing_keys(identity(load(tmp_path)), identity(load(tmp_path, *changed))) == []
 
 
 def test_a_policy_about_evaluation_needs_evaluation(tmp_path: Path) -> None:
@@ -595,7 +595,7 @@ def test_a_policy_about_evaluation_needs_evaluation(tmp_path: Path) -> None:
 def test_identity_has_what_decides_which_rows_are_dropped(tmp_path: Path) -> None:
     drop = "inspect.eval_prompts=drop"
     before, after = identity(load(tmp_path, drop, "data.eval=e")), identity(load(tmp_path, drop, "data.eval=f"))
-    assert differing(before, after) == ["data.eval[0].path: was e, now f"]
+    assert differing_keys(before, after) == ["data.eval[0].path: was e, now f"]
 
 
 # Secrets
@@ -636,7 +636,7 @@ def test_secrets_in_dicts_and_configs(tmp_path: Path) -> None:
     config = load(tmp_path, "data.train=https://me:pass@host/rows.jsonl")
     saved = load(tmp_path, text=to_yaml(config))
     assert "pass@" not in to_yaml(config)
-    assert differing(identity(saved), identity(config)) == []
+    assert differing_keys(identity(saved), identity(config)) == []
     assert "pass@" not in complaint(tmp_path, "model.dtype=https://me:pass@host")
 
 

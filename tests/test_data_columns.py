@@ -8,12 +8,12 @@ from data_for_tests import TOKENIZER, lines, prepare
 from tokenizers_for_tests import CHATML, small_tokenizer
 
 from prefopt_dist.data import DataSource, open_rows
-from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.example import BadRow
 from prefopt_dist.data.forms import read_form
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.errors import UserError
-from prefopt_dist.generation.prompts import read_prompts
+from prefopt_dist.rollouts.prompts import read_prompts
 
 USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 LOUD = "{% if loud %}!{% endif %}" + CHATML

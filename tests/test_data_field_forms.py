@@ -6,15 +6,15 @@ from typing import Any, get_args
 import pytest
 from data_for_tests import TOKENIZER, lines, prepare
 
-from prefopt_dist.config.schema import Form
+from prefopt_dist.config.data import Form
 from prefopt_dist.data import DataSource, open_rows
-from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.example import BadRow
 from prefopt_dist.data.field_forms import FIELD_FORMS
 from prefopt_dist.data.forms import FORMS, detect_form, read_form
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.errors import UserError
-from prefopt_dist.generation.prompts import read_prompts
+from prefopt_dist.rollouts.prompts import read_prompts
 
 Q, GOOD, BAD = "what is the colour of the sky?", "the sky is blue.", "no, green"
 

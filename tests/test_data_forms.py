@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from prefopt_dist.data.bad_row import BadRow
-from prefopt_dist.data.example import Message
+from prefopt_dist.data.example import BadRow, Message
 from prefopt_dist.data.forms import detect_form, kind_of, read_form
 from prefopt_dist.errors import UserError
 

@@ -12,14 +12,14 @@ from models_for_tests import apart, make, pairs
 from test_data_tokenise import encode, fault, pair
 from tokenizers_for_tests import CHATML, small_tokenizer
 
+from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.data import open_rows, sequence_digest
+from prefopt_dist.data.derived import unpaired, without_rows
 from prefopt_dist.data.example import Message
-from prefopt_dist.data.micro_batch import Unit, pack, responses_of
 from prefopt_dist.data.options import TextOptions
-from prefopt_dist.data.subset import without
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
-from prefopt_dist.data.unpaired import unpaired
+from prefopt_dist.data.unit import Unit, responses_of
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
 
@@ -119,7 +119,7 @@ def test_the_mask_on_disk(tmp_path: Path) -> None:
     last = open_rows(prepare(tmp_path, str(tmp_path / "r.jsonl"), options=LAST))
     assert last.tokens.tolist() == rows.tokens.tolist()
     assert last.report.digest != rows.report.digest
-    kept = open_rows(without(folder, rows, [("duplicates", np.array([1]), ["x"])], key="data.train", say=print))
+    kept = open_rows(without_rows(folder, rows, [("duplicates", np.array([1]), ["x"])], key="data.train", say=print))
     assert kept.mask(0, 0).tolist() == mask.tolist()  # type: ignore[union-attr]
     unit = rows.unit(0, (0, 1))
     assert unit.learnt is not None

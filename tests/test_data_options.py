@@ -10,15 +10,14 @@ from tokenizers_for_tests import CHATML, INST, small_tokenizer
 
 from prefopt_dist.config import load_config
 from prefopt_dist.data import DataSource, open_rows
-from prefopt_dist.data.bad_row import BadRow
-from prefopt_dist.data.columns import as_named, at_path
-from prefopt_dist.data.example import Example, Message
+from prefopt_dist.data.columns import rename_columns, value_at_path
+from prefopt_dist.data.example import BadRow, Example, Message
 from prefopt_dist.data.options import PairsFrom, TextOptions
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
 from prefopt_dist.errors import UserError
-from prefopt_dist.generation.prompts import read_prompts
-from prefopt_dist.stages.rows import text_options
+from prefopt_dist.rollouts.prompts import read_prompts
+from prefopt_dist.setup.prepare_data import text_options
 
 PAIR = {"prompt": "what?", "chosen": "yes", "rejected": "no"}
 COLUMNS = TextOptions(columns=(("prompt", "asked.text"), ("chosen", "answers.0"), ("rejected", "answers.1")))
@@ -38,8 +37,8 @@ def test_columns_by_dotted_paths(tmp_path: Path) -> None:
         UserError, match=r"data\.format.*the first rows have the fields \['answers', 'asked', 'score'\]"
     ):
         prepare(tmp_path, path)
-    assert at_path({"a": [{"b": 1}, {}]}, "a.b") == [1, None]
-    assert at_path({"a": [1]}, "a.3") is at_path({"a": 1}, "a.b") is None
+    assert value_at_path({"a": [{"b": 1}, {}]}, "a.b") == [1, None]
+    assert value_at_path({"a": [1]}, "a.3") is value_at_path({"a": 1}, "a.b") is None
 
 
 RATED = {"prompt": "what?", "answers": [{"text": t, "score": s} for t, s in (("b", 2), ("yes", 5.5), ("no", 1))]}
@@ -50,11 +49,13 @@ def from_scores(**changes: Any) -> TextOptions:
 
 
 def test_pairs_of_rated_answers(tmp_path: Path) -> None:
-    made = as_named(RATED, from_scores())
+    made = rename_columns(RATED, from_scores())
     assert made == PAIR
-    random = [as_named(RATED | {"n": n}, from_scores(pairing="best_random"))["rejected"] for n in range(20)]
+    random = [rename_columns(RATED | {"n": n}, from_scores(pairing="best_random"))["rejected"] for n in range(20)]
     assert set(random) == {"b", "no"}
-    assert random == [as_named(RATED | {"n": n}, from_scores(pairing="best_random"))["rejected"] for n in range(20)]
+    assert random == [
+        rename_columns(RATED | {"n": n}, from_scores(pairing="best_random"))["rejected"] for n in range(20)
+    ]
     for row, options, kind in (
         (RATED, from_scores(min_margin=4.6), "tie"),
         (RATED | {"answers": [{"text": "a", "score": 1}, {"text": "b", "score": 1}]}, from_scores(), "tie"),
@@ -62,7 +63,7 @@ def test_pairs_of_rated_answers(tmp_path: Path) -> None:
         (RATED | {"answers": [{"text": "a"}]}, from_scores(), "missing_field"),
     ):
         with pytest.raises(BadRow) as caught:
-            as_named(row, options)
+            rename_columns(row, options)
         assert caught.value.kind == kind
     flat = RATED | {"answers": [{"text": "a", "score": 1}] * 2}
     path = lines(tmp_path / "r.jsonl", [flat, RATED])

@@ -8,7 +8,7 @@ from data_for_tests import TOKENIZER, lines, prepare
 from test_data_tokenise import encode, fault, pair
 from tokenizers_for_tests import CHATML, INST, ids, small_tokenizer
 
-from prefopt_dist.config.schema import Data
+from prefopt_dist.config.data import Data
 from prefopt_dist.data import open_rows
 from prefopt_dist.data.example import Example, Message
 from prefopt_dist.data.frame import Frame

@@ -9,13 +9,12 @@ from test_data_tokenise import LONG
 from tokenizers_for_tests import CHATML, ids, small_tokenizer
 
 from prefopt_dist.data import DataSource, open_rows
-from prefopt_dist.data.bad_row import BadRow
-from prefopt_dist.data.example import Example, Message, Messages
+from prefopt_dist.data.example import BadRow, Example, Message, Messages
 from prefopt_dist.data.options import TextOptions
+from prefopt_dist.data.quality.findings import row_findings
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
-from prefopt_dist.generation.prompts import read_prompts
-from prefopt_dist.inspection.findings import row_findings
+from prefopt_dist.rollouts.prompts import read_prompts
 
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 PLAIN_ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 from tokenizers_for_tests import CHATML, INST, ids, small_tokenizer
 
-from prefopt_dist.data.bad_row import BadRow
-from prefopt_dist.data.example import Example, Message
+from prefopt_dist.data.example import BadRow, Example, Message
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
 from prefopt_dist.errors import UserError

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.data.micro_batch import Unit, pack
-from prefopt_dist.data.report import DataReport
-from prefopt_dist.objectives import DPO, IPO, KTO, ORPO, SFT, Hinge, Mix, Objective, Part, Sequences, SimPO, WithSFT
-from prefopt_dist.tracking import own_work
-from prefopt_dist.tracking.diagnosis import BIN_EDGES, Diagnosis, quantile, saturated, source_labels
+from prefopt_dist.data.row_counts import DataReport
+from prefopt_dist.data.unit import Unit
+from prefopt_dist.monitoring import timers
+from prefopt_dist.monitoring.diagnosis import BIN_EDGES, Diagnosis, quantile, saturated, source_labels
+from prefopt_dist.objectives import DPO, IPO, KTO, ORPO, SFT, Hinge, Mix, MixPart, Objective, Sequences, SimPO, WithSFT
 
 N = 60
 DRAW = np.random.RandomState(0)
@@ -103,7 +104,7 @@ PARTS = [list(range(7)), [], list(range(7, 31)), [31], list(range(32, N))]
     "objective",
     [
         *(DPO(0.1), DPO(5.0, per_token=True), IPO(0.2), Hinge(0.1), SimPO(2.0, 1.0), ORPO(0.1), WithSFT(DPO(0.1), 0.5)),
-        Mix((Part("dpo", 0.5, DPO(0.1)), Part("simpo", 1.0, SimPO(2.0, 1.0)), Part("sft", 0.1, SFT()))),
+        Mix((MixPart("dpo", 0.5, DPO(0.1)), MixPart("simpo", 1.0, SimPO(2.0, 1.0)), MixPart("sft", 0.1, SFT()))),
     ],
     ids=lambda o: type(o).__name__,
 )
@@ -190,10 +191,12 @@ def test_source_labels_tell_sources_apart() -> None:
 
 def test_the_slowest_rank_is_named() -> None:
     work = ((1.0, 10.0), (4.0, 24.0), (2.0, 14.0))
-    steps = [[own_work.places(rank, 3, *seconds_flop) for rank, seconds_flop in enumerate(work)] for _ in range(5)]
+    steps = [
+        [timers.rank_work_slots(rank, 3, *seconds_flop) for rank, seconds_flop in enumerate(work)] for _ in range(5)
+    ]
     sums = np.sum(steps, axis=(0, 1)).tolist()
-    found = own_work.metrics(sums)
+    found = timers.rank_work_metrics(sums)
     assert found.pop("perf/slowest_rank_load") == 2.0
-    assert found.pop("perf/memory_gib") == pytest.approx(own_work.memory_now() / 2**30, rel=0.2)
+    assert found.pop("perf/memory_gib") == pytest.approx(timers.memory_now() / 2**30, rel=0.2)
     assert found == {"perf/slowest_rank": 1, "perf/slowest_rank_seconds": 4.0, "perf/other_ranks_seconds": 1.5}
-    assert own_work.metrics(own_work.places(0, 1, 1.0, 1.0)).keys() == {"perf/memory_gib"}
+    assert timers.rank_work_metrics(timers.rank_work_slots(0, 1, 1.0, 1.0)).keys() == {"perf/memory_gib"}

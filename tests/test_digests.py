@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from prefopt_dist.errors import UserError
-from prefopt_dist.file_lock import FileLock
-from prefopt_dist.model import digests
-from prefopt_dist.model.digests import FileState, file_digest, refuse_if_changed, remembered_digest
+from prefopt_dist.files import FileLock
+from prefopt_dist.model import fingerprint
+from prefopt_dist.model.fingerprint import FileState, file_digest, refuse_if_changed, remembered_digest
 
 OLD_NS = 10**9
 
@@ -31,14 +31,14 @@ def readings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         read.append(file)
         return file_digest(file)
 
-    monkeypatch.setattr(digests, "file_digest", digest)
+    monkeypatch.setattr(fingerprint, "file_digest", digest)
     return read
 
 
 def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """The clock as it will be; files keep their times."""
-    now = digests.time.time_ns()
-    monkeypatch.setattr(digests.time, "time_ns", lambda: now + int(seconds * 1e9))
+    now = fingerprint.time.time_ns()
+    monkeypatch.setattr(fingerprint.time, "time_ns", lambda: now + int(seconds * 1e9))
 
 
 def test_a_settled_file_is_read_once(
@@ -63,7 +63,7 @@ def test_a_file_from_the_future_is_read_each_time(
     file: Path, tmp_path: Path, readings: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     later(monkeypatch, 3)
-    ahead = digests.time.time_ns() + 3600 * 10**9
+    ahead = fingerprint.time.time_ns() + 3600 * 10**9
     os.utime(file, ns=(ahead, ahead))
     for _ in range(2):
         remembered_digest(file, tmp_path / "memory")
@@ -129,7 +129,7 @@ def test_a_write_during_the_reading_is_refused(file: Path, tmp_path: Path, monke
         file.write_bytes(b"c" * 1000)
         return found
 
-    monkeypatch.setattr(digests, "file_digest", slow)
+    monkeypatch.setattr(fingerprint, "file_digest", slow)
     later(monkeypatch, 3)
     with pytest.raises(UserError, match="changed while the job was reading"):
         remembered_digest(file, tmp_path / "memory")

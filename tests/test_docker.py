@@ -50,7 +50,7 @@ def test_what_the_entrypoint_starts(tmp_path: Path) -> None:
 
 
 def test_every_stage_has_its_word_in_the_entrypoint() -> None:
-    from prefopt_dist.__main__ import STAGES
+    from prefopt_dist.cli import STAGES
 
     words = re.search(r'"" \| -\* \| (.*)\)\n *exec', (DOCKER / "entrypoint.sh").read_text())
     assert words is not None

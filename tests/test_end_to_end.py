@@ -343,7 +343,7 @@ def test_other_ranks_and_micro_batches(world: World, whole: Path) -> None:
 
 SLOW_CONVERSION = """
 import sys, time
-from prefopt_dist.__main__ import main
+from prefopt_dist.cli import main
 from prefopt_dist.training import universal
 write = universal._write
 universal._write = lambda *a: (time.sleep(0.3), write(*a))[1]

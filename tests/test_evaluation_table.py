@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefopt_dist.tracking.evaluation_table import text, wilson, with_intervals
+from prefopt_dist.monitoring.statistics import evaluation_text, wilson, with_intervals
 
 
 def test_wilsons_interval() -> None:
@@ -54,13 +54,13 @@ def test_a_split_pair_counts_once() -> None:
 
 def test_a_source_may_have_any_name() -> None:
     named = {name.replace("b.jsonl", "rows"): value for name, value in FOUND.items()}
-    said = text(with_intervals(named)).splitlines()
+    said = evaluation_text(with_intervals(named)).splitlines()
     assert [line for line in said if not line.startswith(" ")] == ["eval: 20 rows"]
     assert sum(line.startswith("  rows ") for line in said) == 1
 
 
 def test_the_text_has_a_line_for_each_source() -> None:
-    said = text(with_intervals(FOUND))
+    said = evaluation_text(with_intervals(FOUND))
     assert said.splitlines()[:3] == [
         "eval: 20 rows",
         "  rewards/accuracies: 75.0% (95% interval 53.1% to 88.8%)",
@@ -70,4 +70,6 @@ def test_the_text_has_a_line_for_each_source() -> None:
 
 
 def test_a_source_without_a_usable_row() -> None:
-    assert "  c.jsonl       0 pairs" in text(with_intervals(FOUND | {"eval/pairs_of/c.jsonl": 0})).splitlines()
+    assert (
+        "  c.jsonl       0 pairs" in evaluation_text(with_intervals(FOUND | {"eval/pairs_of/c.jsonl": 0})).splitlines()
+    )

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from prefopt_dist.data import open_rows
 from prefopt_dist.data.template import PLAIN_TEMPLATE
 from prefopt_dist.errors import UserError
-from prefopt_dist.model.load import inspect_folder, load_tokenizer
-from prefopt_dist.stages import checks
+from prefopt_dist.model.folder import inspect_folder
+from prefopt_dist.model.load import load_tokenizer
+from prefopt_dist.setup import checks
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 

@@ -26,13 +26,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.config import Lora
-from prefopt_dist.data.micro_batch import Unit, pack
+from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import attention
 from prefopt_dist.model.adapter import attach
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
-from prefopt_dist.stages.checks import adapter_of
+from prefopt_dist.setup.checks import adapter_of
 
 WIDTH, LAYERS = 512, 3
 MIXES = {"UltraFeedback-like": (190, 305), "HH-like": (205, 75), "long": (1600, 255)}

@@ -24,15 +24,16 @@ from generation_world import PROMPTS, write_run, write_world
 from safetensors.torch import load_file, save_file
 from test_generation import write_reward
 
-from prefopt_dist.__main__ import main
+from prefopt_dist.checkpoint.save import committed
+from prefopt_dist.cli import main
+from prefopt_dist.commands import rounds
 from prefopt_dist.config import identity, load_config
-from prefopt_dist.generation import vllm_engine
-from prefopt_dist.generation.prompts import Prompt
-from prefopt_dist.generation.sampling import Sampling
-from prefopt_dist.generation.shards import HALT, over_shards
-from prefopt_dist.reference.turn import StoppedInFirstPass
-from prefopt_dist.stages import answering, comparing, judges, rounds
-from prefopt_dist.training.checkpoint import committed
+from prefopt_dist.errors import StopRequested
+from prefopt_dist.rollouts import vllm_engine
+from prefopt_dist.rollouts.prompts import Prompt
+from prefopt_dist.rollouts.sampling import Sampling
+from prefopt_dist.rollouts.shards import HALT, over_shards
+from prefopt_dist.setup import compare, prepare_rollouts, rewards
 
 REWARDS = [{"function": "rewards_for_tests:letters"}]
 
@@ -81,8 +82,8 @@ def test_pairs_are_made_of_the_best_and_the_worst(world: Path) -> None:
     assert (world / "runs" / "small" / "pairs.jsonl").read_bytes() == made.read_bytes()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.delattr(answering, "TransformersEngine")
-        patch.delattr(judges, "FunctionReward")
+        patch.delattr(prepare_rollouts, "TransformersEngine")
+        patch.delattr(rewards, "FunctionReward")
         assert (
             main(["generate", str(write_run(world, "margin", generate={"pairing": "margin", "min_margin": 2.0}))]) == 0
         )
@@ -112,7 +113,7 @@ def test_a_job_halts_itself_alone(world: Path, tmp_path: Path) -> None:
 
     over_shards(tmp_path, [0, 1, 2], "mine", work, lambda: False)
     assert done == [0, 1, 2]
-    with pytest.raises(StoppedInFirstPass):
+    with pytest.raises(StopRequested):
         over_shards(tmp_path, [3, 4], "mine", work, lambda: 3 in done)
     assert done[3:] == [3]
     assert list(tmp_path.iterdir()) == [others]
@@ -285,14 +286,14 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     assert second["identity"]["model.name_or_path"] == str(folder / "round-1" / "final")
     assert second["identity"]["reference.name_or_path"] == str(world / "model")
     # A request that comes in a round ends the rounds.
-    answer = answering.Answering.run
+    answer = prepare_rollouts.Answering.run
 
-    def answer_and_ask(self: answering.Answering, stop_asked: Any) -> None:
+    def answer_and_ask(self: prepare_rollouts.Answering, stop_asked: Any) -> None:
         answer(self, stop_asked)
         if self.config.run_dir.name == "round-3":
             (folder / "STOP").touch()
 
-    monkeypatch.setattr(answering.Answering, "run", answer_and_ask)
+    monkeypatch.setattr(prepare_rollouts.Answering, "run", answer_and_ask)
     assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
     assert "stopped in round 3" in (folder / "STOPPED").read_text()
     assert not (folder / "STOP").exists()
@@ -300,7 +301,7 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     assert not (folder / "round-3" / "DONE").exists()
     # It was done after two rounds and is not now; what says that it was stopped goes at the next start.
     assert not (folder / "DONE").exists()
-    monkeypatch.setattr(answering.Answering, "run", answer)
+    monkeypatch.setattr(prepare_rollouts.Answering, "run", answer)
     assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
     assert (folder / "DONE").exists()
     assert not (folder / "STOPPED").exists()
@@ -308,7 +309,7 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     before = (folder / "DONE").read_text()
     sampled = sampled_at(world / "cache-rounds")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparing.Comparison, "run", None)
+        patch.setattr(compare.Comparison, "run", None)
         assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
         assert (folder / "DONE").read_text() == before
     door.lines("judged.jsonl", *rows(world / "new.jsonl")[1:], {"prompt": "quite another one"})

@@ -18,23 +18,19 @@ from letters import score
 from tokenizers_for_tests import CHATML, small_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
+from prefopt_dist.data.dataset import open_rows
 from prefopt_dist.data.prepare import prepare_rows
-from prefopt_dist.data.rows import open_rows
 from prefopt_dist.data.sources import DataSource
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.errors import UserError
-from prefopt_dist.generation import comparison, pairs
-from prefopt_dist.generation.answers import Answer, answers_of
-from prefopt_dist.generation.classifier import ClassifierReward, inspect_reward
-from prefopt_dist.generation.noise import seed_of_model, uniforms
-from prefopt_dist.generation.prompts import Prompt, read_prompts
-from prefopt_dist.generation.rewards import Bad, FunctionReward, find_function
-from prefopt_dist.generation.sampling import Sampling, choose, stop_ids_of
-from prefopt_dist.generation.store import Answered, SampleStore
-from prefopt_dist.generation.transformers_engine import TransformersEngine, batches, load_for_sampling
-from prefopt_dist.generation.whole_model import padded
-from prefopt_dist.model.load import inspect_folder
+from prefopt_dist.model.folder import inspect_folder
+from prefopt_dist.rollouts import comparison, pairs
+from prefopt_dist.rollouts.prompts import Prompt, read_prompts
+from prefopt_dist.rollouts.rewards import Bad, ClassifierReward, FunctionReward, find_function, inspect_reward
+from prefopt_dist.rollouts.sampling import Sampling, choose, padded, seed_of_model, stop_ids_of, uniforms
+from prefopt_dist.rollouts.store import Answer, Answered, SampleStore, answers_of
+from prefopt_dist.rollouts.transformers_engine import TransformersEngine, batches, load_for_sampling
 
 FLOAT32, CPU = torch.float32, torch.device("cpu")
 
@@ -289,8 +285,8 @@ def test_an_answer_is_exact_where_training_gets_its_ids(tmp_path: Path) -> None:
         ("<|im_start|>assistant\nthe sky is blue.", "doubled_template", False),
     ]
     scores = [[float(i)] for i in range(5)]
-    rule = pairs.Rule("best_worst", 0.0, (1.0,), 0)
-    tally = pairs.Tally()
+    rule = pairs.PairingRule("best_worst", 0.0, (1.0,), 0)
+    tally = pairs.PairCounts()
     ((chosen, rejected),) = pairs.pairs_of(Answered(p, found, scores), rule, tally)
     assert (chosen.number, rejected.number, tally.retokenised) == (1, 0, 1)
     assert tally.answers == {"unfinished": 1, "empty_response": 1, "doubled_template": 1}
@@ -325,8 +321,8 @@ def answered(*values: Any, texts: str | None = None) -> Answered:
 
 
 def made(found: Answered, pairing: str, margin: float = 0.0, weights: tuple[float, ...] = (1.0,), seed: int = 0) -> Any:
-    tally = pairs.Tally()
-    of = pairs.pairs_of(found, pairs.Rule(pairing, margin, weights, seed), tally)
+    tally = pairs.PairCounts()
+    of = pairs.pairs_of(found, pairs.PairingRule(pairing, margin, weights, seed), tally)
     return [(a.number, b.number) for a, b in of], dict(tally.prompts), dict(tally.answers)
 
 
@@ -361,7 +357,7 @@ def test_the_mean_of_rewards_is_weighted() -> None:
     assert made(found, "best_worst", weights=(3.0, 1.0))[0] == [(0, 1)]
     assert made(found, "best_worst", weights=(1.0, 3.0))[0] == [(1, 0)]
     assert made(found, "best_worst", weights=(1.0, 1.0))[1] == {"tie": 1}
-    ((chosen, _),) = pairs.pairs_of(found, pairs.Rule("best_worst", 0.0, (3.0, 1.0), 0), pairs.Tally())
+    ((chosen, _),) = pairs.pairs_of(found, pairs.PairingRule("best_worst", 0.0, (3.0, 1.0), 0), pairs.PairCounts())
     assert (chosen.reward, chosen.values) == (0.75, [1.0, 0.0])
 
 

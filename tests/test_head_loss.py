@@ -14,7 +14,8 @@ from models_for_tests import VOCABULARY, apart, gradients, make, pairs, plain_su
 from test_flop import counting
 from test_objectives_family import FAMILY, called, made
 
-from prefopt_dist.data.micro_batch import MicroBatch, Unit, pack
+from prefopt_dist.batching.micro_batch import MicroBatch, pack
+from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import head
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import KTO, SFT, Objective, Sequences

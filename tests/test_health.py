@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from health_cases import DUE
 
-from prefopt_dist.config.health import Health
-from prefopt_dist.tracking.diagnosis import BIN_EDGES
-from prefopt_dist.tracking.health import RULES, Finding, RunFacts, Watch, findings
-from prefopt_dist.tracking.health.history import History
-from prefopt_dist.tracking.health.machine import gradient_spike, memory_creep
-from prefopt_dist.tracking.metrics_file import MetricsFile, Row
+from prefopt_dist.config.schema import Health
+from prefopt_dist.monitoring.diagnosis import BIN_EDGES
+from prefopt_dist.monitoring.health import RULES, HealthFinding, RunFacts, Watch, findings
+from prefopt_dist.monitoring.health.history import History
+from prefopt_dist.monitoring.health.machine import gradient_spike, memory_creep
+from prefopt_dist.monitoring.metrics_file import MetricsFile, Row
 
 STEPS, G = 100, 64
 FACTS = RunFacts(STEPS, 1, 0.693)
@@ -83,7 +83,7 @@ def eval_row(step: int, loss: float, accuracy: float, name: str = "") -> Row:
     }
 
 
-def found(rows: Sequence[Row], facts: RunFacts = FACTS, **thresholds: float) -> list[Finding]:
+def found(rows: Sequence[Row], facts: RunFacts = FACTS, **thresholds: float) -> list[HealthFinding]:
     return findings(rows, facts, Health(**thresholds))[0]
 
 
@@ -383,7 +383,7 @@ def test_a_resume_neither_repeats_nor_loses_a_finding(tmp_path: Path) -> None:
     said: list[str] = []
 
     def watch() -> Watch:
-        def tell(new: list[Finding], all_of_them: list[Finding]) -> None:
+        def tell(new: list[HealthFinding], all_of_them: list[HealthFinding]) -> None:
             told.extend((f.id, f.step) for f in new)
             said.extend(f.id for f in new)
 
@@ -423,7 +423,7 @@ def test_other_thresholds_at_a_resume_tell_nothing_twice(tmp_path: Path) -> None
     said: list[tuple[str, int]] = []
 
     def start(facts: RunFacts, **thresholds: float) -> Watch:
-        def tell(new: list[Finding], all_of_them: list[Finding]) -> None:
+        def tell(new: list[HealthFinding], all_of_them: list[HealthFinding]) -> None:
             said.extend((f.id, f.step) for f in new)
 
         return Watch(metrics, facts, Health(**thresholds), list(said), tell)

@@ -18,16 +18,15 @@ from data_for_tests import lines, prepare
 from tokenizers_for_tests import INST, small_tokenizer
 
 from prefopt_dist import data
-from prefopt_dist.__main__ import main
+from prefopt_dist.cli import main
 from prefopt_dist.config import load_config
 from prefopt_dist.data import TokenisedRows, open_rows
-from prefopt_dist.data.rows import flag_bits
+from prefopt_dist.data.dataset import flag_bits
+from prefopt_dist.data.quality import findings
+from prefopt_dist.data.quality.findings import DataFinding, first_of_group, group_equal, row_findings, set_findings
+from prefopt_dist.data.quality.policy import ADVICE
 from prefopt_dist.errors import UserError
-from prefopt_dist.inspection import findings
-from prefopt_dist.inspection.advice import ADVICE
-from prefopt_dist.inspection.equal import first_in, group
-from prefopt_dist.inspection.findings import Finding, row_findings, set_findings
-from prefopt_dist.stages.rows import prepared_train
+from prefopt_dist.setup.prepare_data import prepared_train
 
 ROW_KINDS = (
     "duplicates contradictions eval_pairs eval_prompts cut_prompt cut_response unfair_cut missing_bos missing_end "
@@ -211,7 +210,7 @@ def test_one_tokenised_folder_for_inspect_and_train(tmp_path: Path) -> None:
 
 def found_in(
     tmp_path: Path, rows: list[dict[str, Any]], held: list[dict[str, Any]] | None = None
-) -> dict[str, Finding]:
+) -> dict[str, DataFinding]:
     def opened(name: str, some: list[dict[str, Any]]) -> TokenisedRows:
         return open_rows(prepare(tmp_path, lines(tmp_path / name, some)))
 
@@ -295,12 +294,12 @@ def test_equal_rows_as_a_dictionary_finds_them() -> None:
         first: dict[bytes, int] = {}
         for i, key in enumerate(keys):
             first.setdefault(key.tobytes(), i)
-        groups = group(keys)
+        groups = group_equal(keys)
         assert [int(groups.first[g]) for g in groups.of] == [first[key.tobytes()] for key in keys]
         known: dict[bytes, int] = {}
         for i, key in enumerate(others):
             known.setdefault(key.tobytes(), i)
-        assert first_in(keys, others).tolist() == [known.get(key.tobytes(), -1) for key in keys]
+        assert first_of_group(keys, others).tolist() == [known.get(key.tobytes(), -1) for key in keys]
 
 
 def test_names_of_a_field_are_counted(world: World) -> None:

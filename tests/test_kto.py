@@ -13,9 +13,9 @@ import torch
 from data_for_tests import ROWS, lines, prepare
 
 from prefopt_dist.data import TokenisedRows, open_rows, sequence_digest
-from prefopt_dist.data.unpaired import OnePromptRules, partners, unpaired, with_other_prompts
+from prefopt_dist.data.derived import OnePromptRules, partners, unpaired, with_other_prompts
+from prefopt_dist.monitoring.statistics import means
 from prefopt_dist.objectives import KTO, Sequences
-from prefopt_dist.tracking.statistics import means
 
 OPTIONS: dict[str, Any] = {"beta": 0.2, "desirable_weight": 0.8, "undesirable_weight": 1.5}
 

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from prefopt_dist.training.laps import Laps
+from prefopt_dist.monitoring.timers import StepTimer
 
 
 def test_laps_add_up_and_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 11.0, 20.0, 24.0, 30.0, 32.0, 50.0, 51.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    laps = Laps(torch.device("cpu"))
+    laps = StepTimer(torch.device("cpu"))
     for what in ("forward", "backward", "forward"):
         with laps.lap(what):
             pass
@@ -40,7 +40,7 @@ def test_on_a_gpu_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
             return 500.0 * (end.at - self.at)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    laps = Laps(torch.device("cuda"))
+    laps = StepTimer(torch.device("cuda"))
     for what in ("forward", "backward", "forward"):
         with laps.lap(what):
             pass

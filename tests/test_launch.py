@@ -292,7 +292,7 @@ def test_a_machine_of_several(launcher: Launcher, node: str, is_host: int) -> No
     assert process.returncode == 0, errors
     check, address, job = (launcher.folder / "calls").read_text().splitlines()
     assert check == "-m prefopt_dist train r.yaml --check"
-    assert address == f"-m prefopt_dist.nodes.address h:1 {node}"
+    assert address == f"-m prefopt_dist.preflight.rendezvous h:1 {node}"
     assert job.startswith("-m torch.distributed.run --nnodes 2 --nproc-per-node 3 ")
     assert "--rdzv-endpoint h:1 " in job
     assert f"is_host={is_host}," in job

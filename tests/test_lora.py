@@ -18,14 +18,15 @@ from door import Door, one_process_group
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Phi3Config
 
-from prefopt_dist.__main__ import main
+from prefopt_dist.checkpoint import export
+from prefopt_dist.checkpoint.manifest import read_manifest
+from prefopt_dist.cli import main
 from prefopt_dist.config import Lora
 from prefopt_dist.model import adapter as adapters
-from prefopt_dist.model.load import inspect_folder, load_whole
+from prefopt_dist.model.folder import inspect_folder
+from prefopt_dist.model.load import load_whole
 from prefopt_dist.model.scorer import Scorer
-from prefopt_dist.stages.checks import adapter_of
-from prefopt_dist.training import probe
-from prefopt_dist.training.manifest import read_manifest
+from prefopt_dist.setup.checks import adapter_of
 
 LORA: dict[str, object] = {"r": 4, "alpha": 12}
 SFT: dict[str, Any] = {"loss": {"name": "sft"}}
@@ -77,7 +78,7 @@ def whole(door: Door) -> Path:
 
 def logps(lm: Any, manifest: Any) -> torch.Tensor:
     """float64 [U, R] of the checkpoint's probe."""
-    batches, _ = probe.batches_of(manifest.facts["probe"])
+    batches, _ = export.export_check_batches(manifest.facts["probe"])
     scorer = Scorer(lm)
     with torch.no_grad():
         return torch.cat([scorer(batch)[batch.units] for batch in batches])

@@ -11,12 +11,12 @@ import torch
 from benchmarks.floor import SHAPES, step_flop
 from benchmarks.ours import tokenised
 from benchmarks.world import Task, write_model
+from prefopt_dist.batching import batches
 from prefopt_dist.model.cost import forward_cost
-from prefopt_dist.model.load import inspect_folder
+from prefopt_dist.model.folder import inspect_folder
+from prefopt_dist.monitoring import timers
 from prefopt_dist.planning.machine import device_peak
-from prefopt_dist.tracking import own_work
-from prefopt_dist.training import batches
-from prefopt_dist.training.window import Window
+from prefopt_dist.training.metrics_accumulator import MetricsAccumulator
 
 TASK = Task(SHAPES["tiny"], "hh-like", 4, 2, 0, "cpu", 0)
 
@@ -76,7 +76,7 @@ def test_each_rank_knows_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_by_hand() -> None:
-    window = Window([0.0, 0.0], [], [0.0] * 4)
+    window = MetricsAccumulator([0.0, 0.0], [], [0.0] * 4)
     one = namedtuple("one", "tokens flop")
     window.add([1.0, 4.0], [], [0.0, 0.0, 0.0, 1.0], one(100, 3e12))  # type: ignore[arg-type]
     window.add([1.0, 6.0], [], [0.0, 0.0, 0.0, 1.0], one(300, 5e12))  # type: ignore[arg-type]
@@ -90,16 +90,16 @@ def test_by_hand() -> None:
     assert found["perf/data_seconds"] == pytest.approx(0.3)
     assert "perf/mfu" not in window.performance(peak=None)
     # A window of a checkpoint goes on.
-    assert Window(**vars(window)).performance(8e12)["perf/mfu"] == found["perf/mfu"]
+    assert MetricsAccumulator(**vars(window)).performance(8e12)["perf/mfu"] == found["perf/mfu"]
 
 
 def test_a_window_older_than_its_ranks_has_their_memory() -> None:
     """Two steps before a resume, whose ranks are gone, and one after it."""
-    window = Window([0.0, 0.0], [], own_work.places(0, 1, 1.0, 1.0))
+    window = MetricsAccumulator([0.0, 0.0], [], timers.rank_work_slots(0, 1, 1.0, 1.0))
     one = namedtuple("one", "tokens flop")
     for _ in range(2):
-        window.add([1.0, 4.0], [], own_work.places(0, 1, 1.0, 1.0), one(1, 1.0))  # type: ignore[arg-type]
-    window = replace(window, ranks=[0.0] * own_work.size(1))
+        window.add([1.0, 4.0], [], timers.rank_work_slots(0, 1, 1.0, 1.0), one(1, 1.0))  # type: ignore[arg-type]
+    window = replace(window, ranks=[0.0] * timers.rank_work_size(1))
     window.add([1.0, 4.0], [], [1.0, 2.0**30, 1.0, 1.0], one(1, 1.0))  # type: ignore[arg-type]
     window.took("data", 1.0)
     assert window.performance(None)["perf/memory_gib"] == 1.0

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from models_for_tests import pairs, tokens
 
-from prefopt_dist.data.micro_batch import Ends, Segment, Unit, pack, packed_tokens
+from prefopt_dist.batching.micro_batch import Ends, Segment, pack, packed_tokens
+from prefopt_dist.data.unit import Unit
 
 
 def test_pack_of_a_hand_made_row() -> None:

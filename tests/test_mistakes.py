@@ -25,12 +25,12 @@ from tokenizers_for_tests import CHATML, INST, small_tokenizer
 
 from prefopt_dist import model as model_package
 from prefopt_dist.config import load_config
-from prefopt_dist.data.micro_batch import Unit
+from prefopt_dist.data.unit import Unit
 from prefopt_dist.errors import UserError
-from prefopt_dist.file_lock import FileLock
+from prefopt_dist.files import FileLock
 from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.objectives import DPO, SFT
-from prefopt_dist.stages import checks, ingredients
+from prefopt_dist.setup import checks, prepare_data
 
 REPOSITORY = Path(__file__).parents[1]
 PAIR = {"prompt": "the cat", "chosen_response": "sings", "rejected_response": "sleeps"}
@@ -185,9 +185,9 @@ def test_training_reads_what_the_policies_leave(door: Door) -> None:
     for overrides, left in (([], [1, 2, 3]), (["inspect.duplicates=drop"], [1, 2])):
         config = load_config(str(door.run()), [f"data.train={data}", *overrides])
         models: Any = SimpleNamespace(tokenizer=tokenizer, policy=policy, reference=policy)
-        rows = ingredients.load_train(config, models, DPO(0.1, 0.0, 0.0, False))
+        rows = prepare_data.load_train(config, models, DPO(0.1, 0.0, 0.0, False))
         assert rows.line.tolist() == left
-        facts = ingredients.data_facts(rows, {})["train"]
+        facts = prepare_data.data_facts(rows, {})["train"]
         assert (facts["rows"], facts["used"], sum(facts["dropped"].values())) == (3, len(left), 3 - len(left))
     said = door.capsys.readouterr().out
     assert f"dropped 1 duplicates\n    {data}:3 repeats {data}:1" in said

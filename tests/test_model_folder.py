@@ -16,16 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from prefopt_dist.errors import UserError
-from prefopt_dist.model.digests import file_digest
-from prefopt_dist.model.load import (
-    FAMILIES,
-    ROPE_TYPES,
-    inspect_folder,
-    load_tokenizer,
-    load_whole,
-    resolve,
-    without_dropout,
-)
+from prefopt_dist.model.fingerprint import file_digest
+from prefopt_dist.model.folder import FAMILIES, ROPE_TYPES, inspect_folder, resolve
+from prefopt_dist.model.load import load_tokenizer, load_whole, without_dropout
 
 KEY = "model.name_or_path"
 NO_SPECIAL: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}

@@ -17,11 +17,10 @@ import torch
 
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
-from prefopt_dist.nodes import __main__ as nodes
-from prefopt_dist.nodes import gpus, machine
-from prefopt_dist.nodes.address import address_of
-from prefopt_dist.nodes.machine import Report, Wanted, differing
-from prefopt_dist.nodes.meeting import Meeting
+from prefopt_dist.preflight import __main__ as nodes
+from prefopt_dist.preflight import machine
+from prefopt_dist.preflight.machine import MachineReport, Wanted, differing
+from prefopt_dist.preflight.rendezvous import Rendezvous, address_of
 
 REPOSITORY = Path(__file__).parents[1]
 HOSTS = ("n1", "n2")
@@ -84,7 +83,7 @@ def checked(folder: Path, seconds: float, monkeypatch: pytest.MonkeyPatch, secon
     other = threading.Thread(target=second, args=(f"127.0.0.1:{port}",))
     other.start()
     try:
-        return nodes.check(Meeting(HOSTS, 0, f"127.0.0.1:{port}", 10), wanted(folder), seconds)
+        return nodes.check(Rendezvous(HOSTS, 0, f"127.0.0.1:{port}", 10), wanted(folder), seconds)
     finally:
         other.join()
 
@@ -108,8 +107,8 @@ def test_a_reduction_that_fails_is_named(
     monkeypatch.setattr(nodes, "_reduce", lambda meeting, ranks: {"inside": None, "all": 1.0})
 
     def second(head: str) -> None:
-        meeting = Meeting(HOSTS, 1, head, 10)
-        meeting.answer("report", dataclasses.asdict(machine.look("n2", wanted(tmp_path))))
+        meeting = Rendezvous(HOSTS, 1, head, 10)
+        meeting.answer("report", dataclasses.asdict(machine.examine_machine("n2", wanted(tmp_path))))
         meeting.agree("machines", None, 10)
         if reduced is not None:
             meeting.answer("reduction", reduced)
@@ -119,12 +118,12 @@ def test_a_reduction_that_fails_is_named(
 
 def test_ranks_that_hang_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "REDUCTION_SECONDS", 0.2)
-    meeting = Meeting(("n1",), 0, f"127.0.0.1:{free_port()}", 10)
+    meeting = Rendezvous(("n1",), 0, f"127.0.0.1:{free_port()}", 10)
     assert "did not reduce within" in nodes._reduce(meeting, 1)["fault"]
 
 
 def test_ranks_that_fail_say_why() -> None:
-    meeting = Meeting(("n1",), 0, f"127.0.0.1:{free_port()}", 10)
+    meeting = Rendezvous(("n1",), 0, f"127.0.0.1:{free_port()}", 10)
     meeting.port = 65536  # there is no such port
     assert nodes._reduce(meeting, 1)["fault"].startswith("rank 0 of it failed to reduce: ")
 
@@ -157,20 +156,22 @@ def test_a_machine_that_is_much_slower_is_marked() -> None:
 
 
 def test_room_and_the_odd_one_out(tmp_path: Path) -> None:
-    assert machine.look("n1", wanted(tmp_path)).faults == ()
-    faults = machine.look("n1", wanted(tmp_path / "not" / "yet", disk_gib=1e9)).faults
+    assert machine.examine_machine("n1", wanted(tmp_path)).faults == ()
+    faults = machine.examine_machine("n1", wanted(tmp_path / "not" / "yet", disk_gib=1e9)).faults
     assert any(f.startswith(f"{tmp_path}: ") and "1e+09 wanted (PREFOPT_MIN_DISK_GIB)" in f for f in faults)
-    reports = [Report(f"n{i}", (), {"torch": "2.13" if i != 2 else "2.12", "python": "3.11"}) for i in range(4)]
+    reports = [MachineReport(f"n{i}", (), {"torch": "2.13" if i != 2 else "2.12", "python": "3.11"}) for i in range(4)]
     assert differing(reports) == ["n2: torch is 2.12, elsewhere 2.13"]
-    assert differing([*reports[:2], Report("n9", (), {"python": "3.11"})]) == ["n9: torch is none, elsewhere 2.13"]
+    assert differing([*reports[:2], MachineReport("n9", (), {"python": "3.11"})]) == [
+        "n9: torch is none, elsewhere 2.13"
+    ]
 
 
 def test_gpus_that_torch_cannot_use_and_too_few_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
-    monkeypatch.setattr(gpus, "look", lambda ranks: ([], {}))
+    monkeypatch.setattr(machine, "examine_gpus", lambda ranks: ([], {}))
     asked = dataclasses.replace(wanted(tmp_path), on_gpus=True, ranks=8)
-    of_torch, cores = machine.look("n1", asked).faults
+    of_torch, cores = machine.examine_machine("n1", asked).faults
     assert of_torch == f"torch {torch.__version__} (CUDA {torch.version.cuda}) can use no GPU"
     assert cores == "1 of its cores are this job's, 8 ranks want one each (--cpus-per-task)"
     monkeypatch.setenv("PREFOPT_WANT_GPUS", "1")
@@ -192,20 +193,20 @@ KERNEL = """[  100.000001] NVRM: Xid (PCI:0000:3a:00): 79, pid=1, GPU has fallen
 
 
 def test_what_nvidia_smi_says() -> None:
-    found = gpus.read_gpus(SMI)
+    found = machine.read_gpus(SMI)
     assert [g.ecc_errors for g in found] == [0, 2, None]
-    assert gpus.faults_of(found, 4) == ["3 GPUs, 4 wanted", "GPU 1: 2 uncorrected ECC errors; it wants a reset"]
+    assert machine.faults_of(found, 4) == ["3 GPUs, 4 wanted", "GPU 1: 2 uncorrected ECC errors; it wants a reset"]
     mixed = [found[0], dataclasses.replace(found[0], index=1, name="NVIDIA A100")]
-    assert gpus.faults_of(mixed, 2) == ["GPUs of different kinds: NVIDIA A100, NVIDIA H100 80GB HBM3"]
-    assert gpus.read_remapped("00000000:17:00.0, 0, 0\n00000000:3A:00.0, 1, 0\n00000000:5D:00.0, 1, 1\n") == [
+    assert machine.faults_of(mixed, 2) == ["GPUs of different kinds: NVIDIA A100, NVIDIA H100 80GB HBM3"]
+    assert machine.read_remapped("00000000:17:00.0, 0, 0\n00000000:3A:00.0, 1, 0\n00000000:5D:00.0, 1, 1\n") == [
         "GPU 00000000:3A:00.0: a row waits to be remapped; it wants a reset",
         "GPU 00000000:5D:00.0: a row could not be remapped; it must be replaced",
     ]
 
 
 def test_what_the_kernel_says() -> None:
-    assert gpus.read_xids(KERNEL, 100_000.0) == ["GPU PCI:0000:5d:00: Xid 48 in the last day, double bit ECC error"]
-    assert gpus.read_xids(KERNEL, 200_000.0) == []
+    assert machine.read_xids(KERNEL, 100_000.0) == ["GPU PCI:0000:5d:00: Xid 48 in the last day, double bit ECC error"]
+    assert machine.read_xids(KERNEL, 200_000.0) == []
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_a_driver_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sc
         (tmp_path / "nvidia-smi").write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    faults, _ = gpus.look(8)
+    faults, _ = machine.examine_gpus(8)
     assert len(faults) == 1
     assert fault in faults[0]
 

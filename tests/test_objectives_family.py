@@ -12,8 +12,8 @@ import torch
 
 from prefopt_dist.config.build import _build_loss
 from prefopt_dist.objectives import IPO, ORPO, Hinge, Objective, Sequences, SimPO, WithSFT
-from prefopt_dist.objectives.orpo import CERTAIN, log1mexp, log_odds
-from prefopt_dist.stages.losses import make_objective
+from prefopt_dist.objectives.factory import make_objective
+from prefopt_dist.objectives.reference_free import CERTAIN, log1mexp, log_odds
 
 FAMILY: list[dict[str, Any]] = [
     {"name": "dpo", "beta": 5.0, "label_smoothing": 0.1, "average": "tokens", "sft_weight": 0.0},

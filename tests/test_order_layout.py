@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefopt_dist.data.layout import fill, groups_within, lay_out
-from prefopt_dist.data.micro_batch import Unit, pack, packed_tokens
-from prefopt_dist.data.order import Order
+from prefopt_dist.batching.layout import fill, groups_within, lay_out
+from prefopt_dist.batching.micro_batch import pack, packed_tokens
+from prefopt_dist.batching.order import Order
+from prefopt_dist.data.unit import Unit
 
 # Order
 
@@ -85,7 +86,7 @@ def test_order_is_a_function_of_seed_and_step_alone() -> None:
 def test_order_is_the_same_in_another_process() -> None:
     here = order(40, 5, weights=(1.0, 2.5), seed=11).epoch(2).tolist()
     code = (
-        "import numpy as np; from prefopt_dist.data.order import Order; "
+        "import numpy as np; from prefopt_dist.batching.order import Order; "
         "print(Order(np.repeat([0, 1], [40, 5]).astype(np.int32), (1.0, 2.5), 11, 9).epoch(2).tolist())"
     )
     there = subprocess.run(

@@ -19,14 +19,13 @@ import torch
 from answers_cases import NUMBER, samples, write_run
 from door import Door, one_process_group
 
-from prefopt_dist.__main__ import main
+from prefopt_dist.cli import main
 from prefopt_dist.errors import UserError
-from prefopt_dist.generation import measures, transformers_engine
-from prefopt_dist.generation.answers import Answer
-from prefopt_dist.generation.prompts import Prompt
-from prefopt_dist.generation.store import Answered, SampleStore
-from prefopt_dist.stages import judges, own_answers
-from prefopt_dist.training import best
+from prefopt_dist.rollouts import measures, transformers_engine
+from prefopt_dist.rollouts.prompts import Prompt
+from prefopt_dist.rollouts.store import Answer, Answered, SampleStore
+from prefopt_dist.setup import own_answers, rewards
+from prefopt_dist.training import evaluation
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def answered(*answers: list[int]) -> Answered:
 
 def test_measures_of_the_ids() -> None:
     found = [answered([1, 2, 3, 4, 9]), answered([5, 5, 5, 5, 5, 5]), answered([1, 2, 3, 4, 9])]
-    values = measures.of_text(found, stop_ids=(9,))
+    values = measures.text_measures(found, stop_ids=(9,))
     assert values["prompts"] == 3
     assert values["length"] == 16 / 3
     assert values["ended"] == 2 / 3
@@ -245,7 +244,7 @@ def test_an_early_stop_by_answers_ends_with_a_verdict(world: Path, door: Door) -
     }
     run, folder = write_run(world, "early", **sections), world / "runs" / "early"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(best, "HIGHER", (*best.HIGHER, "distinct"))  # a metric that does not change
+        patch.setattr(evaluation, "HIGHER", (*evaluation.HIGHER, "distinct"))  # a metric that does not change
         assert door.ends(run)[0] == 0
         last = rows(folder, "answers")[-1]
         assert last["step"] == rows(folder, "train")[-1]["step"] == 1  # no better than the start
@@ -286,7 +285,7 @@ def test_a_diverged_model_is_exported_and_called_so(world: Path, door: Door) -> 
 
 
 def test_a_reward_that_fails_at_the_end_costs_no_export(world: Path, door: Door) -> None:
-    told = judges.Judges.told
+    told = rewards.Judges.told
 
     def refuses(self: Any, prompt: Any, number: int, values: Any) -> Any:
         if trained:
@@ -296,7 +295,7 @@ def test_a_reward_that_fails_at_the_end_costs_no_export(world: Path, door: Door)
     trained: list[int] = []
     copy = own_answers.copy_for_sampling
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judges.Judges, "told", refuses)
+        patch.setattr(rewards.Judges, "told", refuses)
         patch.setattr(own_answers, "copy_for_sampling", lambda *a, **o: trained.append(1) or copy(*a, **o))
         assert door.ends(write_run(world, "refused"))[0] == 0
     folder = world / "runs" / "refused"

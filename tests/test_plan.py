@@ -13,18 +13,18 @@ import worlds
 from transformers import LlamaConfig
 
 from benchmarks.meter import ALLOCATOR
-from prefopt_dist.__main__ import main
+from prefopt_dist.cli import main
 from prefopt_dist.config import Lora, Plan, load_deepspeed_json
 from prefopt_dist.errors import UserError
 from prefopt_dist.planning import memory
-from prefopt_dist.planning.answers import answers_plan
-from prefopt_dist.planning.disk import disk
 from prefopt_dist.planning.fit import Fit, Needs, fit, offloadings, refuse_misfit
 from prefopt_dist.planning.machine import GPUS, Machine, known_gpu, planned
 from prefopt_dist.planning.memory import Phase, Place, Sampled, ZeroSettings
+from prefopt_dist.planning.rollouts import answers_plan
 from prefopt_dist.planning.sizes import model_sizes
-from prefopt_dist.stages.checks import adapter_of
-from prefopt_dist.stages.ingredients import sized
+from prefopt_dist.planning.work import disk
+from prefopt_dist.setup.checks import adapter_of
+from prefopt_dist.setup.prepare_models import sized
 
 GIB = 2**30
 POLICY = load_deepspeed_json("deepspeed_configs/policy_zero3.json", "deepspeed.policy")

@@ -17,21 +17,20 @@ import torch
 from data_for_tests import ROWS, lines, prepare
 from transformers import AutoConfig, LlamaConfig
 
+from prefopt_dist.batching.micro_batch import packed_tokens
 from prefopt_dist.data import TokenisedRows, open_rows
-from prefopt_dist.data.micro_batch import packed_tokens
 from prefopt_dist.errors import UserError
-from prefopt_dist.model.digests import file_digest
-from prefopt_dist.model.identity import reference_key
+from prefopt_dist.model.fingerprint import file_digest, reference_key
 from prefopt_dist.reference import first_pass
-from prefopt_dist.reference.plan import (
+from prefopt_dist.reference.scoring_plan import (
     Location,
-    Plan,
+    ScoringPlan,
     make_plan,
-    needed,
     plan_files,
     plan_name,
     read_plan,
     save_plan,
+    sequences_needed,
 )
 from prefopt_dist.reference.store import ReferenceStore, Score
 
@@ -214,11 +213,11 @@ def test_concurrent_commits_lose_nothing(store: ReferenceStore) -> None:
 
 # Plan
 
-PLAN: Plan = [[Location(0, 1, 0), Location(0, 2, 1)], [Location(1, 5, 0)], [Location(0, 0, 1)]]
+PLAN: ScoringPlan = [[Location(0, 1, 0), Location(0, 2, 1)], [Location(1, 5, 0)], [Location(0, 0, 1)]]
 
 
 @pytest.mark.parametrize("plan", [PLAN, [], [[Location(3, 2**40, 1)]]])
-def test_plan_round_trip(tmp_path: Path, plan: Plan) -> None:
+def test_plan_round_trip(tmp_path: Path, plan: ScoringPlan) -> None:
     path = save_plan(tmp_path / "new", "abc", plan)
     assert path.name == "plan-abc-0000.npz"
     assert read_plan(path) == plan
@@ -302,19 +301,19 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[TokenisedRows]:
 
 
 def test_needed_has_each_sequence_once_at_its_first_place(sets: list[TokenisedRows]) -> None:
-    found = needed(sets, 2)
+    found = sequences_needed(sets, 2)
     every = {s.digests[i, k].tobytes() for s in sets for i in range(s.n) for k in range(2)}
     assert found.keys() == every
     assert len(every) < sum(2 * s.n for s in sets)  # the third set is the first again
     assert {p.data_set for p in found.values()} == {0, 1}
     for d, place in found.items():
         assert place.digest(sets) == d
-    assert {p.response for p in needed(sets, 1).values()} == {0}
+    assert {p.response for p in sequences_needed(sets, 1).values()} == {0}
 
 
 @pytest.mark.parametrize("budget", [1, 40, 150, 10**6])
 def test_make_plan(sets: list[TokenisedRows], budget: int) -> None:
-    missing = needed(sets, 2)
+    missing = sequences_needed(sets, 2)
     plan = make_plan(missing, sets, budget)
     placed = [p for m in plan for p in m]
     assert len(placed) == len(missing)
@@ -331,7 +330,7 @@ def test_make_plan(sets: list[TokenisedRows], budget: int) -> None:
 
 
 def test_make_plan_of_a_part(sets: list[TokenisedRows]) -> None:
-    missing = {d: p for i, (d, p) in enumerate(needed(sets, 2).items()) if i % 3}
+    missing = {d: p for i, (d, p) in enumerate(sequences_needed(sets, 2).items()) if i % 3}
     placed = [p for m in make_plan(missing, sets, 100) for p in m]
     assert {p.digest(sets) for p in placed} == missing.keys()
     assert len(placed) == len(missing)
@@ -342,11 +341,11 @@ class Starts:
 
     def __init__(self, store: ReferenceStore, sets: list[TokenisedRows]) -> None:
         self.store, self.sets = store, sets
-        self.missing = set(needed(sets, 2))
+        self.missing = set(sequences_needed(sets, 2))
         self.stored_by: dict[bytes, list[Location]] = {}
         """As the newest start has it"""
 
-    def plan(self, budget: int) -> Plan:
+    def plan(self, budget: int) -> ScoringPlan:
         """Of one start; every missing sequence is scored, and stored by one micro-batch."""
         todo = first_pass._look_up(self.store, self.sets, 2, budget)
         assert todo.missing == len(self.missing)
@@ -360,10 +359,10 @@ class Starts:
         self.store.commit({p.digest(self.sets): Score(-1.0, 1) for p in places})
         self.missing -= {p.digest(self.sets) for p in places}
 
-    def tokens(self, plan: Plan) -> list[int]:
+    def tokens(self, plan: ScoringPlan) -> list[int]:
         return [packed_tokens([p.unit(self.sets, i) for i, p in enumerate(m)]) for m in plan]
 
-    def saved(self) -> list[Plan]:
+    def saved(self) -> list[ScoringPlan]:
         return [read_plan(p) for p in plan_files(self.store.folder, plan_name(self.sets, 2))]
 
 

@@ -11,11 +11,11 @@ import pytest
 import worlds
 from run_folders import add_answers, write_run_folder
 
-from prefopt_dist.__main__ import main
-from prefopt_dist.report.banner import verdict
+from prefopt_dist.cli import main
+from prefopt_dist.monitoring.metrics_file import MetricsFile
+from prefopt_dist.report.page import banner
 from prefopt_dist.report.record import read_run
 from prefopt_dist.report.sweep import sweep_table
-from prefopt_dist.tracking.metrics_file import MetricsFile
 
 
 class _Tags(HTMLParser):
@@ -109,7 +109,7 @@ def test_a_warning_that_is_over_is_no_verdict(tmp_path: Path) -> None:
     slow_until(run, 30)
     record = read_run(run, "run.dir")
     assert [f.id for f in record.found if f.level == "warning"] == ["slow-rank"]
-    assert verdict(record)["text"].startswith("It has recovered")
+    assert banner(record)["text"].startswith("It has recovered")
 
 
 def slow_until(run: Path, step: int) -> None:

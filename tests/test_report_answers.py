@@ -9,9 +9,9 @@ import pytest
 from run_folders import add_answers, write_run_folder
 from test_report import page, slow_until
 
-from prefopt_dist.report.banner import verdict
+from prefopt_dist.monitoring.metrics_file import MetricsFile
+from prefopt_dist.report.page import banner
 from prefopt_dist.report.record import read_run
-from prefopt_dist.tracking.metrics_file import MetricsFile
 
 WORDS = ("better", "no difference to be seen", "worse", "collapsed", "not judged")
 
@@ -22,7 +22,7 @@ def test_the_banner_says_the_verdict_first(tmp_path: Path, word: str, ill: bool)
     """And never that a run is well; a warning that stands is told beside it."""
     run = write_run_folder(tmp_path / "run", steps=60, ill=ill)
     add_answers(run, word.removesuffix(" to be seen"))
-    found = verdict(read_run(run, "run.dir"))
+    found = banner(read_run(run, "run.dir"))
     judged = json.loads((run / "run.json").read_text())["answers"]
     assert judged["verdict"] == word
     first = "Done; whether the answers are better was not judged: " if word == "not judged" else word.capitalize()
@@ -41,7 +41,7 @@ def test_the_banner_says_the_verdict_first(tmp_path: Path, word: str, ill: bool)
     assert found["text"] in html.unescape(page(run))
     # A run that goes on from there: the verdict is of another model.
     (run / "DONE").unlink()
-    assert verdict(read_run(run, "run.dir"))["mood"] == ("poor" if ill or word in ("worse", "collapsed") else "open")
+    assert banner(read_run(run, "run.dir"))["mood"] == ("poor" if ill or word in ("worse", "collapsed") else "open")
 
 
 @pytest.mark.parametrize(("word", "mood"), [("better", "good"), ("not judged", "open"), ("collapsed", "poor")])
@@ -49,7 +49,7 @@ def test_what_is_over_is_no_recovery_of_bad_answers(tmp_path: Path, word: str, m
     run = write_run_folder(tmp_path / "slow", steps=60)
     slow_until(run, 30)
     add_answers(run, word)
-    found = verdict(read_run(run, "run.dir"))
+    found = banner(read_run(run, "run.dir"))
     assert found["mood"] == mood
     assert "recovered" not in found["text"]
     assert found["text"].endswith("Every warning below is over.") == (word != "collapsed")

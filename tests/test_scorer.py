@@ -22,9 +22,10 @@ from models_for_tests import (
     worst,
 )
 
-from prefopt_dist.data.micro_batch import Unit, pack
+from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import head
-from prefopt_dist.model.load import FAMILIES
+from prefopt_dist.model.folder import FAMILIES
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO, SFT, Terms
 

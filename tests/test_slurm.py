@@ -525,7 +525,7 @@ def test_a_node(site: Site, node: str, is_host: str) -> None:
     done = site.run(str(REPOSITORY / "launch" / "node.sh"), *arguments, SLURM_NODEID=node, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     address, call = site.lines("calls")
-    assert address == f"-m prefopt_dist.nodes.address h:1 {node}"
+    assert address == f"-m prefopt_dist.preflight.rendezvous h:1 {node}"
     assert call.startswith("-m torch.distributed.run --nnodes 2 --nproc-per-node 3 --max-restarts 0 ")
     assert f"is_host={is_host}," in call
     assert "--local-addr 10.0.0.9 " in call

@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
-from prefopt_dist.training.spikes import FEWEST, WINDOW, Spikes
+from prefopt_dist.training.skipped_updates import FEWEST, WINDOW, SpikeDetector
 
 
-def judged(spikes: Spikes, norm: float) -> bool:
+def judged(spikes: SpikeDetector, norm: float) -> bool:
     """One step as training makes it: an update that is no spike and is finite is remembered."""
     spike = bool(spikes.judge(torch.tensor(norm)))
     if not spike and math.isfinite(norm):
@@ -19,7 +19,7 @@ def judged(spikes: Spikes, norm: float) -> bool:
 
 def test_a_ratio_to_the_median() -> None:
     """Median 2 of 1, 2, 100: an earlier outlier does not hide the next."""
-    spikes = Spikes(3.0, [1.0, 2.0, 100.0] * 6)
+    spikes = SpikeDetector(3.0, [1.0, 2.0, 100.0] * 6)
     assert not judged(spikes, 6.0)
     assert judged(spikes, 6.1)
     assert spikes.why() == "the gradient norm 6.1 is 3.05 times the median of the last 19"
@@ -27,7 +27,7 @@ def test_a_ratio_to_the_median() -> None:
 
 
 def test_nothing_is_a_spike_at_first() -> None:
-    spikes = Spikes(2.0)
+    spikes = SpikeDetector(2.0)
     assert not any(judged(spikes, 10.0**i) for i in range(FEWEST))
     assert spikes.why() is None
     assert judged(spikes, 10.0**FEWEST)
@@ -35,13 +35,13 @@ def test_nothing_is_a_spike_at_first() -> None:
 
 def test_a_spike_is_none_that_others_are_measured_by() -> None:
     """However long it lasts: it is max_skipped_steps that ends it."""
-    spikes = Spikes(2.0, [1.0] * FEWEST)
+    spikes = SpikeDetector(2.0, [1.0] * FEWEST)
     assert all(judged(spikes, 5.0) for _ in range(WINDOW))
     assert spikes.state() == [1.0] * FEWEST
 
 
 def test_old_norms_are_forgotten() -> None:
-    spikes = Spikes(2.0, [100.0] * WINDOW)
+    spikes = SpikeDetector(2.0, [100.0] * WINDOW)
     assert not any(judged(spikes, 1.0) for _ in range(WINDOW))
     assert spikes.state() == [1.0] * WINDOW
     assert judged(spikes, 3.0)
@@ -50,7 +50,7 @@ def test_old_norms_are_forgotten() -> None:
 @pytest.mark.parametrize("norm", [math.inf, math.nan])
 def test_what_is_not_finite_is_no_spike(norm: float) -> None:
     """DeepSpeed leaves it out, and the reason is another."""
-    spikes = Spikes(2.0, [1.0] * FEWEST)
+    spikes = SpikeDetector(2.0, [1.0] * FEWEST)
     judged(spikes, norm)
     assert spikes.why() is None
     assert spikes.state() == [1.0] * FEWEST
@@ -60,9 +60,9 @@ def test_what_is_not_finite_is_no_spike(norm: float) -> None:
 def test_a_resume_judges_the_same(dtype: torch.dtype) -> None:
     """Around the limit, to the last bit, from any step."""
     draw = random.Random(0)
-    whole = Spikes(1.5)
+    whole = SpikeDetector(1.5)
     for step in range(3 * WINDOW):
-        resumed = Spikes(1.5, whole.state())
+        resumed = SpikeDetector(1.5, whole.state())
         norms = torch.tensor([draw.uniform(0.5, 2) for _ in range(8)], dtype=dtype)
         whole.judge(norms[0])
         if whole._limit is not None:
@@ -75,7 +75,7 @@ def test_a_resume_judges_the_same(dtype: torch.dtype) -> None:
 
 def test_norms_of_a_checkpoint_are_moved_once() -> None:
     """To the device and dtype of the norms that are judged, and not again at every step."""
-    spikes = Spikes(2.0, [1.0] * FEWEST)
+    spikes = SpikeDetector(2.0, [1.0] * FEWEST)
     spikes.judge(torch.tensor(1.0))
     moved = list(spikes._norms)
     assert {n.dtype for n in moved} == {torch.float32}

@@ -15,15 +15,13 @@ import torch
 import wandb_reader
 
 from prefopt_dist.errors import UserError
-from prefopt_dist.tracking import progress
-from prefopt_dist.tracking.console import rank_fault, say
-from prefopt_dist.tracking.diagnosis import BIN_EDGES
-from prefopt_dist.tracking.feed import Feeds, Sample
-from prefopt_dist.tracking.metrics_file import MetricsFile
-from prefopt_dist.tracking.progress import Progress
-from prefopt_dist.tracking.statistics import Statistics
-from prefopt_dist.tracking.tensorboard_feed import TensorBoardFeed
-from prefopt_dist.tracking.wandb_feed import WandbFeed
+from prefopt_dist.monitoring import console
+from prefopt_dist.monitoring.console import Progress, rank_fault, say
+from prefopt_dist.monitoring.diagnosis import BIN_EDGES
+from prefopt_dist.monitoring.loggers import Loggers, Sample, TensorBoardLogger
+from prefopt_dist.monitoring.metrics_file import MetricsFile
+from prefopt_dist.monitoring.statistics import Statistics
+from prefopt_dist.monitoring.wandb_logger import WandbLogger
 
 
 @pytest.fixture(autouse=True)
@@ -140,9 +138,9 @@ def test_a_cursor_reads_each_row_once(tmp_path: Path) -> None:
 # --- Weights & Biases
 
 
-def _feed(run: Path, metrics: MetricsFile, mode: str = "offline") -> WandbFeed:
+def _feed(run: Path, metrics: MetricsFile, mode: str = "offline") -> WandbLogger:
     config = {"loss": {"name": "dpo", "beta": 0.1}}
-    return WandbFeed(
+    return WandbLogger(
         mode=mode,
         project="prefopt",
         name="n",
@@ -158,8 +156,8 @@ def _feed(run: Path, metrics: MetricsFile, mode: str = "offline") -> WandbFeed:
 _KILLED = """
 import sys, time
 from pathlib import Path
-from prefopt_dist.tracking.metrics_file import MetricsFile
-from prefopt_dist.tracking.wandb_feed import WandbFeed
+from prefopt_dist.monitoring.metrics_file import MetricsFile
+from prefopt_dist.monitoring.wandb_logger import WandbFeed
 run = Path(sys.argv[1])
 metrics = MetricsFile(run / "metrics.jsonl")
 feed = WandbFeed(mode="offline", project="prefopt", name=None, group=None, tags=(), run_id="abc123",
@@ -359,7 +357,7 @@ def test_several_outlets_hear_everything() -> None:
         def __getattr__(self, name: str) -> Any:
             return lambda *given, **more: heard.append((name, given))
 
-    feeds = Feeds(Outlet(), Outlet())
+    feeds = Loggers(Outlet(), Outlet())
     feeds.feed()
     feeds.samples([])
     feeds.verdict("worse", "worse: by much")
@@ -402,7 +400,7 @@ def test_tensorboard_has_the_rows_of_the_file_after_a_rollback(tmp_path: Path) -
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
-    first = TensorBoardFeed(tmp_path, metrics)
+    first = TensorBoardLogger(tmp_path, metrics)
     counts = [0] * (len(BIN_EDGES) + 1)
     counts[40] = 3
     for step in (1, 2, 3):
@@ -411,7 +409,7 @@ def test_tensorboard_has_the_rows_of_the_file_after_a_rollback(tmp_path: Path) -
         )
         first.feed()
     metrics.cut_back(1)  # and the first one is never finished
-    second = TensorBoardFeed(tmp_path, metrics)
+    second = TensorBoardLogger(tmp_path, metrics)
     second.feed()
     _row(metrics, 2, third=math.nan)
     metrics.append("answers", 2, 0.2, 8, {"answers/kl": 3.5})
@@ -477,14 +475,14 @@ def test_a_failing_wandb_tells_no_key(
 def test_a_hanging_wandb_holds_up_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from prefopt_dist.tracking import wandb_feed
+    from prefopt_dist.monitoring import wandb_logger
 
     _fake(monkeypatch, _FakeRun(0, ""), "")
     import wandb
 
     monkeypatch.setattr(wandb, "login", lambda prompt, verify: time.sleep(600))
     for name in ("_INIT_SECONDS", "_FINISH_SECONDS", "_GRACE_SECONDS"):
-        monkeypatch.setattr(wandb_feed, name, 0.05)
+        monkeypatch.setattr(wandb_logger, name, 0.05)
     started = time.monotonic()
     feed = _feed(tmp_path, MetricsFile(tmp_path / "metrics.jsonl"), "online")
     feed.feed()
@@ -516,7 +514,7 @@ def test_progress_lines_count_this_start_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("prefopt_dist.tracking.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("prefopt_dist.monitoring.console.time.monotonic", lambda: now[0])
     with Progress(800, "train", "steps", rank=0, done=100) as bar:
         for _ in range(20):
             now[0] += 3.0
@@ -555,8 +553,8 @@ def test_rank_0_speaks_and_any_rank_tells_its_fault(
 
 def test_rows_are_told_every_ten_seconds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    tell = progress.rows_read("data.train: tokenising")
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    tell = console.rows_read("data.train: tokenising")
     for at, rows in ((109.0, 1000), (111.0, 2000), (112.0, 3000), (180.0, 123_456)):
         now[0] = at
         tell(rows, None)

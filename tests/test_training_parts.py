@@ -19,18 +19,16 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 
+from prefopt_dist.checkpoint.export import MARKER, check_target
+from prefopt_dist.checkpoint.run_folder import LIBRARIES, RunFolder
+from prefopt_dist.commands.rounds import Asked
 from prefopt_dist.config import Config, identity, load_config
 from prefopt_dist.errors import UserError
-from prefopt_dist.model.rounding import Rounding
 from prefopt_dist.objectives import DPO, SFT, Sequences, Terms
-from prefopt_dist.stages import ingredients
-from prefopt_dist.stages.rounds import Asked
-from prefopt_dist.training.export import MARKER, check_target
-from prefopt_dist.training.gate import StartGate
-from prefopt_dist.training.optimizer import adamw
-from prefopt_dist.training.run_folder import LIBRARIES, RunFolder
-from prefopt_dist.training.schedule import learning_rate
-from prefopt_dist.training.stopping import Request, Requests
+from prefopt_dist.reference.step0_check import Rounding, Step0Check
+from prefopt_dist.setup import prepare_models
+from prefopt_dist.training.optimizer import adamw, learning_rate
+from prefopt_dist.training.stop import Request, Requests
 
 # Schedule
 
@@ -342,7 +340,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from prefopt_dist.config import load_config
-from prefopt_dist.training.run_folder import RunFolder
+from prefopt_dist.checkpoint.run_folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 folder.open(load_config(sys.argv[2]), world_size=1)
 print("held", flush=True)
@@ -455,7 +453,7 @@ def units(off: float, reference: float = -100.0, tokens: int = 1) -> tuple[Terms
 
 
 def decide(off: float, loss: float = math.log(2), *, dtype: torch.dtype = torch.float32, **more: Any) -> None:
-    gate = StartGate(DPO(0.1), Rounding.of(LlamaConfig(), dtype), torch.device("cpu"))
+    gate = Step0Check(DPO(0.1), Rounding.of(LlamaConfig(), dtype), torch.device("cpu"))
     gate.add(*units(0.0))
     gate.add(*units(off, **more))
     nothing = torch.zeros(0, 2)
@@ -506,9 +504,9 @@ def test_the_gate_refuses_another_loss(one_rank: None, loss: float) -> None:
 
 def test_the_gate_of_a_loss_without_a_closed_form(one_rank: None) -> None:
     """Any loss passes for it, where one with a closed form refuses the same number."""
-    StartGate(SFT(), Rounding.of(LlamaConfig(), torch.float32), torch.device("cpu")).decide(3.0)
+    Step0Check(SFT(), Rounding.of(LlamaConfig(), torch.float32), torch.device("cpu")).decide(3.0)
     with pytest.raises(UserError, match="the loss is 3"):
-        StartGate(DPO(0.1), Rounding.of(LlamaConfig(), torch.float32), torch.device("cpu")).decide(3.0)
+        Step0Check(DPO(0.1), Rounding.of(LlamaConfig(), torch.float32), torch.device("cpu")).decide(3.0)
 
 
 def test_an_export_replaces_nothing_but_an_export(tmp_path: Path) -> None:
@@ -525,12 +523,12 @@ def test_deepspeeds_files_of_the_repository_serve_any_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "deepspeed_configs/policy_zero3.json"
-    usual = ingredients.zero_settings(str(Path(__file__).parents[1] / name), "deepspeed.policy")
+    usual = prepare_models.zero_settings(str(Path(__file__).parents[1] / name), "deepspeed.policy")
     monkeypatch.chdir(tmp_path)
-    assert ingredients.zero_settings(name, "deepspeed.policy") == usual
+    assert prepare_models.zero_settings(name, "deepspeed.policy") == usual
     for other in ("deepspeed_configs/mine.json", "deepspeed_configs/../pyproject.toml"):
         with pytest.raises(UserError, match="does not exist"):
-            ingredients.zero_settings(other, "deepspeed.policy")
+            prepare_models.zero_settings(other, "deepspeed.policy")
     (tmp_path / "deepspeed_configs").mkdir()
     (tmp_path / name).write_text('{"zero_optimization": {"stage": 3, "sub_group_size": 7}}')
-    assert ingredients.zero_settings(name, "deepspeed.policy")["zero_optimization"]["sub_group_size"] == 7
+    assert prepare_models.zero_settings(name, "deepspeed.policy")["zero_optimization"]["sub_group_size"] == 7

@@ -21,14 +21,17 @@ import worlds
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prefopt_dist.batching.batches import ScoredRows, step_batch
+from prefopt_dist.checkpoint import load, resharding, save
+from prefopt_dist.checkpoint.manifest import read_manifest, remove
+from prefopt_dist.commands import train
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.distributed import partitions, ranks, zero3
 from prefopt_dist.errors import UserError
-from prefopt_dist.stages import ingredients, train
-from prefopt_dist.training import checkpoint, step, universal
-from prefopt_dist.training.batches import ScoredRows, step_batch
-from prefopt_dist.training.manifest import read_manifest, remove
-from prefopt_dist.training.stopping import Request
+from prefopt_dist.objectives import factory
+from prefopt_dist.setup import prepare_data, prepare_models, prepare_reference
+from prefopt_dist.training import step
+from prefopt_dist.training.stop import Request
 
 PAIRS, G, UPDATES = 37, 11, 2
 ZERO = {"stage": 3, "stage3_param_persistence_threshold": 1000}
@@ -66,19 +69,19 @@ def config_of(folder: Path, name: str) -> Config:
 
 def ready(config: Config) -> tuple[Any, Any, ScoredRows]:
     """Engine, objective and scored training rows, by the job's own way."""
-    models = ingredients.load_models(config)
-    objective = ingredients.make_objective(config.loss, models.dtype)
-    rows = ingredients.load_train(config, models, objective)
-    reference = ingredients.reference_weights(config, models, objective)
-    (scored,), _ = ingredients.score_reference(config, models, objective, [rows], reference, lambda: False)
+    models = prepare_models.load_models(config)
+    objective = factory.make_objective(config.loss, models.dtype)
+    rows = prepare_data.load_train(config, models, objective)
+    reference = prepare_reference.reference_weights(config, models, objective)
+    (scored,), _ = prepare_reference.score_reference(config, models, objective, [rows], reference, lambda: False)
     return train._policy(config, models)[0], objective, scored
 
 
 def update(engine: Any, objective: Any, scored: ScoredRows, index: int) -> float:
     rows = [(index * G + i) % PAIRS for i in range(G)]
     batch = step_batch(scored, rows, objective.responses, 256)
-    sums, _ = step.agree(step.gradient(engine, batch, objective, None), Request(False, False))
-    step.update(engine, 1e-3)
+    sums, _ = step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
+    step.optimizer_step(engine, 1e-3)
     return sums[0] / sums[-1]
 
 
@@ -105,7 +108,7 @@ def written(folder: Path) -> dict[str, Any]:
         for index in range(UPDATES):
             update(engine, objective, scored, index)
         root = folder / f"checkpoints-{name}"
-        checkpoint.save(engine, root, step=UPDATES, state=STATE, facts={"reference_key": "r"}, keep=2)
+        save.save(engine, root, step=UPDATES, state=STATE, facts={"reference_key": "r"}, keep=2)
         saved = contents(engine)
         loss = update(engine, objective, scored, UPDATES)
         after = contents(engine)
@@ -143,16 +146,16 @@ def resumed(folder: Path) -> dict[str, Any]:
         root = folder / f"checkpoints-{name}-{ranks.world_size()}"
         ranks.decide(lambda name=name, root=root: shutil.copytree(folder / f"checkpoints-{name}", root) and None)
         engine, objective, scored = ready(config)
-        manifest = checkpoint.find(root)
+        manifest = load.find_newest(root)
         assert manifest is not None
         taken: list[int] = []
         with counted_reads(taken):
-            loaded = checkpoint.load(engine, root, manifest)
+            loaded = load.load(engine, root, manifest)
         draws = [random.random(), float(torch.rand(()))]
         form = root / "universal-step-00000002"
         before = form.stat().st_ino
-        assert checkpoint.find(root) == manifest
-        checkpoint.load(engine, root, manifest)
+        assert load.find_newest(root) == manifest
+        load.load(engine, root, manifest)
         told = torch.load(folder / f"{name}.pt")
         mine = contents(engine)
         zero = engine.optimizer
@@ -187,7 +190,7 @@ def resumed(folder: Path) -> dict[str, Any]:
             "worst": max(float((after[n] - t).norm() / t.norm()) for n, t in told["after"].items() if "fp32" in n),
             "global_steps": engine.global_steps,
         }
-        checkpoint.save(engine, root, step=UPDATES + 1, state=STATE, facts={}, keep=2)
+        save.save(engine, root, step=UPDATES + 1, state=STATE, facts={}, keep=2)
         found[name]["after_the_next"] = sorted(p.name for p in root.iterdir())
         zero3.release(engine)
     return found
@@ -212,18 +215,18 @@ def damaged_checkpoints(folder: Path) -> dict[str, Any]:
     root = copy_of(folder, "damaged")
     source = root / "step-00000002"
     names = sorted(os.listdir(source))
-    assert checkpoint.find(root) is not None
+    assert load.find_newest(root) is not None
     missed = []
     for name in names:
         content = ranks.decide(lambda name=name: (source / name).read_bytes() if ranks.rank() == 0 else b"")
         ranks.decide(lambda name=name: flip(source / name, draw))
         try:
-            checkpoint.find(root)
+            load.find_newest(root)
             missed.append(name)
         except UserError:
             ranks.decide(lambda: (root / "damaged-step-00000002").rename(source) and None)
         ranks.decide(lambda name=name, content=content: (source / name).write_bytes(content))
-    assert checkpoint.find(root) is not None
+    assert load.find_newest(root) is not None
     return {"names": names, "missed": missed}
 
 
@@ -231,9 +234,9 @@ def damaged_forms(folder: Path) -> dict[str, Any]:
     """The same of a converted form: made anew, with the same content."""
     draw = random.Random(ranks.world_size())
     root = copy_of(folder, "forms")
-    source, manifest = root / "step-00000002", checkpoint.find(root)
+    source, manifest = root / "step-00000002", load.find_newest(root)
     assert manifest is not None
-    form, said = universal.prepare(source, manifest)
+    form, said = resharding.prepare(source, manifest)
     names = sorted(os.listdir(form))
     missed, changed = [], []
     for name in names:
@@ -241,7 +244,7 @@ def damaged_forms(folder: Path) -> dict[str, Any]:
         inode = form.stat().st_ino
         ranks.gather(None)
         ranks.decide(lambda name=name: flip(form / name, draw))
-        again = universal.prepare(source, manifest)
+        again = resharding.prepare(source, manifest)
         if ranks.decide(lambda inode=inode: form.stat().st_ino == inode):
             missed.append(name)
         if (form / name).read_bytes() != before or again != (form, said):
@@ -251,7 +254,7 @@ def damaged_forms(folder: Path) -> dict[str, Any]:
     inode = form.stat().st_ino
     other = replace(manifest, facts={"reference_key": "another"})
     ranks.decide(lambda: (source / "manifest.json").write_text(other.text()) and None)
-    universal.prepare(source, other)
+    resharding.prepare(source, other)
     return {
         "names": names,
         "missed": missed,
@@ -264,7 +267,7 @@ def damaged_forms(folder: Path) -> dict[str, Any]:
 def interrupted_conversion(folder: Path) -> dict[str, Any]:
     """A fault on the last rank, then one before the manifest, then one before the rename: nothing counts as whole."""
     root = copy_of(folder, "interrupted")
-    source, manifest = root / "step-00000002", checkpoint.find(root)
+    source, manifest = root / "step-00000002", load.find_newest(root)
     assert manifest is not None
     found: dict[str, Any] = {"left": []}
     last = ranks.world_size() - 1
@@ -272,29 +275,29 @@ def interrupted_conversion(folder: Path) -> dict[str, Any]:
     def fails(*_: Any, **__: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    write, atomic = universal._write, universal.write_atomic
+    write, atomic = resharding._write, resharding.write_atomic
     for name, patch in {
-        "one rank": lambda: setattr(universal, "_write", fails if ranks.rank() == last else write),
-        "manifest": lambda: setattr(universal, "write_atomic", fails),
-        "rename": lambda: setattr(universal, "remove", fails),
+        "one rank": lambda: setattr(resharding, "_write", fails if ranks.rank() == last else write),
+        "manifest": lambda: setattr(resharding, "write_atomic", fails),
+        "rename": lambda: setattr(resharding, "remove", fails),
     }.items():
         if name == "rename":  # a form is there that is not this checkpoint's, so that `remove` comes before the rename
             ranks.decide(lambda: (root / "universal-step-00000002").mkdir())
         patch()
         try:
-            universal.prepare(source, manifest)
+            resharding.prepare(source, manifest)
             ended = "prepared"
         except (OSError, ranks.OtherRankFailed) as e:
             ended = str(e)
         finally:
-            universal._write, universal.write_atomic, universal.remove = write, atomic, remove
+            resharding._write, resharding.write_atomic, resharding.remove = write, atomic, remove
         found[name] = ranks.gather(ended)
         whole = ranks.decide(lambda: read_manifest(root / "universal-step-00000002") is not None)
         found["left"].append(whole)
-    assert checkpoint.find(root) == manifest
+    assert load.find_newest(root) == manifest
     found["swept"] = ranks.decide(lambda: sorted(p.name for p in root.iterdir()))
-    form, said = universal.prepare(source, manifest)
-    found["sound"] = universal.look_at_share(form, said)
+    form, said = resharding.prepare(source, manifest)
+    found["sound"] = resharding.look_at_share(form, said)
     found["end"] = ranks.decide(lambda: sorted(p.name for p in root.iterdir()))
     return found
 
@@ -317,14 +320,14 @@ def large_config(folder: Path) -> Config:
 
 
 def large_written(folder: Path) -> dict[str, Any]:
-    engine, _ = train._policy(large_config(folder), ingredients.load_models(large_config(folder)))
+    engine, _ = train._policy(large_config(folder), prepare_models.load_models(large_config(folder)))
     engine.optimizer.initialize_optimizer_states()
     for master in engine.optimizer.fp32_partitioned_groups_flat:
         state = engine.optimizer.optimizer.state[master]
         for moment in ("exp_avg", "exp_avg_sq"):
             state.setdefault(moment, torch.zeros_like(master.data)).normal_()
         state.setdefault("step", torch.tensor(1.0))
-    checkpoint.save(engine, folder / "large", step=1, state=STATE, facts={}, keep=2)
+    save.save(engine, folder / "large", step=1, state=STATE, facts={}, keep=2)
     zero3.release(engine)
     return {}
 
@@ -357,16 +360,16 @@ def most_memory(found: dict[str, Any], name: str) -> Iterator[None]:
 def large_resumed(folder: Path) -> dict[str, Any]:
     """What converting and loading add to each rank's memory."""
     root = folder / "large"
-    manifest = checkpoint.find(root)
+    manifest = load.find_newest(root)
     assert manifest is not None
     found: dict[str, Any] = {}
     with most_memory(found, "converting"):
-        universal.prepare(root / "step-00000001", manifest)
-    engine, _ = train._policy(large_config(folder), ingredients.load_models(large_config(folder)))
+        resharding.prepare(root / "step-00000001", manifest)
+    engine, _ = train._policy(large_config(folder), prepare_models.load_models(large_config(folder)))
     found["elements"] = sum(p.ds_numel for p in engine.module.parameters())
-    checkpoint.load(engine, root, manifest)  # Adam's moments are made here where they are not there yet
+    load.load(engine, root, manifest)  # Adam's moments are made here where they are not there yet
     with most_memory(found, "loading"):
-        checkpoint.load(engine, root, manifest)
+        load.load(engine, root, manifest)
     zero3.release(engine)
     return found
 

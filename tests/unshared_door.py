@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from prefopt_dist import __main__
-from prefopt_dist.data import micro_batch
-from prefopt_dist.data.micro_batch import MicroBatch, Unit
+from prefopt_dist import cli
+from prefopt_dist.batching import batches, micro_batch
+from prefopt_dist.batching.micro_batch import MicroBatch
+from prefopt_dist.data.unit import Unit
 from prefopt_dist.reference import first_pass
-from prefopt_dist.training import batches
 
 
 class Own(np.ndarray):
@@ -41,5 +41,5 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
 
 if __name__ == "__main__":
     first_pass.pack = batches.pack = pack
-    status = __main__.main(sys.argv[1:])
-    __main__._leave(status)
+    status = cli.main(sys.argv[1:])
+    cli._leave(status)

@@ -1,35 +1,23 @@
 """What a run is told: schema, strict YAML, overrides, DeepSpeed's JSON files."""
 
+from prefopt_dist.config.data import Data, DataSource, Inspect
 from prefopt_dist.config.deepspeed_json import load_deepspeed_json
-from prefopt_dist.config.dump import to_dict, to_yaml
-from prefopt_dist.config.findings import Inspect
-from prefopt_dist.config.identity import differing, identity
-from prefopt_dist.config.load import load_config
-from prefopt_dist.config.lora import Lora
+from prefopt_dist.config.load import differing_keys, identity, load_config, to_dict, to_yaml
 from prefopt_dist.config.losses import LOSSES, DPOLoss, Loss, MixLoss, SFTLoss
 from prefopt_dist.config.schema import (
     Answers,
-    Checkpoint,
     Config,
-    Data,
-    DataSource,
-    DeepSpeed,
-    Eval,
     Evaluate,
-    Export,
     Generate,
-    Model,
-    Optim,
     Plan,
-    Reference,
     RewardSource,
     Rounds,
     Run,
     Tracking,
-    Train,
     Wandb,
 )
 from prefopt_dist.config.secrets import mask_secrets
+from prefopt_dist.config.training import Checkpoint, DeepSpeed, Eval, Export, Lora, Model, Optim, Reference, Train
 
 __all__ = [
     "LOSSES",
@@ -59,7 +47,7 @@ __all__ = [
     "Tracking",
     "Train",
     "Wandb",
-    "differing",
+    "differing_keys",
     "identity",
     "load_config",
     "load_deepspeed_json",

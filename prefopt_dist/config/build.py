@@ -14,9 +14,10 @@ import types
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from prefopt_dist.config.losses import LOSSES, MIX, NOT_MIXED, Loss, MixLoss, Part
-from prefopt_dist.config.rules import Positive, Rule
-from prefopt_dist.config.schema import Config, DataSource
+from prefopt_dist.config.bounds import Bound, Positive
+from prefopt_dist.config.data import DataSource
+from prefopt_dist.config.losses import LOSSES, MIX, NOT_MIXED, Loss, MixedLoss, MixLoss
+from prefopt_dist.config.schema import Config
 from prefopt_dist.config.secrets import mask_secrets
 from prefopt_dist.errors import UserError, shortened
 
@@ -108,7 +109,7 @@ def _build(kind: Any, value: Any, key: str) -> Any:
         return None if value is None else _build(inner, value, key)
     if origin is Annotated:
         rule = arguments[1]
-        assert isinstance(rule, Rule)
+        assert isinstance(rule, Bound)
         built = _build(arguments[0], value, key)
         if not rule.holds(built):
             mistake(key, value, rule.text, "change it")
@@ -260,7 +261,7 @@ def _refuse_option_of_a_part(option: str, raw: dict[str, Any], key: str) -> NoRe
     raise UserError(f"{_join(key, shortened(option))}: unknown key; {nearest(option, ('name', 'of'))}")
 
 
-def _build_part(name: str, raw: Any, key: str) -> Part:
+def _build_part(name: str, raw: Any, key: str) -> MixedLoss:
     if not isinstance(raw, dict):
         mistake(key, raw, "a mapping of its weight and options", "write {weight: 1}")
     if "weight" not in raw:
@@ -276,7 +277,7 @@ def _build_part(name: str, raw: Any, key: str) -> Part:
     _refuse_foreign_options(name, options, key, remedy="remove it")
     # The options' type decides which loss it is, and the key has said which: mypy cannot follow.
     loss: Any = _build_dataclass(LOSSES[name], options, key)
-    return Part(_build(Positive, raw["weight"], f"{key}.weight"), loss)
+    return MixedLoss(_build(Positive, raw["weight"], f"{key}.weight"), loss)
 
 
 def _field_names(cls: type[Any]) -> set[str]:

@@ -1,21 +1,19 @@
-"""Reading a configuration: defaults, `base:` file, file, overrides; each goes over the one before.
-
-Sections are merged key by key. Two things are taken whole from the last layer that sets them:
-sources of data (half of one source and half of another is none), and the loss's options
-where a layer names another loss than the layers below it (their options belong to the loss they named).
-`base:` is relative to the file that names it; all other relative paths to the current working directory.
-"""
+"""Read a configuration from defaults, files and overrides; write it again; tell which keys a run's identity has."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from prefopt_dist.config.build import build_config, mistake
+from prefopt_dist.config.losses import MixLoss
 from prefopt_dist.config.schema import Config
-from prefopt_dist.config.strict_yaml import load_yaml, parse_value
+from prefopt_dist.config.secrets import mask_secrets
+from prefopt_dist.config.strict_yaml import dump_yaml, load_yaml, parse_value
 from prefopt_dist.errors import UserError
 
 _WHOLE = ("data.train", "data.eval", "generate.prompts", "evaluate.prompts", "answers.prompts")
@@ -79,3 +77,111 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
                 mistake("override", override, "in accord with those before it", f"{section} is a value there")
         target[last] = parse_value(text, key)
     return layer
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Every section and key as plain YAML values; secrets are in it."""
+    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
+    sets = plain["data"]["eval"]
+    if sets is not None and "" in sets:
+        plain["data"]["eval"] = sets[""]
+    if isinstance(config.loss, MixLoss):
+        plain["loss"] = _mix(plain["loss"])
+    return plain
+
+
+def _mix(plain: dict[str, Any]) -> dict[str, Any]:
+    """Each part's weight and options side by side, as they are read."""
+    left_out = ("name", "sft_weight")  # said by the key; refused in a part
+    parts = {
+        name: {"weight": part["weight"]} | {k: v for k, v in part["loss"].items() if k not in left_out}
+        for name, part in plain["of"].items()
+    }
+    return {"name": plain["name"], "of": parts}
+
+
+def to_yaml(config: Config) -> str:
+    """Text that `load_config` reads back to an equal configuration; secrets are masked."""
+    return dump_yaml(mask_secrets(to_dict(config)))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, all the way down."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+_IDENTITY_KEYS: dict[str, tuple[str, ...]] = {
+    "run": ("seed",),
+    "model": ("name_or_path", "tokenizer", "dtype"),
+    "reference": ("name_or_path",),
+    "data": ("train", "format", "template", "max_length", "max_prompt_length", "on_bad_row"),
+    "train": ("epochs", "max_steps", "global_batch_pairs"),
+}
+_ONLY_WHERE_SET: dict[str, tuple[str, ...]] = {
+    "data": (
+        *("template_date", "learn", "system", "thinking"),
+        *("chat_template", "template_kwargs", "columns", "pairs_from"),
+    ),
+}
+"""Keys that came later: at their defaults they are no part of a run, so that runs from before go on."""
+_WHOLE_SECTIONS = ("loss", "lora", "optim")
+_ABSENT = "absent"
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Flat dotted keys with JSON values; equal for two starts of one run.
+
+    Secrets are masked, so that the identity of a saved config.yaml equals the one that was saved.
+    """
+    sections = mask_secrets(to_dict(config))
+    for source in _sources(sections["data"]):
+        if source["name"] is None:  # there was no such key before
+            del source["name"]
+    flat: dict[str, Any] = {}
+    for section, keys in _IDENTITY_KEYS.items():
+        for key in keys:
+            _flatten(f"{section}.{key}", sections[section][key], flat)
+    for section, keys in _ONLY_WHERE_SET.items():
+        defaults = {field.name: field.default for field in fields(getattr(config, section))}
+        for key in keys:
+            if getattr(getattr(config, section), key) != defaults[key]:
+                _flatten(f"{section}.{key}", sections[section][key], flat)
+    for section in _WHOLE_SECTIONS:
+        if sections[section] is not None:  # lora: a run without it may have begun before there was such a section
+            _flatten(section, sections[section], flat)
+    dropped = [name for name, policy in config.inspect.policies.items() if policy == "drop"]
+    flat |= {f"inspect.{name}": "drop" for name in dropped}
+    if {"eval_pairs", "eval_prompts"} & set(dropped):
+        _flatten("data.eval", sections["data"]["eval"], flat)  # it decides what is left of data.train
+    return flat
+
+
+def _sources(data: dict[str, Any]) -> list[dict[str, Any]]:
+    evals = data["eval"] or {}
+    named = evals.values() if isinstance(evals, dict) else [evals]
+    return [*data["train"], *(source for sources in named for source in sources)]
+
+
+def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """One line for each key in which `b` (now) differs from `a` (before); none for equal identities."""
+    keys = [*a, *(key for key in b if key not in a)]
+    return [
+        f"{key}: was {a.get(key, _ABSENT)}, now {b.get(key, _ABSENT)}"
+        for key in keys
+        if a.get(key, _ABSENT) != b.get(key, _ABSENT)
+    ]
+
+
+def _flatten(key: str, value: Any, flat: dict[str, Any]) -> None:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _flatten(f"{key}.{name}", item, flat)
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for index, item in enumerate(value):
+            _flatten(f"{key}[{index}]", item, flat)
+    else:
+        flat[key] = value

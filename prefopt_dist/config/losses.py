@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from prefopt_dist.config.rules import NotNegative, Positive, Rule
+from prefopt_dist.config.bounds import Bound, NotNegative, Positive
 
-Smoothing = Annotated[float, Rule("in [0, 0.5)", lambda v: 0 <= v < 0.5)]
+Smoothing = Annotated[float, Bound("in [0, 0.5)", lambda v: 0 <= v < 0.5)]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ PairLoss = DPOLoss | RobustLoss | IPOLoss | HingeLoss | SimPOLoss | ORPOLoss | S
 
 
 @dataclass(frozen=True)
-class Part:
+class MixedLoss:
     """One loss of a mix."""
 
     weight: Positive
@@ -131,7 +131,7 @@ class Part:
 class MixLoss:
     """A weighted sum of losses on pairs, each with options of its own."""
 
-    of: dict[str, Part]
+    of: dict[str, MixedLoss]
     """Two losses or more by name, each {weight: w, option: value, …}; in the order of LOSSES."""
     name: Literal["mix"] = "mix"
     """The loss's name in the registry."""
@@ -149,7 +149,7 @@ LOSSES: dict[str, type[PairLoss | KTOLoss]] = {
     "kto": KTOLoss,
     "sft": SFTLoss,
 }
-"""Every loss by its name. A new loss: a dataclass here, its mathematics in objectives/, a case in stages/losses.py."""
+"""Every loss by its name. A new loss: a dataclass here, its mathematics in objectives/, a case in objectives/factory.py."""
 MIX = "mix"
 """The name of a weighted sum of them."""
 NOT_MIXED = {

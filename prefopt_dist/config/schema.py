@@ -1,4 +1,4 @@
-"""What a run can be told: one frozen dataclass a section, with the defaults.
+"""The whole configuration: one frozen dataclass a section, with the defaults.
 
 The types are the rules: `build.py` reads them, so a bound stands once, beside its field.
 Relative paths (model, data, DeepSpeed, run) are relative to the current working directory.
@@ -7,29 +7,60 @@ Relative paths (model, data, DeepSpeed, run) are relative to the current working
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from prefopt_dist.config.findings import Inspect
-from prefopt_dist.config.health import Health
-from prefopt_dist.config.lora import Lora
+from prefopt_dist.config.bounds import Bound, Count, Fraction, NotNegative, Positive, Text
+from prefopt_dist.config.data import Data, DataSource, Inspect
 from prefopt_dist.config.losses import DPOLoss, Loss
-from prefopt_dist.config.rules import Count, Dtype, Fraction, NotNegative, Positive, Rule, Text
+from prefopt_dist.config.training import Checkpoint, DeepSpeed, Eval, Export, Lora, Model, Optim, Reference, Train
 from prefopt_dist.errors import UserError
 
-Day = Annotated[str, Rule("a date as YYYY-MM-DD", lambda v: re.fullmatch(r"\d{4}-\d\d-\d\d", v) is not None)]
 
+@dataclass(frozen=True)
+class Health:
+    """When a rule speaks; docs/health.md says what each rule looks at. Warnings never stop a run."""
 
-Form = Literal[
-    "auto", "raw_pair", "pair", "conversations", "transcripts", "implicit_prompt", "rated", "demonstration",
-    "sharegpt", "sharegpt_rated", "sharegpt_kto_tag", "sharegpt_messages", "messages_pair", "swift",
-    "swift_messages", "messages_rated", "alpaca_pair", "alpaca_outputs", "alpaca_farm", "alpaca", "ultrafeedback",
-    "question_pair", "openai", "nemo", "nectar", "helpsteer2", "helpsteer3", "shp", "saferlhf", "webgpt", "arena",
-    "arena_texts",
-]  # fmt: skip
-"""The forms of data/forms.py, which a test compares."""
+    grace: Fraction = 0.333
+    """The share of the steps after which a run that has learnt nothing is no beginner any more."""
+    stuck_accuracy: Fraction = 0.6
+    """accuracy-stuck: training accuracy that is certainly below this."""
+    wrong_margin: Fraction = 0.8
+    """noisy-labels: the median size of the margins with the wrong sign, over that of those with the right one."""
+    flipped_accuracy: Fraction = 0.35
+    """labels-flipped: the reference's log-prob accuracy, summed and per token, below this."""
+    chosen_fall: Positive = 0.5
+    """chosen-falls: nats a token that the chosen responses have lost since the start."""
+    displacement: Positive = 1.25
+    """likelihood-displaced: log-probability that the chosen responses have lost, over what the reference gave them."""
+    overfit_rise: Positive = 0.1
+    """overfit: part by which an evaluation loss lies above its best; half of it three times in a row; or twice it in
+    accuracy lost."""
+    length_correlation: Fraction = 0.6
+    """length-bias: correlation of the margin with how much longer the chosen response is."""
+    divergence: Positive = 1.25
+    """diverging: the loss over that of the start."""
+    gradient_spike: Positive = 10.0
+    """gradient-spike: a gradient norm over the median of the rows before."""
+    slow_rank: Positive = 1.5
+    """slow-rank: a rank's own seconds of work over what its units would take the others (median)."""
+    memory_growth: Positive = 0.05
+    """memory-creep: part by which memory has grown through four successive stretches, and 64 MiB at least."""
+    collapse_excess: Positive = 0.35
+    """answers-collapsed: nats a token by which the model's answers are stranger to the reference than 1.25 times the
+    stranger of its own answers and the chosen responses; counts together with the next two."""
+    collapse_moved: Positive = 0.3
+    """answers-collapsed: nats a token by which they are stranger to the reference than to the model itself."""
+    collapse_own: Positive = 1.25
+    """answers-collapsed: the model's own nats a token on its answers, over the reference's on the start's; where the
+    answers loop or no longer end, these count in its place."""
+    collapse_loops: Fraction = 0.2
+    """answers-collapsed: by how much more of the 4-grams repeat than in the start's answers."""
+    longer_answers: Positive = 1.5
+    """answers-longer: the mean length of the model's answers over that of the start's."""
+    unended_answers: Fraction = 0.2
+    """answers-do-not-end: how much smaller the share of answers that end has become than it was at the start."""
 
 
 @dataclass(frozen=True)
@@ -38,194 +69,10 @@ class Run:
 
     dir: Text
     """The run folder; all nodes must see the same one."""
-    seed: Annotated[int, Rule("in [0, 2**32)", lambda v: 0 <= v < 2**32)] = 0
+    seed: Annotated[int, Bound("in [0, 2**32)", lambda v: 0 <= v < 2**32)] = 0
     """Seed of the order of the data and of everything drawn."""
     cache: Text | None = None
     """Folder for what runs share; null: $PREFOPT_CACHE, else <parent of run.dir>/.prefopt."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """The policy: the weights that training starts from."""
-
-    name_or_path: Text
-    """A Hugging Face folder or hub name."""
-    tokenizer: Text | None = None
-    """A tokenizer's folder or hub name; null: name_or_path."""
-    dtype: Dtype = "bfloat16"
-    """The dtype of forward and backward; the optimizer's master weights are float32 in any case."""
-    checkpointing: Literal["auto", "none", "all"] = "auto"
-    """Activation checkpointing: no layer, all layers; auto: none on CPU, all on GPU."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The frozen model that the first pass scores, and where its scores are kept."""
-
-    name_or_path: Text | None = None
-    """A Hugging Face folder or hub name; null: the policy's own initial weights."""
-    store: Text | None = None
-    """Folder of the scores; null: <cache>/reference."""
-    offload: Literal["none", "cpu"] = "none"
-    """Where the reference's parameters rest during the first pass."""
-    micro_batch_tokens: Count | None = None
-    """Tokens in a micro-batch of the first pass; null: 2 × train.micro_batch_tokens (no backward)."""
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """One set of rows."""
-
-    path: Text
-    """A file, a saved dataset or a hub name."""
-    split: Text | None = None
-    """Split of a saved or hub dataset or a folder of files; null: 'train' there; files have none."""
-    weight: Positive = 1.0
-    """Passes an epoch; 0.5 is a seeded half."""
-    name: Text | None = None
-    """Configuration of a hub dataset or a folder of files, such as en; null: the only one."""
-
-
-@dataclass(frozen=True)
-class PairsFrom:
-    """How a row of several rated answers becomes a pair."""
-
-    responses: Text
-    """Dotted path of the list of answers; through a list of objects, as completions.text."""
-    scores: Text
-    """Dotted path of the list of their scores, such as completions.score."""
-    pairing: Literal["best_worst", "best_random"] = "best_worst"
-    """The rejected one: that of the lowest score, or one of the lower ones, drawn by the row's content."""
-    min_margin: NotNegative = 0.0
-    """A row whose two scores differ by less is left out as a tie."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """The preference data and how its rows become token sequences."""
-
-    train: tuple[DataSource, ...]
-    """A path or hub name, one {path, name, split, weight}, or a list of these."""
-    eval: dict[str, tuple[DataSource, ...]] | None = None
-    """The same, or a map of named sets; null: no evaluation. The unnamed set has the name ''."""
-    format: Form = "auto"
-    """The form of the rows; auto: found by the fields of the first rows."""
-    template: Literal["auto", "chat", "none"] = "auto"
-    """Whether text goes through the chat template; auto: unless the first prompts of its source are rendered turns."""
-    template_date: Day = "2024-07-26"
-    """YYYY-MM-DD: what a chat template that writes the day's date gets; the day itself would change the tokens."""
-    learn: Literal["all", "last"] = "all"
-    """Of several assistant turns in a response, or of a conversation in messages, which are scored and learnt."""
-    thinking: Literal["empty", "keep"] | None = None
-    """Answers where generation's prompt opens reasoning: behind that prompt, the reasoning closed at once; or as the
-    template renders the finished conversation; null: as rendered where that begins with the prompt, else empty."""
-    system: Literal["keep", "merge", "drop"] = "keep"
-    """A system turn that the chat template has no place for: a bad row, put before the first user turn, or left out."""
-    chat_template: Text | None = None
-    """A file with a Jinja template to use instead of the tokenizer's; the export carries it."""
-    template_kwargs: dict[str, Any] | None = None
-    """Arguments of the chat template, such as {enable_thinking: false}; a row's chat_template_kwargs go before them."""
-    columns: dict[str, str] | None = None
-    """Our names of columns, and the dotted paths of the data's, such as {prompt: input.text, chosen: good}."""
-    pairs_from: PairsFrom | None = None
-    """Of rows with several rated answers: where they are, and which two are the pair; null: rows are what they are."""
-    max_length: Annotated[int, Rule("at least 2", lambda v: v >= 2)] = 1024
-    """Tokens of prompt and response together."""
-    max_prompt_length: Count = 512
-    """Tokens to which the prompt is cut where prompt and response exceed max_length."""
-    on_bad_row: Literal["stop", "drop"] = "stop"
-    """What a row that cannot be used does: end the run with its place, or be dropped and counted."""
-
-    def __post_init__(self) -> None:
-        if self.max_prompt_length >= self.max_length:
-            raise UserError(
-                f"data.max_prompt_length: got {self.max_prompt_length}, must be less than data.max_length "
-                f"({self.max_length}), so that a response fits; lower it or raise data.max_length"
-            )
-
-
-@dataclass(frozen=True)
-class Optim:
-    """AdamW and its schedule."""
-
-    learning_rate: Positive = 5.0e-7
-    """The peak learning rate."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """The course after the warm-up: to 0 in a line or a half cosine, or level."""
-    warmup_ratio: Fraction = 0.1
-    """The share of the steps over which the rate rises from 0."""
-    weight_decay: NotNegative = 0.0
-    """Decoupled weight decay."""
-    max_grad_norm: Positive | None = 1.0
-    """The gradient's norm is clipped to this; null: never."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """AdamW's decay rates of the first and second moment."""
-    eps: Positive = 1e-8
-    """AdamW's term in the denominator."""
-
-
-@dataclass(frozen=True)
-class EarlyStop:
-    """Ends the training where an evaluation has not got better for long; the run is then done."""
-
-    metric: Text = "eval/loss"
-    """A metric of the evaluations, or with answers.every of the answers, such as answers/reward; what ends in loss and
-    answers/repeated_4grams are better where they are lower, all else where it is higher."""
-    evaluations: Count = 3
-    """So many in a row without a new best end it."""
-
-
-@dataclass(frozen=True)
-class Train:
-    """How long and in what portions."""
-
-    epochs: Count = 1
-    """Passes over the data."""
-    max_steps: Count | None = None
-    """Ends training at this step if the epochs have not; null: the epochs alone decide."""
-    global_batch_pairs: Count = 64
-    """G: pairs to an optimizer step, however many ranks there are; of KTO the rated responses."""
-    micro_batch_tokens: Count = 8192
-    """Packed tokens in one forward and backward of one rank; memory and speed, never the result."""
-    on_spike: Literal["none", "skip", "stop"] = "none"
-    """What an update with a gradient norm far above the last ones does: be made, be left out, end the run."""
-    spike_factor: Annotated[float, Rule("greater than 1", lambda v: v > 1)] = 10.0
-    """How many times the median of the last 64 norms is far above them; the first 16 updates have none to compare."""
-    max_skipped_steps: Annotated[int, Rule("at least 0", lambda v: v >= 0)] = 3
-    """Updates in a row that are left out because loss or gradient is not finite or a spike; one more ends the run."""
-    early_stop: EarlyStop | None = None
-    """{metric, evaluations}: ends the training where an evaluation has not got better; null: never."""
-    max_hours: Positive | None = None
-    """Stops with a checkpoint after this many hours of one start; null: no limit."""
-    hang_minutes: Positive | None = 30.0
-    """Ends every stage where no rank has got on for so long; more than the longest load of a model; null: never."""
-
-
-@dataclass(frozen=True)
-class Eval:
-    """When the sets of data.eval are evaluated."""
-
-    every_steps: Count | None = 100
-    """Every this many steps; null: at start and end only, as the next two say."""
-    at_start: bool = True
-    """Before the first step (step 0)."""
-    at_end: bool = True
-    """After the last step."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """When checkpoints are committed and how many stay."""
-
-    every_steps: Count | None = 100
-    """Every this many steps; null: at the last step only."""
-    keep: Annotated[int, Rule("at least 2", lambda v: v >= 2)] = 2
-    """The newest this many stay; two, so that one is whole whatever happens to the other."""
-    keep_best: Text | None = None
-    """A metric of the evaluations or answers, such as eval/loss or answers/reward: the checkpoint that is best by it
-    stays too; null: none."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest checkpoint; never: refuse a run folder that has one."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +113,7 @@ class Answers:
 
     prompts: tuple[DataSource, ...] | None = None
     """Rows of any form, of each only the prompt; null: those of the first set of data.eval, else of data.train."""
-    number: Annotated[int, Rule("at least 0", lambda v: v >= 0)] = 64
+    number: Annotated[int, Bound("at least 0", lambda v: v >= 0)] = 64
     """Prompts that are answered: the first different ones that fit, as many of each source; 0: none, and no verdict."""
     max_new_tokens: Count | None = None
     """Tokens of an answer, its end included; null: what data.max_length leaves a longest prompt, at most 256."""
@@ -275,33 +122,6 @@ class Answers:
     every: Count | None = None
     """Answers with every such evaluation of eval.every_steps too, for rewards that are functions; null: none between
     start and end."""
-
-
-@dataclass(frozen=True)
-class DeepSpeed:
-    """DeepSpeed's own files: ZeRO, communication and offload keys only.
-
-    A file of deepspeed_configs/ that the working folder has not is taken from this package's repository.
-    """
-
-    policy: Text = "deepspeed_configs/policy_zero3.json"
-    """For the trained model."""
-    reference: Text = "deepspeed_configs/reference_zero3.json"
-    """For the first pass."""
-
-
-@dataclass(frozen=True)
-class Export:
-    """The stage that writes a Hugging Face folder."""
-
-    dir: Text | None = None
-    """The folder to write; null: RUN/final."""
-    checkpoint: Text | None = None
-    """The checkpoint to export; null: the newest; best: the one that is best by checkpoint.keep_best's metric."""
-    dtype: Dtype | None = None
-    """The dtype of the written weights; null: model.dtype."""
-    merged: bool = False
-    """Of a run with adapters the whole model with them added in; otherwise the adapters alone."""
 
 
 @dataclass(frozen=True)
@@ -347,11 +167,11 @@ class Generate:
     """What scores a response: the weighted mean of these."""
     prompts: tuple[DataSource, ...] | None = None
     """Rows of any form, or with a prompt alone; null: the prompts of data.train."""
-    n: Annotated[int, Rule("at least 2, since a pair needs two responses", lambda v: v >= 2)] = 8
+    n: Annotated[int, Bound("at least 2, since a pair needs two responses", lambda v: v >= 2)] = 8
     """Responses to each prompt."""
     temperature: Positive = 0.9
     """Logits are divided by it."""
-    top_p: Annotated[float, Rule("in (0, 1]", lambda v: 0 < v <= 1)] = 1.0
+    top_p: Annotated[float, Bound("in (0, 1]", lambda v: 0 < v <= 1)] = 1.0
     """Sampled from the most likely tokens that hold this much probability."""
     max_new_tokens: Count = 256
     """Tokens of a response, its end included; a response that has not ended by then is in no pair."""

@@ -1,8 +1,8 @@
 """Preference data: accepted forms, templates, tokenising, the rows on disk."""
 
+from prefopt_dist.data.dataset import DamagedRows, TokenisedRows, open_rows, sequence_digest
 from prefopt_dist.data.prepare import prepare_rows
-from prefopt_dist.data.report import DataReport
-from prefopt_dist.data.rows import DamagedRows, TokenisedRows, open_rows, sequence_digest
+from prefopt_dist.data.row_counts import DataReport
 from prefopt_dist.data.sources import DataSource
 from prefopt_dist.data.template import PLAIN_TEMPLATE
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from prefopt_dist.data.rows import DamagedRows, TokenisedRows, open_rows
+from prefopt_dist.data.dataset import DamagedRows, TokenisedRows, open_rows
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import fsync_folder, sweep
 
@@ -17,7 +17,7 @@ Say = Callable[[str], None]
 """Takes lines for a person."""
 
 
-def place(cache_dir: Path, digest: str) -> Path:
+def cached_folder(cache_dir: Path, digest: str) -> Path:
     """Where the data set of this digest is or will be."""
     return Path(cache_dir) / "tokenised" / digest
 
@@ -34,7 +34,7 @@ def intact_rows(folder: Path, key: str, say: Say) -> TokenisedRows | None:
         return None
 
 
-def build(folder: Path, write: Callable[[Path], None]) -> None:
+def build_once(folder: Path, write: Callable[[Path], None]) -> None:
     """Makes the folder by `write`, whole or not at all. Raises UserError where no folder can be made there."""
     parent = folder.parent
     # Not mkdtemp: its folders are their maker's alone, and a cache may be shared.

@@ -7,29 +7,29 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.example import BadRow
 from prefopt_dist.data.field_forms import best_and_worst, number_of
 from prefopt_dist.data.options import PairsFrom, TextOptions
 
 
-def as_named(row: dict[str, Any], options: TextOptions) -> dict[str, Any]:
+def rename_columns(row: dict[str, Any], options: TextOptions) -> dict[str, Any]:
     """The row with data.columns and data.pairs_from applied. Raises BadRow where there are no answers or no scores."""
     if not options.columns and options.pairs_from is None:
         return row
     taken = {path.split(".")[0] for _, path in options.columns}
-    named = {ours: value for ours, path in options.columns if (value := at_path(row, path)) is not None}
+    named = {ours: value for ours, path in options.columns if (value := value_at_path(row, path)) is not None}
     if options.pairs_from is not None:
         taken |= {options.pairs_from.responses.split(".")[0], options.pairs_from.scores.split(".")[0]}
         named["chosen"], named["rejected"] = _pair(row, options.pairs_from)
     return {name: value for name, value in row.items() if name not in taken} | named
 
 
-def at_path(value: Any, path: str) -> Any:
+def value_at_path(value: Any, path: str) -> Any:
     """The value at a dotted path; through a list it is the list of what its items have there. None: not there."""
     for k, name in enumerate(path.split(".")):
         if isinstance(value, list):
             if not name.isdigit():
-                return [at_path(item, ".".join(path.split(".")[k:])) for item in value]
+                return [value_at_path(item, ".".join(path.split(".")[k:])) for item in value]
             value = value[int(name)] if int(name) < len(value) else None
         else:
             value = value.get(name) if isinstance(value, Mapping) else None
@@ -37,7 +37,7 @@ def at_path(value: Any, path: str) -> Any:
 
 
 def _pair(row: dict[str, Any], asked: PairsFrom) -> tuple[Any, Any]:
-    answers, scores = at_path(row, asked.responses), at_path(row, asked.scores)
+    answers, scores = value_at_path(row, asked.responses), value_at_path(row, asked.scores)
     if not isinstance(answers, list) or not isinstance(scores, list) or len(answers) != len(scores):
         rule = f"{asked.responses} and {asked.scores} (data.pairs_from) must be lists of the same length"
         raise BadRow("missing_field", rule, sorted(row), "correct the paths of data.pairs_from")

@@ -1,4 +1,4 @@
-"""Files of rows that are no JSON lines: one JSON list, comma-separated values, zstandard."""
+"""Read rows from containers: JSON lines, JSON lists, comma-separated values, zstandard, Arrow columns."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.example import BadRow
 from prefopt_dist.errors import UserError
-from prefopt_dist.packages import needed
+from prefopt_dist.packages import import_optional
 
 LISTS = ("data", "rows", "examples", "train")
 """Where an object around a list of rows may keep it."""
@@ -67,8 +67,78 @@ def csv_rows(file: Path, key: str) -> Iterator[dict[str, Any] | BadRow]:
 
 def zstd_stream(file: Path, key: str) -> IO[bytes]:
     """The file's content unpacked, in memory."""
-    pa = needed("pyarrow", key, f"the zstandard file {file}", "give the rows as .jsonl")
+    pa = import_optional("pyarrow", key, f"the zstandard file {file}", "give the rows as .jsonl")
     try:
         return io.BytesIO(pa.input_stream(str(file), compression="zstd").read())
     except OSError as error:
         raise UserError(f"{key}: {file} is a damaged zstandard file ({error}); write it again") from error
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | BadRow:
+    remedy = "write one JSON object a line, in UTF-8"
+    try:
+        text = line.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+        row = json.loads(text, parse_int=_parse_int)
+        if b"\\u" in line:
+            # "\ud800" alone is legal JSON but no character: no tokenizer can take it.
+            json.dumps(row, ensure_ascii=False).encode()
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        return BadRow("not_utf8", f"text must be valid UTF-8 ({error.reason})", line, remedy)
+    except (ValueError, RecursionError):
+        return BadRow("not_json", "a line holds one JSON object", line.decode(errors="replace"), remedy)
+    if not isinstance(row, dict):
+        return BadRow("not_an_object", "a line holds one JSON object", row, remedy)
+    return row
+
+
+def _parse_int(digits: str) -> int | float:
+    # Python refuses to parse integers of thousands of digits; no field of ours is a number, so any will do.
+    return int(digits) if len(digits) < 4000 else float(digits)
+
+
+class Unreadable:
+    """A value that has no form in Python, such as text that is no UTF-8 or a date beyond the year 9999.
+
+    In a column that nothing reads it harms nothing; in one that is read it is a bad row.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __repr__(self) -> str:
+        return f"a value that cannot be read ({self.reason})"
+
+
+def rows_of(table: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a pyarrow Table or RecordBatch.
+
+    Arrow gives all structs of a column the same fields: {"x": 1} beside {"city": "…"} becomes {"x": 1, "city": null}.
+    A null within a value is taken for such a one; a column's own null stays.
+    """
+    columns = [(name, _values(table.column(k))) for k, name in enumerate(table.schema.names)]
+    for i in range(table.num_rows):
+        yield {name: without_nulls(values[i]) for name, values in columns}
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without entries of None in its objects, at any depth."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def _values(column: Any) -> list[Any]:
+    try:
+        found: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError):  # UnicodeDecodeError is a ValueError
+        found = [_value(scalar) for scalar in column]
+    return found
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError) as error:
+        return Unreadable(str(error)[:60])

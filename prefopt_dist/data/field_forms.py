@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from prefopt_dist.data.bad_row import BadRow
+from prefopt_dist.data.example import BadRow
 from prefopt_dist.data.fields import Row, field_of, is_assistant, role_of
 
 Columns = dict[str, Any]

@@ -1,4 +1,4 @@
-"""The values of a row's fields: texts, messages, calls, tools, transcripts, each checked or refused as a bad row."""
+"""Read the values of a row's fields: texts, messages, calls, tools, transcripts; rename columns as configured."""
 
 import json
 import re
@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from prefopt_dist.data.arrow import Unreadable
-from prefopt_dist.data.bad_row import BadRow
-from prefopt_dist.data.example import PASSED_ON, ROLES, Message, Messages
+from prefopt_dist.data.containers import Unreadable
+from prefopt_dist.data.example import PASSED_ON, ROLES, BadRow, Message, Messages
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 Row = Mapping[str, Any]

@@ -27,7 +27,7 @@ PLAIN_FILES = ("data", "part", "shard", "chunk", "file", "rows", "output")
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitFiles:
     """One file and what it belongs to."""
 
     file: Path
@@ -66,10 +66,10 @@ def chosen_files(
     return found
 
 
-def _declared(folder: Path, files: list[Path]) -> list[Part]:
+def _declared(folder: Path, files: list[Path]) -> list[SplitFiles]:
     """What the front matter of README.md says of the files; none where it says nothing."""
     return [
-        Part(file, str(configuration.get("config_name", DEFAULT)), split)
+        SplitFiles(file, str(configuration.get("config_name", DEFAULT)), split)
         for configuration in _configurations(folder / "README.md")
         for split, pattern in _patterns(configuration.get("data_files"))
         for file in sorted(folder.glob(pattern))
@@ -96,11 +96,11 @@ def _patterns(data_files: Any) -> Iterator[tuple[str, str]]:
                 yield str(split), path
 
 
-def _by_names(folder: Path, files: list[Path]) -> list[Part]:
+def _by_names(folder: Path, files: list[Path]) -> list[SplitFiles]:
     return [_by_name(file, file.relative_to(folder)) for file in files]
 
 
-def _by_name(file: Path, relative: Path) -> Part:
+def _by_name(file: Path, relative: Path) -> SplitFiles:
     folders = [part for part in relative.parent.parts if part not in PLAIN_FOLDERS]
     stem = relative.name.split(".")[0]
     sharded, named = SHARD.match(stem), SPLIT.match(stem)
@@ -110,4 +110,4 @@ def _by_name(file: Path, relative: Path) -> Part:
     if folders and SPLIT.fullmatch(folders[-1]):
         split = split if sharded and named else folders[-1]
         folders = folders[:-1]
-    return Part(file, "/".join(folders) or DEFAULT, split)
+    return SplitFiles(file, "/".join(folders) or DEFAULT, split)

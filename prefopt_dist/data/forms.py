@@ -22,8 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from prefopt_dist.data.bad_row import BadRow
-from prefopt_dist.data.example import Example, Message, Messages
+from prefopt_dist.data.example import BadRow, Example, Message, Messages
 from prefopt_dist.data.field_forms import FIELD_FORMS, form_of_the_field
 from prefopt_dist.data.fields import (
     TURN,

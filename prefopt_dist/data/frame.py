@@ -1,17 +1,14 @@
-"""What a template writes around turns, found by probes; and whether a text is such a conversation already.
-
-A text is taken for templated by its structure alone: it begins as the template begins a conversation, has a user's
-turn as the template opens one, and after it the opening of an answer or the end of the turn. A text that only
-mentions a marker has not that order.
-"""
+"""Probe what a template writes around turns and reasoning."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
 from prefopt_dist.data.example import Message, Messages
+from prefopt_dist.data.written import REASONING
 
 PROBE_USER, PROBE_REPLY = "prefopt-question", "prefopt-reply"
 PROBE_SYSTEM, PROBE_CALL = "prefopt-system", "prefopt-call"
@@ -112,3 +109,59 @@ def _without(text: str, bos: str | None) -> str:
 def _common(left: str, right: str) -> int:
     pairs = enumerate(zip(left, right, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
+
+
+OPENER = re.compile(r"<([^\s<>/]+)>\s*$")
+PROBE_THOUGHT = "prefopt-thought"
+
+"""Renders turns, with the opening of an answer or without."""
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """How a template marks reasoning."""
+
+    opener: str
+    """What generation's prompt ends with where it opens reasoning, such as "<think>\\n"; "" where it does not"""
+    begins: str
+    """Opens reasoning, also where generation's prompt does not; "" where the template knows none"""
+    closes: str
+    """Stands between reasoning and answer"""
+
+    def behind(self, opened: bool, reasoning: str, answer: str) -> str:
+        """Reasoning and answer; opened: the prompt opens the reasoning."""
+        return f"{'' if opened else self.begins}{reasoning.strip()}{self.closes}{answer.lstrip()}"
+
+    def as_said(self, content: str) -> str:
+        """A text with tagged reasoning, behind generation's prompt."""
+        bare = content.strip()
+        if not self.opener:
+            return bare
+        return bare.removeprefix(self.opener.strip()).lstrip("\n") if bare.startswith(self.opener.strip()) else bare
+
+
+def read_thinking(apply: Apply, template: str, opened: str, full: str) -> Thinking:
+    """How the template marks reasoning.
+
+    opened: it renders the probe's question, the answer opened; full: question and answer.
+    """
+    found = OPENER.search(opened)
+    tag = found.group(1) if found else "think"
+    opener = found.group(0) if found and (f"</{tag}>" in template or not full.startswith(opened)) else ""
+    if not opener:
+        tag = "think"
+    known = bool(opener) or f"</{tag}>" in template
+    closes = f"\n</{tag}>\n\n"
+    with suppress(Exception):
+        turn = Message("assistant", PROBE_REPLY, ((REASONING[0], PROBE_THOUGHT),))
+        rendered = apply((Message("user", PROBE_USER), turn), False)
+        between = rendered.partition(PROBE_THOUGHT)[2].partition(PROBE_REPLY)[0]
+        if f"</{tag}>" in between:
+            closes = between
+    return Thinking(opener, opener or (f"<{tag}>\n" if known else ""), closes)
+
+
+def reasoning_of(turn: Message) -> str | None:
+    """The reasoning that a field of the turn holds."""
+    extra = dict(turn.extra)
+    return next((extra[key] for key in REASONING if isinstance(extra.get(key), str) and extra[key].strip()), None)

@@ -12,15 +12,9 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from prefopt_dist.data.bad_row import LEFT_OUT, BadRow
-from prefopt_dist.data.cache import Say, build, intact_rows, place
-from prefopt_dist.data.columns import as_named
-from prefopt_dist.data.dates import writes_date
-from prefopt_dist.data.example import Example
-from prefopt_dist.data.forms import FORMS, detect_form, kind_of, read_form
-from prefopt_dist.data.options import DEFAULTS, TextOptions
-from prefopt_dist.data.report import Tally
-from prefopt_dist.data.rows import (
+from prefopt_dist.data.cache import Say, build_once, cached_folder, intact_rows
+from prefopt_dist.data.columns import rename_columns
+from prefopt_dist.data.dataset import (
     COLUMNS,
     SCHEMA,
     Column,
@@ -30,9 +24,13 @@ from prefopt_dist.data.rows import (
     sequence_digest,
     write_manifest,
 )
+from prefopt_dist.data.example import LEFT_OUT, BadRow, Example
+from prefopt_dist.data.forms import FORMS, detect_form, kind_of, read_form
+from prefopt_dist.data.options import DEFAULTS, TextOptions, writes_date
+from prefopt_dist.data.row_counts import RowCounts
 from prefopt_dist.data.sources import OpenSource, RawRow, SourceLike, open_source
 from prefopt_dist.data.template import read_template
-from prefopt_dist.data.texts import SAID, held_to, kind_of_texts
+from prefopt_dist.data.text_kinds import SAID, check_kind, kind_of_texts
 from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
 from prefopt_dist.errors import UserError
 
@@ -99,7 +97,7 @@ def prepare_rows(
     settings.check()
     opened = [open_source(source, index, key) for index, source in enumerate(sources)]
     weights = [source.weight for source in sources]
-    folder = place(cache_dir, _cache_digest(opened, weights, tokenizer, settings))
+    folder = cached_folder(cache_dir, _cache_digest(opened, weights, tokenizer, settings))
     rows = intact_rows(folder, key, say)
     if rows is not None:
         _check_vocabulary(rows.tokens.max(), vocab_size, key)
@@ -110,7 +108,7 @@ def prepare_rows(
         say(f"{key}: the chat template writes a date, which is fixed to {options.template_date} (data.template_date)")
     tokeniser = Tokeniser(read_template(tokenizer, template, options), max_length, max_prompt_length)
     made = _Build(opened, tokeniser, settings)
-    build(folder, lambda building: made.run(building, weights, vocab_size, key, say, progress))
+    build_once(folder, lambda building: made.run(building, weights, vocab_size, key, say, progress))
     return folder
 
 
@@ -126,7 +124,7 @@ class _Build:
         self.sources = sources
         self.tokeniser = tokeniser
         self.settings = settings
-        self.tally = Tally()
+        self.tally = RowCounts()
         self.forms: dict[str, None] = {}
         self.masked = False
 
@@ -181,8 +179,10 @@ class _Build:
             try:
                 if form == "auto":
                     form = self._settle(form, [row.fields], source, say)
-                example = read_form(form, as_named(row.fields, self.settings.options), self.settings.options.learn)
-                yield row, held_to(example, kind, self.tokeniser.template)
+                example = read_form(
+                    form, rename_columns(row.fields, self.settings.options), self.settings.options.learn
+                )
+                yield row, check_kind(example, kind, self.tokeniser.template)
             except BadRow as bad:
                 yield row, bad
 
@@ -193,7 +193,9 @@ class _Build:
         examples = []
         for fields in rows:
             with suppress(BadRow):
-                examples.append(read_form(form, as_named(fields, self.settings.options), self.settings.options.learn))
+                examples.append(
+                    read_form(form, rename_columns(fields, self.settings.options), self.settings.options.learn)
+                )
         kind = kind_of_texts(examples, self.tokeniser.template)
         if kind in SAID:
             say(f"{source.key}: the prompts of {source.name} {SAID[kind]}")
@@ -204,7 +206,7 @@ class _Build:
         named = []
         for fields in rows:
             with suppress(BadRow):
-                named.append(as_named(fields, self.settings.options))
+                named.append(rename_columns(fields, self.settings.options))
         return named or rows
 
     def _settle(self, form: str, rows: list[dict[str, Any]], source: OpenSource, say: Say) -> str:

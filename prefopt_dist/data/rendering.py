@@ -10,12 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt_dist.data.bad_row import BadRow
-from prefopt_dist.data.example import Example, Message, Messages
-from prefopt_dist.data.frame import Frame
-from prefopt_dist.data.spans import Span, assistant_spans
-from prefopt_dist.data.thinking import Thinking, reasoning_of
-from prefopt_dist.data.written import has_reasoning, unwritten
+from prefopt_dist.data.example import BadRow, Example, Message, Messages
+from prefopt_dist.data.frame import Frame, Thinking, reasoning_of
+from prefopt_dist.data.written import Span, assistant_spans, has_reasoning, unwritten
 from prefopt_dist.errors import UserError
 
 

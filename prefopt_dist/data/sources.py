@@ -4,7 +4,6 @@ Rows are read one after the other and never held together; each knows its origin
 """
 
 import gzip
-import json
 import re
 import warnings
 import zlib
@@ -16,12 +15,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
-from prefopt_dist.data.arrow import rows_of
-from prefopt_dist.data.bad_row import BadRow
-from prefopt_dist.data.containers import csv_rows, listed, listed_rows, zstd_stream
+from prefopt_dist.data.containers import _parse_line, csv_rows, listed, listed_rows, rows_of, zstd_stream
+from prefopt_dist.data.example import BadRow
 from prefopt_dist.data.folders import chosen_files
 from prefopt_dist.errors import NotHere, UserError
-from prefopt_dist.packages import needed
+from prefopt_dist.packages import import_optional
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 FILE_SUFFIXES = (*JSON_SUFFIXES, ".csv", ".parquet")
@@ -222,7 +220,7 @@ def _open_hub(source: SourceLike, index: int, key: str) -> OpenSource:
 
 def _datasets(key: str, what: str) -> Any:
     # Not at the top: slow to import, and most runs read files.
-    return needed("datasets", key, what, "give the rows as .jsonl")
+    return import_optional("datasets", key, what, "give the rows as .jsonl")
 
 
 @contextmanager
@@ -262,8 +260,8 @@ def _offline_where_unreachable(datasets: Any, name: str, key: str) -> Iterator[N
 
 def _parquet_rows(source: OpenSource) -> Iterator[dict[str, Any]]:
     what, otherwise = f"the Parquet file {source.files[0]}", "give the rows as .jsonl"
-    pa = needed("pyarrow", source.key, what, otherwise)
-    pq = needed("pyarrow.parquet", source.key, what, otherwise)
+    pa = import_optional("pyarrow", source.key, what, otherwise)
+    pq = import_optional("pyarrow.parquet", source.key, what, otherwise)
     for file in source.files:
         try:
             with pq.ParquetFile(file) as parquet:
@@ -308,25 +306,3 @@ def _opened(file: Path, key: str) -> Any:
     if file.suffix == ".zst":
         return zstd_stream(file, key)
     return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
-
-
-def _parse_line(line: bytes) -> dict[str, Any] | BadRow:
-    remedy = "write one JSON object a line, in UTF-8"
-    try:
-        text = line.decode("utf-8-sig")  # some editors begin a file with a byte order mark
-        row = json.loads(text, parse_int=_parse_int)
-        if b"\\u" in line:
-            # "\ud800" alone is legal JSON but no character: no tokenizer can take it.
-            json.dumps(row, ensure_ascii=False).encode()
-    except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        return BadRow("not_utf8", f"text must be valid UTF-8 ({error.reason})", line, remedy)
-    except (ValueError, RecursionError):
-        return BadRow("not_json", "a line holds one JSON object", line.decode(errors="replace"), remedy)
-    if not isinstance(row, dict):
-        return BadRow("not_an_object", "a line holds one JSON object", row, remedy)
-    return row
-
-
-def _parse_int(digits: str) -> int | float:
-    # Python refuses to parse integers of thousands of digits; no field of ours is a number, so any will do.
-    return int(digits) if len(digits) < 4000 else float(digits)

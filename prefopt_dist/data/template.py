@@ -4,12 +4,10 @@ from contextlib import suppress
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt_dist.data.dates import date_checked, with_date
 from prefopt_dist.data.example import ROLES, Message
-from prefopt_dist.data.frame import PROBE_CALL, PROBE_REPLY, PROBE_USER, read_frame
-from prefopt_dist.data.options import DEFAULTS, TextOptions
+from prefopt_dist.data.frame import PROBE_CALL, PROBE_REPLY, PROBE_USER, read_frame, read_thinking
+from prefopt_dist.data.options import DEFAULTS, TextOptions, check_date, fix_date
 from prefopt_dist.data.rendering import Template, apply_template, brief
-from prefopt_dist.data.thinking import read_thinking
 from prefopt_dist.errors import UserError
 
 PLAIN_TEMPLATE = (
@@ -41,10 +39,10 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str, options: TextOp
     if eos is None and not own:
         raise _no_end(tokenizer)
     probe = (Message("user", PROBE_USER), Message("assistant", PROBE_REPLY))
-    date_checked(options.template_date)
+    check_date(options.template_date)
     try:
         given = options.chat_template or (tokenizer.get_chat_template() if own else PLAIN_TEMPLATE)
-        text = with_date(given, options.template_date)
+        text = fix_date(given, options.template_date)
         full = apply_template(tokenizer, text, probe, None, False, arguments)
         start = apply_template(tokenizer, text, probe[:1], None, True, arguments)
     except Exception as error:  # a template is somebody's program: it can raise anything
@@ -120,7 +118,7 @@ def _tool_template(tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> 
     named = tokenizer.chat_template
     if options.chat_template is not None or not isinstance(named, dict) or "tool_use" not in named:
         return None
-    return with_date(named["tool_use"], options.template_date)
+    return fix_date(named["tool_use"], options.template_date)
 
 
 def template_named(tokenizer: PreTrainedTokenizerBase, mode: str, file: str | None) -> str:

@@ -6,11 +6,10 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt_dist.data.bad_row import BadRow
-from prefopt_dist.data.example import Example, Messages
+from prefopt_dist.data.example import BadRow, Example, Messages
 from prefopt_dist.data.options import DEFAULTS, TextOptions
 from prefopt_dist.data.rendering import Rendered, Template
-from prefopt_dist.data.spans import Span
+from prefopt_dist.data.written import Span
 
 TAIL_TOKENS = 12
 """Of a prompt's end that a message shows."""

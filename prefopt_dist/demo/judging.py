@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from prefopt_dist.commands import train
 from prefopt_dist.demo import parts
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
-from prefopt_dist.stages import train
 
 STOPPED = 75
 """The status of a job that was asked to stop and can go on."""

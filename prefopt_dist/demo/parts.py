@@ -13,9 +13,9 @@ from prefopt_dist.demo.reward import whole
 from prefopt_dist.demo.world import write_model, write_world
 from prefopt_dist.distributed import ranks
 from prefopt_dist.files import read_json, write_atomic, write_json
-from prefopt_dist.model.load import inspect_folder
-from prefopt_dist.stages import comparing, ingredients
-from prefopt_dist.stages.own_answers import FILE
+from prefopt_dist.model.folder import inspect_folder
+from prefopt_dist.setup import compare, prepare_models
+from prefopt_dist.setup.own_answers import FILE
 
 REPOSITORY = Path(__file__).parents[2]
 USUAL = "runs/demo"
@@ -137,9 +137,9 @@ def _compared(folder: Path, seed: int, config: Config) -> dict[str, Any]:
         f"evaluate.prompts={folder / 'world' / 'unseen.jsonl'}",
         "generate.max_new_tokens=96",
     )
-    models = ingredients.load_models(judging)  # the policy of the recipe is the SFT model
+    models = prepare_models.load_models(judging)  # the policy of the recipe is the SFT model
     trained = ranks.together(lambda: inspect_folder(model, "evaluate.model", judging.data.max_length))
-    comparison = comparing.prepare(judging, models, trained, models.policy, models.policy)
+    comparison = compare.prepare(judging, models, trained, models.policy, models.policy)
     found = comparison.run()
     texts = {}
     for which in ("policy", "against"):

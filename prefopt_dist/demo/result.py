@@ -12,8 +12,8 @@ from prefopt_dist.demo import parts
 from prefopt_dist.demo.reward import score
 from prefopt_dist.demo.world import FORMAL_TO
 from prefopt_dist.files import read_json
-from prefopt_dist.generation.comparison import interval, shown
-from prefopt_dist.tracking.metrics_file import MetricsFile
+from prefopt_dist.monitoring.metrics_file import MetricsFile
+from prefopt_dist.rollouts.comparison import interval, shown
 
 
 def result_of(folder: Path, seed: int, recipe: str) -> dict[str, Any]:

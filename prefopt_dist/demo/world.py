@@ -1,23 +1,18 @@
-"""A small world of letters, in which a letter can be better or worse in many ways at once.
-
-A prompt asks for two or three pieces of news to a boss, a friend, … . A letter is a greeting, sentences and a close;
-each sentence has a tone of its own. A perfect one has the addressee's tone throughout, says all news in the order asked
-for, once, has a courteous sentence and nothing idle. Demonstrations for supervised fine-tuning are drawn with faults
-of every kind, each at random and apart from the others: who learns from them writes whole letters of middling worth,
-and its better and worse samples are what preferences can be stated of.
-"""
+"""A small world of letters that can be better or worse in many ways at once, and its small model."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from prefopt_dist.demo.model import write_llama
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 FORMAL_TO = ("boss", "teacher", "mayor", "judge", "doctor", "landlord", "professor", "lawyer", "officer", "minister")
 CASUAL_TO = ("friend", "brother", "sister", "cousin", "neighbour", "roommate", "buddy", "uncle", "aunt", "teammate")
@@ -171,3 +166,61 @@ def write_model(
     draw = random.Random(f"text {seed}")
     text = [part for task in islice(tasks(seed), 2000) for part in (task.prompt, letter(task, draw))]
     write_llama(folder, text, hidden=hidden, layers=layers, vocabulary=vocabulary, tied=tied, spread=SPREAD, seed=seed)
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+
+def write_llama(
+    folder: Path,
+    text: Iterable[str],
+    *,
+    hidden: int,
+    layers: int,
+    vocabulary: int,
+    tied: bool,
+    spread: float,
+    seed: int,
+) -> None:
+    """Writes a small Llama with random weights and a byte-level BPE tokenizer trained on the text.
+
+    spread: standard deviation of the weights.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[-1], chat_template=CHAT_TEMPLATE
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=tied,
+            initializer_range=spread,
+            bos_token_id=None,
+            eos_token_id=fast.eos_token_id,
+            pad_token_id=fast.pad_token_id,
+        )
+    )
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)

@@ -1,25 +1,22 @@
-"""The process group, and decisions that are taken once.
-
-What could come out differently on two ranks (a file that is there or not, a clock, a signal) is decided by
-one rank and told to the others; a fault of one rank ends all of them alike instead of leaving the others
-in a collective that never completes.
-"""
+"""The process group, decisions that are taken once, and folders that all nodes must share."""
 
 from __future__ import annotations
 
 import atexit
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from prefopt_dist.errors import AgreedUserError, UserError
-from prefopt_dist.tracking import heartbeat
+from prefopt_dist.monitoring import heartbeat
 
 T = TypeVar("T")
 
@@ -170,3 +167,30 @@ def _raise(told: tuple[bool, str], own: Exception | None) -> NoReturn:
     if own is not None:
         raise own
     raise OtherRankFailed(text)
+
+
+def refuse_local_folder(folder: Path, key: str, *, remedy: str) -> None:
+    """All ranks: refuses a folder of which some node has another one of the same name. It must exist on rank 0."""
+
+    def leave() -> Path:
+        mark = folder / f".seen-{secrets.token_hex(4)}"
+        try:
+            mark.touch()
+        except OSError as e:
+            raise UserError(f"{key}: {folder} cannot be written ({e.strerror}). {remedy}") from e
+        return mark
+
+    mark = decide(leave)
+    try:
+
+        def look() -> None:
+            if not os.path.exists(mark):
+                raise UserError(
+                    f"{key}: {folder} on {socket.gethostname()} is not the folder that the first node has: "
+                    f"it must be on a disk that all nodes share. {remedy}"
+                )
+
+        together(look)
+    finally:
+        if rank() == 0:
+            mark.unlink(missing_ok=True)

@@ -27,8 +27,8 @@ from types import TracebackType
 from typing import NoReturn
 
 from prefopt_dist.errors import UserError
-from prefopt_dist.tracking import heartbeat
-from prefopt_dist.tracking.console import rank_fault
+from prefopt_dist.monitoring import heartbeat
+from prefopt_dist.monitoring.console import rank_fault
 
 LOOKS = 20
 """In the time of grace."""

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from prefopt_dist.model.load import ModelFolder
-from prefopt_dist.packages import needed
+from prefopt_dist.model.folder import ModelFolder
+from prefopt_dist.packages import import_optional
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """peft's names."""
@@ -125,4 +125,4 @@ def _peft() -> Any:
     """Imported where it is needed: it takes seconds, and most runs have no adapters."""
     # peft asks the model by a name that transformers is about to change.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    return needed("peft", "lora", "a run with adapters", "remove the section lora")
+    return import_optional("peft", "lora", "a run with adapters", "remove the section lora")

@@ -18,7 +18,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from prefopt_dist.data.micro_batch import Gathered, Segment
+from prefopt_dist.batching.micro_batch import Gathered, Segment
 
 NAME = "prefopt_shared_prefix"
 

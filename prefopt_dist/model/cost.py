@@ -1,13 +1,19 @@
-"""The operations of a forward pass, so that ranks get equal shares of them."""
+"""Count the operations of a forward pass, and the memory of activations that a training step keeps."""
 
 from __future__ import annotations
 
-import torch
-from transformers import PreTrainedConfig
+import copy
+from dataclasses import dataclass
+from typing import Any
 
-from prefopt_dist.data.layout import Cost
-from prefopt_dist.model.activations import meta_model
-from prefopt_dist.model.adapter import Adapter
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+
+from prefopt_dist.batching.layout import Cost
+from prefopt_dist.model.adapter import Adapter, attach
+from prefopt_dist.model.head import LOGITS_AT_ONCE
 
 
 def layer_parameters(config: PreTrainedConfig) -> int:
@@ -46,3 +52,156 @@ def forward_cost(config: PreTrainedConfig) -> Cost:
         per_attended=4.0 * config.num_hidden_layers * width,
         per_scored=2.0 * config.vocab_size * config.hidden_size,
     )
+
+
+_NAME = "prefopt_counted"
+_TOKENS = 64
+"""Of the counted forward pass; any number does, as everything is linear in it."""
+
+
+@dataclass(frozen=True)
+class ActivationMemory:
+    """Bytes that a forward pass keeps, on one rank."""
+
+    layers: int
+    per_token_layer: float
+    """Bytes a token and layer without checkpointing"""
+    per_token_checkpoint: float
+    """Bytes a token and layer with it: the layer's input"""
+    per_token_ends: float
+    """Bytes a token outside the layers: embedding, final norm, the head's input and its gradient"""
+    vocabulary: int
+    per_logit: int
+    """Bytes of a logit in the head's block: itself, which becomes its gradient; a copy in the model's dtype; the slope
+    of a cap"""
+
+    def bytes(self, tokens: int, checkpointed: int) -> int:
+        """Peak of a micro-batch of `tokens` with `checkpointed` layers computed again in the backward pass."""
+        kept = (self.layers - checkpointed) * self.per_token_layer + checkpointed * self.per_token_checkpoint
+        # One layer at a time is computed again, whole, and has gradients of its own size in flight.
+        again = self.per_token_layer if checkpointed else 0.0
+        return int(tokens * (kept + again + self.per_token_ends)) + self.block(tokens)
+
+    def block(self, tokens: int) -> int:
+        """Of the head's block of logits, which is bounded."""
+        return self.per_logit * min(LOGITS_AT_ONCE, tokens * self.vocabulary)
+
+    def fewest_checkpointed(self, tokens: int, available: int) -> int | None:
+        """As few layers as fit into `available` bytes; None where not even all of them do."""
+        for checkpointed in range(self.layers + 1):
+            if self.bytes(tokens, checkpointed) <= available:
+                return checkpointed
+        return None
+
+    def most_tokens(self, available: int) -> int:
+        """The largest micro-batch that fits with every layer checkpointed."""
+        low, high = 0, available  # a token takes a byte at least
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.bytes(middle, self.layers) <= available else (low, middle - 1)
+        return low
+
+
+def activation_memory(config: PreTrainedConfig, dtype: torch.dtype, adapter: Adapter | None = None) -> ActivationMemory:
+    """Counted on models of one and two layers of this configuration, with adapters where there are some."""
+    one, two = (_kept(meta_model(config, layers, dtype, adapter)) for layers in (1, 2))
+    size = torch.empty((), dtype=dtype).element_size()
+    hidden = config.hidden_size * size
+    capped = config.to_dict().get("final_logit_softcapping") is not None
+    return ActivationMemory(
+        layers=config.num_hidden_layers,
+        per_token_layer=(two - one) / _TOKENS,
+        per_token_checkpoint=hidden,
+        per_token_ends=(2 * one - two) / _TOKENS + 3 * hidden,
+        vocabulary=config.vocab_size,
+        per_logit=4 + size + (4 if capped else 0),
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what an attention without stored scores keeps: its operands, its result, a float32 a head and token."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(query[..., : value.shape[-1]])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
+        raise AssertionError("only the forward pass is counted")
+
+
+def _counted_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **_: Any
+) -> tuple[torch.Tensor, None]:
+    out: torch.Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2).contiguous(), None
+
+
+class _Product(torch.autograd.Function):
+    """Keeps what a product of rows with their experts' matrices keeps: the rows, where the matrices are trained.
+    torch's own is not there for every dtype without storage."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(rows)
+        return rows.new_empty(rows.shape[0], weights.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None]:
+        raise AssertionError("only the forward pass is counted")
+
+
+def _counted_experts(module: Any, hidden: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Each token with its k experts, in order of the experts; hidden [T, D], experts and weights [T, k]."""
+    k = experts.shape[1]
+    order = experts.flatten().argsort()
+    inner = module._apply_gate(_Product.apply(hidden[order // k], module.gate_up_proj))  # type: ignore[no-untyped-call]
+    out = _Product.apply(inner, module.down_proj) * weights.flatten()[order, None]  # type: ignore[no-untyped-call]
+    found: torch.Tensor = out[order.argsort()].view(*experts.shape, -1).sum(1)
+    return found
+
+
+AttentionInterface.register(_NAME, _counted_attention)
+ExpertsInterface.register(_NAME, _counted_experts)
+
+
+def meta_model(
+    config: PreTrainedConfig, layers: int, dtype: torch.dtype, adapter: Adapter | None = None
+) -> PreTrainedModel:
+    """A model without storage of this configuration's first `layers` layers, with adapters where there are some."""
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = layers
+    if small.to_dict().get("layer_types"):
+        small.layer_types = small.layer_types[:layers]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation=_NAME).train()
+        assert isinstance(model, PreTrainedModel)
+        model.config._experts_implementation = _NAME
+        if adapter is not None:
+            attach(model, adapter)
+            model.to(dtype)  # what has no storage does not follow its layer by itself
+    return model
+
+
+def _kept(model: PreTrainedModel) -> int:
+    """Bytes of the tensors that autograd keeps in a forward pass of `_TOKENS` tokens, weights not counted."""
+    # With frozen weights the first layer's input has no gradient, so that the layer keeps less than any other.
+    model.get_input_embeddings().requires_grad_(True)
+    with torch.device("meta"):
+        ids = torch.zeros(1, _TOKENS, dtype=torch.int64)
+        positions = torch.arange(_TOKENS)[None]
+    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, or a new storage could get the number of one that is gone
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())

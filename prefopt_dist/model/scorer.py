@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from prefopt_dist.data.micro_batch import Ends, MicroBatch
+from prefopt_dist.batching.micro_batch import Ends, MicroBatch
 from prefopt_dist.model.head import attach_logp_head
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
 

@@ -1,16 +1,11 @@
 """Losses and rewards: pure functions of summed log-probs, which know nothing of models or engines."""
 
-from prefopt_dist.objectives.dpo import DPO
-from prefopt_dist.objectives.hinge import Hinge
-from prefopt_dist.objectives.ipo import IPO
+from prefopt_dist.objectives.dpo import DPO, IPO, Hinge, RobustDPO
 from prefopt_dist.objectives.kto import KTO
-from prefopt_dist.objectives.mix import Mix, Part
+from prefopt_dist.objectives.mix import Mix, MixPart
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
-from prefopt_dist.objectives.orpo import ORPO
-from prefopt_dist.objectives.robust import RobustDPO
-from prefopt_dist.objectives.sft import SFT
-from prefopt_dist.objectives.simpo import SimPO
-from prefopt_dist.objectives.with_sft import WithSFT
+from prefopt_dist.objectives.reference_free import ORPO, SimPO
+from prefopt_dist.objectives.sft import SFT, WithSFT
 
 __all__ = [
     "DPO",
@@ -20,8 +15,8 @@ __all__ = [
     "SFT",
     "Hinge",
     "Mix",
+    "MixPart",
     "Objective",
-    "Part",
     "RobustDPO",
     "Sequences",
     "SimPO",

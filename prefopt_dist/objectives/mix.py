@@ -12,7 +12,7 @@ from prefopt_dist.objectives.objective import Objective, Sequences, Terms
 
 
 @dataclass(frozen=True)
-class Part:
+class MixPart:
     """One loss of the sum."""
 
     name: str
@@ -31,7 +31,7 @@ class Mix:
     L is Σ w · L_part if every part has a closed form there.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[MixPart, ...]
     """Two or more of different names; those that compare with a reference come first"""
 
     responses: ClassVar[int] = 2

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from prefopt_dist.errors import UserError
+from prefopt_dist.model.activation_checkpointing import KEPT_FREE
+from prefopt_dist.monitoring.console import in_units
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.machine import Machine
 from prefopt_dist.planning.memory import LOADING, Phase, Place, Sampled, ZeroSettings
 from prefopt_dist.planning.sizes import ModelSizes
-from prefopt_dist.tracking.console import in_units
-from prefopt_dist.training.room import KEPT_FREE
 
 MOST_RANKS = 65_536
 """Beyond it nobody looks for a machine that is large enough."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from prefopt_dist.config import Plan
-from prefopt_dist.training.room import free_bytes
+from prefopt_dist.model.activation_checkpointing import free_bytes
 
 GPUS = {
     "h200": (141e9, 989e12),

@@ -20,7 +20,7 @@ LOADING = "loading, rank 0"
 GENERATION = "generation"
 """The phase in which a rank answers prompts, without ZeRO-3."""
 CHOICE, NUCLEUS = 16, 40
-"""Bytes a logit while a token is chosen (generation/sampling.py): probabilities and their sums in float64; with top_p
+"""Bytes a logit while a token is chosen (rollouts/sampling.py): probabilities and their sums in float64; with top_p
 below 1 also sorted, with their order."""
 MASTER = 4
 """Bytes of a float32 master weight"""
@@ -89,7 +89,7 @@ class ZeroSettings:
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryPart:
     """Bytes on the device, and on the host where they are offloaded."""
 
     name: str
@@ -104,7 +104,7 @@ class Phase:
     """What is alive at one moment, on one rank."""
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[MemoryPart, ...]
 
     @property
     def device(self) -> int:
@@ -143,9 +143,11 @@ def load(sizes: ModelSizes, place: Place) -> Phase:
     return Phase(
         LOADING,
         (
-            Part("parameters", sizes.item * shard(sizes, place), "s·N/W"),
-            Part("the checkpoint, mapped", sizes.file_item * sizes.parameters, "bytes of the files", place.is_gpu),
-            Part("the largest parameter, whole", sizes.item * sizes.largest, "s·elements"),
+            MemoryPart("parameters", sizes.item * shard(sizes, place), "s·N/W"),
+            MemoryPart(
+                "the checkpoint, mapped", sizes.file_item * sizes.parameters, "bytes of the files", place.is_gpu
+            ),
+            MemoryPart("the largest parameter, whole", sizes.item * sizes.largest, "s·elements"),
             *_heap(place, "pieces read", READ, "s·N", sizes.item * sizes.parameters),
         ),
     )
@@ -158,12 +160,12 @@ def first_pass(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int)
     return Phase(
         "first pass",
         (
-            Part("parameters", sizes.item * shard(sizes, place), "s·N/W", zero.offload_param and place.is_gpu),
+            MemoryPart("parameters", sizes.item * shard(sizes, place), "s·N/W", zero.offload_param and place.is_gpu),
             *_gathered(sizes, zero, place),
-            Part("one layer", int(layer + tokens * memory.per_token_ends), "tokens × bytes a layer")
+            MemoryPart("one layer", int(layer + tokens * memory.per_token_ends), "tokens × bytes a layer")
             if place.is_gpu
-            else Part("layers", int(PASSED * memory.layers * layer), f"{PASSED}·tokens × bytes of the layers"),
-            Part("head block", memory.block(tokens), "bounded, model/head.py"),
+            else MemoryPart("layers", int(PASSED * memory.layers * layer), f"{PASSED}·tokens × bytes of the layers"),
+            MemoryPart("head block", memory.block(tokens), "bounded, model/head.py"),
         ),
     )
 
@@ -189,7 +191,7 @@ class Sampled:
 
 
 def generation(sizes: ModelSizes, place: Place, asked: Sampled) -> Phase:
-    """A whole copy of the model answers a batch (generation/transformers_engine.py); no number of ranks divides it."""
+    """A whole copy of the model answers a batch (rollouts/transformers_engine.py); no number of ranks divides it."""
     memory = sizes.activations
     whole = sizes.item * sizes.parameters
     tokens = max(asked.budget, asked.prompt + asked.new)
@@ -200,31 +202,31 @@ def generation(sizes: ModelSizes, place: Place, asked: Sampled) -> Phase:
     return Phase(
         GENERATION,
         (
-            Part("parameters, whole", whole, "s·N"),
-            *([Part("the same as they are loaded", whole, "s·N", on_host=True)] if place.is_gpu else []),
-            Part(
+            MemoryPart("parameters, whole", whole, "s·N"),
+            *([MemoryPart("the same as they are loaded", whole, "s·N", on_host=True)] if place.is_gpu else []),
+            MemoryPart(
                 "keys and values",
                 _resident(memory.layers * sizes.cached * tokens, place),
                 "s·2·layers·kv·head_dim·tokens",
             ),
-            Part("a layer's, copied to grow", _resident(sizes.cached * tokens, place), "s·2·kv·head_dim·tokens"),
-            Part("prompts, one layer", _resident(layer, place), "tokens × bytes a layer"),
+            MemoryPart("a layer's, copied to grow", _resident(sizes.cached * tokens, place), "s·2·kv·head_dim·tokens"),
+            MemoryPart("prompts, one layer", _resident(layer, place), "tokens × bytes a layer"),
             # The shortest prompts make the most lines.
-            Part("logits and the choice", logit * asked.batch(1) * memory.vocabulary, f"{logit}·lines·V"),
+            MemoryPart("logits and the choice", logit * asked.batch(1) * memory.vocabulary, f"{logit}·lines·V"),
         ),
     )
 
 
-def states(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[Part, ...]:
+def states(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[MemoryPart, ...]:
     """What training holds all the time."""
     mine = trained_shard(sizes, place)
     away = zero.offload_optimizer and place.is_gpu
     n = _count(sizes)
     return (
-        Part("parameters", sizes.item * shard(sizes, place), "s·N/W", zero.offload_param and place.is_gpu),
-        Part("gradients", zero.gradient_item * mine, f"grad_accum_dtype·{n}/W", away),
-        Part("master weights", MASTER * mine, f"4·{n}/W", away),
-        Part("AdamW's moments", MOMENTS * mine, f"8·{n}/W", away),
+        MemoryPart("parameters", sizes.item * shard(sizes, place), "s·N/W", zero.offload_param and place.is_gpu),
+        MemoryPart("gradients", zero.gradient_item * mine, f"grad_accum_dtype·{n}/W", away),
+        MemoryPart("master weights", MASTER * mine, f"4·{n}/W", away),
+        MemoryPart("AdamW's moments", MOMENTS * mine, f"8·{n}/W", away),
     )
 
 
@@ -234,24 +236,24 @@ def backward(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int, c
         "training: backward",
         (
             *around(sizes, zero, place),
-            Part("activations", activations(sizes, place, tokens, checkpointed), "model/activations.py"),
+            MemoryPart("activations", activations(sizes, place, tokens, checkpointed), "model/activations.py"),
         ),
     )
 
 
-def around(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[Part, ...]:
+def around(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[MemoryPart, ...]:
     """A backward pass without its activations."""
     bucket = _bucket(sizes, zero, place) + min(zero.reduce_bucket, sizes.trained)
     return (
         *states(sizes, zero, place),
         *_gathered(sizes, zero, place),
-        Part("reduce buffers", sizes.item * bucket, "s·(reduce_bucket_size + its copy)"),
+        MemoryPart("reduce buffers", sizes.item * bucket, "s·(reduce_bucket_size + its copy)"),
         *_whole_gradient(sizes),
         *_passing(sizes, place),
     )
 
 
-def _passing(sizes: ModelSizes, place: Place) -> tuple[Part, ...]:
+def _passing(sizes: ModelSizes, place: Place) -> tuple[MemoryPart, ...]:
     """What a backward pass leaves in the heap of a CPU rank, activations and parameters apart."""
     if place.is_gpu:
         return ()
@@ -259,17 +261,17 @@ def _passing(sizes: ModelSizes, place: Place) -> tuple[Part, ...]:
     return (
         *_heap(place, "gradients passing", GRADIENTS, f"s·{n}", gradients),
         *(_heap(place, "gloo's pieces", REDUCED, f"s·{n}", gradients) if place.ranks > 1 else ()),
-        Part("process", PROCESS, "threads and buffers"),
+        MemoryPart("process", PROCESS, "threads and buffers"),
     )
 
 
-def _whole_gradient(sizes: ModelSizes) -> tuple[Part, ...]:
+def _whole_gradient(sizes: ModelSizes) -> tuple[MemoryPart, ...]:
     """The largest that stands whole before it is divided: the head's, or experts'. What is frozen has none."""
     if sizes.frozen:
         return ()
     rounded = sizes.item if sizes.item != 4 else 0
-    head = Part("head gradient", (4 + rounded) * sizes.head, "4·V·d, and s·V·d rounded")
-    experts = Part("experts' gradient", sizes.item * sizes.largest, "s·elements of the largest parameter")
+    head = MemoryPart("head gradient", (4 + rounded) * sizes.head, "4·V·d, and s·V·d rounded")
+    experts = MemoryPart("experts' gradient", sizes.item * sizes.largest, "s·elements of the largest parameter")
     return (max(head, experts, key=lambda part: part.bytes),)
 
 
@@ -288,15 +290,15 @@ def update(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int, che
     away = zero.offload_optimizer and place.is_gpu
     # Offloaded, every sub-group has one that stays.
     parts = [
-        Part("flat gradient", 4 * mine, f"4·{n}/W", away)
+        MemoryPart("flat gradient", 4 * mine, f"4·{n}/W", away)
         if away
-        else Part("flat gradient", group, f"4·min({n}/W, sub_group_size)")
+        else MemoryPart("flat gradient", group, f"4·min({n}/W, sub_group_size)")
     ]
     if not place.is_gpu:
         kept = activations(sizes, place, tokens, checkpointed)
         parts += [*_gathered(sizes, zero, place), *_passing(sizes, place)]
-        parts.append(Part("activations' heap", kept, "freed, and kept by glibc"))
-    bucket = Part("reduce buffer", sizes.item * _bucket(sizes, zero, place), "s·reduce_bucket_size")
+        parts.append(MemoryPart("activations' heap", kept, "freed, and kept by glibc"))
+    bucket = MemoryPart("reduce buffer", sizes.item * _bucket(sizes, zero, place), "s·reduce_bucket_size")
     return Phase("training: update", (*states(sizes, zero, place), bucket, *parts))
 
 
@@ -310,7 +312,7 @@ def _count(sizes: ModelSizes) -> str:
     return "Nₜ" if sizes.frozen else "N"
 
 
-def _gathered(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[Part, ...]:
+def _gathered(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[MemoryPart, ...]:
     """Whole parameters and the flat buffer that a gather fills; a single rank has no need of any."""
     if place.ranks == 1 and not zero.offload_param:
         return ()
@@ -319,19 +321,19 @@ def _gathered(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[Part
     # A module that alone is more than the limit, as many experts may be, is gathered for all that.
     most, name = max((zero.max_live, "stage3_max_live_parameters"), (sizes.together, "the largest module's"))
     return (
-        *([Part("second shard (hpZ)", second, "s·N/zero_hpz_partition_size")] if zero.secondary > 1 else []),
-        Part(
+        *([MemoryPart("second shard (hpZ)", second, "s·N/zero_hpz_partition_size")] if zero.secondary > 1 else []),
+        MemoryPart(
             "gathered parameters",
             int((1.0 if place.is_gpu else GATHERED) * sizes.item * min(whole, most)),
             ("" if place.is_gpu else f"{GATHERED}·") + f"s·min(N, {name})",
         ),
-        Part("prefetch buffer", sizes.item * min(whole, zero.prefetch), "s·min(N, stage3_prefetch_bucket_size)"),
+        MemoryPart("prefetch buffer", sizes.item * min(whole, zero.prefetch), "s·min(N, stage3_prefetch_bucket_size)"),
     )
 
 
-def _heap(place: Place, name: str, factor: float, how: str, size: int) -> tuple[Part, ...]:
+def _heap(place: Place, name: str, factor: float, how: str, size: int) -> tuple[MemoryPart, ...]:
     """Pieces that come and go, which a GPU's allocator gives out again and glibc does not."""
-    return () if place.is_gpu else (Part(name, int(factor * size), f"{factor}·{how}, freed, kept by glibc"),)
+    return () if place.is_gpu else (MemoryPart(name, int(factor * size), f"{factor}·{how}, freed, kept by glibc"),)
 
 
 def _resident(size: float, place: Place) -> int:

@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prefopt_dist.planning.answers import AnswersPlan
-from prefopt_dist.planning.disk import Disk
+from prefopt_dist.monitoring.console import in_units
 from prefopt_dist.planning.fit import Fit
 from prefopt_dist.planning.machine import Machine
 from prefopt_dist.planning.memory import GENERATION, Phase
+from prefopt_dist.planning.rollouts import AnswersPlan
 from prefopt_dist.planning.sizes import ModelSizes
-from prefopt_dist.planning.work import Work
-from prefopt_dist.tracking.console import in_units
+from prefopt_dist.planning.work import Disk, Work
 
 
 @dataclass(frozen=True)
-class Report:
+class PlanReport:
     """All that a plan says."""
 
     machine: Machine

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from prefopt_dist.model.activations import ActivationMemory, activation_memory, meta_model
 from prefopt_dist.model.adapter import Adapter
+from prefopt_dist.model.cost import ActivationMemory, activation_memory, meta_model
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,4 @@
-"""Steps, tokens and time of a job: from the data's lengths, or from the longest rows that the settings allow.
-
-Tokens are the distinct ones, as packing computes them; FLOP are those of model/cost.py, thrice for training
-(forward, and twice as much backward; once where the weights are frozen), and the layers that are computed again once
-more.
-"""
+"""Steps, tokens, time and disk of a job, from the data's lengths or from the longest allowed rows."""
 
 from __future__ import annotations
 
@@ -12,14 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prefopt_dist.batching.layout import FROZEN, TRAINING, Cost, groups_within, work_of
+from prefopt_dist.batching.order import Order
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.data.layout import FROZEN, TRAINING, Cost, groups_within, work_of
-from prefopt_dist.data.micro_batch import Unit
-from prefopt_dist.data.order import Order
-from prefopt_dist.data.unpaired import MISMATCHED, UnpairedRows
+from prefopt_dist.data.derived import MISMATCHED, UnpairedRows
+from prefopt_dist.data.unit import Unit
 from prefopt_dist.objectives import KTO, Objective
-from prefopt_dist.reference.plan import needed
+from prefopt_dist.planning.memory import MASTER, MOMENTS
+from prefopt_dist.planning.sizes import ModelSizes
+from prefopt_dist.reference.scoring_plan import sequences_needed
+from prefopt_dist.reference.store import ROW
 
 MOST_ROWS = 20_000
 """Of an epoch that are looked at; the rest is taken to be like them."""
@@ -126,7 +124,7 @@ def _unit(rows: TokenisedRows, i: int, responses: Iterable[int]) -> Unit:
 
 def _scored(config: Config, sets: Sequence[TokenisedRows], cost: Cost) -> tuple[int, float, int]:
     responses = max(rows.responses for rows in sets)  # a pair's two; KTO's own and mismatched one
-    places = list(needed(sets, responses).values())
+    places = list(sequences_needed(sets, responses).values())
     units = [place.unit(sets, i) for i, place in enumerate(places)]
     tokens, flop = work_of(groups_within(units, config.reference_micro_batch_tokens), cost)
     return tokens, flop, len(places)
@@ -136,3 +134,31 @@ def _evaluations(config: Config, steps: int) -> int:
     every = config.eval.every_steps
     within = (steps - 1) // every if every else 0
     return within + config.eval.at_start + config.eval.at_end
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What stands on disk at most, in bytes."""
+
+    checkpoint: int
+    """One: master weights and moments (12·Nₜ); the model's own dtype is made of them again"""
+    checkpoints: int
+    """At a save: those that stay, and the new one before the oldest goes"""
+    conversion: int
+    """For another number of ranks: master weights and moments whole (12·Nₜ)"""
+    export: int
+    """The Hugging Face folder (s·N; s·Nₜ where adapters are written alone)"""
+    store: int | None
+    """The reference's scores, 40 bytes a sequence; None where the sequences are not known"""
+
+
+def disk(sizes: ModelSizes, keep: int, export_item: int, sequences: int | None, *, merged: bool = False) -> Disk:
+    """keep: checkpoints that stay; merged: adapters are exported with their model."""
+    states = (MASTER + MOMENTS) * sizes.trained
+    return Disk(
+        checkpoint=states,
+        checkpoints=(keep + 1) * states,
+        conversion=states,
+        export=export_item * (sizes.parameters if merged else sizes.trained),
+        store=None if sequences is None else ROW.itemsize * sequences,
+    )

@@ -15,30 +15,29 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.data.micro_batch import pack
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.distributed.shared import refuse_local_folder
-from prefopt_dist.errors import AgreedUserError, UserError
+from prefopt_dist.distributed.ranks import refuse_local_folder
+from prefopt_dist.errors import AgreedUserError, StopRequested, UserError
 from prefopt_dist.files import sweep
-from prefopt_dist.model.load import ModelFolder, load_sharded
-from prefopt_dist.model.rounding import Rounding
+from prefopt_dist.model.folder import ModelFolder
+from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
-from prefopt_dist.reference.plan import (
+from prefopt_dist.monitoring.console import Progress, in_units, say
+from prefopt_dist.reference.scoring_plan import (
     Location,
-    Plan,
+    ScoringPlan,
     fits,
     make_plan,
-    needed,
     plan_files,
     plan_name,
     read_plan,
     save_plan,
+    sequences_needed,
 )
-from prefopt_dist.reference.store import ReferenceStore, Score
-from prefopt_dist.reference.turn import StoppedInFirstPass, my_turn
-from prefopt_dist.tracking.console import in_units, say
-from prefopt_dist.tracking.progress import Progress
+from prefopt_dist.reference.step0_check import Rounding
+from prefopt_dist.reference.store import ReferenceStore, Score, scoring_lock
 
 SHARD_MICRO_BATCHES = 16
 SHARD_SECONDS = 30.0
@@ -69,7 +68,7 @@ class FirstPass:
 class _Todo:
     """Rank 0's decision of what is to be done."""
 
-    micro_batches: Plan
+    micro_batches: ScoringPlan
     own: list[frozenset[bytes]]
     """Of each micro-batch the missing sequences that it stores; no two store the same one"""
     checks: list[tuple[Location, Score]]
@@ -103,7 +102,7 @@ def run_first_pass(
     refuse_local_folder(store.folder, "reference.store", remedy="Set reference.store or run.cache to one that is.")
     scored, reused = 0, ranks.decide(lambda: _all_stored(store, sets, responses))
     if reused is None:
-        with my_turn(store.folder, plan_name(sets, responses), stop_asked):
+        with scoring_lock(store.folder, plan_name(sets, responses), stop_asked):
             # A plan is made in one's turn alone. And another job may have scored everything while this one waited.
             todo = ranks.decide(lambda: _look_up(store, sets, responses, budget))
             if todo.micro_batches:
@@ -117,7 +116,7 @@ def run_first_pass(
 
 def _all_stored(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int) -> int | None:
     """Rank 0: how many sequences are needed, where the store has them all; else None."""
-    places = needed(sets, responses)
+    places = sequences_needed(sets, responses)
     scores, messages = store.read()
     for message in messages:
         say(message)
@@ -154,14 +153,14 @@ def _pass(
 
 def _look_up(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int, budget: int) -> _Todo:
     """Rank 0: what the store lacks, by the saved plans where they cover it within the budget, else by a new one."""
-    places = needed(sets, responses)
+    places = sequences_needed(sets, responses)
     sweep(store.folder, ".*.tmp")
     scores, messages = store.read()
     for message in messages:
         say(message)
     missing = {d: p for d, p in places.items() if d not in scores}
     name = plan_name(sets, responses)
-    todo: Plan = []
+    todo: ScoringPlan = []
     own: list[frozenset[bytes]] = []
     owned: set[bytes] = set()
     for micro_batch in (m for path in plan_files(store.folder, name) for m in read_plan(path)):
@@ -232,7 +231,7 @@ def _score(
             progress.update(min(world, len(todo.micro_batches) - r * world))
             if stopping and r < rounds - 1:
                 ranks.gather(None)  # every rank's shard is written
-                raise StoppedInFirstPass
+                raise StopRequested
     ranks.gather(None)
 
 
@@ -274,7 +273,7 @@ def _collect(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: in
     scores, messages = store.read()
     for message in messages:
         say(message)
-    lacking = sum(d not in scores for d in needed(sets, responses))
+    lacking = sum(d not in scores for d in sequences_needed(sets, responses))
     if lacking:
         raise UserError(f"reference: {store.folder} lost {lacking} sequences during this start. Start again.")
     return [torch.from_numpy(_aligned(scores, rows, responses)) for rows in sets]

@@ -1,15 +1,4 @@
-"""The reference store: one value per sequence and weights, on disk, shared by all runs.
-
-A store folder belongs to one key (`model.identity.reference_key`) and holds shards `rows-00000000.bin`,
-`rows-00000001.bin`, …, each written whole or not at all and never changed afterwards. A shard is
-
-    8 bytes   magic and schema version
-    40 n      rows: 16 bytes sequence digest, float64 sum of log-probs in nats, int64 tokens, 8 bytes zero
-    16 bytes  blake2b of all before
-
-so that a change of any byte is found. Where two shards have a row for one sequence (two runs scored it at
-the same time) the shard with the lower number counts, for every reader and for ever.
-"""
+"""The reference store: one value per sequence and weights, on disk, and the lock of who scores."""
 
 from __future__ import annotations
 
@@ -17,6 +6,9 @@ import contextlib
 import hashlib
 import os
 import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +16,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt_dist.errors import UserError
-from prefopt_dist.files import fsync_folder
+from prefopt_dist.distributed import ranks
+from prefopt_dist.errors import StopRequested, UserError
+from prefopt_dist.files import FileLock, fsync_folder
+from prefopt_dist.monitoring import heartbeat
+from prefopt_dist.monitoring.console import say
 
 MAGIC = b"PFREF\x00\x00\x01"
 ROW = np.dtype([("digest", "V16"), ("sum", "<f8"), ("tokens", "<i8"), ("zero", "<i8")])
@@ -131,3 +126,42 @@ def _rows(content: bytes) -> NDArray[np.void] | None:
     if check != _check(body) or not body.startswith(MAGIC) or (len(body) - len(MAGIC)) % ROW.itemsize:
         return None
     return np.frombuffer(body, dtype=ROW, offset=len(MAGIC))
+
+
+ROUND_SECONDS = 5.0
+"""Rank 0 tries for so long, then the ranks agree whether they were asked to stop."""
+TRY_SECONDS = 0.2
+REMIND_SECONDS = 300.0
+
+
+@contextmanager
+def scoring_lock(
+    folder: Path, name: str, stop_asked: Callable[[], bool], what: str = "scoring these sequences"
+) -> Iterator[None]:
+    """All ranks: from here to the end no other job does the work `name` in the folder; `what` tells it to people."""
+    lock = FileLock(folder / f"turn-{name}.lock")
+    told = -REMIND_SECONDS
+    try:
+        while (holder := ranks.decide(lambda: _try_for_a_while(lock))) is not None:
+            if any(ranks.gather(stop_asked())):
+                raise StopRequested
+            if time.monotonic() - told > REMIND_SECONDS:
+                told = time.monotonic()
+                say(f"another job ({holder}) is {what} in {folder}; waiting for it")
+        yield
+    finally:
+        lock.give_back()
+
+
+def _try_for_a_while(lock: FileLock) -> str | None:
+    deadline = time.monotonic() + ROUND_SECONDS
+    while True:
+        heartbeat.beat("waiting for another job on the same folder")
+        try:
+            holder = lock.take()
+        except OSError as e:
+            say(f"{e}: jobs that start together may do the same work, each for itself")
+            return None
+        if holder is None or time.monotonic() > deadline:
+            return holder
+        time.sleep(TRY_SECONDS)

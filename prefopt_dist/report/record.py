@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from prefopt_dist.config.health import Health
+from prefopt_dist.config.schema import Health
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import read_json
-from prefopt_dist.tracking.health import Finding, RunFacts, findings
-from prefopt_dist.tracking.metrics_file import MetricsFile, Row
+from prefopt_dist.monitoring.health import HealthFinding, RunFacts, findings
+from prefopt_dist.monitoring.metrics_file import MetricsFile, Row
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Record:
     state: str
     """In a few words: done, stopped and why, or where it is"""
     done: bool
-    found: list[Finding]
+    found: list[HealthFinding]
     active: set[str]
     """Ids of the rules that have not recovered"""
     evaluation: dict[str, Any] | None
@@ -108,7 +108,7 @@ def read_run(path: Path, key: str) -> Record:
     config_text = (path / "config.yaml").read_text()
     config: dict[str, Any] = yaml.safe_load(config_text)
     rows = MetricsFile(path / "metrics.jsonl").rows()
-    found: list[Finding] = []
+    found: list[HealthFinding] = []
     active: set[str] = set()
     if "training" in facts:
         found, active = findings(rows, RunFacts(**facts["training"]), Health(**config.get("health", {})))

@@ -11,32 +11,29 @@ from typing import Any
 
 import torch
 
+from prefopt_dist.batching.batches import Batch, Prefetcher, ScoredRows, step_batch
+from prefopt_dist.batching.layout import Cost
+from prefopt_dist.batching.order import Order, Position
+from prefopt_dist.checkpoint import export, save
+from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config
-from prefopt_dist.data.layout import Cost
-from prefopt_dist.data.order import Order, Position
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.distributed.waits import Waits
-from prefopt_dist.model.rounding import Rounding
+from prefopt_dist.monitoring import heartbeat
+from prefopt_dist.monitoring.console import Progress, say
+from prefopt_dist.monitoring.diagnosis import Diagnosis
+from prefopt_dist.monitoring.health import Watch
+from prefopt_dist.monitoring.loggers import Logger
+from prefopt_dist.monitoring.metrics_file import MetricsFile
+from prefopt_dist.monitoring.statistics import means
+from prefopt_dist.monitoring.timers import CommunicationTimer, StepTimer
 from prefopt_dist.objectives import Objective
-from prefopt_dist.tracking import heartbeat
-from prefopt_dist.tracking.console import say
-from prefopt_dist.tracking.diagnosis import Diagnosis
-from prefopt_dist.tracking.feed import Feed
-from prefopt_dist.tracking.health import Watch
-from prefopt_dist.tracking.metrics_file import MetricsFile
-from prefopt_dist.tracking.progress import Progress
-from prefopt_dist.tracking.statistics import means
-from prefopt_dist.training import best, checkpoint, probe, step
-from prefopt_dist.training.batches import Ahead, Batch, ScoredRows, step_batch
+from prefopt_dist.reference.step0_check import Rounding, Step0Check
+from prefopt_dist.training import evaluation, step
 from prefopt_dist.training.evaluation import evaluate
-from prefopt_dist.training.gate import StartGate
-from prefopt_dist.training.laps import Laps
-from prefopt_dist.training.run_folder import RunFolder
-from prefopt_dist.training.schedule import learning_rate
-from prefopt_dist.training.skips import Skips, record
-from prefopt_dist.training.spikes import Spikes
-from prefopt_dist.training.stopping import Requests
-from prefopt_dist.training.window import Window, own_places
+from prefopt_dist.training.metrics_accumulator import MetricsAccumulator, own_slots
+from prefopt_dist.training.optimizer import learning_rate
+from prefopt_dist.training.skipped_updates import SkippedUpdates, SpikeDetector, record_skipped
+from prefopt_dist.training.stop import Requests
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Log:
 
     folder: RunFolder
     metrics: MetricsFile
-    feeds: Feed
+    feeds: Logger
     watch: Watch
 
     def write(self, kind: str, done: int, position: Position | None, metrics: Mapping[str, Any]) -> None:
@@ -91,20 +88,20 @@ class Job:
     ended: bool = False
     """Training ends before the steps that were planned: an evaluation was one too many without a new best."""
     diagnosis: Diagnosis = field(init=False)
-    window: Window = field(init=False)
-    skips: Skips = field(init=False)
-    spikes: Spikes | None = field(init=False)
+    window: MetricsAccumulator = field(init=False)
+    skips: SkippedUpdates = field(init=False)
+    spikes: SpikeDetector | None = field(init=False)
     """None where nothing is called one."""
 
     def __post_init__(self) -> None:
-        self.skips = Skips()
+        self.skips = SkippedUpdates()
         self.diagnosis = Diagnosis(self.objective, self.train.rows, ranks.device())
         self.spikes = self._judge_of([])
         self.window = self.no_rows()
 
-    def no_rows(self) -> Window:
+    def no_rows(self) -> MetricsAccumulator:
         """An empty window."""
-        return Window.empty(len(self.objective.metrics), len(self.diagnosis.names), ranks.world_size())
+        return MetricsAccumulator.empty(len(self.objective.metrics), len(self.diagnosis.names), ranks.world_size())
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint; equal on all ranks."""
@@ -114,14 +111,14 @@ class Job:
     def go_on(self, state: dict[str, Any]) -> None:
         """From a checkpoint's state."""
         # There may be other ranks now.
-        self.window = replace(Window(**state["window"]), ranks=self.window.ranks)
-        self.skips = Skips(**state["skips"])
+        self.window = replace(MetricsAccumulator(**state["window"]), ranks=self.window.ranks)
+        self.skips = SkippedUpdates(**state["skips"])
         self.spikes = self._judge_of(state["norms"])
         self.ended = state.get("ended", False)  # checkpoints of before have no word of it
 
-    def _judge_of(self, norms: list[float]) -> Spikes | None:
+    def _judge_of(self, norms: list[float]) -> SpikeDetector | None:
         train = self.config.train
-        return None if train.on_spike == "none" else Spikes(train.spike_factor, norms)
+        return None if train.on_spike == "none" else SpikeDetector(train.spike_factor, norms)
 
 
 def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None:
@@ -134,18 +131,18 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
         job.go_on(state)
     gate = None
     if job.gated and start_step == 0:
-        gate = StartGate(job.objective, job.rounding, ranks.device())
+        gate = Step0Check(job.objective, job.rounding, ranks.device())
     if start_step == 0 and config.eval.at_start:
         _evaluate(job, 0)
     if start_step and (job.ended or _stops_early(job, start_step, {})):
         job.total_steps = start_step
         return None
     steps = range(start_step, job.total_steps)
-    laps = Laps(ranks.device())
+    laps = StepTimer(ranks.device())
     with (
         Progress(job.total_steps, "train", "steps", ranks.rank(), done=start_step) as progress,
-        Ahead(lambda index: _batch(job, index), steps) as batches,
-        Waits() as waits,
+        Prefetcher(lambda index: _batch(job, index), steps) as batches,
+        CommunicationTimer() as waits,
     ):
         for index in steps:
             done = index + 1
@@ -153,11 +150,11 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             batch = batches.take(index)
             data_seconds, waited = time.perf_counter() - began, waits.seconds
 
-            packed = step.gradient(job.engine, batch, job.objective, gate, job.diagnosis, laps)
+            packed = step.forward_backward(job.engine, batch, job.objective, gate, job.diagnosis, laps)
             worked = time.perf_counter() - began - (waits.seconds - waited)
             own = data_seconds if torch.cuda.is_available() else worked
-            told = torch.cat([packed, job.diagnosis.take(), own_places(packed, own, batch.own_flop)])
-            everything, request = step.agree(told, job.requests.look())
+            told = torch.cat([packed, job.diagnosis.take(), own_slots(packed, own, batch.own_flop)])
+            everything, request = step.reduce_metrics(told, job.requests.look())
             sums, diagnosis, own_work = job.window.parted(everything)
             computed = time.perf_counter()
             loss = sums[0] / sums[-1]
@@ -169,7 +166,7 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
             rate = _rate(job, index)
             norm = None
             if math.isfinite(loss):
-                norm = step.update(job.engine, rate, job.spikes)
+                norm = step.optimizer_step(job.engine, rate, job.spikes)
             else:
                 sums, diagnosis = [0.0] * len(sums), [0.0] * len(diagnosis)
                 zero3.drop_gradient(job.engine)
@@ -267,8 +264,8 @@ def _evaluate(job: Job, done: int) -> None:
     began = time.perf_counter()
     found = evaluate(job.engine, job.objective, job.eval_sets, job.config.reference_micro_batch_tokens)
     for key, metric in _judged_by(job.config):
-        if best.kind_of(metric) == "eval":
-            ranks.decide(partial(best.refuse_unknown, metric, key, found))
+        if evaluation.kind_of(metric) == "eval":
+            ranks.decide(partial(evaluation.refuse_unknown, metric, key, found))
     found["perf/evaluation_seconds"] = time.perf_counter() - began
     if job.log is not None:
         job.log.write("eval", done, job.order.step(done - 1) if done else None, found)
@@ -294,12 +291,12 @@ def _stops_early(job: Job, done: int, answers: Mapping[str, Any]) -> bool:
 
     def look() -> bool:
         assert job.log is not None
-        kind = best.kind_of(early.metric)
+        kind = evaluation.kind_of(early.metric)
         rows = job.log.metrics.rows()
         if kind == "answers" and answers:
             rows.append({"kind": kind, "step": done, **answers})
         there = any((row["kind"], row["step"]) == (kind, done) for row in rows)
-        return there and best.stops(rows, early.metric, early.evaluations)
+        return there and evaluation.stops(rows, early.metric, early.evaluations)
 
     if not ranks.decide(look):
         return False
@@ -321,7 +318,7 @@ def _best(job: Job, steps: Collection[int]) -> int | None:
     metric = job.config.checkpoint.keep_best
     if metric is None or job.log is None:
         return None
-    found = best.best_step(job.log.metrics.rows(), metric, steps)
+    found = evaluation.best_step(job.log.metrics.rows(), metric, steps)
     job.log.folder.note(best={"metric": metric, "step": found})
     return found
 
@@ -329,10 +326,10 @@ def _best(job: Job, steps: Collection[int]) -> int | None:
 def _save(job: Job, done: int) -> None:
     began = time.perf_counter()
     heartbeat.beat(f"the checkpoint of step {done}")
-    facts = job.facts | {"probe": probe.make(job.engine, job.train, job.objective.responses)}
+    facts = job.facts | {"probe": export.record_export_check(job.engine, job.train, job.objective.responses)}
     if job.log is not None:
         job.log.metrics.sync()  # a checkpoint stands for the rows up to its step
-    checkpoint.save(
+    save.save(
         job.engine,
         job.config.run_dir / "checkpoints",
         step=done,
@@ -352,7 +349,7 @@ def _skipped(job: Job, index: int, loss: float) -> Any | None:
     if job.log is not None:
         rows = [int(i) for i in job.order.step(index).rows]
         places = [job.train.rows.origin(i) for i in rows]
-        record(job.config.run_dir, "spike" if spike else "nonfinite", index + 1, why, rows, places)
+        record_skipped(job.config.run_dir, "spike" if spike else "nonfinite", index + 1, why, rows, places)
     limit = train.max_skipped_steps
     if (spike and train.on_spike == "stop") or job.skips.in_a_row > limit:
         raise FloatingPointError(_spiked(job, index, why) if spike else _not_finite(job, index, why))

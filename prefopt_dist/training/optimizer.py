@@ -1,4 +1,6 @@
-"""AdamW (Loshchilov & Hutter 2019), torch's own, which DeepSpeed runs on each rank's partition."""
+"""AdamW as DeepSpeed runs it on each rank's partition, and the learning rate of each update."""
+
+import math
 
 import torch
 from torch import nn
@@ -33,3 +35,20 @@ def adamw(
 
 def _dimensions(p: torch.Tensor) -> int:
     return len(p.ds_shape) if hasattr(p, "ds_shape") else p.dim()
+
+
+def learning_rate(update: int, total: int, *, peak: float, shape: str, warmup_ratio: float) -> float:
+    """The rate of the 0-based `update` of `total`: a linear warm-up, then linear, cosine or constant.
+
+    No update has a rate of 0: the warm-up starts one step up, and the decay ends one step before 0.
+    """
+    warmup = math.ceil(warmup_ratio * total - 1e-9)  # 0.07 · 100 is a little more than 7
+    if update < warmup:
+        return peak * (update + 1) / warmup
+    left = (total - update) / (total - warmup)
+    if shape == "constant":
+        return peak
+    if shape == "linear":
+        return peak * left
+    assert shape == "cosine", shape
+    return peak * 0.5 * (1.0 - math.cos(math.pi * left))

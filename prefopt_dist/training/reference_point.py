@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from prefopt_dist.data.unpaired import UnpairedRows
+from prefopt_dist.batching.batches import Batch
+from prefopt_dist.data.derived import UnpairedRows
 from prefopt_dist.distributed import ranks
 from prefopt_dist.objectives import KTO, Objective
-from prefopt_dist.training.batches import Batch
 
 
 def at_reference_point(engine: Any, batch: Batch, objective: Objective) -> Objective:

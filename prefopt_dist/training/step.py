@@ -11,25 +11,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from prefopt_dist.batching.batches import Batch
 from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.monitoring.diagnosis import Diagnosis
+from prefopt_dist.monitoring.statistics import Statistics
+from prefopt_dist.monitoring.timers import StepTimer
 from prefopt_dist.objectives import Objective, Terms
-from prefopt_dist.tracking.diagnosis import Diagnosis
-from prefopt_dist.tracking.statistics import Statistics
-from prefopt_dist.training.batches import Batch
-from prefopt_dist.training.gate import StartGate
-from prefopt_dist.training.laps import Laps
+from prefopt_dist.reference.step0_check import Step0Check
 from prefopt_dist.training.reference_point import at_reference_point
-from prefopt_dist.training.spikes import Spikes
-from prefopt_dist.training.stopping import Request
+from prefopt_dist.training.skipped_updates import SpikeDetector
+from prefopt_dist.training.stop import Request
 
 
-def gradient(
+def forward_backward(
     engine: Any,
     batch: Batch,
     objective: Objective,
-    gate: StartGate | None,
+    gate: Step0Check | None,
     diagnosis: Diagnosis | None = None,
-    laps: Laps | None = None,
+    laps: StepTimer | None = None,
 ) -> torch.Tensor:
     """Adds up the gradient of the mean loss over the step's G pairs; float64 [K+1] sums of this rank's metrics.
 
@@ -38,7 +38,7 @@ def gradient(
     """
     objective = at_reference_point(engine, batch, objective)
     statistics = Statistics(objective.metrics, ranks.device())
-    laps = laps or Laps(ranks.device())
+    laps = laps or StepTimer(ranks.device())
     weight = ranks.world_size() / batch.units
     for j, (micro_batch, reference) in enumerate(batch):
         engine.set_gradient_accumulation_boundary(j == len(batch) - 1)
@@ -54,7 +54,7 @@ def gradient(
     return statistics.packed()
 
 
-def agree(packed: torch.Tensor, request: Request) -> tuple[list[float], Request]:
+def reduce_metrics(packed: torch.Tensor, request: Request) -> tuple[list[float], Request]:
     """The step's one collective and one host read: the metrics' global sums, and what any rank was asked."""
     flags = packed.new_tensor([float(request.stop), float(request.save)])
     everything = torch.cat([packed, flags])
@@ -63,7 +63,7 @@ def agree(packed: torch.Tensor, request: Request) -> tuple[list[float], Request]
     return sums, Request(stop=stop > 0, save=save > 0)
 
 
-def update(engine: Any, learning_rate: float, spikes: Spikes | None = None) -> Any | None:
+def optimizer_step(engine: Any, learning_rate: float, spikes: SpikeDetector | None = None) -> Any | None:
     """Clips and applies the gradient; returns its norm before clipping, equal on all ranks.
 
     None where the norm is not finite, or a spike: then DeepSpeed has left out the update, on all ranks alike, and has

@@ -42,7 +42,7 @@ import verdict  # noqa: E402
 import worlds  # noqa: E402
 from points import Fault, changing_life, life  # noqa: E402
 
-from prefopt_dist.training.checkpoint import committed  # noqa: E402
+from prefopt_dist.checkpoint.save import committed  # noqa: E402
 
 PAIRS, G, STEPS = 140, 12, 12
 PATIENCE = 300

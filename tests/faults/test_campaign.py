@@ -12,15 +12,14 @@ from campaign import STEPS, Segment, World
 from points import Fault
 from safetensors.torch import save_file
 
-from prefopt_dist.training.manifest import MANIFEST, Manifest
-from prefopt_dist.training.summed_file import file_sum
+from prefopt_dist.checkpoint.manifest import MANIFEST, Manifest, file_sum
 
 P = "prefopt_dist."
 DEATHS = [
     Fault("inside a store shard", "self", at=1, target=P + "reference.store:ReferenceStore._claim"),
-    Fault("checkpoint, before the rename", "all", target=P + "training.checkpoint:Manifest.text", call=2),
-    Fault("pruning", "other", target=P + "training.checkpoint:remove", before=False),
-    Fault("conversion, writing", "all", target=P + "training.universal:_write", call=7, before=False, segment=1),
+    Fault("checkpoint, before the rename", "all", target=P + "checkpoint.save:Manifest.text", call=2),
+    Fault("pruning", "other", target=P + "checkpoint.save:remove", before=False),
+    Fault("conversion, writing", "all", target=P + "checkpoint.resharding:_write", call=7, before=False, segment=1),
 ]
 
 

@@ -78,7 +78,7 @@ ONE_RANK = """
 import sys, threading, time
 from pathlib import Path
 from prefopt_dist.distributed.watchdog import Watchdog
-from prefopt_dist.tracking import heartbeat
+from prefopt_dist.monitoring import heartbeat
 
 kind, folder = sys.argv[1], Path(sys.argv[2])
 
@@ -139,7 +139,7 @@ OTHERS = """
 import json, sys, threading, time
 from pathlib import Path
 from prefopt_dist.distributed.watchdog import Watchdog
-from prefopt_dist.tracking import heartbeat
+from prefopt_dist.monitoring import heartbeat
 
 folder = Path(sys.argv[1])
 

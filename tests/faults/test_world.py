@@ -132,7 +132,7 @@ def test_a_read_only_folder(tmp_path: Path, small_disk: Path) -> None:
 def test_a_shard_cut_short_and_checkpoints_deleted_under_our_feet(world: World) -> None:
     """A killed job; before it is started again its newest checkpoint goes, and a shard loses its end."""
     name, P = "robbed", "prefopt_dist."
-    death = Fault("training step", "all", target=P + "training.step:gradient", call=8)
+    death = Fault("training step", "all", target=P + "training.step:forward_backward", call=8)
     assert start(world, name, deaths=[death])[0] != 0
     folder = world.folder / name
     (folder / "notes.jsonl").unlink()
@@ -166,7 +166,7 @@ def _steps(metrics: Path) -> list[int]:
 def test_a_damaged_checkpoint_and_no_other(world: World) -> None:
     """It never starts over in silence: status 2, and what to do."""
     name = "lost"
-    death = Fault("training step", "all", target="prefopt_dist.training.step:gradient", call=5)
+    death = Fault("training step", "all", target="prefopt_dist.training.step:forward_backward", call=5)
     assert start(world, name, deaths=[death])[0] != 0
     (world.folder / name / "notes.jsonl").unlink()
     checkpoint = world.folder / name / "run" / "checkpoints" / "step-00000003"

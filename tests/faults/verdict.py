@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from prefopt_dist.checkpoint import resharding
+from prefopt_dist.checkpoint.save import committed, damage, read_manifest
 from prefopt_dist.reference.store import _rows
-from prefopt_dist.training import universal
-from prefopt_dist.training.checkpoint import committed, damage, read_manifest
 
 
 def half_things(folder: Path) -> list[str]:
     """Right after a death: what has the name of something whole and is not."""
     found = []
     root = folder / "run" / "checkpoints"
-    for whole in (*committed(root), *sorted(root.glob(f"{universal.PREFIX}step-????????"))):
+    for whole in (*committed(root), *sorted(root.glob(f"{resharding.PREFIX}step-????????"))):
         manifest = read_manifest(whole)
         wrong = "no manifest" if manifest is None else damage(whole, manifest, list(manifest.files))
         if wrong:

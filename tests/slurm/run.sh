@@ -148,7 +148,7 @@ for case in "${cases[@]}"; do
         through)
             PREFOPT_CHECK_NODES=yes submit "$home/through.yaml"
             # The training waits for the first pass; this clone, in the working directory, has no such line.
-            sed -i '1a print("of the copy")' "$home/through.submit/1/code/prefopt_dist/tracking/console.py"
+            sed -i '1a print("of the copy")' "$home/through.submit/1/code/prefopt_dist/monitoring/console.py"
             wait_for 240 ended "$reference" "$train" "$export"
             for job in "$reference" "$train" "$export"; do
                 check "job $job is completed" is "$(state "$job")" COMPLETED

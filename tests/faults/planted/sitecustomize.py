@@ -158,12 +158,12 @@ def _install():
     if os.environ.get("PREFOPT_JUMPING_CLOCK"):
         _let_the_clock_jump()
     patches = {
-        "prefopt_dist.training.step": [("gradient", _trail_gradient), ("update", _trail_update)],
+        "prefopt_dist.training.step": [("forward_backward", _trail_gradient), ("optimizer_step", _trail_update)],
         "prefopt_dist.training.loop": [("_rate", _trail_rate)],
     }
     if os.environ.get("PREFOPT_STOP") and os.environ["RANK"] == "0":
         stop = json.loads(os.environ["PREFOPT_STOP"])
-        patches["prefopt_dist.training.batches"] = [("Ahead.take", functools.partial(_stopping, stop=stop))]
+        patches["prefopt_dist.batching.batches"] = [("Prefetcher.take", functools.partial(_stopping, stop=stop))]
     for plan in json.loads(os.environ.get("PREFOPT_FAULTS") or "[]"):
         if plan["at"] % int(os.environ["WORLD_SIZE"]) == int(os.environ["RANK"]):
             module, path = plan["target"].split(":")

@@ -21,7 +21,7 @@ fault = os.environ.get("PREFOPT_TEST_FAULT")
 if fault == "raise" and os.environ.get("RANK") == "1":
     from prefopt_dist.training import step
 
-    whole, updates = step.update, []
+    whole, updates = step.optimizer_step, []
 
     def update(*arguments: object) -> object:
         updates.append(1)
@@ -29,11 +29,11 @@ if fault == "raise" and os.environ.get("RANK") == "1":
             raise RuntimeError("raised for the test")
         return whole(*arguments)  # type: ignore[arg-type]
 
-    step.update = update  # type: ignore[assignment]
+    step.optimizer_step = update  # type: ignore[assignment]
 elif fault in ("slow", "slow-updates") and "RANK" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
     from prefopt_dist.reference import first_pass
     from prefopt_dist.training import step
 
     if fault == "slow":
         first_pass._sums = slowed(first_pass._sums, PASS_SECONDS)  # type: ignore[assignment]
-    step.update = slowed(step.update, UPDATE_SECONDS)  # type: ignore[assignment]
+    step.optimizer_step = slowed(step.optimizer_step, UPDATE_SECONDS)  # type: ignore[assignment]

@@ -1,0 +1,133 @@
+"""`evaluate`: a model or checkpoint, into RUN/evaluation.json.
+
+On data.eval against the reference by given responses, and on evaluate.prompts against another model by their own
+answers.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prefopt_dist.batching.batches import ScoredRows
+from prefopt_dist.checkpoint.run_folder import RunFolder
+from prefopt_dist.commands import export
+from prefopt_dist.config import Config
+from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.errors import AgreedUserError
+from prefopt_dist.files import write_json
+from prefopt_dist.model.adapter import attach_saved
+from prefopt_dist.model.folder import ModelFolder, inspect_folder, resolve
+from prefopt_dist.model.load import load_sharded
+from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.monitoring import statistics
+from prefopt_dist.monitoring.console import say
+from prefopt_dist.monitoring.metrics_file import strict
+from prefopt_dist.objectives import Objective, factory
+from prefopt_dist.setup import compare, lifecycle, prepare_data, prepare_models, prepare_reference
+from prefopt_dist.setup.lifecycle import run_folder
+from prefopt_dist.setup.prepare_models import Models
+from prefopt_dist.training.evaluation import evaluate
+
+
+def run(config: Config) -> None:
+    """All ranks, of any number. A signal ends it as it ends any process: there is nothing to go on with."""
+    # A model folder needs no run: it is measured against the reference that the configuration names.
+    with run_folder(config, begins=False, bare=config.evaluate.model is not None) as folder:
+        if not config.data.eval and config.evaluate.prompts is None:
+            raise AgreedUserError(
+                "data.eval: not set, so there is nothing to evaluate on. Name a data set, or set evaluate.prompts."
+            )
+        if config.evaluate.model is None:
+            ranks.decide(lambda: export.chosen_checkpoint(config))  # there is none: said before the first pass
+        else:
+            _given("evaluate.model", config.evaluate.model, config)
+        models = prepare_models.load_models(config)
+        prepared = _prepared(config, models) if config.data.eval else None
+        evaluated = _model(config, models, folder)
+        found: dict[str, Any] = {"model": evaluated.name}
+        if prepared is not None:
+            found |= _on_given(config, models, evaluated, *prepared)
+        if config.evaluate.prompts is not None:
+            against = models.reference
+            if config.evaluate.against is not None:
+                against = _given("evaluate.against", config.evaluate.against, config)
+            comparison = compare.prepare(
+                config, models, evaluated.model, against, models.reference, name=evaluated.name
+            )
+            found["answers"] = comparison.run()
+        if ranks.rank() == 0:
+            write_json(config.run_dir / "evaluation.json", strict(found))  # a model may have diverged
+            if evaluated.temporary is not None:
+                shutil.rmtree(evaluated.temporary)
+        say(f"evaluated {evaluated.name}:")
+        if prepared is not None:
+            say(statistics.evaluation_text(found))
+        if "answers" in found:
+            say(compare.compared_text(found["answers"], evaluated.name, config.evaluate.against or "the reference"))
+
+
+def _prepared(config: Config, models: Models) -> tuple[Objective, dict[str, ScoredRows]]:
+    """The given responses of data.eval, scored by the reference."""
+    objective = factory.make_objective(config.loss, models.dtype)
+    evals = prepare_data.load_evals(config, models, objective)
+    reference = prepare_reference.reference_weights(config, models, objective)
+    scored, _ = prepare_reference.score_reference(
+        config, models, objective, list(evals.values()), reference, stop_asked=lambda: False
+    )
+    return objective, dict(zip(evals, scored, strict=True))
+
+
+def _on_given(
+    config: Config, models: Models, evaluated: _Evaluated, objective: Objective, sets: dict[str, ScoredRows]
+) -> dict[str, Any]:
+    """The metrics on given responses."""
+    settings = prepare_reference.reference_settings(config, models)
+    lm = load_sharded(evaluated.model, dtype=models.dtype, settings=settings)
+    if evaluated.adapters is not None:
+        ranks.together(partial(attach_saved, lm, evaluated.adapters))
+    engine = zero3.reference_engine(Scorer(lm), settings)
+    found = evaluate(engine, objective, sets, config.reference_micro_batch_tokens)
+    zero3.release(engine)
+    del engine
+    return statistics.with_intervals(found)
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """What is evaluated."""
+
+    name: str
+    model: ModelFolder
+    adapters: Path | None = None
+    """The folder of those that stand beside the model"""
+    temporary: Path | None = None
+    """A folder that was made for this alone"""
+
+
+def _model(config: Config, models: Models, folder: RunFolder) -> _Evaluated:
+    if config.evaluate.model is not None:
+        return _Evaluated(config.evaluate.model, _given("evaluate.model", config.evaluate.model, config))
+    source = ranks.decide(lambda: export.chosen_checkpoint(config))
+    # As a model folder, or one of adapters, it can be loaded by any number of ranks.
+    target = config.run_dir / ".evaluating"
+
+    # An engine that answers takes whole models.
+    merged = models.adapter is not None and config.evaluate.prompts is not None
+
+    def exported() -> str:
+        return lifecycle.export_checkpoint(config, models, source, folder, target=target, merged=merged)
+
+    say(ranks.decide(exported))
+    if models.adapter is not None and not merged:
+        return _Evaluated(source.name, models.policy, adapters=target, temporary=target)
+    model = ranks.together(lambda: inspect_folder(target, "run.dir", config.data.max_length))
+    return _Evaluated(source.name, model, temporary=target)
+
+
+def _given(key: str, name: str, config: Config) -> ModelFolder:
+    """The checked folder that a key names."""
+    return ranks.together(lambda: inspect_folder(resolve(name, key), key, config.data.max_length))

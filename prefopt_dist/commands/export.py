@@ -1,0 +1,54 @@
+"""`export`: export a checkpoint to a Hugging Face folder, verified by loading it back. One process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefopt_dist.checkpoint import save
+from prefopt_dist.checkpoint.run_folder import RunFolder
+from prefopt_dist.config import Config
+from prefopt_dist.distributed import ranks
+from prefopt_dist.errors import UserError
+from prefopt_dist.monitoring.console import say
+from prefopt_dist.monitoring.metrics_file import MetricsFile
+from prefopt_dist.setup import prepare_models
+from prefopt_dist.setup.lifecycle import export_checkpoint, run_folder
+from prefopt_dist.training.evaluation import best_step
+
+BEST = "best"
+"""In export.checkpoint: the one that checkpoint.keep_best keeps."""
+
+
+def run(config: Config) -> None:
+    """One process; more ranks only wait."""
+    with run_folder(config, begins=False) as folder:
+        models = prepare_models.load_models(config)
+        merged = config.export.merged
+        say(ranks.decide(lambda: export_checkpoint(config, models, chosen_checkpoint(config), folder, merged=merged)))
+
+
+def chosen_checkpoint(config: Config) -> Path:
+    """The checkpoint that the configuration names, or the newest committed one."""
+    if config.export.checkpoint not in (None, BEST):
+        return Path(str(config.export.checkpoint))
+    found = save.committed(config.run_dir / "checkpoints")
+    if not found:
+        raise UserError(f"run.dir: {config.run_dir} has no committed checkpoint to export. Train first.")
+    return found[-1] if config.export.checkpoint is None else _best(config, found)
+
+
+def _best(config: Config, found: list[Path]) -> Path:
+    """The committed checkpoint that checkpoint.keep_best's metric calls the best."""
+    metric = config.checkpoint.keep_best
+    if metric is None:
+        raise UserError(
+            f"export.checkpoint: got {BEST!r}, but checkpoint.keep_best is null, so nothing says what is better; set "
+            "it to a metric such as eval/loss or answers/reward"
+        )
+    steps = {int(path.name.removeprefix("step-")): path for path in found}
+    step = best_step(MetricsFile(RunFolder(config.run_dir).metrics).rows(), metric, steps.keys())
+    if step is None:
+        raise UserError(
+            f"export.checkpoint: got {BEST!r}, but no committed checkpoint's step has {metric}; name a checkpoint"
+        )
+    return steps[step]

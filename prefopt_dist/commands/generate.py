@@ -1,0 +1,181 @@
+"""`generate`: prompts → n responses each → reward → pairs, into RUN/pairs.jsonl; resumes by itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from prefopt_dist.config import Config, differing_keys
+from prefopt_dist.distributed import ranks
+from prefopt_dist.errors import StopRequested, UserError
+from prefopt_dist.files import checksum, read_json, write_atomic, write_json
+from prefopt_dist.monitoring.console import say
+from prefopt_dist.rollouts import comparison, pairs
+from prefopt_dist.rollouts.store import Answered
+from prefopt_dist.setup import prepare_models, prepare_rollouts
+from prefopt_dist.setup.lifecycle import requests_for, run_folder
+from prefopt_dist.setup.prepare_rollouts import Answering
+from prefopt_dist.training.stop import Requests
+
+FACTS = "generation.json"
+"""What RUN/pairs.jsonl was made of and what became of all answers."""
+
+
+def run(config: Config, asked: Requests | None = None, *, served: bool = False) -> bool:
+    """All ranks; whether the pairs are made. asked: as in train.run.
+
+    served: a training on them is done, so they are only checked to be of these settings, and need not be there.
+    """
+    # The run begins with its training: until then what the pairs do not depend on may change.
+    with run_folder(config, begins=False, bare=True) as folder:
+        ranks.decide(folder.starts_beside)
+        requests = asked or requests_for(config)
+        models = prepare_models.load_models(config)
+        generate = config.generate
+        job = prepare_rollouts.prepare(
+            config,
+            models,
+            models.policy,
+            config.prompt_sources,
+            "data.train" if generate.prompts is None else "generate.prompts",
+            n=generate.n,
+            temperature=generate.temperature,
+            top_p=generate.top_p,
+            what="generate",
+        )
+        ranks.decide(lambda: _refuse_others(config, job, served=served))
+        made = ranks.decide(lambda: _made(config))
+        if served or made is not None:  # whatever has become of the answers in the cache
+            say(made or "generate: the pairs have been trained on")
+            return True
+        try:
+            job.run(lambda: requests.look().stop)
+        except StopRequested:
+            if ranks.rank() == 0:
+                folder.stopped(requests.reason(), None, "while generating")
+                requests.obeyed()
+            say("stopped on request while generating; start again to go on")
+            return False
+        say(ranks.decide(lambda: _write_pairs(config, job)))
+        if ranks.rank() == 0:
+            requests.obeyed()
+    return True
+
+
+def _made_of(job: Answering) -> dict[str, Any]:
+    """All that decides the pairs."""
+    generate = job.config.generate
+    return {
+        "samples": job.store.folder.name,
+        "scores": job.scores,
+        "weights": list(job.reward_weights),
+        "pairing": generate.pairing,
+        "min_margin": generate.min_margin,
+        "on_bad_reward": generate.on_bad_reward,
+    }
+
+
+def _sampled_by(job: Answering) -> dict[str, Any]:
+    """What the digest of the samples is of, under flat names."""
+    settings = {name: value for name, value in job.store.settings.items() if name not in ("shards", "sampling")}
+    return settings | {f"sampling.{name}": value for name, value in job.store.settings["sampling"].items()}
+
+
+def _refuse_others(config: Config, job: Answering, *, served: bool) -> None:
+    """Rank 0: never writes over pairs that were made otherwise, or that are somebody's own.
+
+    served: a training on them is done, so nothing will be written.
+    """
+    file, facts = config.pairs_file, config.run_dir / FACTS
+    if not facts.exists():
+        if file.exists():
+            raise UserError(f"generate.pairs: {file} exists and was not made by this run; name another file")
+        return
+    before = read_json(facts)
+    changed = differing_keys(before["made_of"], _made_of(job))
+    if changed:
+        told = differing_keys(before.get("sampled_by", {}), _sampled_by(job))
+        changed = [*told, *(line for line in changed if not line.startswith("samples:"))]
+        raise UserError(
+            f"generate.pairs: {file} was made with other prompts, weights or settings:\n  "
+            + "\n  ".join(changed)
+            + f"\nChoose another run.dir, or remove {file} and {facts}."
+        )
+    if not served and file.exists() and checksum(file) != before["pairs_blake2b"]:
+        raise UserError(
+            f"generate.pairs: {file} is not as this run wrote it, by the digest in {facts}. To keep it, move it and "
+            "name it in data.train; to have the run's own again, remove it."
+        )
+
+
+def _made(config: Config) -> str | None:
+    """Rank 0: what is told of pairs that are there as they were written; None where they are not."""
+    file = config.run_dir / FACTS
+    facts = read_json(file) if file.exists() else None
+    if facts is None or not config.pairs_file.exists() or checksum(config.pairs_file) != facts["pairs_blake2b"]:
+        return None
+    return _text(config, facts)
+
+
+def _write_pairs(config: Config, job: Answering) -> str:
+    """Rank 0: the pairs file, and beside it what became of everything; returns that for people."""
+    found, generate = job.answered(), config.generate
+    rule = pairs.PairingRule(generate.pairing, generate.min_margin, job.reward_weights, config.run.seed)
+    about = {"model": job.model_key, "sampling": asdict(job.sampling), "rewards": job.scores}
+    tally = pairs.PairCounts()
+    rows = [pairs.row_of(one.prompt, pair, about) for one in found for pair in pairs.pairs_of(one, rule, tally)]
+    if not rows:
+        raise UserError(
+            f"generate: no pair is left of {len(found)} prompts ({_counts(tally.prompts)}; answers left out: "
+            f"{_counts(tally.answers)}). Sample more or wider (generate.n, generate.temperature), let responses end "
+            "(generate.max_new_tokens), or lower generate.min_margin."
+        )
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    facts = {
+        "pairs": len(rows),
+        "prompts": len(found),
+        "prompts_without_pair": dict(tally.prompts),
+        "answers": {
+            "all": sum(len(f.answers) for f in found),
+            "left_out": dict(tally.answers),
+            "retokenised": tally.retokenised,
+        },
+        "best_of_n": _best(found, job.reward_weights),
+        **comparison.summary(found, job.reward_weights),
+        "made_of": _made_of(job),
+        "sampled_by": _sampled_by(job),
+        "pairs_blake2b": digest,
+    }
+    # First what says that the pairs are ours, then the pairs: killed in between, the next start writes them.
+    write_json(config.run_dir / FACTS, facts)
+    if not config.pairs_file.exists() or checksum(config.pairs_file) != digest:
+        write_atomic(config.pairs_file, text)
+    return _text(config, facts)
+
+
+def _best(found: Sequence[Answered], weights: Sequence[float]) -> float:
+    """The mean over prompts of the best answer's reward."""
+    rewards = [comparison.rewards_of(one, weights) for one in found]
+    return float(np.mean([np.nanmax(r) for r in rewards if not np.isnan(r).all()]))
+
+
+def _counts(tally: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(tally.items())) or "none"
+
+
+def _text(config: Config, facts: dict[str, Any]) -> str:
+    reward, answers = facts["reward"], facts["answers"]
+    return (
+        f"done: {facts['pairs']} pairs of {facts['prompts']} prompts in {config.pairs_file}\n"
+        f"  reward: mean {comparison.shown(reward)}, best of {config.generate.n} {facts['best_of_n']:.3f}; "
+        f"{facts['tokens']:.1f} tokens an answer\n"
+        f"  answers left out: {_counts(answers['left_out'])}; prompts without a pair: "
+        f"{_counts(facts['prompts_without_pair'])}\n"
+        f"  answers in pairs that training splits into other tokens than were sampled: {answers['retokenised']}"
+    )

@@ -1,0 +1,86 @@
+"""`inspect`: reads and tokenises the data and says what is wrong with it and how long it is; no model weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefopt_dist.config import Config
+from prefopt_dist.data import TokenisedRows, open_rows
+from prefopt_dist.data.prepare import stopped_by
+from prefopt_dist.data.quality.findings import group_equal, prompt_keys
+from prefopt_dist.data.quality.lengths import draw_lengths, matplotlib_figure
+from prefopt_dist.data.quality.policy import refuse_stops
+from prefopt_dist.data.quality.report import SetReport
+from prefopt_dist.data.quality.show import Shown, show_rows, shown_text
+from prefopt_dist.errors import UserError
+from prefopt_dist.files import write_json
+from prefopt_dist.model.folder import read_config, resolve
+from prefopt_dist.model.load import load_tokenizer
+from prefopt_dist.monitoring.console import say
+from prefopt_dist.setup.checks import eval_sets
+from prefopt_dist.setup.prepare_data import TRAIN, find_prepared, prepared
+
+
+def run(config: Config) -> None:
+    """One process, no process group."""
+    if config.inspect.picture is not None:
+        matplotlib_figure()
+    tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
+    sets = _read(config, tokenizer)
+    evals = {key: rows for key, rows in sets.items() if key != TRAIN}
+    found = {
+        key: find_prepared(config, rows, evals, config.inspect.policies)
+        if key == TRAIN
+        else find_prepared(config, rows, {}, None)
+        for key, rows in sets.items()
+    }
+    reports = {
+        key: SetReport.of(
+            key,
+            rows,
+            found[key],
+            config.inspect.policies if key == TRAIN else None,
+            config.data.on_bad_row,
+            len(group_equal(prompt_keys(rows)).first),
+        )
+        for key, rows in sets.items()
+    }
+    for report in reports.values():
+        say(report.text())
+    shown = {key: show_rows(key, rows, tokenizer, config.inspect.show) for key, rows in sets.items()}
+    for key, some in shown.items():
+        for one in some:
+            say(shown_text(one, sets[key].kind, tokenizer))
+    _write(config, reports, [one for some in shown.values() for one in some])
+    for rows in sets.values():
+        if config.data.on_bad_row == "stop" and rows.report.first_fault is not None:
+            raise stopped_by(rows.report.first_fault)
+    refuse_stops(found[TRAIN], config.inspect.policies, TRAIN)
+
+
+def _read(config: Config, tokenizer: Any) -> dict[str, TokenisedRows]:
+    """All data sets by their dotted key, less the rows that cannot be used: to stop at the first would hide others."""
+    model_key = "model.name_or_path"
+    vocabulary = read_config(resolve(config.model.name_or_path, model_key, weights=False), model_key).vocab_size
+    sets = {TRAIN: config.data.train, **eval_sets(config)}
+    folders = {key: prepared(config, tokenizer, vocabulary, sources, key, "drop") for key, sources in sets.items()}
+    return {key: open_rows(folder, checksums=False) for key, folder in folders.items()}
+
+
+def _write(config: Config, reports: Mapping[str, SetReport], shown: Sequence[Shown]) -> None:
+    if config.inspect.file is not None:
+        file = Path(config.inspect.file)
+        try:
+            body: dict[str, Any] = {key: report.as_json() for key, report in reports.items()}
+            write_json(file, body | ({"shown": [one.as_json() for one in shown]} if config.inspect.show else {}))
+        except OSError as e:
+            raise UserError(
+                f"inspect.file: {file} cannot be written ({e.strerror}). Choose a folder that exists."
+            ) from e
+        say(f"written: {file}")
+    if config.inspect.picture is not None:
+        lengths = {key: report.lengths for key, report in reports.items()}
+        draw_lengths(Path(config.inspect.picture), lengths, config.data.max_length)
+        say(f"drawn: {config.inspect.picture}")

@@ -1,0 +1,147 @@
+"""`plan`: what the job needs on a machine, from the model's config.json and the data's lengths; no model weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from prefopt_dist.batching.layout import Cost
+from prefopt_dist.config import Config
+from prefopt_dist.data import open_rows
+from prefopt_dist.errors import NotHere, UserError
+from prefopt_dist.files import write_json
+from prefopt_dist.model.cost import forward_cost
+from prefopt_dist.model.folder import check_config, read_config, resolve
+from prefopt_dist.model.load import load_tokenizer
+from prefopt_dist.monitoring.console import say
+from prefopt_dist.objectives import Objective
+from prefopt_dist.objectives.factory import make_objective
+from prefopt_dist.planning import work
+from prefopt_dist.planning.fit import Needs, offloadings, refuse_misfit
+from prefopt_dist.planning.machine import Machine, planned
+from prefopt_dist.planning.memory import Sampled, ZeroSettings
+from prefopt_dist.planning.report import PlanReport
+from prefopt_dist.planning.rollouts import AnswersPlan, answers_plan
+from prefopt_dist.planning.sizes import model_sizes
+from prefopt_dist.planning.work import disk
+from prefopt_dist.setup.checks import adapter_of, eval_sets
+from prefopt_dist.setup.own_answers import sampled
+from prefopt_dist.setup.prepare_data import TRAIN, prepared, prepared_train, rows_for_loss
+from prefopt_dist.setup.prepare_models import DTYPES, sized, zero_settings
+
+
+def run(config: Config) -> None:
+    """One process, no process group."""
+    key = "model.name_or_path"
+    folder = resolve(config.model.name_or_path, key, weights=False)
+    model = read_config(folder, key)
+    check_config(model, folder, key, config.data.max_length)
+    machine = planned(config.plan)
+    cost = forward_cost(model)
+    work_to_do = _work(config, model, cost)
+    needs = _needs(config, model)
+    fits = offloadings(needs, machine)
+    report = _report(config, machine, needs, fits, work_to_do, cost)
+    say(report.text())
+    refuse_misfit(needs, machine, fits)
+    if config.plan.file is not None:
+        _write(Path(config.plan.file), report.as_json())
+        say(f"written: {config.plan.file}")
+
+
+def _needs(config: Config, model: PreTrainedConfig) -> Needs:
+    dtype = DTYPES[config.model.dtype]
+    objective = make_objective(config.loss, dtype)
+    adapter = adapter_of(config.lora, model, config.model.name_or_path)
+    policy = sized(zero_settings(config.deepspeed.policy, "deepspeed.policy"), model, adapter)
+    reference = sized(zero_settings(config.deepspeed.reference, "deepspeed.reference"), model)
+    for_policy = ZeroSettings.of(policy, dtype.itemsize)
+    for_reference = ZeroSettings.of(reference, dtype.itemsize)
+    if config.reference.offload == "cpu":
+        for_reference = for_reference.offloading(False, True)
+    return Needs(
+        sizes=model_sizes(model, dtype, for_policy.persistence, adapter),
+        policy=for_policy,
+        reference=for_reference,
+        tokens=config.train.micro_batch_tokens,
+        reference_tokens=config.reference_micro_batch_tokens if objective.needs_reference else None,
+        wish=config.model.checkpointing,
+        follows=config.reference.micro_batch_tokens is None,
+        sampled=_sampled(config),
+    )
+
+
+def _sampled(config: Config) -> Sampled | None:
+    """How generate, rounds and evaluate.prompts answer, all of which need rewards; vLLM sees to its memory itself."""
+    generate = config.generate
+    if not generate.rewards or generate.engine == "vllm":
+        return None
+    return Sampled(
+        budget=generate.batch_tokens,
+        prompt=max(1, config.data.max_length - generate.max_new_tokens),
+        new=generate.max_new_tokens,
+        n=generate.n if config.evaluate.prompts is None else min(generate.n, config.evaluate.samples),
+        nucleus=generate.top_p < 1,
+    )
+
+
+def _work(config: Config, model: PreTrainedConfig, cost: Cost) -> work.Work:
+    objective = make_objective(config.loss, DTYPES[config.model.dtype])
+    try:
+        tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
+    except UserError as e:  # config.json alone is enough for a plan
+        return _unread(config, cost, objective, e)
+    try:
+        train = rows_for_loss(config, open_rows(prepared_train(config, tokenizer, model.vocab_size)), TRAIN)
+        evals = {
+            key: rows_for_loss(config, open_rows(prepared(config, tokenizer, model.vocab_size, sources, key)), key)
+            for key, sources in eval_sets(config).items()
+        }
+    except NotHere as e:  # a row or a finding that would stop the job stops its plan, before any queue
+        return _unread(config, cost, objective, e)
+    return work.from_rows(config, train, evals, cost, objective)
+
+
+def _unread(config: Config, cost: Cost, objective: Objective, why: UserError) -> work.Work:
+    say(f"the data cannot be read here, so every row is taken to be as long as data.max_length allows: {why}")
+    return work.worst_case(config, cost, objective)
+
+
+def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], todo: work.Work, cost: Cost) -> PlanReport:
+    layers = needs.sizes.activations.layers
+    again = (layers if fits[0].checkpointed is None else fits[0].checkpointed) / layers
+    speed = None if machine.peak is None else machine.peak * machine.efficiency * machine.ranks
+
+    def seconds(flop: float) -> float | None:
+        return None if speed is None else flop / speed
+
+    written = DTYPES[config.export.dtype or config.model.dtype].itemsize
+    return PlanReport(
+        machine=machine,
+        sizes=needs.sizes,
+        fits=fits,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        work=todo,
+        step_seconds=seconds(work.training_flop(todo, cost, again, needs.sizes.frozen)),
+        first_pass_seconds=seconds(todo.first_pass_flop),
+        evaluation_seconds=seconds(todo.evaluation_flop),
+        answers=_answers(config, machine, needs, todo.steps),
+        disk=disk(needs.sizes, config.checkpoint.keep, written, todo.sequences, merged=config.export.merged),
+    )
+
+
+def _answers(config: Config, machine: Machine, needs: Needs, steps: int | None) -> AnswersPlan | None:
+    if config.answers.number == 0:
+        return None
+    every = config.answers_every_steps
+    between = 0 if every is None or not steps else (steps - 1) // every
+    return answers_plan(needs.sizes, needs.policy, machine, sampled(config), config.answers.number, between)
+
+
+def _write(path: Path, plan: dict[str, Any]) -> None:
+    try:
+        write_json(path, plan)
+    except OSError as e:
+        raise UserError(f"plan.file: {path} cannot be written ({e.strerror}). Choose a folder that exists.") from e

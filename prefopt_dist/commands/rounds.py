@@ -1,0 +1,253 @@
+"""`rounds`: generate → first pass → train, several times over; each round is a folder of its own, RUN/round-K.
+
+A round that is done is found done, so the same command goes on where it was killed or stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prefopt_dist.checkpoint import save
+from prefopt_dist.checkpoint.run_folder import RunFolder
+from prefopt_dist.commands import generate, train
+from prefopt_dist.config import Config, DataSource
+from prefopt_dist.distributed import ranks
+from prefopt_dist.errors import StopRequested, UserError
+from prefopt_dist.files import FileLock, read_json, write_json
+from prefopt_dist.model.folder import ModelFolder, inspect_folder
+from prefopt_dist.monitoring.console import say
+from prefopt_dist.rollouts.comparison import shown
+from prefopt_dist.setup import compare, prepare_models, prepare_rollouts
+from prefopt_dist.setup.compare import Comparison
+from prefopt_dist.setup.lifecycle import run_folder
+from prefopt_dist.training.stop import Requests
+
+ROUNDS = "rounds.json"
+"""In the run folder: the comparisons of all rounds."""
+COMPARISON = "comparison.json"
+"""In a round's folder: its model beside the one before."""
+
+
+class Asked(Requests):
+    """What all rounds are asked: a round that obeys leaves the request to the rounds, which end by it."""
+
+    def obeyed(self) -> None:
+        """Rank 0 removes SAVE, or each step to come would commit a checkpoint; of STOP see `ended`."""
+        self.remove({self._save_file})
+
+    def ended(self) -> None:
+        """Rank 0 removes the files that were obeyed."""
+        super().obeyed()
+
+
+def run(config: Config) -> None:
+    """All ranks."""
+    ranks.decide(lambda: prepare_rollouts.check_for(config, "rounds"))
+    with run_folder(config, begins=True) as folder:
+        finished = ranks.decide(lambda: _finished(config, folder))
+        first = prepare_models.load_models(config)
+        if finished is not None and _as_asked(config, first, finished):
+            say(f"{config.run_dir} is done:\n{ranks.decide(folder.summary)}")
+            return
+        ranks.decide(lambda: folder.reopen(config, world_size=ranks.world_size()) if folder.summary() else None)
+        asked = Asked(config.run_dir, rank=ranks.rank(), max_hours=config.train.max_hours)
+        asked.catch_signals()
+        done: list[dict[str, Any]] = []
+        began = time.monotonic()
+        for number in range(1, config.rounds.count + 1):
+            of_round = round_config(config, number, hours_gone=ranks.decide(lambda: _hours_since(began)))
+            say(f"\nround {number} of {config.rounds.count}: {of_round.run_dir}, from {of_round.model.name_or_path}")
+            served = ranks.decide(partial(_is_done, of_round))
+            finished_round = generate.run(of_round, asked, served=served)
+            if number == 1 and ranks.rank() == 0:
+                folder.note_start_step(0)  # from here on there is something to go on with
+            found = None
+            if finished_round and _trained(of_round, asked):
+                found = _compared(config, of_round, first, number, asked)
+            if found is None:
+                _stopped(folder, asked, number)
+                return
+            done.append(found)
+            if number > 1 and (removed := ranks.decide(partial(_prune, round_config(config, number - 1)))):
+                say(removed)
+            say(table(done))
+        ranks.decide(lambda: _conclude(config, folder, asked, done))
+        say(f"done: {config.rounds.count} rounds; the model is {round_config(config, config.rounds.count).export_dir}")
+
+
+def _finished(config: Config, folder: RunFolder) -> list[dict[str, Any]] | None:
+    """Rank 0: the comparisons of a run that is done with as many rounds as are asked for now; None: it goes on."""
+    if folder.summary() is None:
+        return None
+    file = config.run_dir / ROUNDS
+    if not file.exists():
+        raise UserError(f"run.dir: {config.run_dir} holds one training, which is done, and no rounds. Name another.")
+    done: list[dict[str, Any]] = read_json(file)["rounds"]
+    return done if len(done) >= config.rounds.count else None
+
+
+def _as_asked(config: Config, first: prepare_models.Models, done: list[dict[str, Any]]) -> bool:
+    """All ranks: whether these comparisons are of the prompts, rewards and settings of now."""
+    of_rounds = [round_config(config, one["round"]) for one in done]
+    if not ranks.decide(lambda: all(of_round.export_dir.is_dir() for of_round in of_rounds)):
+        return True  # a model that was removed cannot answer anew
+    return all(
+        _comparison(config, of_round, first).made_of == one["made_of"]
+        for of_round, one in zip(of_rounds, done, strict=True)
+    )
+
+
+def round_config(config: Config, number: int, hours_gone: float = 0.0) -> Config:
+    """Round `number`'s own run, from 1; hours_gone: of train.max_hours."""
+    rounds = _from_here(config.run_dir)
+    folder = rounds / f"round-{number}"
+    start = config.model.name_or_path if number == 1 else str(rounds / f"round-{number - 1}" / "final")
+    reference = config.reference
+    if config.rounds.reference == "first" and reference.name_or_path is None:
+        reference = replace(reference, name_or_path=config.model.name_or_path)
+    hours = config.train.max_hours
+    wandb = config.tracking.wandb
+    name = wandb.name or config.run_dir.name
+    return replace(
+        config,
+        # Another seed for each round, or it would sample by the same noise; below 2**32 again.
+        run=replace(config.run, dir=str(folder), seed=(config.run.seed + number - 1) % 2**32),
+        model=replace(config.model, name_or_path=start, tokenizer=config.tokenizer),
+        reference=reference,
+        data=replace(config.data, train=(DataSource(str(folder / "pairs.jsonl")),)),
+        generate=replace(config.generate, prompts=config.prompt_sources, pairs=None),
+        export=replace(config.export, dir=None, checkpoint=None),
+        # What the round is worth, its comparison says, on evaluate.prompts.
+        answers=replace(config.answers, number=0),
+        # The rounds' own watch looks after them all.
+        train=replace(config.train, max_hours=hours and max(hours - hours_gone, 1e-3), hang_minutes=None),
+        tracking=replace(
+            config.tracking, wandb=replace(wandb, name=f"{name}-round-{number}", group=wandb.group or name)
+        ),
+    )
+
+
+def _from_here(folder: Path) -> Path:
+    """From the working folder, where it lies within that: slurm/submit names it from the root, an image mounts it.
+
+    A round is told from another one by its pairs and its start too, whose paths would differ.
+    """
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
+
+
+def _hours_since(began: float) -> float:
+    return (time.monotonic() - began) / 3600
+
+
+def _is_done(of_round: Config) -> bool:
+    """Rank 0: whether the round's training ended and its model is there."""
+    return (of_round.run_dir / "DONE").exists() and of_round.export_dir.is_dir()
+
+
+def _trained(of_round: Config, asked: Requests) -> bool:
+    """Whether the round's training ended."""
+    train.run(of_round, asked)
+    return ranks.decide(lambda: (of_round.run_dir / "DONE").exists())
+
+
+def _stopped(folder: RunFolder, asked: Asked, number: int) -> None:
+    if ranks.rank() == 0:
+        folder.stopped(asked.reason(), None, f"in round {number}")
+        asked.ended()
+    say(f"stopped on request in round {number}; start again to go on")
+
+
+def _comparison(config: Config, of_round: Config, first: prepare_models.Models) -> Comparison:
+    """The round's model beside the one before and the very first, and its KL from that one."""
+    policy = _folder(config, of_round.export_dir)
+    start = of_round.model.name_or_path
+    # The first may be a hub name.
+    before = first.policy if start == config.model.name_or_path else _folder(config, Path(start))
+    # By the rounds' own seed, whatever the round: each model's answers are sampled once.
+    return compare.prepare(config, first, policy, before, first.policy, start=first.policy, other="the round before")
+
+
+def _compared(
+    config: Config, of_round: Config, first: prepare_models.Models, number: int, asked: Requests
+) -> dict[str, Any] | None:
+    """What the round's comparison found, made once for the same content; None where a stop was asked."""
+    file = of_round.run_dir / COMPARISON
+    comparison = _comparison(config, of_round, first)
+    found: dict[str, Any] | None = ranks.decide(lambda: read_json(file) if file.exists() else None)
+    if found is None or found["made_of"] != comparison.made_of:
+        try:
+            compared = comparison.run(lambda: asked.look().stop)
+        except StopRequested:
+            return None
+        found = {"round": number, "pairs": _pairs(of_round), "made_of": comparison.made_of, **compared}
+        content = found
+        ranks.decide(lambda: write_json(file, content))
+    return found
+
+
+def _prune(before: Config) -> str | None:
+    """Rank 0, when the round after `before` is committed: of its checkpoints the newest and the best one stay.
+
+    Nothing goes on from them: its export does, and is committed. Not while another job looks at that round.
+    """
+    root = before.run_dir / "checkpoints"
+    there = save.committed(root)
+    lock = FileLock(before.run_dir / ".lock")
+    if len(there) < 2 or lock.take() is not None:
+        return None
+    try:
+        save.prune(root, 1, train.best_checkpoint(before))
+    finally:
+        lock.give_back()
+    stay = save.committed(root)
+    return f"{root}: {len(there) - len(stay)} older checkpoints removed, {len(stay)} kept beside the round's model"
+
+
+def _pairs(of_round: Config) -> int:
+    pairs: int = read_json(of_round.run_dir / generate.FACTS)["pairs"]
+    return pairs
+
+
+def _folder(config: Config, path: Path) -> ModelFolder:
+    return ranks.together(lambda: inspect_folder(path, "run.dir", config.data.max_length))
+
+
+def table(done: list[dict[str, Any]]) -> str:
+    """The rounds so far, a line each; round 0 is the start. Intervals of 95 % over prompts."""
+    lines = [
+        f"answers to {done[0]['prompts']} prompts (evaluate.prompts), {done[0]['samples']} each; "
+        "intervals of 95 % over prompts, a difference is paired by prompt",
+        "| round | pairs | reward | difference from the round before | win rate against it | KL from start | tokens |",
+        "| ---: | ---: | --- | --- | --- | --- | ---: |",
+    ]
+    start = done[0]["against"]
+    lines.append(f"| 0 | | {shown(start['reward'])} | | | 0 | {start['tokens']:.1f} |")
+    for one in done:
+        policy = one["policy"]
+        cells = [shown(one[name]) for name in ("difference", "win_rate", "kl")]
+        lines.append(
+            f"| {one['round']} | {one['pairs']} | {shown(policy['reward'])} | {' | '.join(cells)} | "
+            f"{policy['tokens']:.1f} |"
+        )
+    last = done[-1]
+    lines.append(
+        f"from the start to round {last['round']}: reward {shown(start['reward'])} → "
+        f"{shown(last['policy']['reward'])}, difference {shown(last['from_start']['difference'])}, win rate "
+        f"{shown(last['from_start']['win_rate'])}"
+    )
+    # An interval of a single prompt has no ends, and tells of no round.
+    if all(one["difference"]["high"] is not None for one in done):
+        worse = [str(one["round"]) for one in done if one["difference"]["high"] < 0]
+        lines.append(f"significantly worse than the round before: {', '.join(worse) or 'none'}")
+    return "\n".join(lines)
+
+
+def _conclude(config: Config, folder: RunFolder, asked: Asked, done: list[dict[str, Any]]) -> None:
+    write_json(config.run_dir / ROUNDS, {"rounds": done})
+    folder.done(table(done))
+    asked.ended()

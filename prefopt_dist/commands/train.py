@@ -1,0 +1,234 @@
+"""`train`: the whole job. First pass where rows are missing, training, checkpoints, export; resumes by itself."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+
+from prefopt_dist.batching.layout import FROZEN, TRAINING
+from prefopt_dist.batching.order import Order
+from prefopt_dist.checkpoint import load, save
+from prefopt_dist.checkpoint.manifest import Manifest
+from prefopt_dist.checkpoint.run_folder import RunFolder
+from prefopt_dist.config import Config
+from prefopt_dist.data import TokenisedRows
+from prefopt_dist.data.template import template_named
+from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.errors import AgreedUserError, StopRequested
+from prefopt_dist.model import activation_checkpointing
+from prefopt_dist.model.adapter import attach
+from prefopt_dist.model.cost import activation_memory, forward_cost
+from prefopt_dist.model.fingerprint import refuse_if_changed
+from prefopt_dist.model.load import load_sharded
+from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.monitoring.console import in_units, say
+from prefopt_dist.monitoring.metrics_file import MetricsFile
+from prefopt_dist.objectives import factory
+from prefopt_dist.objectives.factory import described
+from prefopt_dist.planning.machine import device_peak
+from prefopt_dist.reference.step0_check import Rounding
+from prefopt_dist.setup import own_answers, prepare_data, prepare_models, prepare_reference
+from prefopt_dist.setup.lifecycle import finish, open_log, requests_for, run_folder
+from prefopt_dist.setup.own_answers import NotAnswered, OwnAnswers
+from prefopt_dist.setup.prepare_models import Models
+from prefopt_dist.setup.prepare_reference import adapter_base
+from prefopt_dist.training import loop
+from prefopt_dist.training.evaluation import best_step
+from prefopt_dist.training.optimizer import adamw
+from prefopt_dist.training.stop import Requests
+
+DATA = (
+    "the data files, the tokenizer, (for inspect.eval_…=drop) data.eval, or this version of prefopt_dist, which may "
+    "read such rows otherwise (docs/data.md),"
+)
+"""What decides the tokens besides the configuration."""
+
+
+def run(config: Config, asked: Requests | None = None) -> None:
+    """All ranks. asked: what the rounds are asked that this run is a part of; None: this run's own."""
+    with run_folder(config, begins=True) as folder:
+        finished = ranks.decide(folder.summary)
+        if finished is not None:
+            say(f"{config.run_dir} is done:\n{finished}")
+            return
+        requests = asked or requests_for(config)
+        models = prepare_models.load_models(config)
+        objective = factory.make_objective(config.loss, models.dtype)
+        train = prepare_data.load_train(config, models, objective)
+        evals = prepare_data.load_evals(config, models, objective)
+        order, total_steps = _plan_steps(config, train)
+        reference = prepare_reference.reference_weights(config, models, objective)
+        facts = {"reference_key": reference and reference.key, "data_digest": train.report.digest}
+        base = adapter_base(config, models)
+        if base is not None:
+            facts["base_key"] = base.key
+        root = config.run_dir / "checkpoints"
+        found = load.find_newest(root)
+        _check_resume(config, found, facts)  # before the first pass, which may take hours
+        where = "in the first pass"
+        try:
+            (scored, *others), first_pass = prepare_reference.score_reference(
+                config, models, objective, [train, *evals.values()], reference, lambda: requests.look().stop
+            )
+            where, began = "while the start answers", time.perf_counter()
+            answers = own_answers.prepare(config, models, next(iter(evals.values()), train))
+            if isinstance(answers, OwnAnswers):
+                answers.start.run(lambda: requests.look().stop)
+            seconds = {"perf/answers_seconds": time.perf_counter() - began}
+        except StopRequested:
+            if ranks.rank() == 0:
+                folder.stopped(requests.reason(), None, where)
+                requests.obeyed()
+            say(f"stopped on request {where}; start again to go on")
+            return
+        if isinstance(answers, NotAnswered):
+            say(f"answers: none, so the run ends without a verdict on them: {answers.why}")
+        if ranks.rank() == 0:
+            folder.note(
+                data=prepare_data.data_facts(train, evals),
+                chat_template=template_named(models.tokenizer, config.data.template, config.data.chat_template),
+                reference=None if first_pass is None else first_pass.as_run_json(),
+            )
+
+        engine, here = _policy(config, models)
+        if base is not None:
+            ranks.together(partial(refuse_if_changed, base.states))
+        if ranks.rank() == 0:
+            folder.note(memory=here.as_run_json())
+        state: dict[str, Any] | None = None
+        start = 0
+        if found is not None:
+            loaded = load.load(engine, root, found)
+            start, state = loaded.step, loaded.state
+            # A kill right after a commit leaves one too many; after the last commit nobody else would remove it.
+            ranks.decide(lambda: save.prune(root, config.checkpoint.keep, best_checkpoint(config)))
+            say(f"resuming from {save.folder_name(start)}")
+        ranks.decide(lambda: own_answers.forget(folder, answers, start))
+        in_between = None
+        if isinstance(answers, OwnAnswers) and config.answers_every_steps is not None:
+            in_between = partial(answers.between, engine)
+        job = loop.Job(
+            config=config,
+            engine=engine,
+            objective=objective,
+            rounding=Rounding.of(models.policy.config, models.dtype),
+            train=scored,
+            eval_sets=dict(zip(evals, others, strict=True)),
+            order=order,
+            total_steps=total_steps,
+            requests=requests,
+            cost=forward_cost(models.policy.config),
+            passes=TRAINING if models.adapter is None else FROZEN,
+            peak=device_peak(),
+            gated=objective.needs_reference and models.reference_is_start,
+            facts=facts,
+            log=open_log(config, folder, start, total_steps, objective) if ranks.rank() == 0 else None,
+            answer=in_between,
+        )
+        if job.log is not None and start == 0 and isinstance(answers, OwnAnswers):
+            job.log.write("answers", 0, None, answers.start_metrics() | seconds)
+        say(_what_comes(config, order, start, total_steps))
+        stopped_at = loop.train(job, start, state)
+        del engine, in_between
+        if stopped_at is not None:
+            zero3.release(job.engine)
+            _stop(folder, job, stopped_at)
+            return
+        finish(config, folder, models, job, answers)
+
+
+def _plan_steps(config: Config, rows: TokenisedRows) -> tuple[Order, int]:
+    order = Order.of_run(rows.source, rows.weights, config.run.seed, config.train.global_batch_pairs)
+    return order, order.total_steps(config.train.epochs, config.train.max_steps)
+
+
+def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any]) -> None:
+    if found is None:
+        return
+    if config.checkpoint.resume == "never":
+        raise AgreedUserError(
+            f"checkpoint.resume: never, but {config.run_dir} has a checkpoint of step {found.step}. "
+            "Choose another run.dir, or set checkpoint.resume=auto."
+        )
+    for name, key, what in (
+        ("reference_key", "reference", "the weights or the configuration of the model folder"),
+        ("data_digest", "data.train", DATA),
+        ("base_key", "model.name_or_path", "the weights or the configuration of the base model's folder"),
+    ):
+        if name in facts and found.facts[name] != facts[name]:
+            raise AgreedUserError(
+                f"{key}: this run began with {name} {found.facts[name]}, and {what} now give {facts[name]}. "
+                "Put them back as they were, or start a new run."
+            )
+
+
+def best_checkpoint(config: Config) -> save.Best:
+    """Rank 0: which checkpoint the evaluations so far call the best."""
+    metric = config.checkpoint.keep_best
+    if metric is None:
+        return save.no_best
+    rows = MetricsFile(RunFolder(config.run_dir).metrics).rows()
+    return lambda steps: best_step(rows, metric, steps)
+
+
+def _policy(config: Config, models: Models) -> tuple[Any, activation_checkpointing.ActivationCheckpointing]:
+    """The engine, and what activations may take beside it."""
+    zero = ranks.together(lambda: prepare_models.zero_settings(config.deepspeed.policy, "deepspeed.policy"))
+    settings = zero3.policy_settings(
+        prepare_models.sized(zero, models.policy.config, models.adapter),
+        dtype=models.dtype,
+        max_grad_norm=config.optim.max_grad_norm,
+    )
+    torch.manual_seed(config.run.seed)
+    lm = load_sharded(models.policy, dtype=models.dtype, settings=settings)
+    if models.adapter is not None:
+        torch.manual_seed(config.run.seed)  # whatever loading has drawn: the same on any number of ranks
+        attach(lm, models.adapter)
+    scorer = Scorer(lm).train()
+    optim = config.optim
+    optimizer = adamw(
+        scorer,
+        learning_rate=optim.learning_rate,
+        weight_decay=optim.weight_decay,
+        betas=optim.betas,
+        eps=optim.eps,
+    )
+    engine = zero3.policy_engine(scorer, optimizer, settings)
+    held, whole = zero3.shard_bytes(scorer)
+    say(f"policy: each rank holds {in_units(held)} of {in_units(whole)} of parameters")
+    if models.adapter is not None:
+        say(f"lora: {zero3.trained_parameters(scorer):,} parameters are trained, the others are frozen")
+    here = activation_checkpointing.choose(
+        activation_memory(models.policy.config, models.dtype, models.adapter),
+        wish=config.model.checkpointing,
+        tokens=config.train.micro_batch_tokens,
+        available=activation_checkpointing.available_bytes(lm, settings["zero_optimization"]),
+    )
+    activation_checkpointing.apply(lm, here.checkpointed)
+    say(here.text())
+    return engine, here
+
+
+def _stop(folder: RunFolder, job: loop.Job, step: int) -> None:
+    """Leaves word that the training was stopped after this step."""
+    if job.log is not None:
+        folder.stopped(job.requests.reason(), step)
+        job.requests.obeyed()
+        job.log.feeds.finish()  # last: a W&B that hangs must not hold the word back
+    say(f"stopped after step {step} of {job.total_steps}; start again to go on")
+
+
+def _what_comes(config: Config, order: Order, start: int, total: int) -> str:
+    per_step, epochs = config.train.global_batch_pairs, config.train.epochs
+    times = [("checkpoint", config.checkpoint.every_steps)]
+    if config.data.eval:
+        times.insert(0, ("evaluation", config.eval.every_steps))
+    every = [f"{what} every {steps} steps" if steps else f"{what} at the end" for what, steps in times]
+    return (
+        f"training: {described(config.loss)}, steps {start + 1} to {total} of {per_step} rows "
+        f"({order.rows_per_epoch} an epoch, {epochs} {'epoch' if epochs == 1 else 'epochs'}) "
+        f"on {ranks.world_size()} ranks; {'; '.join(every)}"
+    )

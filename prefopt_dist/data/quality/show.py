@@ -1,0 +1,108 @@
+"""Rows as the model sees them: special tokens, where the prompt ends, what is learnt, what was cut or ignored.
+
+Legend: R responses of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prefopt_dist.data.dataset import TokenisedRows
+
+NAMES = {"pair": ("chosen", "rejected"), "demonstration": ("response",), "rated": ("response",)}
+OPENS, CLOSES = "⟦", "⟧"
+"""Stand around what is learnt."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One row, ready to be shown; its fields are those of inspect.file."""
+
+    set: str
+    """The data set's dotted key"""
+    origin: str
+    """file:line"""
+    prompt_ids: list[int]
+    responses_ids: list[list[int]]
+    """[R][tokens]"""
+    learnt: list[list[bool]]
+    """[R][tokens] whether the token is scored and learnt"""
+    prompt_text: str
+    """Decoded, special tokens included"""
+    responses_text: list[str]
+    cut: list[str]
+    """What truncation shortened: prompt, response_0, response_1"""
+    ignored_columns: list[str]
+    """Columns of the row's source of which nothing is made"""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def show_rows(key: str, rows: TokenisedRows, tokenizer: PreTrainedTokenizerBase, number: int) -> list[Shown]:
+    """The first `number` rows of the set."""
+    return [_shown(key, rows, tokenizer, i) for i in range(min(number, rows.n))]
+
+
+def _shown(key: str, rows: TokenisedRows, tokenizer: PreTrainedTokenizerBase, i: int) -> Shown:
+    prompt = rows.prompt(i).tolist()
+    responses = [rows.response(i, k).tolist() for k in range(rows.responses)]
+    parts = ("prompt", *(f"response_{k}" for k in range(rows.responses)))
+    return Shown(
+        set=key,
+        origin=rows.origin(i),
+        prompt_ids=prompt,
+        responses_ids=responses,
+        learnt=[_learnt(rows, i, k) for k in range(rows.responses)],
+        prompt_text=_decoded(tokenizer, prompt),
+        responses_text=[_decoded(tokenizer, response) for response in responses],
+        cut=[part for part in parts if rows.flagged(f"cut_{part}")[i]],
+        ignored_columns=list(rows.report.ignored.get(rows.source_names[rows.source[i]], ())),
+    )
+
+
+def _learnt(rows: TokenisedRows, i: int, k: int) -> list[bool]:
+    mask = rows.mask(i, k)
+    learnt: list[bool] = [True] * len(rows.response(i, k)) if mask is None else mask.tolist()
+    return learnt
+
+
+def shown_text(shown: Shown, kind: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The row for a terminal; kind: of the data set."""
+    lines = [f"{shown.set} {shown.origin}, as the model sees it; between {OPENS} and {CLOSES} stands what is learnt"]
+    lines.append(f"  prompt ({len(shown.prompt_ids)} tokens): {_told(shown.prompt_text)}")
+    for name, ids, learnt in zip(NAMES[kind], shown.responses_ids, shown.learnt, strict=True):
+        text = _told(_marked(tokenizer, ids, learnt))
+        lines.append(f"  {name} ({len(ids)} tokens, {sum(learnt)} learnt): {text}")
+    if shown.cut:
+        lines.append(f"  cut: {', '.join(shown.cut)}")
+    if shown.ignored_columns:
+        lines.append(f"  ignored columns: {', '.join(shown.ignored_columns)}")
+    return "\n".join(lines)
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], learnt: list[bool]) -> str:
+    """The text with marks around each run of learnt tokens."""
+    pieces: list[str] = []
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or learnt[end] != learnt[start]:
+            text = _decoded(tokenizer, ids[start:end])
+            pieces.append(f"{OPENS}{text}{CLOSES}" if learnt[start] else text)
+            start = end
+    return "".join(pieces)
+
+
+def _told(text: str) -> str:
+    """On one line, so that a line break inside a text is not one between fields."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\x1b", "\\x1b")
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text

@@ -1,0 +1,116 @@
+"""Exact means over units across micro-batches, steps and ranks, and intervals of accuracies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+Z95 = 1.959963984540054
+"""The normal distribution's 97.5% point: 95% lie between −Z95 and Z95."""
+ACCURACY = "rewards/accuracies"
+EVALUATION_SHOWN = (
+    *("loss", "rewards/margins", "rewards/chosen", "rewards/rejected", "ties", "logps/accuracies"),
+    *("logratio/chosen", "logratio/rejected", "logratio/chosen_per_token", "logratio/rejected_per_token"),
+    *("rewards/accuracies_chosen_longer", "rewards/accuracies_chosen_shorter"),
+)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95% interval of a share of n by Wilson (1927), which holds near 0 and 1 too."""
+    centre, spread = share + Z95**2 / (2 * n), Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    return max(0.0, (centre - spread) / (1 + Z95**2 / n)), min(1.0, (centre + spread) / (1 + Z95**2 / n))
+
+
+def with_intervals(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics, and for each accuracy over pairs its interval, `…_low` and `…_high`, and the length-controlled one.
+
+    That is the mean of the accuracies on the pairs whose chosen response is the longer and the shorter one, each
+    half counting the same whatever its size: who goes by length alone has ½, however the data lean.
+    """
+    more: dict[str, Any] = {}
+    for name, value in found.items():
+        prefix, mark, source = name.partition(ACCURACY)
+        if not mark or not (source == "" or source.startswith("_of/")):
+            continue
+        if source:
+            n = found[f"{prefix}pairs{source}"]
+        else:  # a set of pairs that was split into rated rows has two rows a pair
+            n = found.get(f"{prefix}pairs", found[f"{prefix}rows"])
+        low, high = wilson(value, n)
+        at = f"{prefix}rewards/{{}}{source}"
+        more |= {at.format("accuracies_low"): low, at.format("accuracies_high"): high}
+        longer, shorter = (found.get(f"{name}_chosen_{which}") for which in ("longer", "shorter"))
+        if longer is not None and shorter is not None:
+            more[f"{name}_length_controlled"] = (longer + shorter) / 2
+    return {**found, **more}
+
+
+def evaluation_text(found: Mapping[str, Any]) -> str:
+    """For people, set by set, with a table of the sources where there are several."""
+    lines = []
+    # A source may be called rows; a loss is of a set alone.
+    prefixes = [name.removesuffix("rows") for name in found if name.endswith("/rows")]
+    for prefix in [p for p in prefixes if f"{p}loss" in found]:
+        lines.append(f"{prefix.rstrip('/')}: {found[f'{prefix}rows']} rows")
+        if prefix + ACCURACY in found:
+            lines.append(f"  {ACCURACY}: {_accuracy_lines(found, prefix, '')}")
+            controlled = found.get(f"{prefix}{ACCURACY}_length_controlled")
+            if controlled is not None:
+                lines.append(f"  {ACCURACY}_length_controlled: {controlled:.1%}")
+        lines += [f"  {name}: {found[prefix + name]:.4f}" for name in EVALUATION_SHOWN if prefix + name in found]
+        sources = [name.removeprefix(f"{prefix}pairs_of/") for name in found if name.startswith(f"{prefix}pairs_of/")]
+        width = max(map(len, sources), default=0)
+        for source in sources:
+            n = found[f"{prefix}pairs_of/{source}"]
+            if not n:
+                lines.append(f"  {source:{width}}  {n:6} pairs")
+                continue
+            margin = found[f"{prefix}rewards/margins_of/{source}"]
+            accuracy = _accuracy_lines(found, prefix, f"_of/{source}")
+            lines.append(f"  {source:{width}}  {n:6} pairs, accuracy {accuracy}, margin {margin:.4f}")
+    return "\n".join(lines)
+
+
+def _accuracy_lines(found: Mapping[str, Any], prefix: str, source: str) -> str:
+    value, low, high = (found[f"{prefix}rewards/accuracies{part}{source}"] for part in ("", "_low", "_high"))
+    return f"{value:.1%} (95% interval {low:.1%} to {high:.1%})"
+
+
+class Statistics:
+    """Running float64 sums on the device; nothing here reads them on the host or talks to another rank."""
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        assert len(set(names)) == len(names), f"a name stands twice in {names}"
+        self._names = tuple(names)
+        self._sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)  # [K+1], the units last
+
+    def add(self, values: torch.Tensor, units: torch.Tensor) -> None:
+        """Add a micro-batch: float64 [K] sums over its units, in the order of the names, and their number."""
+        assert values.dtype == units.dtype == torch.float64
+        assert values.shape == (len(self._names),)
+        self._sums[:-1] += values.detach()
+        self._sums[-1] += units
+
+    def packed(self) -> torch.Tensor:
+        """float64 [K+1], a copy that the caller sums over the ranks."""
+        return self._sums.clone()
+
+    def means(self, packed_host: Sequence[float], counted_by: Mapping[str, str] | None = None) -> dict[str, float]:
+        """`means` of what `packed` gave, summed over the ranks and read on the host."""
+        return means(self._names, packed_host, counted_by or {})
+
+
+def means(names: Sequence[str], packed: Sequence[float], counted_by: Mapping[str, str]) -> dict[str, float]:
+    """Σ values / Σ units by name, of [K+1] global sums.
+
+    counted_by: for a name that is of some units only, the name whose sum counts them; without any, it has no mean
+    and is left out.
+    """
+    *sums, units = packed
+    assert units > 0
+    by_name = dict(zip(names, sums, strict=True))
+    count = {name: by_name[counted_by[name]] if name in counted_by else units for name in names}
+    return {name: value / count[name] for name, value in by_name.items() if count[name] > 0}

@@ -1,0 +1,53 @@
+"""From a loss's options in the configuration to its objective."""
+
+from __future__ import annotations
+
+import torch
+
+from prefopt_dist.config import Loss
+from prefopt_dist.config.losses import (
+    DPOLoss,
+    HingeLoss,
+    IPOLoss,
+    KTOLoss,
+    MixLoss,
+    ORPOLoss,
+    RobustLoss,
+    SFTLoss,
+    SimPOLoss,
+)
+from prefopt_dist.objectives import DPO, IPO, KTO, ORPO, SFT, Hinge, Mix, MixPart, Objective, RobustDPO, SimPO, WithSFT
+from prefopt_dist.objectives.pairs import tie_tolerance
+
+
+def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
+    """The loss that the configuration names."""
+    tie = tie_tolerance(dtype)
+    objective: Objective
+    match loss:
+        case MixLoss():
+            return Mix(tuple(MixPart(n, p.weight, make_objective(p.loss, dtype)) for n, p in loss.of.items()))
+        case SFTLoss():
+            return SFT()
+        case ORPOLoss():
+            return ORPO(loss.beta, tie)
+        case KTOLoss():
+            return KTO(loss.beta, loss.desirable_weight, loss.undesirable_weight, tie)
+        case DPOLoss():
+            objective = DPO(loss.beta, loss.label_smoothing, tie, loss.average == "tokens")
+        case RobustLoss():
+            objective = RobustDPO(loss.beta, loss.label_smoothing, tie)
+        case IPOLoss():
+            objective = IPO(loss.beta, loss.average == "tokens", tie)
+        case HingeLoss():
+            objective = Hinge(loss.beta, tie)
+        case SimPOLoss():
+            objective = SimPO(loss.beta, loss.gamma, tie)
+    return WithSFT(objective, loss.sft_weight) if loss.sft_weight > 0 else objective
+
+
+def described(loss: Loss) -> str:
+    """Its name, and of a mix what is in it."""
+    if not isinstance(loss, MixLoss):
+        return loss.name
+    return " + ".join(f"{part.weight:g} {name}" for name, part in loss.of.items())

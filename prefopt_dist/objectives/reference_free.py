@@ -1,0 +1,96 @@
+"""Losses on pairs that need no reference: SimPO and ORPO."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from prefopt_dist.objectives.objective import Sequences, Terms
+from prefopt_dist.objectives.pairs import METRICS, TIE, pair_terms, worth
+
+
+@dataclass(frozen=True)
+class SimPO:
+    """L = −log σ(β/|y_c| log π_c − β/|y_r| log π_r − γ).
+
+    Equation 6 of the paper. The reward is what generation maximises, the mean log-prob of a token, and a pair
+    counts as parted only beyond the margin γ. It depends on the start, so it has no closed form there.
+    """
+
+    beta: float
+    """β > 0: about 2 to 10, since it scales means per token"""
+    gamma: float
+    """γ ≥ 0: the margin of rewards that is aimed at; the paper's runs have 0.1 to 0.8 of β"""
+    tie_tolerance: float = TIE
+    """τ; wider for bfloat16"""
+
+    responses: ClassVar[int] = 2
+    needs_reference: ClassVar[bool] = False
+    start_loss: ClassVar[float | None] = None
+    metrics: ClassVar[tuple[str, ...]] = METRICS
+    counted_by: ClassVar[Mapping[str, str]] = {}
+
+    def __call__(self, units: Sequences) -> Terms:
+        """See the class; rewards are β · mean log π of a token (equation 4), margins without γ."""
+        nat = worth(units, self.beta, per_token=True)
+        reward = nat * units.sums
+        loss = -F.logsigmoid(reward[:, 0] - reward[:, 1] - self.gamma)
+        return pair_terms(units, loss, reward, nat, self.tie_tolerance)
+
+
+CERTAIN = -(2.0**-24)
+"""The largest mean log-prob that has odds: float32, in which tokens are scored, knows no p between 1 − 2⁻²⁴ and 1."""
+
+
+@dataclass(frozen=True)
+class ORPO:
+    """L = L_SFT − β log σ(log odds_c − log odds_r),  odds = p/(1 − p),  log p = log π / |y|.
+
+    Equations 4 to 7 of the paper, whose λ is β here. L_SFT = −log π_c / |y_c|: the mean per token of the chosen
+    response, each pair weighing the same, of the response's tokens alone. (TRL's trainer takes this part over
+    prompt and response, so what can be compared with it is the odds ratio's part.) It depends on the start, so it
+    has no closed form there.
+    """
+
+    beta: float
+    """β > 0: the weight of the odds ratio beside the SFT loss"""
+    tie_tolerance: float = TIE
+    """τ; wider for bfloat16"""
+
+    responses: ClassVar[int] = 2
+    needs_reference: ClassVar[bool] = False
+    start_loss: ClassVar[float | None] = None
+    metrics: ClassVar[tuple[str, ...]] = (*METRICS, "log_odds_ratio", "sft_loss")
+    counted_by: ClassVar[Mapping[str, str]] = {}
+
+    def __call__(self, units: Sequences) -> Terms:
+        """See the class; rewards are β · mean log π of a token."""
+        nat = worth(units, self.beta, per_token=True)
+        mean = units.sums / units.counts
+        odds = log_odds(mean)
+        ratio = odds[:, 0] - odds[:, 1]  # log OR_θ(y_c, y_r)
+        sft = -mean[:, 0]
+        loss = sft - self.beta * F.logsigmoid(ratio)
+        return pair_terms(units, loss, nat * units.sums, nat, self.tie_tolerance, ratio, sft)
+
+
+def log_odds(logp: torch.Tensor) -> torch.Tensor:
+    """log(p / (1 − p)) of log p ≤ 0, float32 or float64; beyond CERTAIN it is that of CERTAIN, with gradient 0.
+
+    The derivative is 1/(1 − p), which has no value at p = 1.
+    """
+    logp = logp.clamp(max=CERTAIN)
+    return logp - log1mexp(logp)
+
+
+def log1mexp(x: torch.Tensor) -> torch.Tensor:
+    """log(1 − eˣ) for x < 0, exact to rounding everywhere.
+
+    Near 0, 1 − eˣ would cancel, and far below it log(1 − small) would: each side of −ln 2 has its own form.
+    """
+    return torch.where(x > -math.log(2.0), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))

@@ -1,0 +1,1 @@
+"""What several stages start with: models, data, the reference, rewards, the run folder, checked and put together."""

@@ -1,0 +1,297 @@
+"""What `generate`, `rounds`, `evaluate` and `train` share: prompts answered by a model and scored by the rewards.
+
+`check` needs no ranks; the rest is for all ranks together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prefopt_dist.config import Config, DataSource
+from prefopt_dist.data.prepare import tokenizer_content
+from prefopt_dist.data.tokenise import Tokeniser
+from prefopt_dist.distributed import ranks
+from prefopt_dist.distributed.ranks import refuse_local_folder
+from prefopt_dist.errors import UserError
+from prefopt_dist.model.fingerprint import refuse_if_changed
+from prefopt_dist.model.folder import ModelFolder
+from prefopt_dist.monitoring import heartbeat
+from prefopt_dist.monitoring.console import say
+from prefopt_dist.reference.store import scoring_lock
+from prefopt_dist.rollouts import vllm_engine
+from prefopt_dist.rollouts.prompts import read_prompts
+from prefopt_dist.rollouts.sampling import Engine, Sampling, seed_of_model, stop_ids_of
+from prefopt_dist.rollouts.shards import in_lockstep, over_shards
+from prefopt_dist.rollouts.store import Answered, SampleStore, answers_of, digest_of
+from prefopt_dist.rollouts.transformers_engine import TransformersEngine, load_for_sampling
+from prefopt_dist.setup.checks import eval_sets, led_by
+from prefopt_dist.setup.prepare_data import TRAIN, tokeniser_of
+from prefopt_dist.setup.prepare_models import Models
+from prefopt_dist.setup.prepare_reference import weights
+from prefopt_dist.setup.rewards import Judges, check_rewards, judges_of
+from prefopt_dist.training.evaluation import ANSWERS
+
+
+def sources_of(config: Config, stage: str) -> list[tuple[str, Sequence[DataSource]]] | None:
+    """The sources that a stage reads, by their dotted keys; None: those of the data alone, as every other stage."""
+    prompts = [("data.train" if config.generate.prompts is None else "generate.prompts", config.prompt_sources)]
+    answered = [] if config.evaluate.prompts is None else [("evaluate.prompts", config.evaluate.prompts)]
+    if stage == "generate":
+        return [*prompts]
+    if stage == "train" and config.answers.number and config.answers.prompts is not None:
+        return [(TRAIN, config.data.train), *eval_sets(config).items(), ("answers.prompts", config.answers.prompts)]
+    return [*prompts, *answered] if stage == "rounds" else None
+
+
+def check_for(config: Config, stage: str) -> None:
+    """One process: what a stage that samples needs."""
+    if stage == "rounds" and config.evaluate.prompts is None:
+        raise UserError(
+            "evaluate.prompts: not set, so no round could be told from the one before; name prompts that are not "
+            "among those of the training"
+        )
+    if stage == "rounds" and config.rounds.reference == "start" and config.reference.name_or_path is not None:
+        raise UserError(
+            f"reference.name_or_path: got {config.reference.name_or_path!r}, must be null with rounds.reference=start, "
+            "by which each round's reference is its own start; leave it out, or set rounds.reference=first"
+        )
+    if stage == "rounds":
+        _refuse_answers_in_rounds(config)
+    if stage == "rounds" and config.lora is not None and not config.export.merged:
+        raise UserError(
+            "export.merged: got false, but with a section lora a round's adapters must be added into the model that "
+            "the next round starts from; set export.merged=true"
+        )
+    if stage in ("generate", "rounds") or (stage == "evaluate" and config.evaluate.prompts is not None):
+        check(config)
+    elif stage == "train" and config.answers.number:
+        check_rewards(config)  # there may be none
+
+
+def _refuse_answers_in_rounds(config: Config) -> None:
+    """A round's training answers nothing of its own: the rounds compare by evaluate.prompts."""
+    led = [(key, metric) for _, key, metric in led_by(config) if metric.startswith(ANSWERS)]
+    for key, value in [*led, *([("answers.every", config.answers.every)] if config.answers.every else [])]:
+        raise UserError(
+            f"{key}: got {value}, but the rounds compare their models by evaluate.prompts, after each round, and a "
+            "round's own training answers nothing; leave it out"
+        )
+
+
+def check(config: Config) -> None:
+    """One process: every mistake in the section `generate` that can be found without reading prompts or weights."""
+    if not config.generate.rewards:
+        raise UserError(
+            "generate.rewards: none, so no response could be said to be better than another; "
+            "give [{function: my_module:score}] or [{model: FOLDER}]"
+        )
+    check_rewards(config)
+    if config.generate.engine == "vllm":
+        vllm_engine.refuse_where_absent()
+    room = config.data.max_length - config.generate.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"generate.max_new_tokens: got {config.generate.max_new_tokens}, must be less than data.max_length "
+            f"({config.data.max_length}), so that a prompt fits; lower it or raise data.max_length"
+        )
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Prompts that a model is to answer, planned on disk; `run` does what is missing there."""
+
+    what: str
+    """For people: whose answers"""
+    store: SampleStore
+    judges: Judges
+    sampling: Sampling
+    tokeniser: Tokeniser
+    open_engine: Callable[[], Engine]
+    """All ranks: loads what answers"""
+    model: ModelFolder
+    """The folder that answers, or from which it was trained"""
+    model_key: str
+    """Of the weights that answer"""
+
+    @property
+    def config(self) -> Config:
+        """Return the run's configuration."""
+        return self.judges.config
+
+    @property
+    def scores(self) -> str | None:
+        """Return the name of the scores in the store; None where there is no reward."""
+        return self.judges.scores
+
+    @property
+    def reward_weights(self) -> tuple[float, ...]:
+        """Of each reward in the mean."""
+        return self.judges.weights
+
+    def run(self, stop_asked: Callable[[], bool]) -> None:
+        """All ranks: samples and scores what is missing. Raises StoppedInFirstPass where a stop was asked."""
+        self.sample(stop_asked)
+        self.score(stop_asked)
+
+    def sample(self, stop_asked: Callable[[], bool]) -> None:
+        """All ranks: samples what is missing. Raises as `run`."""
+        with scoring_lock(self.store.folder, "samples", stop_asked, "answering these prompts"):
+            self._each("samples", self._sample, stop_asked)
+
+    def score(self, stop_asked: Callable[[], bool]) -> None:
+        """All ranks: scores what is missing of what was sampled. Raises as `run`."""
+        if self.scores is not None:
+            with scoring_lock(self.store.folder, "samples", stop_asked, "scoring these answers"):
+                self._each(self.scores, self._score, stop_asked)
+
+    def answered(self) -> list[Answered]:
+        """One rank by itself: all prompts with answers and scores, in the order of the files, once `run` is done."""
+        found = self.store.answered(self.scores)
+        for one in found:  # the scores may have been made under on_bad_reward=drop
+            for number, said in enumerate(one.scores):
+                self.judges.refuse_bad(one.prompt, number, said)
+        return found
+
+    def _each(
+        self, what: str, work: Callable[[list[int], Callable[[], bool]], None], stop_asked: Callable[[], bool]
+    ) -> None:
+        todo, messages = ranks.decide(lambda: self.store.missing(what))
+        for message in messages:
+            say(message)
+        if todo:
+            work(todo, stop_asked)
+
+    def _sample(self, todo: list[int], stop_asked: Callable[[], bool]) -> None:
+        heartbeat.beat("loading the model that answers")
+        engine = self.open_engine()
+
+        def one(number: int) -> None:
+            prompts = self.store.prompts(number)
+            sampled = engine.sample(prompts, self.sampling)
+            stop_ids = self.sampling.stop_ids
+            self.store.write_answers(
+                number,
+                [answers_of(p, ids, stop_ids, self.tokeniser) for p, ids in zip(prompts, sampled, strict=True)],
+            )
+
+        what = f"{self.what}: answering"
+        try:
+            if engine.lockstep:
+                in_lockstep(todo, what, one, engine.meet, stop_asked)
+            else:
+                over_shards(self.store.folder, todo, what, one, stop_asked)
+        finally:
+            engine.close()
+
+    def _score(self, todo: list[int], stop_asked: Callable[[], bool]) -> None:
+        heartbeat.beat("loading the rewards")
+        rewards = ranks.together(lambda: self.judges.open(self.tokeniser.template))
+        assert self.scores is not None
+        name = self.scores
+
+        def one(number: int) -> None:
+            prompts, answers = self.store.prompts(number), self.store.answers(number)
+            asked = [(p, a.text) for p, of_prompt in zip(prompts, answers, strict=True) for a in of_prompt]
+            columns = [reward.score(asked) for reward in rewards]
+            told = [
+                self.judges.told(asked[i][0], i % self.sampling.n, values)
+                for i, values in enumerate(zip(*columns, strict=True))
+            ]
+            self.store.write_scores(
+                name, number, [told[i : i + self.sampling.n] for i in range(0, len(told), self.sampling.n)]
+            )
+
+        try:
+            over_shards(self.store.folder, todo, f"{self.what}: scoring", one, stop_asked)
+        finally:
+            for reward in rewards:
+                reward.close()
+
+
+def prepare(
+    config: Config,
+    models: Models,
+    model: ModelFolder,
+    sources: Sequence[DataSource],
+    key: str,
+    *,
+    n: int,
+    temperature: float,
+    top_p: float,
+    what: str,
+    own_draws: bool = False,
+) -> Answering:
+    """All ranks: reads the prompts on rank 0 and plans their answers; nothing is sampled yet.
+
+    key: the dotted key that named the sources; own_draws: by a seed of these weights, so that another model's answers
+    to the same prompts are drawn independently.
+    """
+    ranks.decide(lambda: check(config))
+    data = config.data
+    judges = judges_of(config, models)
+    tokeniser = tokeniser_of(config, models.tokenizer)
+    held = weights(model, models.dtype, config.cache_dir)
+    sampling = Sampling(
+        n=n,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=config.generate.max_new_tokens,
+        seed=seed_of_model(config.run.seed, held.key) if own_draws else config.run.seed,
+        stop_ids=ranks.together(lambda: stop_ids_of(tokeniser.template, model.path)),
+    )
+
+    def plan() -> Path:
+        heartbeat.beat(f"reading {key}")
+        prompts = read_prompts(
+            sources,
+            tokeniser=tokeniser,
+            longest=data.max_length - config.generate.max_new_tokens,
+            on_bad_row=data.on_bad_row,
+            key=key,
+        )
+        say(f"{key}: {prompts.text()}")
+        settings = {
+            "model": held.key,
+            "prompts": prompts.digest(),
+            "engine": config.generate.engine,
+            **made_by(config, models, sampling),
+        }
+        store = SampleStore(config.cache_dir / "samples" / digest_of(settings))
+        store.make_plan(prompts.all, settings)
+        return store.folder
+
+    folder = ranks.decide(plan)
+    refuse_local_folder(folder, "run.cache", remedy="Set run.cache to one that is.")
+
+    def open_engine() -> Engine:
+        return ranks.together(lambda: _engine(config, models, model, lambda: refuse_if_changed(held.states)))
+
+    return Answering(what, SampleStore(folder), judges, sampling, tokeniser, open_engine, model, held.key)
+
+
+def made_by(config: Config, models: Models, sampling: Sampling) -> dict[str, Any]:
+    """Return what, beside model and prompts, decides the answers, as a store keeps it."""
+    return {
+        "tokenizer": hashlib.blake2b(tokenizer_content(models.tokenizer), digest_size=16).hexdigest(),
+        "template": config.data.template,
+        "max_length": config.data.max_length,
+        "sampling": json.loads(json.dumps(asdict(sampling))),
+    }
+
+
+def _engine(config: Config, models: Models, model: ModelFolder, check_loaded: Callable[[], None]) -> Engine:
+    """Each rank by itself: load the model of a folder whole."""
+    dtype, generate = models.dtype, config.generate
+    engine: Engine
+    if generate.engine == "vllm":
+        engine = vllm_engine.VllmEngine(model, dtype=dtype, longest=config.data.max_length)
+    else:
+        lm = load_for_sampling(model, dtype=dtype, device=ranks.device())
+        engine = TransformersEngine(lm, str(model.path), batch_tokens=generate.batch_tokens)
+    check_loaded()
+    return engine
