@@ -55,7 +55,7 @@ class Model:
     dtype: Dtype = "bfloat16"
     """The dtype of forward and backward; the optimizer's master weights are float32 in any case."""
     checkpointing: Literal["auto", "none", "all"] = "auto"
-    """Activation checkpointing: of no layer, of all; auto: of as few layers as the free memory of the device asks for."""
+    """Activation checkpointing: of no layer, of all; auto: of as few layers as the device's free memory asks for."""
 
 
 @dataclass(frozen=True)
