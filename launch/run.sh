@@ -74,7 +74,7 @@ fi
 source "$repository/launch/env.sh"
 export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
 python=$(choose_python "$repository")
-command -v "$python" >/dev/null || mistake "no Python at '$python'; run make in $repository or set PREFOPT_PYTHON"
+command -v "$python" >/dev/null || mistake "no Python at '$python'; run make lint in $repository or set PREFOPT_PYTHON"
 
 gpus=$(count_gpus)
 one_process=no

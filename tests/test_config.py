@@ -397,21 +397,27 @@ def test_a_mix_without_its_name(tmp_path: Path) -> None:
     assert "two losses or more" in one
 
 
-def test_the_page_on_losses_names_keys_that_exist(tmp_path: Path) -> None:
-    """docs/losses.md, which translates TRL's names to ours."""
-    page = (REPOSITORY / "docs" / "losses.md").read_text()
+@pytest.mark.parametrize("name", ["losses", "from-other-tools"])
+def test_the_pages_on_losses_and_other_tools_name_keys_that_exist(tmp_path: Path, name: str) -> None:
+    """The second translates the names of other tools to ours."""
+    page = (REPOSITORY / "docs" / f"{name}.md").read_text()
     sections = "|".join(field.name for field in dataclasses.fields(Config))
     keys = set(re.findall(rf"`((?:{sections})\.[a-z_.]+)", page))
     options = {f"loss.{field.name}" for cls in LOSSES.values() for field in dataclasses.fields(cls)}
     options |= {"loss.of"} | {key.replace("loss.", "loss.of.dpo.") for key in options} | {"loss.of.LOSS."}
-    known = to_dict(load(tmp_path))
+    known = to_dict(load(tmp_path, "lora.r=16"))
     for key in keys - options:
         place: Any = known
         for part in key.rstrip(".").split("."):
             assert part in place, key
             place = place[part]
-    named = set(re.findall(r"`loss\.name: ([a-z]+)`", page))
-    assert {"dpo", "kto", "mix"} <= named <= {*LOSSES, "mix"}
+    named = set(re.findall(r"`loss\.name[:=] ?([a-z]+)", page))
+    assert named <= {*LOSSES, "mix"}
+    if name == "from-other-tools":
+        assert {"dpo", "kto", "mix"} <= named
+    else:
+        table = page.split("## The losses")[1].split("\n## ")[0]
+        assert re.findall(r"^\| `([a-z]+)`", table, re.MULTILINE) == [*LOSSES, "mix"]
 
 
 # Layers

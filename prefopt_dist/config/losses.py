@@ -149,7 +149,7 @@ LOSSES: dict[str, type[PairLoss | KTOLoss]] = {
     "kto": KTOLoss,
     "sft": SFTLoss,
 }
-"""Every loss by its name. A new loss: a dataclass here, its mathematics in objectives/, a case in objectives/factory.py."""
+"""Every loss by its name. A new loss: a dataclass here, its mathematics and a case of factory.py in objectives/."""
 MIX = "mix"
 """The name of a weighted sum of them."""
 NOT_MIXED = {

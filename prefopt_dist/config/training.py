@@ -36,7 +36,7 @@ class Model:
     dtype: Dtype = "bfloat16"
     """The dtype of forward and backward; the optimizer's master weights are float32 in any case."""
     checkpointing: Literal["auto", "none", "all"] = "auto"
-    """Activation checkpointing: no layer, all layers; auto: none on CPU, all on GPU."""
+    """Activation checkpointing of no layer or all; auto: of as few layers as the device's free memory asks for."""
 
 
 @dataclass(frozen=True)

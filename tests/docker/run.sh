@@ -3,7 +3,7 @@
 #
 #   tests/docker/run.sh [--home FOLDER]
 #
-# As root on Debian or Ubuntu, after make (it uses .venv, of Python 3.11): installs docker.io and debootstrap where they
+# As root on Debian or Ubuntu, after make lint (it uses .venv, of Python 3.11): installs docker.io and debootstrap where they
 # are missing, starts a daemon of its own with a socket and a data folder of its own, builds a base image from Debian's
 # packages and the image on it, and ends what it started. 5 GB in a temporary folder; --home keeps them for the next
 # time, which then takes half as long.
