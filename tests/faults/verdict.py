@@ -21,7 +21,7 @@ def half_things(folder: Path) -> list[str]:
     root = folder / "run" / "checkpoints"
     for whole in (*committed(root), *sorted(root.glob(f"{resharding.PREFIX}step-????????"))):
         manifest = read_manifest(whole)
-        wrong = "no manifest" if manifest is None else damage(whole, manifest, list(manifest.files))
+        wrong = "no manifest" if manifest is None else find_damage(whole, manifest, list(manifest.files))
         if wrong:
             found.append(f"{whole.name}: {wrong}")
     found += [p.name for p in (folder / "cache").glob("reference/*/rows-*.bin") if _rows(p.read_bytes()) is None]
