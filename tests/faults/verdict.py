@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from prefopt_dist.checkpoint import resharding
-from prefopt_dist.checkpoint.save import committed, damage, read_manifest
+from prefopt_dist.checkpoint.manifest import find_damage, read_manifest
+from prefopt_dist.checkpoint.save import committed
 from prefopt_dist.reference.store import _rows
 
 
