@@ -6,7 +6,8 @@ from typing import Any
 
 from tokenizers_for_tests import CHATML, small_tokenizer
 
-from prefopt_dist.data import DataSource, TokenisedRows, prepare_rows
+from prefopt_dist.config import DataSource
+from prefopt_dist.data import TokenisedRows, prepare_rows
 
 ROWS = [
     {"prompt": "what is blue?", "chosen": "the sky", "rejected": "grass"},

@@ -6,7 +6,8 @@ import pytest
 from data_for_tests import ROWS, TOKENIZER, contents, lines, prepare
 from tokenizers_for_tests import small_tokenizer
 
-from prefopt_dist.data import DataSource, open_rows
+from prefopt_dist.config import DataSource
+from prefopt_dist.data import open_rows
 
 
 def test_the_cache_is_found_and_told_apart(tmp_path: Path) -> None:

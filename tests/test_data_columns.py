@@ -7,7 +7,8 @@ import pytest
 from data_for_tests import TOKENIZER, lines, prepare
 from tokenizers_for_tests import CHATML, small_tokenizer
 
-from prefopt_dist.data import DataSource, open_rows
+from prefopt_dist.config import DataSource
+from prefopt_dist.data import open_rows
 from prefopt_dist.data.example import BadRow
 from prefopt_dist.data.forms import read_form
 from prefopt_dist.data.template import read_template

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 from data_for_tests import ROWS, contents, lines, prepare
 
+from prefopt_dist.config import DataSource
 from prefopt_dist.data import open_rows
-from prefopt_dist.data.sources import DataSource
 from prefopt_dist.errors import UserError
 
 

@@ -6,8 +6,9 @@ from typing import Any, get_args
 import pytest
 from data_for_tests import TOKENIZER, lines, prepare
 
+from prefopt_dist.config import DataSource
 from prefopt_dist.config.data import Form
-from prefopt_dist.data import DataSource, open_rows
+from prefopt_dist.data import open_rows
 from prefopt_dist.data.example import BadRow
 from prefopt_dist.data.field_forms import FIELD_FORMS
 from prefopt_dist.data.forms import FORMS, detect_form, read_form

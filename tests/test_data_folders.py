@@ -10,9 +10,9 @@ import pytest
 from data_for_tests import ROWS, lines, prepare
 from tokenizers_for_tests import CHATML, small_tokenizer
 
-from prefopt_dist.config import load_config
+from prefopt_dist.config import DataSource, load_config
 from prefopt_dist.config.load import identity
-from prefopt_dist.data import DataSource, open_rows
+from prefopt_dist.data import open_rows
 from prefopt_dist.data.sources import open_source
 from prefopt_dist.errors import UserError
 

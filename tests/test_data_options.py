@@ -8,11 +8,12 @@ from data_for_tests import TOKENIZER, contents, lines, prepare
 from test_data_tokenise import encode, pair
 from tokenizers_for_tests import CHATML, INST, small_tokenizer
 
-from prefopt_dist.config import load_config
-from prefopt_dist.data import DataSource, open_rows
+from prefopt_dist.config import DataSource, load_config
+from prefopt_dist.config.data import PairsFrom
+from prefopt_dist.data import open_rows
 from prefopt_dist.data.columns import rename_columns, value_at_path
 from prefopt_dist.data.example import BadRow, Example, Message
-from prefopt_dist.data.options import PairsFrom, TextOptions
+from prefopt_dist.data.options import TextOptions
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
 from prefopt_dist.errors import UserError

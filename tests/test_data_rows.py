@@ -14,7 +14,8 @@ import pytest
 from data_for_tests import ROWS, TOKENIZER, contents, lines, prepare
 from tokenizers_for_tests import ids
 
-from prefopt_dist.data import DataSource, open_rows, sequence_digest
+from prefopt_dist.config import DataSource
+from prefopt_dist.data import open_rows, sequence_digest
 from prefopt_dist.errors import UserError
 
 

@@ -8,7 +8,8 @@ from data_for_tests import lines, prepare
 from test_data_tokenise import LONG
 from tokenizers_for_tests import CHATML, ids, small_tokenizer
 
-from prefopt_dist.data import DataSource, open_rows
+from prefopt_dist.config import DataSource
+from prefopt_dist.data import open_rows
 from prefopt_dist.data.example import BadRow, Example, Message, Messages
 from prefopt_dist.data.options import TextOptions
 from prefopt_dist.data.quality.findings import row_findings

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, INST, small_tokenizer
 
-from prefopt_dist.config import load_config, to_yaml
-from prefopt_dist.data import DataSource, open_rows, prepare_rows
+from prefopt_dist.config import DataSource, load_config, to_yaml
+from prefopt_dist.data import open_rows, prepare_rows
 from prefopt_dist.data.forms import FORMS
 from prefopt_dist.errors import UserError
 

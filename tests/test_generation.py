@@ -18,9 +18,9 @@ from letters import score
 from tokenizers_for_tests import CHATML, small_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
+from prefopt_dist.config import DataSource
 from prefopt_dist.data.dataset import open_rows
 from prefopt_dist.data.prepare import prepare_rows
-from prefopt_dist.data.sources import DataSource
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.errors import UserError
@@ -496,11 +496,11 @@ def test_the_true_reward_of_the_world() -> None:
 
 def test_wins_and_intervals() -> None:
     assert comparison.wins(np.array([1.0, 2.0]), np.array([1.0, 0.0, 3.0])) == pytest.approx((0.5 + 1 + 1 + 1) / 6)
-    found = comparison.interval(np.array([0.0, 1.0, 1.0, 0.0, 1.0]))
+    found = interval(np.array([0.0, 1.0, 1.0, 0.0, 1.0]))
     assert found["mean"] == pytest.approx(0.6)
-    half = 1.96 * (0.3**0.5) / 5**0.5  # the variance of 0, 1, 1, 0, 1 with n - 1 is 0.3
+    half = NormalDist().inv_cdf(0.975) * (0.3**0.5) / 5**0.5  # the variance of 0, 1, 1, 0, 1 with n - 1 is 0.3
     assert found["high"] == pytest.approx(0.6 + half)
-    assert comparison.interval(np.array([2.0])) == {"mean": 2.0, "low": None, "high": None}
+    assert interval(np.array([2.0])) == {"mean": 2.0, "low": None, "high": None}
     mine, theirs = [answered(1.0, 2.0), answered(5.0, 5.0)], [answered(0.0, 2.0), answered(5.0, "raised")]
     assert comparison.compared(mine, theirs, (1.0,))["win_rate"]["mean"] == pytest.approx((2.5 / 4 + 0.5) / 2)
     assert comparison.compared(mine, theirs, (1.0,))["difference"]["mean"] == pytest.approx(0.25)

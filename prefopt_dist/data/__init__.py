@@ -3,14 +3,12 @@
 from prefopt_dist.data.dataset import DamagedRows, TokenisedRows, open_rows, sequence_digest
 from prefopt_dist.data.prepare import prepare_rows
 from prefopt_dist.data.row_counts import DataReport
-from prefopt_dist.data.sources import DataSource
 from prefopt_dist.data.template import PLAIN_TEMPLATE
 
 __all__ = [
     "PLAIN_TEMPLATE",
     "DamagedRows",
     "DataReport",
-    "DataSource",
     "TokenisedRows",
     "open_rows",
     "prepare_rows",

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+from prefopt_dist.config.data import PairsFrom
 from prefopt_dist.data.example import BadRow
 from prefopt_dist.data.field_forms import best_and_worst, number_of
-from prefopt_dist.data.options import PairsFrom, TextOptions
+from prefopt_dist.data.options import TextOptions
 
 
 def rename_columns(row: dict[str, Any], options: TextOptions) -> dict[str, Any]:

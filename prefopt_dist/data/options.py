@@ -4,23 +4,11 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Any, Literal
 
+from prefopt_dist.config.data import PairsFrom
 from prefopt_dist.errors import UserError
 
 TEMPLATE_DATE = "2024-07-26"
 """What a template that writes the day's date gets; the day itself would make other tokens of the same data."""
-
-
-@dataclass(frozen=True)
-class PairsFrom:
-    """How a row of several rated answers becomes a pair."""
-
-    responses: str
-    """Dotted path of the list of answers, such as completions.text"""
-    scores: str
-    """Dotted path of the list of their scores"""
-    pairing: Literal["best_worst", "best_random"] = "best_worst"
-    min_margin: float = 0.0
-    """Less between the two scores is a tie."""
 
 
 @dataclass(frozen=True)

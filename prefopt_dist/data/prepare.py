@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from prefopt_dist.config.data import DataSource
 from prefopt_dist.data.cache import Say, build_once, cached_folder, intact_rows
 from prefopt_dist.data.columns import rename_columns
 from prefopt_dist.data.dataset import (
@@ -28,7 +29,7 @@ from prefopt_dist.data.example import LEFT_OUT, BadRow, Example
 from prefopt_dist.data.forms import FORMS, detect_form, kind_of, read_form
 from prefopt_dist.data.options import DEFAULTS, TextOptions, writes_date
 from prefopt_dist.data.row_counts import RowCounts
-from prefopt_dist.data.sources import OpenSource, RawRow, SourceLike, open_source
+from prefopt_dist.data.sources import OpenSource, RawRow, open_source
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.text_kinds import SAID, check_kind, kind_of_texts
 from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
@@ -70,7 +71,7 @@ class Settings:
 
 
 def prepare_rows(
-    sources: Sequence[SourceLike],
+    sources: Sequence[DataSource],
     *,
     tokenizer: PreTrainedTokenizerBase,
     form: str,

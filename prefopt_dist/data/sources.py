@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from glob import glob
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from prefopt_dist.config.data import DataSource
 from prefopt_dist.data.containers import _parse_line, csv_rows, listed, listed_rows, rows_of, zstd_stream
 from prefopt_dist.data.example import BadRow
 from prefopt_dist.data.folders import chosen_files
@@ -26,33 +27,6 @@ FILE_SUFFIXES = (*JSON_SUFFIXES, ".csv", ".parquet")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 READ_BYTES = 1 << 22
 READ_ROWS = 1024
-
-
-class SourceLike(Protocol):
-    """Anything with the fields of `DataSource`; the configuration has its own class."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def split(self) -> str | None: ...
-    @property
-    def name(self) -> str | None: ...
-    @property
-    def weight(self) -> float: ...
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """One entry of `data.train` or `data.eval`."""
-
-    path: str
-    """A file, a folder or a hub name."""
-    split: str | None = None
-    """The split of a saved data set, a folder of files or a hub name; null: `train`, or all where there are none."""
-    weight: float = 1.0
-    """Passes over this source per epoch."""
-    name: str | None = None
-    """The configuration of a folder of files or a hub name; null: the only one."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +92,7 @@ class OpenSource:
             raise UserError(f"{self.key}: {self.name!r} holds no row; name a source with at least one row")
 
 
-def open_source(source: SourceLike, index: int, key: str) -> OpenSource:
+def open_source(source: DataSource, index: int, key: str) -> OpenSource:
     """Finds the source on disk or, where nothing has that name, on the hub.
 
     Raises UserError naming `key` where it is not there, is of no known kind or has no such split.
@@ -144,7 +118,7 @@ def open_source(source: SourceLike, index: int, key: str) -> OpenSource:
     raise NotHere(f"{key}: there is no file or folder {source.path!r}; correct the path")
 
 
-def _open_saved(source: SourceLike, index: int, key: str) -> OpenSource:
+def _open_saved(source: DataSource, index: int, key: str) -> OpenSource:
     datasets = _datasets(key, f"the saved data set {source.path!r}")
     folder = Path(source.path)
     try:
@@ -162,7 +136,7 @@ def _open_saved(source: SourceLike, index: int, key: str) -> OpenSource:
     return OpenSource(source.path, index, files, loaded, key)
 
 
-def _open_folder(source: SourceLike, index: int, key: str) -> OpenSource:
+def _open_folder(source: DataSource, index: int, key: str) -> OpenSource:
     folder = Path(source.path)
     # Hidden folders hold caches and histories, such as those of the hub's client.
     found = [file for file in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in file.parts[1:])]
@@ -184,7 +158,7 @@ def _open_folder(source: SourceLike, index: int, key: str) -> OpenSource:
     return OpenSource(source.path, index, files, None, key)
 
 
-def _open_glob(source: SourceLike, index: int, key: str) -> OpenSource:
+def _open_glob(source: DataSource, index: int, key: str) -> OpenSource:
     """The files that a pattern names, in the order of their names; all of one kind."""
     files = tuple(sorted(Path(name) for name in glob(source.path, recursive=True) if Path(name).is_file()))
     if not files:
@@ -200,7 +174,7 @@ def _open_glob(source: SourceLike, index: int, key: str) -> OpenSource:
     return OpenSource(source.path, index, files, None, key)
 
 
-def _open_hub(source: SourceLike, index: int, key: str) -> OpenSource:
+def _open_hub(source: DataSource, index: int, key: str) -> OpenSource:
     datasets = _datasets(key, f"{source.path!r}, which is no file or folder here but may be a hub name,")
     split = source.split or "train"
     try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from prefopt_dist.config.data import DataSource
 from prefopt_dist.data.columns import rename_columns
 from prefopt_dist.data.example import LEFT_OUT, BadRow, Example, Message, Messages
 from prefopt_dist.data.fields import template_arguments
@@ -20,7 +21,7 @@ from prefopt_dist.data.frame import PROBE_REPLY
 from prefopt_dist.data.options import TextOptions
 from prefopt_dist.data.prepare import FIRST_READ
 from prefopt_dist.data.rendering import Template
-from prefopt_dist.data.sources import SourceLike, open_source
+from prefopt_dist.data.sources import open_source
 from prefopt_dist.data.text_kinds import check_kind, kind_of_texts
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.errors import UserError
@@ -89,7 +90,7 @@ class Prompts:
 
 
 def first_prompts(
-    sources: Sequence[SourceLike], *, number: int, tokeniser: Tokeniser, longest: int, on_bad_row: str, key: str
+    sources: Sequence[DataSource], *, number: int, tokeniser: Tokeniser, longest: int, on_bad_row: str, key: str
 ) -> Prompts:
     """Return the first `number` distinct prompts that fit, as many of each source. One process.
 
@@ -116,7 +117,7 @@ def first_prompts(
 
 
 def read_prompts(
-    sources: Sequence[SourceLike],
+    sources: Sequence[DataSource],
     *,
     tokeniser: Tokeniser,
     longest: int,
@@ -179,7 +180,7 @@ class _Asked:
 
 
 def _tokenised(
-    sources: Sequence[SourceLike], tokeniser: Tokeniser, key: str
+    sources: Sequence[DataSource], tokeniser: Tokeniser, key: str
 ) -> Iterator[tuple[str, dict[str, Any], _Asked | BadRow]]:
     """Origin, fields and prompt (or what is wrong) of every row, in order; read as training reads it."""
     for index, source in enumerate(sources):

@@ -13,7 +13,7 @@ from prefopt_dist.config import Config, DataSource
 from prefopt_dist.config.losses import KTOLoss
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows, prepare_rows
 from prefopt_dist.data.derived import OnePromptRules, unpaired, without_rows
-from prefopt_dist.data.options import PairsFrom, TextOptions
+from prefopt_dist.data.options import TextOptions
 from prefopt_dist.data.quality.findings import DataFinding, row_findings, set_findings
 from prefopt_dist.data.quality.policy import refuse_stops, rows_left, rows_to_drop
 from prefopt_dist.data.quality.show import show_rows, shown_text
@@ -144,7 +144,7 @@ def text_options(config: Config) -> TextOptions:
         chat_template=None if data.chat_template is None else _template_file(data.chat_template),
         template_kwargs=tuple((data.template_kwargs or {}).items()),
         columns=tuple((data.columns or {}).items()),
-        pairs_from=None if data.pairs_from is None else PairsFrom(**vars(data.pairs_from)),
+        pairs_from=data.pairs_from,
     )
 
 
