@@ -115,7 +115,7 @@ def write_rows(folder: Path, n: int, seed: int = 0) -> Counter[str]:
     """A folder of n tokenised pairs of random tokens and digests; every thousandth is repeated and contradicted."""
     import numpy as np
 
-    from prefopt_dist.data.dataset import COLUMNS, Column, content_digest, write_manifest
+    from prefopt_dist.data.dataset import COLUMNS, ColumnWriter, content_digest, write_manifest
     from prefopt_dist.data.row_counts import DataReport
 
     folder.mkdir()
@@ -132,7 +132,7 @@ def write_rows(folder: Path, n: int, seed: int = 0) -> Counter[str]:
         "line": np.arange(1, n + 1),
         "flags": np.zeros(n),
     }
-    columns = {name: Column(folder, name) for name in COLUMNS if name in values}
+    columns = {name: ColumnWriter(folder, name) for name in COLUMNS if name in values}
     for name, column in columns.items():
         column.append(values[name])
     files = {name: column.finish() for name, column in columns.items()}

@@ -10,7 +10,7 @@ from prefopt_dist.config import DataSource
 from prefopt_dist.config.data import Form
 from prefopt_dist.data import open_rows
 from prefopt_dist.data.example import BadRow
-from prefopt_dist.data.field_forms import FIELD_FORMS
+from prefopt_dist.data.field_forms import EXTERNAL_FORMS
 from prefopt_dist.data.forms import FORMS, detect_form, read_form
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import Tokeniser
@@ -167,7 +167,7 @@ def test_turns_before_and_tools() -> None:
 
 def test_the_configuration_knows_every_form() -> None:
     assert get_args(Form) == ("auto", *FORMS)
-    assert {form.becomes for form in FIELD_FORMS.values()} <= set(FORMS)
+    assert {form.becomes for form in EXTERNAL_FORMS.values()} <= set(FORMS)
     with pytest.raises(UserError, match=r"the first rows have the fields \['a'\].*nectar: prompt, answers"):
         detect_form([{"a": 1}], "data.format")
 

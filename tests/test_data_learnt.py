@@ -14,12 +14,12 @@ from tokenizers_for_tests import CHATML, small_tokenizer
 
 from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.data import open_rows, sequence_digest
-from prefopt_dist.data.derived import unpaired, without_rows
+from prefopt_dist.data.derived import build_unpaired_rows, without_rows
 from prefopt_dist.data.example import Message
 from prefopt_dist.data.options import TextOptions
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
-from prefopt_dist.data.unit import Unit, responses_of
+from prefopt_dist.data.unit import Unit, keyed_responses
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
 
@@ -128,7 +128,7 @@ def test_the_mask_on_disk(tmp_path: Path) -> None:
 
 def test_kto_takes_the_mask_along(tmp_path: Path) -> None:
     other = PLAIN | {"prompt": "what is quick?"}
-    rows = unpaired(open_rows(prepare(tmp_path, lines(tmp_path / "r.jsonl", [AGENT, PLAIN, other]))), 512)
+    rows = build_unpaired_rows(open_rows(prepare(tmp_path, lines(tmp_path / "r.jsonl", [AGENT, PLAIN, other]))), 512)
     found = 0
     for i in range(rows.n):
         for k in (0, 1):
@@ -139,7 +139,9 @@ def test_kto_takes_the_mask_along(tmp_path: Path) -> None:
             assert rows.unit(i, (k,)).desirable is bool(rows.labels[i])  # type: ignore[index]
     assert found == 4  # both halves of the masked pair, as own and as mismatched responses
     last = open_rows(prepare(tmp_path, str(tmp_path / "r.jsonl"), options=LAST))
-    short = unpaired(last, int(last.lengths()[:, 0].max()) + 3)  # of the masked responses the cut leaves no answer
+    short = build_unpaired_rows(
+        last, int(last.lengths()[:, 0].max()) + 3
+    )  # of the masked responses the cut leaves no answer
     assert (short.learnt_lengths() > 0).all()
 
 
@@ -178,7 +180,7 @@ def test_masked_sums_equal_plain_float64(name: str) -> None:
             scored = np.ones(len(r), dtype=bool) if mask is None else mask
             wanted.append(masked_logp(exact, u.prompt, r, scored))
     assert apart(sums, torch.tensor(wanted, dtype=torch.float64).view(-1, 2)) <= 1e-6
-    counts = [r.scored for u in units for _, r in responses_of(u)]
+    counts = [r.scored for u in units for _, r in keyed_responses(u)]
     assert batch.counts[batch.units].flatten().tolist() == counts
 
 

@@ -13,7 +13,7 @@ import torch
 from data_for_tests import ROWS, lines, prepare
 
 from prefopt_dist.data import TokenisedRows, open_rows, sequence_digest
-from prefopt_dist.data.derived import OnePromptRules, partners, unpaired, with_other_prompts
+from prefopt_dist.data.derived import PromptTooFrequent, build_unpaired_rows, exchange_partners, partners
 from prefopt_dist.monitoring.statistics import means
 from prefopt_dist.objectives import KTO, Sequences
 
@@ -136,20 +136,20 @@ def test_partners_have_other_prompts(n: int) -> None:
         *(draw.permutation(np.arange(n) // max(1, n // 3)) for _ in range(20)),
     ):
         if np.bincount(prompt).max() * 2 <= n:
-            found = with_other_prompts(partners(n), prompt)
+            found = exchange_partners(partners(n), prompt)
             assert sorted(found) == list(range(n))
             assert not (prompt[found] == prompt).any()
-    assert np.array_equal(with_other_prompts(partners(n), np.arange(n)), partners(n)), "what is right stays"
+    assert np.array_equal(exchange_partners(partners(n), np.arange(n)), partners(n)), "what is right stays"
 
 
 def test_a_prompt_of_more_than_half_of_the_rows_is_refused() -> None:
-    with pytest.raises(OnePromptRules, match="3 of 5"):
-        with_other_prompts(partners(5), np.array([0, 1, 0, 2, 0]))
+    with pytest.raises(PromptTooFrequent, match="3 of 5"):
+        exchange_partners(partners(5), np.array([0, 1, 0, 2, 0]))
 
 
 def test_split_pairs_never_meet_their_own_prompt(tmp_path: Path) -> None:
     pairs = [{"prompt": f"what is {c}?", "chosen": f"{c} the sky", "rejected": f"{c} grass"} for c in "abca"]
-    rows = unpaired(opened(tmp_path, pairs), 512)
+    rows = build_unpaired_rows(opened(tmp_path, pairs), 512)
     answered = {tuple(rows.response(i, 0).tolist()): tuple(rows.prompt(i).tolist()) for i in range(rows.n)}
     for i in range(rows.n):
         assert answered[tuple(rows.response(i, 1).tolist())] != tuple(rows.prompt(i).tolist())
@@ -158,7 +158,7 @@ def test_split_pairs_never_meet_their_own_prompt(tmp_path: Path) -> None:
 def test_rated_rows_meet_a_partner_s_response(tmp_path: Path) -> None:
     rated = [{"prompt": f"what is {c}?", "completion": c, "label": c > "b"} for c in "abcd"]
     base = opened(tmp_path, rated)
-    rows = unpaired(base, 512)
+    rows = build_unpaired_rows(base, 512)
     assert (rows.n, rows.responses, rows.kind, rows.halves) == (4, 2, "rated", False)
     assert rows.labels is not None
     assert rows.labels.tolist() == [0, 0, 1, 1]
@@ -176,7 +176,7 @@ def test_rated_rows_meet_a_partner_s_response(tmp_path: Path) -> None:
 
 def test_split_pairs_keep_their_halves_together(tmp_path: Path) -> None:
     base = opened(tmp_path, ROWS)
-    rows = unpaired(base, 512)
+    rows = build_unpaired_rows(base, 512)
     assert (rows.n, rows.halves) == (6, True)
     assert rows.labels is not None
     assert rows.labels.tolist() == [1, 0] * 3
@@ -196,7 +196,7 @@ def test_a_mismatched_response_is_cut_to_what_fits(tmp_path: Path) -> None:
         {"prompt": "a", "completion": long, "label": False},
     ]
     base = opened(tmp_path, rated, max_length=60, max_prompt_length=58)
-    rows = unpaired(base, 60)
+    rows = build_unpaired_rows(base, 60)
     for i in range(2):
         length = len(rows.prompt(i)) + len(rows.response(i, 1))
         assert length <= 60

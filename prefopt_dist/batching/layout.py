@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefopt_dist.batching.micro_batch import packed_tokens
-from prefopt_dist.data.unit import Unit, responses_of
+from prefopt_dist.data.unit import Unit, keyed_responses
 
 MOST_SWAPS = 2000
 TRAINING = 3
@@ -38,7 +38,7 @@ class Cost:
 
     def of(self, group: Sequence[Unit], tokens: int) -> float:
         """Of units of one prompt, which have `tokens` distinct tokens."""
-        distinct = dict(pair for u in group for pair in responses_of(u))
+        distinct = dict(pair for u in group for pair in keyed_responses(u))
         lengths = [len(response.tokens) for response in distinct.values()]
         scored = sum(response.scored for response in distinct.values())
         return self.of_lengths(len(group[0].prompt), lengths, tokens, scored)

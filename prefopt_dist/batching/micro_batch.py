@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prefopt_dist.data.unit import Response, ResponseKey, Tokens, Unit, responses_of
+from prefopt_dist.data.unit import Response, ResponseKey, Tokens, Unit, keyed_responses
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _groups(units: Sequence[Unit]) -> dict[bytes, tuple[Tokens, dict[ResponseKey
     groups: dict[bytes, tuple[Tokens, dict[ResponseKey, Response]]] = {}
     for u in units:
         _, responses = groups.setdefault(u.prompt.tobytes(), (u.prompt, {}))
-        for key, response in responses_of(u):
+        for key, response in keyed_responses(u):
             responses.setdefault(key, response)
     return groups
 
@@ -165,7 +165,7 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
         return _empty(responses_per_unit)
     for u in units:
         assert len(u.prompt) > 0, f"row {u.row}: empty prompt"
-        assert all(r.scored > 0 for _, r in responses_of(u)), f"row {u.row}: nothing of a response is scored"
+        assert all(r.scored > 0 for _, r in keyed_responses(u)), f"row {u.row}: nothing of a response is scored"
         assert len(u.responses) == responses_per_unit, f"row {u.row}: {len(u.responses)} responses"
 
     ids: list[Tokens] = []
@@ -218,7 +218,7 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
         gathered=gather(segments),
         **_needs(np.concatenate(source), np.concatenate(target)),
         counts=torch.tensor(counts),
-        units=torch.tensor([[index[u.prompt.tobytes(), key] for key, _ in responses_of(u)] for u in units]),
+        units=torch.tensor([[index[u.prompt.tobytes(), key] for key, _ in keyed_responses(u)] for u in units]),
         rows=tuple(u.row for u in units),
         desirable=torch.tensor([u.desirable for u in units]),
         by_prompt=torch.from_numpy(of_unit.argsort(kind="stable")),

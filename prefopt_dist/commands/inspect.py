@@ -8,7 +8,7 @@ from typing import Any
 
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows, open_rows
-from prefopt_dist.data.prepare import stopped_by
+from prefopt_dist.data.prepare import stop_error
 from prefopt_dist.data.quality.findings import group_equal, prompt_keys
 from prefopt_dist.data.quality.lengths import draw_lengths, matplotlib_figure
 from prefopt_dist.data.quality.policy import refuse_stops
@@ -56,7 +56,7 @@ def run(config: Config) -> None:
     _write(config, reports, [one for some in shown.values() for one in some])
     for rows in sets.values():
         if config.data.on_bad_row == "stop" and rows.report.first_fault is not None:
-            raise stopped_by(rows.report.first_fault)
+            raise stop_error(rows.report.first_fault)
     refuse_stops(found[TRAIN], config.inspect.policies, TRAIN)
 
 

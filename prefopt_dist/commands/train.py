@@ -15,7 +15,7 @@ from prefopt_dist.checkpoint.manifest import Manifest
 from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.data.template import template_named
+from prefopt_dist.data.template import template_name
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import AgreedUserError, StopRequested
 from prefopt_dist.model import activation_checkpointing
@@ -89,7 +89,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
         if ranks.rank() == 0:
             folder.note(
                 data=prepare_data.data_facts(train, evals),
-                chat_template=template_named(models.tokenizer, config.data.template, config.data.chat_template),
+                chat_template=template_name(models.tokenizer, config.data.template, config.data.chat_template),
                 reference=None if first_pass is None else first_pass.as_run_json(),
             )
 

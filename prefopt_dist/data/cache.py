@@ -22,7 +22,7 @@ def cached_folder(cache_dir: Path, digest: str) -> Path:
     return Path(cache_dir) / "tokenised" / digest
 
 
-def intact_rows(folder: Path, key: str, say: Say) -> TokenisedRows | None:
+def open_intact_rows(folder: Path, key: str, say: Say) -> TokenisedRows | None:
     """The rows of the folder; None where there is none, or a damaged one, which is said and removed."""
     if not folder.exists():
         return None

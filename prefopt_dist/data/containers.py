@@ -13,13 +13,13 @@ from prefopt_dist.data.example import BadRow
 from prefopt_dist.errors import UserError
 from prefopt_dist.packages import import_optional
 
-LISTS = ("data", "rows", "examples", "train")
+LIST_KEYS = ("data", "rows", "examples", "train")
 """Where an object around a list of rows may keep it."""
-CSV_FIELD = 1 << 30
+CSV_FIELD_LIMIT = 1 << 30
 """Characters of one value at most; the module's own limit of 131,072 would refuse long conversations."""
 
 
-def listed(stream: IO[bytes]) -> bool:
+def is_json_list(stream: IO[bytes]) -> bool:
     """Whether the file is one JSON list, or an object around one; the stream is then where it was."""
     start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     stream.seek(0)
@@ -29,10 +29,10 @@ def listed(stream: IO[bytes]) -> bool:
     if not start.startswith(b"{"):
         return False
     name, _, value = start[1:].lstrip().partition(b":")
-    return name.strip() in [f'"{key}"'.encode() for key in LISTS] and value.lstrip().startswith(b"[")
+    return name.strip() in [f'"{key}"'.encode() for key in LIST_KEYS] and value.lstrip().startswith(b"[")
 
 
-def listed_rows(stream: IO[bytes], key: str, file: Path) -> Iterator[dict[str, Any] | BadRow]:
+def json_list_rows(stream: IO[bytes], key: str, file: Path) -> Iterator[dict[str, Any] | BadRow]:
     """The rows of one JSON list, or of an object around one. The whole file is held in memory."""
     try:
         found = json.loads(stream.read().decode("utf-8-sig"))
@@ -41,14 +41,14 @@ def listed_rows(stream: IO[bytes], key: str, file: Path) -> Iterator[dict[str, A
         why = str(error)[:80]
         raise UserError(f"{key}: {file} begins as one JSON list, but is none ({why}); write it again") from error
     if isinstance(found, dict):
-        found = next(found[name] for name in LISTS if isinstance(found.get(name), list))
+        found = next(found[name] for name in LIST_KEYS if isinstance(found.get(name), list))
     for item in found:
         yield item if isinstance(item, dict) else BadRow("not_an_object", "the list holds one object a row", item)
 
 
 def csv_rows(file: Path, key: str) -> Iterator[dict[str, Any] | BadRow]:
     """The rows of comma-separated values under a line of names; values are text, an empty one is none."""
-    csv.field_size_limit(CSV_FIELD)
+    csv.field_size_limit(CSV_FIELD_LIMIT)
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, restkey="")
@@ -74,7 +74,7 @@ def zstd_stream(file: Path, key: str) -> IO[bytes]:
         raise UserError(f"{key}: {file} is a damaged zstandard file ({error}); write it again") from error
 
 
-def _parse_line(line: bytes) -> dict[str, Any] | BadRow:
+def parse_json_line(line: bytes) -> dict[str, Any] | BadRow:
     remedy = "write one JSON object a line, in UTF-8"
     try:
         text = line.decode("utf-8-sig")  # some editors begin a file with a byte order mark

@@ -168,7 +168,7 @@ def flag_bits(names: Iterable[str]) -> int:
     return sum(1 << FLAGS.index(name) for name in set(names))
 
 
-class Column:
+class ColumnWriter:
     """A file to which blocks of one array are appended; its checksum grows with it."""
 
     def __init__(self, folder: Path, name: str) -> None:

@@ -11,20 +11,27 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt_dist.data.cache import Say, build_once, cached_folder, intact_rows
-from prefopt_dist.data.dataset import COLUMNS, Column, TokenisedRows, content_digest, sequence_digest, write_manifest
+from prefopt_dist.data.cache import Say, build_once, cached_folder, open_intact_rows
+from prefopt_dist.data.dataset import (
+    COLUMNS,
+    ColumnWriter,
+    TokenisedRows,
+    content_digest,
+    sequence_digest,
+    write_manifest,
+)
 from prefopt_dist.data.row_counts import DataReport
 from prefopt_dist.errors import UserError
 
-ROWS_AT_ONCE = 4096
+ROWS_PER_COPY = 4096
 """Rows that are copied together."""
 
 REPAIRS = ("double_bos", "double_end", "system_dropped", "system_merged")
-RowsLeft = tuple[str, NDArray[np.int64], Sequence[str]]
+DroppedRows = tuple[str, NDArray[np.int64], Sequence[str]]
 """Kind, indices of the rows, and examples for the report."""
 
 
-def without_rows(folder: Path, rows: TokenisedRows, left: Sequence[RowsLeft], *, key: str, say: Say) -> Path:
+def without_rows(folder: Path, rows: TokenisedRows, left: Sequence[DroppedRows], *, key: str, say: Say) -> Path:
     """The folder of `rows`, which `folder` holds, less those in `left`; a row of two kinds counts under the first.
 
     It lies beside `folder`; an intact one is used again. Raises UserError where no row would be left.
@@ -48,7 +55,7 @@ def without_rows(folder: Path, rows: TokenisedRows, left: Sequence[RowsLeft], *,
     state = blake2b(f"without:{folder.name}:{list(dropped)}:".encode(), digest_size=16)
     state.update(np.packbits(keep).tobytes())
     made = cached_folder(folder.parent.parent, state.hexdigest())
-    if intact_rows(made, key, say) is None:
+    if open_intact_rows(made, key, say) is None:
         build_once(made, lambda building: _write_subset(building, rows, keep, dropped, examples))
     return made
 
@@ -63,11 +70,11 @@ def _write_subset(
     absent = {name for name, held in (("labels", rows.labels), ("learnt", rows.learnt)) if held is None}
     names = [name for name in COLUMNS if name not in absent]
     with ExitStack() as stack:
-        columns = {name: stack.enter_context(Column(folder, name)) for name in names}
+        columns = {name: stack.enter_context(ColumnWriter(folder, name)) for name in names}
         columns["offsets"].append([0])
         end = 0
-        for block in range(0, rows.n, ROWS_AT_ONCE):
-            chosen = np.flatnonzero(keep[block : block + ROWS_AT_ONCE]) + block
+        for block in range(0, rows.n, ROWS_PER_COPY):
+            chosen = np.flatnonzero(keep[block : block + ROWS_PER_COPY]) + block
             if len(chosen):
                 end = _copy_rows(columns, rows, chosen, end)
         files = {name: column.finish() for name, column in columns.items()}
@@ -77,7 +84,7 @@ def _write_subset(
     )  # fmt: skip
 
 
-def _copy_rows(columns: dict[str, Column], rows: TokenisedRows, chosen: NDArray[np.int64], end: int) -> int:
+def _copy_rows(columns: dict[str, ColumnWriter], rows: TokenisedRows, chosen: NDArray[np.int64], end: int) -> int:
     """Appends the chosen rows; `end` is the token count before them, and the result the one after."""
     parts = 1 + rows.responses
     first, last = rows.offsets[chosen * parts], rows.offsets[(chosen + 1) * parts]
@@ -155,11 +162,11 @@ class UnpairedRows(TokenisedRows):
         return int(self.starts[i, part]), int(self.ends[i, part])
 
 
-class OnePromptRules(Exception):
+class PromptTooFrequent(Exception):
     """More than half of the rows answer the same prompt, so there is no mismatched response for each of them."""
 
 
-def unpaired(rows: TokenisedRows, longest: int) -> UnpairedRows:
+def build_unpaired_rows(rows: TokenisedRows, longest: int) -> UnpairedRows:
     """The rated rows, or both halves of each pair, with their partners; at least two. Raises OnePromptRules.
 
     longest: tokens of a sequence. Prompt and own response keep to it already; a mismatched response is cut to it.
@@ -169,7 +176,7 @@ def unpaired(rows: TokenisedRows, longest: int) -> UnpairedRows:
     own = bounds[:, 1:].reshape(-1, 2)  # row by row, of a pair the chosen first
     n = len(own)
     partner = partners(n)
-    mended = with_other_prompts(partner, np.repeat(_numbered(rows), rows.responses))
+    mended = exchange_partners(partner, np.repeat(_numbered(rows), rows.responses))
     mismatched = own[mended]
     room = longest - (prompts[:, 1] - prompts[:, 0])
     mismatched[:, 1] = np.minimum(mismatched[:, 1], mismatched[:, 0] + room)
@@ -231,7 +238,7 @@ def partners(n: int) -> NDArray[np.int64]:
     return partner
 
 
-def with_other_prompts(partner: NDArray[np.int64], prompt: NDArray[np.int64]) -> NDArray[np.int64]:
+def exchange_partners(partner: NDArray[np.int64], prompt: NDArray[np.int64]) -> NDArray[np.int64]:
     """[n] the partners, exchanged where one answers the row's own prompt, such as the other half of a pair.
 
     prompt: [n], the same number where the prompts are the same. Raises OnePromptRules.
@@ -242,7 +249,7 @@ def with_other_prompts(partner: NDArray[np.int64], prompt: NDArray[np.int64]) ->
             fit = (prompt != prompt[i]) & (prompt[partner] != prompt[i])
             j = int(fit.argmax())
             if not fit[j]:  # there is one as long as a prompt has no more than half of the rows
-                raise OnePromptRules(f"{int((prompt == prompt[i]).sum())} of {len(prompt)}")
+                raise PromptTooFrequent(f"{int((prompt == prompt[i]).sum())} of {len(prompt)}")
             partner[i], partner[j] = partner[j], partner[i]
     return partner
 

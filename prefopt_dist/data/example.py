@@ -5,7 +5,7 @@ from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Who may speak."""
-PASSED_ON = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+TEMPLATE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
 """Further keys of a message that templates read; others are ignored like other columns."""
 
 
@@ -51,17 +51,17 @@ class Example:
     """Columns of the row that hold something, of which nothing was made."""
 
 
-LEFT_OUT = ("tie",)
+SKIPPED_KINDS = ("tie",)
 """Kinds that are no fault of the data: such rows are left out and counted, and stop nothing."""
-SHOWN = 80
+SHOWN_CHARACTERS = 80
 """Characters of a value that a message shows."""
 
 
 def shorten(value: Any) -> str:
     """The value as a message shows it: its repr, at most ``SHOWN`` characters."""
     # A response may be megabytes long: cut before repr, not only after it.
-    text = repr(value[: 2 * SHOWN] if isinstance(value, str | bytes | list) else value)
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    text = repr(value[: 2 * SHOWN_CHARACTERS] if isinstance(value, str | bytes | list) else value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
 
 
 class BadRow(Exception):

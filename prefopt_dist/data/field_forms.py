@@ -19,7 +19,7 @@ Columns = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class FieldForm:
+class ExternalForm:
     """One form of the field."""
 
     columns: tuple[str, ...]
@@ -35,12 +35,12 @@ class FieldForm:
     """Columns with which a row is of another form"""
 
 
-def form_of_the_field(row: Row, has: set[str]) -> str | None:
+def detect_external_form(row: Row, has: set[str]) -> str | None:
     """The first form that the row's columns fit; has: those that are not null."""
     return next(
         (
             name
-            for name, form in FIELD_FORMS.items()
+            for name, form in EXTERNAL_FORMS.items()
             if has.issuperset(form.columns) and not has.intersection(form.lacks) and form.fits(row)
         ),
         None,
@@ -250,81 +250,81 @@ def _alpaca_farm(row: Row) -> Columns:
     return _pair(_instruction(row), *pick(row, "output_1", "output_2", _one_of("preference", 1, 2)(row)))
 
 
-FIELD_FORMS: Mapping[str, FieldForm] = {
-    "sharegpt": FieldForm(
+EXTERNAL_FORMS: Mapping[str, ExternalForm] = {
+    "sharegpt": ExternalForm(
         ("conversations", "chosen", "rejected"), "pair", _kept("conversations"), "LLaMA-Factory, Axolotl"
     ),
-    "sharegpt_rated": FieldForm(
+    "sharegpt_rated": ExternalForm(
         ("conversations", "label"), "rated", _rated_conversation("conversations", "label"), "LLaMA-Factory (KTO)"
     ),
-    "sharegpt_kto_tag": FieldForm(
+    "sharegpt_kto_tag": ExternalForm(
         ("conversations", "kto_tag"), "rated", _rated_conversation("conversations", "kto_tag"), "LLaMA-Factory (KTO)"
     ),
-    "sharegpt_messages": FieldForm(
+    "sharegpt_messages": ExternalForm(
         ("conversations",), "demonstration", lambda row: {"messages": row["conversations"], "tools": row.get("tools")},
         "Vicuna, FastChat, LLaMA-Factory", lacks=("prompt",),
     ),
-    "messages_pair": FieldForm(
+    "messages_pair": ExternalForm(
         ("messages", "chosen", "rejected"), "pair", _kept("messages"), "Axolotl (chat_template)", _answers_alone,
         ("prompt",),
     ),
-    "swift": FieldForm(("messages", "rejected_response"), "pair", _swift, "ms-swift"),
-    "swift_messages": FieldForm(("messages", "rejected_messages"), "conversations", _swift, "ms-swift"),
-    "messages_rated": FieldForm(
+    "swift": ExternalForm(("messages", "rejected_response"), "pair", _swift, "ms-swift"),
+    "swift_messages": ExternalForm(("messages", "rejected_messages"), "conversations", _swift, "ms-swift"),
+    "messages_rated": ExternalForm(
         ("messages", "label"), "rated", _rated_conversation("messages", "label"), "ms-swift, LLaMA-Factory (KTO)",
         lacks=("prompt", "completion"),
     ),
-    "alpaca_pair": FieldForm(
+    "alpaca_pair": ExternalForm(
         ("instruction", "chosen", "rejected"), "pair",
         lambda row: _pair(_instruction(row), field_of(row, "chosen"), field_of(row, "rejected")),
         "LLaMA-Factory (ranking)", _answers_alone, ("prompt",),
     ),
-    "alpaca_outputs": FieldForm(
+    "alpaca_outputs": ExternalForm(
         ("instruction", "output"), "pair", _alpaca_outputs, "LLaMA-Factory (ranking, older)", _is_list("output")
     ),
-    "alpaca_farm": FieldForm(
+    "alpaca_farm": ExternalForm(
         ("instruction", "output_1", "output_2", "preference"), "pair", _alpaca_farm, "AlpacaFarm"
     ),
-    "alpaca": FieldForm(
+    "alpaca": ExternalForm(
         ("instruction", "output"), "demonstration",
         lambda row: {"prompt": _instruction(row), "completion": field_of(row, "output")},
         "Alpaca", _is_text("output"), ("prompt",),
     ),
-    "ultrafeedback": FieldForm(
+    "ultrafeedback": ExternalForm(
         ("instruction", "completions"), "pair", _ultrafeedback, "UltraFeedback (raw)", _is_list("completions")
     ),
-    "question_pair": FieldForm(
+    "question_pair": ExternalForm(
         ("question", "chosen", "rejected"), "pair", _kept("question"), "Intel orca_dpo_pairs", _answers_alone,
         ("prompt",),
     ),
-    "openai": FieldForm(
+    "openai": ExternalForm(
         ("input", "preferred_output", "non_preferred_output"), "pair", _openai, "OpenAI preference fine-tuning"
     ),
-    "nemo": FieldForm(("context", "completions"), "pair", _nemo, "NeMo-RL"),
-    "nectar": FieldForm(("prompt", "answers"), "pair", _nectar, "Nectar", _is_list("answers")),
-    "helpsteer2": FieldForm(
+    "nemo": ExternalForm(("context", "completions"), "pair", _nemo, "NeMo-RL"),
+    "nectar": ExternalForm(("prompt", "answers"), "pair", _nectar, "Nectar", _is_list("answers")),
+    "helpsteer2": ExternalForm(
         ("prompt", "response_1", "response_2", "preference_strength"), "pair",
         _two("prompt", "response_1", "response_2", lambda row: _sign(row, "preference_strength", first_is=-1)),
         "HelpSteer2",
     ),
-    "helpsteer3": FieldForm(
+    "helpsteer3": ExternalForm(
         ("context", "response1", "response2", "overall_preference"), "pair",
         _two("context", "response1", "response2", lambda row: _sign(row, "overall_preference", first_is=-1)),
         "HelpSteer3",
     ),
-    "shp": FieldForm(
+    "shp": ExternalForm(
         ("history", "human_ref_A", "human_ref_B", "labels"), "pair",
         _two("history", "human_ref_A", "human_ref_B", _one_of("labels", 1, 0)), "SHP",
     ),
-    "saferlhf": FieldForm(
+    "saferlhf": ExternalForm(
         ("prompt", "response_0", "response_1", "better_response_id"), "pair",
         _two("prompt", "response_0", "response_1", _one_of("better_response_id", 0, 1)), "PKU-SafeRLHF",
     ),
-    "webgpt": FieldForm(("question", "answer_0", "answer_1", "score_0", "score_1"), "pair", _webgpt, "WebGPT"),
-    "arena": FieldForm(
+    "webgpt": ExternalForm(("question", "answer_0", "answer_1", "score_0", "score_1"), "pair", _webgpt, "WebGPT"),
+    "arena": ExternalForm(
         ("conversation_a", "conversation_b", "winner"), "conversations", _arena, "Chatbot Arena conversations"
     ),
-    "arena_texts": FieldForm(
+    "arena_texts": ExternalForm(
         ("prompt", "response_a", "response_b", "winner_model_a"), "conversations", _arena_texts,
         "Arena human preference",
     ),

@@ -7,15 +7,15 @@ from contextlib import suppress
 from typing import Any
 
 from prefopt_dist.data.containers import Unreadable
-from prefopt_dist.data.example import PASSED_ON, ROLES, BadRow, Message, Messages
+from prefopt_dist.data.example import ROLES, TEMPLATE_KEYS, BadRow, Message, Messages
 
-TURN = re.compile(r"\n\n(Human|Assistant):")
+TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 Row = Mapping[str, Any]
 
 
 def parse_transcript(text: str, name: str) -> Messages:
     """The turns of a whole Human/Assistant text."""
-    before, *parts = TURN.split(text)
+    before, *parts = TRANSCRIPT_TURN.split(text)
     roles = ["user" if speaker == "Human" else "assistant" for speaker in parts[0::2]]
     if before or not roles or roles[0] != "user" or roles[-1] != "assistant":
         rule = f"{name} must begin with '\\n\\nHuman:' and end with a turn after '\\n\\nAssistant:'"
@@ -26,7 +26,7 @@ def parse_transcript(text: str, name: str) -> Messages:
 
 def parse_transcript_prompt(text: str) -> Messages | None:
     """The turns of a prompt that is a whole Human/Assistant text with the last answer open; None for other texts."""
-    before, *parts = TURN.split("\n\n" + text.lstrip())
+    before, *parts = TRANSCRIPT_TURN.split("\n\n" + text.lstrip())
     speakers, said = parts[0::2], parts[1::2]
     if before or len(speakers) < 2 or speakers[0] != "Human" or speakers[-1] != "Assistant" or said[-1].strip():
         return None
@@ -83,7 +83,7 @@ def _parsed_messages(value: Any) -> Any:
         with suppress(ValueError, RecursionError):
             found = json.loads(value)
             json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate in it is no text for a tokenizer
-            if isinstance(found, list) and found and all(role_of(item) in (*ROLES, *SPEAKERS) for item in found):
+            if isinstance(found, list) and found and all(role_of(item) in (*ROLES, *ROLE_ALIASES) for item in found):
                 return found
     return value
 
@@ -104,7 +104,9 @@ def _message(item: Any, name: str) -> Message:
         rule = f"each message of {name} must be {{role, content}} with a role of {', '.join(ROLES)}"
         raise BadRow("bad_message", rule, item)
     extra = tuple(
-        (part, _calls(item[part], name) if part == "tool_calls" else item[part]) for part in PASSED_ON if item.get(part)
+        (part, _calls(item[part], name) if part == "tool_calls" else item[part])
+        for part in TEMPLATE_KEYS
+        if item.get(part)
     )
     content = _joined_parts(item.get("content"), name)
     if content is None and item.get("tool_calls"):
@@ -114,7 +116,7 @@ def _message(item: Any, name: str) -> Message:
     return Message(item["role"], content, extra)
 
 
-SPEAKERS = {
+ROLE_ALIASES = {
     **{"human": "user", "user": "user", "system": "system"},
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot", "function_call"), "assistant"),
     **dict.fromkeys(("function", "observation", "tool", "function_response"), "tool"),
@@ -124,7 +126,7 @@ SPEAKERS = {
 
 def is_assistant(role: Any) -> bool:
     """Whether a role of any form is the assistant's."""
-    return isinstance(role, str) and SPEAKERS.get(role) == "assistant"
+    return isinstance(role, str) and ROLE_ALIASES.get(role) == "assistant"
 
 
 def _in_our_words(item: Any) -> Any:
@@ -142,7 +144,7 @@ def _in_our_words(item: Any) -> Any:
             item = {**item, "content": None}
     if isinstance(call, dict):
         item = {**item, "tool_calls": [{"type": "function", "function": call}]}
-    return {**item, "role": SPEAKERS.get(role, role) if isinstance(role, str) else role}
+    return {**item, "role": ROLE_ALIASES.get(role, role) if isinstance(role, str) else role}
 
 
 def _joined_parts(content: Any, name: str) -> Any:
@@ -204,7 +206,15 @@ def tools_of(row: Row) -> tuple[Any, ...] | None:
     return tuple(tools) if tools else None
 
 
-RESERVED = ("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize")
+RESERVED_ARGUMENTS = (
+    "conversation",
+    "messages",
+    "tools",
+    "documents",
+    "chat_template",
+    "add_generation_prompt",
+    "tokenize",
+)
 """What a template is given by us."""
 
 
@@ -216,7 +226,9 @@ def template_arguments(row: Row) -> tuple[tuple[str, Any], ...]:
     found = _object(value, "chat_template_kwargs") if isinstance(value, str) and value.strip() else value or {}
     if not isinstance(found, dict):
         raise BadRow("wrong_type", "chat_template_kwargs must be an object, or JSON text of one", value)
-    taken = [name for name in found if name in RESERVED or name.startswith(("return_", "continue_", "tokenizer_"))]
+    taken = [
+        name for name in found if name in RESERVED_ARGUMENTS or name.startswith(("return_", "continue_", "tokenizer_"))
+    ]
     if taken:
         raise BadRow("wrong_type", f"chat_template_kwargs must not set {taken[0]!r}, which is set here", value)
     return tuple((name, item) for name, item in found.items() if item is not None)

@@ -27,7 +27,7 @@ PLAIN_FILES = ("data", "part", "shard", "chunk", "file", "rows", "output")
 
 
 @dataclass(frozen=True)
-class SplitFiles:
+class SplitFile:
     """One file and what it belongs to."""
 
     file: Path
@@ -36,7 +36,7 @@ class SplitFiles:
     """None: nothing says that it belongs to one"""
 
 
-def chosen_files(
+def select_files(
     folder: Path, files: list[Path], *, name: str | None, split: str | None, key: str, shown: str
 ) -> tuple[Path, ...]:
     """Those of `files` that are of the configuration `name` and of the split.
@@ -66,10 +66,10 @@ def chosen_files(
     return found
 
 
-def _declared(folder: Path, files: list[Path]) -> list[SplitFiles]:
+def _declared(folder: Path, files: list[Path]) -> list[SplitFile]:
     """What the front matter of README.md says of the files; none where it says nothing."""
     return [
-        SplitFiles(file, str(configuration.get("config_name", DEFAULT)), split)
+        SplitFile(file, str(configuration.get("config_name", DEFAULT)), split)
         for configuration in _configurations(folder / "README.md")
         for split, pattern in _patterns(configuration.get("data_files"))
         for file in sorted(folder.glob(pattern))
@@ -96,11 +96,11 @@ def _patterns(data_files: Any) -> Iterator[tuple[str, str]]:
                 yield str(split), path
 
 
-def _by_names(folder: Path, files: list[Path]) -> list[SplitFiles]:
+def _by_names(folder: Path, files: list[Path]) -> list[SplitFile]:
     return [_by_name(file, file.relative_to(folder)) for file in files]
 
 
-def _by_name(file: Path, relative: Path) -> SplitFiles:
+def _by_name(file: Path, relative: Path) -> SplitFile:
     folders = [part for part in relative.parent.parts if part not in PLAIN_FOLDERS]
     stem = relative.name.split(".")[0]
     sharded, named = SHARD.match(stem), SPLIT.match(stem)
@@ -110,4 +110,4 @@ def _by_name(file: Path, relative: Path) -> SplitFiles:
     if folders and SPLIT.fullmatch(folders[-1]):
         split = split if sharded and named else folders[-1]
         folders = folders[:-1]
-    return SplitFiles(file, "/".join(folders) or DEFAULT, split)
+    return SplitFile(file, "/".join(folders) or DEFAULT, split)

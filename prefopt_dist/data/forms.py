@@ -23,9 +23,9 @@ from dataclasses import replace
 from typing import Any
 
 from prefopt_dist.data.example import BadRow, Example, Message, Messages
-from prefopt_dist.data.field_forms import FIELD_FORMS, form_of_the_field
+from prefopt_dist.data.field_forms import EXTERNAL_FORMS, detect_external_form
 from prefopt_dist.data.fields import (
-    TURN,
+    TRANSCRIPT_TURN,
     Row,
     field_of,
     is_blank,
@@ -44,7 +44,7 @@ FIRST_ROWS = 64
 """Rows that `auto` looks at."""
 
 
-class Reading(Mapping[str, Any]):
+class TrackedRow(Mapping[str, Any]):
     """A row that remembers which of its columns were read."""
 
     def __init__(self, row: Row) -> None:
@@ -84,7 +84,7 @@ def detect_form(rows: Sequence[Row], key: str) -> str:
 def _form_of(row: Row) -> str | None:
     """The form the fields say; where two share the fields, their first values decide."""
     has = {name for name, value in row.items() if value is not None}
-    named = form_of_the_field(row, has)
+    named = detect_external_form(row, has)
     if named is not None:
         return named
     if {"prompt", "chosen_response", "rejected_response"} <= has:
@@ -97,7 +97,7 @@ def _form_of(row: Row) -> str | None:
             return "conversations" if whole else "pair"
         if isinstance(chosen, list):
             return "conversations"
-        return "transcripts" if not isinstance(chosen, str) or TURN.match(chosen) else "implicit_prompt"
+        return "transcripts" if not isinstance(chosen, str) or TRANSCRIPT_TURN.match(chosen) else "implicit_prompt"
     if {"prompt", "completion"} <= has:
         return "rated" if "label" in has else "demonstration"
     return "demonstration" if "messages" in has else None
@@ -108,12 +108,12 @@ def read_form(form: str, row: Row, learn: str = "last") -> Example:
 
     learn: of the conversation in `messages` `all` assistant turns are the response, or the `last`.
     """
-    reading = Reading(row)
+    reading = TrackedRow(row)
     columns: Row = reading
-    if form in FIELD_FORMS:
-        for name in FIELD_FORMS[form].columns:
+    if form in EXTERNAL_FORMS:
+        for name in EXTERNAL_FORMS[form].columns:
             field_of(reading, name)
-        columns, form = FIELD_FORMS[form].read(reading), FIELD_FORMS[form].becomes
+        columns, form = EXTERNAL_FORMS[form].read(reading), EXTERNAL_FORMS[form].becomes
     example = OWN_FORMS[form](columns)
     if learn == "all" and form == "demonstration" and columns.get("messages") is not None:
         example = _from_first_answer(example)
@@ -137,8 +137,8 @@ def read_prompt(row: Row) -> Example:
     Raises BadRow where it has none.
     """
     form, given = _form_of(row), row
-    if form is not None and form in FIELD_FORMS:
-        row, form = FIELD_FORMS[form].read(row), FIELD_FORMS[form].becomes
+    if form is not None and form in EXTERNAL_FORMS:
+        row, form = EXTERNAL_FORMS[form].read(row), EXTERNAL_FORMS[form].becomes
     if form in ("conversations", "transcripts", "implicit_prompt"):
         prompt = OWN_FORMS[form](row).prompt
     elif row.get("prompt") is not None:
@@ -157,7 +157,7 @@ def read_prompt(row: Row) -> Example:
 
 def kind_of(form: str) -> str:
     """What rows of the form become: `pair`, `demonstration` or `rated`."""
-    form = FIELD_FORMS[form].becomes if form in FIELD_FORMS else form
+    form = EXTERNAL_FORMS[form].becomes if form in EXTERNAL_FORMS else form
     return form if form in ("demonstration", "rated") else "pair"
 
 
@@ -237,14 +237,14 @@ OWN_FORMS: dict[str, Callable[[Row], Example]] = {
     "demonstration": _demonstration,
 }
 """How each form's columns become an Example; others are turned into these columns first."""
-FORMS = (*OWN_FORMS, *FIELD_FORMS)
+FORMS = (*OWN_FORMS, *EXTERNAL_FORMS)
 _FIELDS = {
     "raw_pair": "prompt, chosen_response, rejected_response",
     "pair": "prompt, chosen, rejected",
     "conversations, transcripts or implicit_prompt": "chosen, rejected",
     "rated": "prompt, completion, label",
     "demonstration": "prompt, completion, or messages",
-    **{name: ", ".join(form.columns) for name, form in FIELD_FORMS.items()},
+    **{name: ", ".join(form.columns) for name, form in EXTERNAL_FORMS.items()},
 }
 
 

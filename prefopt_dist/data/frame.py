@@ -54,7 +54,7 @@ class Frame:
         return bool(self.reply) and text.lstrip().startswith(self.reply)
 
 
-def read_frame(apply: Apply, opened: str, full: str, bos: str | None) -> Frame:
+def probe_frame(apply: Apply, opened: str, full: str, bos: str | None) -> Frame:
     """The pieces of the template.
 
     opened: it renders the probe's question, the answer opened; full: question and answer.
@@ -111,7 +111,7 @@ def _common(left: str, right: str) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
-OPENER = re.compile(r"<([^\s<>/]+)>\s*$")
+REASONING_OPENER = re.compile(r"<([^\s<>/]+)>\s*$")
 PROBE_THOUGHT = "prefopt-thought"
 
 """Renders turns, with the opening of an answer or without."""
@@ -140,12 +140,12 @@ class Thinking:
         return bare.removeprefix(self.opener.strip()).lstrip("\n") if bare.startswith(self.opener.strip()) else bare
 
 
-def read_thinking(apply: Apply, template: str, opened: str, full: str) -> Thinking:
+def probe_thinking(apply: Apply, template: str, opened: str, full: str) -> Thinking:
     """How the template marks reasoning.
 
     opened: it renders the probe's question, the answer opened; full: question and answer.
     """
-    found = OPENER.search(opened)
+    found = REASONING_OPENER.search(opened)
     tag = found.group(1) if found else "think"
     opener = found.group(0) if found and (f"</{tag}>" in template or not full.startswith(opened)) else ""
     if not opener:

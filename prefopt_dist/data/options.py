@@ -39,9 +39,9 @@ class TextOptions:
         return asdict(self)
 
 
-DEFAULTS = TextOptions()
+DEFAULT_OPTIONS = TextOptions()
 
-CLOCK = "strftime_now"
+CLOCK_FUNCTION = "strftime_now"
 """What templates call to get the day's date in a format."""
 DIRECTIVES = "aAbBcdHIjmMpSUwWxXyYFDTeh"
 """Those of strftime that are filled in; others stay as they are."""
@@ -51,7 +51,7 @@ UNPADDED = "dHIjmM"
 
 def writes_date(template: str) -> bool:
     """Whether the template asks for the day's date."""
-    return CLOCK in template
+    return CLOCK_FUNCTION in template
 
 
 def check_date(day: str) -> date:
@@ -72,4 +72,4 @@ def fix_date(template: str, day: str) -> str:
     filled = "".join(f" | replace('{name}', '{value}')" for name, value in known.items())
     # A macro of that name stands before the environment's function. Transformers hands functions to no template.
     # The empty expression keeps a line break at the template's beginning, which a block before it would swallow.
-    return "{%- macro " + CLOCK + "(format) -%}{{ format" + filled + " }}{%- endmacro %}{{ '' }}" + template
+    return "{%- macro " + CLOCK_FUNCTION + "(format) -%}{{ format" + filled + " }}{%- endmacro %}{{ '' }}" + template

@@ -13,31 +13,31 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.config.data import DataSource
-from prefopt_dist.data.cache import Say, build_once, cached_folder, intact_rows
+from prefopt_dist.data.cache import Say, build_once, cached_folder, open_intact_rows
 from prefopt_dist.data.columns import rename_columns
 from prefopt_dist.data.dataset import (
     COLUMNS,
     SCHEMA,
-    Column,
+    ColumnWriter,
     Kind,
     content_digest,
     flag_bits,
     sequence_digest,
     write_manifest,
 )
-from prefopt_dist.data.example import LEFT_OUT, BadRow, Example
+from prefopt_dist.data.example import SKIPPED_KINDS, BadRow, Example
 from prefopt_dist.data.forms import FORMS, detect_form, kind_of, read_form
-from prefopt_dist.data.options import DEFAULTS, TextOptions, writes_date
+from prefopt_dist.data.options import DEFAULT_OPTIONS, TextOptions, writes_date
 from prefopt_dist.data.row_counts import RowCounts
 from prefopt_dist.data.sources import OpenSource, RawRow, open_source
 from prefopt_dist.data.template import read_template
-from prefopt_dist.data.text_kinds import SAID, check_kind, kind_of_texts
+from prefopt_dist.data.text_kinds import TEXT_KIND_MESSAGES, apply_text_kind, detect_text_kind
 from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
 from prefopt_dist.errors import UserError
 
-BATCH = 256
+BLOCK_ROWS = 256
 """Rows that are tokenised together, and written as one block."""
-FIRST_READ = 64
+DETECTION_ROWS = 64
 """Rows of a source that are read before its form is decided."""
 
 Progress = Callable[[int, int | None], None]
@@ -52,7 +52,7 @@ class Settings:
     max_length: int
     max_prompt_length: int
     on_bad_row: str
-    options: TextOptions = DEFAULTS
+    options: TextOptions = DEFAULT_OPTIONS
 
     def check(self) -> None:
         """Raises UserError with the dotted key of the setting that is wrong."""
@@ -82,7 +82,7 @@ def prepare_rows(
     cache_dir: Path,
     vocab_size: int,
     key: str = "data.train",
-    options: TextOptions = DEFAULTS,
+    options: TextOptions = DEFAULT_OPTIONS,
     say: Say = print,
     progress: Progress | None = None,
 ) -> Path:
@@ -99,11 +99,11 @@ def prepare_rows(
     opened = [open_source(source, index, key) for index, source in enumerate(sources)]
     weights = [source.weight for source in sources]
     folder = cached_folder(cache_dir, _cache_digest(opened, weights, tokenizer, settings))
-    rows = intact_rows(folder, key, say)
+    rows = open_intact_rows(folder, key, say)
     if rows is not None:
         _check_vocabulary(rows.tokens.max(), vocab_size, key)
         if on_bad_row == "stop" and rows.report.first_fault is not None:
-            raise stopped_by(rows.report.first_fault)
+            raise stop_error(rows.report.first_fault)
         return folder
     if template != "none" and writes_date(options.chat_template or str(tokenizer.chat_template)):
         say(f"{key}: the chat template writes a date, which is fixed to {options.template_date} (data.template_date)")
@@ -113,7 +113,7 @@ def prepare_rows(
     return folder
 
 
-def stopped_by(fault: str) -> UserError:
+def stop_error(fault: str) -> UserError:
     """What a row that cannot be used does under data.on_bad_row=stop; `fault` is the message of a `BadRow`."""
     return UserError(f"{fault}, or leave such rows out with data.on_bad_row=drop")
 
@@ -142,7 +142,7 @@ class _Build:
         names = [source.name for source in self.sources]
         examples = (row for source in self.sources for row in self._examples(source, say))
         with ExitStack() as stack:
-            columns = {name: stack.enter_context(Column(folder, name)) for name in COLUMNS}
+            columns = {name: stack.enter_context(ColumnWriter(folder, name)) for name in COLUMNS}
             columns["offsets"].append([0])
             end = 0
             for block in _blocks(examples):
@@ -166,7 +166,7 @@ class _Build:
 
     def _examples(self, source: OpenSource, say: Say) -> Iterator[tuple[RawRow, Example | BadRow]]:
         rows = source.rows()
-        first = list(islice(rows, FIRST_READ))
+        first = list(islice(rows, DETECTION_ROWS))
         form = self.settings.form
         readable = [row.fields for row in first if isinstance(row.fields, dict)]
         # With nothing readable there is no form to detect: the rows below say what is wrong with them.
@@ -183,7 +183,7 @@ class _Build:
                 example = read_form(
                     form, rename_columns(row.fields, self.settings.options), self.settings.options.learn
                 )
-                yield row, check_kind(example, kind, self.tokeniser.template)
+                yield row, apply_text_kind(example, kind, self.tokeniser.template)
             except BadRow as bad:
                 yield row, bad
 
@@ -197,9 +197,9 @@ class _Build:
                 examples.append(
                     read_form(form, rename_columns(fields, self.settings.options), self.settings.options.learn)
                 )
-        kind = kind_of_texts(examples, self.tokeniser.template)
-        if kind in SAID:
-            say(f"{source.key}: the prompts of {source.name} {SAID[kind]}")
+        kind = detect_text_kind(examples, self.tokeniser.template)
+        if kind in TEXT_KIND_MESSAGES:
+            say(f"{source.key}: the prompts of {source.name} {TEXT_KIND_MESSAGES[kind]}")
         return kind
 
     def _named(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -238,15 +238,15 @@ class _Build:
             if isinstance(outcome, TokenisedRow):
                 self.tally.use(outcome)
                 rows.append((raw, outcome))
-            elif self.settings.on_bad_row == "drop" or outcome.kind in LEFT_OUT:
+            elif self.settings.on_bad_row == "drop" or outcome.kind in SKIPPED_KINDS:
                 self.tally.drop(outcome, origin)
             else:
-                raise stopped_by(outcome.message(origin))
+                raise stop_error(outcome.message(origin))
         return rows
 
     def _write(
         self,
-        columns: dict[str, Column],
+        columns: dict[str, ColumnWriter],
         rows: list[tuple[RawRow, TokenisedRow]],
         end: int,
         vocab_size: int,
@@ -277,7 +277,7 @@ class _Build:
 def _blocks(
     examples: Iterator[tuple[RawRow, Example | BadRow]],
 ) -> Iterator[list[tuple[RawRow, Example | BadRow]]]:
-    while block := list(islice(examples, BATCH)):
+    while block := list(islice(examples, BLOCK_ROWS)):
         yield block
 
 

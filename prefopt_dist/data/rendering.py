@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.data.example import BadRow, Example, Message, Messages
 from prefopt_dist.data.frame import Frame, Thinking, reasoning_of
-from prefopt_dist.data.written import Span, assistant_spans, has_reasoning, unwritten
+from prefopt_dist.data.written import Span, assistant_spans, first_unwritten, has_reasoning
 from prefopt_dist.errors import UserError
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedExample:
     """The texts of one example. Each of `fulls` begins with `prompt`."""
 
     prompt: str
@@ -100,7 +100,7 @@ class Template:
     learn: str
     """`all` assistant turns of a response are learnt, or the `last`."""
 
-    def render(self, example: Example) -> Rendered:
+    def render(self, example: Example) -> RenderedExample:
         """The texts of the example.
 
         Raises BadRow (`no_place_for_system`, `doubled_template`, `end_token_inside`, `empty_response`,
@@ -123,7 +123,7 @@ class Template:
         """Whether the text is rendered turns already."""
         return self.frame.is_conversation(prompt)
 
-    def _as_is(self, example: Example, carried: bool) -> Rendered:
+    def _as_is(self, example: Example, carried: bool) -> RenderedExample:
         assert isinstance(example.prompt, str)
         if example.system is not None:
             raise BadRow(
@@ -135,9 +135,11 @@ class Template:
         fulls = tuple(f"{example.prompt}{body}" for body in bodies)
         missing = carried and any(body == whole for body, whole in zip(bodies, example.responses, strict=True))
         end_id = self._id(end)
-        return Rendered(example.prompt, fulls, end_id, frozenset({end_id}), True, frozenset(repaired), carried, missing)
+        return RenderedExample(
+            example.prompt, fulls, end_id, frozenset({end_id}), True, frozenset(repaired), carried, missing
+        )
 
-    def _templated(self, example: Example) -> Rendered:
+    def _templated(self, example: Example) -> RenderedExample:
         if example.tools and "tools" not in self.tool_text:
             raise BadRow(
                 "template_refused", "the chat template has no place for tools", example.tools[0],
@@ -162,7 +164,7 @@ class Template:
             fulls = tuple(render(prompt + response, False) for response in responses)
         except Exception as error:  # a template is somebody's program: it can raise anything
             remedy = "mend the row, or use a tokenizer whose template takes such turns"
-            rule = f"the chat template must take the turns ({brief(error)})"
+            rule = f"the chat template must take the turns ({error_summary(error)})"
             raise BadRow("template_refused", rule, [turn.role for turn in prompt], remedy) from error
         answers = [
             self._answer(prompt, response, start, full, render) for full, response in zip(fulls, responses, strict=True)
@@ -170,8 +172,10 @@ class Template:
         if len({answer.prompt for answer in answers}) > 1:
             raise self._unstable(start, fulls[-1])
         reasoned = [k for k, turn in enumerate(prompt) if turn.role == "assistant" and has_reasoning(turn)]
-        lost = bool(reasoned) and unwritten(prompt, reasoned, start, lambda turns: render(turns, True)) is not None
-        return Rendered(
+        lost = (
+            bool(reasoned) and first_unwritten(prompt, reasoned, start, lambda turns: render(turns, True)) is not None
+        )
+        return RenderedExample(
             answers[0].prompt,
             tuple(answer.full for answer in answers),
             self._id(self.end),
@@ -224,7 +228,7 @@ class Template:
         """What an answer says behind generation's prompt, where the template leaves out its reasoning; else None."""
         if not self.thinking.begins or not has_reasoning(turn) or dict(turn.extra).get("tool_calls"):
             return None
-        if unwritten((*prompt, turn), [len(prompt)], full, lambda changed: render(changed, False)) is None:
+        if first_unwritten((*prompt, turn), [len(prompt)], full, lambda changed: render(changed, False)) is None:
             return None
         reasoning = reasoning_of(turn)
         if reasoning is None:
@@ -257,7 +261,7 @@ class Template:
         turns = prompt + response
         which = [k for k in range(len(prompt), len(turns)) if turns[k].role == "assistant"]
         which = which[-1:] if self.learn == "last" else which
-        part = unwritten(turns, which, full, lambda changed: render(changed, False))
+        part = first_unwritten(turns, which, full, lambda changed: render(changed, False))
         if part is not None:
             rule = f"the chat template must write all that a response says; it leaves out its {part.name}"
             remedy = "use a tokenizer whose template writes it, or remove it from the row"
@@ -379,7 +383,7 @@ def apply_template(
     return rendered
 
 
-def brief(error: Exception) -> str:
+def error_summary(error: Exception) -> str:
     """The error in one line."""
     return (str(error) or type(error).__name__)[:100]
 

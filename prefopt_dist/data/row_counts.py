@@ -5,16 +5,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from prefopt_dist.data.example import LEFT_OUT, BadRow
+from prefopt_dist.data.example import SKIPPED_KINDS, BadRow
 from prefopt_dist.data.tokenise import TokenisedRow
 
-EXAMPLES = 3
+EXAMPLES_PER_KIND = 3
 """Faults of a kind that the report shows."""
-NAMING_FIELDS = ("source", "dataset", "subset")
+ORIGIN_FIELDS = ("source", "dataset", "subset")
 """Fields by which a row often says where it comes from."""
-MOST_NAMES = 100
+MAX_NAMES = 100
 """Names of a field that are counted apart, so that a field of a million addresses takes no memory."""
-MOST_LETTERS = 80
+MAX_NAME_LENGTH = 80
 """Letters of a name."""
 OTHERS = "(others)"
 
@@ -51,7 +51,7 @@ class DataReport:
     @property
     def first_fault(self) -> str | None:
         """The message of the first row that was found unfit."""
-        return next((shown[0] for kind, shown in self.examples.items() if kind not in LEFT_OUT), None)
+        return next((shown[0] for kind, shown in self.examples.items() if kind not in SKIPPED_KINDS), None)
 
     def as_run_json(self) -> dict[str, Any]:
         """What `run.json` holds of the data set."""
@@ -91,25 +91,25 @@ class RowCounts:
 
     def name(self, fields: Mapping[str, Any]) -> None:
         """Counts a row read under the names that it gives its origin."""
-        for column in NAMING_FIELDS:
+        for column in ORIGIN_FIELDS:
             value = fields.get(column)
             if isinstance(value, str):
-                value = value[:MOST_LETTERS]
+                value = value[:MAX_NAME_LENGTH]
                 counts = self.named.setdefault(column, Counter())
-                counts[value if value in counts or len(counts) < MOST_NAMES else OTHERS] += 1
+                counts[value if value in counts or len(counts) < MAX_NAMES else OTHERS] += 1
 
     def ignore(self, source: str, columns: Iterable[str]) -> None:
         """Counts the columns of a row of which nothing was made."""
         counts = self.ignored.setdefault(source, Counter())
         for column in columns:
-            column = column[:MOST_LETTERS]
-            counts[column if column in counts or len(counts) < MOST_NAMES else OTHERS] += 1
+            column = column[:MAX_NAME_LENGTH]
+            counts[column if column in counts or len(counts) < MAX_NAMES else OTHERS] += 1
 
     def drop(self, bad: BadRow, origin: str) -> None:
         """Counts a row left out."""
         self.dropped[bad.kind] += 1
         examples = self.examples.setdefault(bad.kind, [])
-        if len(examples) < EXAMPLES:
+        if len(examples) < EXAMPLES_PER_KIND:
             examples.append(bad.message(origin))
 
     def use(self, row: TokenisedRow) -> None:

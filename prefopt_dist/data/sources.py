@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from prefopt_dist.config.data import DataSource
-from prefopt_dist.data.containers import _parse_line, csv_rows, listed, listed_rows, rows_of, zstd_stream
+from prefopt_dist.data.containers import csv_rows, is_json_list, json_list_rows, parse_json_line, rows_of, zstd_stream
 from prefopt_dist.data.example import BadRow
-from prefopt_dist.data.folders import chosen_files
+from prefopt_dist.data.folders import select_files
 from prefopt_dist.errors import NotHere, UserError
 from prefopt_dist.packages import import_optional
 
@@ -152,7 +152,7 @@ def _open_folder(source: DataSource, index: int, key: str) -> OpenSource:
             f"{key}: the folder {source.path!r} holds Parquet files and .jsonl files, perhaps of the same rows; "
             "name the files themselves"
         )
-    files = chosen_files(
+    files = select_files(
         folder, parquet or lines, name=source.name, split=source.split, key=key, shown=source.path
     )  # fmt: skip
     return OpenSource(source.path, index, files, None, key)
@@ -261,8 +261,8 @@ def _json_file(file: Path, source: OpenSource) -> Iterator[dict[str, Any] | BadR
     blank = 0
     try:
         with _opened(file, source.key) as stream:
-            if listed(stream):
-                yield from listed_rows(stream, source.key, file)
+            if is_json_list(stream):
+                yield from json_list_rows(stream, source.key, file)
                 return
             for line in stream:
                 if not line.strip():
@@ -271,7 +271,7 @@ def _json_file(file: Path, source: OpenSource) -> Iterator[dict[str, Any] | BadR
                 for _ in range(blank):
                     yield BadRow("blank_line", "a line holds one JSON object", "")
                 blank = 0
-                yield _parse_line(line)
+                yield parse_json_line(line)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{source.key}: {file} is a damaged gzip file ({error}); write it again") from error
 

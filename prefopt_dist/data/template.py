@@ -5,9 +5,9 @@ from contextlib import suppress
 from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.data.example import ROLES, Message
-from prefopt_dist.data.frame import PROBE_CALL, PROBE_REPLY, PROBE_USER, read_frame, read_thinking
-from prefopt_dist.data.options import DEFAULTS, TextOptions, check_date, fix_date
-from prefopt_dist.data.rendering import Template, apply_template, brief
+from prefopt_dist.data.frame import PROBE_CALL, PROBE_REPLY, PROBE_USER, probe_frame, probe_thinking
+from prefopt_dist.data.options import DEFAULT_OPTIONS, TextOptions, check_date, fix_date
+from prefopt_dist.data.rendering import Template, apply_template, error_summary
 from prefopt_dist.errors import UserError
 
 PLAIN_TEMPLATE = (
@@ -21,7 +21,7 @@ PLAIN_TEMPLATE = (
 """Used where the tokenizer has no chat template: a headline a turn, the answer ended by the eos token."""
 
 
-def read_template(tokenizer: PreTrainedTokenizerBase, mode: str, options: TextOptions = DEFAULTS) -> Template:
+def read_template(tokenizer: PreTrainedTokenizerBase, mode: str, options: TextOptions = DEFAULT_OPTIONS) -> Template:
     """Finds out how the tokenizer frames turns. `mode`: `auto`, `chat` or `none`.
 
     Raises UserError naming `model.tokenizer` where it has no end token or its template cannot render
@@ -48,7 +48,7 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str, options: TextOp
     except Exception as error:  # a template is somebody's program: it can raise anything
         raise UserError(
             f"model.tokenizer: the chat template of {tokenizer.name_or_path} cannot render one question and one "
-            f"answer ({brief(error)}); mend the template"
+            f"answer ({error_summary(error)}); mend the template"
         ) from error
     if PROBE_USER not in start or PROBE_REPLY not in full:
         raise UserError(
@@ -78,7 +78,7 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str, options: TextOp
         ends=tuple(dict.fromkeys([end, *_call_ends(tokenizer, text, specials)])),
         lead=full[len(start) : full.rindex(PROBE_REPLY)] if full.startswith(start) else None,
         untemplated_end=eos or end,
-        frame=read_frame(
+        frame=probe_frame(
             lambda turns, opened: apply_template(tokenizer, text, turns, None, opened, arguments), start, full, bos
         ),
         bos=bos,
@@ -86,7 +86,7 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str, options: TextOp
         writes_bos=writes_bos or (not own and bos is not None and bos != eos),
         stray_ids=frozenset(tokenizer.convert_tokens_to_ids([token for token in specials if token not in written])),
         specials=tuple(token for token in specials if token != bos or token in (end, eos)),
-        thinking=read_thinking(
+        thinking=probe_thinking(
             lambda turns, opened: apply_template(tokenizer, text, turns, None, opened, arguments), text, start, full
         ),
         thinking_mode=options.thinking,
@@ -106,7 +106,7 @@ def _all_written(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return "".join(written)
 
 
-def end_ids(template: Template) -> list[int]:
+def response_end_ids(template: Template) -> list[int]:
     """The tokens that training teaches a response to end with."""
     ends = (template.untemplated_end,) if template.mode == "none" else template.ends
     ids: list[int] = template.tokenizer.convert_tokens_to_ids(list(ends))
@@ -121,7 +121,7 @@ def _tool_template(tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> 
     return fix_date(named["tool_use"], options.template_date)
 
 
-def template_named(tokenizer: PreTrainedTokenizerBase, mode: str, file: str | None) -> str:
+def template_name(tokenizer: PreTrainedTokenizerBase, mode: str, file: str | None) -> str:
     """Whose chat template text goes through, for run.json: a file, the tokenizer (its own), plain or none."""
     if mode == "none":
         return "none"

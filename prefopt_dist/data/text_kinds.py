@@ -15,14 +15,14 @@ from prefopt_dist.data.fields import parse_transcript_prompt
 from prefopt_dist.data.rendering import Template
 
 PLAIN, TURNS, TRANSCRIPT = "plain text", "rendered turns of the template", "Human/Assistant transcripts"
-SAID = {
+TEXT_KIND_MESSAGES = {
     TURNS: "are rendered turns already and are taken as they are",
     TRANSCRIPT: "are whole Human/Assistant transcripts; their turns go through the chat template",
 }
 """What a person is told where the strings are no plain text."""
 
 
-def kind_of_texts(examples: Iterable[Example], template: Template) -> str | None:
+def detect_text_kind(examples: Iterable[Example], template: Template) -> str | None:
     """What most of the prompts are that are strings; None where none is one, or strings are left as they are."""
     if template.mode == "none":
         return None
@@ -30,7 +30,7 @@ def kind_of_texts(examples: Iterable[Example], template: Template) -> str | None
     return max((PLAIN, TURNS, TRANSCRIPT), key=lambda kind: found[kind]) if found else None
 
 
-def check_kind(example: Example, kind: str | None, template: Template) -> Example:
+def apply_text_kind(example: Example, kind: str | None, template: Template) -> Example:
     """The example as its source is read; kind: None where nothing was decided, so by the row itself.
 
     Raises BadRow where its prompt is of another kind.

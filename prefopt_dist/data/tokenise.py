@@ -7,8 +7,8 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.data.example import BadRow, Example, Messages
-from prefopt_dist.data.options import DEFAULTS, TextOptions
-from prefopt_dist.data.rendering import Rendered, Template
+from prefopt_dist.data.options import DEFAULT_OPTIONS, TextOptions
+from prefopt_dist.data.rendering import RenderedExample, Template
 from prefopt_dist.data.written import Span
 
 TAIL_TOKENS = 12
@@ -61,7 +61,7 @@ class Tokeniser:
     """Tokens of prompt + longer response."""
     max_prompt_length: int
     """Tokens that a prompt keeps where prompt + longer response exceeds `max_length`."""
-    options: TextOptions = DEFAULTS
+    options: TextOptions = DEFAULT_OPTIONS
     """How the rows are read."""
 
     @property
@@ -71,7 +71,7 @@ class Tokeniser:
     def encode(self, examples: Sequence[Example]) -> list[TokenisedRow | BadRow]:
         """One entry an example, in order; all texts go through the tokenizer in one call."""
         rendered = [_or_bad(lambda example=example: self.template.render(example)) for example in examples]  # type: ignore[misc]
-        whole = iter(self._rows([item for item in rendered if isinstance(item, Rendered)]))
+        whole = iter(self._rows([item for item in rendered if isinstance(item, RenderedExample)]))
         rows = [item if isinstance(item, BadRow) else next(whole) for item in rendered]
         return [
             row if isinstance(row, BadRow) else _or_bad(lambda e=example, r=row: self._fit(e, r))  # type: ignore[misc]
@@ -84,13 +84,13 @@ class Tokeniser:
         The examples' responses are not looked at, but one must be there for the template.
         """
         rendered = [_or_bad(lambda example=example: self.template.render(example)) for example in examples]  # type: ignore[misc]
-        ids = iter(self._ids([item.prompt for item in rendered if isinstance(item, Rendered)]))
+        ids = iter(self._ids([item.prompt for item in rendered if isinstance(item, RenderedExample)]))
         return [
             item if isinstance(item, BadRow) else self._with_bos(next(ids), item.as_is and not item.carried)[0]
             for item in rendered
         ]
 
-    def _rows(self, rendered: Sequence[Rendered]) -> list[TokenisedRow | BadRow]:
+    def _rows(self, rendered: Sequence[RenderedExample]) -> list[TokenisedRow | BadRow]:
         """Token ids before truncation."""
         texts = [text for item in rendered for text in (item.prompt, *item.fulls)]
         ids = iter(self._ids(texts))
@@ -100,7 +100,7 @@ class Tokeniser:
             rows.append(_or_bad(lambda i=item, p=prompt, f=fulls: self._split(i, p, f)))  # type: ignore[misc]
         return rows
 
-    def _split(self, rendered: Rendered, prompt: Ids, fulls: list[Ids]) -> TokenisedRow:
+    def _split(self, rendered: RenderedExample, prompt: Ids, fulls: list[Ids]) -> TokenisedRow:
         """Parts each full sequence at the end of the prompt, on tokens."""
         boundary = len(prompt)
         in_use = prompt

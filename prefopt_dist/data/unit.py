@@ -39,7 +39,7 @@ class Response:
 ResponseKey = tuple[bytes, bytes]
 
 
-def responses_of(unit: Unit) -> list[tuple[ResponseKey, Response]]:
+def keyed_responses(unit: Unit) -> list[tuple[ResponseKey, Response]]:
     """The unit's responses by what makes them one: equal tokens, of which the same are scored."""
     masks = unit.learnt or (None,) * len(unit.responses)
     return [

@@ -29,7 +29,7 @@ class ResponsePart:
     changed: Message
 
 
-def unwritten(turns: Messages, which: Sequence[int], text: str, render: Render) -> ResponsePart | None:
+def first_unwritten(turns: Messages, which: Sequence[int], text: str, render: Render) -> ResponsePart | None:
     """The first part of the turns at the indices `which` that does not show in `text`, which `render` made of turns."""
     for index in which:
         for part in _parts(turns[index], text):

@@ -14,15 +14,15 @@ import numpy as np
 
 from prefopt_dist.config.data import DataSource
 from prefopt_dist.data.columns import rename_columns
-from prefopt_dist.data.example import LEFT_OUT, BadRow, Example, Message, Messages
+from prefopt_dist.data.example import SKIPPED_KINDS, BadRow, Example, Message, Messages
 from prefopt_dist.data.fields import template_arguments
 from prefopt_dist.data.forms import read_prompt
 from prefopt_dist.data.frame import PROBE_REPLY
 from prefopt_dist.data.options import TextOptions
-from prefopt_dist.data.prepare import FIRST_READ
+from prefopt_dist.data.prepare import DETECTION_ROWS
 from prefopt_dist.data.rendering import Template
 from prefopt_dist.data.sources import open_source
-from prefopt_dist.data.text_kinds import check_kind, kind_of_texts
+from prefopt_dist.data.text_kinds import apply_text_kind, detect_text_kind
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.errors import UserError
 
@@ -152,7 +152,7 @@ def read_prompts(
 
 def _drop(bad: BadRow, origin: str, on_bad_row: str, dropped: Counter[str]) -> None:
     """Counts a bad row, or raises it under on_bad_row=stop."""
-    if on_bad_row == "stop" and bad.kind not in LEFT_OUT:
+    if on_bad_row == "stop" and bad.kind not in SKIPPED_KINDS:
         raise UserError(f"{bad.message(origin)}; {bad.remedy}, or leave such rows out with data.on_bad_row=drop")
     dropped[bad.kind] += 1
 
@@ -186,9 +186,9 @@ def _tokenised(
     for index, source in enumerate(sources):
         opened = open_source(source, index, key)
         rows = opened.rows()
-        first = list(islice(rows, FIRST_READ))
+        first = list(islice(rows, DETECTION_ROWS))
         found = [example for row in first if isinstance(example := _example(row.fields, tokeniser.options), Example)]
-        kind = kind_of_texts(found, tokeniser.template)
+        kind = detect_text_kind(found, tokeniser.template)
         rows = chain(first, rows)
         while block := list(islice(rows, BLOCK)):
             examples = [_example(row.fields, tokeniser.options, kind, tokeniser.template) for row in block]
@@ -217,7 +217,7 @@ def _example(
             example = replace(example, responses=(PROBE_REPLY,))
         else:
             example = replace(example, responses=((Message("assistant", PROBE_REPLY),),))
-        return example if template is None else check_kind(example, kind, template)
+        return example if template is None else apply_text_kind(example, kind, template)
     except BadRow as bad:
         return bad
 

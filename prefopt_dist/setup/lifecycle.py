@@ -14,7 +14,7 @@ from prefopt_dist.checkpoint.manifest import read_manifest
 from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config, mask_secrets, to_dict
 from prefopt_dist.data.options import TextOptions
-from prefopt_dist.data.template import PLAIN_TEMPLATE, end_ids, read_template
+from prefopt_dist.data.template import PLAIN_TEMPLATE, read_template, response_end_ids
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.distributed.ranks import refuse_local_folder
 from prefopt_dist.distributed.watchdog import Watchdog
@@ -236,7 +236,7 @@ def export_checkpoint(
         merged=merged,
         tokenizer=models.tokenizer,
         chat_template=_trained_template(models.tokenizer, config.data.template, options),
-        ends=end_ids(read_template(models.tokenizer, config.data.template, options)),
+        ends=response_end_ids(read_template(models.tokenizer, config.data.template, options)),
         trained_dtype=models.dtype,
         dtype=DTYPES[config.export.dtype or config.model.dtype],
         target=target,

@@ -12,12 +12,12 @@ import numpy as np
 from prefopt_dist.config import Config, DataSource
 from prefopt_dist.config.losses import KTOLoss
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows, prepare_rows
-from prefopt_dist.data.derived import OnePromptRules, unpaired, without_rows
+from prefopt_dist.data.derived import PromptTooFrequent, build_unpaired_rows, without_rows
 from prefopt_dist.data.options import TextOptions
 from prefopt_dist.data.quality.findings import DataFinding, row_findings, set_findings
 from prefopt_dist.data.quality.policy import refuse_stops, rows_left, rows_to_drop
 from prefopt_dist.data.quality.show import show_rows, shown_text
-from prefopt_dist.data.template import read_template, template_named
+from prefopt_dist.data.template import read_template, template_name
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import AgreedUserError, UserError
@@ -31,7 +31,7 @@ from prefopt_dist.setup.prepare_models import Models
 
 def load_train(config: Config, models: Models, objective: Objective) -> TokenisedRows:
     """All ranks: the training set, tokenised by rank 0, mapped by all."""
-    if template_named(models.tokenizer, config.data.template, config.data.chat_template) == "plain":
+    if template_name(models.tokenizer, config.data.template, config.data.chat_template) == "plain":
         say(
             "data: the tokenizer has no chat template, so turns get the plain one of this package "
             "('### user:' and '### assistant:' as headlines); the export carries it"
@@ -122,8 +122,8 @@ def rows_for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRow
     if rows.n * rows.responses < 2:
         raise AgreedUserError(f"{key}: {rows.n} row; the loss kto needs two, since a row is compared with another one.")
     try:
-        return unpaired(rows, config.data.max_length)
-    except OnePromptRules as found:
+        return build_unpaired_rows(rows, config.data.max_length)
+    except PromptTooFrequent as found:
         raise AgreedUserError(
             f"{key}: {found} rows answer the same prompt; the loss kto measures each row by a response to another "
             "prompt, so no prompt may have more than half of the rows. Give rows of more prompts."

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefopt_dist.data.dataset import TokenisedRows
-from prefopt_dist.data.row_counts import EXAMPLES
+from prefopt_dist.data.row_counts import EXAMPLES_PER_KIND
 
 FEW = 10_000
 """Rows below which a preference data set counts as small."""
@@ -201,7 +201,7 @@ def _by_row(
     against: Callable[[int], str] | None = None,
 ) -> DataFinding:
     indices = np.flatnonzero(found)
-    shown = indices[:EXAMPLES].tolist()
+    shown = indices[:EXAMPLES_PER_KIND].tolist()
     examples = tuple(rows.origin(i) if against is None else f"{rows.origin(i)} {against(i)}".rstrip() for i in shown)
     return DataFinding(name, policy, len(indices), indices, examples)
 

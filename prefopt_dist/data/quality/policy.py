@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt_dist.data.derived import RowsLeft
+from prefopt_dist.data.derived import DroppedRows
 from prefopt_dist.data.quality.findings import DataFinding
 from prefopt_dist.errors import UserError
 
@@ -111,7 +111,7 @@ def refuse_stops(found: Sequence[DataFinding], policies: Mapping[str, str], key:
         raise UserError("\n  ".join([*(_refusal(finding, key) for finding in stops[:MOST_TOLD]), *more]))
 
 
-def rows_to_drop(found: Sequence[DataFinding], policies: Mapping[str, str]) -> list[RowsLeft]:
+def rows_to_drop(found: Sequence[DataFinding], policies: Mapping[str, str]) -> list[DroppedRows]:
     """The rows that are left out, by kind."""
     return [(f.name, f.rows, f.examples) for f in found if f.count and policies[f.policy] == "drop"]
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prefopt_dist.data.dataset import TokenisedRows
-from prefopt_dist.data.example import LEFT_OUT
+from prefopt_dist.data.example import SKIPPED_KINDS
 from prefopt_dist.data.quality.findings import DataFinding, LongerChosen, longer_chosen
 from prefopt_dist.data.quality.lengths import Lengths
 from prefopt_dist.data.quality.policy import ADVICE, rows_left
@@ -63,7 +63,14 @@ class SetReport:
     ) -> SetReport:
         """policies: by the keys of the section inspect; None for an evaluation set."""
         bad = [
-            Told(kind, count, BAD_ROWS, "drop" if kind in LEFT_OUT else on_bad_row, rows.report.examples[kind], False)
+            Told(
+                kind,
+                count,
+                BAD_ROWS,
+                "drop" if kind in SKIPPED_KINDS else on_bad_row,
+                rows.report.examples[kind],
+                False,
+            )
             for kind, count in rows.report.dropped.items()
         ]
         others = [
