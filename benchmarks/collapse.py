@@ -36,7 +36,7 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.files import read_json, write_json
 from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.monitoring.metrics_file import MetricsFile
-from prefopt_dist.rollouts.comparison import interval
+from prefopt_dist.monitoring.statistics import interval
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.sampling import Sampling
 from prefopt_dist.rollouts.transformers_engine import TransformersEngine, load_for_sampling
@@ -153,7 +153,7 @@ def whole_of_letters(prompt: str, answer: str) -> bool:
 
 WORLDS = {
     "letters": World(LETTERS, start_of_letters, letters.score, whole_of_letters),
-    "demo": World(DEMO, start_of_demo, demo_reward.score, demo_reward.whole),
+    "demo": World(DEMO, start_of_demo, demo_reward.score, demo_reward.is_whole),
 }
 
 
@@ -322,4 +322,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    ranks.leave(main())
+    ranks.exit_now(main())

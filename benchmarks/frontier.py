@@ -24,7 +24,7 @@ from prefopt_dist.demo.world import tasks
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import read_json, write_json
-from prefopt_dist.rollouts.comparison import shown
+from prefopt_dist.monitoring.statistics import interval_text
 
 RESULTS = Path(__file__).parent / "results"
 BETAS = (0.05, 0.1, 0.5, 1.0, 5.0)
@@ -112,10 +112,10 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         "| beta | KL from the start, nats | true reward | win rate against the start | sequences scored |",
         "| ---: | --- | --- | --- | ---: |",
-        f"| the start | 0 | {shown(found['start']['reward'])} | | |",
+        f"| the start | 0 | {interval_text(found['start']['reward'])} | | |",
     ]
     for p in found["points"]:
-        cells = (shown(p[name]) for name in ("kl", "reward", "win_rate"))
+        cells = (interval_text(p[name]) for name in ("kl", "reward", "win_rate"))
         lines.append(f"| {p['beta']:g} | {' | '.join(cells)} | {p['sequences_scored']} |")
     return "\n".join(lines)
 
@@ -124,7 +124,8 @@ def faults(found: dict[str, Any]) -> list[str]:
     """What is not as it must be: KL rises each time beta falls, and only the first beta needed the first pass."""
     points = sorted(found["points"], key=lambda p: -p["beta"])
     told = [
-        f"KL does not rise from beta {a['beta']:g} ({shown(a['kl'])}) to {b['beta']:g} ({shown(b['kl'])})"
+        f"KL does not rise from beta {a['beta']:g} ({interval_text(a['kl'])}) "
+        f"to {b['beta']:g} ({interval_text(b['kl'])})"
         for a, b in pairwise(points)
         if not a["kl"]["mean"] < b["kl"]["mean"]
     ]
@@ -202,4 +203,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    ranks.leave(main())
+    ranks.exit_now(main())

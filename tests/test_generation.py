@@ -7,6 +7,7 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.folder import inspect_folder
+from prefopt_dist.monitoring.statistics import interval
 from prefopt_dist.rollouts import comparison, pairs
 from prefopt_dist.rollouts.prompts import Prompt, read_prompts
 from prefopt_dist.rollouts.rewards import Bad, ClassifierReward, FunctionReward, find_function, inspect_reward
@@ -495,15 +497,15 @@ def test_the_true_reward_of_the_world() -> None:
 
 
 def test_wins_and_intervals() -> None:
-    assert comparison.wins(np.array([1.0, 2.0]), np.array([1.0, 0.0, 3.0])) == pytest.approx((0.5 + 1 + 1 + 1) / 6)
+    assert comparison.win_rate(np.array([1.0, 2.0]), np.array([1.0, 0.0, 3.0])) == pytest.approx((0.5 + 1 + 1 + 1) / 6)
     found = interval(np.array([0.0, 1.0, 1.0, 0.0, 1.0]))
     assert found["mean"] == pytest.approx(0.6)
     half = NormalDist().inv_cdf(0.975) * (0.3**0.5) / 5**0.5  # the variance of 0, 1, 1, 0, 1 with n - 1 is 0.3
     assert found["high"] == pytest.approx(0.6 + half)
     assert interval(np.array([2.0])) == {"mean": 2.0, "low": None, "high": None}
     mine, theirs = [answered(1.0, 2.0), answered(5.0, 5.0)], [answered(0.0, 2.0), answered(5.0, "raised")]
-    assert comparison.compared(mine, theirs, (1.0,))["win_rate"]["mean"] == pytest.approx((2.5 / 4 + 0.5) / 2)
-    assert comparison.compared(mine, theirs, (1.0,))["difference"]["mean"] == pytest.approx(0.25)
+    assert comparison.compare_rewards(mine, theirs, (1.0,))["win_rate"]["mean"] == pytest.approx((2.5 / 4 + 0.5) / 2)
+    assert comparison.compare_rewards(mine, theirs, (1.0,))["difference"]["mean"] == pytest.approx(0.25)
     assert comparison.summary(theirs, (1.0,))["without_reward"] == 1
     ratios = comparison.kl(mine, np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.0, 0.0, 0.0, 2.0]))
     assert ratios["mean"] == pytest.approx((1.5 + 2.5) / 2)

@@ -15,6 +15,7 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import StopRequested, UserError
 from prefopt_dist.files import checksum, read_json, write_atomic, write_json
 from prefopt_dist.monitoring.console import say
+from prefopt_dist.monitoring.statistics import interval_text
 from prefopt_dist.rollouts import comparison, pairs
 from prefopt_dist.rollouts.store import Answered
 from prefopt_dist.setup import prepare_models, prepare_rollouts
@@ -33,7 +34,7 @@ def run(config: Config, asked: Requests | None = None, *, served: bool = False) 
     """
     # The run begins with its training: until then what the pairs do not depend on may change.
     with run_folder(config, begins=False, bare=True) as folder:
-        ranks.decide(folder.starts_beside)
+        ranks.run_on_rank_zero(folder.starts_beside)
         requests = asked or requests_for(config)
         models = prepare_models.load_models(config)
         generate = config.generate
@@ -48,8 +49,8 @@ def run(config: Config, asked: Requests | None = None, *, served: bool = False) 
             top_p=generate.top_p,
             what="generate",
         )
-        ranks.decide(lambda: _refuse_others(config, job, served=served))
-        made = ranks.decide(lambda: _made(config))
+        ranks.run_on_rank_zero(lambda: _refuse_others(config, job, served=served))
+        made = ranks.run_on_rank_zero(lambda: _made(config))
         if served or made is not None:  # whatever has become of the answers in the cache
             say(made or "generate: the pairs have been trained on")
             return True
@@ -61,7 +62,7 @@ def run(config: Config, asked: Requests | None = None, *, served: bool = False) 
                 requests.obeyed()
             say("stopped on request while generating; start again to go on")
             return False
-        say(ranks.decide(lambda: _write_pairs(config, job)))
+        say(ranks.run_on_rank_zero(lambda: _write_pairs(config, job)))
         if ranks.rank() == 0:
             requests.obeyed()
     return True
@@ -173,7 +174,7 @@ def _text(config: Config, facts: dict[str, Any]) -> str:
     reward, answers = facts["reward"], facts["answers"]
     return (
         f"done: {facts['pairs']} pairs of {facts['prompts']} prompts in {config.pairs_file}\n"
-        f"  reward: mean {comparison.shown(reward)}, best of {config.generate.n} {facts['best_of_n']:.3f}; "
+        f"  reward: mean {interval_text(reward)}, best of {config.generate.n} {facts['best_of_n']:.3f}; "
         f"{facts['tokens']:.1f} tokens an answer\n"
         f"  answers left out: {_counts(answers['left_out'])}; prompts without a pair: "
         f"{_counts(facts['prompts_without_pair'])}\n"

@@ -20,7 +20,7 @@ from prefopt_dist.errors import StopRequested, UserError
 from prefopt_dist.files import FileLock, read_json, write_json
 from prefopt_dist.model.folder import ModelFolder, inspect_folder
 from prefopt_dist.monitoring.console import say
-from prefopt_dist.rollouts.comparison import shown
+from prefopt_dist.monitoring.statistics import interval_text
 from prefopt_dist.setup import compare, prepare_models, prepare_rollouts
 from prefopt_dist.setup.compare import Comparison
 from prefopt_dist.setup.lifecycle import run_folder
@@ -46,22 +46,24 @@ class Asked(Requests):
 
 def run(config: Config) -> None:
     """All ranks."""
-    ranks.decide(lambda: prepare_rollouts.check_for(config, "rounds"))
+    ranks.run_on_rank_zero(lambda: prepare_rollouts.check_for(config, "rounds"))
     with run_folder(config, begins=True) as folder:
-        finished = ranks.decide(lambda: _finished(config, folder))
+        finished = ranks.run_on_rank_zero(lambda: _finished(config, folder))
         first = prepare_models.load_models(config)
         if finished is not None and _as_asked(config, first, finished):
-            say(f"{config.run_dir} is done:\n{ranks.decide(folder.summary)}")
+            say(f"{config.run_dir} is done:\n{ranks.run_on_rank_zero(folder.summary)}")
             return
-        ranks.decide(lambda: folder.reopen(config, world_size=ranks.world_size()) if folder.summary() else None)
+        ranks.run_on_rank_zero(
+            lambda: folder.reopen(config, world_size=ranks.world_size()) if folder.summary() else None
+        )
         asked = Asked(config.run_dir, rank=ranks.rank(), max_hours=config.train.max_hours)
         asked.catch_signals()
         done: list[dict[str, Any]] = []
         began = time.monotonic()
         for number in range(1, config.rounds.count + 1):
-            of_round = round_config(config, number, hours_gone=ranks.decide(lambda: _hours_since(began)))
+            of_round = round_config(config, number, hours_gone=ranks.run_on_rank_zero(lambda: _hours_since(began)))
             say(f"\nround {number} of {config.rounds.count}: {of_round.run_dir}, from {of_round.model.name_or_path}")
-            served = ranks.decide(partial(_is_done, of_round))
+            served = ranks.run_on_rank_zero(partial(_is_done, of_round))
             finished_round = generate.run(of_round, asked, served=served)
             if number == 1 and ranks.rank() == 0:
                 folder.note_start_step(0)  # from here on there is something to go on with
@@ -72,10 +74,10 @@ def run(config: Config) -> None:
                 _stopped(folder, asked, number)
                 return
             done.append(found)
-            if number > 1 and (removed := ranks.decide(partial(_prune, round_config(config, number - 1)))):
+            if number > 1 and (removed := ranks.run_on_rank_zero(partial(_prune, round_config(config, number - 1)))):
                 say(removed)
             say(table(done))
-        ranks.decide(lambda: _conclude(config, folder, asked, done))
+        ranks.run_on_rank_zero(lambda: _conclude(config, folder, asked, done))
         say(f"done: {config.rounds.count} rounds; the model is {round_config(config, config.rounds.count).export_dir}")
 
 
@@ -93,7 +95,7 @@ def _finished(config: Config, folder: RunFolder) -> list[dict[str, Any]] | None:
 def _as_asked(config: Config, first: prepare_models.Models, done: list[dict[str, Any]]) -> bool:
     """All ranks: whether these comparisons are of the prompts, rewards and settings of now."""
     of_rounds = [round_config(config, one["round"]) for one in done]
-    if not ranks.decide(lambda: all(of_round.export_dir.is_dir() for of_round in of_rounds)):
+    if not ranks.run_on_rank_zero(lambda: all(of_round.export_dir.is_dir() for of_round in of_rounds)):
         return True  # a model that was removed cannot answer anew
     return all(
         _comparison(config, of_round, first).made_of == one["made_of"]
@@ -152,7 +154,7 @@ def _is_done(of_round: Config) -> bool:
 def _trained(of_round: Config, asked: Requests) -> bool:
     """Whether the round's training ended."""
     train.run(of_round, asked)
-    return ranks.decide(lambda: (of_round.run_dir / "DONE").exists())
+    return ranks.run_on_rank_zero(lambda: (of_round.run_dir / "DONE").exists())
 
 
 def _stopped(folder: RunFolder, asked: Asked, number: int) -> None:
@@ -178,7 +180,7 @@ def _compared(
     """What the round's comparison found, made once for the same content; None where a stop was asked."""
     file = of_round.run_dir / COMPARISON
     comparison = _comparison(config, of_round, first)
-    found: dict[str, Any] | None = ranks.decide(lambda: read_json(file) if file.exists() else None)
+    found: dict[str, Any] | None = ranks.run_on_rank_zero(lambda: read_json(file) if file.exists() else None)
     if found is None or found["made_of"] != comparison.made_of:
         try:
             compared = comparison.run(lambda: asked.look().stop)
@@ -186,7 +188,7 @@ def _compared(
             return None
         found = {"round": number, "pairs": _pairs(of_round), "made_of": comparison.made_of, **compared}
         content = found
-        ranks.decide(lambda: write_json(file, content))
+        ranks.run_on_rank_zero(lambda: write_json(file, content))
     return found
 
 
@@ -214,7 +216,7 @@ def _pairs(of_round: Config) -> int:
 
 
 def _folder(config: Config, path: Path) -> ModelFolder:
-    return ranks.together(lambda: inspect_folder(path, "run.dir", config.data.max_length))
+    return ranks.run_on_all_ranks(lambda: inspect_folder(path, "run.dir", config.data.max_length))
 
 
 def table(done: list[dict[str, Any]]) -> str:
@@ -226,19 +228,19 @@ def table(done: list[dict[str, Any]]) -> str:
         "| ---: | ---: | --- | --- | --- | --- | ---: |",
     ]
     start = done[0]["against"]
-    lines.append(f"| 0 | | {shown(start['reward'])} | | | 0 | {start['tokens']:.1f} |")
+    lines.append(f"| 0 | | {interval_text(start['reward'])} | | | 0 | {start['tokens']:.1f} |")
     for one in done:
         policy = one["policy"]
-        cells = [shown(one[name]) for name in ("difference", "win_rate", "kl")]
+        cells = [interval_text(one[name]) for name in ("difference", "win_rate", "kl")]
         lines.append(
-            f"| {one['round']} | {one['pairs']} | {shown(policy['reward'])} | {' | '.join(cells)} | "
+            f"| {one['round']} | {one['pairs']} | {interval_text(policy['reward'])} | {' | '.join(cells)} | "
             f"{policy['tokens']:.1f} |"
         )
     last = done[-1]
     lines.append(
-        f"from the start to round {last['round']}: reward {shown(start['reward'])} → "
-        f"{shown(last['policy']['reward'])}, difference {shown(last['from_start']['difference'])}, win rate "
-        f"{shown(last['from_start']['win_rate'])}"
+        f"from the start to round {last['round']}: reward {interval_text(start['reward'])} → "
+        f"{interval_text(last['policy']['reward'])}, difference {interval_text(last['from_start']['difference'])}, "
+        f"win rate {interval_text(last['from_start']['win_rate'])}"
     )
     # An interval of a single prompt has no ends, and tells of no round.
     if all(one["difference"]["high"] is not None for one in done):

@@ -13,7 +13,7 @@ from prefopt_dist.demo.reward import score
 from prefopt_dist.demo.world import FORMAL_TO
 from prefopt_dist.files import read_json
 from prefopt_dist.monitoring.metrics_file import MetricsFile
-from prefopt_dist.rollouts.comparison import interval, shown
+from prefopt_dist.monitoring.statistics import interval, interval_text
 
 
 def result_of(folder: Path, seed: int, recipe: str) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def text(found: dict[str, Any], folder: Path, seconds: float) -> str:
         f"demo: {found['verdict']}, in {seconds:.0f} s. Answers to {judged['prompts']} prompts that nobody trained on, "
         "before (SFT) → after:",
         f"  true reward, 0 to 1:     {reward['before']:.3f} → {reward['after']:.3f}, difference "
-        f"{shown(judged['difference'])}, 95 % interval by prompt",
+        f"{interval_text(judged['difference'])}, 95 % interval by prompt",
         f"  control:                 {found['control']:.3f} after SFT on the same chosen answers alone, as many steps, "
         f"the best of {len(parts.CONTROL_RATES)} learning rates",
         f"  wins against before:     {found['win_rate']:.1%}, at {found['kl']:.1f} nats of KL an answer",

@@ -1,4 +1,4 @@
-"""Exact means over units across micro-batches, steps and ranks, and intervals of accuracies."""
+"""Exact means over units across micro-batches, steps and ranks, and confidence intervals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 Z95 = 1.959963984540054
 """The normal distribution's 97.5% point: 95% lie between −Z95 and Z95."""
@@ -18,10 +20,47 @@ EVALUATION_SHOWN = (
 )
 
 
+Interval = dict[str, float | None]
+"""A mean and its 95% confidence interval, under the keys mean, low and high."""
+
+
+def interval(values: NDArray[np.float64]) -> Interval:
+    """Return the mean of independent values and its 95% confidence interval, mean ± `Z95` standard errors.
+
+    Args:
+        values: float64 [n], such as the mean of the answers to each of n prompts.
+
+    Returns:
+        None for low and high with fewer than two values, and for all three without a value.
+    """
+    if len(values) < 2:
+        return {"mean": float(values[0]) if len(values) else None, "low": None, "high": None}
+    centre = float(values.mean())
+    half = Z95 * float(values.std(ddof=1)) / len(values) ** 0.5
+    return {"mean": centre, "low": centre - half, "high": centre + half}
+
+
+def interval_text(of: Interval) -> str:
+    """Return an interval for people, such as 0.512 (0.498 to 0.526)."""
+    mean, low, high = of["mean"], of["low"], of["high"]
+    if mean is None:
+        return "unknown"
+    return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ({low:.3f} to {high:.3f})"
+
+
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95% interval of a share of n by Wilson (1927), which holds near 0 and 1 too."""
+    """Return the 95% confidence interval of a share of n by Wilson (1927), which also holds near 0 and 1."""
     centre, spread = share + Z95**2 / (2 * n), Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
     return max(0.0, (centre - spread) / (1 + Z95**2 / n)), min(1.0, (centre + spread) / (1 + Z95**2 / n))
+
+
+def standard_error(share: float, n: float) -> float:
+    """Return the standard error of a share of n by the normal approximation.
+
+    A share that is closer to 0 or 1 than n values can show counts as 1 / (n + 2) or 1 − 1 / (n + 2).
+    """
+    share = min(max(share, 1 / (n + 2)), 1 - 1 / (n + 2))
+    return math.sqrt(share * (1 - share) / n)
 
 
 def with_intervals(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""Two models by their own answers to the same prompts: rewards, wins, and the KL from a reference; pure functions.
+"""Compare two models by their own answers to the same prompts: rewards, wins, and the KL from a reference.
 
-The models draw independently of each other (each by a seed of its own weights), so a win rate is that of independent
-answers. Paired is the prompt: an interval is of the differences or wins prompt by prompt. The same weights on both
-sides are the same answers, which tie.
-
-Legend: n prompts. An interval is a mean ± 1.96 standard errors over prompts, each prompt the mean of its answers.
+All functions are pure. The models sample independently of each other (the seed of each is derived from its weights), so
+a win rate is that of independent answers. The comparison is paired by prompt: an interval is over the prompts'
+differences or wins, each the mean over the answers to one prompt. The same weights on both sides give the same answers,
+which tie.
 """
 
 from __future__ import annotations
@@ -15,54 +14,44 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt_dist.rollouts.rewards import mean
+from prefopt_dist.monitoring.statistics import Interval, interval
+from prefopt_dist.rollouts.rewards import weighted_mean
 from prefopt_dist.rollouts.store import Answered
-
-Z = 1.96
-"""Two-sided 95 % of a normal distribution."""
-
-
-Interval = dict[str, float | None]
-"""mean, low, high"""
-
-
-def interval(per_prompt: NDArray[np.float64]) -> Interval:
-    """Mean and 95 % confidence interval of [n] values; what too few values do not give is None."""
-    if len(per_prompt) < 2:
-        return {"mean": float(per_prompt[0]) if len(per_prompt) else None, "low": None, "high": None}
-    centre = float(per_prompt.mean())
-    half = Z * float(per_prompt.std(ddof=1)) / len(per_prompt) ** 0.5
-    return {"mean": centre, "low": centre - half, "high": centre + half}
-
-
-def shown(of: Interval) -> str:
-    """For people: 0.512 (0.498 to 0.526)."""
-    mean, low, high = of["mean"], of["low"], of["high"]
-    if mean is None:
-        return "unknown"
-    return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
 
 def rewards_of(found: Answered, weights: Sequence[float]) -> NDArray[np.float64]:
-    """[answers] the weighted means; NaN where a reward gave no number."""
+    """Return each answer's mean reward, weighted by `weights`: float64 [answers], NaN where a reward failed."""
     return np.array(
-        [mean([float(v) for v in said], weights) if _numbers(said) else np.nan for said in found.scores],
+        [
+            weighted_mean([float(v) for v in scores], weights) if _all_numbers(scores) else np.nan
+            for scores in found.scores
+        ],
         dtype=np.float64,
     )
 
 
-def _numbers(said: Sequence[float | str]) -> bool:
-    return all(not isinstance(value, str) for value in said)
+def _all_numbers(scores: Sequence[float | str]) -> bool:
+    return all(not isinstance(value, str) for value in scores)
 
 
-def wins(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
-    """The share of pairs (one of mine, one of theirs) that mine wins by its reward; an equal reward is half a win."""
+def win_rate(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
+    """Return the share of the pairs (one of mine, one of theirs) in which mine has the higher reward; a tie is half.
+
+    Args:
+        mine: float64 [answers], the rewards of one model's answers to a prompt.
+        theirs: float64 [answers], those of the other model's answers.
+    """
     difference = mine[:, None] - theirs[None, :]
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
 
 
 def summary(all_found: Sequence[Answered], weights: Sequence[float]) -> dict[str, Any]:
-    """Reward, length and share of unfinished answers of one model."""
+    """Return one model's mean reward, answer length in tokens, share of unfinished answers and count without a reward.
+
+    Args:
+        all_found: the answers to each prompt.
+        weights: the weight of each reward in the mean.
+    """
     rewards = [rewards_of(found, weights) for found in all_found]
     scored = np.array([r[~np.isnan(r)].mean() for r in rewards if not np.isnan(r).all()])
     answers = [answer for found in all_found for answer in found.answers]
@@ -74,30 +63,39 @@ def summary(all_found: Sequence[Answered], weights: Sequence[float]) -> dict[str
     }
 
 
-def compared(mine: Sequence[Answered], theirs: Sequence[Answered], weights: Sequence[float]) -> dict[str, Interval]:
-    """Win rate of mine against theirs and the mean difference of rewards, by prompt; the prompts are the same.
+def compare_rewards(
+    mine: Sequence[Answered], theirs: Sequence[Answered], weights: Sequence[float]
+) -> dict[str, Interval]:
+    """Return the win rate of mine against theirs and the mean difference of rewards, paired by prompt.
 
-    Beside them each side's mean reward over the prompts that have one of both sides.
+    Args:
+        mine: one model's answers to each prompt.
+        theirs: the other model's answers to the same prompts.
+        weights: the weight of each reward in the mean.
+
+    Returns:
+        The intervals win_rate and difference, and in mine and theirs each model's mean reward. All of them are over the
+        prompts for which both models have a reward.
     """
-    won, apart, sides = [], [], []
+    win_rates, differences, means = [], [], []
     for a, b in zip(mine, theirs, strict=True):
         assert a.prompt.ids == b.prompt.ids
         of_mine, of_theirs = (r[~np.isnan(r)] for r in (rewards_of(a, weights), rewards_of(b, weights)))
         if len(of_mine) and len(of_theirs):
-            won.append(wins(of_mine, of_theirs))
-            apart.append(float(of_mine.mean() - of_theirs.mean()))
-            sides.append((float(of_mine.mean()), float(of_theirs.mean())))
-    mine_there, theirs_there = np.array(sides).reshape(-1, 2).T
+            win_rates.append(win_rate(of_mine, of_theirs))
+            differences.append(float(of_mine.mean() - of_theirs.mean()))
+            means.append((float(of_mine.mean()), float(of_theirs.mean())))
+    means_of_mine, means_of_theirs = np.array(means).reshape(-1, 2).T
     return {
-        "win_rate": interval(np.array(won)),
-        "difference": interval(np.array(apart)),
-        "mine": interval(mine_there),
-        "theirs": interval(theirs_there),
+        "win_rate": interval(np.array(win_rates)),
+        "difference": interval(np.array(differences)),
+        "mine": interval(means_of_mine),
+        "theirs": interval(means_of_theirs),
     }
 
 
 def number_compared(mine: Sequence[Answered], theirs: Sequence[Answered], weights: Sequence[float]) -> int:
-    """Return how many prompts have a reward of both sides."""
+    """Return the number of prompts for which both models have a reward."""
     return sum(
         not (np.isnan(rewards_of(a, weights)).all() or np.isnan(rewards_of(b, weights)).all())
         for a, b in zip(mine, theirs, strict=True)
@@ -105,10 +103,15 @@ def number_compared(mine: Sequence[Answered], theirs: Sequence[Answered], weight
 
 
 def kl(found: Sequence[Answered], policy: NDArray[np.float64], reference: NDArray[np.float64]) -> Interval:
-    """E over the policy's answers of log π(y|x) − log π_ref(y|x), in nats; sums by answer, in the order of `found`.
+    """Return the mean of log π(y|x) − log π_ref(y|x) over the policy's answers, in nats, with an interval over prompts.
 
-    It estimates KL(π ‖ π_ref) without bias where the answers were sampled at temperature 1 from all tokens, up to
-    the cut at max_new_tokens.
+    It is an unbiased estimate of KL(π ‖ π_ref) where the answers were sampled at temperature 1 from all tokens, except
+    that answers are truncated at max_new_tokens.
+
+    Args:
+        found: the policy's answers to each prompt.
+        policy: float64 [answers], log π(y|x) of each answer, in the order of `found`.
+        reference: float64 [answers], log π_ref(y|x) of the same answers.
     """
     ratios = policy - reference
     ends = np.cumsum([len(f.answers) for f in found])

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prefopt_dist.batching.layout import fill
+from prefopt_dist.batching.layout import fill_micro_batches
 from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import ranks
 from prefopt_dist.monitoring.console import Progress
+from prefopt_dist.monitoring.statistics import Interval
 from prefopt_dist.rollouts import comparison
-from prefopt_dist.rollouts.comparison import Interval
 from prefopt_dist.rollouts.store import Answered
 
 
@@ -32,7 +32,7 @@ def units_of(found: Sequence[Answered]) -> list[Unit]:
 def answer_sums(engine: Any, units: Sequence[Unit], budget: int, what: str) -> NDArray[np.float64]:
     """All ranks: Σ log π(answer | prompt) of each unit, in nats, on every rank; budget: tokens of a micro-batch."""
     rank, world = ranks.rank(), ranks.world_size()
-    micro_batches = fill(units, budget)
+    micro_batches = fill_micro_batches(units, budget)
     mine: dict[int, float] = {}
     with torch.no_grad(), Progress(len(micro_batches), what, "micro-batches", rank) as progress:
         # Every rank makes every turn, with an empty micro-batch where none is left: the engine's gathers meet.
@@ -42,7 +42,7 @@ def answer_sums(engine: Any, units: Sequence[Unit], budget: int, what: str) -> N
             sums = engine(batch.to(ranks.device())).cpu()[batch.units[:, 0]]
             mine |= dict(zip((u.row for u in here), sums.tolist(), strict=True))
             progress.update(min(world, len(micro_batches) - turn))
-    everyone = {row: value for part in ranks.gather(mine) for row, value in part.items()}
+    everyone = {row: value for part in ranks.all_gather(mine) for row, value in part.items()}
     return np.array([everyone[u.row] for u in units])
 
 
@@ -131,7 +131,7 @@ def measures_in_between(
     values |= {f"start/{name}": value for name, value in model_measures(before, terms).items() if name != "prompts"}
     values["nats"] = nats(own, lengths(after))
     if terms.weights is not None:
-        compared = comparison.compared(after, before, terms.weights)
+        compared = comparison.compare_rewards(after, before, terms.weights)
         values |= flat("reward_difference", compared["difference"]) | flat("win_rate", compared["win_rate"])
         values |= flat("reward", compared["mine"]) | flat("start/reward", compared["theirs"])
         values["compared"] = comparison.number_compared(after, before, terms.weights)

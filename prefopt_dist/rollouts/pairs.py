@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefopt_dist.rollouts.prompts import Prompt
-from prefopt_dist.rollouts.rewards import mean
+from prefopt_dist.rollouts.rewards import weighted_mean
 from prefopt_dist.rollouts.sampling import uniforms
 from prefopt_dist.rollouts.store import Answer, Answered
 
@@ -90,7 +90,7 @@ def _usable(found: Answered, rule: PairingRule, tally: PairCounts) -> list[Score
             tally.answers["repeats another answer"] += 1
         else:
             seen.add(answer.text)
-            usable.append(Scored(number, answer, values, mean(values, rule.weights)))
+            usable.append(Scored(number, answer, values, weighted_mean(values, rule.weights)))
     return usable
 
 

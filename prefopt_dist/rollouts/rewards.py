@@ -226,6 +226,6 @@ def function_identity(path: str) -> dict[str, str]:
     return {"function": path, "source": checksum(Path(file)) if file else ""}
 
 
-def mean(values: Sequence[float], weights: Sequence[float]) -> float:
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
     """The weighted mean."""
     return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / math.fsum(weights)

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from prefopt_dist.distributed import ranks
 from prefopt_dist.model import attention
-from prefopt_dist.model.scorer import NextToken
+from prefopt_dist.model.scorer import DecodingInputs
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.rollouts.transformers_engine import TransformersEngine, attention_of
 
@@ -40,7 +40,7 @@ class ShardedEngine(TransformersEngine):
     ) -> torch.Tensor:
         heartbeat.beat("answering under ZeRO-3")  # a token may take seconds, a shard hours
         self._agree(True)
-        logits: torch.Tensor = self._engine(NextToken(ids, mask, positions, cache))
+        logits: torch.Tensor = self._engine(DecodingInputs(ids, mask, positions, cache))
         return logits
 
     def meet(self) -> None:
@@ -49,7 +49,7 @@ class ShardedEngine(TransformersEngine):
         with torch.no_grad():
             while self._agree(False):
                 heartbeat.beat("waiting for others who answer under ZeRO-3")
-                self._engine(NextToken(one, one + 1, one, None))
+                self._engine(DecodingInputs(one, one + 1, one, None))
 
     def _agree(self, more: bool) -> bool:
         """All ranks: whether any of them has a pass to compute; each then computes one."""

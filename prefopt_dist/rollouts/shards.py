@@ -27,7 +27,7 @@ def over_shards(
 
     Raises StoppedInFirstPass where a stop was asked and shards are left, and a rank's error on all ranks.
     """
-    halt = folder / HALT.format(job=ranks.decide(lambda: secrets.token_hex(8)))
+    halt = folder / HALT.format(job=ranks.run_on_rank_zero(lambda: secrets.token_hex(8)))
     rank, world = ranks.rank(), ranks.world_size()
 
     def mine() -> bool:
@@ -46,8 +46,8 @@ def over_shards(
                 progress.update(min(world, len(todo) - turn * world))
         return False
 
-    left = any(ranks.gather(ranks.together(mine)))
-    ranks.decide(lambda: halt.unlink(missing_ok=True))
+    left = any(ranks.all_gather(ranks.run_on_all_ranks(mine)))
+    ranks.run_on_rank_zero(lambda: halt.unlink(missing_ok=True))
     if left:
         raise StopRequested
 
@@ -66,7 +66,7 @@ def in_lockstep(
     rank, world = ranks.rank(), ranks.world_size()
     with Progress(len(todo), what, "shards", rank) as progress:
         for turn in range(0, len(todo), world):
-            if any(ranks.gather(stop_asked())):
+            if any(ranks.all_gather(stop_asked())):
                 raise StopRequested
             fault: Exception | None = None
             try:
@@ -75,7 +75,7 @@ def in_lockstep(
             except Exception as e:  # raised on all ranks below: the others are still computing
                 fault = e
             meet()
-            ranks.together(partial(_raise, fault))
+            ranks.run_on_all_ranks(partial(_raise, fault))
             progress.update(min(world, len(todo) - turn))
 
 

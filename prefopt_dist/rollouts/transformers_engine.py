@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from prefopt_dist.distributed.zero3 import copy_whole
+from prefopt_dist.distributed.zero3 import copy_to_unsharded
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.adapter import Adapter, attach
 from prefopt_dist.model.folder import ModelFolder
@@ -50,7 +50,7 @@ def copy_for_sampling(
         )
         if adapter is not None:
             attach(whole, adapter)
-    copy_whole(sharded, whole)
+    copy_to_unsharded(sharded, whole)
     return whole.eval()
 
 

@@ -17,6 +17,7 @@ from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring.metrics_file import Row
+from prefopt_dist.monitoring.statistics import interval_text
 from prefopt_dist.monitoring.verdict import verdict
 from prefopt_dist.rollouts import comparison, measures
 from prefopt_dist.rollouts.measures import answer_sums, units_of
@@ -53,7 +54,7 @@ class Comparison:
         for job in self.jobs.values():
             if job.store.folder not in found:
                 job.run(stop_asked)
-                found[job.store.folder] = ranks.together(job.answered)
+                found[job.store.folder] = ranks.run_on_all_ranks(job.answered)
         of = {what: found[job.store.folder] for what, job in self.jobs.items()}
         weights, evaluate = self.jobs["policy"].reward_weights, self.config.evaluate
         units = [units_of(of["policy"]), units_of(of["against"])]
@@ -87,7 +88,7 @@ class Comparison:
 
 def _apart(mine: Sequence[Answered], theirs: Sequence[Answered], weights: Sequence[float]) -> dict[str, Any]:
     """Win rate and difference of rewards."""
-    found = comparison.compared(mine, theirs, weights)
+    found = comparison.compare_rewards(mine, theirs, weights)
     return {name: found[name] for name in ("win_rate", "difference")}
 
 
@@ -165,11 +166,10 @@ def compared_text(found: dict[str, Any], policy: str, against: str) -> str:
     lines = [f"answers to {found['prompts']} prompts, intervals of 95 %:"]
     for name, what in ((policy, "policy"), (against, "against")):
         one = found[what]
-        lines.append(f"  {name}: reward {comparison.shown(one['reward'])}, {one['tokens']:.1f} tokens an answer")
+        lines.append(f"  {name}: reward {interval_text(one['reward'])}, {one['tokens']:.1f} tokens an answer")
     lines += [
-        f"  win rate {comparison.shown(found['win_rate'])}, difference of rewards "
-        f"{comparison.shown(found['difference'])}",
-        f"  KL from the reference on the policy's answers {comparison.shown(found['kl'])}",
+        f"  win rate {interval_text(found['win_rate'])}, difference of rewards {interval_text(found['difference'])}",
+        f"  KL from the reference on the policy's answers {interval_text(found['kl'])}",
         f"  {found['verdict_text']}",
     ]
     return "\n".join(lines)

@@ -136,9 +136,3 @@ def pooled(rows: Sequence[Row], name: str) -> list[int]:
         if name in row:
             total = [a + b for a, b in zip(total, row[name], strict=True)]
     return total
-
-
-def standard_error(share: float, n: float) -> float:
-    """Of a share of n, by the normal approximation; of one as near to 0 or 1 as 1/n can tell."""
-    share = min(max(share, 1 / (n + 2)), 1 - 1 / (n + 2))
-    return math.sqrt(share * (1 - share) / n)

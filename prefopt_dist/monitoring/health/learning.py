@@ -6,8 +6,9 @@ import math
 
 from prefopt_dist.config.schema import Health
 from prefopt_dist.monitoring.diagnosis import BIN_EDGES, quantile
-from prefopt_dist.monitoring.health.history import History, mean, pooled, standard_error
+from prefopt_dist.monitoring.health.history import History, mean, pooled
 from prefopt_dist.monitoring.metrics_file import Row
+from prefopt_dist.monitoring.statistics import standard_error
 
 FEW_WRONG, LEARNT = 0.1, 0.7
 """Shares of the pairs with a wrong and a right margin from which their sizes can be compared."""
