@@ -66,7 +66,12 @@ def main() -> int:
     """Measures once, prints and saves it."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="python -m benchmarks.answers", description=__doc__.splitlines()[0])
-    parser.add_argument("--demo", type=Path, default=Path(parts.USUAL), help=f"a demo's folder (default {parts.USUAL})")
+    parser.add_argument(
+        "--demo",
+        type=Path,
+        default=Path(parts.DEFAULT_FOLDER),
+        help=f"a demo's folder (default {parts.DEFAULT_FOLDER})",
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/answers"))
     options = parser.parse_args()
     if not (options.demo / "pairs" / "train.jsonl").exists():
@@ -82,4 +87,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    ranks.leave(main())
+    ranks.exit_now(main())

@@ -69,10 +69,10 @@ def _phase(phase: str, folder: Path) -> None:
     found: dict[str, Any] = {}
 
     def timed(name: str, what: Callable[[], Any]) -> None:
-        ranks.gather(None)
+        ranks.all_gather(None)
         start = time.perf_counter()
         what()
-        ranks.gather(None)
+        ranks.all_gather(None)
         found[name] = time.perf_counter() - start
 
     def find_and_load() -> None:
@@ -95,7 +95,7 @@ def _phase(phase: str, folder: Path) -> None:
     if ranks.rank() == 0:
         (folder / f"{phase}.json").write_text(json.dumps(found))
     ranks.end()
-    ranks.leave(0)
+    ranks.exit_now(0)
 
 
 def _steps(engine: Any, task: Task, timed: Callable[[str, Callable[[], Any]], None]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from prefopt_dist.batching.layout import TRAINING, Cost
+from prefopt_dist.batching.layout import TRAINING_PASSES, Cost
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def first_pass_flop(shape: Shape, lengths: Iterable[tuple[int, int, int]]) -> fl
 
 def step_flop(shape: Shape, lengths: Iterable[tuple[int, int, int]]) -> float:
     """Of a training step on these pairs: forward, and twice as much backward."""
-    return TRAINING * first_pass_flop(shape, lengths)
+    return TRAINING_PASSES * first_pass_flop(shape, lengths)
 
 
 def distinct_tokens(lengths: Iterable[tuple[int, int, int]]) -> int:

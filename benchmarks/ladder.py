@@ -18,7 +18,7 @@ from benchmarks.world import Task
 from prefopt_dist.batching.micro_batch import MicroBatch, pack
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model.folder import inspect_folder
-from prefopt_dist.model.load import load_whole
+from prefopt_dist.model.load import load_unsharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
 
@@ -40,7 +40,7 @@ def run(task: Task, folder: Path, rung: str) -> dict[str, Any]:
     if plain:
         lm = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype).to(device)
     else:
-        lm = load_whole(inspect_folder(folder / "model", "model"), dtype=dtype).to(device)
+        lm = load_unsharded(inspect_folder(folder / "model", "model"), dtype=dtype).to(device)
     scorer = Scorer(lm) if rung in ("scorer", "fused") else None
     units = [Unit(i, _ids(p), (_ids(c), _ids(r))) for i, (p, c, r) in enumerate(task.drawn())]
     steps = [[units[i] for i in task.rows(k)] for k in range(task.warm_up + task.steps)]

@@ -26,7 +26,7 @@ from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.config.build import build_config
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model.folder import inspect_folder
-from prefopt_dist.model.load import load_whole
+from prefopt_dist.model.load import load_unsharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import KTO, SFT, Sequences
 from prefopt_dist.objectives.factory import make_objective
@@ -203,7 +203,7 @@ class Ours:
 
     def __init__(self, folder: Path) -> None:
         policy, reference = (
-            Scorer(load_whole(inspect_folder(folder / name, "model"), dtype=torch.float32))
+            Scorer(load_unsharded(inspect_folder(folder / name, "model"), dtype=torch.float32))
             for name in ("policy", "reference")
         )
         self.policy, self.reference = policy.train(), reference.eval()

@@ -84,7 +84,7 @@ def _run(task: Task, budget: int) -> None:
     for of_kind, microseconds in shares.most_common():
         print(f"  {of_kind:20s} {microseconds / sum(shares.values()):6.1%}")
     ranks.end()
-    ranks.leave(0)
+    ranks.exit_now(0)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def _run(config: Config, stage: str) -> None:
 
     ranks.start()
     try:
-        module.run(ranks.decide(config.with_cache))
+        module.run(ranks.run_on_rank_zero(config.with_cache))
     except ranks.OtherRankFailed as e:
         raise SystemExit(1) from e
     # Not after a crash: with NCCL it would wait for collectives that never come, and hide the traceback.
@@ -118,7 +118,7 @@ def _run(config: Config, stage: str) -> None:
 
 
 def _leave(status: int) -> NoReturn:
-    """Not by the interpreter's own end where there was a process group: see ranks.leave."""
+    """Not by the interpreter's own end where there was a process group: see ranks.exit_now."""
     if "prefopt_dist.distributed.ranks" in sys.modules:
         sys.modules["prefopt_dist.distributed.ranks"].leave(status)
     sys.exit(status)

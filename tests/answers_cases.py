@@ -61,7 +61,7 @@ def prepare(folder: Path) -> None:
 
 def whole(folder: Path) -> dict[str, Any]:
     """A run to its end, with a cache of its own."""
-    config = load_config(ranks.decide(lambda: write_run(folder, "two", cache="cache-two")))
+    config = load_config(ranks.run_on_rank_zero(lambda: write_run(folder, "two", cache="cache-two")))
     train.run(config)
     facts = read_json(config.run_dir / "run.json")
     return {
@@ -77,7 +77,7 @@ def sharded(folder: Path) -> dict[str, Any]:
     free = train.own_answers.free_bytes
     train.own_answers.free_bytes = lambda: 0
     try:
-        config = load_config(ranks.decide(lambda: write_run(folder, "sharded", cache="cache-sharded")))
+        config = load_config(ranks.run_on_rank_zero(lambda: write_run(folder, "sharded", cache="cache-sharded")))
         train.run(config)
     finally:
         train.own_answers.free_bytes = free
@@ -103,9 +103,9 @@ def resumed(folder: Path) -> dict[str, Any]:
         assert process.wait() == -signal.SIGKILL
         return samples(answers)
 
-    there = ranks.decide(kill)
-    cached = ranks.decide(lambda: samples(folder / "cache-killed" / "samples"))
-    config = load_config(ranks.decide(lambda: write_run(folder, "killed", cache="cache-killed")))
+    there = ranks.run_on_rank_zero(kill)
+    cached = ranks.run_on_rank_zero(lambda: samples(folder / "cache-killed" / "samples"))
+    config = load_config(ranks.run_on_rank_zero(lambda: write_run(folder, "killed", cache="cache-killed")))
     made: list[int] = []
     write = train.own_answers.SampleStore.write_answers
 
@@ -118,19 +118,19 @@ def resumed(folder: Path) -> dict[str, Any]:
         train.run(config)
     finally:
         train.own_answers.SampleStore.write_answers = write
-    after = ranks.decide(lambda: samples(answers))
+    after = ranks.run_on_rank_zero(lambda: samples(answers))
     return {
         "there": there,
         "after": after,
-        "made": [number for of_rank in ranks.gather(made) for number in of_rank],
-        "start_kept": cached == ranks.decide(lambda: samples(folder / "cache-killed" / "samples")),
+        "made": [number for of_rank in ranks.all_gather(made) for number in of_rank],
+        "start_kept": cached == ranks.run_on_rank_zero(lambda: samples(folder / "cache-killed" / "samples")),
         "done": (config.run_dir / "DONE").exists(),
     }
 
 
 def again(folder: Path) -> dict[str, Any]:
     """The answers of a given checkpoint anew, on this number of ranks: those of the run `given`."""
-    config = load_config(ranks.decide(lambda: write_run(folder, "given", cache="cache-two")))
+    config = load_config(ranks.run_on_rank_zero(lambda: write_run(folder, "given", cache="cache-two")))
 
     def forget() -> None:
         shutil.rmtree(config.run_dir / "answers", ignore_errors=True)
@@ -139,7 +139,7 @@ def again(folder: Path) -> dict[str, Any]:
         assert '"answers"' in rows[-1]
         (config.run_dir / "metrics.jsonl").write_text("".join(rows[:-1]))
 
-    ranks.decide(forget)
+    ranks.run_on_rank_zero(forget)
     train.run(config)
     return {"policy": samples(config.run_dir / "answers")}
 

@@ -51,16 +51,16 @@ def serve(cases: Mapping[str, Callable[[Path], dict[str, Any]]], prepare: Callab
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     ranks.COLLECTIVE_TIMEOUT = timedelta(seconds=90)  # ranks that part ways fail instead of hanging
     ranks.start()
-    ranks.decide(lambda: folder.mkdir(parents=True, exist_ok=True))
-    ranks.decide(lambda: prepare(folder))
+    ranks.run_on_rank_zero(lambda: folder.mkdir(parents=True, exist_ok=True))
+    ranks.run_on_rank_zero(lambda: prepare(folder))
     for name in names:
         try:
             result = cases[name](folder)
         except Exception:
             result = {"error": traceback.format_exc()}
             print(result["error"], file=sys.stderr, flush=True)
-        errors = [e for e in ranks.gather(result.get("error")) if e]
+        errors = [e for e in ranks.all_gather(result.get("error")) if e]
         if dist.get_rank() == 0:
             (folder / f"{name}.json").write_text(json.dumps({"error": errors[0]} if errors else result))
     ranks.end()
-    ranks.leave(0)
+    ranks.exit_now(0)

@@ -34,7 +34,7 @@ def prepare(folder: Path) -> None:
 
 
 def config_of(folder: Path, name: str, cache: str) -> Config:
-    return load_config(ranks.decide(lambda: write_run(folder, name, cache=cache)))
+    return load_config(ranks.run_on_rank_zero(lambda: write_run(folder, name, cache=cache)))
 
 
 def pairs(folder: Path) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def resumed(folder: Path) -> dict[str, Any]:
         found = list(found[0].parent.glob("samples-*.jsonl"))
         return {str(file): checksum(file) for file in found}
 
-    there = ranks.decide(kill)
+    there = ranks.run_on_rank_zero(kill)
     config = config_of(folder, "killed", "cache-killed")
     assert generate.run(config)
     kept = all(checksum(Path(file)) == content for file, content in there.items())

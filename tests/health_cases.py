@@ -120,10 +120,10 @@ def run(
     for section, keys in sections.items():
         config[section] = config.get(section, {}) | keys
     file = folder / f"{name}.yaml"
-    ranks.decide(lambda: file.write_text(json.dumps(config)))
+    ranks.run_on_rank_zero(lambda: file.write_text(json.dumps(config)))
     train.run(load_config(file).with_cache())
-    facts = ranks.decide(lambda: json.loads((run_dir / "run.json").read_text()))
-    rows = ranks.decide(lambda: MetricsFile(run_dir / "metrics.jsonl").rows())
+    facts = ranks.run_on_rank_zero(lambda: json.loads((run_dir / "run.json").read_text()))
+    rows = ranks.run_on_rank_zero(lambda: MetricsFile(run_dir / "metrics.jsonl").rows())
     last = [row for row in rows if row["kind"] == "train"][-1]
     answers = facts["answers"]
     return {"health": facts["health"], "last": last, "verdict": answers["verdict"], "text": answers["verdict_text"]}

@@ -16,7 +16,7 @@ from prefopt_dist.commands import train
 from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.model import adapter as adapters
-from prefopt_dist.model.load import load_whole
+from prefopt_dist.model.load import load_unsharded
 from prefopt_dist.setup import prepare_models
 from prefopt_dist.training import step
 from prefopt_dist.training.stop import Request
@@ -96,7 +96,7 @@ def tensor_bytes(file: Path) -> int:
 
 def whole_start(models: prepare_models.Models) -> dict[str, torch.Tensor]:
     """The adapters' start beside a whole model in one process, with the run's seed."""
-    lm = load_whole(models.policy, dtype=models.dtype)
+    lm = load_unsharded(models.policy, dtype=models.dtype)
     torch.manual_seed(0)
     assert models.adapter is not None
     adapters.attach(lm, models.adapter)
@@ -132,7 +132,7 @@ def lora_resume(folder: Path) -> dict[str, Any]:
         "moved": sum(not torch.equal(start[n], expected[n]) for n in start) / len(start),
         "zero": all(not t.any() for n, t in start.items() if ".lora_B." in n),
         "as_whole": all(torch.equal(start[n], t) for n, t in whole_start(models).items()),
-        "bytes": ranks.decide(lambda: sum(map(tensor_bytes, (root / "step-00000002").glob("*.pt")))),
+        "bytes": ranks.run_on_rank_zero(lambda: sum(map(tensor_bytes, (root / "step-00000002").glob("*.pt")))),
         "trained": trained,
-        "optimized": ranks.gather(optimized),
+        "optimized": ranks.all_gather(optimized),
     }

@@ -21,7 +21,7 @@ from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.model import activation_checkpointing
 from prefopt_dist.model.folder import FAMILIES, inspect_folder
-from prefopt_dist.model.load import load_sharded, load_whole
+from prefopt_dist.model.load import load_sharded, load_unsharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
 from prefopt_dist.training.optimizer import adamw
@@ -76,7 +76,7 @@ def one(folder: Path, setting: Setting) -> list[float]:
         if not folder.exists():
             small.make(setting.model).save_pretrained(folder)
 
-    ranks.decide(write)
+    ranks.run_on_rank_zero(write)
     engine = engine_of(folder, setting)
     layout = lay_out(units, ranks.world_size(), BUDGET)
     sums = torch.zeros(len(units), 2, dtype=torch.float64)
@@ -104,7 +104,7 @@ def engine_of(folder: Path, setting: Setting) -> Any:
     if setting.stage == 3:
         lm = load_sharded(model, dtype=torch.float32, settings=settings)
     else:
-        lm = load_whole(model, dtype=torch.float32)
+        lm = load_unsharded(model, dtype=torch.float32)
     scorer = Scorer(lm).train()
     optimizer = adamw(scorer, learning_rate=1e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
     engine = zero3.policy_engine(scorer, optimizer, settings)

@@ -29,7 +29,7 @@ import worlds
 from deepspeed.utils import safe_get_full_grad
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefopt_dist.batching.batches import Prefetcher, ScoredRows, step_batch, whole_set
+from prefopt_dist.batching.batches import Prefetcher, ScoredRows, evaluation_batch, step_batch
 from prefopt_dist.batching.micro_batch import Segment, pack
 from prefopt_dist.batching.order import Order
 from prefopt_dist.checkpoint import load, save
@@ -43,13 +43,13 @@ from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import head
 from prefopt_dist.model.cost import forward_cost
-from prefopt_dist.model.load import load_sharded, load_whole
+from prefopt_dist.model.load import load_sharded, load_unsharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring import statistics, timers
 from prefopt_dist.monitoring.diagnosis import Diagnosis
 from prefopt_dist.monitoring.timers import StepTimer
 from prefopt_dist.objectives import factory
-from prefopt_dist.reference.step0_check import Rounding, Step0Check
+from prefopt_dist.reference.step0_check import RoundingTolerance, Step0Check
 from prefopt_dist.setup import prepare_data, prepare_models, prepare_reference
 from prefopt_dist.training import skipped_updates as spikes_of_training
 from prefopt_dist.training import step
@@ -63,7 +63,7 @@ PAIRS, G = 37, 11
 
 def config_for(folder: Path, name: str, **sections: dict[str, object]) -> Config:
     file = folder / f"{name}.yaml"
-    ranks.decide(
+    ranks.run_on_rank_zero(
         lambda: worlds.write_run(file, folder / "model", folder / "pairs.jsonl", folder / f"run-{name}", **sections)
     )
     return load_config(file)
@@ -276,7 +276,7 @@ def whole_runs(folder: Path) -> dict:
             with Crash(step=4), pytest.raises(ConnectionAbortedError):
                 train.run(config)
         train.run(config)
-        found[config.run_dir.name] = ranks.decide(partial(the_end, config.run_dir))
+        found[config.run_dir.name] = ranks.run_on_rank_zero(partial(the_end, config.run_dir))
     return found
 
 
@@ -362,7 +362,7 @@ def dpo_checkpointing(folder: Path) -> dict:
 def dpo_small_blocks(folder: Path) -> dict:
     """Some prompts' logits fit into a block, others are made again in the forward pass."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head, "LOGITS_AT_ONCE", 30 * LlamaConfig.from_pretrained(folder / "model").vocab_size)
+        patch.setattr(head, "MAX_LOGITS_PER_BLOCK", 30 * LlamaConfig.from_pretrained(folder / "model").vocab_size)
         return equality(folder, "dpo-blocks", 300, DPO, steps=2)
 
 
@@ -406,7 +406,7 @@ def dpo_stage_2(folder: Path) -> dict:
 
 def stage_2_engine(config: Config, models: prepare_models.Models) -> Any:
     settings = zero3.policy_settings({"zero_optimization": {"stage": 2}}, dtype=models.dtype, max_grad_norm=None)
-    scorer = Scorer(load_whole(models.policy, dtype=models.dtype)).train()
+    scorer = Scorer(load_unsharded(models.policy, dtype=models.dtype)).train()
     optimizer = adamw(scorer, learning_rate=1e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
     return zero3.policy_engine(scorer, optimizer, settings)
 
@@ -424,7 +424,7 @@ def whole_evaluation(folder: Path) -> dict:
         list(range(scored.rows.n)),
         DPO,
     )
-    layouts = {str(b): whole_set(scored, 2, b).units for b in (120, 5000)}
+    layouts = {str(b): evaluation_batch(scored, 2, b).units for b in (120, 5000)}
     zero3.release(engine)
     del exact["loss_tensor"]
     return {"found": found, "exact": exact, "units": layouts, "n": scored.rows.n}
@@ -447,7 +447,7 @@ def shards(folder: Path) -> dict:
     segments = (Segment(0, 0, 0, 40),)
     with torch.no_grad():
         got = engine.module.lm(input_ids=ids, position_ids=torch.arange(40)[None], segments=segments, use_cache=False)
-        want = load_whole(models.policy, dtype=torch.float32)(
+        want = load_unsharded(models.policy, dtype=torch.float32)(
             input_ids=ids, position_ids=torch.arange(40)[None], segments=segments, use_cache=False
         )
     equal = bool(torch.equal(got.logits, want.logits))
@@ -475,7 +475,7 @@ def memory(folder: Path) -> dict:
         )
         LlamaForCausalLM(config).save_pretrained(big)
 
-    ranks.decide(write)
+    ranks.run_on_rank_zero(write)
     config = config_for(folder, "memory", model={"name_or_path": str(big), "dtype": "float32"})
     models = prepare_models.load_models(config)
     zero: dict[str, Any] = load_deepspeed_json(config.deepspeed.reference, "deepspeed.reference")
@@ -504,7 +504,7 @@ def memory(folder: Path) -> dict:
     policy.module.eval()
     with torch.no_grad():
         got = policy.module.lm(**inputs).logits
-        want = load_whole(models.policy, dtype=torch.float32)(**inputs).logits
+        want = load_unsharded(models.policy, dtype=torch.float32)(**inputs).logits
     mine = {
         "rank": ranks.rank(),
         "reference": [held, whole],
@@ -514,7 +514,7 @@ def memory(folder: Path) -> dict:
         "alive": alive,
         "logits_equal": bool(torch.equal(got, want)),
     }
-    return {"ranks": ranks.gather(mine)}
+    return {"ranks": ranks.all_gather(mine)}
 
 
 def other_reference_is_refused(folder: Path) -> dict:
@@ -526,7 +526,7 @@ def other_reference_is_refused(folder: Path) -> dict:
     for name, change in (("right", 0.0), ("wrong", 0.01)):
         reference = scored.reference.clone()
         reference[5, 1] -= change
-        gate = Step0Check(objective, Rounding.of(models.policy.config, torch.float32), ranks.device())
+        gate = Step0Check(objective, RoundingTolerance.of(models.policy.config, torch.float32), ranks.device())
         batch = step_batch(ScoredRows(scored.rows, reference), list(range(G)), 2, 150)
         sums, _ = step.reduce_metrics(step.forward_backward(engine, batch, objective, gate), Request(False, False))
         try:
@@ -534,7 +534,7 @@ def other_reference_is_refused(folder: Path) -> dict:
             found[name] = ["accepted"] * ranks.world_size()
         except UserError as e:
             found[name] = [str(e)]
-        found[name] = [m for part in ranks.gather(found[name]) for m in part]
+        found[name] = [m for part in ranks.all_gather(found[name]) for m in part]
     zero3.release(engine)
     return found
 
@@ -578,7 +578,7 @@ def save_fails_on_one_rank(folder: Path) -> dict:
                 said.append("committed")
             except save.CheckpointNotCommitted as e:
                 said.append(str(e))
-    said_by_all = [text for of_rank in ranks.gather(said) for text in of_rank]
+    said_by_all = [text for of_rank in ranks.all_gather(said) for text in of_rank]
     left = [p.name for p in save.committed(root)]
     save.save(engine, root, step=3, **common)
     save.save(engine, root, step=4, **common)
@@ -591,20 +591,20 @@ def save_fails_on_one_rank(folder: Path) -> dict:
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
 
-    ranks.decide(flip)
+    ranks.run_on_rank_zero(flip)
     found = load.find_newest(root)
 
     def spoil() -> None:
         (root / "step-00000003" / "manifest.json").write_text("{}")
 
-    ranks.decide(spoil)
+    ranks.run_on_rank_zero(spoil)
     try:
         none_left = f"found {load.find_newest(root)}"
     except UserError as e:
         none_left = str(e)
     zero3.release(engine)
     return {
-        "none_left": ranks.gather(none_left),
+        "none_left": ranks.all_gather(none_left),
         "said": said_by_all,
         "left": left,
         "kept": kept,
@@ -623,17 +623,17 @@ def errors_reach_all(folder: Path) -> dict:
     last = ranks.world_size() - 1
     found = {}
     for name, attempt in {
-        "decide-user": lambda: ranks.decide(lambda: fail(0, UserError("mine"))),
-        "decide-crash": lambda: ranks.decide(lambda: fail(0, KeyError("mine"))),
-        "together-user": lambda: ranks.together(lambda: fail(last, UserError("mine"))),
-        "together-crash": lambda: ranks.together(lambda: fail(last, KeyError("mine"))),
+        "decide-user": lambda: ranks.run_on_rank_zero(lambda: fail(0, UserError("mine"))),
+        "decide-crash": lambda: ranks.run_on_rank_zero(lambda: fail(0, KeyError("mine"))),
+        "together-user": lambda: ranks.run_on_all_ranks(lambda: fail(last, UserError("mine"))),
+        "together-crash": lambda: ranks.run_on_all_ranks(lambda: fail(last, KeyError("mine"))),
     }.items():
         try:
             attempt()
             mine = "nothing"
         except Exception as e:
             mine = f"{type(e).__name__}: {e}"
-        found[name] = ranks.gather(mine)
+        found[name] = ranks.all_gather(mine)
     return found
 
 
@@ -744,7 +744,7 @@ def dropped_gradient(folder: Path) -> dict:
     found = {}
     for name, offload in (("device", {}), ("cpu", {"offload_optimizer": {"device": "cpu"}})):
         zero = {"zero_optimization": {"stage": 3, **offload}, "data_types": {"grad_accum_dtype": "fp32"}}
-        ranks.decide(lambda name=name, zero=zero: (folder / f"drop-{name}.json").write_text(json.dumps(zero)))
+        ranks.run_on_rank_zero(lambda name=name, zero=zero: (folder / f"drop-{name}.json").write_text(json.dumps(zero)))
         policy = str(folder / f"drop-{name}.json")
         config = config_for(folder, f"drop-{name}", loss={"name": "dpo"}, deepspeed={"policy": policy})
         _, objective, scored, _ = ready(config)
@@ -785,10 +785,12 @@ def skipped_updates(folder: Path) -> dict:
     return {
         "weights": poison.weights,
         "counts": sorted(poison.counts),
-        "rows": ranks.decide(rows),
+        "rows": ranks.run_on_rank_zero(rows),
         "done": (config.run_dir / "DONE").exists(),
-        "files": ranks.decide(lambda: sorted(p.name for p in config.run_dir.glob("nonfinite-*"))),
-        "record": ranks.decide(lambda: json.loads((config.run_dir / "nonfinite-step-00000003.json").read_text())),
+        "files": ranks.run_on_rank_zero(lambda: sorted(p.name for p in config.run_dir.glob("nonfinite-*"))),
+        "record": ranks.run_on_rank_zero(
+            lambda: json.loads((config.run_dir / "nonfinite-step-00000003.json").read_text())
+        ),
     }
 
 
@@ -805,11 +807,13 @@ def too_many_skipped_updates(folder: Path) -> dict:
                 said.append("ended")
             except FloatingPointError as e:
                 said.append(str(e))
-    found = {"said": ranks.gather(said), "done": (config.run_dir / "DONE").exists()}
-    found["checkpoints"] = ranks.decide(lambda: [p.name for p in save.committed(config.run_dir / "checkpoints")])
-    found["files"] = ranks.decide(lambda: sorted(p.name for p in config.run_dir.glob("nonfinite-*")))
+    found = {"said": ranks.all_gather(said), "done": (config.run_dir / "DONE").exists()}
+    found["checkpoints"] = ranks.run_on_rank_zero(
+        lambda: [p.name for p in save.committed(config.run_dir / "checkpoints")]
+    )
+    found["files"] = ranks.run_on_rank_zero(lambda: sorted(p.name for p in config.run_dir.glob("nonfinite-*")))
     train.run(config)
-    lines = ranks.decide(lambda: (config.run_dir / "metrics.jsonl").read_text().splitlines())
+    lines = ranks.run_on_rank_zero(lambda: (config.run_dir / "metrics.jsonl").read_text().splitlines())
     found["skipped"] = [json.loads(line)["train/skipped_steps"] for line in lines]
     found["ended"] = (config.run_dir / "DONE").exists()
     return found
@@ -828,7 +832,7 @@ def early_stop(folder: Path) -> dict:
         checkpoint={"every_steps": 1, "keep_best": metric},
     )
     train.run(config)
-    ranks.decide(lambda: (config.run_dir / "DONE").unlink())
+    ranks.run_on_rank_zero(lambda: (config.run_dir / "DONE").unlink())
     train.run(config)
     unknown = replace(config, run=replace(config.run, dir=str(folder / "unknown")))
     unknown = replace(unknown, checkpoint=replace(config.checkpoint, keep_best="eval/los"))
@@ -837,12 +841,12 @@ def early_stop(folder: Path) -> dict:
         said = "accepted"
     except UserError as e:
         said = str(e)
-    lines = ranks.decide(lambda: (config.run_dir / "metrics.jsonl").read_text().splitlines())
+    lines = ranks.run_on_rank_zero(lambda: (config.run_dir / "metrics.jsonl").read_text().splitlines())
     return {
         "rows": [[row["kind"], row["step"]] for row in map(json.loads, lines)],
-        "checkpoints": ranks.decide(lambda: [p.name for p in save.committed(config.run_dir / "checkpoints")]),
-        "done": ranks.decide(lambda: (config.run_dir / "DONE").read_text()),
-        "best": ranks.decide(lambda: json.loads((config.run_dir / "run.json").read_text())["best"]),
+        "checkpoints": ranks.run_on_rank_zero(lambda: [p.name for p in save.committed(config.run_dir / "checkpoints")]),
+        "done": ranks.run_on_rank_zero(lambda: (config.run_dir / "DONE").read_text()),
+        "best": ranks.run_on_rank_zero(lambda: json.loads((config.run_dir / "run.json").read_text())["best"]),
         "said": said,
     }
 
@@ -868,7 +872,7 @@ def spikes_stopped_and_skipped(folder: Path) -> dict:
         try:
             start("stop", {3: "spike"})
         except FloatingPointError as e:
-            found["said"] = ranks.gather(str(e))
+            found["said"] = ranks.all_gather(str(e))
         start("skip", {1: "spike", 2: "spike"})
     run = folder / "run-spikes"
 
@@ -879,7 +883,7 @@ def spikes_stopped_and_skipped(folder: Path) -> dict:
             "record": json.loads((run / "spike-step-00000003.json").read_text()),
         }
 
-    return found | ranks.decide(left)
+    return found | ranks.run_on_rank_zero(left)
 
 
 def killed_before_pruning(folder: Path) -> dict:
@@ -903,7 +907,7 @@ def killed_before_pruning(folder: Path) -> dict:
             patched.setattr(save, "remove", patch)
             with contextlib.suppress(OSError, ranks.OtherRankFailed):
                 train.run(config)
-        found["done"].append([ranks.decide(names), (config.run_dir / "DONE").exists()])
+        found["done"].append([ranks.run_on_rank_zero(names), (config.run_dir / "DONE").exists()])
     return found
 
 
@@ -911,7 +915,7 @@ def packs_alone_and_together(folder: Path) -> dict:
     """A pair scores alone as in a pack with others."""
     config = config_for(folder, "alone", loss={"name": "dpo"})
     models, _, scored, _ = ready(config)
-    scorer = Scorer(load_whole(models.policy, dtype=torch.float32))
+    scorer = Scorer(load_unsharded(models.policy, dtype=torch.float32))
     units = scored.units(range(scored.rows.n), 2)
     with torch.no_grad():
         together = pack(units, 2)

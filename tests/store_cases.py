@@ -32,7 +32,7 @@ from prefopt_dist.config import Config, load_config
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import FileLock
-from prefopt_dist.model.fingerprint import remembered_digest
+from prefopt_dist.model.fingerprint import cached_digest
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import factory
 from prefopt_dist.reference import first_pass
@@ -75,7 +75,7 @@ def config_for(folder: Path, name: str, *, cache: str, **sections: dict[str, obj
             given["run"] = {"dir": str(folder / name), "cache": str(folder / cache)} | sections["run"]
         worlds.write_run(file, model, folder / "pairs.jsonl", folder / name, **given)
 
-    ranks.decide(write)
+    ranks.run_on_rank_zero(write)
     return load_config(file)
 
 
@@ -90,7 +90,7 @@ def counted(config: Config) -> list[int]:
         facts = json.loads((config.run_dir / "run.json").read_text())["reference"]
         return [facts["sequences_scored"], facts["sequences_reused"]]
 
-    return ranks.decide(read)
+    return ranks.run_on_rank_zero(read)
 
 
 def worst(config: Config) -> float:
@@ -143,7 +143,7 @@ def what_does_not_change_the_reference(folder: Path) -> dict[str, Any]:
     }
     found["others"] = {n: scored(config_for(folder, f"same-{n}", cache="same", **s))[0] for n, s in others.items()}
     # Another path to the same content: the key is no path.
-    ranks.decide(lambda: shutil.copytree(folder / "same-model", folder / "moved-model"))
+    ranks.run_on_rank_zero(lambda: shutil.copytree(folder / "same-model", folder / "moved-model"))
     moved = config_for(folder, "same-moved", cache="same", model={"name_or_path": str(folder / "moved-model")})
     found["others"]["model-path"] = scored(moved)[0]
     more = config_for(folder, "same-more", cache="same", data={"train": str(folder / "all.jsonl")})
@@ -181,7 +181,7 @@ def new_weights_at_the_same_path(folder: Path) -> dict[str, Any]:
 
     for number, swap in enumerate((touch_r, cp_p), start=1):
         settle()
-        ranks.decide(swap)
+        ranks.run_on_rank_zero(swap)
         config = config_for(folder, f"weights-{number}", cache="weights")
         found["scored"].append(scored(config)[0])
         found["worst"].append(worst(config))
@@ -203,7 +203,7 @@ def weights_that_change_while_they_are_read(folder: Path) -> dict[str, Any]:
         file.write_bytes(file.read_bytes())
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
-    ranks.decide(swap)
+    ranks.run_on_rank_zero(swap)
     try:
         prepare_reference.score_reference(config, models, objective, [rows], before, lambda: False)
     except UserError as e:
@@ -225,7 +225,7 @@ def what_changes_the_numbers(folder: Path) -> dict[str, Any]:
         content["rope_parameters"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": theta}
         settings.write_text(json.dumps(content))
 
-    ranks.decide(scale_rope)
+    ranks.run_on_rank_zero(scale_rope)
     rope = config_for(folder, "numbers-rope", cache="numbers")
     found["rope"] = scored(rope)[0]
     found["worst"].append(worst(rope))
@@ -256,12 +256,12 @@ def resume_with_the_store_deleted(folder: Path) -> dict[str, Any]:
     first = scored(config_for(folder, "scored", cache="deleted"))  # or the time would be over in the first pass
     stopped = config_for(folder, "stopped", cache="deleted", train={"max_hours": 1e-9})
     train.run(stopped)
-    found: dict[str, Any] = {"stopped": ranks.decide((stopped.run_dir / "STOPPED").read_text), "first": first}
-    ranks.decide(lambda: shutil.rmtree(folder / "deleted"))
+    found: dict[str, Any] = {"stopped": ranks.run_on_rank_zero((stopped.run_dir / "STOPPED").read_text), "first": first}
+    ranks.run_on_rank_zero(lambda: shutil.rmtree(folder / "deleted"))
     train.run(config_for(folder, "stopped", cache="deleted"))
     found["again"] = counted(stopped)
     found["same rows"] = stored(stopped) == before and len(before) > 0
-    ranks.gather(None)
+    ranks.all_gather(None)
     mine, theirs = (load_file(c.run_dir / "final" / "model.safetensors") for c in (stopped, whole))
     start = load_file(folder / "model" / "model.safetensors")
     found["same end"] = all(torch.equal(mine[n], theirs[n]) for n in theirs)
@@ -283,8 +283,8 @@ def an_altered_byte_in_any_shard(folder: Path) -> dict[str, Any]:
             content[place] ^= bit
             shard.write_bytes(content)
 
-        ranks.gather(None)  # the other rank has read the shard as it was
-        ranks.decide(flip)
+        ranks.all_gather(None)  # the other rank has read the shard as it was
+        ranks.run_on_rank_zero(flip)
         found["scored"].append(scored(config_for(folder, f"bytes-{number}", cache="bytes"))[0])
     return found | {"same rows": stored(config) == before, "worst": worst(config)}
 
@@ -305,7 +305,7 @@ def a_store_on_the_nodes_own_disks(folder: Path) -> dict[str, Any]:
         message = str(e)
     finally:
         os.chdir(here)
-    ranks.gather(None)
+    ranks.all_gather(None)
     return {
         "message": message,
         "shards": len(list(folder.glob("node-*/store/*/rows-*"))),
@@ -335,14 +335,14 @@ def a_model_on_the_nodes_own_disks(folder: Path) -> dict[str, Any]:
         file = model / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 1e-3}))
 
-    ranks.decide(parted)
+    ranks.run_on_rank_zero(parted)
     found: dict[str, Any] = {"files": len(list((folder / "parted").glob("*.safetensors")))}
     mine.mkdir()
     read: list[Path] = []
 
     def noted(file: Path, memory: Path) -> str:
         read.append(file)
-        return remembered_digest(file, memory)
+        return cached_digest(file, memory)
 
     for case, change in {"weights": other_weights, "config": other_config, "same": None, "shared": None}.items():
         model = mine / case
@@ -365,16 +365,16 @@ def a_model_on_the_nodes_own_disks(folder: Path) -> dict[str, Any]:
         try:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(socket, "gethostname", lambda: name)
-                patch.setattr(prepare_models, "remembered_digest", noted)
+                patch.setattr(prepare_models, "cached_digest", noted)
                 count = scored(config)
         except UserError as e:
             message = f"{type(e).__name__}: {e}"
         finally:
             os.chdir(here)
         found[case] = {
-            "messages": ranks.gather(message),
+            "messages": ranks.all_gather(message),
             "scored": count[0],
-            "read": ranks.gather(len(read)),
+            "read": ranks.all_gather(len(read)),
             "stores": len(list(config.reference_store.glob("*"))),
         }
     return found
@@ -403,11 +403,11 @@ def stopped_while_it_waits_for_its_turn(folder: Path) -> dict[str, Any]:
         threading.Thread(target=ask).start()
     reference.run(config)
     found = {
-        "stopped": ranks.decide((config.run_dir / "STOPPED").read_text),
+        "stopped": ranks.run_on_rank_zero((config.run_dir / "STOPPED").read_text),
         "shards": len(shards(config)),
         "held": lock.held,
     }
-    ranks.gather(None)
+    ranks.all_gather(None)
     lock.give_back()
     return found | {"then": scored(config_for(folder, "waiting-2", cache="waiting"))}
 
@@ -452,7 +452,7 @@ def every_micro_batch_fits_the_budget(folder: Path) -> dict[str, Any]:
         patch.setattr(export, "record_export_check", under("probe", export.record_export_check))
         patch.setattr(export, "_verify", under("export", export._verify))  # rank 0's, on the CPU
         train.run(config)
-    return found | {"computed": ranks.gather(computed)}
+    return found | {"computed": ranks.all_gather(computed)}
 
 
 if __name__ == "__main__":

@@ -163,19 +163,19 @@ def test_buckets_hold_a_layer_unless_the_file_says_otherwise() -> None:
     layer = 2 * 1024**2 + 2 * 1024 * 512 + 3 * 1024 * 4096 + 2 * 1024
     assert layer_parameters(config) == layer
     given = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}}
-    zero = zero3.with_buckets(given, layer=layer, hidden=1024)["zero_optimization"]
+    zero = zero3.with_bucket_sizes(given, layer=layer, hidden=1024)["zero_optimization"]
     assert zero == {
         "stage": 3,
         "reduce_bucket_size": 7,
         "stage3_prefetch_bucket_size": layer,
         "stage3_param_persistence_threshold": 10240,
     }
-    assert zero3.with_buckets({}, layer=5, hidden=1)["zero_optimization"]["reduce_bucket_size"] == 1_000_000
+    assert zero3.with_bucket_sizes({}, layer=5, hidden=1)["zero_optimization"]["reduce_bucket_size"] == 1_000_000
     adapter = adapter_of(Lora(r=128), config, "some/model")
     assert adapter is not None
     trained = 128 * (2 * (1024 + 1024) + 2 * (1024 + 512) + 3 * (1024 + 4096))
     assert adapter_parameters(config, adapter) == trained
-    zero = zero3.with_buckets({}, layer=layer, hidden=1024, trained=trained)["zero_optimization"]
+    zero = zero3.with_bucket_sizes({}, layer=layer, hidden=1024, trained=trained)["zero_optimization"]
     assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"]) == (trained, layer)
 
 

@@ -10,7 +10,7 @@ import pytest
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import FileLock
 from prefopt_dist.model import fingerprint
-from prefopt_dist.model.fingerprint import FileState, file_digest, refuse_if_changed, remembered_digest
+from prefopt_dist.model.fingerprint import FileState, cached_digest, file_digest, refuse_if_changed
 
 OLD_NS = 10**9
 
@@ -45,7 +45,7 @@ def test_a_settled_file_is_read_once(
     file: Path, tmp_path: Path, readings: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     later(monkeypatch, 3)
-    assert {remembered_digest(file, tmp_path / "memory") for _ in range(3)} == {file_digest(file)}
+    assert {cached_digest(file, tmp_path / "memory") for _ in range(3)} == {file_digest(file)}
     assert readings == [file]
 
 
@@ -54,7 +54,7 @@ def test_a_fresh_file_is_read_each_time(
 ) -> None:
     later(monkeypatch, 1.5)
     for _ in range(2):
-        remembered_digest(file, tmp_path / "memory")
+        cached_digest(file, tmp_path / "memory")
     assert len(readings) == 2
     assert not (tmp_path / "memory").exists()
 
@@ -66,7 +66,7 @@ def test_a_file_from_the_future_is_read_each_time(
     ahead = fingerprint.time.time_ns() + 3600 * 10**9
     os.utime(file, ns=(ahead, ahead))
     for _ in range(2):
-        remembered_digest(file, tmp_path / "memory")
+        cached_digest(file, tmp_path / "memory")
     assert len(readings) == 2
 
 
@@ -76,7 +76,7 @@ def test_new_content_with_the_old_time_is_seen(
 ) -> None:
     later(monkeypatch, 3)
     os.utime(file, ns=(OLD_NS, OLD_NS))
-    before = remembered_digest(file, tmp_path / "memory")
+    before = cached_digest(file, tmp_path / "memory")
     other = tmp_path / "other"
     other.write_bytes(b"b" * 1000)
     os.utime(other, ns=(OLD_NS, OLD_NS))
@@ -89,7 +89,7 @@ def test_new_content_with_the_old_time_is_seen(
         os.replace(other, file)
     assert file.stat().st_mtime_ns == OLD_NS
     later(monkeypatch, 30)
-    assert remembered_digest(file, tmp_path / "memory") == file_digest(file) != before
+    assert cached_digest(file, tmp_path / "memory") == file_digest(file) != before
 
 
 @pytest.mark.parametrize("damage", ["cut", "digest", "state", "list", "bytes"])
@@ -98,7 +98,7 @@ def test_a_damaged_memory_is_none(
 ) -> None:
     later(monkeypatch, 3)
     memory = tmp_path / "memory"
-    right = remembered_digest(file, memory)
+    right = cached_digest(file, memory)
     (entry,) = memory.iterdir()
     content = json.loads(entry.read_text())
     if damage == "cut":
@@ -111,7 +111,7 @@ def test_a_damaged_memory_is_none(
         entry.write_text("[]")
     else:
         entry.write_bytes(b"\xff\xfe")
-    assert remembered_digest(file, memory) == right
+    assert cached_digest(file, memory) == right
     assert len(readings) == 2
 
 
@@ -120,7 +120,7 @@ def test_a_memory_that_cannot_be_written_costs_only_time(
 ) -> None:
     later(monkeypatch, 3)
     (tmp_path / "memory").write_text("a file")
-    assert remembered_digest(file, tmp_path / "memory") == file_digest(file)
+    assert cached_digest(file, tmp_path / "memory") == file_digest(file)
 
 
 def test_a_write_during_the_reading_is_refused(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def test_a_write_during_the_reading_is_refused(file: Path, tmp_path: Path, monke
     monkeypatch.setattr(fingerprint, "file_digest", slow)
     later(monkeypatch, 3)
     with pytest.raises(UserError, match="changed while the job was reading"):
-        remembered_digest(file, tmp_path / "memory")
+        cached_digest(file, tmp_path / "memory")
     assert not (tmp_path / "memory").exists()
 
 

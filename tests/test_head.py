@@ -19,12 +19,12 @@ from prefopt_dist.objectives import DPO
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 7 rows of logits, so that every micro-batch has many; tests may set another size."""
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 7 * VOCABULARY)
+    monkeypatch.setattr(head, "MAX_LOGITS_PER_BLOCK", 7 * VOCABULARY)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 50, 10**6])
 def test_block_size_of_the_head_does_not_matter(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", rows * VOCABULARY)
+    monkeypatch.setattr(head, "MAX_LOGITS_PER_BLOCK", rows * VOCABULARY)
     lm = make("llama-tied")
     exact = plain.build_plain(lm)
     units = pairs()
@@ -37,11 +37,11 @@ def test_block_size_of_the_head_does_not_matter(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_block_smaller_than_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", VOCABULARY // 2)
+    monkeypatch.setattr(head, "MAX_LOGITS_PER_BLOCK", VOCABULARY // 2)
     scorer = Scorer(make("llama-tied"))
     batch = pack(pairs(), 2)
     one_row = scorer(batch)
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", VOCABULARY)
+    monkeypatch.setattr(head, "MAX_LOGITS_PER_BLOCK", VOCABULARY)
     assert torch.equal(one_row, scorer(batch))
 
 
@@ -114,7 +114,7 @@ def test_bfloat16_head_gradient_over_many_blocks(monkeypatch: pytest.MonkeyPatch
     assert twin.grad is not None
     errors = {}
     for rows in (1, 16, n):
-        monkeypatch.setattr(head, "LOGITS_AT_ONCE", rows * VOCABULARY)
+        monkeypatch.setattr(head, "MAX_LOGITS_PER_BLOCK", rows * VOCABULARY)
         layer = torch.nn.Linear(d, VOCABULARY, bias=False, dtype=torch.bfloat16)
         with torch.no_grad():
             layer.weight.copy_(weight)

@@ -73,7 +73,7 @@ def test_every_loss_equals_the_backward_pass_and_float64(
 ) -> None:
     number = FAMILY.index(options)
     rows, name = BLOCKS[1 + number % 2], ("llama-untied", "gemma2", "qwen2")[number % 3]
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", rows * VOCABULARY)
+    monkeypatch.setattr(head, "MAX_LOGITS_PER_BLOCK", rows * VOCABULARY)
     units, objective = pairs(), made(options)
     reference = references(units)
     scorer = Scorer(make(name))
@@ -88,7 +88,7 @@ def test_every_loss_equals_the_backward_pass_and_float64(
 @pytest.mark.parametrize("rows", BLOCKS)
 @pytest.mark.parametrize("name", ["llama-tied", "gemma2", "phi3"])
 def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch, rows: int, name: str) -> None:
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", rows * VOCABULARY)
+    monkeypatch.setattr(head, "MAX_LOGITS_PER_BLOCK", rows * VOCABULARY)
     units = pairs()
     check_equal(Scorer(make(name)), pack(units, 2), made(FAMILY[0]), references(units))
 
@@ -96,7 +96,7 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch, rows: int, name: 
 @pytest.mark.parametrize("rows", BLOCKS)
 def test_single_responses(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """KTO, with its reference point known beforehand, and SFT."""
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", rows * VOCABULARY)
+    monkeypatch.setattr(head, "MAX_LOGITS_PER_BLOCK", rows * VOCABULARY)
     scorer, units = (
         Scorer(make("llama-tied")),
         [Unit(u.row, u.prompt, u.responses[:1], bool(u.row % 3)) for u in pairs()],
@@ -131,7 +131,7 @@ def test_without_gradient_nothing_is_formed(monkeypatch: pytest.MonkeyPatch) -> 
 def test_matrix_products_of_the_head(monkeypatch: pytest.MonkeyPatch, rows: int, products: int) -> None:
     """Three where the logits are at hand, four where a prompt's are more than a block."""
     torch.manual_seed(0)
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", rows * VOCABULARY)
+    monkeypatch.setattr(head, "MAX_LOGITS_PER_BLOCK", rows * VOCABULARY)
     layer = torch.nn.Linear(32, VOCABULARY, bias=False)
     head.attach_logp_head(layer)
     hidden, target = torch.randn(40, 32, requires_grad=True), torch.randint(0, VOCABULARY, (40, 2))
@@ -144,7 +144,7 @@ def test_matrix_products_of_the_head(monkeypatch: pytest.MonkeyPatch, rows: int,
 @pytest.mark.parametrize("rows", [5, 15, 10**6])
 def test_one_block_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Of one prompt after the other, of a prompt of several, and where they are made again."""
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", rows * VOCABULARY)
+    monkeypatch.setattr(head, "MAX_LOGITS_PER_BLOCK", rows * VOCABULARY)
     made: list[weakref.ref[torch.Tensor]] = []
     logits = head._Head.logits
 
@@ -169,7 +169,7 @@ def test_one_block_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch, rows: int
 @pytest.mark.parametrize("rows", [5, 10**6])
 def test_bias_and_cap(monkeypatch: pytest.MonkeyPatch, bias: bool, cap: float | None, rows: int) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", rows * VOCABULARY)
+    monkeypatch.setattr(head, "MAX_LOGITS_PER_BLOCK", rows * VOCABULARY)
     layer = torch.nn.Linear(8, VOCABULARY, bias=bias)
     with torch.no_grad():
         layer.weight.mul_(4)

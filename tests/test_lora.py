@@ -24,7 +24,7 @@ from prefopt_dist.cli import main
 from prefopt_dist.config import Lora
 from prefopt_dist.model import adapter as adapters
 from prefopt_dist.model.folder import inspect_folder
-from prefopt_dist.model.load import load_whole
+from prefopt_dist.model.load import load_unsharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.setup.checks import adapter_of
 
@@ -130,10 +130,10 @@ def test_the_merged_model_is_the_adapters(door: Door, whole: Path) -> None:
     assert "with its adapters added in" in said
     manifest = read_manifest(newest(whole))
     assert manifest is not None
-    merged = load_whole(inspect_folder(target, "target"), dtype=torch.float32)
-    beside = load_whole(inspect_folder(base, "base"), dtype=torch.float32)
-    before = logps(load_whole(inspect_folder(base, "base"), dtype=torch.float32), manifest)
-    adapters.load_back(beside, whole / "final")
+    merged = load_unsharded(inspect_folder(target, "target"), dtype=torch.float32)
+    beside = load_unsharded(inspect_folder(base, "base"), dtype=torch.float32)
+    before = logps(load_unsharded(inspect_folder(base, "base"), dtype=torch.float32), manifest)
+    adapters.load_with_peft(beside, whole / "final")
     mine, theirs = logps(merged, manifest), logps(beside, manifest)
     assert ((mine - theirs).abs() / theirs.abs()).max() <= 1e-6
     assert ((before - theirs).abs() / theirs.abs()).max() > 1e-4, "the adapters have learnt something"

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from models_for_tests import pairs, tokens
 
-from prefopt_dist.batching.micro_batch import Ends, Segment, pack, packed_tokens
+from prefopt_dist.batching.micro_batch import PromptEnds, Segment, pack, packed_tokens
 from prefopt_dist.data.unit import Unit
 
 
@@ -34,12 +34,12 @@ def test_pack_of_a_hand_made_row() -> None:
     assert batch.units.tolist() == [[0, 1], [3, 4], [1, 2]]
     assert batch.rows == (7, 9, 4)
     assert batch.by_prompt.tolist() == [0, 2, 1]
-    assert batch.prompts == (Ends(states=4, scored=8, sequences=3, units=2), Ends(8, 13, 5, 3))
+    assert batch.prompts == (PromptEnds(states=4, scored=8, sequences=3, units=2), PromptEnds(8, 13, 5, 3))
     assert batch.tokens == 9
     assert batch.gathered.keys.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 5, 7, 8]
-    assert batch.gathered.query_ends.tolist() == [0, 4, 5, 7, 9]
-    assert batch.gathered.key_ends.tolist() == [0, 4, 9, 11, 14]
-    assert (batch.gathered.longest_query, batch.gathered.longest_key) == (4, 5)
+    assert batch.gathered.cu_seqlens_q.tolist() == [0, 4, 5, 7, 9]
+    assert batch.gathered.cu_seqlens_k.tolist() == [0, 4, 9, 11, 14]
+    assert (batch.gathered.max_seqlen_q, batch.gathered.max_seqlen_k) == (4, 5)
 
 
 def test_every_segment_covers_the_row_once() -> None:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.fingerprint import file_digest
 from prefopt_dist.model.folder import FAMILIES, ROPE_TYPES, inspect_folder, resolve
-from prefopt_dist.model.load import load_tokenizer, load_whole, without_dropout
+from prefopt_dist.model.load import load_tokenizer, load_unsharded, without_dropout
 
 KEY = "model.name_or_path"
 NO_SPECIAL: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -107,7 +107,7 @@ def test_weights_in_several_files(folder: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_accepted_and_loads(tmp_path: Path, family: str) -> None:
     AutoModelForCausalLM.from_config(small(family)).save_pretrained(tmp_path)
-    lm = load_whole(inspect_folder(tmp_path, KEY), dtype=torch.float32)
+    lm = load_unsharded(inspect_folder(tmp_path, KEY), dtype=torch.float32)
     assert lm.config._attn_implementation == "prefopt_shared_prefix"
     assert not lm.training
 
@@ -338,7 +338,7 @@ def test_the_files_that_are_hashed_are_those_that_are_loaded(folder: Path) -> No
     except UserError:
         return  # refusing both is as good
     before = [file_digest(f) for f in found.weight_files]
-    norm = load_whole(found, dtype=torch.float32).model.norm.weight.detach()
+    norm = load_unsharded(found, dtype=torch.float32).model.norm.weight.detach()
     inspected = {n: t for f in found.weight_files for n, t in load_file(f).items()}
     assert torch.equal(norm, inspected["model.norm.weight"])
     assert before != [file_digest(f) for f in old]
@@ -350,7 +350,7 @@ def test_a_tied_head_with_other_weights_of_its_own_is_refused_or_tied(folder: Pa
         found = inspect_folder(folder, KEY)
     except UserError:
         return
-    lm = load_whole(found, dtype=torch.float32)
+    lm = load_unsharded(found, dtype=torch.float32)
     assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
 
 
@@ -438,7 +438,7 @@ def test_an_expert_that_is_missing_is_refused(tmp_path: Path) -> None:
 def test_experts_that_were_saved_as_one(tmp_path: Path) -> None:
     lm = AutoModelForCausalLM.from_config(small("mixtral"))
     lm.save_pretrained(tmp_path, save_original_format=False)
-    loaded = load_whole(inspect_folder(tmp_path, KEY), dtype=torch.float32).state_dict()
+    loaded = load_unsharded(inspect_folder(tmp_path, KEY), dtype=torch.float32).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in lm.state_dict().items())
     edit_weights(tmp_path, lambda tensors: tensors.__delitem__("model.layers.1.mlp.experts.down_proj"))
     assert "missing: model.layers.1.mlp.experts.down_proj (1 in all)" in complaint(tmp_path)
@@ -463,5 +463,5 @@ def test_without_dropout_changes_dropout_alone() -> None:
 
 def test_a_model_with_dropout_is_loaded_without(folder: Path) -> None:
     configure(folder, attention_dropout=0.5)
-    lm = load_whole(inspect_folder(folder, KEY), dtype=torch.float32).train()
+    lm = load_unsharded(inspect_folder(folder, KEY), dtype=torch.float32).train()
     assert lm.model.layers[0].self_attn.attention_dropout == 0.0

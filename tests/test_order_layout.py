@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefopt_dist.batching.layout import fill, groups_within, lay_out
+from prefopt_dist.batching.layout import fill_micro_batches, group_by_prompt, lay_out
 from prefopt_dist.batching.micro_batch import pack, packed_tokens
 from prefopt_dist.batching.order import Order
 from prefopt_dist.data.unit import Unit
@@ -178,9 +178,9 @@ def test_packed_tokens_is_what_pack_makes(seed: int) -> None:
 
 @pytest.mark.parametrize("budget", [1, 50, 120, 10**6])
 @pytest.mark.parametrize("seed", range(3))
-def test_groups_within(seed: int, budget: int) -> None:
+def test_group_by_prompt(seed: int, budget: int) -> None:
     units = mixed(60, seed)
-    groups = groups_within(units, budget)
+    groups = group_by_prompt(units, budget)
     assert sorted(rows(u for g in groups for u in g)) == list(range(60))
     assert all(groups)
     assert all(one_prompt(g) for g in groups)
@@ -191,25 +191,25 @@ def test_groups_within(seed: int, budget: int) -> None:
             assert rows(g) == sorted(rows(g))
 
 
-def test_groups_within_keeps_a_unit_that_costs_nothing() -> None:
+def test_group_by_prompt_keeps_a_unit_that_costs_nothing() -> None:
     """The same row twice takes the tokens of one."""
     u = unit(0, 10, 20, 20)
     assert packed_tokens([u]) == 48
-    assert [len(g) for g in groups_within([u, u, u], 48)] == [3]
+    assert [len(g) for g in group_by_prompt([u, u, u], 48)] == [3]
 
 
 @pytest.mark.parametrize("budget", [1, 100, 300, 5000])
 @pytest.mark.parametrize("seed", range(3))
 def test_fill(seed: int, budget: int) -> None:
     units = mixed(100, seed)
-    filled = fill(units, budget)
+    filled = fill_micro_batches(units, budget)
     assert sorted(rows(u for m in filled for u in m)) == list(range(100))
     assert all(filled)
     assert all(packed_tokens(m) <= budget or len(m) == 1 for m in filled)
-    assert [rows(m) for m in filled] == [rows(m) for m in fill(units, budget)]
+    assert [rows(m) for m in filled] == [rows(m) for m in fill_micro_batches(units, budget)]
     if budget == 300:  # not far from what is needed
         assert len(filled) <= 1.5 * -(-packed_tokens(units) // budget) + 1
-    assert fill([], budget) == []
+    assert fill_micro_batches([], budget) == []
 
 
 def test_fill_of_one_prompt_s_parts_that_begin_alike_among_themselves() -> None:
@@ -220,8 +220,8 @@ def test_fill_of_one_prompt_s_parts_that_begin_alike_among_themselves() -> None:
 
     # Parts of 55, 99 and 45 tokens; the first and the last packed as one have 169.
     units = [one(0, (1, 51)), one(1, (2, 95)), *(one(i, (3, 37), (10 + i, 2)) for i in (2, 3, 4))]
-    assert [packed_tokens(g) for g in groups_within(units, 100)] == [55, 99, 45]
-    filled = fill(units, 100)
+    assert [packed_tokens(g) for g in group_by_prompt(units, 100)] == [55, 99, 45]
+    filled = fill_micro_batches(units, 100)
     assert all(packed_tokens(m) <= 100 for m in filled)
     assert sorted(rows(u for m in filled for u in m)) == list(range(5))
     for world in (1, 2):
@@ -248,7 +248,7 @@ def test_lay_out(world: int, g: int, budget: int) -> None:
     if len({u.prompt.tobytes() for u in units}) == g:
         assert sizes == sorted(sizes, reverse=True)
     # As few as possible: no better than the bound, no worse than twice it where single units fit.
-    groups = groups_within(units, budget)
+    groups = group_by_prompt(units, budget)
     bound = -(-sum(map(packed_tokens, groups)) // (world * budget))
     if max(map(packed_tokens, groups)) <= budget:
         assert len(layout) <= 2 * max(1, bound) + 1
@@ -269,7 +269,7 @@ def test_one_unit_over_the_budget_stands_alone() -> None:
         placed = [rows(m) for by_rank in layout for m in by_rank]
         assert [0] in placed
         assert all(sum(len(x.prompt) for x in m) < 100 for by_rank in layout for m in by_rank if rows(m) != [0])
-    assert [0] in [rows(m) for m in fill([*small, big], 100)]
+    assert [0] in [rows(m) for m in fill_micro_batches([*small, big], 100)]
 
 
 def test_all_units_over_the_budget() -> None:

@@ -33,7 +33,7 @@ from prefopt_dist.objectives import DPO, SFT, Terms
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 7 rows of logits, so that every micro-batch has many; tests may set another size."""
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 7 * VOCABULARY)
+    monkeypatch.setattr(head, "MAX_LOGITS_PER_BLOCK", 7 * VOCABULARY)
 
 
 @pytest.fixture(scope="module", autouse=True)

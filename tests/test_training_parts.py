@@ -25,7 +25,7 @@ from prefopt_dist.commands.rounds import Asked
 from prefopt_dist.config import Config, identity, load_config
 from prefopt_dist.errors import UserError
 from prefopt_dist.objectives import DPO, SFT, Sequences, Terms
-from prefopt_dist.reference.step0_check import Rounding, Step0Check
+from prefopt_dist.reference.step0_check import RoundingTolerance, Step0Check
 from prefopt_dist.setup import prepare_models
 from prefopt_dist.training.optimizer import adamw, learning_rate
 from prefopt_dist.training.stop import Request, Requests
@@ -453,7 +453,7 @@ def units(off: float, reference: float = -100.0, tokens: int = 1) -> tuple[Terms
 
 
 def decide(off: float, loss: float = math.log(2), *, dtype: torch.dtype = torch.float32, **more: Any) -> None:
-    gate = Step0Check(DPO(0.1), Rounding.of(LlamaConfig(), dtype), torch.device("cpu"))
+    gate = Step0Check(DPO(0.1), RoundingTolerance.of(LlamaConfig(), dtype), torch.device("cpu"))
     gate.add(*units(0.0))
     gate.add(*units(off, **more))
     nothing = torch.zeros(0, 2)
@@ -474,7 +474,7 @@ def test_the_gate_lets_the_start_pass(one_rank: None, dtype: torch.dtype) -> Non
 def test_a_router_s_last_bit_is_rounding(config: PreTrainedConfig, allowed: float) -> None:
     """0.1 nats times the root of 4 tokens in float32, where there are experts."""
     live, stored = torch.tensor([0.5], dtype=torch.float64), torch.tensor([0.0], dtype=torch.float64)
-    times = Rounding.of(config, torch.float32).times(live, stored, torch.tensor([4.0]))
+    times = RoundingTolerance.of(config, torch.float32).times(live, stored, torch.tensor([4.0]))
     assert times.item() == pytest.approx(0.5 / allowed)
 
 
@@ -504,9 +504,9 @@ def test_the_gate_refuses_another_loss(one_rank: None, loss: float) -> None:
 
 def test_the_gate_of_a_loss_without_a_closed_form(one_rank: None) -> None:
     """Any loss passes for it, where one with a closed form refuses the same number."""
-    Step0Check(SFT(), Rounding.of(LlamaConfig(), torch.float32), torch.device("cpu")).decide(3.0)
+    Step0Check(SFT(), RoundingTolerance.of(LlamaConfig(), torch.float32), torch.device("cpu")).decide(3.0)
     with pytest.raises(UserError, match="the loss is 3"):
-        Step0Check(DPO(0.1), Rounding.of(LlamaConfig(), torch.float32), torch.device("cpu")).decide(3.0)
+        Step0Check(DPO(0.1), RoundingTolerance.of(LlamaConfig(), torch.float32), torch.device("cpu")).decide(3.0)
 
 
 def test_an_export_replaces_nothing_but_an_export(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def put_in_place(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     options = frozenset(inspect.signature(kernel).parameters)
     monkeypatch.setattr(attention, "varlen_attn", counted)
     monkeypatch.setattr(attention, "VARLEN_OPTIONS", options)
-    monkeypatch.setattr(attention, "varlen_can", lambda q, window: window is None or "window_size" in options)
+    monkeypatch.setattr(attention, "varlen_supported", lambda q, window: window is None or "window_size" in options)
     return calls
 
 
@@ -92,7 +92,7 @@ def test_one_call_equals_a_call_a_segment(name: str, kernel: Kernel, monkeypatch
     found = []
     for by_segments in (False, True):
         if by_segments:
-            monkeypatch.setattr(attention, "varlen_can", lambda *_: False)
+            monkeypatch.setattr(attention, "varlen_supported", lambda *_: False)
         lm = make(name)
         terms = Scorer(lm)(batch, DPO(0.3), references(units))
         terms.loss.backward()
@@ -115,7 +115,7 @@ def test_without_shared_prompts_nothing_is_gathered(monkeypatch: pytest.MonkeyPa
     scorer = Scorer(make("llama-tied"))
     with torch.no_grad():
         sums = scorer(batch)
-        monkeypatch.setattr(attention, "varlen_can", lambda *_: False)
+        monkeypatch.setattr(attention, "varlen_supported", lambda *_: False)
         assert apart(sums, scorer(batch)) <= 1e-6
 
 
@@ -130,9 +130,9 @@ def windows(lm: Any) -> list[int | None]:
 def test_gather_of_hand_made_segments() -> None:
     found = gather([Segment(0, 0, 0, 3), Segment(0, 2, 3, 5), Segment(5, 5, 5, 6)])
     assert found.keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5]
-    assert found.query_ends.tolist() == [0, 3, 5, 6]
-    assert found.key_ends.tolist() == [0, 3, 7, 8]
-    assert (found.longest_query, found.longest_key) == (3, 4)
+    assert found.cu_seqlens_q.tolist() == [0, 3, 5, 6]
+    assert found.cu_seqlens_k.tolist() == [0, 3, 7, 8]
+    assert (found.max_seqlen_q, found.max_seqlen_k) == (3, 4)
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -158,7 +158,7 @@ def test_the_installed_function_takes_our_arguments(
 
     monkeypatch.setattr(attention, "varlen_attn", watched)
     q, k, v = empty(4), empty(key_heads), empty(key_heads)
-    out = attention.varlen(q, k, v, batch.gathered, 0.1, window)
+    out = attention.varlen_attention(q, k, v, batch.gathered, 0.1, window)
     assert out.shape == (1, batch.tokens, 4, 16)
     out.sum().backward()
     assert all(x.grad is not None and x.grad.shape == x.shape for x in (q, k, v))
@@ -174,7 +174,7 @@ def test_where_the_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, dtype: torch.dtype, head: int) -> None:
             self.dtype, self.shape = dtype, (1, 4, 50, head)
 
-    can: Callable[..., bool] = attention.varlen_can
+    can: Callable[..., bool] = attention.varlen_supported
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert can(OnGPU(torch.bfloat16, 128), None)
     assert can(OnGPU(torch.float16, 256), None)

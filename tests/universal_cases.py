@@ -63,7 +63,7 @@ def config_of(folder: Path, name: str) -> Config:
             **(sections | {"loss": {"name": "dpo"}, "deepspeed": {"policy": str(folder / f"{name}.json")}}),
         )
 
-    ranks.decide(write)
+    ranks.run_on_rank_zero(write)
     return load_config(file)
 
 
@@ -144,7 +144,9 @@ def resumed(folder: Path) -> dict[str, Any]:
     for name in SETTINGS:
         config = config_of(folder, name)
         root = folder / f"checkpoints-{name}-{ranks.world_size()}"
-        ranks.decide(lambda name=name, root=root: shutil.copytree(folder / f"checkpoints-{name}", root) and None)
+        ranks.run_on_rank_zero(
+            lambda name=name, root=root: shutil.copytree(folder / f"checkpoints-{name}", root) and None
+        )
         engine, objective, scored = ready(config)
         manifest = load.find_newest(root)
         assert manifest is not None
@@ -174,15 +176,15 @@ def resumed(folder: Path) -> dict[str, Any]:
             "state": loaded.state == STATE,
             "facts": manifest.facts,
             "reused": form.stat().st_ino == before,
-            "draws": ranks.gather(draws),
-            "draws_again": ranks.gather([random.random(), float(torch.rand(()))]),
+            "draws": ranks.all_gather(draws),
+            "draws_again": ranks.all_gather([random.random(), float(torch.rand(()))]),
             "equal": mine.keys() == told["saved"].keys() and all(torch.equal(mine[n], told["saved"][n]) for n in mine),
             "weight_decays": groups,
             "sub_groups": len(steps),
             "step_tensors": len(set(pointers)),
             "steps": counts,
-            "half": all(ranks.gather(half)),
-            "taken": ranks.gather(sum(taken)),
+            "half": all(ranks.all_gather(half)),
+            "taken": ranks.all_gather(sum(taken)),
             "elements": sum(p.ds_numel for p in trained(engine).values()),
             "parameters": len(trained(engine)),
             "loss": [loss, told["loss"]],
@@ -205,7 +207,7 @@ def flip(file: Path, draw: random.Random) -> None:
 def copy_of(folder: Path, name: str) -> Path:
     """A checkpoint root of its own for this case and this number of ranks."""
     root = folder / f"{name}-{ranks.world_size()}"
-    ranks.decide(lambda: shutil.copytree(folder / "checkpoints-untied", root) and None)
+    ranks.run_on_rank_zero(lambda: shutil.copytree(folder / "checkpoints-untied", root) and None)
     return root
 
 
@@ -218,14 +220,14 @@ def damaged_checkpoints(folder: Path) -> dict[str, Any]:
     assert load.find_newest(root) is not None
     missed = []
     for name in names:
-        content = ranks.decide(lambda name=name: (source / name).read_bytes() if ranks.rank() == 0 else b"")
-        ranks.decide(lambda name=name: flip(source / name, draw))
+        content = ranks.run_on_rank_zero(lambda name=name: (source / name).read_bytes() if ranks.rank() == 0 else b"")
+        ranks.run_on_rank_zero(lambda name=name: flip(source / name, draw))
         try:
             load.find_newest(root)
             missed.append(name)
         except UserError:
-            ranks.decide(lambda: (root / "damaged-step-00000002").rename(source) and None)
-        ranks.decide(lambda name=name, content=content: (source / name).write_bytes(content))
+            ranks.run_on_rank_zero(lambda: (root / "damaged-step-00000002").rename(source) and None)
+        ranks.run_on_rank_zero(lambda name=name, content=content: (source / name).write_bytes(content))
     assert load.find_newest(root) is not None
     return {"names": names, "missed": missed}
 
@@ -242,25 +244,25 @@ def damaged_forms(folder: Path) -> dict[str, Any]:
     for name in names:
         before = (form / name).read_bytes()
         inode = form.stat().st_ino
-        ranks.gather(None)
-        ranks.decide(lambda name=name: flip(form / name, draw))
+        ranks.all_gather(None)
+        ranks.run_on_rank_zero(lambda name=name: flip(form / name, draw))
         again = resharding.prepare(source, manifest)
-        if ranks.decide(lambda inode=inode: form.stat().st_ino == inode):
+        if ranks.run_on_rank_zero(lambda inode=inode: form.stat().st_ino == inode):
             missed.append(name)
         if (form / name).read_bytes() != before or again != (form, said):
             changed.append(name)
-        ranks.gather(None)
+        ranks.all_gather(None)
     # A checkpoint of the same step, but another one: what was converted is not its.
     inode = form.stat().st_ino
     other = replace(manifest, facts={"reference_key": "another"})
-    ranks.decide(lambda: (source / "manifest.json").write_text(other.text()) and None)
+    ranks.run_on_rank_zero(lambda: (source / "manifest.json").write_text(other.text()) and None)
     resharding.prepare(source, other)
     return {
         "names": names,
         "missed": missed,
         "changed": changed,
         "left": sorted(os.listdir(root)),
-        "of_another": ranks.decide(lambda: form.stat().st_ino == inode),
+        "of_another": ranks.run_on_rank_zero(lambda: form.stat().st_ino == inode),
     }
 
 
@@ -282,7 +284,7 @@ def interrupted_conversion(folder: Path) -> dict[str, Any]:
         "rename": lambda: setattr(resharding, "remove", fails),
     }.items():
         if name == "rename":  # a form is there that is not this checkpoint's, so that `remove` comes before the rename
-            ranks.decide(lambda: (root / "universal-step-00000002").mkdir())
+            ranks.run_on_rank_zero(lambda: (root / "universal-step-00000002").mkdir())
         patch()
         try:
             resharding.prepare(source, manifest)
@@ -291,14 +293,14 @@ def interrupted_conversion(folder: Path) -> dict[str, Any]:
             ended = str(e)
         finally:
             resharding._write, resharding.write_atomic, resharding.remove = write, atomic, remove
-        found[name] = ranks.gather(ended)
-        whole = ranks.decide(lambda: read_manifest(root / "universal-step-00000002") is not None)
+        found[name] = ranks.all_gather(ended)
+        whole = ranks.run_on_rank_zero(lambda: read_manifest(root / "universal-step-00000002") is not None)
         found["left"].append(whole)
     assert load.find_newest(root) == manifest
-    found["swept"] = ranks.decide(lambda: sorted(p.name for p in root.iterdir()))
+    found["swept"] = ranks.run_on_rank_zero(lambda: sorted(p.name for p in root.iterdir()))
     form, said = resharding.prepare(source, manifest)
     found["sound"] = resharding.look_at_share(form, said)
-    found["end"] = ranks.decide(lambda: sorted(p.name for p in root.iterdir()))
+    found["end"] = ranks.run_on_rank_zero(lambda: sorted(p.name for p in root.iterdir()))
     return found
 
 
@@ -315,7 +317,7 @@ def large_config(folder: Path) -> Config:
             LlamaForCausalLM(config).save_pretrained(big)
         worlds.write_run(folder / "large.yaml", big, folder / "pairs.jsonl", folder / "run-large")
 
-    ranks.decide(write)
+    ranks.run_on_rank_zero(write)
     return load_config(folder / "large.yaml")
 
 
@@ -354,7 +356,7 @@ def most_memory(found: dict[str, Any], name: str) -> Iterator[None]:
     yield
     done.set()
     thread.join()
-    found[name] = ranks.gather(max(most[1], own()) - most[0])
+    found[name] = ranks.all_gather(max(most[1], own()) - most[0])
 
 
 def large_resumed(folder: Path) -> dict[str, Any]:

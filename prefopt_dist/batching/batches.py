@@ -12,7 +12,14 @@ from functools import partial
 
 import torch
 
-from prefopt_dist.batching.layout import TRAINING, Cost, fill, groups_within, lay_out, work_of
+from prefopt_dist.batching.layout import (
+    TRAINING_PASSES,
+    Cost,
+    fill_micro_batches,
+    group_by_prompt,
+    lay_out,
+    tokens_and_cost,
+)
 from prefopt_dist.batching.micro_batch import MicroBatch, pack, packed_tokens
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, UnpairedRows
@@ -125,7 +132,7 @@ def step_batch(
     responses: int,
     budget: int,
     cost: Cost | None = None,
-    passes: int = TRAINING,
+    passes: int = TRAINING_PASSES,
 ) -> Batch:
     """The given rows over ranks and micro-batches, each rank's load as equal as can be.
 
@@ -136,8 +143,8 @@ def step_batch(
         units = data.units(rows, responses, first)
         batch = Batch(data, lay_out(units, ranks.world_size(), budget, cost), responses, first)
         if cost is not None:
-            batch.flop = passes * work_of(groups_within(units, budget), cost)[1]
-            batch.own_flop = passes * work_of(groups_within(batch.mine, budget), cost)[1]
+            batch.flop = passes * tokens_and_cost(group_by_prompt(units, budget), cost)[1]
+            batch.own_flop = passes * tokens_and_cost(group_by_prompt(batch.mine, budget), cost)[1]
         return batch
 
     rows = list(rows)
@@ -148,11 +155,11 @@ def step_batch(
     return batch
 
 
-def whole_set(data: ScoredRows, responses: int, budget: int) -> Batch:
+def evaluation_batch(data: ScoredRows, responses: int, budget: int) -> Batch:
     """Every row of the data set once."""
 
     def filled(first: int) -> Batch:
-        filled = fill(data.units(range(data.rows.n), responses, first), budget)
+        filled = fill_micro_batches(data.units(range(data.rows.n), responses, first), budget)
         world = ranks.world_size()
         filled += [[]] * (-len(filled) % world)
         return Batch(data, [filled[j : j + world] for j in range(0, len(filled), world)], responses, first)

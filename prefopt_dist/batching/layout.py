@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from prefopt_dist.batching.micro_batch import packed_tokens
 from prefopt_dist.data.unit import Unit, keyed_responses
 
-MOST_SWAPS = 2000
-TRAINING = 3
+MAX_SWAPS = 2000
+TRAINING_PASSES = 3
 """Forward passes' operations that a training step needs: its own, and twice as many backward."""
-FROZEN = 2
+FROZEN_PASSES = 2
 """The same where the weights are frozen beside adapters, whose own operations are left out: no weight's gradient."""
-SMALLEST_GAIN = 1e-9
+MIN_GAIN = 1e-9
 """Of a bin's squared load; below it rounding could swap for ever."""
 
 
@@ -56,13 +56,13 @@ class Cost:
         return self.per_token * tokens + self.per_attended * attended + self.per_scored * predicted
 
 
-def work_of(groups: Sequence[Sequence[Unit]], cost: Cost) -> tuple[int, float]:
+def tokens_and_cost(groups: Sequence[Sequence[Unit]], cost: Cost) -> tuple[int, float]:
     """Distinct input tokens and cost of groups of units, each of one prompt."""
     tokens = [packed_tokens(g) for g in groups]
     return sum(tokens), sum(cost.of(g, t) for g, t in zip(groups, tokens, strict=True))
 
 
-def groups_within(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
+def group_by_prompt(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
     """Units of one prompt together, so that the prompt is computed once; split where they exceed the budget."""
     by_prompt: dict[bytes, list[Unit]] = {}
     for u in units:
@@ -79,13 +79,13 @@ def groups_within(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
     return groups
 
 
-def fill(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
+def fill_micro_batches(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
     """Micro-batches of at most `budget` tokens over all units, large groups first; a pure function.
 
     For what is only scored: order does not matter, and like sizes stand side by side. A group that exceeds
     the budget alone is its own micro-batch.
     """
-    groups = [(packed_tokens(g), g) for g in groups_within(units, budget)]
+    groups = [(packed_tokens(g), g) for g in group_by_prompt(units, budget)]
     groups.sort(key=lambda item: -item[0])  # stable: ties keep the order of the units
     filled: list[list[Unit]] = []
     prompts: set[bytes] = set()
@@ -113,7 +113,7 @@ def lay_out(units: Sequence[Unit], world_size: int, budget: int, cost: Cost | No
     like cost stand side by side.
     """
     cost = cost or Cost()
-    groups = groups_within(units, budget)
+    groups = group_by_prompt(units, budget)
     tokens = np.array([packed_tokens(g) for g in groups], dtype=np.int64)
     costs = np.array([cost.of(g, int(t)) for g, t in zip(groups, tokens, strict=True)])
     # What exceeds the budget alone fills one micro-batch, however much it exceeds it.
@@ -180,7 +180,7 @@ def _even_out(
     # One more partner for each bin: nothing, so that a swap with it is a move.
     cost_there, tokens_there = np.append(costs, np.zeros(bins)), np.append(tokens, np.zeros(bins, dtype=np.int64))
     stays_there = np.append(stays, np.zeros(bins, dtype=bool))
-    for _ in range(MOST_SWAPS):
+    for _ in range(MAX_SWAPS):
         for here in (int(load.argmax()), int(load.argmin())):
             mine = np.flatnonzero((bin_of == here) & ~stays)
             there = np.append(bin_of, np.arange(bins))
@@ -190,7 +190,7 @@ def _even_out(
             fits = (held[here] + grown <= budget) & (held[there][None] - grown <= budget) & (there != here)[None]
             fits &= ~stays_there[None]
             i, j = divmod(int(np.where(fits, gain, -1.0).argmax()), len(there))
-            if fits[i, j] and gain[i, j] > SMALLEST_GAIN * load[here] ** 2:
+            if fits[i, j] and gain[i, j] > MIN_GAIN * load[here] ** 2:
                 break
         else:
             return

@@ -46,16 +46,16 @@ class Gathered:
 
     keys: torch.Tensor
     """int64 [sum of key lengths]: index in the row of each key, segment after segment"""
-    query_ends: torch.Tensor
+    cu_seqlens_q: torch.Tensor
     """int32 [segments + 1]: 0 and where each segment's queries end"""
-    key_ends: torch.Tensor
+    cu_seqlens_k: torch.Tensor
     """int32 [segments + 1]: 0 and where each segment's gathered keys end"""
-    longest_query: int
-    longest_key: int
+    max_seqlen_q: int
+    max_seqlen_k: int
 
     def over(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Gathered:
         """The same with every tensor changed."""
-        changed: dict[str, Any] = {n: change(getattr(self, n)) for n in ("keys", "query_ends", "key_ends")}
+        changed: dict[str, Any] = {n: change(getattr(self, n)) for n in ("keys", "cu_seqlens_q", "cu_seqlens_k")}
         return replace(self, **changed)
 
 
@@ -65,14 +65,14 @@ def gather(segments: Sequence[Segment]) -> Gathered:
     queries, lengths = [s.end - s.start for s in segments], [len(k) for k in keys]
     return Gathered(
         keys=torch.from_numpy(np.concatenate(keys).astype(np.int64)),
-        query_ends=torch.tensor([0, *np.cumsum(queries)], dtype=torch.int32),
-        key_ends=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-        longest_query=max(queries),
-        longest_key=max(lengths),
+        cu_seqlens_q=torch.tensor([0, *np.cumsum(queries)], dtype=torch.int32),
+        cu_seqlens_k=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        max_seqlen_q=max(queries),
+        max_seqlen_k=max(lengths),
     )
 
 
-class Ends(NamedTuple):
+class PromptEnds(NamedTuple):
     """Where, in a micro-batch, that which hangs together by one prompt ends; it begins where the one before ends."""
 
     states: int
@@ -111,7 +111,7 @@ class MicroBatch:
     """bool [U]: of rated rows, whether the response is a good one"""
     by_prompt: torch.Tensor
     """int64 [U]: the units, those of one prompt side by side"""
-    prompts: tuple[Ends, ...]
+    prompts: tuple[PromptEnds, ...]
     """Of each distinct prompt; no state, sequence or unit belongs to two of them"""
 
     @property
@@ -232,7 +232,7 @@ def _ends(
     counts: list[int],
     row_ends: list[int],
     sequence_ends: list[int],
-) -> tuple[Ends, ...]:
+) -> tuple[PromptEnds, ...]:
     """`prompts` of a MicroBatch, from each unit's prompt, the states' rows and the ends of each prompt's own."""
     ends = zip(
         np.searchsorted(states, row_ends).tolist(),
@@ -241,7 +241,7 @@ def _ends(
         np.cumsum(np.bincount(of_unit)).tolist(),
         strict=True,
     )
-    return tuple(Ends(*numbers) for numbers in ends)
+    return tuple(PromptEnds(*numbers) for numbers in ends)
 
 
 def _needs(source: NDArray[np.int64], target: Tokens) -> dict[str, torch.Tensor]:
@@ -278,5 +278,5 @@ def _empty(responses_per_unit: int) -> MicroBatch:
         rows=(),
         desirable=torch.zeros(0, dtype=torch.bool),
         by_prompt=torch.zeros(0, dtype=torch.int64),
-        prompts=(Ends(states=1, scored=1, sequences=1, units=0),),
+        prompts=(PromptEnds(states=1, scored=1, sequences=1, units=0),),
     )

@@ -25,10 +25,10 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.files import fsync_folder, write_json
 from prefopt_dist.model import adapter as adapters
 from prefopt_dist.model.adapter import Adapter
-from prefopt_dist.model.folder import ModelFolder, generation_config, inspect_folder
-from prefopt_dist.model.load import load_whole
+from prefopt_dist.model.folder import ModelFolder, inspect_folder, read_generation_config
+from prefopt_dist.model.load import load_unsharded
 from prefopt_dist.model.scorer import Scorer
-from prefopt_dist.reference.step0_check import Rounding
+from prefopt_dist.reference.step0_check import RoundingTolerance
 
 MARKER = "prefopt_export.json"
 """Says that a folder is an export of ours, which a later export may replace."""
@@ -117,7 +117,7 @@ def _write(
     if adapter is None:
         _write_whole(weights, model, dtype, folder, ends)
     elif merged:
-        _write_whole(adapters.merged(model, adapter, weights), model, dtype, folder, ends)
+        _write_whole(adapters.merged_weights(model, adapter, weights), model, dtype, folder, ends)
     else:
         adapters.save(folder, adapter, {name: tensor.to(dtype) for name, tensor in weights.items()})
 
@@ -131,7 +131,7 @@ def _write_whole(
     lm.load_state_dict(written, strict=not model.config.tie_word_embeddings, assign=True)
     lm.tie_weights()
     lm.config.dtype = dtype
-    lm.generation_config = generation_config(model.path, model.key) or lm.generation_config
+    lm.generation_config = read_generation_config(model.path, model.key) or lm.generation_config
     known = lm.generation_config.eos_token_id
     stops = list(dict.fromkeys([*([known] if isinstance(known, int) else known or []), *ends]))
     if set(ends) - {known if isinstance(known, int) else None}:
@@ -161,15 +161,15 @@ def _verify(
     """
     batches, said = export_check_batches(manifest.facts["probe"])
     longest = max(int(batch.position_ids.max()) for batch in batches) + 2  # the last token of a response is no input
-    lm = load_whole(base or inspect_folder(folder, "export.dir", longest), dtype=dtype)
+    lm = load_unsharded(base or inspect_folder(folder, "export.dir", longest), dtype=dtype)
     if base is not None:
-        adapters.load_back(lm, folder)
+        adapters.load_with_peft(lm, folder)
     scorer = Scorer(lm)
     with torch.no_grad():
         sums = torch.cat([scorer(batch)[batch.units] for batch in batches])
     tokens = torch.cat([batch.counts[batch.units] for batch in batches])
     coarser = torch.bfloat16 if torch.bfloat16 in (dtype, trained) else dtype
-    times = float(Rounding.of(lm.config, coarser).times(sums, said, tokens).max())
+    times = float(RoundingTolerance.of(lm.config, coarser).times(sums, said, tokens).max())
     worst = float(((sums - said).abs() / said.abs().clamp(min=1.0)).max())
     if times > 1:
         raise RuntimeError(

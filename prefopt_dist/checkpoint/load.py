@@ -37,20 +37,20 @@ def find_newest(root: Path) -> Manifest | None:
 
     None where there never was one. Where all are damaged the run does not silently start over.
     """
-    ranks.decide(lambda: _sweep(root))
+    ranks.run_on_rank_zero(lambda: _sweep(root))
     while True:
-        newest = ranks.decide(lambda: _newest(root))
+        newest = ranks.run_on_rank_zero(lambda: _newest(root))
         if newest is None:
             return None
         folder, manifest = newest
-        faults = [f for f in ranks.gather(_damage(folder, manifest)) if f]
+        faults = [f for f in ranks.all_gather(_damage(folder, manifest)) if f]
         if not faults:
             return manifest
 
         def set_aside(folder: Path = folder, faults: list[str] = faults) -> None:
             _set_aside(folder, "; ".join(faults))
 
-        ranks.decide(set_aside)
+        ranks.run_on_rank_zero(set_aside)
 
 
 def load(engine: Any, root: Path, manifest: Manifest) -> Loaded:
@@ -99,7 +99,7 @@ def _damage(folder: Path, manifest: Manifest) -> str:
         return resharding.look_at_share(folder, manifest)
     names = [n for n in manifest.files if _owner(n) in (ranks.rank(), 0)]
     # A disk that cannot be read now is no damaged checkpoint: that ends the job, and nothing is set aside.
-    return ranks.together(lambda: find_damage(folder, manifest, names))
+    return ranks.run_on_all_ranks(lambda: find_damage(folder, manifest, names))
 
 
 def _set_aside(folder: Path, why: str) -> None:

@@ -83,9 +83,9 @@ def load(engine: Any, source: Path, manifest: Manifest) -> dict[str, Any]:
 def prepare(source: Path, manifest: Manifest) -> tuple[Path, Manifest]:
     """All ranks: the converted form of a sound checkpoint, from an earlier start where every byte of it is right."""
     target = source.with_name(PREFIX + source.name)
-    form = ranks.decide(lambda: _made_of(target, source))
+    form = ranks.run_on_rank_zero(lambda: _made_of(target, source))
     if form is not None:
-        faults = [f for f in ranks.gather(look_at_share(target, form)) if f]
+        faults = [f for f in ranks.all_gather(look_at_share(target, form)) if f]
         if not faults:
             return target, form
         say(f"{target.name}: {'; '.join(faults)}; made anew")
@@ -95,7 +95,7 @@ def prepare(source: Path, manifest: Manifest) -> tuple[Path, Manifest]:
 def look_at_share(folder: Path, manifest: Manifest) -> str:
     """All ranks: each looks at its share of the files, so that together they look at every byte once."""
     mine = share({n: f["bytes"] for n, f in manifest.files.items()}, ranks.rank(), ranks.world_size())
-    return ranks.together(lambda: find_damage(folder, manifest, mine))
+    return ranks.run_on_all_ranks(lambda: find_damage(folder, manifest, mine))
 
 
 def sweep(root: Path, steps: set[str]) -> None:
@@ -130,19 +130,19 @@ def _convert(source: Path, manifest: Manifest, target: Path) -> Manifest:
         staging.mkdir()
         return plan
 
-    plan = ranks.decide(begin)
+    plan = ranks.run_on_rank_zero(begin)
     total = sum(4 * len(STATES) * piece.n for piece in plan.pieces.values())
     say(
         f"{source.name} was written by {manifest.world_size} ranks and this job has {ranks.world_size()}: "
         f"converting {in_units(total)}"
     )
     try:
-        mine = ranks.together(lambda: _write_share(source, manifest.world_size, plan, staging))
+        mine = ranks.run_on_all_ranks(lambda: _write_share(source, manifest.world_size, plan, staging))
     except Exception:
         if ranks.rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)  # a full disk gets its room back
         raise
-    reports = ranks.gather(mine)
+    reports = ranks.all_gather(mine)
 
     def commit() -> Manifest:
         files = {name: said for report in reports for name, said in report.items()}
@@ -155,7 +155,7 @@ def _convert(source: Path, manifest: Manifest, target: Path) -> Manifest:
         fsync_folder(root)
         return form
 
-    return ranks.decide(commit)
+    return ranks.run_on_rank_zero(commit)
 
 
 def _shard(source: Path, rank: int, what: str) -> Any:

@@ -86,7 +86,7 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
 
-    ranks.decide(clear)
+    ranks.run_on_rank_zero(clear)
     with _own_writer(engine) as (files, errors):
         engine.save_checkpoint(
             str(staging),
@@ -95,7 +95,7 @@ def save(
             save_latest=False,
             exclude_frozen_parameters=True,  # of a run with adapters the base model, which is in its own folder
         )
-    reports = ranks.gather(_report(files, errors))
+    reports = ranks.all_gather(_report(files, errors))
     faults = [f"rank {r}: {fault}" for r, (_, fault) in enumerate(reports) if fault]
     if faults:
         raise CheckpointNotCommitted(f"checkpoint of step {step} not committed: {'; '.join(faults)}")
@@ -108,7 +108,7 @@ def save(
         shutil.rmtree(staging)
         prune(root, keep, best)
 
-    ranks.decide(commit)
+    ranks.run_on_rank_zero(commit)
     return root / name
 
 

@@ -42,7 +42,9 @@ def run(config: Config) -> None:
                 "data.eval: not set, so there is nothing to evaluate on. Name a data set, or set evaluate.prompts."
             )
         if config.evaluate.model is None:
-            ranks.decide(lambda: export.chosen_checkpoint(config))  # there is none: said before the first pass
+            ranks.run_on_rank_zero(
+                lambda: export.chosen_checkpoint(config)
+            )  # there is none: said before the first pass
         else:
             _given("evaluate.model", config.evaluate.model, config)
         models = prepare_models.load_models(config)
@@ -88,7 +90,7 @@ def _on_given(
     settings = prepare_reference.reference_settings(config, models)
     lm = load_sharded(evaluated.model, dtype=models.dtype, settings=settings)
     if evaluated.adapters is not None:
-        ranks.together(partial(attach_saved, lm, evaluated.adapters))
+        ranks.run_on_all_ranks(partial(attach_saved, lm, evaluated.adapters))
     engine = zero3.reference_engine(Scorer(lm), settings)
     found = evaluate(engine, objective, sets, config.reference_micro_batch_tokens)
     zero3.release(engine)
@@ -111,7 +113,7 @@ class _Evaluated:
 def _model(config: Config, models: Models, folder: RunFolder) -> _Evaluated:
     if config.evaluate.model is not None:
         return _Evaluated(config.evaluate.model, _given("evaluate.model", config.evaluate.model, config))
-    source = ranks.decide(lambda: export.chosen_checkpoint(config))
+    source = ranks.run_on_rank_zero(lambda: export.chosen_checkpoint(config))
     # As a model folder, or one of adapters, it can be loaded by any number of ranks.
     target = config.run_dir / ".evaluating"
 
@@ -121,13 +123,13 @@ def _model(config: Config, models: Models, folder: RunFolder) -> _Evaluated:
     def exported() -> str:
         return lifecycle.export_checkpoint(config, models, source, folder, target=target, merged=merged)
 
-    say(ranks.decide(exported))
+    say(ranks.run_on_rank_zero(exported))
     if models.adapter is not None and not merged:
         return _Evaluated(source.name, models.policy, adapters=target, temporary=target)
-    model = ranks.together(lambda: inspect_folder(target, "run.dir", config.data.max_length))
+    model = ranks.run_on_all_ranks(lambda: inspect_folder(target, "run.dir", config.data.max_length))
     return _Evaluated(source.name, model, temporary=target)
 
 
 def _given(key: str, name: str, config: Config) -> ModelFolder:
     """The checked folder that a key names."""
-    return ranks.together(lambda: inspect_folder(resolve(name, key), key, config.data.max_length))
+    return ranks.run_on_all_ranks(lambda: inspect_folder(resolve(name, key), key, config.data.max_length))

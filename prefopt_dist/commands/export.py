@@ -24,7 +24,11 @@ def run(config: Config) -> None:
     with run_folder(config, begins=False) as folder:
         models = prepare_models.load_models(config)
         merged = config.export.merged
-        say(ranks.decide(lambda: export_checkpoint(config, models, chosen_checkpoint(config), folder, merged=merged)))
+        say(
+            ranks.run_on_rank_zero(
+                lambda: export_checkpoint(config, models, chosen_checkpoint(config), folder, merged=merged)
+            )
+        )
 
 
 def chosen_checkpoint(config: Config) -> Path:

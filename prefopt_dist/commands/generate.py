@@ -17,10 +17,10 @@ from prefopt_dist.files import checksum, read_json, write_atomic, write_json
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.monitoring.statistics import interval_text
 from prefopt_dist.rollouts import comparison, pairs
-from prefopt_dist.rollouts.store import Answered
+from prefopt_dist.rollouts.store import AnsweredPrompt
 from prefopt_dist.setup import prepare_models, prepare_rollouts
 from prefopt_dist.setup.lifecycle import requests_for, run_folder
-from prefopt_dist.setup.prepare_rollouts import Answering
+from prefopt_dist.setup.prepare_rollouts import RolloutJob
 from prefopt_dist.training.stop import Requests
 
 FACTS = "generation.json"
@@ -68,7 +68,7 @@ def run(config: Config, asked: Requests | None = None, *, served: bool = False) 
     return True
 
 
-def _made_of(job: Answering) -> dict[str, Any]:
+def _made_of(job: RolloutJob) -> dict[str, Any]:
     """All that decides the pairs."""
     generate = job.config.generate
     return {
@@ -81,13 +81,13 @@ def _made_of(job: Answering) -> dict[str, Any]:
     }
 
 
-def _sampled_by(job: Answering) -> dict[str, Any]:
+def _sampled_by(job: RolloutJob) -> dict[str, Any]:
     """What the digest of the samples is of, under flat names."""
     settings = {name: value for name, value in job.store.settings.items() if name not in ("shards", "sampling")}
     return settings | {f"sampling.{name}": value for name, value in job.store.settings["sampling"].items()}
 
 
-def _refuse_others(config: Config, job: Answering, *, served: bool) -> None:
+def _refuse_others(config: Config, job: RolloutJob, *, served: bool) -> None:
     """Rank 0: never writes over pairs that were made otherwise, or that are somebody's own.
 
     served: a training on them is done, so nothing will be written.
@@ -123,13 +123,13 @@ def _made(config: Config) -> str | None:
     return _text(config, facts)
 
 
-def _write_pairs(config: Config, job: Answering) -> str:
+def _write_pairs(config: Config, job: RolloutJob) -> str:
     """Rank 0: the pairs file, and beside it what became of everything; returns that for people."""
     found, generate = job.answered(), config.generate
     rule = pairs.PairingRule(generate.pairing, generate.min_margin, job.reward_weights, config.run.seed)
     about = {"model": job.model_key, "sampling": asdict(job.sampling), "rewards": job.scores}
     tally = pairs.PairCounts()
-    rows = [pairs.row_of(one.prompt, pair, about) for one in found for pair in pairs.pairs_of(one, rule, tally)]
+    rows = [pairs.pair_row(one.prompt, pair, about) for one in found for pair in pairs.make_pairs(one, rule, tally)]
     if not rows:
         raise UserError(
             f"generate: no pair is left of {len(found)} prompts ({_counts(tally.prompts)}; answers left out: "
@@ -160,7 +160,7 @@ def _write_pairs(config: Config, job: Answering) -> str:
     return _text(config, facts)
 
 
-def _best(found: Sequence[Answered], weights: Sequence[float]) -> float:
+def _best(found: Sequence[AnsweredPrompt], weights: Sequence[float]) -> float:
     """The mean over prompts of the best answer's reward."""
     rewards = [comparison.rewards_of(one, weights) for one in found]
     return float(np.mean([np.nanmax(r) for r in rewards if not np.isnan(r).all()]))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prefopt_dist.batching.layout import FROZEN, TRAINING
+from prefopt_dist.batching.layout import FROZEN_PASSES, TRAINING_PASSES
 from prefopt_dist.batching.order import Order
 from prefopt_dist.checkpoint import load, save
 from prefopt_dist.checkpoint.manifest import Manifest
@@ -29,7 +29,7 @@ from prefopt_dist.monitoring.metrics_file import MetricsFile
 from prefopt_dist.objectives import factory
 from prefopt_dist.objectives.factory import described
 from prefopt_dist.planning.machine import device_peak
-from prefopt_dist.reference.step0_check import Rounding
+from prefopt_dist.reference.step0_check import RoundingTolerance
 from prefopt_dist.setup import own_answers, prepare_data, prepare_models, prepare_reference
 from prefopt_dist.setup.lifecycle import finish, open_log, requests_for, run_folder
 from prefopt_dist.setup.own_answers import NotAnswered, OwnAnswers
@@ -50,7 +50,7 @@ DATA = (
 def run(config: Config, asked: Requests | None = None) -> None:
     """All ranks. asked: what the rounds are asked that this run is a part of; None: this run's own."""
     with run_folder(config, begins=True) as folder:
-        finished = ranks.decide(folder.summary)
+        finished = ranks.run_on_rank_zero(folder.summary)
         if finished is not None:
             say(f"{config.run_dir} is done:\n{finished}")
             return
@@ -95,7 +95,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
 
         engine, here = _policy(config, models)
         if base is not None:
-            ranks.together(partial(refuse_if_changed, base.states))
+            ranks.run_on_all_ranks(partial(refuse_if_changed, base.states))
         if ranks.rank() == 0:
             folder.note(memory=here.as_run_json())
         state: dict[str, Any] | None = None
@@ -104,9 +104,9 @@ def run(config: Config, asked: Requests | None = None) -> None:
             loaded = load.load(engine, root, found)
             start, state = loaded.step, loaded.state
             # A kill right after a commit leaves one too many; after the last commit nobody else would remove it.
-            ranks.decide(lambda: save.prune(root, config.checkpoint.keep, best_checkpoint(config)))
+            ranks.run_on_rank_zero(lambda: save.prune(root, config.checkpoint.keep, best_checkpoint(config)))
             say(f"resuming from {save.folder_name(start)}")
-        ranks.decide(lambda: own_answers.forget(folder, answers, start))
+        ranks.run_on_rank_zero(lambda: own_answers.remove_outdated(folder, answers, start))
         in_between = None
         if isinstance(answers, OwnAnswers) and config.answers_every_steps is not None:
             in_between = partial(answers.between, engine)
@@ -114,14 +114,14 @@ def run(config: Config, asked: Requests | None = None) -> None:
             config=config,
             engine=engine,
             objective=objective,
-            rounding=Rounding.of(models.policy.config, models.dtype),
+            rounding=RoundingTolerance.of(models.policy.config, models.dtype),
             train=scored,
             eval_sets=dict(zip(evals, others, strict=True)),
             order=order,
             total_steps=total_steps,
             requests=requests,
             cost=forward_cost(models.policy.config),
-            passes=TRAINING if models.adapter is None else FROZEN,
+            passes=TRAINING_PASSES if models.adapter is None else FROZEN_PASSES,
             peak=device_peak(),
             gated=objective.needs_reference and models.reference_is_start,
             facts=facts,
@@ -176,9 +176,9 @@ def best_checkpoint(config: Config) -> save.Best:
 
 def _policy(config: Config, models: Models) -> tuple[Any, activation_checkpointing.ActivationCheckpointing]:
     """The engine, and what activations may take beside it."""
-    zero = ranks.together(lambda: prepare_models.zero_settings(config.deepspeed.policy, "deepspeed.policy"))
+    zero = ranks.run_on_all_ranks(lambda: prepare_models.zero_settings(config.deepspeed.policy, "deepspeed.policy"))
     settings = zero3.policy_settings(
-        prepare_models.sized(zero, models.policy.config, models.adapter),
+        prepare_models.with_model_buckets(zero, models.policy.config, models.adapter),
         dtype=models.dtype,
         max_grad_norm=config.optim.max_grad_norm,
     )

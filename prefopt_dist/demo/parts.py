@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from prefopt_dist.config import Config, load_config
-from prefopt_dist.demo.reward import whole
+from prefopt_dist.demo.reward import is_whole
 from prefopt_dist.demo.world import write_model, write_world
 from prefopt_dist.distributed import ranks
 from prefopt_dist.files import read_json, write_atomic, write_json
@@ -18,7 +18,7 @@ from prefopt_dist.setup import compare, prepare_models
 from prefopt_dist.setup.own_answers import FILE
 
 REPOSITORY = Path(__file__).parents[2]
-USUAL = "runs/demo"
+DEFAULT_FOLDER = "runs/demo"
 """The folder that the recipes name."""
 DEMONSTRATIONS, PROMPTS, HELD_OUT, UNSEEN = 2200, 1600, 200, 400
 CONTROL_RATES = (3e-4, 1e-3, 3e-3)
@@ -44,8 +44,8 @@ def overrides(name: str, folder: Path, seed: int) -> list[str]:
     for section, keys in sections.items():
         for key, value in keys.items():
             text = json.dumps(value)
-            if USUAL in text and str(folder) != USUAL:
-                moved.append(f"{section}.{key}={text.replace(USUAL, str(folder))}")
+            if DEFAULT_FOLDER in text and str(folder) != DEFAULT_FOLDER:
+                moved.append(f"{section}.{key}={text.replace(DEFAULT_FOLDER, str(folder))}")
     return moved
 
 
@@ -94,17 +94,17 @@ def judge_answers(folder: Path, seed: int, name: str, config: Config) -> None:
     config: of the run. A run has answered them itself; the rounds, which compare by other prompts, are asked here.
     """
     file = judged_file(folder, name)
-    if ranks.decide(file.exists):
+    if ranks.run_on_rank_zero(file.exists):
         return
     own = config.answers.prompts is not None
-    found = ranks.decide(lambda: _own(config.run_dir)) if own else _compared(folder, seed, config)
+    found = ranks.run_on_rank_zero(lambda: _own(config.run_dir)) if own else _compared(folder, seed, config)
 
     def write() -> None:
         file.parent.mkdir(exist_ok=True)
-        of = {which: [whole(prompt, text) for prompt, text in said] for which, said in found["texts"].items()}
+        of = {which: [is_whole(prompt, text) for prompt, text in said] for which, said in found["texts"].items()}
         write_json(file, found | {"whole": {which: sum(wholes) / len(wholes) for which, wholes in of.items()}})
 
-    ranks.decide(write)
+    ranks.run_on_rank_zero(write)
 
 
 def _own(run_dir: Path) -> dict[str, Any]:
@@ -138,11 +138,11 @@ def _compared(folder: Path, seed: int, config: Config) -> dict[str, Any]:
         "generate.max_new_tokens=96",
     )
     models = prepare_models.load_models(judging)  # the policy of the recipe is the SFT model
-    trained = ranks.together(lambda: inspect_folder(model, "evaluate.model", judging.data.max_length))
+    trained = ranks.run_on_all_ranks(lambda: inspect_folder(model, "evaluate.model", judging.data.max_length))
     comparison = compare.prepare(judging, models, trained, models.policy, models.policy)
     found = comparison.run()
     texts = {}
     for which in ("policy", "against"):
-        answered = ranks.together(comparison.jobs[which].answered)
+        answered = ranks.run_on_all_ranks(comparison.jobs[which].answered)
         texts[which] = [(one.prompt.prompt, answer.text) for one in answered for answer in one.answers]
     return found | {"texts": texts}

@@ -29,7 +29,7 @@ def fill(engine: Any, read: Read, sizes: Mapping[str, int], steps: Mapping[str, 
     """
     zero = engine.optimizer
     zero.checkpoint_event_prologue()  # every parameter is taken apart, those too that are kept whole while training
-    ranks.together(lambda: _fill_own(zero, read, sizes, steps))
+    ranks.run_on_all_ranks(lambda: _fill_own(zero, read, sizes, steps))
     zero.checkpoint_event_epilogue()  # a collective: puts the latter together again
 
 

@@ -80,7 +80,7 @@ def end() -> None:
         dist.destroy_process_group()
 
 
-def leave(status: int) -> NoReturn:
+def exit_now(status: int) -> NoReturn:
     """Ends this process now, with its work done and told.
 
     The interpreter's own end destroys C++ threads of torch in no order: about one process in ten that held a
@@ -107,14 +107,14 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def gather(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Every rank's picklable value, by rank, on every rank. Also a barrier."""
     box: list[Any] = [None] * world_size()
     dist.all_gather_object(box, value)
     return box
 
 
-def decide(what: Callable[[], T]) -> T:
+def run_on_rank_zero(what: Callable[[], T]) -> T:
     """Runs `what`, which holds no collective, on rank 0 alone and gives its result to every rank.
 
     If it raises, every rank ends.
@@ -135,7 +135,7 @@ def decide(what: Callable[[], T]) -> T:
     return result
 
 
-def together(what: Callable[[], T]) -> T:
+def run_on_all_ranks(what: Callable[[], T]) -> T:
     """Runs `what`, which holds no collective, on every rank; if it raises on one, every rank ends."""
     result: Any = None
     error: Exception | None = None
@@ -144,7 +144,7 @@ def together(what: Callable[[], T]) -> T:
             result = what()
     except Exception as e:  # told to the others below, then raised again here
         error = e
-    for r, told in enumerate(gather(None if error is None else _told(error))):
+    for r, told in enumerate(all_gather(None if error is None else _told(error))):
         if told is not None:
             of_the_user, text = told
             # What all ranks found alike needs no rank in front.
@@ -169,7 +169,7 @@ def _raise(told: tuple[bool, str], own: Exception | None) -> NoReturn:
     raise OtherRankFailed(text)
 
 
-def refuse_local_folder(folder: Path, key: str, *, remedy: str) -> None:
+def require_shared_folder(folder: Path, key: str, *, remedy: str) -> None:
     """All ranks: refuses a folder of which some node has another one of the same name. It must exist on rank 0."""
 
     def leave() -> Path:
@@ -180,7 +180,7 @@ def refuse_local_folder(folder: Path, key: str, *, remedy: str) -> None:
             raise UserError(f"{key}: {folder} cannot be written ({e.strerror}). {remedy}") from e
         return mark
 
-    mark = decide(leave)
+    mark = run_on_rank_zero(leave)
     try:
 
         def look() -> None:
@@ -190,7 +190,7 @@ def refuse_local_folder(folder: Path, key: str, *, remedy: str) -> None:
                     f"it must be on a disk that all nodes share. {remedy}"
                 )
 
-        together(look)
+        run_on_all_ranks(look)
     finally:
         if rank() == 0:
             mark.unlink(missing_ok=True)

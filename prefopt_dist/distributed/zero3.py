@@ -19,7 +19,7 @@ from torch import nn
 
 from prefopt_dist.errors import UserError
 
-TESTED = ("0.19.8",)
+TESTED_VERSIONS = ("0.19.8",)
 """Versions whose internals were tried: in `release`, `drop_gradient`, `leaving_out`, `prepare_deepspeed`, and in
 `partitions.fill`."""
 
@@ -33,10 +33,10 @@ def prepare_deepspeed() -> None:
     import deepspeed
     import deepspeed.ops
 
-    if deepspeed.__version__ not in TESTED:
+    if deepspeed.__version__ not in TESTED_VERSIONS:
         raise UserError(
             f"deepspeed {deepspeed.__version__} is installed; this package frees and resumes engines through "
-            f"internals that were tried with {', '.join(TESTED)} only. Install deepspeed=={TESTED[-1]}."
+            f"internals that were tried with {', '.join(TESTED_VERSIONS)} only. Install deepspeed=={TESTED_VERSIONS[-1]}."
         )
     if not torch.cuda.is_available():
         # Compiles C++ for a minute at every CPU start; gloo does the same work.
@@ -55,7 +55,9 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "unknown inputs or outputs type" not in text
 
 
-def with_buckets(settings: Mapping[str, Any], *, layer: int, hidden: int, trained: int | None = None) -> dict[str, Any]:
+def with_bucket_sizes(
+    settings: Mapping[str, Any], *, layer: int, hidden: int, trained: int | None = None
+) -> dict[str, Any]:
     """The user's settings, with ZeRO's buckets sized by the model where they do not say otherwise.
 
     layer: parameters of a decoder layer; hidden: its width; trained: how many of the layer's get a gradient, where not
@@ -139,7 +141,7 @@ GATHERED_AT_ONCE = 50_000_000
 """Elements that `copy_whole` gathers together, or one larger parameter."""
 
 
-def copy_whole(sharded: nn.Module, whole: nn.Module) -> None:
+def copy_to_unsharded(sharded: nn.Module, whole: nn.Module) -> None:
     """All ranks: copy every parameter and buffer of a model under ZeRO-3 into a whole one of the same structure."""
     import deepspeed
 
@@ -175,7 +177,7 @@ def drop_gradient(engine: Any) -> None:
 
 
 @contextmanager
-def leaving_out(engine: Any, wrong: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def skip_update_if(engine: Any, wrong: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Inside, `engine.step()` leaves out an update whose gradient norm is `wrong`, as it does one that is not finite.
 
     wrong: the norm of the whole gradient before clipping, a scalar equal on all ranks, to a bool scalar beside it.

@@ -18,7 +18,7 @@ from prefopt_dist.errors import AgreedUserError
 from prefopt_dist.model.cost import ActivationMemory
 from prefopt_dist.monitoring.console import in_units
 
-KEPT_FREE = 0.1
+RESERVED_SHARE = 0.1
 """Of the device's memory: fragments of the allocator, libraries' own workspace."""
 
 
@@ -57,7 +57,7 @@ def choose(
 
     tokens: of the largest micro-batch; available: bytes free on this rank.
     """
-    least = min(ranks.gather(available))
+    least = min(ranks.all_gather(available))
     fitting = {"none": 0, "all": memory.layers, "auto": memory.fewest_checkpointed(tokens, least)}[wish]
     if fitting is None:
         raise AgreedUserError(
@@ -101,7 +101,7 @@ def available_bytes(lm: PreTrainedModel, zero: Mapping[str, Any]) -> int:
     if not (offloaded and torch.cuda.is_available()):
         held = (p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in trained)
         coming += 8 * sum(held)
-    return int(max(0.0, (1 - KEPT_FREE) * free_bytes() - coming))
+    return int(max(0.0, (1 - RESERVED_SHARE) * free_bytes() - coming))
 
 
 def _elements(parameter: nn.Parameter) -> int:

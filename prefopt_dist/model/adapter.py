@@ -78,12 +78,12 @@ def save(folder: Path, adapter: Adapter, weights: Mapping[str, torch.Tensor]) ->
     settings.save_pretrained(folder)
 
 
-def load_back(lm: PreTrainedModel, folder: Path) -> None:
+def load_with_peft(lm: PreTrainedModel, folder: Path) -> None:
     """As a user would: peft puts the saved adapters into the base model."""
     _peft().PeftModel.from_pretrained(lm, folder)
 
 
-def merged(base: ModelFolder, adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def merged_weights(base: ModelFolder, adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """float32 W + s · B A of every layer that has an adapter, and all other weights, by the base model's names."""
     lm = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
     tuner = _peft().LoraModel(lm, _settings(adapter), _NAME)

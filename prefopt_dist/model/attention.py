@@ -53,13 +53,13 @@ def shared_prefix_attention(
     # A mask or dropout here would mean that the model does not do what the packed row needs: that is our bug.
     assert attention_mask is None, "a packed row takes no attention mask"
     assert dropout == 0.0
-    if gathered is not None and softcap is None and varlen_can(query, sliding_window):
-        return varlen(query, key, value, gathered, scaling, sliding_window), None
+    if gathered is not None and softcap is None and varlen_supported(query, sliding_window):
+        return varlen_attention(query, key, value, gathered, scaling, sliding_window), None
     parts = [_segment(query, key, value, s, scaling, sliding_window, softcap) for s in segments]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
-def varlen_can(query: torch.Tensor, window: int | None) -> bool:
+def varlen_supported(query: torch.Tensor, window: int | None) -> bool:
     """Whether the flash kernel takes these queries and this window."""
     return (
         query.is_cuda
@@ -70,7 +70,7 @@ def varlen_can(query: torch.Tensor, window: int | None) -> bool:
     )
 
 
-def varlen(
+def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -105,10 +105,10 @@ def varlen(
         q,
         k,
         v,
-        gathered.query_ends,
-        gathered.key_ends,
-        gathered.longest_query,
-        gathered.longest_key,
+        gathered.cu_seqlens_q,
+        gathered.cu_seqlens_k,
+        gathered.max_seqlen_q,
+        gathered.max_seqlen_k,
         **options,
     )
     assert isinstance(out, torch.Tensor)

@@ -13,7 +13,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from prefopt_dist.batching.layout import Cost
 from prefopt_dist.model.adapter import Adapter, attach
-from prefopt_dist.model.head import LOGITS_AT_ONCE
+from prefopt_dist.model.head import MAX_LOGITS_PER_BLOCK
 
 
 def layer_parameters(config: PreTrainedConfig) -> int:
@@ -84,7 +84,7 @@ class ActivationMemory:
 
     def block(self, tokens: int) -> int:
         """Of the head's block of logits, which is bounded."""
-        return self.per_logit * min(LOGITS_AT_ONCE, tokens * self.vocabulary)
+        return self.per_logit * min(MAX_LOGITS_PER_BLOCK, tokens * self.vocabulary)
 
     def fewest_checkpointed(self, tokens: int, available: int) -> int | None:
         """As few layers as fit into `available` bytes; None where not even all of them do."""

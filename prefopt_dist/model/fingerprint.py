@@ -45,7 +45,7 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
 
 
-def remembered_digest(file: Path, memory: Path) -> str:
+def cached_digest(file: Path, memory: Path) -> str:
     """`file_digest`, from the folder `memory` where it is known for the file's present state."""
     before = FileState.of(file)
     # Taken before the reading: a write during it is younger than this moment and shows in the state.
@@ -95,7 +95,7 @@ def _check(content: Any) -> str:
 SCORING_SCHEMA = 1
 """Raised when the scoring code changes its numbers by more than rounding."""
 
-WITHOUT_EFFECT = frozenset(
+IGNORED_FIELDS = frozenset(
     {"_name_or_path", "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id"}
     | {"dtype", "torch_dtype", "transformers_version", "use_cache", "_attn_implementation", "return_dict"}
     | {"output_attentions", "output_hidden_states", "problem_type", "chunk_size_feed_forward"}
@@ -109,7 +109,7 @@ def reference_key(weight_digests: list[str], config: PreTrainedConfig, dtype: to
 
     weight_digests: of the weight files in the order of their names.
     """
-    numbers = {k: v for k, v in config.to_dict().items() if k not in WITHOUT_EFFECT and "dropout" not in k}
+    numbers = {k: v for k, v in config.to_dict().items() if k not in IGNORED_FIELDS and "dropout" not in k}
     content = json.dumps(
         {"weights": weight_digests, "config": numbers, "dtype": str(dtype), "schema": SCORING_SCHEMA},
         sort_keys=True,

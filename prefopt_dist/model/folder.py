@@ -183,7 +183,7 @@ def read_config(path: Path, key: str) -> PreTrainedConfig:
     return config
 
 
-def generation_config(path: Path, key: str) -> GenerationConfig | None:
+def read_generation_config(path: Path, key: str) -> GenerationConfig | None:
     """The generation_config.json of a model folder; None where it has none."""
     if not (path / "generation_config.json").is_file():
         return None

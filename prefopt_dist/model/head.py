@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-LOGITS_AT_ONCE = 100 * 2**20
+MAX_LOGITS_PER_BLOCK = 100 * 2**20
 """Elements of the block of logits that is alive at a time (400 MiB in float32): 800 rows of a vocabulary of 128k, so
 that most pairs' fit into one."""
 
@@ -52,7 +52,7 @@ class _Head:
 
     def rows_at_once(self) -> int:
         """Of a block."""
-        return max(1, LOGITS_AT_ONCE // self.weight.shape[0])
+        return max(1, MAX_LOGITS_PER_BLOCK // self.weight.shape[0])
 
 
 class _Gradients:

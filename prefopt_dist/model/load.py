@@ -49,7 +49,7 @@ def load_sharded(folder: ModelFolder, *, dtype: torch.dtype, settings: dict[str,
     return model
 
 
-def load_whole(folder: ModelFolder, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_unsharded(folder: ModelFolder, *, dtype: torch.dtype) -> PreTrainedModel:
     """The unsharded model on the CPU, with the same attention and no dropout."""
     model = AutoModelForCausalLM.from_pretrained(
         folder.path, config=without_dropout(folder.config), dtype=dtype, attn_implementation=attention.NAME

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from prefopt_dist.batching.micro_batch import Ends, MicroBatch
+from prefopt_dist.batching.micro_batch import MicroBatch, PromptEnds
 from prefopt_dist.model.head import attach_logp_head
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
 
 
 @dataclass(frozen=True)
-class NextToken:
+class DecodingInputs:
     """Sequences that are being sampled: what comes next in each of B lines."""
 
     ids: torch.Tensor
@@ -44,7 +44,10 @@ class Scorer(nn.Module):
         return _sums(self.lm.get_output_embeddings()(self._states(batch), batch.target), batch.scored, batch.counts)
 
     def forward(
-        self, batch: MicroBatch | NextToken, objective: Objective | None = None, reference: torch.Tensor | None = None
+        self,
+        batch: MicroBatch | DecodingInputs,
+        objective: Objective | None = None,
+        reference: torch.Tensor | None = None,
     ) -> Terms | torch.Tensor:
         """Without an objective the sequence sums; with one, its loss summed over the units and its statistics.
 
@@ -52,7 +55,7 @@ class Scorer(nn.Module):
 
         reference: float64 [U, R], the stored reference sum of each unit's responses; None for a loss without.
         """
-        if isinstance(batch, NextToken):
+        if isinstance(batch, DecodingInputs):
             return self._next_logits(batch)
         if objective is None:
             return self.sequence_sums(batch)
@@ -70,7 +73,7 @@ class Scorer(nn.Module):
         terms = objective(_units(batch, _sums(logps, batch.scored, batch.counts), reference))
         return terms._replace(loss=value)
 
-    def _next_logits(self, batch: NextToken) -> torch.Tensor:
+    def _next_logits(self, batch: DecodingInputs) -> torch.Tensor:
         logits: torch.Tensor = self.lm(
             input_ids=batch.ids,
             attention_mask=batch.mask,
@@ -106,7 +109,7 @@ def _units_of(
     batch: MicroBatch, first: int, end: int, logps: torch.Tensor, reference: torch.Tensor | None
 ) -> Sequences:
     """The units of the prompts from `first` to before `end`; logps float32 [n, K] of their states."""
-    begin, to = batch.prompts[first - 1] if first else Ends(0, 0, 0, 0), batch.prompts[end - 1]
+    begin, to = batch.prompts[first - 1] if first else PromptEnds(0, 0, 0, 0), batch.prompts[end - 1]
     counts = batch.counts[begin.sequences : to.sequences]
     sums = _sums(logps, batch.scored[begin.scored : to.scored] - begin.states * logps.shape[1], counts)
     mine = batch.by_prompt[begin.units : to.units]

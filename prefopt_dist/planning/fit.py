@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from prefopt_dist.errors import UserError
-from prefopt_dist.model.activation_checkpointing import KEPT_FREE
+from prefopt_dist.model.activation_checkpointing import RESERVED_SHARE
 from prefopt_dist.monitoring.console import in_units
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.machine import Machine
-from prefopt_dist.planning.memory import LOADING, Phase, Place, Sampled, ZeroSettings
+from prefopt_dist.planning.memory import LOADING, GenerationSettings, Phase, Placement, ZeroSettings
 from prefopt_dist.planning.sizes import ModelSizes
 
-MOST_RANKS = 65_536
+MAX_RANKS = 65_536
 """Beyond it nobody looks for a machine that is large enough."""
 
 
@@ -29,16 +29,16 @@ class Needs:
     """Of a micro-batch of training"""
     reference_tokens: int | None
     """Of one of the first pass; None for a loss without reference"""
-    wish: Literal["auto", "none", "all"]
+    checkpointing: Literal["auto", "none", "all"]
     """model.checkpointing"""
-    follows: bool = True
+    reference_follows: bool = True
     """The first pass's micro-batch is twice training's, as nothing else is said of it"""
-    sampled: Sampled | None = None
+    generation: GenerationSettings | None = None
     """How prompts are answered; None where none are"""
 
     def with_tokens(self, tokens: int) -> Needs:
         """With other micro-batches of training, and of the first pass where they follow."""
-        followed = 2 * tokens if self.follows and self.reference_tokens is not None else self.reference_tokens
+        followed = 2 * tokens if self.reference_follows and self.reference_tokens is not None else self.reference_tokens
         return replace(self, tokens=tokens, reference_tokens=followed)
 
 
@@ -63,22 +63,22 @@ class Fit:
         return max(p.host * (1 if p.name == LOADING else ranks) for p in self.phases)
 
 
-def fit(needs: Needs, machine: Machine, ranks: int | None = None, name: str = "as configured") -> Fit:
+def find_fit(needs: Needs, machine: Machine, ranks: int | None = None, name: str = "as configured") -> Fit:
     """As the settings are; checkpointing as asked for, or as few layers as there is room for."""
-    place = Place(ranks or machine.ranks, machine.is_gpu)
-    available = int((1 - KEPT_FREE) * machine.memory)
+    place = Placement(ranks or machine.ranks, machine.is_gpu)
+    available = int((1 - RESERVED_SHARE) * machine.memory)
     sizes, layers = needs.sizes, needs.sizes.activations.layers
-    fixed = [memory.load(sizes, place)]
+    fixed = [memory.loading_phase(sizes, place)]
     if needs.reference_tokens is not None:
-        fixed.append(memory.first_pass(sizes, needs.reference, place, needs.reference_tokens))
-    if needs.sampled is not None:
-        fixed.append(memory.generation(sizes, place, needs.sampled))
+        fixed.append(memory.first_pass_phase(sizes, needs.reference, place, needs.reference_tokens))
+    if needs.generation is not None:
+        fixed.append(memory.generation_phase(sizes, place, needs.generation))
 
     def phases(checkpointed: int) -> tuple[Phase, ...]:
         asked = (sizes, needs.policy, place, needs.tokens, checkpointed)
-        return (memory.backward(*asked), memory.update(*asked), *fixed)
+        return (memory.backward_phase(*asked), memory.update_phase(*asked), *fixed)
 
-    tried = {"none": [0], "all": [layers], "auto": list(range(layers + 1))}[needs.wish]
+    tried = {"none": [0], "all": [layers], "auto": list(range(layers + 1))}[needs.checkpointing]
     for checkpointed in tried:
         found = Fit(name, checkpointed, phases(checkpointed), available)
         if found.device <= available:
@@ -86,34 +86,42 @@ def fit(needs: Needs, machine: Machine, ranks: int | None = None, name: str = "a
     return Fit(name, None, phases(tried[-1]), available)
 
 
-def offloadings(needs: Needs, machine: Machine) -> list[Fit]:
+def fits_with_offloading(needs: Needs, machine: Machine) -> list[Fit]:
     """The settings as they are, and with offloading; on the CPU, where it saves nothing, as they are alone."""
-    found = [fit(needs, machine)]
+    found = [find_fit(needs, machine)]
     if machine.is_gpu:
         optimizer = replace(needs, policy=needs.policy.offloading(True, needs.policy.offload_param))
         both = replace(
             needs, policy=needs.policy.offloading(True, True), reference=needs.reference.offloading(False, True)
         )
         found += [
-            fit(changed, machine, name=name)
+            find_fit(changed, machine, name=name)
             for name, changed in (("offload_optimizer", optimizer), ("and offload_param", both))
             if changed != needs
         ]
     return found
 
 
-def refuse_misfit(needs: Needs, machine: Machine, found: list[Fit]) -> None:
+def check_fit(needs: Needs, machine: Machine, found: list[Fit]) -> None:
     """Ends the plan where the settings as they are do not fit, with what would."""
     mine = found[0]
     if mine.checkpointed is not None:
         return
     worst = max(mine.phases, key=lambda p: p.device)
-    wish = f" with model.checkpointing={needs.wish}" if needs.wish != "auto" else " with every layer computed again"
+    wish = (
+        f" with model.checkpointing={needs.checkpointing}"
+        if needs.checkpointing != "auto"
+        else " with every layer computed again"
+    )
     if not worst.name.startswith("training"):
         wish = ""
     alone = ""
-    trains = replace(needs, sampled=None)
-    if _largest_batch(needs, machine) is None and trains != needs and fit(trains, machine).checkpointed is not None:
+    trains = replace(needs, generation=None)
+    if (
+        _largest_batch(needs, machine) is None
+        and trains != needs
+        and find_fit(trains, machine).checkpointed is not None
+    ):
         alone = " Where the run only trains, on pairs that are there, set generate.rewards=[]."
     raise UserError(
         f"plan: {worst.name} needs about {in_units(worst.device)} on each of {machine.text()}{wish}, and "
@@ -124,7 +132,10 @@ def refuse_misfit(needs: Needs, machine: Machine, found: list[Fit]) -> None:
 
 def _remedies(needs: Needs, machine: Machine, found: list[Fit]) -> str:
     ways = []
-    if needs.wish == "none" and fit(replace(needs, wish="auto"), machine).checkpointed is not None:
+    if (
+        needs.checkpointing == "none"
+        and find_fit(replace(needs, checkpointing="auto"), machine).checkpointed is not None
+    ):
         ways.append("set model.checkpointing=auto")
     if (tokens := _largest(needs, machine)) is not None:
         ways.append(f"lower train.micro_batch_tokens from {needs.tokens} to at most {tokens}")
@@ -150,28 +161,30 @@ def _largest(needs: Needs, machine: Machine) -> int | None:
     """Tokens of a micro-batch of training that would fit; None where the number is not what is wrong."""
 
     def fits(tokens: int) -> bool:
-        return fit(needs.with_tokens(tokens), machine).checkpointed is not None
+        return find_fit(needs.with_tokens(tokens), machine).checkpointed is not None
 
     return _most(fits, needs.tokens)
 
 
 def _largest_of_first_pass(needs: Needs, machine: Machine) -> int | None:
-    if needs.reference_tokens is None or needs.follows:
+    if needs.reference_tokens is None or needs.reference_follows:
         return None
     return _most(
-        lambda tokens: fit(replace(needs, reference_tokens=tokens), machine).checkpointed is not None,
+        lambda tokens: find_fit(replace(needs, reference_tokens=tokens), machine).checkpointed is not None,
         needs.reference_tokens,
     )
 
 
 def _largest_batch(needs: Needs, machine: Machine) -> int | None:
     """Tokens that could be sampled at once; None where the number is not what is wrong."""
-    sampled = needs.sampled
+    sampled = needs.generation
     if sampled is None:
         return None
     return _most(
-        lambda tokens: fit(replace(needs, sampled=replace(sampled, budget=tokens)), machine).checkpointed is not None,
-        sampled.budget,
+        lambda tokens: (
+            find_fit(replace(needs, generation=replace(sampled, batch_tokens=tokens)), machine).checkpointed is not None
+        ),
+        sampled.batch_tokens,
     )
 
 
@@ -188,13 +201,13 @@ def _most(fits: Callable[[int], bool], now: int) -> int | None:
 def _enough_nodes(needs: Needs, machine: Machine) -> int | None:
     """The fewest nodes on which the settings as they are fit."""
     nodes = machine.nodes
-    while nodes * machine.ranks_a_node <= MOST_RANKS:
+    while nodes * machine.ranks_a_node <= MAX_RANKS:
         nodes *= 2
-        if fit(needs, machine, nodes * machine.ranks_a_node).checkpointed is not None:
+        if find_fit(needs, machine, nodes * machine.ranks_a_node).checkpointed is not None:
             low, high = nodes // 2 + 1, nodes
             while low < high:
                 middle = (low + high) // 2
-                if fit(needs, machine, middle * machine.ranks_a_node).checkpointed is not None:
+                if find_fit(needs, machine, middle * machine.ranks_a_node).checkpointed is not None:
                     high = middle
                 else:
                     low = middle + 1

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prefopt_dist.model.activation_checkpointing import KEPT_FREE
+from prefopt_dist.model.activation_checkpointing import RESERVED_SHARE
 from prefopt_dist.monitoring.console import in_units
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.machine import Machine
-from prefopt_dist.planning.memory import MemoryPart, Phase, Place, Sampled, ZeroSettings
+from prefopt_dist.planning.memory import GenerationSettings, MemoryPart, Phase, Placement, ZeroSettings
 from prefopt_dist.planning.sizes import ModelSizes
 
 ANSWERS = "answers"
@@ -22,11 +22,11 @@ SHARD_PROMPTS = 8
 LAYER_SECONDS = 1.0e-3
 """A token's step through a layer by transformers' own code, however small the layer is: what the host takes to start
 its operations. 1.7 to 2.3 ms were measured on a busy CPU core; not measured on a GPU."""
-NETWORK = 50e9
+NETWORK_SPEED = 50e9
 """Bytes a second by which a rank is sent the model, where the sharded engine answers: 400 Gb/s."""
 MODELS = 2
 """The start and the trained one"""
-SCORED = 4
+SCORING_PASSES = 4
 """Forward passes over as many answers: the policy's own, the reference's over both models' and over chosen ones."""
 
 
@@ -68,23 +68,23 @@ class AnswersPlan:
         return f"{said}; at most {self.seconds:.3g} s{share} (the start's are kept in the cache)"
 
 
-def answers_plan(
-    sizes: ModelSizes, zero: ZeroSettings, machine: Machine, asked: Sampled, prompts: int, between: int = 0
+def plan_answers(
+    sizes: ModelSizes, zero: ZeroSettings, machine: Machine, asked: GenerationSettings, prompts: int, between: int = 0
 ) -> AnswersPlan:
     """Return the plan of `prompts` prompts that are as long as they may be; between: times between start and end."""
-    place = Place(machine.ranks, machine.is_gpu)
-    copy: Sequence[MemoryPart] = memory.generation(sizes, place, asked).parts
+    place = Placement(machine.ranks, machine.is_gpu)
+    copy: Sequence[MemoryPart] = memory.generation_phase(sizes, place, asked).parts
     beside = [part for part in copy if not part.on_host]  # the copy is of the live engine: nothing is loaded
-    policy = Phase(ANSWERS, (*memory.states(sizes, zero, place), *beside))
-    available = int((1 - KEPT_FREE) * machine.memory)
+    policy = Phase(ANSWERS, (*memory.training_states(sizes, zero, place), *beside))
+    available = int((1 - RESERVED_SHARE) * machine.memory)
     gathered = policy.device > available
     return AnswersPlan(
-        prompts, asked.new, policy, available, _seconds(sizes, machine, asked, prompts, gathered, between)
+        prompts, asked.new_tokens, policy, available, _seconds(sizes, machine, asked, prompts, gathered, between)
     )
 
 
 def _seconds(
-    sizes: ModelSizes, machine: Machine, asked: Sampled, prompts: int, gathered: bool, between: int
+    sizes: ModelSizes, machine: Machine, asked: GenerationSettings, prompts: int, gathered: bool, between: int
 ) -> float | None:
     """gathered: the model is sent to every rank for every token."""
     if machine.peak is None:
@@ -92,10 +92,17 @@ def _seconds(
     speed = machine.peak * machine.efficiency
     shards = -(-prompts // SHARD_PROMPTS)
     of_rank = -(-shards // machine.ranks)
-    reading = 0.0 if machine.bandwidth is None else sizes.item * sizes.parameters / machine.bandwidth
+    reading = 0.0 if machine.bandwidth is None else sizes.dtype_bytes * sizes.parameters / machine.bandwidth
     product = 2 * sizes.parameters * min(SHARD_PROMPTS, prompts) / speed
-    sending = sizes.item * sizes.parameters / NETWORK if gathered else 0.0
+    sending = sizes.dtype_bytes * sizes.parameters / NETWORK_SPEED if gathered else 0.0
     token = max(reading, product, LAYER_SECONDS * sizes.activations.layers, sending)
-    prefill = product * asked.prompt
-    scored = SCORED * 2 * sizes.parameters * prompts * (asked.prompt + asked.new) / (speed * machine.ranks)
-    return (MODELS + between) * of_rank * (prefill + asked.new * token) + scored
+    prefill = product * asked.prompt_tokens
+    scored = (
+        SCORING_PASSES
+        * 2
+        * sizes.parameters
+        * prompts
+        * (asked.prompt_tokens + asked.new_tokens)
+        / (speed * machine.ranks)
+    )
+    return (MODELS + between) * of_rank * (prefill + asked.new_tokens * token) + scored

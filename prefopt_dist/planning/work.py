@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefopt_dist.batching.layout import FROZEN, TRAINING, Cost, groups_within, work_of
+from prefopt_dist.batching.layout import FROZEN_PASSES, TRAINING_PASSES, Cost, group_by_prompt, tokens_and_cost
 from prefopt_dist.batching.order import Order
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, UnpairedRows
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.objectives import KTO, Objective
-from prefopt_dist.planning.memory import MASTER, MOMENTS
+from prefopt_dist.planning.memory import MASTER_BYTES, MOMENTS_BYTES
 from prefopt_dist.planning.sizes import ModelSizes
 from prefopt_dist.reference.scoring_plan import sequences_needed
 from prefopt_dist.reference.store import ROW
 
-MOST_ROWS = 20_000
+MAX_ROWS = 20_000
 """Of an epoch that are looked at; the rest is taken to be like them."""
 
 
@@ -46,7 +46,7 @@ class Work:
     """Of all evaluations"""
 
 
-def from_rows(
+def work_from_rows(
     config: Config, train: TokenisedRows, evals: Mapping[str, TokenisedRows], cost: Cost, objective: Objective
 ) -> Work:
     """The job's work by its tokenised rows, with an empty reference store."""
@@ -54,12 +54,12 @@ def from_rows(
     per_step = config.train.global_batch_pairs
     order = Order.of_run(train.source, train.weights, config.run.seed, per_step)
     steps = order.total_steps(config.train.epochs, config.train.max_steps)
-    looked = min(steps, order.steps_per_epoch, max(1, MOST_ROWS // per_step))
+    looked = min(steps, order.steps_per_epoch, max(1, MAX_ROWS // per_step))
     tokens = flop = ahead = 0.0
 
     def forward(rows: TokenisedRows, indices: Iterable[int], first: int) -> tuple[int, float]:
         units = [_unit(rows, i, range(first, first + responses)) for i in indices]
-        return work_of(groups_within(units, config.train.micro_batch_tokens), cost)
+        return tokens_and_cost(group_by_prompt(units, config.train.micro_batch_tokens), cost)
 
     for index in range(looked):
         taken = order.step(index).rows.tolist()
@@ -87,7 +87,7 @@ def from_rows(
     )
 
 
-def worst_case(config: Config, cost: Cost, objective: Objective) -> Work:
+def worst_case_work(config: Config, cost: Cost, objective: Objective) -> Work:
     """Every row as long as data.max_length lets it be, where the data cannot be read."""
     responses = objective.responses
     prompt = config.data.max_prompt_length
@@ -114,7 +114,7 @@ def training_flop(work: Work, cost: Cost, again: float, frozen: bool = False) ->
 
     frozen: without the weights' gradients.
     """
-    passes = FROZEN if frozen else TRAINING
+    passes = FROZEN_PASSES if frozen else TRAINING_PASSES
     return work.ahead_flop + passes * work.step_flop + again * min(work.step_flop, cost.per_token * work.step_tokens)
 
 
@@ -126,7 +126,7 @@ def _scored(config: Config, sets: Sequence[TokenisedRows], cost: Cost) -> tuple[
     responses = max(rows.responses for rows in sets)  # a pair's two; KTO's own and mismatched one
     places = list(sequences_needed(sets, responses).values())
     units = [place.unit(sets, i) for i, place in enumerate(places)]
-    tokens, flop = work_of(groups_within(units, config.reference_micro_batch_tokens), cost)
+    tokens, flop = tokens_and_cost(group_by_prompt(units, config.reference_micro_batch_tokens), cost)
     return tokens, flop, len(places)
 
 
@@ -152,9 +152,9 @@ class Disk:
     """The reference's scores, 40 bytes a sequence; None where the sequences are not known"""
 
 
-def disk(sizes: ModelSizes, keep: int, export_item: int, sequences: int | None, *, merged: bool = False) -> Disk:
+def disk_needed(sizes: ModelSizes, keep: int, export_item: int, sequences: int | None, *, merged: bool = False) -> Disk:
     """keep: checkpoints that stay; merged: adapters are exported with their model."""
-    states = (MASTER + MOMENTS) * sizes.trained
+    states = (MASTER_BYTES + MOMENTS_BYTES) * sizes.trained
     return Disk(
         checkpoint=states,
         checkpoints=(keep + 1) * states,

@@ -68,4 +68,4 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
-    os._exit(status)  # as in ranks.leave
+    os._exit(status)  # as in ranks.exit_now

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.distributed.ranks import refuse_local_folder
+from prefopt_dist.distributed.ranks import require_shared_folder
 from prefopt_dist.errors import AgreedUserError, StopRequested, UserError
 from prefopt_dist.files import sweep
 from prefopt_dist.model.folder import ModelFolder
@@ -36,7 +36,7 @@ from prefopt_dist.reference.scoring_plan import (
     save_plan,
     sequences_needed,
 )
-from prefopt_dist.reference.step0_check import Rounding
+from prefopt_dist.reference.step0_check import RoundingTolerance
 from prefopt_dist.reference.store import ReferenceStore, Score, scoring_lock
 
 SHARD_MICRO_BATCHES = 16
@@ -98,19 +98,19 @@ def run_first_pass(
     settings: the reference engine's DeepSpeed configuration; budget: tokens of a micro-batch;
     stop_asked: this rank's own view, agreed here over the ranks.
     """
-    ranks.decide(store.make_folder)
-    refuse_local_folder(store.folder, "reference.store", remedy="Set reference.store or run.cache to one that is.")
-    scored, reused = 0, ranks.decide(lambda: _all_stored(store, sets, responses))
+    ranks.run_on_rank_zero(store.make_folder)
+    require_shared_folder(store.folder, "reference.store", remedy="Set reference.store or run.cache to one that is.")
+    scored, reused = 0, ranks.run_on_rank_zero(lambda: _all_stored(store, sets, responses))
     if reused is None:
         with scoring_lock(store.folder, plan_name(sets, responses), stop_asked):
             # A plan is made in one's turn alone. And another job may have scored everything while this one waited.
-            todo = ranks.decide(lambda: _look_up(store, sets, responses, budget))
+            todo = ranks.run_on_rank_zero(lambda: _look_up(store, sets, responses, budget))
             if todo.micro_batches:
                 _pass(model, store, check_loaded, sets, dtype, settings, budget, todo, stop_asked)
             scored, reused = todo.missing, todo.reused
     if not scored:
         say(f"reference: all {reused} sequences are in the store")
-    sums = ranks.decide(lambda: _collect(store, sets, responses))
+    sums = ranks.run_on_rank_zero(lambda: _collect(store, sets, responses))
     return FirstPass(key=store.folder.name, sums=sums, scored=scored, reused=reused)
 
 
@@ -142,10 +142,10 @@ def _pass(
             f"reference: {todo.missing} sequences to score in {len(todo.micro_batches)} micro-batches, "
             f"{todo.reused} reused; each rank holds {in_units(held)} of {in_units(whole)}"
         )
-        rounding = Rounding.of(model.config, dtype)
+        rounding = RoundingTolerance.of(model.config, dtype)
         _spot_check(engine, todo.checks, sets, rounding, budget)
         _score(engine, todo, store, sets, stop_asked)
-        _spot_check(engine, ranks.decide(lambda: _first_scored(todo, store, sets)), sets, rounding, budget)
+        _spot_check(engine, ranks.run_on_rank_zero(lambda: _first_scored(todo, store, sets)), sets, rounding, budget)
     finally:
         zero3.release(engine)
         del engine
@@ -222,7 +222,7 @@ def _score(
             dist.all_reduce(flags)
             stopping, faulty = (f > 0 for f in flags.tolist())
             if faulty:
-                raise AgreedUserError(next(f for f in ranks.gather(fault) if f))
+                raise AgreedUserError(next(f for f in ranks.all_gather(fault) if f))
             last = r == rounds - 1 or stopping
             due = since >= SHARD_MICRO_BATCHES or time.monotonic() - committed_at > SHARD_SECONDS
             if pending and (due or last):
@@ -230,9 +230,9 @@ def _score(
                 pending, since, committed_at = {}, 0, time.monotonic()
             progress.update(min(world, len(todo.micro_batches) - r * world))
             if stopping and r < rounds - 1:
-                ranks.gather(None)  # every rank's shard is written
+                ranks.all_gather(None)  # every rank's shard is written
                 raise StopRequested
-    ranks.gather(None)
+    ranks.all_gather(None)
 
 
 def _first_scored(todo: _Todo, store: ReferenceStore, sets: Sequence[TokenisedRows]) -> list[tuple[Location, Score]]:
@@ -242,7 +242,11 @@ def _first_scored(todo: _Todo, store: ReferenceStore, sets: Sequence[TokenisedRo
 
 
 def _spot_check(
-    engine: Any, checks: list[tuple[Location, Score]], sets: Sequence[TokenisedRows], rounding: Rounding, budget: int
+    engine: Any,
+    checks: list[tuple[Location, Score]],
+    sets: Sequence[TokenisedRows],
+    rounding: RoundingTolerance,
+    budget: int,
 ) -> None:
     """Scores a few stored sequences again: a store that does not belong to these weights is refused.
 
@@ -265,7 +269,7 @@ def _spot_check(
                     "computes differently: set reference.store to a new folder."
                 )
 
-    ranks.decide(compare)  # a difference at the tolerance's edge must not part the ranks
+    ranks.run_on_rank_zero(compare)  # a difference at the tolerance's edge must not part the ranks
 
 
 def _collect(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int) -> list[torch.Tensor]:

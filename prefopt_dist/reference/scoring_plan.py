@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt_dist.batching.layout import fill
+from prefopt_dist.batching.layout import fill_micro_batches
 from prefopt_dist.batching.micro_batch import packed_tokens
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.unit import Unit
@@ -68,7 +68,7 @@ def make_plan(missing: Mapping[bytes, Location], sets: Sequence[TokenisedRows], 
     """
     places = list(missing.values())
     units = [p.unit(sets, i) for i, p in enumerate(places)]
-    return [[places[u.row] for u in micro_batch] for micro_batch in fill(units, budget)]
+    return [[places[u.row] for u in micro_batch] for micro_batch in fill_micro_batches(units, budget)]
 
 
 def fits(micro_batch: Sequence[Location], sets: Sequence[TokenisedRows], budget: int) -> bool:

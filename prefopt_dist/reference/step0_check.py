@@ -14,7 +14,7 @@ from prefopt_dist.objectives import Objective, Terms
 
 
 @dataclass(frozen=True)
-class Rounding:
+class RoundingTolerance:
     """What rounding explains in a model's numbers; more is something else."""
 
     dtype: torch.dtype
@@ -26,7 +26,7 @@ class Rounding:
     """Of a mean loss, relative to it where it is above 1 (IPO's)"""
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, dtype: torch.dtype) -> Rounding:
+    def of(cls, config: PreTrainedConfig, dtype: torch.dtype) -> RoundingTolerance:
         """By the model's dtype and whether it has experts."""
         experts = getattr(config, "num_experts_per_tok", None) is not None
         if dtype == torch.bfloat16:
@@ -49,7 +49,7 @@ class Rounding:
 class Step0Check:
     """Collects the first batch's worst differences on the device, then decides once for all ranks."""
 
-    def __init__(self, objective: Objective, rounding: Rounding, device: torch.device) -> None:
+    def __init__(self, objective: Objective, rounding: RoundingTolerance, device: torch.device) -> None:
         self._start_loss = objective.start_loss
         self._rounding = rounding
         self._worst = torch.zeros(2, dtype=torch.float64, device=device)

@@ -142,8 +142,8 @@ def scoring_lock(
     lock = FileLock(folder / f"turn-{name}.lock")
     told = -REMIND_SECONDS
     try:
-        while (holder := ranks.decide(lambda: _try_for_a_while(lock))) is not None:
-            if any(ranks.gather(stop_asked())):
+        while (holder := ranks.run_on_rank_zero(lambda: _try_for_a_while(lock))) is not None:
+            if any(ranks.all_gather(stop_asked())):
                 raise StopRequested
             if time.monotonic() - told > REMIND_SECONDS:
                 told = time.monotonic()

@@ -17,10 +17,10 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.monitoring.console import Progress
 from prefopt_dist.monitoring.statistics import Interval
 from prefopt_dist.rollouts import comparison
-from prefopt_dist.rollouts.store import Answered
+from prefopt_dist.rollouts.store import AnsweredPrompt
 
 
-def units_of(found: Sequence[Answered]) -> list[Unit]:
+def units_of(found: Sequence[AnsweredPrompt]) -> list[Unit]:
     """Every answer as a sequence of the ids that were sampled, in order."""
     sequences = [(f.prompt.ids, answer.ids) for f in found for answer in f.answers]
     return [
@@ -46,11 +46,11 @@ def answer_sums(engine: Any, units: Sequence[Unit], budget: int, what: str) -> N
     return np.array([everyone[u.row] for u in units])
 
 
-GRAM = 4
+NGRAM = 4
 """Tokens of the pieces by whose repetition loops are told."""
 
 
-def text_measures(found: Sequence[Answered], stop_ids: Sequence[int]) -> dict[str, float]:
+def text_measures(found: Sequence[AnsweredPrompt], stop_ids: Sequence[int]) -> dict[str, float]:
     """Return what the ids alone say: number of prompts, mean length in tokens, and shares.
 
     ended: answers that came to a stop token; repeated_4grams: runs of four tokens that stood before in their answer, of
@@ -61,38 +61,38 @@ def text_measures(found: Sequence[Answered], stop_ids: Sequence[int]) -> dict[st
         "prompts": len(found),
         "length": float(np.mean([len(ids) for ids in answers])),
         "ended": float(np.mean([ids[-1] in stop_ids for ids in answers])),
-        "repeated_4grams": repeated(answers),
+        "repeated_4grams": repeated_share(answers),
         "distinct": len({tuple(ids) for ids in answers}) / len(answers),
     }
 
 
-def repeated(answers: Sequence[Sequence[int]]) -> float:
+def repeated_share(answers: Sequence[Sequence[int]]) -> float:
     """Return the share of the answers' 4-grams that stood before in the same answer; 0 where none has four tokens."""
     grams = again = 0
     for ids in answers:
-        pieces = [tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1)]
+        pieces = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
         grams += len(pieces)
         again += len(pieces) - len(set(pieces))
     return again / grams if grams else 0.0
 
 
-def nats(sums: NDArray[np.float64], of_tokens: Sequence[int]) -> float:
+def nats_per_token(sums: NDArray[np.float64], of_tokens: Sequence[int]) -> float:
     """Return −Σ log π / Σ tokens, in nats a token; sums [n] in nats of sequences of so many tokens."""
     return -float(sums.sum()) / sum(of_tokens)
 
 
-def lengths(found: Sequence[Answered]) -> list[int]:
+def answer_lengths(found: Sequence[AnsweredPrompt]) -> list[int]:
     """Return the tokens of every answer, in order."""
     return [len(answer.ids) for one in found for answer in one.answers]
 
 
-def tokens(units: Sequence[Unit]) -> list[int]:
+def response_lengths(units: Sequence[Unit]) -> list[int]:
     """Return the tokens of every unit's first response."""
     return [len(unit.responses[0]) for unit in units]
 
 
 @dataclass(frozen=True)
-class Terms:
+class MeasureSettings:
     """By what answers are measured."""
 
     stop_ids: Sequence[int]
@@ -115,43 +115,45 @@ class Likelihood:
     chosen_tokens: Sequence[int]
 
 
-def model_measures(found: Sequence[Answered], terms: Terms) -> dict[str, float]:
+def model_measures(found: Sequence[AnsweredPrompt], terms: MeasureSettings) -> dict[str, float]:
     """Return what can be said of one model's answers alone."""
     values = text_measures(found, terms.stop_ids)
     if terms.weights is not None:
-        values |= flat("reward", comparison.summary(found, terms.weights)["reward"])
+        values |= interval_metrics("reward", comparison.summary(found, terms.weights)["reward"])
     return values
 
 
-def measures_in_between(
-    after: Sequence[Answered], before: Sequence[Answered], own: NDArray[np.float64], terms: Terms
+def measures_without_reference(
+    after: Sequence[AnsweredPrompt], before: Sequence[AnsweredPrompt], own: NDArray[np.float64], terms: MeasureSettings
 ) -> dict[str, float]:
     """Return what of `of_both` needs no reference; own: float64 [answers], the policy's sums of its own answers."""
     values = model_measures(after, terms)
     values |= {f"start/{name}": value for name, value in model_measures(before, terms).items() if name != "prompts"}
-    values["nats"] = nats(own, lengths(after))
+    values["nats"] = nats_per_token(own, answer_lengths(after))
     if terms.weights is not None:
         compared = comparison.compare_rewards(after, before, terms.weights)
-        values |= flat("reward_difference", compared["difference"]) | flat("win_rate", compared["win_rate"])
-        values |= flat("reward", compared["mine"]) | flat("start/reward", compared["theirs"])
+        values |= interval_metrics("reward_difference", compared["difference"]) | interval_metrics(
+            "win_rate", compared["win_rate"]
+        )
+        values |= interval_metrics("reward", compared["mine"]) | interval_metrics("start/reward", compared["theirs"])
         values["compared"] = comparison.number_compared(after, before, terms.weights)
     return values
 
 
-def measures_of_both(
-    after: Sequence[Answered], before: Sequence[Answered], likelihood: Likelihood, terms: Terms
+def measures_with_reference(
+    after: Sequence[AnsweredPrompt], before: Sequence[AnsweredPrompt], likelihood: Likelihood, terms: MeasureSettings
 ) -> dict[str, float]:
     """Return what the policy's answers (after) say beside the start's (before) to the same prompts; docs/metrics.md."""
-    of_after = lengths(after)
-    values = measures_in_between(after, before, likelihood.own, terms)
+    of_after = answer_lengths(after)
+    values = measures_without_reference(after, before, likelihood.own, terms)
     values |= {
-        "reference_nats": nats(likelihood.of_policy, of_after),
-        "start/reference_nats": nats(likelihood.of_start, lengths(before)),
+        "reference_nats": nats_per_token(likelihood.of_policy, of_after),
+        "start/reference_nats": nats_per_token(likelihood.of_start, answer_lengths(before)),
         "kl_per_token": float((likelihood.own - likelihood.of_policy).sum()) / sum(of_after),
-        **flat("kl", comparison.kl(after, likelihood.own, likelihood.of_policy)),
+        **interval_metrics("kl", comparison.kl(after, likelihood.own, likelihood.of_policy)),
     }
     if len(likelihood.of_chosen):
-        values["chosen/reference_nats"] = nats(likelihood.of_chosen, likelihood.chosen_tokens)
+        values["chosen/reference_nats"] = nats_per_token(likelihood.of_chosen, likelihood.chosen_tokens)
     return values
 
 
@@ -160,7 +162,7 @@ def as_metrics(values: dict[str, float]) -> dict[str, float]:
     return {f"answers/{name}": value for name, value in values.items()}
 
 
-def flat(name: str, of: Interval) -> dict[str, float]:
+def interval_metrics(name: str, of: Interval) -> dict[str, float]:
     """Return an interval as metrics: name, name_low, name_high; what is unknown is left out."""
     parts = {name: of["mean"], f"{name}_low": of["low"], f"{name}_high": of["high"]}
     return {key: value for key, value in parts.items() if value is not None}

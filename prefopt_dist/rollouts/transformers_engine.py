@@ -20,7 +20,7 @@ from prefopt_dist.model.adapter import Adapter, attach
 from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.model.load import without_dropout
 from prefopt_dist.rollouts.prompts import Prompt
-from prefopt_dist.rollouts.sampling import Ids, Sampling, choose, give_back, padded, uniforms
+from prefopt_dist.rollouts.sampling import Ids, Sampling, choose_tokens, free_memory, pad_lines, uniforms
 
 Row = tuple[int, int]
 """Index of the prompt, number of the response."""
@@ -100,7 +100,7 @@ class TransformersEngine:
         here = list(range(len(rows)))  # row of each line of the tensors
         open_rows = set(here)
         for t in range(sampling.max_new_tokens):
-            chosen = choose(logits, u[here, t], sampling.temperature, sampling.top_p)
+            chosen = choose_tokens(logits, u[here, t], sampling.temperature, sampling.top_p)
             for row, token in zip(here, chosen.tolist(), strict=True):
                 if row in open_rows:
                     if token == logits.shape[-1]:
@@ -132,7 +132,7 @@ class TransformersEngine:
     def _read(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
         """Each distinct prompt once through the model; then cache, mask [B, L] and last logits [B, V] by row."""
         distinct = list(dict.fromkeys(i for i, _ in rows))
-        ids, mask = padded([prompts[i].ids for i in distinct], 0, "left", self._device)
+        ids, mask = pad_lines([prompts[i].ids for i in distinct], 0, "left", self._device)
         cache = DynamicCache(config=self._model.config)
         logits = self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
         line_of = {i: line for line, i in enumerate(distinct)}
@@ -157,7 +157,7 @@ class TransformersEngine:
     def close(self) -> None:
         """See Engine."""
         del self._model
-        give_back(self._device)
+        free_memory(self._device)
 
 
 def batches(lengths: Sequence[int], sampling: Sampling, batch_tokens: int) -> Iterator[list[Row]]:

@@ -26,7 +26,7 @@ from prefopt_dist.data.template import read_template
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.adapter import Adapter, linear_layers
 from prefopt_dist.model.cost import meta_model
-from prefopt_dist.model.folder import ModelFolder, generation_config
+from prefopt_dist.model.folder import ModelFolder, read_generation_config
 from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.objectives import Objective
 from prefopt_dist.packages import require_package
@@ -38,9 +38,9 @@ def eval_sets(config: Config) -> dict[str, Sequence[DataSource]]:
     return {f"data.eval.{name}".rstrip("."): sources for name, sources in (config.data.eval or {}).items()}
 
 
-MOST_RENAMED = 0.05
+MAX_RENAMED_SHARE = 0.05
 """Share of the ids that may mean other tokens in the reference's tokenizer."""
-MOST_COUNTED = 10_000
+MAX_COUNTED_ROWS = 10_000
 """Rows above the budget whose shared beginnings are counted, the longest first."""
 
 
@@ -111,7 +111,7 @@ def adapter_of(lora: Lora | None, model: PreTrainedConfig, base: str) -> Adapter
 def check_evaluations(config: Config) -> None:
     """Refuses to be led by evaluations or answers that there will not be."""
     _check_answers(config)
-    for section, key, metric in led_by(config):
+    for section, key, metric in selection_metrics(config):
         if metric.startswith(evaluation.ANSWERS):
             evaluation.refuse_answers(metric, key, rewarded=bool(config.generate.rewards))
             if config.answers_every_steps is None:
@@ -125,7 +125,7 @@ def check_evaluations(config: Config) -> None:
             )
 
 
-def led_by(config: Config) -> list[tuple[str, str, str]]:
+def selection_metrics(config: Config) -> list[tuple[str, str, str]]:
     """Return what goes by a metric: the section's key, the metric's key, the metric."""
     early, keep = config.train.early_stop, config.checkpoint.keep_best
     found = [] if early is None else [("train.early_stop", "train.early_stop.metric", early.metric)]
@@ -173,7 +173,7 @@ def check_reference_tokenizer(tokenizer: Any, reference: ModelFolder) -> None:
     shared = [(token, other[index]) for token, index in tokenizer.get_vocab().items() if index in other]
     differ = [pair for pair in shared if pair[0] != pair[1]]
     # Some tokens are renamed where a chat model was made of a base model; another tokenizer differs in most.
-    if len(differ) > MOST_RENAMED * len(shared):
+    if len(differ) > MAX_RENAMED_SHARE * len(shared):
         ours, theirs = differ[0]
         raise UserError(
             f"{reference.key}: {reference.path} has another tokenizer: {len(differ)} of {len(shared)} ids mean other "
@@ -194,7 +194,7 @@ def check_reference_vocabulary(reference: ModelFolder, rows: TokenisedRows, key:
 
 def check_exportable(policy: ModelFolder, tokenizer: Any) -> None:
     """Tries what the export writes besides weights: found there, after the training, a fault would be a pity."""
-    generation = generation_config(policy.path, policy.key)
+    generation = read_generation_config(policy.path, policy.key)
     with tempfile.TemporaryDirectory() as folder:
         try:
             if generation is not None:
@@ -232,7 +232,7 @@ def _less_shared(rows: TokenisedRows, units: NDArray[np.int64], responses: int, 
     """The same lengths, exact where they exceed the budget: responses may begin alike, and that stands once."""
     exact = units.copy()
     over = np.flatnonzero(units > budget)
-    for i in over[np.argsort(-units[over], kind="stable")][:MOST_COUNTED].tolist():
+    for i in over[np.argsort(-units[over], kind="stable")][:MAX_COUNTED_ROWS].tolist():
         exact[i] = packed_tokens([rows.unit(i, range(responses))])
     return exact
 

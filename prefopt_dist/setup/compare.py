@@ -21,10 +21,10 @@ from prefopt_dist.monitoring.statistics import interval_text
 from prefopt_dist.monitoring.verdict import verdict
 from prefopt_dist.rollouts import comparison, measures
 from prefopt_dist.rollouts.measures import answer_sums, units_of
-from prefopt_dist.rollouts.store import Answered
+from prefopt_dist.rollouts.store import AnsweredPrompt
 from prefopt_dist.setup import prepare_reference, prepare_rollouts
 from prefopt_dist.setup.prepare_models import Models
-from prefopt_dist.setup.prepare_rollouts import Answering
+from prefopt_dist.setup.prepare_rollouts import RolloutJob
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Comparison:
 
     config: Config
     models: Models
-    jobs: dict[str, Answering]
+    jobs: dict[str, RolloutJob]
     """Of policy and against, and of start where it is asked for"""
     reference: ModelFolder
     made_of: dict[str, Any]
@@ -50,7 +50,7 @@ class Comparison:
 
         Raises StoppedInFirstPass where a stop was asked; what was answered is kept.
         """
-        found: dict[Path, list[Answered]] = {}
+        found: dict[Path, list[AnsweredPrompt]] = {}
         for job in self.jobs.values():
             if job.store.folder not in found:
                 job.run(stop_asked)
@@ -64,8 +64,8 @@ class Comparison:
         reference = sums_under(self.config, self.models, self.reference, both, budget)
         of_policy, of_against = np.split(reference, [len(own)])
         likelihood = measures.Likelihood(own, of_policy, of_against, np.empty(0), [])
-        terms = measures.Terms(policy.sampling.stop_ids, weights)
-        row = measures.as_metrics(measures.measures_of_both(of["policy"], of["against"], likelihood, terms))
+        terms = measures.MeasureSettings(policy.sampling.stop_ids, weights)
+        row = measures.as_metrics(measures.measures_with_reference(of["policy"], of["against"], likelihood, terms))
         sides = {which: _nats(row, prefix) for which, prefix in (("policy", "answers/"), ("against", "answers/start/"))}
         if not self.is_start:  # another model, strange to the reference itself, tells nothing of what is usual
             del row["answers/start/reference_nats"]
@@ -86,7 +86,9 @@ class Comparison:
         return compared
 
 
-def _apart(mine: Sequence[Answered], theirs: Sequence[Answered], weights: Sequence[float]) -> dict[str, Any]:
+def _apart(
+    mine: Sequence[AnsweredPrompt], theirs: Sequence[AnsweredPrompt], weights: Sequence[float]
+) -> dict[str, Any]:
     """Win rate and difference of rewards."""
     found = comparison.compare_rewards(mine, theirs, weights)
     return {name: found[name] for name in ("win_rate", "difference")}
@@ -116,7 +118,7 @@ def prepare(
     evaluate = config.evaluate
     assert evaluate.prompts is not None
     asked = {"policy": policy, "against": against} | ({} if start is None else {"start": start})
-    jobs: dict[str, Answering] = {}
+    jobs: dict[str, RolloutJob] = {}
     for what, model in asked.items():
         same = [job for job in jobs.values() if job.model.path == model.path]
         jobs[what] = (
@@ -141,7 +143,7 @@ def prepare(
         "scores": jobs["policy"].scores,
         "weights": list(jobs["policy"].reward_weights),
         "on_bad_reward": config.generate.on_bad_reward,
-        "reference": prepare_reference.weights(reference, models.dtype, config.cache_dir).key,
+        "reference": prepare_reference.hash_weights(reference, models.dtype, config.cache_dir).key,
     }
     is_start = other is not None or against.path in (reference.path, models.policy.path)
     other = other or ("the start" if is_start else str(against.path))

@@ -16,7 +16,7 @@ from prefopt_dist.config import Config, mask_secrets, to_dict
 from prefopt_dist.data.options import TextOptions
 from prefopt_dist.data.template import PLAIN_TEMPLATE, read_template, response_end_ids
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.distributed.ranks import refuse_local_folder
+from prefopt_dist.distributed.ranks import require_shared_folder
 from prefopt_dist.distributed.watchdog import Watchdog
 from prefopt_dist.errors import StopRequested, UserError
 from prefopt_dist.monitoring import heartbeat
@@ -43,9 +43,9 @@ from prefopt_dist.training.stop import Requests
 def run_folder(config: Config, *, begins: bool, bare: bool = False) -> Iterator[RunFolder]:
     """All ranks: rank 0 has opened and locked the folder, and every node sees it; begins, bare as in RunFolder.open."""
     folder = RunFolder(config.run_dir)
-    ranks.decide(lambda: folder.open(config, world_size=ranks.world_size(), begins=begins, bare=bare))
+    ranks.run_on_rank_zero(lambda: folder.open(config, world_size=ranks.world_size(), begins=begins, bare=bare))
     try:
-        refuse_local_folder(config.run_dir, "run.dir", remedy="Choose another folder.")
+        require_shared_folder(config.run_dir, "run.dir", remedy="Choose another folder.")
         with _watched(config):
             yield folder
     except UserError:
@@ -162,7 +162,7 @@ def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, ans
         log.feeds.finish()
         return summary
 
-    say(ranks.decide(conclude))
+    say(ranks.run_on_rank_zero(conclude))
 
 
 def _give_back(job: loop.Job) -> None:
@@ -192,12 +192,12 @@ def _judged(
         rows = [row for row in job.log.metrics.rows() if (row["kind"], row["step"]) == ("answers", step)]
         return rows[0] if rows else None
 
-    if ranks.decide(written) is None:
+    if ranks.run_on_rank_zero(written) is None:
         metrics = answers.judge(policy, stop_asked)
         seconds = {"perf/answers_seconds": time.perf_counter() - began}
         if job.log is not None:
             job.log.write("answers", step, job.order.step(step - 1), metrics | seconds)
-    row: Row | None = ranks.decide(written)
+    row: Row | None = ranks.run_on_rank_zero(written)
     assert row is not None
     return row
 

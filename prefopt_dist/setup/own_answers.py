@@ -21,10 +21,10 @@ from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.distributed.ranks import refuse_local_folder
+from prefopt_dist.distributed.ranks import require_shared_folder
 from prefopt_dist.errors import AgreedUserError
 from prefopt_dist.files import write_atomic
-from prefopt_dist.model.activation_checkpointing import KEPT_FREE, free_bytes, host_bytes
+from prefopt_dist.model.activation_checkpointing import RESERVED_SHARE, free_bytes, host_bytes
 from prefopt_dist.model.fingerprint import refuse_if_changed
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
@@ -33,7 +33,7 @@ from prefopt_dist.monitoring.console import in_units, say
 from prefopt_dist.monitoring.loggers import Sample
 from prefopt_dist.monitoring.metrics_file import MetricsFile, strict_inside
 from prefopt_dist.planning import memory
-from prefopt_dist.planning.memory import Place, Sampled
+from prefopt_dist.planning.memory import GenerationSettings, Placement
 from prefopt_dist.planning.rollouts import SHARD_PROMPTS
 from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.rollouts import comparison, measures
@@ -41,14 +41,14 @@ from prefopt_dist.rollouts.measures import answer_sums, units_of
 from prefopt_dist.rollouts.prompts import TOO_LONG, Prompts, first_prompts
 from prefopt_dist.rollouts.sampling import Engine, Sampling, seed_of_model, stop_ids_of
 from prefopt_dist.rollouts.sharded_engine import ShardedEngine
-from prefopt_dist.rollouts.store import Answered, SampleStore, digest_of
+from prefopt_dist.rollouts.store import AnsweredPrompt, SampleStore, digest_of
 from prefopt_dist.rollouts.transformers_engine import TransformersEngine, copy_for_sampling, load_for_sampling
 from prefopt_dist.setup import compare
 from prefopt_dist.setup.prepare_data import tokeniser_of
 from prefopt_dist.setup.prepare_models import Models
-from prefopt_dist.setup.prepare_reference import reference_settings, weights
-from prefopt_dist.setup.prepare_rollouts import Answering, made_by
-from prefopt_dist.setup.rewards import judges_of
+from prefopt_dist.setup.prepare_reference import hash_weights, reference_settings
+from prefopt_dist.setup.prepare_rollouts import RolloutJob, sampling_fingerprint
+from prefopt_dist.setup.rewards import configured_rewards
 
 FOLDER = "answers"
 """In the run folder: the policy's answers, a folder for each step that they are of."""
@@ -70,7 +70,7 @@ class OwnAnswers:
     config: Config
     models: Models
     prompts: Prompts
-    start: Answering
+    start: RolloutJob
     chosen: list[Unit]
     """Chosen responses of the data, which tell how likely good text is to the reference"""
 
@@ -86,7 +86,7 @@ class OwnAnswers:
         policy = self._of_policy(engine, step)
         policy.sample(stop_asked)
         policy = replace(policy, open_engine=_closed)  # it holds the training's engine, whose memory others need
-        found = ranks.together(lambda: policy.store.answered(None))
+        found = ranks.run_on_all_ranks(lambda: policy.store.answered(None))
         was_training = engine.module.training
         engine.module.eval()
         units = units_of(found)
@@ -94,7 +94,7 @@ class OwnAnswers:
         engine.module.train(was_training)
         return PolicyAnswers(policy, sums)
 
-    def _of_policy(self, engine: Any, step: int) -> Answering:
+    def _of_policy(self, engine: Any, step: int) -> RolloutJob:
         """All ranks: the policy's answers to the start's prompts, planned in the run folder."""
         models, config = self.models, self.config
         # Other draws than the start's, and the same whatever the ranks: see seed_of_model.
@@ -107,13 +107,13 @@ class OwnAnswers:
                 "step": step,
                 "prompts": self.prompts.digest(),
                 "shard": SHARD_PROMPTS,
-                **made_by(config, models, sampling),
+                **sampling_fingerprint(config, models, sampling),
             }
-            store = SampleStore(config.run_dir / FOLDER / f"{of_step(step)}{digest_of(settings)[:16]}")
+            store = SampleStore(config.run_dir / FOLDER / f"{step_prefix(step)}{digest_of(settings)[:16]}")
             store.make_plan(self.prompts.all, settings, SHARD_PROMPTS)
             return store.folder
 
-        folder = ranks.decide(plan)
+        folder = ranks.run_on_rank_zero(plan)
 
         def open_engine() -> Engine:
             if not _room_for_a_copy(config, models, "the trained model"):
@@ -141,10 +141,12 @@ class OwnAnswers:
         """
         policy = self.answer(engine, step, lambda: False)
         after, terms = self._scored(policy, lambda: False)
-        before = ranks.together(self.start.answered)
-        return measures.as_metrics(measures.measures_in_between(after, before, policy.sums, terms))
+        before = ranks.run_on_all_ranks(self.start.answered)
+        return measures.as_metrics(measures.measures_without_reference(after, before, policy.sums, terms))
 
-    def _scored(self, policy: PolicyAnswers, stop_asked: Callable[[], bool]) -> tuple[list[Answered], measures.Terms]:
+    def _scored(
+        self, policy: PolicyAnswers, stop_asked: Callable[[], bool]
+    ) -> tuple[list[AnsweredPrompt], measures.MeasureSettings]:
         """All ranks: the policy's answers with their rewards.
 
         A reward that fails on them, though it did not on the start's, costs neither the training nor its export: it is
@@ -152,10 +154,10 @@ class OwnAnswers:
         """
         try:
             policy.job.score(stop_asked)
-            return ranks.together(policy.job.answered), self._terms
+            return ranks.run_on_all_ranks(policy.job.answered), self._terms
         except AgreedUserError as fault:
             say(f"answers: no reward for the trained model's: {fault}")
-            return ranks.together(lambda: policy.job.store.answered(None)), replace(self._terms, weights=None)
+            return ranks.run_on_all_ranks(lambda: policy.job.store.answered(None)), replace(self._terms, weights=None)
 
     @property
     def made_of(self) -> str:
@@ -177,20 +179,22 @@ class OwnAnswers:
         Raises StoppedInFirstPass where a stop was asked.
         """
         after, terms = self._scored(policy, stop_asked)
-        before = ranks.together(self.start.answered)
+        before = ranks.run_on_all_ranks(self.start.answered)
         parts = [units_of(after), units_of(before), self.chosen]
         units = [replace(unit, row=i) for i, unit in enumerate(u for part in parts for u in part)]
         say(f"answers: the reference scores {len(units)} answers and chosen responses")
         sums = compare.sums_under(self.config, self.models, self.models.reference, units, self._budget(units))
         of_policy, of_start, of_chosen = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
-        likelihood = measures.Likelihood(policy.sums, of_policy, of_start, of_chosen, measures.tokens(self.chosen))
-        return measures.as_metrics(measures.measures_of_both(after, before, likelihood, terms))
+        likelihood = measures.Likelihood(
+            policy.sums, of_policy, of_start, of_chosen, measures.response_lengths(self.chosen)
+        )
+        return measures.as_metrics(measures.measures_with_reference(after, before, likelihood, terms))
 
     @property
-    def _terms(self) -> measures.Terms:
+    def _terms(self) -> measures.MeasureSettings:
         """Return by what answers are measured."""
         rewarded = self.start.scores is not None
-        return measures.Terms(self.start.sampling.stop_ids, self.start.reward_weights if rewarded else None)
+        return measures.MeasureSettings(self.start.sampling.stop_ids, self.start.reward_weights if rewarded else None)
 
     def samples(self, policy: PolicyAnswers) -> list[Sample]:
         """Rank 0: return every prompt with both answers, written to the run folder too."""
@@ -215,23 +219,23 @@ class OwnAnswers:
 class PolicyAnswers:
     """The trained model's answers, and its own log-probs of them."""
 
-    job: Answering
+    job: RolloutJob
     sums: NDArray[np.float64]
     """[answers] in nats"""
 
 
-def of_step(step: int) -> str:
+def step_prefix(step: int) -> str:
     """Return what the folder's name begins with that holds the answers after a step."""
     return f"step-{step:08d}-"
 
 
-def forget(folder: RunFolder, answers: OwnAnswers | NotAnswered, step: int) -> None:
+def remove_outdated(folder: RunFolder, answers: OwnAnswers | NotAnswered, step: int) -> None:
     """Rank 0, before a start goes on from `step`: remove answers of later steps, whose weights are made anew.
 
     And the rows of all answers where the prompts, the sampling or the rewards are others now.
     """
     for made in (folder.path / FOLDER).glob("step-*-*"):
-        if made.name > of_step(step + 1):
+        if made.name > step_prefix(step + 1):
             shutil.rmtree(made)
     made_of = None if isinstance(answers, NotAnswered) else answers.made_of
     if made_of != folder.facts.get("answers_of"):
@@ -249,17 +253,17 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
     asked = config.answers
     if asked.number == 0:
         return NotAnswered("answers.number is 0, so no prompt was answered; set it to some number, as 64")
-    judges = judges_of(config, models)
+    judges = configured_rewards(config, models)
     data = config.data
     tokeniser = tokeniser_of(config, models.tokenizer)
-    held = weights(models.policy, models.dtype, config.cache_dir)
+    held = hash_weights(models.policy, models.dtype, config.cache_dir)
     sampling = Sampling(
         n=1,
         temperature=asked.temperature,
         top_p=1.0,  # all tokens, as the KL is over all of them
         max_new_tokens=config.new_tokens,
         seed=seed_of_model(config.run.seed, held.key),
-        stop_ids=ranks.together(lambda: stop_ids_of(tokeniser.template, models.policy.path)),
+        stop_ids=ranks.run_on_all_ranks(lambda: stop_ids_of(tokeniser.template, models.policy.path)),
     )
     key, sources = config.answered_sources
 
@@ -279,19 +283,19 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
             "model": held.key,
             "prompts": prompts.digest(),
             "shard": SHARD_PROMPTS,
-            **made_by(config, models, sampling),
+            **sampling_fingerprint(config, models, sampling),
         }
         store = SampleStore(config.cache_dir / "samples" / digest_of(settings))
         store.make_plan(prompts.all, settings, SHARD_PROMPTS)
         return prompts, store.folder
 
-    prompts, folder = ranks.decide(plan)
+    prompts, folder = ranks.run_on_rank_zero(plan)
     if folder is None:
         return NotAnswered(
             f"{key} has no prompt that leaves {config.new_tokens} of data.max_length's {data.max_length} tokens for an "
             f"answer ({prompts.text()}); name other answers.prompts or lower answers.max_new_tokens"
         )
-    refuse_local_folder(folder, "run.cache", remedy="Set run.cache to one that is.")
+    require_shared_folder(folder, "run.cache", remedy="Set run.cache to one that is.")
     left_out = prompts.dropped.get(TOO_LONG, 0)
     said = f"; {left_out} longer prompts are left out" if left_out else ""
     say(
@@ -304,7 +308,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
             settings = reference_settings(config, models)
             lm = load_sharded(models.policy, dtype=models.dtype, settings=settings)
             sharded = zero3.reference_engine(Scorer(lm), settings)
-            ranks.together(lambda: refuse_if_changed(held.states))
+            ranks.run_on_all_ranks(lambda: refuse_if_changed(held.states))
             return ShardedEngine(sharded, str(models.policy.path), batch_tokens=_batch_tokens(config), release=True)
 
         def load() -> Engine:
@@ -312,9 +316,9 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
             refuse_if_changed(held.states)
             return TransformersEngine(lm, str(models.policy.path), batch_tokens=_batch_tokens(config))
 
-        return ranks.together(load)
+        return ranks.run_on_all_ranks(load)
 
-    start = Answering(
+    start = RolloutJob(
         "the start", SampleStore(folder), judges, sampling, tokeniser, open_engine, models.policy, held.key
     )
     return OwnAnswers(config, models, prompts, start, _chosen(rows, asked.number))
@@ -331,10 +335,10 @@ def _batch_tokens(config: Config) -> int:
     return SHARD_PROMPTS * config.data.max_length
 
 
-def sampled(config: Config) -> Sampled:
+def sampling_plan(config: Config) -> GenerationSettings:
     """Return how the prompts of the section answers are answered, for what a plan says of memory."""
     new = config.new_tokens
-    return Sampled(_batch_tokens(config), max(1, config.data.max_length - new), new, 1, False)
+    return GenerationSettings(_batch_tokens(config), max(1, config.data.max_length - new), new, 1, False)
 
 
 def _closed() -> Engine:
@@ -347,11 +351,11 @@ def _room_for_a_copy(config: Config, models: Models, who: str, *, loads: bool = 
     loads: from the model's folder, by way of the host's memory.
     """
     sizes = model_sizes(models.policy.config, models.dtype, 0, models.adapter)
-    place = Place(ranks.world_size(), ranks.device().type == "cuda")
-    phase = memory.generation(sizes, place, sampled(config))
-    need, free = phase.device, int((1 - KEPT_FREE) * min(ranks.gather(free_bytes())))
+    place = Placement(ranks.world_size(), ranks.device().type == "cuda")
+    phase = memory.generation_phase(sizes, place, sampling_plan(config))
+    need, free = phase.device, int((1 - RESERVED_SHARE) * min(ranks.all_gather(free_bytes())))
     if loads and place.is_gpu and need <= free:
-        need, free = phase.host, int((1 - KEPT_FREE) * min(ranks.gather(host_bytes())))
+        need, free = phase.host, int((1 - RESERVED_SHARE) * min(ranks.all_gather(host_bytes())))
     if need > free:
         say(
             f"answers: {who} answers under ZeRO-3, which gathers the model for every token, since a whole copy takes "
@@ -360,7 +364,7 @@ def _room_for_a_copy(config: Config, models: Models, who: str, *, loads: bool = 
     return need <= free
 
 
-def _reward(one: Answered, weights_of: Sequence[float]) -> float | None:
+def _reward(one: AnsweredPrompt, weights_of: Sequence[float]) -> float | None:
     """The first answer's reward; None where there is none, or no number."""
     if not one.scores[0]:
         return None

@@ -16,7 +16,7 @@ from prefopt_dist.data.derived import PromptTooFrequent, build_unpaired_rows, wi
 from prefopt_dist.data.options import TextOptions
 from prefopt_dist.data.quality.findings import DataFinding, row_findings, set_findings
 from prefopt_dist.data.quality.policy import refuse_stops, rows_left, rows_to_drop
-from prefopt_dist.data.quality.show import show_rows, shown_text
+from prefopt_dist.data.quality.show import row_text, show_rows
 from prefopt_dist.data.template import read_template, template_name
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.distributed import ranks
@@ -37,14 +37,14 @@ def load_train(config: Config, models: Models, objective: Objective) -> Tokenise
             "('### user:' and '### assistant:' as headlines); the export carries it"
         )
     say(f"data: reading {', '.join(s.path for s in config.data.train)}")
-    train = _open(lambda: prepared_train(config, models.tokenizer, models.policy.config.vocab_size))
+    train = _open(lambda: tokenised_train_folder(config, models.tokenizer, models.policy.config.vocab_size))
     say(f"data.train: {train.report.text()}")
     for shown in show_rows("data.train", train, models.tokenizer, 1):
-        say(shown_text(shown, train.kind, models.tokenizer))
+        say(row_text(shown, train.kind, models.tokenizer))
     _check_beside_models(models, train, objective, "data.train")
     check_rows(train, objective, "data.train")
     train = rows_for_loss(config, train, "data.train")
-    ranks.decide(lambda: checks.check_lengths(config, train, objective, "data.train", trained=True))
+    ranks.run_on_rank_zero(lambda: checks.check_lengths(config, train, objective, "data.train", trained=True))
     return train
 
 
@@ -52,12 +52,14 @@ def load_evals(config: Config, models: Models, objective: Objective) -> dict[str
     """All ranks: the evaluation sets by name; none where the configuration has none."""
     evals = {}
     for name, (key, sources) in zip(config.data.eval or {}, eval_sets(config).items(), strict=True):
-        evals[name] = _open(partial(prepared, config, models.tokenizer, models.policy.config.vocab_size, sources, key))
+        evals[name] = _open(
+            partial(tokenised_folder, config, models.tokenizer, models.policy.config.vocab_size, sources, key)
+        )
         say(f"{key}: {evals[name].report.text()}")
         _check_beside_models(models, evals[name], objective, key)
         check_rows(evals[name], objective, key)
         evals[name] = rows_for_loss(config, evals[name], key)
-        ranks.decide(partial(checks.check_lengths, config, evals[name], objective, key, trained=False))
+        ranks.run_on_rank_zero(partial(checks.check_lengths, config, evals[name], objective, key, trained=False))
     if not evals:
         say("data.eval is not set: nothing is evaluated")
     return evals
@@ -66,7 +68,7 @@ def load_evals(config: Config, models: Models, objective: Objective) -> dict[str
 def _check_beside_models(models: Models, rows: TokenisedRows, objective: Objective, key: str) -> None:
     """All ranks: refuses tokens that the reference lacks; names the rows that are longer than a model was made for."""
     if objective.needs_reference and models.reference is not models.policy:
-        ranks.decide(partial(checks.check_reference_vocabulary, models.reference, rows, key))
+        ranks.run_on_rank_zero(partial(checks.check_reference_vocabulary, models.reference, rows, key))
     lengths = rows.lengths()
     longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     for model in {models.policy.path: models.policy, models.reference.path: models.reference}.values():
@@ -88,7 +90,7 @@ def data_facts(train: TokenisedRows, evals: dict[str, TokenisedRows]) -> dict[st
 
 def _open(make: Callable[[], Path]) -> TokenisedRows:
     """All ranks: the rows in the folder that rank 0 makes."""
-    folder = ranks.decide(make)
+    folder = ranks.run_on_rank_zero(make)
 
     def open_here() -> TokenisedRows:
         try:
@@ -98,7 +100,7 @@ def _open(make: Callable[[], Path]) -> TokenisedRows:
                 f"run.cache: {folder} cannot be read here ({e}). All nodes must see the same run.cache."
             ) from e
 
-    return ranks.together(open_here)
+    return ranks.run_on_all_ranks(open_here)
 
 
 def check_rows(rows: TokenisedRows, objective: Objective, key: str) -> None:
@@ -163,7 +165,7 @@ def tokeniser_of(config: Config, tokenizer: Any) -> Tokeniser:
     return Tokeniser(template, data.max_length, data.max_prompt_length, options)
 
 
-def prepared(
+def tokenised_folder(
     config: Config,
     tokenizer: Any,
     vocabulary: int,
@@ -191,12 +193,12 @@ def prepared(
     )
 
 
-def prepared_train(config: Config, tokenizer: Any, vocabulary: int) -> Path:
+def tokenised_train_folder(config: Config, tokenizer: Any, vocabulary: int) -> Path:
     """The folder of the rows that are trained on: what the policies of the section inspect leave of data.train.
 
     Raises UserError where one of them is stop and there is such a finding.
     """
-    folder = prepared(config, tokenizer, vocabulary, config.data.train, TRAIN)
+    folder = tokenised_folder(config, tokenizer, vocabulary, config.data.train, TRAIN)
     policies = config.inspect.policies
     if set(policies.values()) == {"keep"}:
         return folder
@@ -204,14 +206,14 @@ def prepared_train(config: Config, tokenizer: Any, vocabulary: int) -> Path:
     evals = {}
     if {policies["eval_pairs"], policies["eval_prompts"]} != {"keep"}:
         for key, sources in eval_sets(config).items():
-            evals[key] = open_rows(prepared(config, tokenizer, vocabulary, sources, key), checksums=False)
+            evals[key] = open_rows(tokenised_folder(config, tokenizer, vocabulary, sources, key), checksums=False)
     heartbeat.beat("looking for what the section inspect names")
-    found = find_prepared(config, rows, evals, policies)
+    found = all_findings(config, rows, evals, policies)
     refuse_stops(found, policies, TRAIN)
     return without_rows(folder, rows, rows_to_drop(found, policies), key=TRAIN, say=say)
 
 
-def find_prepared(
+def all_findings(
     config: Config, rows: TokenisedRows, evals: Mapping[str, TokenisedRows], policies: Mapping[str, str] | None
 ) -> list[DataFinding]:
     """All findings of one data set; what is said of it as a whole is of the rows that the policies leave.

@@ -122,11 +122,11 @@ def _models(config: Config) -> Models:
 
 def load_models(config: Config) -> Models:
     """All ranks: checked folders; hub models are fetched once a node."""
-    ranks.decide(partial(_check_surroundings, config))
+    ranks.run_on_rank_zero(partial(_check_surroundings, config))
     # The first rank of a node downloads, the others then find the files.
-    ranks.together(partial(_models, config) if os.environ["LOCAL_RANK"] == "0" else lambda: None)
-    models = ranks.together(partial(_models, config))
-    ranks.decide(partial(checks.check_exportable, models.policy, models.tokenizer))
+    ranks.run_on_all_ranks(partial(_models, config) if os.environ["LOCAL_RANK"] == "0" else lambda: None)
+    models = ranks.run_on_all_ranks(partial(_models, config))
+    ranks.run_on_rank_zero(partial(checks.check_exportable, models.policy, models.tokenizer))
     say(f"policy: {_described(models.policy)}, computed in {config.model.dtype}")
     if config.reference.name_or_path is not None:
         say(f"reference: {_described(models.reference)}")
@@ -139,7 +139,9 @@ def _described(model: ModelFolder) -> str:
     return f"{model.path} ({model.config.model_type}, {files} of {in_units(size)})"
 
 
-def sized(settings: dict[str, Any], model: PreTrainedConfig, adapter: Adapter | None = None) -> dict[str, Any]:
+def with_model_buckets(
+    settings: dict[str, Any], model: PreTrainedConfig, adapter: Adapter | None = None
+) -> dict[str, Any]:
     """DeepSpeed's settings with buckets that suit the model, and the adapters that are trained in its place."""
     trained = None if adapter is None else adapter_parameters(model, adapter)
-    return zero3.with_buckets(settings, layer=layer_parameters(model), hidden=model.hidden_size, trained=trained)
+    return zero3.with_bucket_sizes(settings, layer=layer_parameters(model), hidden=model.hidden_size, trained=trained)

@@ -14,7 +14,7 @@ from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import AgreedUserError, UserError, shortened
-from prefopt_dist.model.fingerprint import FileState, reference_key, refuse_if_changed, remembered_digest
+from prefopt_dist.model.fingerprint import FileState, cached_digest, reference_key, refuse_if_changed
 from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import say
@@ -22,11 +22,11 @@ from prefopt_dist.objectives import Objective
 from prefopt_dist.objectives.factory import described
 from prefopt_dist.reference.first_pass import FirstPass, run_first_pass
 from prefopt_dist.reference.store import ReferenceStore
-from prefopt_dist.setup.prepare_models import Models, sized, zero_settings
+from prefopt_dist.setup.prepare_models import Models, with_model_buckets, zero_settings
 
 
 @dataclass(frozen=True)
-class Weights:
+class HashedWeights:
     """Weight files as they are at this moment."""
 
     key: str
@@ -40,7 +40,7 @@ def score_reference(
     models: Models,
     objective: Objective,
     sets: Sequence[TokenisedRows],
-    reference: Weights | None,
+    reference: HashedWeights | None,
     stop_asked: Callable[[], bool],
 ) -> tuple[list[ScoredRows], FirstPass | None]:
     """All ranks: the data sets with what the reference says of them, the first pass run where that is missing.
@@ -53,7 +53,7 @@ def score_reference(
     done = run_first_pass(
         model=models.reference,
         store=ReferenceStore(config.reference_store / reference.key),
-        check_loaded=lambda: ranks.together(lambda: refuse_if_changed(reference.states)),
+        check_loaded=lambda: ranks.run_on_all_ranks(lambda: refuse_if_changed(reference.states)),
         sets=sets,
         responses=max(rows.responses for rows in sets),  # a pair's two; KTO's own and mismatched one
         dtype=models.dtype,
@@ -66,49 +66,49 @@ def score_reference(
 
 def reference_settings(config: Config, models: Models) -> dict[str, Any]:
     """All ranks: the DeepSpeed configuration of an engine that only scores."""
-    zero = ranks.together(lambda: zero_settings(config.deepspeed.reference, "deepspeed.reference"))
+    zero = ranks.run_on_all_ranks(lambda: zero_settings(config.deepspeed.reference, "deepspeed.reference"))
     return zero3.reference_settings(
-        sized(zero, models.reference.config), dtype=models.dtype, offload=config.reference.offload
+        with_model_buckets(zero, models.reference.config), dtype=models.dtype, offload=config.reference.offload
     )
 
 
-def reference_weights(config: Config, models: Models, objective: Objective) -> Weights | None:
+def reference_weights(config: Config, models: Models, objective: Objective) -> HashedWeights | None:
     """All ranks: what the reference's weights are now; None for a loss without reference."""
-    return weights(models.reference, models.dtype, config.cache_dir) if objective.needs_reference else None
+    return hash_weights(models.reference, models.dtype, config.cache_dir) if objective.needs_reference else None
 
 
-def weights(model: ModelFolder, dtype: torch.dtype, cache: Path) -> Weights:
+def hash_weights(model: ModelFolder, dtype: torch.dtype, cache: Path) -> HashedWeights:
     """All ranks: the weight files' content hashed by the ranks in parallel, what is known in the cache not again.
 
     Refuses a folder that is another one on some node: rank 0 alone reads the tensors, whoever has hashed them.
     """
     files = model.weight_files
     # Before the hashing, which may take minutes.
-    states = ranks.together(lambda: {file: FileState.of(file) for file in files})
+    states = ranks.run_on_all_ranks(lambda: {file: FileState.of(file) for file in files})
     # Ranks that see the same files share the hashing, so a folder on a shared disk is read once, and not by every
     # node: 140 GB times the nodes would be the longest part of a start. Files are the same where all but the device's
     # number is, which each node gives anew: nobody can choose a time of change, so of two disks they agree only where
     # one is a copy of the other as a whole. Where a file system numbers its files anew on each node, every node reads
     # them all: slower, and as right.
-    views = ranks.gather([(file.name, *state[1:]) for file, state in states.items()])
+    views = ranks.all_gather([(file.name, *state[1:]) for file, state in states.items()])
     sharing = [rank for rank, view in enumerate(views) if view == views[ranks.rank()]]
 
     def hash_mine() -> list[str]:
         heartbeat.beat("reading the weight files")
         mine = files[sharing.index(ranks.rank()) :: len(sharing)]
-        return [remembered_digest(file, cache / "digests") for file in mine]
+        return [cached_digest(file, cache / "digests") for file in mine]
 
-    parts = ranks.gather(ranks.together(hash_mine))
+    parts = ranks.all_gather(ranks.run_on_all_ranks(hash_mine))
     digests = [parts[sharing[i % len(sharing)]][i // len(sharing)] for i in range(len(files))]
     _refuse_other_folders(model, dtype, digests)
-    return Weights(reference_key(digests, model.config, dtype), states)
+    return HashedWeights(reference_key(digests, model.config, dtype), states)
 
 
 def _refuse_other_folders(model: ModelFolder, dtype: torch.dtype, digests: list[str]) -> None:
     """All ranks: refuses a model folder of which some node has another one of the same name."""
     content = {"config.json": reference_key([], model.config, dtype)}  # what of it is in the key
     content |= {file.name: digest for file, digest in zip(model.weight_files, digests, strict=True)}
-    found = ranks.gather((socket.gethostname(), content))
+    found = ranks.all_gather((socket.gethostname(), content))
     first, expected = found[0]
     places: dict[str, int] = {}
     names: set[str] = set()
@@ -125,9 +125,9 @@ def _refuse_other_folders(model: ModelFolder, dtype: torch.dtype, digests: list[
         )
 
 
-def adapter_base(config: Config, models: Models) -> Weights | None:
+def adapter_base(config: Config, models: Models) -> HashedWeights | None:
     """All ranks: what they are now; None for a run without adapters."""
-    return weights(models.policy, models.dtype, config.cache_dir) if models.adapter is not None else None
+    return hash_weights(models.policy, models.dtype, config.cache_dir) if models.adapter is not None else None
 
 
 def refuse_other_base(config: Config, models: Models, manifest: Manifest) -> None:
@@ -144,7 +144,7 @@ def refuse_other_base(config: Config, models: Models, manifest: Manifest) -> Non
         )
     if models.adapter is None:
         return
-    digests = [remembered_digest(file, config.cache_dir / "digests") for file in models.policy.weight_files]
+    digests = [cached_digest(file, config.cache_dir / "digests") for file in models.policy.weight_files]
     key = reference_key(digests, models.policy.config, models.dtype)
     if key != manifest.facts["base_key"]:
         raise UserError(

@@ -16,7 +16,7 @@ from prefopt_dist.config import Config, DataSource
 from prefopt_dist.data.prepare import tokenizer_content
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.distributed import ranks
-from prefopt_dist.distributed.ranks import refuse_local_folder
+from prefopt_dist.distributed.ranks import require_shared_folder
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.fingerprint import refuse_if_changed
 from prefopt_dist.model.folder import ModelFolder
@@ -27,13 +27,13 @@ from prefopt_dist.rollouts import vllm_engine
 from prefopt_dist.rollouts.prompts import read_prompts
 from prefopt_dist.rollouts.sampling import Engine, Sampling, seed_of_model, stop_ids_of
 from prefopt_dist.rollouts.shards import in_lockstep, over_shards
-from prefopt_dist.rollouts.store import Answered, SampleStore, answers_of, digest_of
+from prefopt_dist.rollouts.store import AnsweredPrompt, SampleStore, answers_of, digest_of
 from prefopt_dist.rollouts.transformers_engine import TransformersEngine, load_for_sampling
-from prefopt_dist.setup.checks import eval_sets, led_by
+from prefopt_dist.setup.checks import eval_sets, selection_metrics
 from prefopt_dist.setup.prepare_data import TRAIN, tokeniser_of
 from prefopt_dist.setup.prepare_models import Models
-from prefopt_dist.setup.prepare_reference import weights
-from prefopt_dist.setup.rewards import Judges, check_rewards, judges_of
+from prefopt_dist.setup.prepare_reference import hash_weights
+from prefopt_dist.setup.rewards import ConfiguredRewards, check_rewards, configured_rewards
 from prefopt_dist.training.evaluation import ANSWERS
 
 
@@ -75,7 +75,7 @@ def check_for(config: Config, stage: str) -> None:
 
 def _refuse_answers_in_rounds(config: Config) -> None:
     """A round's training answers nothing of its own: the rounds compare by evaluate.prompts."""
-    led = [(key, metric) for _, key, metric in led_by(config) if metric.startswith(ANSWERS)]
+    led = [(key, metric) for _, key, metric in selection_metrics(config) if metric.startswith(ANSWERS)]
     for key, value in [*led, *([("answers.every", config.answers.every)] if config.answers.every else [])]:
         raise UserError(
             f"{key}: got {value}, but the rounds compare their models by evaluate.prompts, after each round, and a "
@@ -102,13 +102,13 @@ def check(config: Config) -> None:
 
 
 @dataclass(frozen=True)
-class Answering:
+class RolloutJob:
     """Prompts that a model is to answer, planned on disk; `run` does what is missing there."""
 
     what: str
     """For people: whose answers"""
     store: SampleStore
-    judges: Judges
+    judges: ConfiguredRewards
     sampling: Sampling
     tokeniser: Tokeniser
     open_engine: Callable[[], Engine]
@@ -149,7 +149,7 @@ class Answering:
             with scoring_lock(self.store.folder, "samples", stop_asked, "scoring these answers"):
                 self._each(self.scores, self._score, stop_asked)
 
-    def answered(self) -> list[Answered]:
+    def answered(self) -> list[AnsweredPrompt]:
         """One rank by itself: all prompts with answers and scores, in the order of the files, once `run` is done."""
         found = self.store.answered(self.scores)
         for one in found:  # the scores may have been made under on_bad_reward=drop
@@ -160,7 +160,7 @@ class Answering:
     def _each(
         self, what: str, work: Callable[[list[int], Callable[[], bool]], None], stop_asked: Callable[[], bool]
     ) -> None:
-        todo, messages = ranks.decide(lambda: self.store.missing(what))
+        todo, messages = ranks.run_on_rank_zero(lambda: self.store.missing(what))
         for message in messages:
             say(message)
         if todo:
@@ -190,7 +190,7 @@ class Answering:
 
     def _score(self, todo: list[int], stop_asked: Callable[[], bool]) -> None:
         heartbeat.beat("loading the rewards")
-        rewards = ranks.together(lambda: self.judges.open(self.tokeniser.template))
+        rewards = ranks.run_on_all_ranks(lambda: self.judges.open(self.tokeniser.template))
         assert self.scores is not None
         name = self.scores
 
@@ -225,24 +225,24 @@ def prepare(
     top_p: float,
     what: str,
     own_draws: bool = False,
-) -> Answering:
+) -> RolloutJob:
     """All ranks: reads the prompts on rank 0 and plans their answers; nothing is sampled yet.
 
     key: the dotted key that named the sources; own_draws: by a seed of these weights, so that another model's answers
     to the same prompts are drawn independently.
     """
-    ranks.decide(lambda: check(config))
+    ranks.run_on_rank_zero(lambda: check(config))
     data = config.data
-    judges = judges_of(config, models)
+    judges = configured_rewards(config, models)
     tokeniser = tokeniser_of(config, models.tokenizer)
-    held = weights(model, models.dtype, config.cache_dir)
+    held = hash_weights(model, models.dtype, config.cache_dir)
     sampling = Sampling(
         n=n,
         temperature=temperature,
         top_p=top_p,
         max_new_tokens=config.generate.max_new_tokens,
         seed=seed_of_model(config.run.seed, held.key) if own_draws else config.run.seed,
-        stop_ids=ranks.together(lambda: stop_ids_of(tokeniser.template, model.path)),
+        stop_ids=ranks.run_on_all_ranks(lambda: stop_ids_of(tokeniser.template, model.path)),
     )
 
     def plan() -> Path:
@@ -259,22 +259,22 @@ def prepare(
             "model": held.key,
             "prompts": prompts.digest(),
             "engine": config.generate.engine,
-            **made_by(config, models, sampling),
+            **sampling_fingerprint(config, models, sampling),
         }
         store = SampleStore(config.cache_dir / "samples" / digest_of(settings))
         store.make_plan(prompts.all, settings)
         return store.folder
 
-    folder = ranks.decide(plan)
-    refuse_local_folder(folder, "run.cache", remedy="Set run.cache to one that is.")
+    folder = ranks.run_on_rank_zero(plan)
+    require_shared_folder(folder, "run.cache", remedy="Set run.cache to one that is.")
 
     def open_engine() -> Engine:
-        return ranks.together(lambda: _engine(config, models, model, lambda: refuse_if_changed(held.states)))
+        return ranks.run_on_all_ranks(lambda: _engine(config, models, model, lambda: refuse_if_changed(held.states)))
 
-    return Answering(what, SampleStore(folder), judges, sampling, tokeniser, open_engine, model, held.key)
+    return RolloutJob(what, SampleStore(folder), judges, sampling, tokeniser, open_engine, model, held.key)
 
 
-def made_by(config: Config, models: Models, sampling: Sampling) -> dict[str, Any]:
+def sampling_fingerprint(config: Config, models: Models, sampling: Sampling) -> dict[str, Any]:
     """Return what, beside model and prompts, decides the answers, as a store keeps it."""
     return {
         "tokenizer": hashlib.blake2b(tokenizer_content(models.tokenizer), digest_size=16).hexdigest(),

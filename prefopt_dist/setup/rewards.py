@@ -14,10 +14,10 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.rewards import (
-    Bad,
     ClassifierReward,
     FunctionReward,
     Reward,
+    RewardFailure,
     RewardFolder,
     find_function,
     function_identity,
@@ -25,11 +25,11 @@ from prefopt_dist.rollouts.rewards import (
 )
 from prefopt_dist.rollouts.store import Scores, scores_name
 from prefopt_dist.setup.prepare_models import DTYPES, Models
-from prefopt_dist.setup.prepare_reference import weights
+from prefopt_dist.setup.prepare_reference import hash_weights
 
 
 @dataclass(frozen=True)
-class Judges:
+class ConfiguredRewards:
     """The rewards of a configuration; there may be none."""
 
     config: Config
@@ -62,9 +62,9 @@ class Judges:
                 found.append(FunctionReward(part))
         return found
 
-    def told(self, prompt: Prompt, number: int, values: Sequence[float | Bad]) -> Scores:
+    def told(self, prompt: Prompt, number: int, values: Sequence[float | RewardFailure]) -> Scores:
         """Return numbers, and texts for what is none; under on_bad_reward=stop such a text ends the job."""
-        told: Scores = [v.why if isinstance(v, Bad) else v for v in values]
+        told: Scores = [v.why if isinstance(v, RewardFailure) else v for v in values]
         self.refuse_bad(prompt, number, told)
         return told
 
@@ -86,14 +86,14 @@ def check_rewards(config: Config) -> None:
         _checked(source, key)
 
 
-def judges_of(config: Config, models: Models) -> Judges:
+def configured_rewards(config: Config, models: Models) -> ConfiguredRewards:
     """All ranks: check the rewards and hash what their numbers depend on."""
-    rewards = ranks.together(lambda: [(k, _checked(source, k)) for k, source in _keys(config)])
+    rewards = ranks.run_on_all_ranks(lambda: [(k, _checked(source, k)) for k, source in _keys(config)])
     identities = [
         _identity(config, models, source, part)
         for (_, part), source in zip(rewards, config.generate.rewards, strict=True)
     ]
-    return Judges(config, rewards, scores_name(identities) if identities else None)
+    return ConfiguredRewards(config, rewards, scores_name(identities) if identities else None)
 
 
 def _keys(config: Config) -> list[tuple[str, RewardSource]]:
@@ -116,7 +116,7 @@ def _identity(
     """All ranks: what a reward's numbers depend on."""
     if not isinstance(part, RewardFolder):
         assert source.function is not None
-        return dict(ranks.decide(lambda: function_identity(str(source.function))))
-    held = weights(part.model, models.dtype, config.cache_dir)
+        return dict(ranks.run_on_rank_zero(lambda: function_identity(str(source.function))))
+    held = hash_weights(part.model, models.dtype, config.cache_dir)
     text = hashlib.blake2b(tokenizer_content(part.tokenizer), digest_size=16).hexdigest()
     return {"model": held.key, "tokenizer": text, "pad": part.model.config.pad_token_id}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from prefopt_dist.batching.batches import ScoredRows, whole_set
+from prefopt_dist.batching.batches import ScoredRows, evaluation_batch
 from prefopt_dist.data.derived import UnpairedRows
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
@@ -32,7 +32,7 @@ def evaluate(engine: Any, objective: Objective, sets: Mapping[str, ScoredRows], 
     for name, data in sets.items():
         statistics = Statistics(objective.metrics, ranks.device())
         diagnosis = Diagnosis(objective, data.rows, ranks.device())
-        batch = whole_set(data, objective.responses, budget)
+        batch = evaluation_batch(data, objective.responses, budget)
         what = f"eval {name}".rstrip()
         here = at_reference_point(engine, batch, objective)
         halves = None

@@ -27,7 +27,7 @@ from prefopt_dist.monitoring.metrics_file import MetricsFile
 from prefopt_dist.monitoring.statistics import means
 from prefopt_dist.monitoring.timers import CommunicationTimer, StepTimer
 from prefopt_dist.objectives import Objective
-from prefopt_dist.reference.step0_check import Rounding, Step0Check
+from prefopt_dist.reference.step0_check import RoundingTolerance, Step0Check
 from prefopt_dist.training import evaluation, step
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.metrics_accumulator import MetricsAccumulator, own_slots
@@ -66,7 +66,7 @@ class Job:
     config: Config
     engine: Any
     objective: Objective
-    rounding: Rounding
+    rounding: RoundingTolerance
     train: ScoredRows
     eval_sets: Mapping[str, ScoredRows]
     order: Order
@@ -258,14 +258,14 @@ def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
 
 def _evaluate(job: Job, done: int) -> None:
     """A row of evaluation, unless a start before this one wrote it."""
-    written = ranks.decide(lambda: job.log is not None and job.log.metrics.has("eval", done))
+    written = ranks.run_on_rank_zero(lambda: job.log is not None and job.log.metrics.has("eval", done))
     if not job.eval_sets or written:
         return
     began = time.perf_counter()
     found = evaluate(job.engine, job.objective, job.eval_sets, job.config.reference_micro_batch_tokens)
     for key, metric in _judged_by(job.config):
         if evaluation.kind_of(metric) == "eval":
-            ranks.decide(partial(evaluation.refuse_unknown, metric, key, found))
+            ranks.run_on_rank_zero(partial(evaluation.refuse_unknown, metric, key, found))
     found["perf/evaluation_seconds"] = time.perf_counter() - began
     if job.log is not None:
         job.log.write("eval", done, job.order.step(done - 1) if done else None, found)
@@ -274,7 +274,7 @@ def _evaluate(job: Job, done: int) -> None:
 def _answered(job: Job, done: int) -> Mapping[str, Any]:
     """The metrics of the policy's own answers; none where a start before this one wrote their row. A stop waits."""
     assert job.answer is not None
-    if ranks.decide(lambda: job.log is not None and job.log.metrics.has("answers", done)):
+    if ranks.run_on_rank_zero(lambda: job.log is not None and job.log.metrics.has("answers", done)):
         return {}
     began = time.perf_counter()
     return {**job.answer(done), "perf/answers_seconds": time.perf_counter() - began}
@@ -298,7 +298,7 @@ def _stops_early(job: Job, done: int, answers: Mapping[str, Any]) -> bool:
         there = any((row["kind"], row["step"]) == (kind, done) for row in rows)
         return there and evaluation.stops(rows, early.metric, early.evaluations)
 
-    if not ranks.decide(look):
+    if not ranks.run_on_rank_zero(look):
         return False
     say(f"step {done}: {early.metric} has had no new best for {early.evaluations} evaluations; training ends here")
     job.total_steps = done

@@ -71,7 +71,7 @@ def optimizer_step(engine: Any, learning_rate: float, spikes: SpikeDetector | No
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    with nullcontext() if spikes is None else zero3.leaving_out(engine, spikes.judge):
+    with nullcontext() if spikes is None else zero3.skip_update_if(engine, spikes.judge):
         engine.step()
     if not engine.was_step_applied():
         return None

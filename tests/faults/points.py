@@ -25,7 +25,7 @@ class Point:
 P = "prefopt_dist."
 POINTS = (
     Point("start", P + "checkpoint.run_folder:RunFolder.note", 1, one=True),
-    Point("start", P + "distributed.ranks:refuse_local_folder", 1),
+    Point("start", P + "distributed.ranks:require_shared_folder", 1),
     Point("tokenising", P + "data.prepare:_Build._write", 2, one=True),
     Point("tokenising", P + "data.cache:_publish", 2, one=True),
     Point("loading the reference", P + "distributed.zero3:reference_engine", 1),
