@@ -1,4 +1,4 @@
-"""The stages' door: python -m prefopt_dist STAGE RUN.yaml [section.key=value ...]."""
+"""The command line: python -m prefopt_dist STAGE RUN.yaml [section.key=value ...]."""
 
 from __future__ import annotations
 
@@ -13,75 +13,84 @@ from typing import NoReturn
 from prefopt_dist import files
 from prefopt_dist.config import Config, load_config, mask_secrets, to_yaml
 from prefopt_dist.errors import AgreedUserError, UserError
-from prefopt_dist.monitoring.console import rank_fault
+from prefopt_dist.monitoring.console import print_rank_fault
 
 STAGES = {
-    "inspect": "read and tokenise the data, report what is wrong with it and how long it is",
-    "plan": "what the job needs on a machine: memory, steps, time, disk; refuse what cannot fit",
-    "reference": "the first pass alone: score the data with the reference into the store",
-    "train": "the whole job: first pass where rows are missing, training, export; resumes by itself",
-    "evaluate": "a model or checkpoint against the reference on data.eval",
-    "generate": "prompts, n responses each, a reward: pairs to train on",
-    "rounds": "generate and train, several times over, each round from the model of the one before",
-    "report": "a page with the curves and the diagnosis of a run, from its folder alone",
-    "export": "a checkpoint to a Hugging Face folder, verified by loading it back",
+    "inspect": "read and tokenise the data, report its faults and lengths",
+    "plan": "report the memory, steps, time and disk that the job needs; refuse a job that cannot fit",
+    "reference": "run the first pass alone: score the data with the reference into the store",
+    "train": "run the whole job: first pass where rows are missing, training, export; resume automatically",
+    "evaluate": "compare a model or checkpoint with the reference on data.eval",
+    "generate": "sample n responses to each prompt, score them with a reward and write pairs to train on",
+    "rounds": "generate and train several times, each round from the model of the previous one",
+    "report": "write a page with the curves and findings of a run, from its folder alone",
+    "export": "write a checkpoint as a Hugging Face folder and verify it by loading it back",
 }
-ALONE = ("inspect", "plan", "report")
-"""Stages of one process without a process group, which need no weights and hold no run folder."""
+SINGLE_PROCESS_STAGES = ("inspect", "plan", "report")
+"""Stages that run in one process without a process group, load no weights and lock no run folder."""
 USER_MISTAKE = 2
+"""Exit status for a mistake that the user can correct."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The process's exit status: 0 done or stopped on request, 2 the user's mistake; a crash raises."""
+    """Run the command line and return the exit status: 0 done or stopped on request, 2 the user's mistake.
+
+    A crash raises its exception.
+    """
     parser = argparse.ArgumentParser(
         prog="prefopt_dist",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="stages:\n" + "\n".join(f"  {name:10} {what}" for name, what in STAGES.items()),
+        epilog="stages:\n" + "\n".join(f"  {name:10} {purpose}" for name, purpose in STAGES.items()),
     )
     parser.add_argument("stage", choices=STAGES, metavar="STAGE")
     parser.add_argument("run", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and end")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument(
-        "--check", action="store_true", help="check everything that needs no ranks, print the run folder and end"
+        "--check",
+        action="store_true",
+        help="check all that needs no process group, print the run folder and exit",
     )
-    asked = parser.parse_intermixed_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     try:
-        config = load_config(asked.run, asked.overrides)
-        if asked.print_config:
+        config = load_config(given.run, given.overrides)
+        if given.print_config:
             print(to_yaml(config), end="")
-        elif asked.check:
-            _check(config, asked.stage)
+        elif given.check:
+            _check(config, given.stage)
         else:
-            return _run_on_disks(config, asked.stage)
+            return _run_reporting_full_disks(config, given.stage)
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
             message = f"error: {mask_secrets(str(e))}"
             print(message, file=sys.stderr, flush=True)
-            _leave_status(USER_MISTAKE, message)
-        elif not isinstance(e, AgreedUserError):  # nobody else knows of it
-            rank_fault(f"error: {mask_secrets(str(e))}")
+            _write_status(USER_MISTAKE, message)
+        elif not isinstance(e, AgreedUserError):  # the other ranks do not know of it
+            print_rank_fault(f"error: {mask_secrets(str(e))}")
         return USER_MISTAKE
     return 0
 
 
-def _run_on_disks(config: Config, stage: str) -> int:
-    """Runs the stage; a full disk is the user's to mend, and starting again by itself would not help."""
+def _run_reporting_full_disks(config: Config, stage: str) -> int:
+    """Run the stage and return the exit status; a full disk is the user's mistake (status 2).
+
+    Only the user can free space, and a launcher that starts a crashed job again would not help.
+    """
     try:
         _run(config, stage)
     except UserError:
         raise
     except Exception as e:
-        told = _full_disk(e, config)
-        if told is None:
+        message = _describe_full_disk(e, config)
+        if message is None:
             raise
-        rank_fault(told)
-        _leave_status(USER_MISTAKE, told)  # whichever rank met it
+        print_rank_fault(message)
+        _write_status(USER_MISTAKE, message)  # by any rank: the others do not know of it
         return USER_MISTAKE
     return 0
 
 
-def _full_disk(fault: Exception, config: Config) -> str | None:
+def _describe_full_disk(fault: Exception, config: Config) -> str | None:
     folders = [
         ("run.dir", config.run_dir),
         ("run.cache", config.cache_dir),
@@ -93,7 +102,7 @@ def _full_disk(fault: Exception, config: Config) -> str | None:
 
 
 def _check(config: Config, stage: str) -> None:
-    if stage not in ALONE:
+    if stage not in SINGLE_PROCESS_STAGES:
         from prefopt_dist.setup import prepare_models, prepare_rollouts
 
         prepare_models.check(config, prepare_rollouts.sources_of(config, stage))
@@ -103,7 +112,7 @@ def _check(config: Config, stage: str) -> None:
 
 def _run(config: Config, stage: str) -> None:
     module = importlib.import_module(f"prefopt_dist.commands.{stage}")
-    if stage in ALONE:
+    if stage in SINGLE_PROCESS_STAGES:
         module.run(config)
         return
     from prefopt_dist.distributed import ranks
@@ -113,27 +122,30 @@ def _run(config: Config, stage: str) -> None:
         module.run(ranks.run_on_rank_zero(config.with_cache))
     except ranks.OtherRankFailed as e:
         raise SystemExit(1) from e
-    # Not after a crash: with NCCL it would wait for collectives that never come, and hide the traceback.
+    # Not after a crash: with NCCL it would wait for collectives that never come, which would hide the traceback.
     ranks.end()
 
 
-def _leave(status: int) -> NoReturn:
-    """Not by the interpreter's own end where there was a process group: see ranks.exit_now."""
+def _exit(status: int) -> NoReturn:
+    """Exit with the status; after a process group by `ranks.exit_now`, which says why."""
     if "prefopt_dist.distributed.ranks" in sys.modules:
-        sys.modules["prefopt_dist.distributed.ranks"].leave(status)
+        sys.modules["prefopt_dist.distributed.ranks"].exit_now(status)
     sys.exit(status)
 
 
-def _leave_status(status: int, message: str) -> None:
-    """For the launcher: torchrun turns every status into 1, and its own block of text buries the message."""
+def _write_status(status: int, message: str) -> None:
+    """Write status and message to $PREFOPT_STATUS_FILE for the launcher.
+
+    torchrun turns every status into 1 and hides the message under its own report.
+    """
     file = os.environ.get("PREFOPT_STATUS_FILE")
     if file:
-        # An argument that is no UTF-8 has lone surrogates, and so has the message that shows it.
+        # An argument that is not UTF-8 has lone surrogates, and so has the message that shows it.
         Path(file).write_text(f"{status}\n{message}\n", encoding="utf-8", errors="backslashreplace")
 
 
 def run() -> NoReturn:
-    """Run the stage that the command line names and end the process with its status."""
-    given = sys.argv[1:]
-    sys.argv[1:] = [mask_secrets(argument) for argument in given]  # W&B records the command line
-    _leave(main(given))
+    """Run the stage that the command line names and exit with its status."""
+    arguments = sys.argv[1:]
+    sys.argv[1:] = [mask_secrets(argument) for argument in arguments]  # W&B records the command line
+    _exit(main(arguments))

@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend."""
+"""Exceptions of the package: mistakes that the user can correct, and a requested stop."""
 
 
 class UserError(ValueError):
@@ -10,17 +10,17 @@ class UserError(ValueError):
 
 
 class AgreedUserError(UserError):
-    """A UserError that every rank has: rank 0 tells it for all."""
+    """A UserError that is raised on every rank, so that only rank 0 prints it."""
 
 
 class NotHere(UserError):
-    """What the user names is not on this machine, which a plan for another one need not mind."""
+    """A path or name that does not exist on this machine; a plan for another machine may ignore it."""
 
 
-def shortened(text: str) -> str:
-    """What a message shows of a value or a key: its beginning."""
+def shorten(text: str) -> str:
+    """Return the text, or its beginning and "..." where it has more than 80 characters, for a message."""
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 class StopRequested(Exception):
-    """The pass was asked to stop; what it scored is in the store."""
+    """A first pass or sampling ended early because a stop was requested; finished work is stored."""

@@ -1,4 +1,4 @@
-"""Write files whole or not at all, lock them, and explain a full disk."""
+"""Atomic writes, checksums, JSON files, file locks, and the explanation of a full disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import Any
 from prefopt_dist.errors import UserError
 
 _CHUNK_BYTES = 4 << 20
-_FORGOTTEN_SECONDS = 24 * 3600
+_STALE_SECONDS = 24 * 3600
 
 
 def fsync_folder(path: Path) -> None:
@@ -34,13 +34,13 @@ def fsync_folder(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replace `path` by `data`: a reader sees the old content or the new, also after a power cut.
+    """Replace `path` by `data` atomically: a reader sees the old content or the new, also after a power failure.
 
-    Text is written as UTF-8. On a failure (a full disk) the old file stays and no temporary one is left.
+    Text is written as UTF-8. On a failure (such as a full disk) the old file stays and no temporary file is left.
     """
     content = data.encode() if isinstance(data, str) else data
-    # Beside the target, because a rename is atomic only within one file system. Not mkstemp: its mode
-    # is 0600 whatever the umask, and colleagues of the same group could not read the run.
+    # In the target's folder, because a rename is atomic only within one file system. Not mkstemp: its mode
+    # is 0600 regardless of the umask, so colleagues of the same group could not read the run.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -55,20 +55,20 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     fsync_folder(path.parent)
 
 
-def sweep(folder: Path, pattern: str) -> None:
-    """Removes what writers that were killed left under temporary names a day ago or earlier.
+def remove_stale(folder: Path, pattern: str) -> None:
+    """Remove the temporary files and folders of killed writers that match `pattern` and are older than a day.
 
-    By age, because another job may be writing under such a name at this moment.
+    Age decides, because another job may be writing under such a name at this moment.
     """
-    for left in folder.glob(pattern):
-        with suppress(OSError):  # gone, or not ours to remove
-            youngest = max(p.stat().st_mtime for p in [left, *left.glob("*")])
-            if time.time() - youngest > _FORGOTTEN_SECONDS:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for path in folder.glob(pattern):
+        with suppress(OSError):  # already removed, or owned by another user
+            newest = max(p.stat().st_mtime for p in [path, *path.glob("*")])
+            if time.time() - newest > _STALE_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def checksum(path: Path) -> str:
-    """BLAKE2b-128 of the file's content, in hexadecimal; read in chunks, so size does not matter."""
+    """Return the BLAKE2b-128 of the file's content in hexadecimal; it reads in chunks, so any size fits in memory."""
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -77,12 +77,16 @@ def checksum(path: Path) -> str:
 
 
 def write_json(path: Path, obj: Any) -> None:
-    """`write_atomic` of strict JSON (a NaN is an error), indented for people."""
+    """Write `obj` as indented strict JSON (a NaN is an error), by `write_atomic`."""
     write_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The file's JSON; what is no JSON is refused with the file's name and the line."""
+    """Return the file's JSON value.
+
+    Raises:
+        UserError: the file is not JSON or not UTF-8; the message names the file and the line.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as fault:
@@ -92,7 +96,10 @@ def read_json(path: Path) -> Any:
 
 
 class FileLock:
-    """Held by at most one process on all machines that see the file (NFS 4 and parallel file systems pass it on)."""
+    """A lock that at most one process holds, on all machines that see the file.
+
+    NFS 4 and parallel file systems support this across machines.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -100,11 +107,15 @@ class FileLock:
 
     @property
     def held(self) -> bool:
-        """Whether this object holds the lock."""
+        """Return whether this object holds the lock."""
         return self._descriptor is not None
 
-    def take(self) -> str | None:
-        """Takes the lock and returns None, or returns who holds it; OSError where there can be no lock."""
+    def acquire(self) -> str | None:
+        """Acquire the lock and return None, or return a description of its holder.
+
+        Raises:
+            OSError: the file system does not support the lock, or the file cannot be opened.
+        """
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,53 +128,57 @@ class FileLock:
             raise
         self._descriptor = descriptor
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
+        with contextlib.suppress(OSError):  # on a full disk the lock works without the holder's description
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"host {socket.gethostname()}, process {os.getpid()}, since {since}".encode())
         return None
 
-    def give_back(self) -> None:
-        """Gives the lock back if it is held; the file stays."""
+    def release(self) -> None:
+        """Release the lock if it is held; the file stays."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
-_DISK_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "no room for")
-"""Of libraries that make an exception of their own of it."""
-_WRITERS = ("PytorchStreamWriter", "inline_container", "not committed")
-"""What torch says of any failed write: a full disk only where the disk is full now."""
+_FULL_DISK_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "no room for")
+"""Texts by which libraries report a full disk in exceptions of their own."""
+_WRITE_FAILURE_WORDS = ("PytorchStreamWriter", "inline_container", "not committed")
+"""Texts by which torch reports any failed write: it was a full disk only if the disk is full now."""
 _FULL_BYTES = 1 << 20
+"""A disk with less free space counts as full."""
 
 
 def explain_disk_error(fault: BaseException, folders: Iterable[tuple[str, Path]]) -> str | None:
-    """What to say of `fault` where it comes of a full disk, None where it does not.
+    """Return the message for a fault that a full disk caused, or None for another fault.
 
-    folders: dotted key and folder of all that a job writes.
+    Args:
+        fault: the exception; its causes are examined too.
+        folders: dotted key and path of each folder that the job writes to.
     """
-    faults, link = [], fault
-    while link is not None and link not in faults:
-        faults.append(link)
+    chain, link = [], fault
+    while link is not None and link not in chain:
+        chain.append(link)
         link = link.__cause__ or link.__context__  # type: ignore[assignment]
     full = [(key, folder) for key, folder in folders if _free_space(folder) < _FULL_BYTES]
-    text = " ".join(str(f) for f in faults)
-    certain = any(isinstance(f, OSError) and f.errno in _DISK_ERRORS for f in faults) or any(
-        w in text for w in _DISK_WORDS
+    text = " ".join(str(f) for f in chain)
+    certain = any(isinstance(f, OSError) and f.errno in _DISK_ERRORS for f in chain) or any(
+        words in text for words in _FULL_DISK_WORDS
     )
-    if not certain and not (full and any(word in text for word in _WRITERS)):
+    if not certain and not (full and any(words in text for words in _WRITE_FAILURE_WORDS)):
         return None
-    # Of a copy the second name is the one that was written.
-    files = [str(f.filename2 or f.filename) for f in faults if isinstance(f, OSError) and f.filename]
+    # A copy has two names, and the second is the file that was being written.
+    files = [str(f.filename2 or f.filename) for f in chain if isinstance(f, OSError) and f.filename]
     place = ", ".join(f"{key}: the disk of {folder} is full" for key, folder in full[:1])
     return (
-        f"{place or 'a disk is full, or its quota used up'} ({(files or [text.splitlines()[0]])[0]}). What was "
-        "committed before is sound: free some space, or move the folder and name its new place, and start again."
+        f"{place or 'a disk is full, or its quota is used up'} ({(files or [text.splitlines()[0]])[0]}). Everything "
+        "that was committed is intact: free some space, or move the folder and set its key to the new path; then start "
+        "again with the same command."
     )
 
 
 def _free_space(folder: Path) -> int:
-    """Bytes that are left where the folder is or would be made."""
+    """Return the free bytes of the disk that holds the folder, or that would hold it once it is created."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free

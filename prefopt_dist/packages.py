@@ -1,4 +1,4 @@
-"""Packages that only some runs need: where one is absent, the message says which key asked for it."""
+"""Packages that only some runs need; the message about a missing one names the key that needs it."""
 
 from __future__ import annotations
 
@@ -9,30 +9,40 @@ from typing import Any
 from prefopt_dist.errors import UserError
 
 
-def import_optional(package: str, place: str, what: str, otherwise: str) -> Any:
-    """The imported package, or the user's mistake; `what` needs it, and `otherwise` is the other remedy.
+def import_optional(package: str, place: str, feature: str, alternative: str) -> Any:
+    """Import the package and return it; this may take seconds, so call it only where the package is used.
 
-    `place` is the dotted key. The import may take seconds, so it is asked for only where it is needed.
+    Args:
+        package: dotted name of the module to import.
+        place: dotted key of the configuration that needs it.
+        feature: what needs the package, as the subject of a sentence.
+        alternative: the remedy besides installing the package, as an imperative.
+
+    Raises:
+        UserError: the package cannot be imported.
     """
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise _absent(package, place, what, otherwise, str(error)) from error
+        raise _missing(package, place, feature, alternative, str(error)) from error
 
 
-def require_package(package: str, place: str, what: str, otherwise: str) -> None:
-    """As `needed`, without the import: a package that is there but broken is found later."""
+def require_package(package: str, place: str, feature: str, alternative: str) -> None:
+    """Check that the package is installed, without importing it: a broken one is found when it is imported.
+
+    The arguments and the error are those of `import_optional`.
+    """
     try:
         found = importlib.util.find_spec(package) is not None
-    except ImportError:  # somebody's import hook refuses it
+    except ImportError:  # an import hook refuses the package
         found = False
     if not found:
-        raise _absent(package, place, what, otherwise, "not installed")
+        raise _missing(package, place, feature, alternative, "not installed")
 
 
-def _absent(package: str, place: str, what: str, otherwise: str, why: str) -> UserError:
+def _missing(package: str, place: str, feature: str, alternative: str, reason: str) -> UserError:
     name = package.partition(".")[0]
     return UserError(
-        f"{place}: {what} needs the package {name}, which cannot be imported ({why}); "
-        f"install it with: pip install {name}, or {otherwise}"
+        f"{place}: {feature} needs the package {name}, which cannot be imported ({reason}); "
+        f"install it with: pip install {name}, or {alternative}"
     )

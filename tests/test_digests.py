@@ -149,13 +149,13 @@ def test_states_of_a_link_are_those_of_its_file(file: Path, tmp_path: Path) -> N
 
 def test_a_lock_is_held_by_one_and_names_it(tmp_path: Path) -> None:
     first, second = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
-    assert first.take() is None
-    holder = second.take()
+    assert first.acquire() is None
+    holder = second.acquire()
     assert holder is not None
     assert f"process {os.getpid()}" in holder
     assert first.held
     assert not second.held
-    first.give_back()
-    assert second.take() is None
-    first.give_back()  # what is not held is not given back
+    first.release()
+    assert second.acquire() is None
+    first.release()  # what is not held is not given back
     assert second.held

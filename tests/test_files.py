@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from prefopt_dist.errors import UserError
-from prefopt_dist.files import checksum, read_json, sweep, write_atomic, write_json
+from prefopt_dist.files import checksum, read_json, remove_stale, write_atomic, write_json
 
 
 def test_write_replaces_whole_content_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_what_a_killed_writer_left_goes_after_a_day(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
         os.utime(tmp_path / name, (old, old))
     (tmp_path / ".b.tmp").write_text("x")
-    sweep(tmp_path, ".building-*")
-    sweep(tmp_path, ".*.tmp")
+    remove_stale(tmp_path, ".building-*")
+    remove_stale(tmp_path, ".*.tmp")
     assert sorted(os.listdir(tmp_path)) == [".b.tmp", ".building-written", ".building-young", "rows.bin"]
-    sweep(tmp_path / "absent", "*")
+    remove_stale(tmp_path / "absent", "*")

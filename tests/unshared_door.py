@@ -42,4 +42,4 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
 if __name__ == "__main__":
     first_pass.pack = batches.pack = pack
     status = cli.main(sys.argv[1:])
-    cli._leave(status)
+    cli._exit(status)
