@@ -22,7 +22,7 @@ from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
 from prefopt_dist.reference import first_pass
 from prefopt_dist.reference.store import ReferenceStore
-from prefopt_dist.setup.prepare_models import sized, zero_settings
+from prefopt_dist.setup.prepare_models import with_model_buckets, zero_settings
 from prefopt_dist.training import step
 from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.stop import Request
@@ -114,7 +114,7 @@ def score(
     As `run_first_pass`, less loading and the spot checks, which do not grow with the data.
     """
     settings = zero3.reference_settings(
-        sized(zero_settings(str(CONFIGS / "reference_zero3.json"), "deepspeed.reference"), model.config),
+        with_model_buckets(zero_settings(str(CONFIGS / "reference_zero3.json"), "deepspeed.reference"), model.config),
         dtype=dtype,
         offload="none",
     )
@@ -131,7 +131,7 @@ def score(
 def policy(task: Task, model: Any, dtype: torch.dtype) -> Any:
     """The engine as the training stage makes it."""
     settings = zero3.policy_settings(
-        sized(zero_settings(str(CONFIGS / "policy_zero3.json"), "deepspeed.policy"), model.config),
+        with_model_buckets(zero_settings(str(CONFIGS / "policy_zero3.json"), "deepspeed.policy"), model.config),
         dtype=dtype,
         max_grad_norm=task.max_grad_norm,
     )

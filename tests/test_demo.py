@@ -11,7 +11,7 @@ from prefopt_dist.config import load_config
 from prefopt_dist.config.losses import SFTLoss
 from prefopt_dist.demo import parts, result
 from prefopt_dist.demo.__main__ import RECIPES
-from prefopt_dist.demo.reward import NOISE, judge, score, whole
+from prefopt_dist.demo.reward import JUDGE_NOISE, is_whole, judge, score
 from prefopt_dist.demo.world import CASUAL, FORMAL, Task, letter, perfect, tasks, write_model, write_world
 from prefopt_dist.files import write_json
 
@@ -51,7 +51,7 @@ def test_another_seed_is_another_world(tmp_path: Path) -> None:
 def test_a_perfect_letter_has_the_whole_reward() -> None:
     for task in islice(tasks(3), 200):
         assert score(task.prompt, perfect(task), {}) == pytest.approx(1.0)
-        assert whole(task.prompt, perfect(task))
+        assert is_whole(task.prompt, perfect(task))
     assert TASK.prompt == "Write to my boss Ada that the train is late and that the key was found."
     assert score([{"role": "user", "content": TASK.prompt}], FORMAL_LETTER, {}) == pytest.approx(1.0)
 
@@ -88,14 +88,14 @@ def test_any_text_has_a_reward() -> None:
     assert score(TASK.prompt, "", {}) == 0.0
     for text, most in (("", 0.25), ("Hugs", 0.25), ("!!,,..", 0.25), ("the train", 0.25), (FORMAL_LETTER * 3, 0.9)):
         assert 0.0 <= score(TASK.prompt, text, {}) <= most
-        assert not whole(TASK.prompt, text)
+        assert not is_whole(TASK.prompt, text)
 
 
 def test_what_is_whole() -> None:
     """A letter may be poor and whole."""
     for prompt, letters in drawn(5, 300):
-        assert all(whole(prompt, one) for one in letters)
-    assert whole(TASK.prompt, "Hey boss Ada! The sky is grey. Guess what: the key was found! Hugs")
+        assert all(is_whole(prompt, one) for one in letters)
+    assert is_whole(TASK.prompt, "Hey boss Ada! The sky is grey. Guess what: the key was found! Hugs")
     for spoilt in (
         FORMAL_LETTER.removesuffix(" Kind regards"),
         FORMAL_LETTER + " Kind regards",
@@ -104,7 +104,7 @@ def test_what_is_whole() -> None:
         FORMAL_LETTER.replace("late.", "late"),
         FORMAL_LETTER.replace(" I remain", "  I remain"),
     ):
-        assert not whole(TASK.prompt, spoilt)
+        assert not is_whole(TASK.prompt, spoilt)
 
 
 def test_the_reward_is_graded_and_the_chosen_letter_better_not_perfect() -> None:
@@ -126,7 +126,7 @@ def test_the_judge_errs_the_same_way_each_time() -> None:
     errors = [judge(p, one, {}) - score(p, one, {}) for p, letters in world for one in letters]
     assert errors == [judge(p, one, {}) - score(p, one, {}) for p, letters in world for one in letters]
     assert abs(sum(errors) / len(errors)) < 0.01
-    assert (sum(e**2 for e in errors) / len(errors)) ** 0.5 == pytest.approx(NOISE, rel=0.1)
+    assert (sum(e**2 for e in errors) / len(errors)) ** 0.5 == pytest.approx(JUDGE_NOISE, rel=0.1)
 
 
 @pytest.mark.parametrize("recipe", ["sft", "pairs", "control", *RECIPES])
@@ -135,7 +135,7 @@ def test_recipes_are_of_the_demo_s_world(recipe: str, tmp_path: Path) -> None:
     config = load_config(parts.recipe_file(recipe))
     moved = parts.config_of(recipe, tmp_path / "other", 5)
     assert (moved.run.seed, moved.run_dir) == (5, tmp_path / "other" / config.run_dir.name)
-    for one, root in ((config, Path(parts.USUAL)), (moved, tmp_path / "other")):
+    for one, root in ((config, Path(parts.DEFAULT_FOLDER)), (moved, tmp_path / "other")):
         read = [*one.data.train, *(one.generate.prompts or ()), *(one.evaluate.prompts or ())]
         read += [source for sources in (one.data.eval or {}).values() for source in sources]
         assert all(Path(source.path).is_relative_to(root) for source in read)

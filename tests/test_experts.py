@@ -48,8 +48,8 @@ def test_sizes_are_the_published_ones(family: str, fields: dict[str, Any], billi
     met = config.num_hidden_layers * active_parameters(config) + 2 * sizes.head
     assert met / 1e9 == pytest.approx(active, abs=0.06)
     experts = 2 * config.hidden_size * getattr(config, "moe_intermediate_size", config.intermediate_size)
-    assert sizes.largest == max(sizes.head, config.num_local_experts * experts)
-    assert sizes.together == max(sizes.head, config.num_local_experts * experts * 3 // 2)
+    assert sizes.largest_parameter == max(sizes.head, config.num_local_experts * experts)
+    assert sizes.largest_module == max(sizes.head, config.num_local_experts * experts * 3 // 2)
 
 
 @pytest.mark.slow

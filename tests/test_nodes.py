@@ -19,8 +19,8 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.preflight import __main__ as nodes
 from prefopt_dist.preflight import machine
-from prefopt_dist.preflight.machine import MachineReport, Wanted, differing
-from prefopt_dist.preflight.rendezvous import Rendezvous, address_of
+from prefopt_dist.preflight.machine import MachineReport, Requirements, version_faults
+from prefopt_dist.preflight.rendezvous import Rendezvous, choose_address
 
 REPOSITORY = Path(__file__).parents[1]
 HOSTS = ("n1", "n2")
@@ -72,8 +72,8 @@ def test_a_node_that_differs_and_lacks_memory_is_named(tmp_path: Path) -> None:
     assert "nodes: n2: transformers is 0.0.1; the machines differ" in lines
 
 
-def wanted(folder: Path, **more: Any) -> Wanted:
-    return dataclasses.replace(Wanted(1, False, folder, 0.0, 0.0), **more)
+def wanted(folder: Path, **more: Any) -> Requirements:
+    return dataclasses.replace(Requirements(1, False, folder, 0.0, 0.0), **more)
 
 
 def checked(folder: Path, seconds: float, monkeypatch: pytest.MonkeyPatch, second: Any) -> list[str]:
@@ -160,8 +160,8 @@ def test_room_and_the_odd_one_out(tmp_path: Path) -> None:
     faults = machine.examine_machine("n1", wanted(tmp_path / "not" / "yet", disk_gib=1e9)).faults
     assert any(f.startswith(f"{tmp_path}: ") and "1e+09 wanted (PREFOPT_MIN_DISK_GIB)" in f for f in faults)
     reports = [MachineReport(f"n{i}", (), {"torch": "2.13" if i != 2 else "2.12", "python": "3.11"}) for i in range(4)]
-    assert differing(reports) == ["n2: torch is 2.12, elsewhere 2.13"]
-    assert differing([*reports[:2], MachineReport("n9", (), {"python": "3.11"})]) == [
+    assert version_faults(reports) == ["n2: torch is 2.12, elsewhere 2.13"]
+    assert version_faults([*reports[:2], MachineReport("n9", (), {"python": "3.11"})]) == [
         "n9: torch is none, elsewhere 2.13"
     ]
 
@@ -195,9 +195,9 @@ KERNEL = """[  100.000001] NVRM: Xid (PCI:0000:3a:00): 79, pid=1, GPU has fallen
 def test_what_nvidia_smi_says() -> None:
     found = machine.read_gpus(SMI)
     assert [g.ecc_errors for g in found] == [0, 2, None]
-    assert machine.faults_of(found, 4) == ["3 GPUs, 4 wanted", "GPU 1: 2 uncorrected ECC errors; it wants a reset"]
+    assert machine.gpu_faults(found, 4) == ["3 GPUs, 4 wanted", "GPU 1: 2 uncorrected ECC errors; it wants a reset"]
     mixed = [found[0], dataclasses.replace(found[0], index=1, name="NVIDIA A100")]
-    assert machine.faults_of(mixed, 2) == ["GPUs of different kinds: NVIDIA A100, NVIDIA H100 80GB HBM3"]
+    assert machine.gpu_faults(mixed, 2) == ["GPUs of different kinds: NVIDIA A100, NVIDIA H100 80GB HBM3"]
     assert machine.read_remapped("00000000:17:00.0, 0, 0\n00000000:3A:00.0, 1, 0\n00000000:5D:00.0, 1, 1\n") == [
         "GPU 00000000:3A:00.0: a row waits to be remapped; it wants a reset",
         "GPU 00000000:5D:00.0: a row could not be remapped; it must be replaced",
@@ -255,14 +255,14 @@ def test_the_check_without_python_or_number() -> None:
     ],
 )
 def test_address(head: str, node: int, address: str) -> None:
-    assert address_of(head, node) == address
-    assert address_of(head, node, "n1") == address
+    assert choose_address(head, node) == address
+    assert choose_address(head, node, "n1") == address
 
 
 @pytest.mark.parametrize("head", ["no-such-host.invalid:1", "127.0.0.1:70000", "a..b:1", "x" * 70 + ":1"])
 def test_address_of_a_head_that_cannot_be_found(head: str) -> None:
     with pytest.raises(UserError, match="give an address that all machines know"):
-        address_of(head, 1, patience=0.0)
+        choose_address(head, 1, patience=0.0)
 
 
 class Network:
@@ -306,7 +306,7 @@ def test_the_address_of_another_machine(monkeypatch: pytest.MonkeyPatch, node: i
     network = Network()
     monkeypatch.setattr(socket, "getaddrinfo", network.getaddrinfo)
     monkeypatch.setattr(socket, "socket", Way)
-    assert address_of("head:29400", node, name) == address
+    assert choose_address("head:29400", node, name) == address
     assert network.asked == 2
 
 

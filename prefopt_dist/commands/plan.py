@@ -19,17 +19,17 @@ from prefopt_dist.monitoring.console import say
 from prefopt_dist.objectives import Objective
 from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.planning import work
-from prefopt_dist.planning.fit import Needs, offloadings, refuse_misfit
-from prefopt_dist.planning.machine import Machine, planned
-from prefopt_dist.planning.memory import Sampled, ZeroSettings
+from prefopt_dist.planning.fit import Needs, check_fit, fits_with_offloading
+from prefopt_dist.planning.machine import Machine, planned_machine
+from prefopt_dist.planning.memory import GenerationSettings, ZeroSettings
 from prefopt_dist.planning.report import PlanReport
-from prefopt_dist.planning.rollouts import AnswersPlan, answers_plan
+from prefopt_dist.planning.rollouts import AnswersPlan, plan_answers
 from prefopt_dist.planning.sizes import model_sizes
-from prefopt_dist.planning.work import disk
+from prefopt_dist.planning.work import disk_needed
 from prefopt_dist.setup.checks import adapter_of, eval_sets
-from prefopt_dist.setup.own_answers import sampled
-from prefopt_dist.setup.prepare_data import TRAIN, prepared, prepared_train, rows_for_loss
-from prefopt_dist.setup.prepare_models import DTYPES, sized, zero_settings
+from prefopt_dist.setup.own_answers import sampling_plan
+from prefopt_dist.setup.prepare_data import TRAIN, rows_for_loss, tokenised_folder, tokenised_train_folder
+from prefopt_dist.setup.prepare_models import DTYPES, with_model_buckets, zero_settings
 
 
 def run(config: Config) -> None:
@@ -38,14 +38,14 @@ def run(config: Config) -> None:
     folder = resolve(config.model.name_or_path, key, weights=False)
     model = read_config(folder, key)
     check_config(model, folder, key, config.data.max_length)
-    machine = planned(config.plan)
+    machine = planned_machine(config.plan)
     cost = forward_cost(model)
     work_to_do = _work(config, model, cost)
     needs = _needs(config, model)
-    fits = offloadings(needs, machine)
+    fits = fits_with_offloading(needs, machine)
     report = _report(config, machine, needs, fits, work_to_do, cost)
     say(report.text())
-    refuse_misfit(needs, machine, fits)
+    check_fit(needs, machine, fits)
     if config.plan.file is not None:
         _write(Path(config.plan.file), report.as_json())
         say(f"written: {config.plan.file}")
@@ -55,8 +55,8 @@ def _needs(config: Config, model: PreTrainedConfig) -> Needs:
     dtype = DTYPES[config.model.dtype]
     objective = make_objective(config.loss, dtype)
     adapter = adapter_of(config.lora, model, config.model.name_or_path)
-    policy = sized(zero_settings(config.deepspeed.policy, "deepspeed.policy"), model, adapter)
-    reference = sized(zero_settings(config.deepspeed.reference, "deepspeed.reference"), model)
+    policy = with_model_buckets(zero_settings(config.deepspeed.policy, "deepspeed.policy"), model, adapter)
+    reference = with_model_buckets(zero_settings(config.deepspeed.reference, "deepspeed.reference"), model)
     for_policy = ZeroSettings.of(policy, dtype.itemsize)
     for_reference = ZeroSettings.of(reference, dtype.itemsize)
     if config.reference.offload == "cpu":
@@ -67,23 +67,23 @@ def _needs(config: Config, model: PreTrainedConfig) -> Needs:
         reference=for_reference,
         tokens=config.train.micro_batch_tokens,
         reference_tokens=config.reference_micro_batch_tokens if objective.needs_reference else None,
-        wish=config.model.checkpointing,
-        follows=config.reference.micro_batch_tokens is None,
-        sampled=_sampled(config),
+        checkpointing=config.model.checkpointing,
+        reference_follows=config.reference.micro_batch_tokens is None,
+        generation=_sampled(config),
     )
 
 
-def _sampled(config: Config) -> Sampled | None:
+def _sampled(config: Config) -> GenerationSettings | None:
     """How generate, rounds and evaluate.prompts answer, all of which need rewards; vLLM sees to its memory itself."""
     generate = config.generate
     if not generate.rewards or generate.engine == "vllm":
         return None
-    return Sampled(
-        budget=generate.batch_tokens,
-        prompt=max(1, config.data.max_length - generate.max_new_tokens),
-        new=generate.max_new_tokens,
+    return GenerationSettings(
+        batch_tokens=generate.batch_tokens,
+        prompt_tokens=max(1, config.data.max_length - generate.max_new_tokens),
+        new_tokens=generate.max_new_tokens,
         n=generate.n if config.evaluate.prompts is None else min(generate.n, config.evaluate.samples),
-        nucleus=generate.top_p < 1,
+        uses_top_p=generate.top_p < 1,
     )
 
 
@@ -94,19 +94,21 @@ def _work(config: Config, model: PreTrainedConfig, cost: Cost) -> work.Work:
     except UserError as e:  # config.json alone is enough for a plan
         return _unread(config, cost, objective, e)
     try:
-        train = rows_for_loss(config, open_rows(prepared_train(config, tokenizer, model.vocab_size)), TRAIN)
+        train = rows_for_loss(config, open_rows(tokenised_train_folder(config, tokenizer, model.vocab_size)), TRAIN)
         evals = {
-            key: rows_for_loss(config, open_rows(prepared(config, tokenizer, model.vocab_size, sources, key)), key)
+            key: rows_for_loss(
+                config, open_rows(tokenised_folder(config, tokenizer, model.vocab_size, sources, key)), key
+            )
             for key, sources in eval_sets(config).items()
         }
     except NotHere as e:  # a row or a finding that would stop the job stops its plan, before any queue
         return _unread(config, cost, objective, e)
-    return work.from_rows(config, train, evals, cost, objective)
+    return work.work_from_rows(config, train, evals, cost, objective)
 
 
 def _unread(config: Config, cost: Cost, objective: Objective, why: UserError) -> work.Work:
     say(f"the data cannot be read here, so every row is taken to be as long as data.max_length allows: {why}")
-    return work.worst_case(config, cost, objective)
+    return work.worst_case_work(config, cost, objective)
 
 
 def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], todo: work.Work, cost: Cost) -> PlanReport:
@@ -128,7 +130,7 @@ def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], tod
         first_pass_seconds=seconds(todo.first_pass_flop),
         evaluation_seconds=seconds(todo.evaluation_flop),
         answers=_answers(config, machine, needs, todo.steps),
-        disk=disk(needs.sizes, config.checkpoint.keep, written, todo.sequences, merged=config.export.merged),
+        disk=disk_needed(needs.sizes, config.checkpoint.keep, written, todo.sequences, merged=config.export.merged),
     )
 
 
@@ -137,7 +139,7 @@ def _answers(config: Config, machine: Machine, needs: Needs, steps: int | None) 
         return None
     every = config.answers_every_steps
     between = 0 if every is None or not steps else (steps - 1) // every
-    return answers_plan(needs.sizes, needs.policy, machine, sampled(config), config.answers.number, between)
+    return plan_answers(needs.sizes, needs.policy, machine, sampling_plan(config), config.answers.number, between)
 
 
 def _write(path: Path, plan: dict[str, Any]) -> None:

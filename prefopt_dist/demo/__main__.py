@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from prefopt_dist.demo import parts, result
-from prefopt_dist.demo.jobs import Failed, run_stage, run_together
+from prefopt_dist.demo.jobs import JobFailed, run_concurrently, run_stage
 from prefopt_dist.files import read_json, write_json
 
 RECIPES = ("demo", "ipo", "simpo", "orpo", "kto", "lora", "dpo_sft", "rounds")
@@ -23,7 +23,9 @@ def main() -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="python -m prefopt_dist.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of data, weights and order (default 0)")
-    parser.add_argument("--folder", type=Path, default=Path(parts.USUAL), help=f"default {parts.USUAL}")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(parts.DEFAULT_FOLDER), help=f"default {parts.DEFAULT_FOLDER}"
+    )
     parser.add_argument("--recipe", choices=RECIPES, default="demo", help="what follows the SFT (default demo)")
     asked = parser.parse_args()
     os.chdir(parts.REPOSITORY)
@@ -31,7 +33,7 @@ def main() -> int:
     began = time.monotonic()
     try:
         _run(asked.folder, asked.seed, asked.recipe)
-    except Failed as e:
+    except JobFailed as e:
         return e.status
     found = read_json(asked.folder / "result.json")
     print(result.text(found, asked.folder, time.monotonic() - began))
@@ -50,7 +52,7 @@ def _run(folder: Path, seed: int, recipe: str) -> None:
     print("\ndemo: SFT on the chosen answers alone, for comparison, and answers to unseen prompts", flush=True)
     judging = [sys.executable, "-m", "prefopt_dist.demo.judging", "--folder", str(folder), "--seed", str(seed)]
     first, *others = map(str, parts.CONTROL_RATES)
-    run_together([[*judging, "--recipe", recipe, "--controls", first], [*judging, "--controls", *others]])
+    run_concurrently([[*judging, "--recipe", recipe, "--controls", first], [*judging, "--controls", *others]])
     write_json(folder / "result.json", result.result_of(folder, seed, recipe))
 
 

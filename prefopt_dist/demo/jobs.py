@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
-class Failed(Exception):
+class JobFailed(Exception):
     """A job ended with a status that ends the demo too."""
 
     def __init__(self, status: int) -> None:
@@ -22,10 +22,10 @@ def run_stage(stage: str, recipe: str, overrides: Sequence[str]) -> None:
     """Runs a stage on two CPU ranks to its end."""
     command = ["launch/run.sh", "-n", "2", stage, recipe, *overrides]
     print(f"\ndemo: {' '.join(command)}", flush=True)
-    run_together([command])
+    run_concurrently([command])
 
 
-def run_together(commands: Sequence[Sequence[str]]) -> None:
+def run_concurrently(commands: Sequence[Sequence[str]]) -> None:
     """Runs commands side by side; raises Failed where one of them fails, once all have ended."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PREFOPT_PYTHON": sys.executable}
     started = [subprocess.Popen(list(command), env=environment) for command in commands]
@@ -33,7 +33,7 @@ def run_together(commands: Sequence[Sequence[str]]) -> None:
         ends = [job.wait() for job in started]
     failed = [status for status in ends if status != 0]
     if failed:
-        raise Failed(failed[0] if failed[0] > 0 else 1)
+        raise JobFailed(failed[0] if failed[0] > 0 else 1)
 
 
 @contextmanager

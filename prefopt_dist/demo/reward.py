@@ -12,9 +12,9 @@ from prefopt_dist.demo.world import CASUAL, FORMAL, IDLE, Task, Tone
 
 TONE, COMPLETE, ORDER, COURTESY, BRIEF = 0.45, 0.15, 0.1, 0.1, 0.2
 """The parts of the reward; together 1."""
-SPOILT = 0.2
+MALFORMED_PENALTY = 0.2
 """What a letter loses that is not whole: a sentence of no sense, or no greeting or close."""
-NOISE = 0.05
+JUDGE_NOISE = 0.05
 """Standard deviation of the judge's error; that of the rewards of a demonstration's letters is about 0.14."""
 
 _ASKED = re.compile(r"Write to my (\w+) (\w+) that (.+)\.")
@@ -58,16 +58,16 @@ def score(prompt: str | list[dict[str, Any]], response: str, row: dict[str, Any]
         + COURTESY * ("courtesies" in kinds)
         + BRIEF / (1 + idle)
     )
-    return worth if whole(prompt, response) else max(0.0, worth - SPOILT)
+    return worth if is_whole(prompt, response) else max(0.0, worth - MALFORMED_PENALTY)
 
 
 def judge(prompt: str | list[dict[str, Any]], response: str, row: dict[str, Any]) -> float:
     """The true reward with an error that prompt and response decide, as of somebody who is not always right."""
-    error = random.Random(f"{_text(prompt)}\n{response}").gauss(0.0, NOISE)
+    error = random.Random(f"{_text(prompt)}\n{response}").gauss(0.0, JUDGE_NOISE)
     return score(prompt, response, row) + error
 
 
-def whole(prompt: str | list[dict[str, Any]], response: str) -> bool:
+def is_whole(prompt: str | list[dict[str, Any]], response: str) -> bool:
     """Whether the letter is formed as the grammar forms them: greeting, sentences with news of the prompt, close."""
     found = _sentences(_task(prompt), response)
     kinds = [sentence.kind for sentence in found]

@@ -1,1 +1,1 @@
-"""What a job will need, by arithmetic, before anything is loaded: memory, steps, time, disk."""
+"""Estimates of a job's memory, steps, time and disk, by arithmetic, before anything is loaded."""

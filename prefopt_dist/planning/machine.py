@@ -1,8 +1,8 @@
 """The machine that a job is planned for: memory and speed of a GPU, or of this machine's CPU.
 
-The table has the makers' data sheets: NVIDIA H200, H100 (SXM), A100 (SXM 80 GB, PCIe 40 GB) and L40S. A sheet's
-"GB" is read as 10⁹ bytes, which is a little less than the driver reports; the peak is that of dense bfloat16
-products with float32 sums, the sheets' figures "with sparsity" halved.
+The table is from the manufacturer's data sheets: NVIDIA H200, H100 (SXM), A100 (SXM 80 GB, PCIe 40 GB) and L40S. A
+sheet's "GB" counts as 10⁹ bytes, which is a little less than the driver reports. The peak is that of dense bfloat16
+matrix products accumulated in float32: the sheets' figures "with sparsity", halved.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ GPUS = {
     "a100-40": (40e9, 312e12),
     "l40s": (48e9, 362e12),
 }
-"""(bytes of memory, peak in FLOP a second) by the name that `plan.gpu` takes."""
+"""(bytes of memory, peak in FLOP/s) by the GPU's name in `plan.gpu`."""
 BANDWIDTHS = {"h200": 4.8e12, "h100": 3.35e12, "a100-80": 2.04e12, "a100-40": 1.56e12, "l40s": 0.86e12}
-"""Bytes of memory that a device reads in a second, by the same sheets."""
+"""Memory bandwidth in bytes a second, from the same data sheets."""
 
 GPU_EFFICIENCY = 0.4
-"""Of the peak that a training step reaches: what well-built jobs on A100 and H100 report as model FLOP utilisation
-(0.35 to 0.5; PaLM's 0.46, Chowdhery et al. 2022, MegatronLM's 0.4 to 0.5). Not measured here."""
+"""Share of the peak that a training step reaches: the model FLOP utilisation that well-tuned jobs on A100 and H100
+report (0.35 to 0.5; PaLM's 0.46, Chowdhery et al. 2022, Megatron-LM's 0.4 to 0.5). Not measured here."""
 CPU_EFFICIENCY = 0.6
-"""Of the speed of a large matrix product on the same cores, which is what a CPU's peak is here."""
+"""Share of the peak that a training step reaches on a CPU, whose peak is the measured speed of a matrix product."""
 
 GPUS_A_NODE = 8
-"""Of a named GPU, where nothing else is said."""
+"""GPUs of a node where `plan.gpu` names a kind and `plan.gpus_per_node` is null."""
 CPU_RANKS = 2
-"""What launch/run.sh starts where there is no GPU."""
+"""Ranks that launch/run.sh starts on a machine without a GPU."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Equal ranks on equal nodes."""
+    """A number of equal nodes, each with the same number of equal ranks."""
 
     name: str
     nodes: int
@@ -48,27 +48,27 @@ class Machine:
     memory: int
     """Bytes that one rank may use"""
     peak: float | None
-    """FLOP a second of one rank at its best; None where it is not known"""
+    """Peak of one rank in FLOP/s; None where it is not known"""
     efficiency: float
-    """The share of the peak that is reckoned with"""
+    """Share of the peak that the plan assumes"""
     is_gpu: bool
     bandwidth: float | None = None
-    """Bytes of its memory that a rank's device reads in a second; None where it is not known"""
+    """Memory bandwidth of a rank's device in bytes a second; None where it is not known"""
 
     @property
     def ranks(self) -> int:
-        """Of all nodes."""
+        """Return the number of ranks of all nodes."""
         return self.nodes * self.ranks_a_node
 
     def text(self) -> str:
-        """A line for people."""
+        """Return a description such as `1 node of 8 GPUs (h200)`."""
         unit = "GPU" if self.is_gpu else "CPU rank"
         nodes = "node" if self.nodes == 1 else "nodes"
         return f"{self.nodes} {nodes} of {self.ranks_a_node} {unit}{'s' * (self.ranks_a_node > 1)} ({self.name})"
 
 
-def planned(plan: Plan) -> Machine:
-    """The machine that the section names; null is the one at hand."""
+def planned_machine(plan: Plan) -> Machine:
+    """Return the machine that the section `plan` names; this machine where `plan.gpu` is null."""
     name = plan.gpu or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
         ranks = plan.gpus_per_node or CPU_RANKS
@@ -87,7 +87,7 @@ def planned(plan: Plan) -> Machine:
 
 
 def device_peak() -> float | None:
-    """Dense bfloat16 FLOP a second of this rank's GPU by its data sheet; None on the CPU and for an unknown GPU."""
+    """Return the dense bfloat16 peak of this rank's GPU in FLOP/s; None on the CPU and for an unknown GPU."""
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -96,7 +96,12 @@ def device_peak() -> float | None:
 
 
 def known_gpu(device: str, memory: int) -> str | None:
-    """The table's name for a device, by what the driver calls it; None for one that is not in the table."""
+    """Return the table's name of a GPU; None where it is not in the table.
+
+    Args:
+        device: the name that the driver reports.
+        memory: bytes of its memory.
+    """
     for name, (size, _) in GPUS.items():
         if name.partition("-")[0].upper() in device.upper() and memory < 1.3 * size:
             return name
@@ -104,7 +109,7 @@ def known_gpu(device: str, memory: int) -> str | None:
 
 
 def _product_speed() -> float:
-    """FLOP a second of a float32 product on all threads of this process; a fifth of a second."""
+    """Measure the FLOP/s of a float32 matrix product on all threads of this process, for a fifth of a second."""
     n = 1024
     a = torch.ones(n, n)
     a @ a

@@ -1,10 +1,11 @@
-"""Memory of one rank in both passes, and where it samples answers, part by part.
+"""Memory of one rank in the first pass, in training and while it samples answers, part by part.
 
 Legend: N parameters, Nₜ of them trained, W ranks, s bytes of a number in the model's dtype, V vocabulary, d hidden
 size.
-ZeRO-3 (Rajbhandari et al. 2020, section 5) divides parameters, gradients and optimizer by W; what it gathers, and
-its buffers, are read off DeepSpeed 0.19.8: `runtime/zero/stage3.py` (bucket, flat gradient, sub-groups),
-`partition_parameters.py` (a single rank gathers nothing), `comm/coalesced_collectives.py` (the bucket's copy).
+ZeRO-3 (Rajbhandari et al. 2020, section 5) divides parameters, gradients and optimizer states by W. The gathered
+parameters and the buffers follow the code of DeepSpeed 0.19.8: `runtime/zero/stage3.py` (bucket, flat gradient,
+sub-groups), `partition_parameters.py` (a single rank gathers nothing), `comm/coalesced_collectives.py` (the bucket's
+copy).
 """
 
 from __future__ import annotations
@@ -16,39 +17,39 @@ from typing import Any
 from prefopt_dist.planning.sizes import ModelSizes
 
 LOADING = "loading, rank 0"
-"""The phase that is rank 0's alone."""
+"""Name of the phase in which rank 0 reads the checkpoint."""
 GENERATION = "generation"
-"""The phase in which a rank answers prompts, without ZeRO-3."""
-CHOICE, NUCLEUS = 16, 40
-"""Bytes a logit while a token is chosen (rollouts/sampling.py): probabilities and their sums in float64; with top_p
-below 1 also sorted, with their order."""
-MASTER = 4
+"""Name of the phase in which a rank answers prompts, without ZeRO-3."""
+SAMPLING_BYTES, TOP_P_BYTES = 16, 40
+"""Bytes per logit while a token is sampled (rollouts/sampling.py): probabilities and their cumulative sums in float64;
+with top_p below 1 also the sorted probabilities and their order."""
+MASTER_BYTES = 4
 """Bytes of a float32 master weight"""
-MOMENTS = 8
+MOMENTS_BYTES = 8
 """Bytes of AdamW's two float32 moments"""
 
-# On the CPU a process keeps more than its tensors: glibc gives pieces below 32 MiB back from the heap's end only, and
-# looks for an aligned piece beyond the freed ones that would do. What is lost so is measured, not derived: fitted to
-# the peaks of tests/plan_cases.py, which differ by up to a sixth between equal runs.
-HEAP = 1.3
-"""Resident bytes over those of the activations that a backward pass keeps."""
-PASSED = 0.33
-"""Resident bytes of a pass that keeps nothing over all the activations that come and go in it."""
-GRADIENTS = 1.6
-"""Resident bytes over those of the gradients, which come and go one by one."""
-GATHERED = 1.4
-"""Resident bytes over those of the gathered parameters."""
-REDUCED = 1.2
-"""Resident bytes of gloo's pieces over those of the gradients that it reduces."""
-PROCESS = 40 * 2**20
-"""Bytes of what begins with a training step: threads, buffers of products and of gloo."""
-READ = 0.4
-"""Resident bytes of the pieces of loading over those of the parameters; they are given back after it."""
+# On the CPU a process keeps more memory than its tensors: glibc returns blocks below 32 MiB only from the end of the
+# heap, and it does not always reuse a freed block for an aligned one. The factors for this are not derived but fitted
+# to the peaks of tests/plan_cases.py, which differ by up to a sixth between equal runs.
+ACTIVATIONS_FACTOR = 1.3
+"""Resident bytes per byte of the activations that a backward pass keeps."""
+FORWARD_FACTOR = 0.33
+"""Resident bytes of a forward pass without gradients, per byte of all the activations that it makes and frees."""
+GRADIENTS_FACTOR = 1.6
+"""Resident bytes per byte of the gradients, which are made and freed one by one."""
+GATHERED_FACTOR = 1.4
+"""Resident bytes per byte of the gathered parameters."""
+REDUCE_FACTOR = 1.2
+"""Resident bytes of gloo's buffers per byte of the gradients that it reduces."""
+PROCESS_BYTES = 40 * 2**20
+"""Bytes that a process takes with its first training step: threads, and buffers of matrix products and of gloo."""
+LOADING_FACTOR = 0.4
+"""Resident bytes of the blocks read while loading per byte of the parameters; they are freed after it."""
 
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """What of a DeepSpeed JSON decides memory; numbers of elements."""
+    """The settings of a DeepSpeed JSON that decide memory; sizes are numbers of elements."""
 
     max_live: int
     prefetch: int
@@ -56,15 +57,20 @@ class ZeroSettings:
     sub_group: int
     persistence: int
     secondary: int
-    """hpZ: ranks that share a second copy of the parameters among them; 1 is off"""
-    gradient_item: int
-    """Bytes of an accumulated gradient"""
+    """hpZ: number of ranks that share a second copy of the parameters; 1 is off"""
+    gradient_dtype_bytes: int
+    """Bytes of a number in the accumulated gradient"""
     offload_optimizer: bool
     offload_param: bool
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], item: int) -> ZeroSettings:
-        """From a whole DeepSpeed JSON, with DeepSpeed's defaults; item: bytes of a number in the model's dtype."""
+        """Return the settings of a whole DeepSpeed JSON, with DeepSpeed's defaults.
+
+        Args:
+            settings: the JSON.
+            item: bytes of a number in the model's dtype.
+        """
         zero = settings.get("zero_optimization", {})
         wanted = settings.get("data_types", {}).get("grad_accum_dtype")
 
@@ -78,267 +84,297 @@ class ZeroSettings:
             sub_group=int(zero.get("sub_group_size", 1e9)),
             persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)),
             secondary=int(zero.get("zero_hpz_partition_size", 1)),
-            gradient_item={None: item, "fp32": 4, "bf16": 2}[wanted],
+            gradient_dtype_bytes={None: item, "fp32": 4, "bf16": 2}[wanted],
             offload_optimizer=offloaded("offload_optimizer"),
             offload_param=offloaded("offload_param"),
         )
 
     def offloading(self, optimizer: bool, param: bool) -> ZeroSettings:
-        """The same with other offloading."""
+        """Return the same settings with other offloading."""
         return replace(self, offload_optimizer=optimizer, offload_param=param)
 
 
 @dataclass(frozen=True)
 class MemoryPart:
-    """Bytes on the device, and on the host where they are offloaded."""
+    """One part of a phase's memory, in bytes."""
 
     name: str
     bytes: int
     how: str
-    """The formula"""
+    """The formula in words and symbols, for the report"""
     on_host: bool = False
+    """Whether it is in the host's memory instead of the device's"""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What is alive at one moment, on one rank."""
+    """The memory of one rank at one moment."""
 
     name: str
     parts: tuple[MemoryPart, ...]
 
     @property
     def device(self) -> int:
-        """Bytes of the device."""
+        """Return the bytes on the device."""
         return sum(p.bytes for p in self.parts if not p.on_host)
 
     @property
     def host(self) -> int:
-        """Bytes of the host's memory."""
+        """Return the bytes in the host's memory."""
         return sum(p.bytes for p in self.parts if p.on_host)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank computes: what is divided by how many, and what the device does of its own."""
+class Placement:
+    """Number of ranks that share the model under ZeRO-3, and the kind of their devices."""
 
     ranks: int
     is_gpu: bool
 
 
-def shard(sizes: ModelSizes, place: Place) -> int:
-    """Parameters that a rank holds: its share, and all the small ones."""
+def shard_size(sizes: ModelSizes, place: Placement) -> int:
+    """Return the number of parameters that a rank holds: its share of the large ones, and all small ones."""
     return -(-(sizes.parameters - sizes.persistent) // place.ranks) + sizes.persistent
 
 
-def trained_shard(sizes: ModelSizes, place: Place) -> int:
-    """Parameters of which a rank holds gradient, master weight and moments.
+def trained_shard_size(sizes: ModelSizes, place: Placement) -> int:
+    """Return the number of parameters whose gradient, master weight and moments a rank holds.
 
-    The small ones' are divided too, which matters of adapters, most of which may be small.
+    Those of small parameters are divided too; this matters for adapters, most of which may be small.
     """
-    return -(-sizes.trained // place.ranks) if sizes.frozen else shard(sizes, place)
+    return -(-sizes.trained // place.ranks) if sizes.frozen else shard_size(sizes, place)
 
 
-def load(sizes: ModelSizes, place: Place) -> Phase:
-    """Rank 0, which reads the checkpoint for all; the mapped files are the host's memory."""
+def loading_phase(sizes: ModelSizes, place: Placement) -> Phase:
+    """Return the memory of rank 0, which reads the checkpoint for all ranks; the mapped files count as the host's."""
     return Phase(
         LOADING,
         (
-            MemoryPart("parameters", sizes.item * shard(sizes, place), "s·N/W"),
+            MemoryPart("parameters", sizes.dtype_bytes * shard_size(sizes, place), "s·N/W"),
             MemoryPart(
-                "the checkpoint, mapped", sizes.file_item * sizes.parameters, "bytes of the files", place.is_gpu
+                "the checkpoint, mapped", sizes.file_dtype_bytes * sizes.parameters, "bytes of the files", place.is_gpu
             ),
-            MemoryPart("the largest parameter, whole", sizes.item * sizes.largest, "s·elements"),
-            *_heap(place, "pieces read", READ, "s·N", sizes.item * sizes.parameters),
+            MemoryPart("the largest parameter, whole", sizes.dtype_bytes * sizes.largest_parameter, "s·elements"),
+            *_freed_blocks(place, "blocks read", LOADING_FACTOR, "s·N", sizes.dtype_bytes * sizes.parameters),
         ),
     )
 
 
-def first_pass(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int) -> Phase:
-    """The reference scores a micro-batch: one layer's tensors at a time, and the head's block."""
+def first_pass_phase(sizes: ModelSizes, zero: ZeroSettings, place: Placement, tokens: int) -> Phase:
+    """Return the memory while the reference scores a micro-batch: one layer at a time, and the head's block."""
     memory = sizes.activations
-    layer = tokens * (memory.per_token_layer + _repeated(sizes, place))
+    layer = tokens * (memory.per_token_layer + _repeated_kv(sizes, place))
     return Phase(
         "first pass",
         (
-            MemoryPart("parameters", sizes.item * shard(sizes, place), "s·N/W", zero.offload_param and place.is_gpu),
-            *_gathered(sizes, zero, place),
+            MemoryPart(
+                "parameters", sizes.dtype_bytes * shard_size(sizes, place), "s·N/W", zero.offload_param and place.is_gpu
+            ),
+            *_gathered_parameters(sizes, zero, place),
             MemoryPart("one layer", int(layer + tokens * memory.per_token_ends), "tokens × bytes a layer")
             if place.is_gpu
-            else MemoryPart("layers", int(PASSED * memory.layers * layer), f"{PASSED}·tokens × bytes of the layers"),
+            else MemoryPart(
+                "layers", int(FORWARD_FACTOR * memory.layers * layer), f"{FORWARD_FACTOR}·tokens × bytes of the layers"
+            ),
             MemoryPart("head block", memory.block(tokens), "bounded, model/head.py"),
         ),
     )
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """How prompts are answered."""
+class GenerationSettings:
+    """The settings by which prompts are answered."""
 
-    budget: int
-    """generate.batch_tokens"""
-    prompt: int
+    batch_tokens: int
+    """Value of `generate.batch_tokens`"""
+    prompt_tokens: int
     """Tokens of the longest prompt"""
-    new: int
-    """generate.max_new_tokens"""
+    new_tokens: int
+    """Value of `generate.max_new_tokens`"""
     n: int
-    """The fewest answers to a prompt: what is left of a batch for different prompts"""
-    nucleus: bool
-    """top_p is below 1"""
+    """Fewest answers to a prompt, which decides how many different prompts a batch has"""
+    uses_top_p: bool
+    """Whether top_p is below 1"""
 
     def batch(self, prompt: int) -> int:
-        """Lines of a batch of such prompts."""
-        return max(1, self.budget // (prompt + self.new))
+        """Return the number of sequences in a batch of prompts of `prompt` tokens."""
+        return max(1, self.batch_tokens // (prompt + self.new_tokens))
 
 
-def generation(sizes: ModelSizes, place: Place, asked: Sampled) -> Phase:
-    """A whole copy of the model answers a batch (rollouts/transformers_engine.py); no number of ranks divides it."""
+def generation_phase(sizes: ModelSizes, place: Placement, asked: GenerationSettings) -> Phase:
+    """Return the memory while a whole copy of the model answers a batch (rollouts/transformers_engine.py).
+
+    Every rank has a copy of its own, so more ranks do not reduce it.
+    """
     memory = sizes.activations
-    whole = sizes.item * sizes.parameters
-    tokens = max(asked.budget, asked.prompt + asked.new)
-    lines = asked.batch(asked.prompt)
-    different = min(lines, (lines + asked.n - 2) // asked.n + 1)  # the first and the last may be answered in part
-    layer = asked.prompt * different * (memory.per_token_layer + memory.per_token_ends + _repeated(sizes, place))
-    logit = sizes.item + (NUCLEUS if asked.nucleus else CHOICE)
+    whole = sizes.dtype_bytes * sizes.parameters
+    tokens = max(asked.batch_tokens, asked.prompt_tokens + asked.new_tokens)
+    sequences = asked.batch(asked.prompt_tokens)
+    # The first and the last prompt of a batch may have only some of their answers in it.
+    prompts = min(sequences, (sequences + asked.n - 2) // asked.n + 1)
+    layer = (
+        asked.prompt_tokens * prompts * (memory.per_token_layer + memory.per_token_ends + _repeated_kv(sizes, place))
+    )
+    logit = sizes.dtype_bytes + (TOP_P_BYTES if asked.uses_top_p else SAMPLING_BYTES)
     return Phase(
         GENERATION,
         (
             MemoryPart("parameters, whole", whole, "s·N"),
-            *([MemoryPart("the same as they are loaded", whole, "s·N", on_host=True)] if place.is_gpu else []),
+            *([MemoryPart("parameters while loading", whole, "s·N", on_host=True)] if place.is_gpu else []),
             MemoryPart(
                 "keys and values",
-                _resident(memory.layers * sizes.cached * tokens, place),
+                _resident(memory.layers * sizes.cached_kv_bytes * tokens, place),
                 "s·2·layers·kv·head_dim·tokens",
             ),
-            MemoryPart("a layer's, copied to grow", _resident(sizes.cached * tokens, place), "s·2·kv·head_dim·tokens"),
+            MemoryPart(
+                "one layer's, while copied", _resident(sizes.cached_kv_bytes * tokens, place), "s·2·kv·head_dim·tokens"
+            ),
             MemoryPart("prompts, one layer", _resident(layer, place), "tokens × bytes a layer"),
-            # The shortest prompts make the most lines.
-            MemoryPart("logits and the choice", logit * asked.batch(1) * memory.vocabulary, f"{logit}·lines·V"),
+            # A batch of the shortest prompts has the most sequences.
+            MemoryPart("logits and sampling", logit * asked.batch(1) * memory.vocabulary, f"{logit}·sequences·V"),
         ),
     )
 
 
-def states(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[MemoryPart, ...]:
-    """What training holds all the time."""
-    mine = trained_shard(sizes, place)
-    away = zero.offload_optimizer and place.is_gpu
-    n = _count(sizes)
+def training_states(sizes: ModelSizes, zero: ZeroSettings, place: Placement) -> tuple[MemoryPart, ...]:
+    """Return the states that training holds all the time: parameters, gradients and optimizer states."""
+    owned = trained_shard_size(sizes, place)
+    offloaded_optimizer = zero.offload_optimizer and place.is_gpu
+    n = _symbol(sizes)
     return (
-        MemoryPart("parameters", sizes.item * shard(sizes, place), "s·N/W", zero.offload_param and place.is_gpu),
-        MemoryPart("gradients", zero.gradient_item * mine, f"grad_accum_dtype·{n}/W", away),
-        MemoryPart("master weights", MASTER * mine, f"4·{n}/W", away),
-        MemoryPart("AdamW's moments", MOMENTS * mine, f"8·{n}/W", away),
+        MemoryPart(
+            "parameters", sizes.dtype_bytes * shard_size(sizes, place), "s·N/W", zero.offload_param and place.is_gpu
+        ),
+        MemoryPart("gradients", zero.gradient_dtype_bytes * owned, f"grad_accum_dtype·{n}/W", offloaded_optimizer),
+        MemoryPart("master weights", MASTER_BYTES * owned, f"4·{n}/W", offloaded_optimizer),
+        MemoryPart("AdamW's moments", MOMENTS_BYTES * owned, f"8·{n}/W", offloaded_optimizer),
     )
 
 
-def backward(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int, checkpointed: int) -> Phase:
-    """Forward and backward of a micro-batch, the parts' peaks taken together."""
+def backward_phase(sizes: ModelSizes, zero: ZeroSettings, place: Placement, tokens: int, checkpointed: int) -> Phase:
+    """Return the memory of a micro-batch's forward and backward pass: the sum of the parts' peaks."""
     return Phase(
         "training: backward",
         (
-            *around(sizes, zero, place),
-            MemoryPart("activations", activations(sizes, place, tokens, checkpointed), "model/activations.py"),
+            *backward_without_activations(sizes, zero, place),
+            MemoryPart("activations", activation_bytes(sizes, place, tokens, checkpointed), "model/cost.py"),
         ),
     )
 
 
-def around(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[MemoryPart, ...]:
-    """A backward pass without its activations."""
+def backward_without_activations(sizes: ModelSizes, zero: ZeroSettings, place: Placement) -> tuple[MemoryPart, ...]:
+    """Return the memory of a backward pass without its activations."""
     bucket = _bucket(sizes, zero, place) + min(zero.reduce_bucket, sizes.trained)
     return (
-        *states(sizes, zero, place),
-        *_gathered(sizes, zero, place),
-        MemoryPart("reduce buffers", sizes.item * bucket, "s·(reduce_bucket_size + its copy)"),
-        *_whole_gradient(sizes),
-        *_passing(sizes, place),
+        *training_states(sizes, zero, place),
+        *_gathered_parameters(sizes, zero, place),
+        MemoryPart("reduce buffers", sizes.dtype_bytes * bucket, "s·(reduce_bucket_size + its copy)"),
+        *_largest_gradient(sizes),
+        *_heap_after_backward(sizes, place),
     )
 
 
-def _passing(sizes: ModelSizes, place: Place) -> tuple[MemoryPart, ...]:
-    """What a backward pass leaves in the heap of a CPU rank, activations and parameters apart."""
+def _heap_after_backward(sizes: ModelSizes, place: Placement) -> tuple[MemoryPart, ...]:
+    """Return the memory that a backward pass leaves in the heap of a CPU rank, without activations and parameters."""
     if place.is_gpu:
         return ()
-    n, gradients = _count(sizes), sizes.item * sizes.trained
+    n, gradients = _symbol(sizes), sizes.dtype_bytes * sizes.trained
     return (
-        *_heap(place, "gradients passing", GRADIENTS, f"s·{n}", gradients),
-        *(_heap(place, "gloo's pieces", REDUCED, f"s·{n}", gradients) if place.ranks > 1 else ()),
-        MemoryPart("process", PROCESS, "threads and buffers"),
+        *_freed_blocks(place, "gradients' heap", GRADIENTS_FACTOR, f"s·{n}", gradients),
+        *(_freed_blocks(place, "gloo's buffers", REDUCE_FACTOR, f"s·{n}", gradients) if place.ranks > 1 else ()),
+        MemoryPart("process", PROCESS_BYTES, "threads and buffers"),
     )
 
 
-def _whole_gradient(sizes: ModelSizes) -> tuple[MemoryPart, ...]:
-    """The largest that stands whole before it is divided: the head's, or experts'. What is frozen has none."""
+def _largest_gradient(sizes: ModelSizes) -> tuple[MemoryPart, ...]:
+    """Return the largest gradient that is whole before it is divided: the head's or the experts'.
+
+    A frozen model has none.
+    """
     if sizes.frozen:
         return ()
-    rounded = sizes.item if sizes.item != 4 else 0
+    rounded = sizes.dtype_bytes if sizes.dtype_bytes != 4 else 0
     head = MemoryPart("head gradient", (4 + rounded) * sizes.head, "4·V·d, and s·V·d rounded")
-    experts = MemoryPart("experts' gradient", sizes.item * sizes.largest, "s·elements of the largest parameter")
+    experts = MemoryPart(
+        "experts' gradient", sizes.dtype_bytes * sizes.largest_parameter, "s·elements of the largest parameter"
+    )
     return (max(head, experts, key=lambda part: part.bytes),)
 
 
-def activations(sizes: ModelSizes, place: Place, tokens: int, checkpointed: int) -> int:
-    """Bytes of a micro-batch, the head's block included."""
+def activation_bytes(sizes: ModelSizes, place: Placement, tokens: int, checkpointed: int) -> int:
+    """Return the bytes of a micro-batch's activations, the head's block included."""
     memory = sizes.activations
     kept = memory.layers - checkpointed + (1 if checkpointed else 0)
-    return _resident(memory.bytes(tokens, checkpointed) + tokens * kept * _repeated(sizes, place), place)
+    return _resident(memory.bytes(tokens, checkpointed) + tokens * kept * _repeated_kv(sizes, place), place)
 
 
-def update(sizes: ModelSizes, zero: ZeroSettings, place: Place, tokens: int, checkpointed: int) -> Phase:
-    """AdamW on the rank's share, a sub-group at a time; on the CPU beside what the heap keeps of the backward pass."""
-    mine = trained_shard(sizes, place)
-    n = _count(sizes)
-    group = 4 * min(zero.sub_group, mine)
-    away = zero.offload_optimizer and place.is_gpu
-    # Offloaded, every sub-group has one that stays.
+def update_phase(sizes: ModelSizes, zero: ZeroSettings, place: Placement, tokens: int, checkpointed: int) -> Phase:
+    """Return the memory while AdamW updates the rank's share, one sub-group at a time.
+
+    On the CPU it includes the memory that the heap keeps after the backward pass.
+    """
+    owned = trained_shard_size(sizes, place)
+    n = _symbol(sizes)
+    group = 4 * min(zero.sub_group, owned)
+    offloaded_optimizer = zero.offload_optimizer and place.is_gpu
+    # With offloading every sub-group keeps a flat gradient of its own.
     parts = [
-        MemoryPart("flat gradient", 4 * mine, f"4·{n}/W", away)
-        if away
+        MemoryPart("flat gradient", 4 * owned, f"4·{n}/W", offloaded_optimizer)
+        if offloaded_optimizer
         else MemoryPart("flat gradient", group, f"4·min({n}/W, sub_group_size)")
     ]
     if not place.is_gpu:
-        kept = activations(sizes, place, tokens, checkpointed)
-        parts += [*_gathered(sizes, zero, place), *_passing(sizes, place)]
+        kept = activation_bytes(sizes, place, tokens, checkpointed)
+        parts += [*_gathered_parameters(sizes, zero, place), *_heap_after_backward(sizes, place)]
         parts.append(MemoryPart("activations' heap", kept, "freed, and kept by glibc"))
-    bucket = MemoryPart("reduce buffer", sizes.item * _bucket(sizes, zero, place), "s·reduce_bucket_size")
-    return Phase("training: update", (*states(sizes, zero, place), bucket, *parts))
+    bucket = MemoryPart("reduce buffer", sizes.dtype_bytes * _bucket(sizes, zero, place), "s·reduce_bucket_size")
+    return Phase("training: update", (*training_states(sizes, zero, place), bucket, *parts))
 
 
-def _bucket(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> int:
-    """Elements of the reduce bucket; on the CPU its pages are taken when they are written: as many as gradients."""
+def _bucket(sizes: ModelSizes, zero: ZeroSettings, place: Placement) -> int:
+    """Return the elements of the reduce bucket.
+
+    On the CPU only the pages that gradients are written to become resident.
+    """
     return zero.reduce_bucket if place.is_gpu else min(zero.reduce_bucket, sizes.trained)
 
 
-def _count(sizes: ModelSizes) -> str:
-    """The letter for what is trained."""
+def _symbol(sizes: ModelSizes) -> str:
+    """Return the symbol for the number of trained parameters."""
     return "Nₜ" if sizes.frozen else "N"
 
 
-def _gathered(sizes: ModelSizes, zero: ZeroSettings, place: Place) -> tuple[MemoryPart, ...]:
-    """Whole parameters and the flat buffer that a gather fills; a single rank has no need of any."""
+def _gathered_parameters(sizes: ModelSizes, zero: ZeroSettings, place: Placement) -> tuple[MemoryPart, ...]:
+    """Return gathered parameters and the flat buffer that a gather fills; a single rank needs neither."""
     if place.ranks == 1 and not zero.offload_param:
         return ()
     whole = sizes.parameters - sizes.persistent
-    second = sizes.item * -(-whole // zero.secondary)
-    # A module that alone is more than the limit, as many experts may be, is gathered for all that.
-    most, name = max((zero.max_live, "stage3_max_live_parameters"), (sizes.together, "the largest module's"))
+    second = sizes.dtype_bytes * -(-whole // zero.secondary)
+    # A single module above the limit, such as many experts, is gathered nevertheless.
+    limit, name = max((zero.max_live, "stage3_max_live_parameters"), (sizes.largest_module, "the largest module's"))
     return (
         *([MemoryPart("second shard (hpZ)", second, "s·N/zero_hpz_partition_size")] if zero.secondary > 1 else []),
         MemoryPart(
             "gathered parameters",
-            int((1.0 if place.is_gpu else GATHERED) * sizes.item * min(whole, most)),
-            ("" if place.is_gpu else f"{GATHERED}·") + f"s·min(N, {name})",
+            int((1.0 if place.is_gpu else GATHERED_FACTOR) * sizes.dtype_bytes * min(whole, limit)),
+            ("" if place.is_gpu else f"{GATHERED_FACTOR}·") + f"s·min(N, {name})",
         ),
-        MemoryPart("prefetch buffer", sizes.item * min(whole, zero.prefetch), "s·min(N, stage3_prefetch_bucket_size)"),
+        MemoryPart(
+            "prefetch buffer", sizes.dtype_bytes * min(whole, zero.prefetch), "s·min(N, stage3_prefetch_bucket_size)"
+        ),
     )
 
 
-def _heap(place: Place, name: str, factor: float, how: str, size: int) -> tuple[MemoryPart, ...]:
-    """Pieces that come and go, which a GPU's allocator gives out again and glibc does not."""
+def _freed_blocks(place: Placement, name: str, factor: float, how: str, size: int) -> tuple[MemoryPart, ...]:
+    """Return a part for freed blocks, which a GPU's allocator reuses and glibc keeps; none on a GPU."""
     return () if place.is_gpu else (MemoryPart(name, int(factor * size), f"{factor}·{how}, freed, kept by glibc"),)
 
 
-def _resident(size: float, place: Place) -> int:
-    return int(size * (1.0 if place.is_gpu else HEAP))
+def _resident(size: float, place: Placement) -> int:
+    """Return the resident bytes of `size` bytes of activations."""
+    return int(size * (1.0 if place.is_gpu else ACTIVATIONS_FACTOR))
 
 
-def _repeated(sizes: ModelSizes, place: Place) -> int:
-    return 0 if place.is_gpu else sizes.repeated
+def _repeated_kv(sizes: ModelSizes, place: Placement) -> int:
+    """Return the bytes per token and layer of repeated keys and values, which only attention on the CPU keeps."""
+    return 0 if place.is_gpu else sizes.repeated_kv_bytes

@@ -1,4 +1,4 @@
-"""The plan as a table for people and as JSON."""
+"""The report of a plan, as a text table and as JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prefopt_dist.monitoring.console import in_units
+from prefopt_dist.monitoring.console import format_bytes
 from prefopt_dist.planning.fit import Fit
 from prefopt_dist.planning.machine import Machine
 from prefopt_dist.planning.memory import GENERATION, Phase
@@ -17,37 +17,37 @@ from prefopt_dist.planning.work import Disk, Work
 
 @dataclass(frozen=True)
 class PlanReport:
-    """All that a plan says."""
+    """All results of a plan."""
 
     machine: Machine
     sizes: ModelSizes
     fits: Sequence[Fit]
-    """The settings as they are first, then others"""
+    """Fit of the settings as they are, then those with offloading"""
     micro_batch_tokens: int
     work: Work
     step_seconds: float | None
-    """None where the device's peak is not known"""
+    """Seconds of a step; None, like the other times, where the device's peak is not known"""
     first_pass_seconds: float | None
     evaluation_seconds: float | None
     disk: Disk
     answers: AnswersPlan | None = None
-    """None where no prompt is answered"""
+    """Plan of the run's own answers; None where the run has none"""
 
     @property
     def total_seconds(self) -> float | None:
-        """First pass, training and evaluation, without loading, saving and waiting."""
+        """Return the seconds of first pass, training and evaluation, without loading, saving and waiting."""
         if self.step_seconds is None or self.work.steps is None:
             return None
         return self.step_seconds * self.work.steps + (self.first_pass_seconds or 0) + (self.evaluation_seconds or 0)
 
     def text(self) -> str:
-        """The whole table."""
+        """Return the report as text."""
         answers = [] if self.answers is None else [self.answers.text(self.total_seconds)]
         parts = [self._head(), _memory(self.fits[0]), self._settings(), self._work(), answers, self._disk()]
         return "\n".join(line for part in parts for line in part)
 
     def as_json(self) -> dict[str, Any]:
-        """Bytes, seconds and counts under plain names."""
+        """Return the report as JSON: bytes, seconds and counts by name."""
         return {
             "machine": asdict(self.machine) | {"ranks": self.machine.ranks},
             "model": {
@@ -58,7 +58,7 @@ class PlanReport:
             "memory": [
                 {
                     "settings": f.name,
-                    "fits": f.checkpointed is not None,
+                    "fits": f.fits,
                     "checkpointed_layers": f.checkpointed,
                     "available_bytes": f.available,
                     "device_bytes": f.device,
@@ -83,20 +83,21 @@ class PlanReport:
         m = self.machine
         size = _parameters(self.sizes.parameters)
         if self.sizes.frozen:
-            size += f" ({_parameters(self.sizes.trained)} in adapters, which alone are trained)"
+            size += f" (only the {_parameters(self.sizes.trained)} of the adapters are trained)"
         return [
-            f"plan: a model of {size} on {m.text()}, {in_units(m.memory)} each",
+            f"plan: a model of {size} on {m.text()}, {format_bytes(m.memory)} each",
             f"  micro-batches of {self.micro_batch_tokens} tokens",
         ]
 
     def _settings(self) -> list[str]:
-        lines = ["settings                  each rank    host, a node    layers computed again"]
+        lines = ["settings                  each rank    host, a node    recomputed layers"]
         for f in self.fits:
             layers = f"{f.checkpointed} of {self.sizes.activations.layers}"
-            said = layers if f.checkpointed is not None else "does not fit"
-            host = in_units(f.host(self.machine.ranks_a_node)) if f.host(1) else "-"
-            lines.append(f"  {f.name:22} {in_units(f.device):>10} {host:>15}    {said}")
-        return [*lines, f"  a rank may use {in_units(self.fits[0].available)}: a tenth is left free"]
+            host = format_bytes(f.host(self.machine.ranks_a_node)) if f.host(1) else "-"
+            lines.append(
+                f"  {f.name:22} {format_bytes(f.device):>10} {host:>15}    {layers if f.fits else 'does not fit'}"
+            )
+        return [*lines, f"  a rank may use {format_bytes(self.fits[0].available)}: a tenth stays free"]
 
     def _work(self) -> list[str]:
         w = self.work
@@ -106,7 +107,7 @@ class PlanReport:
         if w.first_pass_tokens is not None:
             lines.append(f"first pass: {w.sequences:,} sequences, {w.first_pass_tokens:,} distinct tokens")
         if self.step_seconds is None:
-            return [*lines, "time: the device's peak is not known"]
+            return [*lines, "time: unknown, since the device's peak is not known"]
         lines.append(f"time, at {self.machine.efficiency:.0%} of the peak: {self.step_seconds:.3g} s a step{most}")
         if self.total_seconds is not None:
             rest = [("first pass", self.first_pass_seconds), ("evaluation", self.evaluation_seconds)]
@@ -114,30 +115,31 @@ class PlanReport:
             left_out = "loading and saving"
             if any(phase.name == GENERATION for phase in self.fits[0].phases):
                 left_out = "generating, loading and saving"
-            lines[-1] += f"{parts}; {_clock(self.total_seconds)} in all, without {left_out}"
+            lines[-1] += f"{parts}; {_clock(self.total_seconds)} in total, without {left_out}"
         return lines
 
     def _disk(self) -> list[str]:
         d = self.disk
-        store = "" if d.store is None else f"; reference store {in_units(d.store)}"
+        store = "" if d.store is None else f"; reference store {format_bytes(d.store)}"
         return [
-            f"disk: {in_units(d.checkpoints)} of checkpoints at most ({in_units(d.checkpoint)} each), "
-            f"{in_units(d.conversion)} more to go on with another number of ranks, export {in_units(d.export)}{store}"
+            f"disk: {format_bytes(d.checkpoints)} of checkpoints at most ({format_bytes(d.checkpoint)} each), "
+            f"{format_bytes(d.conversion)} more to resume with another number of ranks, "
+            f"export {format_bytes(d.export)}{store}"
         ]
 
 
 def _memory(fit: Fit) -> list[str]:
     lines = []
     for phase in fit.phases:
-        host = f", {in_units(phase.host)} of the host" if phase.host else ""
-        lines.append(f"{phase.name}: {in_units(phase.device)}{host}")
+        host = f", {format_bytes(phase.host)} of the host" if phase.host else ""
+        lines.append(f"{phase.name}: {format_bytes(phase.device)}{host}")
         lines += [_part(phase, i) for i in range(len(phase.parts))]
     return lines
 
 
 def _part(phase: Phase, i: int) -> str:
     part = phase.parts[i]
-    return f"  {part.name:28} {in_units(part.bytes):>10}  {part.how}{' (host)' if part.on_host else ''}"
+    return f"  {part.name:28} {format_bytes(part.bytes):>10}  {part.how}{' (host)' if part.on_host else ''}"
 
 
 def _parameters(count: int) -> str:

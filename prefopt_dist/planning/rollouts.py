@@ -1,4 +1,4 @@
-"""What a run's own answers cost: memory of a whole copy beside the training, and time.
+"""The cost of a run's own answers: memory of a whole copy of the model beside the training, and time.
 
 Legend: N parameters, s bytes of a number in the model's dtype, W ranks.
 """
@@ -9,69 +9,79 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prefopt_dist.model.activation_checkpointing import RESERVED_SHARE
-from prefopt_dist.monitoring.console import in_units
+from prefopt_dist.monitoring.console import format_bytes
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.machine import Machine
 from prefopt_dist.planning.memory import GenerationSettings, MemoryPart, Phase, Placement, ZeroSettings
 from prefopt_dist.planning.sizes import ModelSizes
 
 ANSWERS = "answers"
-"""The phase in which the trained model answers beside its engine."""
+"""Name of the phase in which a copy of the trained model answers prompts beside its engine."""
 SHARD_PROMPTS = 8
-"""Prompts that are answered together, one lockstep batch: what a kill costs each rank."""
+"""Prompts of a shard: they are answered together in one batch, which is what each rank loses when it is killed."""
 LAYER_SECONDS = 1.0e-3
-"""A token's step through a layer by transformers' own code, however small the layer is: what the host takes to start
-its operations. 1.7 to 2.3 ms were measured on a busy CPU core; not measured on a GPU."""
+"""Least seconds of one token in one layer: the time in which the host launches the operations of Transformers' code.
+1.7 to 2.3 ms were measured on a busy CPU core; not measured on a GPU."""
 NETWORK_SPEED = 50e9
-"""Bytes a second by which a rank is sent the model, where the sharded engine answers: 400 Gb/s."""
+"""Bytes a second at which a rank receives the model's shards where the engine answers under ZeRO-3: 400 Gb/s."""
 MODELS = 2
-"""The start and the trained one"""
+"""Models that answer: the start and the trained one."""
 SCORING_PASSES = 4
-"""Forward passes over as many answers: the policy's own, the reference's over both models' and over chosen ones."""
+"""Forward passes over the answers or as many responses: the policy over its own, and the reference over both models'
+answers and over chosen responses."""
 
 
 @dataclass(frozen=True)
 class AnswersPlan:
-    """What the section answers asks of a machine."""
+    """Memory and time of the answers that the section `answers` asks for."""
 
     prompts: int
     new: int
-    """Tokens of an answer at most"""
+    """Most tokens of an answer"""
     policy: Phase
-    """While the trained model answers"""
+    """Memory while the trained model answers"""
     available: int
-    """Bytes of a rank's device, a tenth left free"""
+    """Bytes of a rank's device that may be used: all but a tenth, which stays free"""
     seconds: float | None
-    """Of both models' answers and the scoring; None where the device's speed is not known"""
+    """Seconds of both models' answers and their scoring; None where the device's speed is not known"""
 
     @property
     def fits(self) -> bool:
-        """Return whether a whole copy has room beside the training's engine."""
+        """Return whether a whole copy of the model fits beside the training's engine."""
         return self.policy.device <= self.available
 
     def text(self, total: float | None) -> str:
-        """Return a line for people; total: seconds of the job without this."""
+        """Return a line of the report; total: seconds of the job without the answers, None where not known."""
         if self.fits:
-            how = f"{in_units(self.policy.device)} of a rank while the latter answers"
+            how = f"a rank uses {format_bytes(self.policy.device)} while the trained model answers"
         else:
             how = (
-                f"under ZeRO-3, since a whole copy beside the training takes {in_units(self.policy.device)} of a rank "
-                f"and {in_units(self.available)} may be used"
+                f"under ZeRO-3, since with a whole copy beside the training a rank would use "
+                f"{format_bytes(self.policy.device)}, and {format_bytes(self.available)} may be used"
             )
-        said = (
+        line = (
             f"answers: {self.prompts} prompts, at most {self.new} tokens each, by the start and by the trained model; "
             f"{how}"
         )
         if self.seconds is None:
-            return said
+            return line
         share = "" if not total else f", {self.seconds / (total + self.seconds):.1%} of the job"
-        return f"{said}; at most {self.seconds:.3g} s{share} (the start's are kept in the cache)"
+        return f"{line}; at most {self.seconds:.3g} s{share} (the start's answers are kept in the cache)"
 
 
 def plan_answers(
     sizes: ModelSizes, zero: ZeroSettings, machine: Machine, asked: GenerationSettings, prompts: int, between: int = 0
 ) -> AnswersPlan:
-    """Return the plan of `prompts` prompts that are as long as they may be; between: times between start and end."""
+    """Return the plan of a run's own answers, to prompts of the longest allowed length.
+
+    Args:
+        sizes: the model's sizes.
+        zero: DeepSpeed settings of the policy.
+        machine: the machine that the run is planned for.
+        asked: settings by which the prompts are answered.
+        prompts: number of prompts.
+        between: how often the trained model answers between the start and the end of the training.
+    """
     place = Placement(machine.ranks, machine.is_gpu)
     copy: Sequence[MemoryPart] = memory.generation_phase(sizes, place, asked).parts
     beside = [part for part in copy if not part.on_host]  # the copy is of the live engine: nothing is loaded
@@ -86,12 +96,15 @@ def plan_answers(
 def _seconds(
     sizes: ModelSizes, machine: Machine, asked: GenerationSettings, prompts: int, gathered: bool, between: int
 ) -> float | None:
-    """gathered: the model is sent to every rank for every token."""
+    """Return the seconds of all answers and their scoring; None where the device's speed is not known.
+
+    gathered: whether the model's shards are sent to every rank for every token.
+    """
     if machine.peak is None:
         return None
     speed = machine.peak * machine.efficiency
     shards = -(-prompts // SHARD_PROMPTS)
-    of_rank = -(-shards // machine.ranks)
+    shards_of_rank = -(-shards // machine.ranks)
     reading = 0.0 if machine.bandwidth is None else sizes.dtype_bytes * sizes.parameters / machine.bandwidth
     product = 2 * sizes.parameters * min(SHARD_PROMPTS, prompts) / speed
     sending = sizes.dtype_bytes * sizes.parameters / NETWORK_SPEED if gathered else 0.0
@@ -105,4 +118,4 @@ def _seconds(
         * (asked.prompt_tokens + asked.new_tokens)
         / (speed * machine.ranks)
     )
-    return (MODELS + between) * of_rank * (prefill + asked.new_tokens * token) + scored
+    return (MODELS + between) * shards_of_rank * (prefill + asked.new_tokens * token) + scored

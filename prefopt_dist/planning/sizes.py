@@ -1,4 +1,4 @@
-"""What of a model decides its memory: counts of parameters and what attention repeats, from its configuration alone."""
+"""The sizes of a model that decide its memory, computed from its configuration alone."""
 
 from __future__ import annotations
 
@@ -14,49 +14,59 @@ from prefopt_dist.model.cost import ActivationMemory, activation_memory, meta_mo
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Counts of parameters, and bytes a token."""
+    """Counts of parameters, and bytes per token."""
 
     parameters: int
-    """N; of a run with adapters with them"""
+    """N: number of parameters, adapters included"""
     trained: int
-    """Nₜ: all of them, or the adapters"""
+    """Nₜ: number of trained parameters: all of them, or the adapters'"""
     layer: int
-    """Of one layer"""
+    """Number of parameters of one layer"""
     head: int
-    """V·d of the output head"""
-    largest: int
-    """Elements of the largest parameter: the head, or one of the two that hold a layer's experts"""
-    together: int
-    """Elements that are gathered at once: the head, or all of a layer's experts, since a module's parameters come
-    together"""
+    """V·d: number of parameters of the output head"""
+    largest_parameter: int
+    """Elements of the largest parameter: the head, or one of the two parameters that hold a layer's experts"""
+    largest_module: int
+    """Elements that ZeRO-3 gathers at once, since it gathers all parameters of a module: the head, or a layer's
+    experts"""
     persistent: int
-    """In parameters so small that ZeRO-3 leaves them whole on every rank"""
-    item: int
+    """Elements of the parameters so small that ZeRO-3 leaves them whole on every rank"""
+    dtype_bytes: int
     """Bytes of a number in the model's dtype"""
-    file_item: int
+    file_dtype_bytes: int
     """Bytes of a number in the weight files"""
-    repeated: int
-    """Bytes a token and layer of keys and values repeated for grouped queries, which attention on the CPU keeps"""
-    cached: int
-    """Bytes a token and layer of the keys and values that sampling keeps: s · 2 · key heads · their size"""
+    repeated_kv_bytes: int
+    """Bytes per token and layer of the keys and values that attention on the CPU repeats for grouped queries and
+    keeps"""
+    cached_kv_bytes: int
+    """Bytes per token and layer of the key-value cache of sampling: s · 2 · key-value heads · head size"""
     activations: ActivationMemory
 
     @property
     def frozen(self) -> bool:
-        """Adapters are trained beside a model that stays as it is."""
+        """Return whether only adapters are trained and the model's own parameters are frozen."""
         return self.trained < self.parameters
 
 
 def model_sizes(
     config: PreTrainedConfig, dtype: torch.dtype, persistence_threshold: int, adapter: Adapter | None = None
 ) -> ModelSizes:
-    """Counted on models without storage of one and two layers; the layers of the supported families are alike."""
+    """Return the sizes of a model, counted on meta models of one and two layers.
+
+    All layers of a supported family are equal, so the two counts give those of any number of layers.
+
+    Args:
+        config: the model's configuration.
+        dtype: dtype of the parameters in the run.
+        persistence_threshold: `stage3_param_persistence_threshold`, in elements.
+        adapter: the run's adapters; None where the whole model is trained.
+    """
     models = [meta_model(config, layers, dtype, adapter) for layers in (1, 2)]
     one, two = (list(model.parameters()) for model in models)
     layers = config.num_hidden_layers
 
-    def whole(of: Callable[[torch.Tensor], int]) -> int:
-        first, both = sum(map(of, one)), sum(map(of, two))
+    def extrapolate(count: Callable[[torch.Tensor], int]) -> int:
+        first, both = sum(map(count, one)), sum(map(count, two))
         total: int = first + (layers - 1) * (both - first)
         return total
 
@@ -67,16 +77,16 @@ def model_sizes(
     size = numbers.get("head_dim") or config.hidden_size // heads
     key_heads = numbers.get("num_key_value_heads") or heads
     return ModelSizes(
-        parameters=whole(torch.Tensor.numel),
-        trained=whole(lambda p: p.numel() if p.requires_grad else 0),
+        parameters=extrapolate(torch.Tensor.numel),
+        trained=extrapolate(lambda p: p.numel() if p.requires_grad else 0),
         layer=sum(p.numel() for p in two) - sum(p.numel() for p in one),
         head=config.vocab_size * config.hidden_size,
-        largest=max(p.numel() for p in two),
-        together=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in models[1].modules()),
-        persistent=whole(lambda p: p.numel() if p.numel() <= persistence_threshold else 0),
-        item=item,
-        file_item=torch.empty((), dtype=stored).element_size(),
-        repeated=2 * (heads - key_heads) * size * item,
-        cached=2 * key_heads * size * item,
+        largest_parameter=max(p.numel() for p in two),
+        largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in models[1].modules()),
+        persistent=extrapolate(lambda p: p.numel() if p.numel() <= persistence_threshold else 0),
+        dtype_bytes=item,
+        file_dtype_bytes=torch.empty((), dtype=stored).element_size(),
+        repeated_kv_bytes=2 * (heads - key_heads) * size * item,
+        cached_kv_bytes=2 * key_heads * size * item,
         activations=activation_memory(config, dtype, adapter),
     )

@@ -1,4 +1,4 @@
-"""Steps, tokens, time and disk of a job, from the data's lengths or from the longest allowed rows."""
+"""Steps, tokens, operations and disk of a job, from the data's lengths or from the longest rows allowed."""
 
 from __future__ import annotations
 
@@ -13,60 +13,69 @@ from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, UnpairedRows
 from prefopt_dist.data.unit import Unit
-from prefopt_dist.objectives import KTO, Objective
+from prefopt_dist.objectives import Objective
 from prefopt_dist.planning.memory import MASTER_BYTES, MOMENTS_BYTES
 from prefopt_dist.planning.sizes import ModelSizes
 from prefopt_dist.reference.scoring_plan import sequences_needed
 from prefopt_dist.reference.store import ROW
 
 MAX_ROWS = 20_000
-"""Of an epoch that are looked at; the rest is taken to be like them."""
+"""Rows of an epoch that are read; the others are assumed to be alike."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be computed."""
+    """The computation that a job does."""
 
     known: bool
-    """From the data; else every row has the longest prompt and the longest responses that the settings allow"""
+    """Whether the lengths are the data's; else every row has the longest prompt and responses that are allowed"""
     steps: int | None
-    """None where neither the data nor train.max_steps say it"""
+    """Number of steps; None where neither the data nor `train.max_steps` decides it"""
     step_tokens: float
     """Distinct tokens of a step, on average"""
     step_flop: float
-    """Of a forward pass over them"""
+    """FLOP of a forward pass over a step's tokens"""
     ahead_flop: float
-    """Of the pass before a step; KTO's alone have one"""
+    """FLOP of the pass before a step, which only KTO has"""
     first_pass_tokens: int | None
-    """Of what the reference scores, evaluation included; None where the rows are not known or none are scored"""
+    """Distinct tokens that the reference scores, evaluation included; None where the rows are not known or no
+    reference is needed"""
     first_pass_flop: float
     sequences: int | None
-    """That the reference store will hold"""
+    """Sequences that the reference store will hold; None where they are not known"""
     evaluation_flop: float
-    """Of all evaluations"""
+    """FLOP of all evaluations"""
 
 
 def work_from_rows(
     config: Config, train: TokenisedRows, evals: Mapping[str, TokenisedRows], cost: Cost, objective: Objective
 ) -> Work:
-    """The job's work by its tokenised rows, with an empty reference store."""
+    """Return the job's work from its tokenised rows, with an empty reference store.
+
+    Args:
+        config: the run's configuration.
+        train: the training rows.
+        evals: the evaluation rows by the name of their set.
+        cost: FLOP of the model's forward pass.
+        objective: the loss.
+    """
     responses = objective.responses
     per_step = config.train.global_batch_pairs
     order = Order.of_run(train.source, train.weights, config.run.seed, per_step)
     steps = order.total_steps(config.train.epochs, config.train.max_steps)
-    looked = min(steps, order.steps_per_epoch, max(1, MAX_ROWS // per_step))
+    sampled_steps = min(steps, order.steps_per_epoch, max(1, MAX_ROWS // per_step))
     tokens = flop = ahead = 0.0
 
     def forward(rows: TokenisedRows, indices: Iterable[int], first: int) -> tuple[int, float]:
-        units = [_unit(rows, i, range(first, first + responses)) for i in indices]
+        units = [rows.unit(i, range(first, first + responses)) for i in indices]
         return tokens_and_cost(group_by_prompt(units, config.train.micro_batch_tokens), cost)
 
-    for index in range(looked):
-        taken = order.step(index).rows.tolist()
-        found = forward(train, taken, 0)
-        tokens, flop = tokens + found[0], flop + found[1]
+    for index in range(sampled_steps):
+        step_rows = order.step(index).rows.tolist()
+        step_tokens, step_flop = forward(train, step_rows, 0)
+        tokens, flop = tokens + step_tokens, flop + step_flop
         if isinstance(train, UnpairedRows):
-            ahead += forward(train, taken, MISMATCHED)[1]
+            ahead += forward(train, step_rows, MISMATCHED)[1]
     sets = [train, *evals.values()]
     scored = objective.needs_reference
     scored_tokens, scored_flop, sequences = _scored(config, sets, cost) if scored else (0, 0.0, 0)
@@ -77,9 +86,9 @@ def work_from_rows(
     return Work(
         known=True,
         steps=steps,
-        step_tokens=tokens / looked,
-        step_flop=flop / looked,
-        ahead_flop=ahead / looked,
+        step_tokens=tokens / sampled_steps,
+        step_flop=flop / sampled_steps,
+        ahead_flop=ahead / sampled_steps,
         first_pass_tokens=scored_tokens if scored else None,
         first_pass_flop=scored_flop,
         sequences=sequences if scored else None,
@@ -88,20 +97,20 @@ def work_from_rows(
 
 
 def worst_case_work(config: Config, cost: Cost, objective: Objective) -> Work:
-    """Every row as long as data.max_length lets it be, where the data cannot be read."""
+    """Return the work with every row as long as `data.max_length` allows, for data that cannot be read."""
     responses = objective.responses
     prompt = config.data.max_prompt_length
     response = config.data.max_length - prompt
     tokens = prompt + responses * (response - 1)
-    draw = np.arange(response, dtype=np.int32)
-    unit = Unit(0, np.zeros(prompt, dtype=np.int32), tuple(draw + k for k in range(responses)))
+    ids = np.arange(response, dtype=np.int32)  # different for each response, so that they share no prefix
+    unit = Unit(0, np.zeros(prompt, dtype=np.int32), tuple(ids + k for k in range(responses)))
     pairs = config.train.global_batch_pairs
     return Work(
         known=False,
         steps=config.train.max_steps,
         step_tokens=float(pairs * tokens),
         step_flop=pairs * cost.of([unit], tokens),
-        ahead_flop=pairs * cost.of([unit], tokens) if isinstance(objective, KTO) else 0.0,
+        ahead_flop=pairs * cost.of([unit], tokens) if objective.needs_reference_point else 0.0,
         first_pass_tokens=None,
         first_pass_flop=0.0,
         sequences=None,
@@ -109,21 +118,23 @@ def worst_case_work(config: Config, cost: Cost, objective: Objective) -> Work:
     )
 
 
-def training_flop(work: Work, cost: Cost, again: float, frozen: bool = False) -> float:
-    """Of one step: the pass before it, forward, backward, and the share `again` of the layers' forward pass once more.
+def training_flop(work: Work, cost: Cost, recomputed: float, frozen: bool = False) -> float:
+    """Return the FLOP of one step: the pass before it, forward, backward and recomputation.
 
-    frozen: without the weights' gradients.
+    Args:
+        work: the job's work.
+        cost: FLOP of the model's forward pass.
+        recomputed: share of the layers whose forward pass is recomputed, 0 to 1.
+        frozen: whether the model's weights are frozen and have no gradients.
     """
     passes = FROZEN_PASSES if frozen else TRAINING_PASSES
-    return work.ahead_flop + passes * work.step_flop + again * min(work.step_flop, cost.per_token * work.step_tokens)
-
-
-def _unit(rows: TokenisedRows, i: int, responses: Iterable[int]) -> Unit:
-    return rows.unit(i, responses)
+    layers_flop = min(work.step_flop, cost.per_token * work.step_tokens)
+    return work.ahead_flop + passes * work.step_flop + recomputed * layers_flop
 
 
 def _scored(config: Config, sets: Sequence[TokenisedRows], cost: Cost) -> tuple[int, float, int]:
-    responses = max(rows.responses for rows in sets)  # a pair's two; KTO's own and mismatched one
+    """Return distinct tokens, FLOP and number of the sequences that the reference scores."""
+    responses = max(rows.responses for rows in sets)  # a pair has two; a KTO row has its own and a mismatched one
     places = list(sequences_needed(sets, responses).values())
     units = [place.unit(sets, i) for i, place in enumerate(places)]
     tokens, flop = tokens_and_cost(group_by_prompt(units, config.reference_micro_batch_tokens), cost)
@@ -131,29 +142,38 @@ def _scored(config: Config, sets: Sequence[TokenisedRows], cost: Cost) -> tuple[
 
 
 def _evaluations(config: Config, steps: int) -> int:
+    """Return the number of evaluations of a run of `steps` steps."""
     every = config.eval.every_steps
-    within = (steps - 1) // every if every else 0
-    return within + config.eval.at_start + config.eval.at_end
+    during_training = (steps - 1) // every if every else 0
+    return during_training + config.eval.at_start + config.eval.at_end
 
 
 @dataclass(frozen=True)
 class Disk:
-    """What stands on disk at most, in bytes."""
+    """The most disk space that a job takes, in bytes."""
 
     checkpoint: int
-    """One: master weights and moments (12·Nₜ); the model's own dtype is made of them again"""
+    """One checkpoint: master weights and moments (12·Nₜ); the weights in the model's dtype are made from them"""
     checkpoints: int
-    """At a save: those that stay, and the new one before the oldest goes"""
+    """All checkpoints during a save: those that are kept, and the new one before the oldest is deleted"""
     conversion: int
-    """For another number of ranks: master weights and moments whole (12·Nₜ)"""
+    """Resharding for another number of ranks: the whole master weights and moments (12·Nₜ)"""
     export: int
-    """The Hugging Face folder (s·N; s·Nₜ where adapters are written alone)"""
+    """The Hugging Face folder (s·N; s·Nₜ where only adapters are written)"""
     store: int | None
-    """The reference's scores, 40 bytes a sequence; None where the sequences are not known"""
+    """The reference store, 40 bytes a sequence; None where the number of sequences is not known"""
 
 
 def disk_needed(sizes: ModelSizes, keep: int, export_item: int, sequences: int | None, *, merged: bool = False) -> Disk:
-    """keep: checkpoints that stay; merged: adapters are exported with their model."""
+    """Return the disk space that a job takes.
+
+    Args:
+        sizes: the model's sizes.
+        keep: number of checkpoints that are kept.
+        export_item: bytes of a number in the exported weights.
+        sequences: number of sequences in the reference store; None where it is not known.
+        merged: whether adapters are exported merged into their model.
+    """
     states = (MASTER_BYTES + MOMENTS_BYTES) * sizes.trained
     return Disk(
         checkpoint=states,

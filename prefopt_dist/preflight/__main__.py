@@ -26,7 +26,7 @@ from typing import Any
 import torch.distributed as dist
 
 from prefopt_dist.errors import UserError
-from prefopt_dist.preflight.machine import MachineReport, Wanted, differing, examine_machine
+from prefopt_dist.preflight.machine import MachineReport, Requirements, examine_machine, version_faults
 from prefopt_dist.preflight.rendezvous import Rendezvous
 
 MEETING_SECONDS = 30.0
@@ -39,7 +39,7 @@ SLOW = 0.5
 """Of the median bandwidth inside a machine."""
 
 
-def check(meeting: Rendezvous, wanted: Wanted, seconds: float) -> list[str]:
+def check(meeting: Rendezvous, wanted: Requirements, seconds: float) -> list[str]:
     """Every machine: the faults of all; seconds: for all machines to answer."""
     report = examine_machine(meeting.hosts[meeting.node], wanted)
     meeting.answer("report", dataclasses.asdict(report))
@@ -48,7 +48,7 @@ def check(meeting: Rendezvous, wanted: Wanted, seconds: float) -> list[str]:
         found = meeting.answers("report", seconds)
         reports = [MachineReport(**r) for r in found.values()]
         faults = [f"{h}: did not answer within {seconds:.0f} s" for h in meeting.hosts if h not in found]
-        faults += [f"{r.host}: {fault}" for r in reports for fault in r.faults] + differing(reports)
+        faults += [f"{r.host}: {fault}" for r in reports for fault in r.faults] + version_faults(reports)
     agreed = meeting.agree("machines", faults, seconds + TOLD_SECONDS)
     if agreed:
         return agreed
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     hosts = asked.hosts.split(",")
     try:
-        wanted = Wanted(
+        wanted = Requirements(
             ranks=asked.ranks,
             on_gpus=os.environ.get("DS_ACCELERATOR") != "cpu",
             folder=asked.folder.absolute(),

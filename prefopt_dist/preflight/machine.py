@@ -74,7 +74,7 @@ def read_xids(kernel: str, uptime: float) -> list[str]:
     return [f"GPU {bus}: Xid {xid} in the last day, {FATAL_XIDS[xid]}" for bus, xid in found]
 
 
-def faults_of(gpus: Sequence[Gpu], wanted: int) -> list[str]:
+def gpu_faults(gpus: Sequence[Gpu], wanted: int) -> list[str]:
     """What is wrong with these GPUs for a job of `wanted` ranks."""
     faults = []
     if len(gpus) < wanted:
@@ -93,7 +93,7 @@ def examine_gpus(wanted: int) -> tuple[list[str], dict[str, str]]:
         gpus = read_gpus(_said("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"))
     except (subprocess.SubprocessError, ValueError, IndexError) as e:
         return [f"nvidia-smi failed: {e}"], {}
-    faults = faults_of(gpus, wanted)
+    faults = gpu_faults(gpus, wanted)
     # Older GPUs have no such rows, and containers often no kernel messages: that is no fault.
     for command, read in (
         (["nvidia-smi", f"--query-remapped-rows={REMAPPED}", "--format=csv,noheader,nounits"], read_remapped),
@@ -130,7 +130,7 @@ SCRATCH_GIB = 1.0
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Requirements:
     """What each machine must have."""
 
     ranks: int
@@ -152,7 +152,7 @@ class MachineReport:
     versions: Mapping[str, str]
 
 
-def examine_machine(host: str, wanted: Wanted) -> MachineReport:
+def examine_machine(host: str, wanted: Requirements) -> MachineReport:
     """This machine's report."""
     faults = []
     folder = wanted.folder
@@ -181,7 +181,7 @@ def examine_machine(host: str, wanted: Wanted) -> MachineReport:
     return MachineReport(host, tuple(faults), versions)
 
 
-def differing(reports: Sequence[MachineReport]) -> list[str]:
+def version_faults(reports: Sequence[MachineReport]) -> list[str]:
     """A fault for each machine whose version of something is not what most have."""
     faults = []
     for name in sorted({n for r in reports for n in r.versions}):

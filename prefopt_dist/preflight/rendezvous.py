@@ -19,7 +19,7 @@ PATIENCE = 60.0
 """Seconds in which the head's name must become known: machines and name servers start up, too."""
 
 
-def address_of(head: str, node: int, name: str = "", patience: float = PATIENCE) -> str:
+def choose_address(head: str, node: int, name: str = "", patience: float = PATIENCE) -> str:
     """A host name or an IP address.
 
     The head has the one it was given: the others know it by that. Another machine has its name, where that is known and
@@ -75,7 +75,7 @@ def _is_known(name: str) -> bool:
 
 if __name__ == "__main__":
     try:
-        print(address_of(sys.argv[1], int(sys.argv[2]), "".join(sys.argv[3:])))
+        print(choose_address(sys.argv[1], int(sys.argv[2]), "".join(sys.argv[3:])))
     except UserError as mistake:
         print(mistake, file=sys.stderr)
         sys.exit(2)

@@ -29,9 +29,9 @@ from prefopt_dist.model.fingerprint import refuse_if_changed
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring import heartbeat
-from prefopt_dist.monitoring.console import in_units, say
+from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.monitoring.loggers import Sample
-from prefopt_dist.monitoring.metrics_file import MetricsFile, strict_inside
+from prefopt_dist.monitoring.metrics_file import MetricsFile, strict_json_nested
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.memory import GenerationSettings, Placement
 from prefopt_dist.planning.rollouts import SHARD_PROMPTS
@@ -261,7 +261,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
         n=1,
         temperature=asked.temperature,
         top_p=1.0,  # all tokens, as the KL is over all of them
-        max_new_tokens=config.new_tokens,
+        max_new_tokens=config.max_answer_tokens,
         seed=seed_of_model(config.run.seed, held.key),
         stop_ids=ranks.run_on_all_ranks(lambda: stop_ids_of(tokeniser.template, models.policy.path)),
     )
@@ -273,7 +273,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
             sources,
             number=asked.number,
             tokeniser=tokeniser,
-            longest=data.max_length - config.new_tokens,
+            longest=data.max_length - config.max_answer_tokens,
             on_bad_row=data.on_bad_row,
             key=key,
         )
@@ -292,7 +292,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
     prompts, folder = ranks.run_on_rank_zero(plan)
     if folder is None:
         return NotAnswered(
-            f"{key} has no prompt that leaves {config.new_tokens} of data.max_length's {data.max_length} tokens for an "
+            f"{key} has no prompt that leaves {config.max_answer_tokens} of data.max_length's {data.max_length} tokens for an "
             f"answer ({prompts.text()}); name other answers.prompts or lower answers.max_new_tokens"
         )
     require_shared_folder(folder, "run.cache", remedy="Set run.cache to one that is.")
@@ -300,7 +300,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
     said = f"; {left_out} longer prompts are left out" if left_out else ""
     say(
         f"answers: {len(prompts.all)} prompts of {key}, answered by the start and by the trained model with at most "
-        f"{config.new_tokens} tokens{said}"
+        f"{config.max_answer_tokens} tokens{said}"
     )
 
     def open_engine() -> Engine:
@@ -337,7 +337,7 @@ def _batch_tokens(config: Config) -> int:
 
 def sampling_plan(config: Config) -> GenerationSettings:
     """Return how the prompts of the section answers are answered, for what a plan says of memory."""
-    new = config.new_tokens
+    new = config.max_answer_tokens
     return GenerationSettings(_batch_tokens(config), max(1, config.data.max_length - new), new, 1, False)
 
 
@@ -359,7 +359,7 @@ def _room_for_a_copy(config: Config, models: Models, who: str, *, loads: bool = 
     if need > free:
         say(
             f"answers: {who} answers under ZeRO-3, which gathers the model for every token, since a whole copy takes "
-            f"{in_units(need)} of a rank's memory and {in_units(free)} are free"
+            f"{format_bytes(need)} of a rank's memory and {format_bytes(free)} are free"
         )
     return need <= free
 
@@ -400,4 +400,4 @@ def as_run_json(own: OwnAnswers, row: dict[str, Any]) -> dict[str, Any]:
         block["start"]["reward"] = interval("reward", "start/")
         block["difference"] = interval("reward_difference")
         block["win_rate"] = interval("win_rate")
-    return strict_inside(block)
+    return strict_json_nested(block)
