@@ -392,7 +392,7 @@ def stopped_while_it_waits_for_its_turn(folder: Path) -> dict[str, Any]:
     lock = FileLock(store.folder / f"turn-{plan_name([rows], 2)}.lock")
     if ranks.rank() == 0:
         store.make_folder()
-        assert lock.take() is None
+        assert lock.acquire() is None
 
         def ask() -> None:
             while not (config.run_dir / "run.json").exists():
@@ -408,7 +408,7 @@ def stopped_while_it_waits_for_its_turn(folder: Path) -> dict[str, Any]:
         "held": lock.held,
     }
     ranks.all_gather(None)
-    lock.give_back()
+    lock.release()
     return found | {"then": scored(config_for(folder, "waiting-2", cache="waiting"))}
 
 

@@ -57,14 +57,13 @@ def plain_varlen(
     return torch.cat(parts)
 
 
-def plain_varlen_of_old(*args: Any, is_causal: bool = False) -> torch.Tensor:
-    """As before torch 2.12: no window, no scale, no groups."""
-    assert is_causal
-    return plain_varlen(*args, scale=args[0].shape[-1] ** -0.5, window_size=(-1, 0))
+def plain_varlen_without_groups(*args: Any, scale: float, window_size: tuple[int, int]) -> torch.Tensor:
+    """The stand-in of torch 2.11, which needs as many key heads as query heads."""
+    return plain_varlen(*args, scale=scale, window_size=window_size)
 
 
 Kernel = Callable[..., torch.Tensor]
-OLD = ["llama-tied", "llama-mqa-biases", "qwen2-window-upper-layers", "gemma3"]
+WITHOUT_GROUPS = ["llama-tied", "llama-mqa-biases", "qwen2-window-upper-layers", "gemma3"]
 
 
 def put_in_place(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -75,15 +74,14 @@ def put_in_place(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(query))
         return kernel(query, *args, **options)
 
-    options = frozenset(inspect.signature(kernel).parameters)
     monkeypatch.setattr(attention, "varlen_attn", counted)
-    monkeypatch.setattr(attention, "VARLEN_OPTIONS", options)
-    monkeypatch.setattr(attention, "varlen_supported", lambda q, window: window is None or "window_size" in options)
+    monkeypatch.setattr(attention, "VARLEN_TAKES_GROUPED_HEADS", "enable_gqa" in inspect.signature(kernel).parameters)
+    monkeypatch.setattr(attention, "varlen_supported", lambda _: True)
     return calls
 
 
 @pytest.mark.parametrize(
-    ("name", "kernel"), [(n, plain_varlen) for n in MODELS] + [(n, plain_varlen_of_old) for n in OLD]
+    ("name", "kernel"), [(n, plain_varlen) for n in MODELS] + [(n, plain_varlen_without_groups) for n in WITHOUT_GROUPS]
 )
 def test_one_call_equals_a_call_a_segment(name: str, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = put_in_place(kernel, monkeypatch)
@@ -92,16 +90,15 @@ def test_one_call_equals_a_call_a_segment(name: str, kernel: Kernel, monkeypatch
     found = []
     for by_segments in (False, True):
         if by_segments:
-            monkeypatch.setattr(attention, "varlen_supported", lambda *_: False)
+            monkeypatch.setattr(attention, "varlen_supported", lambda _: False)
         lm = make(name)
         terms = Scorer(lm)(batch, DPO(0.3), references(units))
         terms.loss.backward()
         found.append((terms.sums, gradients(lm)))
         if not by_segments:
             calls = len(stand_in)
-    layer_windows = [w for w in windows(lm) if w is None or "window_size" in attention.VARLEN_OPTIONS]
     capped = lm.config.model_type == "gemma2" and lm.config.attn_logit_softcapping is not None
-    assert calls == len(stand_in) == (0 if capped else len(layer_windows))
+    assert calls == len(stand_in) == (0 if capped else lm.config.num_hidden_layers)
     (sums, grads), (wanted, wanted_grads) = found
     assert apart(sums, wanted) <= 1e-6
     assert worst(grads, wanted_grads)[0] <= 1e-5
@@ -115,16 +112,8 @@ def test_without_shared_prompts_nothing_is_gathered(monkeypatch: pytest.MonkeyPa
     scorer = Scorer(make("llama-tied"))
     with torch.no_grad():
         sums = scorer(batch)
-        monkeypatch.setattr(attention, "varlen_supported", lambda *_: False)
+        monkeypatch.setattr(attention, "varlen_supported", lambda _: False)
         assert apart(sums, scorer(batch)) <= 1e-6
-
-
-def windows(lm: Any) -> list[int | None]:
-    """The window of each layer, by its configuration."""
-    config = lm.config.to_dict()
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    kinds = config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"]
-    return [window if k == "sliding_attention" else None for k in kinds]
 
 
 def test_gather_of_hand_made_segments() -> None:
@@ -142,8 +131,6 @@ def test_the_installed_function_takes_our_arguments(
 ) -> None:
     """Through torch's own function on the meta device, which has no numbers: nothing is read from the host either."""
     batch = pack(pairs(), 2).to(torch.device("meta"))
-    if window is not None and "window_size" not in attention.VARLEN_OPTIONS:
-        pytest.skip("this torch has no windows there")
 
     def empty(heads: int) -> torch.Tensor:
         return torch.empty(1, heads, batch.tokens, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
@@ -162,8 +149,7 @@ def test_the_installed_function_takes_our_arguments(
     assert out.shape == (1, batch.tokens, 4, 16)
     out.sum().backward()
     assert all(x.grad is not None and x.grad.shape == x.shape for x in (q, k, v))
-    if "window_size" in attention.VARLEN_OPTIONS:
-        assert bound[0].arguments["window_size"] == ((-1, 0) if window is None else (window - 1, 0))
+    assert bound[0].arguments["window_size"] == ((-1, 0) if window is None else (window - 1, 0))
 
 
 def test_where_the_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,14 +162,11 @@ def test_where_the_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
     can: Callable[..., bool] = attention.varlen_supported
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert can(OnGPU(torch.bfloat16, 128), None)
-    assert can(OnGPU(torch.float16, 256), None)
-    assert not can(OnGPU(torch.float32, 128), None)
-    assert not can(OnGPU(torch.bfloat16, 264), None)
-    assert not can(OnGPU(torch.bfloat16, 20), None)
-    assert not can(torch.empty(1, 4, 50, 128, dtype=torch.bfloat16), None)
-    monkeypatch.setattr(attention, "VARLEN_OPTIONS", frozenset({"is_causal"}))
-    assert can(OnGPU(torch.bfloat16, 128), None)
-    assert not can(OnGPU(torch.bfloat16, 128), 7)
+    assert can(OnGPU(torch.bfloat16, 128))
+    assert can(OnGPU(torch.float16, 256))
+    assert not can(OnGPU(torch.float32, 128))
+    assert not can(OnGPU(torch.bfloat16, 264))
+    assert not can(OnGPU(torch.bfloat16, 20))
+    assert not can(torch.empty(1, 4, 50, 128, dtype=torch.bfloat16))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert not can(OnGPU(torch.bfloat16, 128), None)
+    assert not can(OnGPU(torch.bfloat16, 128))

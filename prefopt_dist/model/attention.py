@@ -1,7 +1,7 @@
 """Attention over a packed row in which several responses share one prompt.
 
-Registered with transformers under `NAME`; a name without a mask function of its own makes transformers
-build no mask at all, and the row's segments reach the function as a keyword argument of the model's call.
+It is registered with transformers under `NAME`. Since no mask function is registered under this name, transformers
+builds no mask. The row's segments reach the function as a keyword argument of the model's call.
 
 Legend: T tokens of the row, H query heads, J key-value heads, d size of a head, q queries and k keys of a segment.
 """
@@ -22,10 +22,10 @@ from prefopt_dist.batching.micro_batch import Gathered, Segment
 
 NAME = "prefopt_shared_prefix"
 
-VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
-"""torch before 2.12 says `is_causal` for `window_size=(-1, 0)` and lacks some of window, scale and grouped heads."""
+VARLEN_TAKES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""False for torch 2.11, whose kernel needs as many key heads as query heads."""
 VARLEN_HEAD_SIZES = range(8, 257, 8)
-"""What the flash kernel takes; it also needs a GPU of compute capability 8 (Ampere) or more."""
+"""Head sizes that the flash kernel takes; it also needs a GPU of compute capability 8 (Ampere) or more."""
 
 
 def shared_prefix_attention(
@@ -43,30 +43,40 @@ def shared_prefix_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Lower-right causal attention of each segment; never a mask over the whole row.
+    """Compute lower-right causal attention of each segment; a mask over the whole row is never made.
 
-    query [1, H, T, d]; key, value [1, J, T, d]; returns ([1, T, H, d], None).
-    gathered: the segments for one variable-length call, which is taken where the kernel can do it.
-    sliding_window: a token sees itself and the window - 1 tokens before it in its own sequence.
-    softcap: c of c·tanh(score/c).
+    Args:
+        module: the attention layer, which is not used.
+        query: [1, H, T, d].
+        key: [1, J, T, d].
+        value: [1, J, T, d].
+        attention_mask: None.
+        scaling: factor of the scores.
+        segments: the segments of the row.
+        gathered: the segments for one variable-length call, which is made where the kernel supports it.
+        dropout: 0.
+        sliding_window: a token sees itself and the window - 1 tokens before it in its own sequence.
+        softcap: c of c·tanh(score/c).
+
+    Returns:
+        ([1, T, H, d], None).
     """
-    # A mask or dropout here would mean that the model does not do what the packed row needs: that is our bug.
+    # A mask or dropout would mean that transformers computes something else than the packed row needs: a bug of ours.
     assert attention_mask is None, "a packed row takes no attention mask"
     assert dropout == 0.0
-    if gathered is not None and softcap is None and varlen_supported(query, sliding_window):
+    if gathered is not None and softcap is None and varlen_supported(query):
         return varlen_attention(query, key, value, gathered, scaling, sliding_window), None
     parts = [_segment(query, key, value, s, scaling, sliding_window, softcap) for s in segments]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
-def varlen_supported(query: torch.Tensor, window: int | None) -> bool:
-    """Whether the flash kernel takes these queries and this window."""
+def varlen_supported(query: torch.Tensor) -> bool:
+    """Return whether the flash kernel takes these queries."""
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] in VARLEN_HEAD_SIZES
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and (window is None or "window_size" in VARLEN_OPTIONS)
     )
 
 
@@ -78,29 +88,31 @@ def varlen_attention(
     scaling: float,
     window: int | None,
 ) -> torch.Tensor:
-    """[1, T, H, d] by one call for all segments, without a look at the device's numbers from the host.
+    """Compute the attention of all segments in one call; the host does not wait for numbers of the device.
 
     The arguments are tested on the CPU against a plain stand-in of `varlen_attn`; the CUDA kernel itself has
     not been run.
+
+    Args:
+        query: [1, H, T, d].
+        key: [1, J, T, d].
+        value: [1, J, T, d].
+        gathered: the segments, on the device of the query.
+        scaling: factor of the scores.
+        window: as `sliding_window` of `shared_prefix_attention`.
+
+    Returns:
+        [1, T, H, d].
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
-    if len(gathered.keys) > len(k):  # without shared prompts the keys stand as they are needed
+    if len(gathered.keys) > len(k):  # without shared prompts the keys are in the needed order already
         k, v = k[gathered.keys], v[gathered.keys]
+    grouped = q.shape[1] != k.shape[1]
     options: dict[str, Any] = {}
-    if "window_size" in VARLEN_OPTIONS:
-        # The kernel counts the tokens before a token, transformers the token itself too.
-        options["window_size"] = (-1 if window is None else window - 1, 0)
-    else:
-        options["is_causal"] = True
-    if "scale" in VARLEN_OPTIONS:
-        options["scale"] = scaling
-    else:
-        q = q * (scaling * q.shape[-1] ** 0.5)  # the kernel divides by √d
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in VARLEN_OPTIONS:
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if grouped and VARLEN_TAKES_GROUPED_HEADS:
+        options["enable_gqa"] = True
+    elif grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = varlen_attn(
         q,
         k,
@@ -109,6 +121,9 @@ def varlen_attention(
         gathered.cu_seqlens_k,
         gathered.max_seqlen_q,
         gathered.max_seqlen_k,
+        scale=scaling,
+        # The kernel counts the tokens before a token; transformers counts the token itself too.
+        window_size=(-1 if window is None else window - 1, 0),
         **options,
     )
     assert isinstance(out, torch.Tensor)
@@ -124,7 +139,20 @@ def _segment(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """[1, H, s.end - s.start, d]: queries of the segment over its prefix and itself."""
+    """Compute the attention of one segment: its queries over its prefix and itself.
+
+    Args:
+        query: [1, H, T, d].
+        key: [1, J, T, d].
+        value: [1, J, T, d].
+        s: the segment.
+        scaling: factor of the scores.
+        window: as `sliding_window` of `shared_prefix_attention`.
+        softcap: c of c·tanh(score/c).
+
+    Returns:
+        [1, H, s.end - s.start, d].
+    """
     prefix, own = s.prefix_end - s.prefix_start, s.end - s.start
 
     def keys_of(x: torch.Tensor) -> torch.Tensor:
@@ -147,8 +175,8 @@ def _segment(
         return F.scaled_dot_product_attention(
             q, _repeated(k, repeat), _repeated(v, repeat), attn_mask=mask, scale=scaling
         )
-    # One group of heads at a time, each computed again in the backward pass: no more than one group's scores are
-    # alive.
+    # One group of heads at a time, and each is computed again in the backward pass: so that the scores of one group
+    # only are in memory.
     groups = [
         checkpoint(
             _capped,
@@ -167,16 +195,27 @@ def _segment(
 
 
 def _repeated(x: torch.Tensor, repeat: int) -> torch.Tensor:
-    """[1, J · repeat, k, d]: each key-value head for all of its query heads."""
+    """Repeat each key-value head for all of its query heads: [1, J, k, d] → [1, J · repeat, k, d]."""
     return x if repeat == 1 else x[:, :, None].expand(-1, -1, repeat, -1, -1).flatten(1, 2)
 
 
 def _capped(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float, cap: float
 ) -> torch.Tensor:
-    """softmax(c·tanh(q kᵀ·scaling/c)) v; q [1, h, q, d]; k, v [1, 1, k, d]; mask [q, k].
+    """Compute softmax(c·tanh(q kᵀ·scaling/c)) v for one group of heads.
 
-    The two products are in the model's dtype, cap and softmax between them in float32.
+    The two products are in the model's dtype; the cap and the softmax between them are in float32.
+
+    Args:
+        q: [1, h, q, d].
+        k: [1, 1, k, d].
+        v: [1, 1, k, d].
+        mask: bool [q, k], True where a query sees a key.
+        scaling: factor of the scores.
+        cap: c.
+
+    Returns:
+        [1, h, q, d].
     """
     scores = (q @ k.transpose(-1, -2)).float() * scaling
     scores = (torch.tanh(scores / cap) * cap).masked_fill(~mask, -torch.inf)

@@ -1,13 +1,32 @@
-"""Log-probs of given tokens from hidden states, without ever holding the logits.
+"""Log-probs of given tokens from hidden states, and the gradient of a loss of them, without holding all logits.
 
-Legend: N hidden states, K targets of a state, V vocabulary, D hidden.
+Legend: N hidden states, K targets of a state, n hidden states of a block, V size of the vocabulary, D hidden size.
 
-Under ZeRO-3 a module's weight is whole only inside that module's own forward and backward. So the class
-of the model's own output head is exchanged for one whose forward takes hidden states *and* targets: the
-same parameter, gathered once forward and once backward, and tied embeddings stay tied.
+In training the loss runs inside the forward pass of the output head, and its gradient is formed there too:
 
-A loss whose every part needs the log-probs of its own states alone has its gradient formed in the forward pass,
-from the logits that are at hand: three matrix products instead of four.
+1. `attach_logp_head` changes the class of the model's own output head to `LogpHead`, in place. Under ZeRO-3 a module's
+   weight is whole only inside that module's own forward and backward pass, so everything that needs the weight is
+   done in here. The parameter stays the same one, it is gathered once forward and once backward, and tied embeddings
+   stay tied.
+2. The scorer (model/scorer.py) calls the head with hidden states [N, D], targets [N, K], a loss function, and `ends`:
+   the index in N at which the states of each part end. A part is a prompt with its responses. The loss of a part
+   depends on the log-probs of this part alone; this property makes all that follows possible.
+3. `_FusedLoss.forward` takes as many whole parts at a time as fit into one block of logits (`_group_parts`). It
+   computes their logits z [n, V] (`_Head.logits`) and log softmax(z)[target] [n, K] (`_score`).
+4. It calls the loss function with these log-probs. Autograd runs through the loss function alone and gives
+   g = ∂loss/∂logp [n, K].
+5. `_Gradients.add` turns the same block into ∂loss/∂z [n, V] in place, computes the gradient of the block's hidden
+   states [n, D], adds to the gradient of the weight [V, D] and of the bias [V], and the block is freed.
+6. The logits of a part that is larger than a block are computed twice, block after block: for the log-probs in step 3,
+   and again for the gradient in step 5 (`_Gradients.add_recomputed`).
+7. `_FusedLoss.backward` receives one number, the derivative of the final result by this loss. It multiplies the
+   gradients by it and gives them to autograd, which continues with the hidden states.
+
+Steps 3 and 5 take three products of the size N·D·V. With a gradient formed in the backward pass there would be four,
+since the logits would have to be computed again.
+
+Without a loss function, the head returns the log-probs (`_TokenLogps`, whose backward pass computes each block of
+logits again). Without targets it is the plain linear layer that it was.
 """
 
 from __future__ import annotations
@@ -21,44 +40,57 @@ import torch.nn.functional as F
 from torch import nn
 
 MAX_LOGITS_PER_BLOCK = 100 * 2**20
-"""Elements of the block of logits that is alive at a time (400 MiB in float32): 800 rows of a vocabulary of 128k, so
-that most pairs' fit into one."""
+"""Elements of the one block of logits that is in memory at a time (400 MiB in float32): 800 rows of a vocabulary of
+128k, so that the logits of most pairs fit into one block."""
 
 PartialLoss = Callable[[int, int, torch.Tensor], torch.Tensor]
-"""(first part, end, their log-probs float32 [n, K]) → float64 [], what these parts add to the loss, differentiable"""
+"""(first part, end, log-probs float32 [n, K] of the parts from `first` to before `end`) → float64 [], differentiable:
+what these parts add to the loss."""
 
 
 @dataclass(frozen=True)
 class _Head:
-    """x = h Wᵀ + b, and z = c·tanh(x/c) with a cap c, else z = x."""
+    """The output head as a function: x = h Wᵀ + b, and z = c·tanh(x/c) with a cap c, else z = x."""
 
     weight: nn.Parameter
+    """[V, D]"""
     bias: nn.Parameter | None
+    """[V]"""
     cap: float | None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """z, float32 [n, V]; a tensor of its own that may be changed in place."""
+        """Return z, float32 [n, V], of hidden states [n, D]: a new tensor that may be changed in place."""
         logits = F.linear(hidden, self.weight, self.bias).float()
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
 
-    def slope(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """dz/dx = 1 − tanh²(x/c) = 1 − (z/c)²; None where it is 1."""
+    def cap_derivative(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """Return dz/dx = 1 − tanh²(x/c) = 1 − (z/c)², float32 [n, V]; None without a cap, where it is 1."""
         return None if self.cap is None else (logits / self.cap).square_().neg_().add_(1)
 
     def blocks(self, rows: slice) -> list[slice]:
-        """The rows in blocks of at most LOGITS_AT_ONCE logits, and of one row at least."""
-        size = self.rows_at_once()
+        """Split rows of hidden states into blocks of `rows_per_block`."""
+        size = self.rows_per_block()
         return [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]
 
-    def rows_at_once(self) -> int:
-        """Of a block."""
+    def rows_per_block(self) -> int:
+        """Return how many hidden states have at most MAX_LOGITS_PER_BLOCK logits; 1 at least."""
         return max(1, MAX_LOGITS_PER_BLOCK // self.weight.shape[0])
 
 
 class _Gradients:
-    """What hidden states, weight and bias get, block by block; the latter two summed in float32 and rounded once."""
+    """The gradients of hidden states, weight and bias, formed block by block; None for each that needs none.
+
+    Those of weight and bias are summed in float32 and rounded once, at the end.
+    """
 
     def __init__(self, head: _Head, hidden: torch.Tensor, needed: Sequence[bool]) -> None:
+        """Make empty gradients.
+
+        Args:
+            head: the head that the logits come from.
+            hidden: [N, D], all hidden states.
+            needed: whether hidden states, weight and bias need a gradient, in this order.
+        """
         self._head = head
         self._operand = hidden
         self.hidden = torch.empty_like(hidden) if needed[0] else None
@@ -70,16 +102,25 @@ class _Gradients:
         rows: slice,
         block: torch.Tensor,
         total: torch.Tensor | float,
-        slope: torch.Tensor | None,
+        cap_derivative: torch.Tensor | None,
         target: torch.Tensor,
         grad: torch.Tensor,
     ) -> None:
-        """A block whose softmax(z) is block / total; it is used up. target, grad [n, K]: of the log-probs."""
+        """Add what one block contributes.
+
+        Args:
+            rows: the block's place in N.
+            block: float32 [n, V] with softmax(z) = block / total; it is overwritten.
+            total: float32 [n, 1], or one number for all rows.
+            cap_derivative: dz/dx [n, V]; None without a cap.
+            target: int64 [n, K].
+            grad: float32 [n, K], the loss's derivative by the log-probs.
+        """
         # Σ_k g_k · d logp_k / dz = Σ_k g_k · onehot(target_k) - (Σ_k g_k) · softmax(z)
         block.mul_(-grad.sum(-1, keepdim=True) / total)
         block.scatter_add_(-1, target, grad)
-        if slope is not None:
-            block.mul_(slope)
+        if cap_derivative is not None:
+            block.mul_(cap_derivative)
         if self.bias is not None:
             self.bias += block.sum(0)
         block = block.to(self._operand.dtype)
@@ -88,31 +129,42 @@ class _Gradients:
         if self.weight is not None:
             _add_product(self.weight, block.t(), self._operand[rows])
 
-    def add_again(self, part: slice, normaliser: torch.Tensor, target: torch.Tensor, grad: torch.Tensor) -> None:
-        """Rows whose logits are gone: they are made again. normaliser [n, 1]; target, grad [n, K]."""
+    def add_recomputed(self, part: slice, normaliser: torch.Tensor, target: torch.Tensor, grad: torch.Tensor) -> None:
+        """Add what the rows of `part` contribute; their logits were freed and are computed again, block by block.
+
+        Args:
+            part: the rows' place in N.
+            normaliser: float32 [n, 1], log Σ exp z.
+            target: int64 [n, K].
+            grad: float32 [n, K], the loss's derivative by the log-probs.
+        """
         for rows in self._head.blocks(part):
             block = self._head.logits(self._operand[rows])
-            slope = self._head.slope(block)
-            own = slice(rows.start - part.start, rows.stop - part.start)
-            block.sub_(normaliser[own]).exp_()
-            self.add(rows, block, 1.0, slope, target[own], grad[own])
-            del block, slope  # before the next one is made
+            cap_derivative = self._head.cap_derivative(block)
+            within = slice(rows.start - part.start, rows.stop - part.start)
+            block.sub_(normaliser[within]).exp_()
+            self.add(rows, block, 1.0, cap_derivative, target[within], grad[within])
+            del block, cap_derivative  # frees them before the next block is made
 
-    def rounded(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Of hidden states, weight and bias, in their dtypes."""
+    def in_model_dtype(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Return the gradients of hidden states, weight and bias in the model's dtype."""
         dtype = self._head.weight.dtype
         weight, bias = (None if g is None else g.to(dtype) for g in (self.weight, self.bias))
         return self.hidden, weight, bias
 
     def scale(self, factor: torch.Tensor) -> None:
-        """All of them times `factor` []."""
+        """Multiply all gradients by `factor` []."""
         for g in (self.hidden, self.weight, self.bias):
             if g is not None:
                 g.mul_(factor)
 
 
 def _score(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log softmax(z)[target] [n, K], log Σ exp z [n, 1], and the sum [n, 1] of exp(z - max z), which z becomes."""
+    """Compute the log-probs of the targets; the logits z [n, V] are overwritten by exp(z − max z).
+
+    Returns:
+        float32 [n, K] log softmax(z)[target]; float32 [n, 1] log Σ exp z; float32 [n, 1] Σ exp(z − max z).
+    """
     largest = logits.amax(-1, keepdim=True)
     chosen = logits.gather(-1, target)
     total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
@@ -121,7 +173,7 @@ def _score(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(z)[target] in blocks of rows; the backward pass makes each block of logits again."""
+    """log softmax(z)[target] in blocks of rows; the backward pass computes each block of logits again."""
 
     @staticmethod
     def forward(
@@ -147,16 +199,12 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, target, normaliser = ctx.saved_tensors
         gradients = _Gradients(ctx.head, hidden, ctx.needs_input_grad)
-        gradients.add_again(slice(0, len(target)), normaliser, target, grad)
-        return (*gradients.rounded(), None, None)
+        gradients.add_recomputed(slice(0, len(target)), normaliser, target, grad)
+        return (*gradients.in_model_dtype(), None, None)
 
 
-class _Loss(torch.autograd.Function):
-    """A loss of the log-probs, and these; as many whole parts at a time as fit into a block of logits.
-
-    The gradient is formed at once, from the logits at hand, and the backward pass multiplies it by what comes in:
-    one number. The logits of a part that is larger than a block are made again, as in `_TokenLogps`.
-    """
+class _FusedLoss(torch.autograd.Function):
+    """A loss of the log-probs, and the log-probs; the forward pass forms the loss's gradient (see the module)."""
 
     @staticmethod
     def forward(
@@ -174,25 +222,25 @@ class _Loss(torch.autograd.Function):
         logps = torch.empty(target.shape, dtype=torch.float32, device=hidden.device)
         normaliser = logps.new_empty(len(target), 1)
         sum_of_losses = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for first, end, part in _whole_parts(ends, head.rows_at_once()):
-            blocks = head.blocks(part)
+        for first, end, group in _group_parts(ends, head.rows_per_block()):
+            blocks = head.blocks(group)
             if len(blocks) == 1:
-                block = head.logits(hidden[part])
-                slope = head.slope(block)
-                logps[part], normaliser[part], total = _score(block, target[part])
+                block = head.logits(hidden[group])
+                cap_derivative = head.cap_derivative(block)
+                logps[group], normaliser[group], total = _score(block, target[group])
             else:
                 for rows in blocks:
                     logps[rows], normaliser[rows], _ = _score(head.logits(hidden[rows]), target[rows])
             with torch.enable_grad():
-                leaf = logps[part].requires_grad_()
+                leaf = logps[group].requires_grad_()
                 value = loss(first, end, leaf)
             (grad,) = torch.autograd.grad(value, leaf)
             sum_of_losses += value.detach()
             if len(blocks) == 1:
-                gradients.add(part, block, total, slope, target[part], grad)
-                del block, slope  # before the next one is made
+                gradients.add(group, block, total, cap_derivative, target[group], grad)
+                del block, cap_derivative  # frees them before the next block is made
             else:
-                gradients.add_again(part, normaliser[part], target[part], grad)
+                gradients.add_recomputed(group, normaliser[group], target[group], grad)
         ctx.gradients = gradients
         ctx.mark_non_differentiable(logps)
         return sum_of_losses, logps
@@ -201,22 +249,30 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         gradients.scale(grad)
-        return (*gradients.rounded(), None, None, None, None)
+        return (*gradients.in_model_dtype(), None, None, None, None)
 
 
-def _whole_parts(ends: Sequence[int], most: int) -> list[tuple[int, int, slice]]:
-    """(first part, end, rows) of neighbouring parts that have at most `most` rows together; or of a larger one."""
+def _group_parts(ends: Sequence[int], max_rows: int) -> list[tuple[int, int, slice]]:
+    """Group neighbouring parts that have at most `max_rows` rows together; a larger part is a group of its own.
+
+    Args:
+        ends: the row at which each part ends.
+        max_rows: rows of a block.
+
+    Returns:
+        (first part, end, rows) of each group.
+    """
     found: list[tuple[int, int, slice]] = []
     first = start = 0
     for i in range(len(ends)):
-        if i + 1 == len(ends) or ends[i + 1] - start > most:
+        if i + 1 == len(ends) or ends[i + 1] - start > max_rows:
             found.append((first, i + 1, slice(start, ends[i])))
             first, start = i + 1, ends[i]
     return found
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, in total's float32."""
+    """Add a @ b to `total`, in the float32 of `total`."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
     else:
@@ -226,10 +282,10 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 class LogpHead(nn.Linear):
-    """A model's output head that scores targets where it is given some."""
+    """A model's output head that computes log-probs, or a loss of them, where it is given targets."""
 
     logit_cap: float | None
-    """c of c·tanh(logit/c), where the model caps its logits; it caps those without targets itself"""
+    """c of c·tanh(logit/c), where the model caps its logits; without targets the model applies the cap itself."""
 
     def forward(  # type: ignore[override]  # more than a linear layer's
         self,
@@ -238,10 +294,18 @@ class LogpHead(nn.Linear):
         ends: Sequence[int] | None = None,
         loss: PartialLoss | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """hidden [N, D], target int64 [N, K] → float32 [N, K] log-probs; without target the plain logits.
+        """Score targets, or return the plain logits where there are none.
 
-        With a loss → (float64 [], the loss, whose gradient is ready; float32 [N, K], the log-probs without
-        gradient). ends: where in N each part of the loss ends, a part's log-probs being all that it needs.
+        Args:
+            hidden: [N, D].
+            target: int64 [N, K], or None.
+            ends: the index in N at which each part of the loss ends; the log-probs of a part are all that its loss
+                needs. Given together with `loss`.
+            loss: the loss of some neighbouring parts.
+
+        Returns:
+            Without targets the logits [N, V]; without a loss the log-probs, float32 [N, K]; with a loss (float64 [],
+            the loss, whose gradient is formed already; float32 [N, K], the log-probs, without gradient).
         """
         if target is None:
             return super().forward(hidden)
@@ -249,12 +313,14 @@ class LogpHead(nn.Linear):
         if loss is None:
             logps: torch.Tensor = _TokenLogps.apply(*operands)  # type: ignore[no-untyped-call]
             return logps
-        both: tuple[torch.Tensor, torch.Tensor] = _Loss.apply(*operands, ends, loss)  # type: ignore[no-untyped-call]
+        both: tuple[torch.Tensor, torch.Tensor] = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+            *operands, ends, loss
+        )
         return both
 
 
 def attach_logp_head(head: nn.Module, logit_cap: float | None = None) -> None:
-    """Turns a plain linear output head into a LogpHead in place, its parameters untouched."""
+    """Turn a plain linear output head into a LogpHead in place; its parameters are not touched."""
     assert type(head) is nn.Linear, f"the output head is a {type(head).__name__}"
     head.__class__ = LogpHead
     cast(LogpHead, head).logit_cap = logit_cap

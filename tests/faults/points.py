@@ -45,7 +45,7 @@ POINTS = (
     Point("checkpoint, after the rename", P + "checkpoint.save:fsync_folder", 1, one=True),
     Point("loading a checkpoint", P + "checkpoint.load:load", 1),
     Point("metrics row", P + "monitoring.metrics_file:MetricsFile.append", 6, one=True),
-    Point("metrics row", P + "monitoring.metrics_file:MetricsFile.cut_back", 1, one=True),
+    Point("metrics row", P + "monitoring.metrics_file:MetricsFile.truncate_to", 1, one=True),
     Point("pruning", P + "checkpoint.save:remove", 1, one=True),
     Point("clearing or pruning", P + "checkpoint.save:shutil.rmtree", 8, one=True),
     Point("pruning", P + "checkpoint.load:_sweep", 1, one=True),
