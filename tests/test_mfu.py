@@ -16,7 +16,7 @@ from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.monitoring import timers
 from prefopt_dist.planning.machine import device_peak
-from prefopt_dist.training.metrics_accumulator import MetricsAccumulator
+from prefopt_dist.training.meter import MetricsAccumulator
 
 TASK = Task(SHAPES["tiny"], "hh-like", 4, 2, 0, "cpu", 0)
 
@@ -81,7 +81,7 @@ def test_by_hand() -> None:
     window.add([1.0, 4.0], [], [0.0, 0.0, 0.0, 1.0], one(100, 3e12))  # type: ignore[arg-type]
     window.add([1.0, 6.0], [], [0.0, 0.0, 0.0, 1.0], one(300, 5e12))  # type: ignore[arg-type]
     for what, seconds in (("data", 0.1), ("update", 1.9), ("data", 0.2), ("forward_backward", 2.8), ("checkpoint", 7)):
-        window.took(what, seconds)
+        window.add_seconds(what, seconds)
     found = window.performance(peak=2 * 4e12)
     assert found["perf/mfu"] == pytest.approx(8e12 / 5 / 8e12)
     assert found["perf/pairs_per_second"] == 2
@@ -101,7 +101,7 @@ def test_a_window_older_than_its_ranks_has_their_memory() -> None:
         window.add([1.0, 4.0], [], timers.rank_work_slots(0, 1, 1.0, 1.0), one(1, 1.0))  # type: ignore[arg-type]
     window = replace(window, ranks=[0.0] * timers.rank_work_size(1))
     window.add([1.0, 4.0], [], [1.0, 2.0**30, 1.0, 1.0], one(1, 1.0))  # type: ignore[arg-type]
-    window.took("data", 1.0)
+    window.add_seconds("data", 1.0)
     assert window.performance(None)["perf/memory_gib"] == 1.0
 
 

@@ -24,7 +24,7 @@ from prefopt_dist.model.cost import activation_memory, forward_cost
 from prefopt_dist.model.fingerprint import refuse_if_changed
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
-from prefopt_dist.monitoring.console import in_units, say
+from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.monitoring.metrics_file import MetricsFile
 from prefopt_dist.objectives import factory
 from prefopt_dist.objectives.factory import described
@@ -111,7 +111,6 @@ def run(config: Config, asked: Requests | None = None) -> None:
         if isinstance(answers, OwnAnswers) and config.answers_every_steps is not None:
             in_between = partial(answers.between, engine)
         job = loop.Job(
-            config=config,
             engine=engine,
             objective=objective,
             rounding=RoundingTolerance.of(models.policy.config, models.dtype),
@@ -119,11 +118,17 @@ def run(config: Config, asked: Requests | None = None) -> None:
             eval_sets=dict(zip(evals, others, strict=True)),
             order=order,
             total_steps=total_steps,
+            intervals=_intervals(config),
+            optim=config.optim,
+            options=config.train,
+            checkpoint=config.checkpoint,
+            evaluation_tokens=config.reference_micro_batch_tokens,
+            run_dir=config.run_dir,
             requests=requests,
             cost=forward_cost(models.policy.config),
             passes=TRAINING_PASSES if models.adapter is None else FROZEN_PASSES,
             peak=device_peak(),
-            gated=objective.needs_reference and models.reference_is_start,
+            reference_is_start=objective.needs_reference and models.reference_is_start,
             facts=facts,
             log=open_log(config, folder, start, total_steps, objective) if ranks.rank() == 0 else None,
             answer=in_between,
@@ -143,6 +148,17 @@ def run(config: Config, asked: Requests | None = None) -> None:
 def _plan_steps(config: Config, rows: TokenisedRows) -> tuple[Order, int]:
     order = Order.of_run(rows.source, rows.weights, config.run.seed, config.train.global_batch_pairs)
     return order, order.total_steps(config.train.epochs, config.train.max_steps)
+
+
+def _intervals(config: Config) -> loop.Intervals:
+    return loop.Intervals(
+        log=config.tracking.log_every_steps,
+        evaluate=config.eval.every_steps,
+        evaluate_at_start=config.eval.at_start,
+        evaluate_at_end=config.eval.at_end,
+        answer=config.answers_every_steps,
+        save=config.checkpoint.every_steps,
+    )
 
 
 def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any]) -> None:
@@ -198,7 +214,7 @@ def _policy(config: Config, models: Models) -> tuple[Any, activation_checkpointi
     )
     engine = zero3.policy_engine(scorer, optimizer, settings)
     held, whole = zero3.shard_bytes(scorer)
-    say(f"policy: each rank holds {in_units(held)} of {in_units(whole)} of parameters")
+    say(f"policy: each rank holds {format_bytes(held)} of {format_bytes(whole)} of parameters")
     if models.adapter is not None:
         say(f"lora: {zero3.trained_parameters(scorer):,} parameters are trained, the others are frozen")
     here = activation_checkpointing.choose(
@@ -217,7 +233,7 @@ def _stop(folder: RunFolder, job: loop.Job, step: int) -> None:
     if job.log is not None:
         folder.stopped(job.requests.reason(), step)
         job.requests.obeyed()
-        job.log.feeds.finish()  # last: a W&B that hangs must not hold the word back
+        job.log.loggers.finish()  # last: a W&B that hangs must not hold the word back
     say(f"stopped after step {step} of {job.total_steps}; start again to go on")
 
 

@@ -1,4 +1,4 @@
-"""From a loss's options in the configuration to its objective."""
+"""Make the objective that the configuration's section loss names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from prefopt_dist.objectives.pairs import tie_tolerance
 
 
 def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
-    """The loss that the configuration names."""
+    """Return the objective of a loss's options, with the tolerance of ties for the model's dtype."""
     tie = tie_tolerance(dtype)
     objective: Objective
     match loss:
@@ -47,7 +47,7 @@ def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
 
 
 def described(loss: Loss) -> str:
-    """Its name, and of a mix what is in it."""
+    """Return the loss's name; for a mix its parts with their weights."""
     if not isinstance(loss, MixLoss):
         return loss.name
     return " + ".join(f"{part.weight:g} {name}" for name, part in loss.of.items())

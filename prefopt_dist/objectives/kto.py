@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
-from prefopt_dist.objectives.objective import Sequences, Terms, terms
+from prefopt_dist.objectives.objective import Objective, Sequences, Terms, terms
 from prefopt_dist.objectives.pairs import TIE
 
 
 @dataclass(frozen=True)
-class KTO:
+class KTO(Objective):
     """L = λ_y − v,  v = λ_D σ(β(r − z₀)) for a desirable response, λ_U σ(β(z₀ − r)) for an undesirable one.
 
     Equations 7 and 8 of the paper: r = log π(y|x) − log π_ref(y|x) is judged against the reference point z₀, the
@@ -35,6 +35,7 @@ class KTO:
 
     responses: ClassVar[int] = 1
     needs_reference: ClassVar[bool] = True
+    needs_reference_point: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = (
         "loss",
         "rewards/chosen",
@@ -55,11 +56,11 @@ class KTO:
 
     @property
     def start_loss(self) -> float | None:
-        """λ/2 where both classes weigh λ; else it depends on how many rows are of which class."""
+        """Return λ/2 where both classes weigh λ; else it depends on how many rows are of which class."""
         return self.desirable_weight / 2 if self.desirable_weight == self.undesirable_weight else None
 
     def __call__(self, units: Sequences) -> Terms:
-        """See the class; the desirable rows are `chosen`, the others `rejected`, rewards are β(log π − log π_ref)."""
+        """Return the loss; desirable rows are `chosen`, the others `rejected`, rewards are β(log π − log π_ref)."""
         assert self.z0 is not None
         assert units.reference is not None
         assert units.desirable is not None
@@ -76,3 +77,16 @@ class KTO:
             torch.where(mine, value, zero) for value in (self.beta * logratio, logp, logratio) for mine in (good, ~good)
         ]
         return terms(units, loss, [*by_class, self.z0.expand_as(logp), good, ~good])
+
+    def at_reference_point(self, z0: torch.Tensor) -> KTO:
+        """Return this loss with z₀ of a step, float64 [], in nats."""
+        return replace(self, z0=z0)
+
+    def paired(self, per_unit: torch.Tensor) -> torch.Tensor:
+        """Return each row's reward and τβ|log π|, float64 [U, 2]; the other class's columns of a row are 0."""
+
+        def of(name: str) -> torch.Tensor:
+            chosen, rejected = (per_unit[:, self.metrics.index(f"{name}/{side}")] for side in ("chosen", "rejected"))
+            return chosen + rejected
+
+        return torch.stack([of("rewards"), self.tie_tolerance * self.beta * of("logps").abs()], dim=1)

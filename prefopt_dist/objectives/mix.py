@@ -16,7 +16,7 @@ class MixPart:
     """One loss of the sum."""
 
     name: str
-    """Its value is logged as `<name>_loss`"""
+    """Name under which its value is logged: `<name>_loss`"""
     weight: float
     """w > 0"""
     objective: Objective
@@ -24,7 +24,7 @@ class MixPart:
 
 
 @dataclass(frozen=True)
-class Mix:
+class Mix(Objective):
     """L = Σ w · L_part over the parts, pair by pair.
 
     The rewards, and with them margins, accuracies and ties, are the first part's. Where policy and reference are equal,
@@ -39,12 +39,12 @@ class Mix:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether any part does."""
+        """Return whether any part needs one."""
         return any(part.objective.needs_reference for part in self.parts)
 
     @property
     def start_loss(self) -> float | None:
-        """Σ w · the parts' own; None where one has none."""
+        """Return Σ w · the parts' own; None where one has none."""
         total = 0.0
         for part in self.parts:
             if part.objective.start_loss is None:
@@ -54,11 +54,11 @@ class Mix:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The first part's, whose `loss` is now the sum; each part's own loss; what else only a later part has."""
+        """Return the first part's names (`loss` is the sum), each part's own loss, and other names of later parts."""
         return tuple(self._columns())
 
     def _columns(self) -> dict[str, tuple[int, int]]:
-        """Each metric's name: the part and the column of its terms where it is found; of `loss` neither."""
+        """Return, for each metric's name, the part and the column of its terms that have it; unused for `loss`."""
         found: dict[str, tuple[int, int]] = {"loss": (0, 0)}
         for i, part in enumerate(self.parts):
             for column, name in enumerate(part.objective.metrics):
@@ -67,8 +67,8 @@ class Mix:
         return found
 
     def __call__(self, units: Sequences) -> Terms:
-        """See the class."""
-        alone = replace(units, reference=None)  # a loss without reference has no metrics of one
+        """Return the weighted sum."""
+        alone = replace(units, reference=None)  # a loss without a reference has none of its metrics
         found = [part.objective(units if part.objective.needs_reference else alone) for part in self.parts]
         weights = [part.weight for part in self.parts]
         per_unit = torch.stack([found[i].per_unit[:, column] for i, column in self._columns().values()], dim=1)

@@ -1,4 +1,4 @@
-"""What every loss of the family is: from log-probs of policy and reference to a loss and its metrics.
+"""The interface of a loss: from log-probs of policy and reference to a loss and its metrics.
 
 Legend: U units (pairs, or single rows), R responses of a unit (2 for a pair: chosen, rejected).
 """
@@ -23,11 +23,11 @@ class Sequences:
     reference: torch.Tensor | None
     """float64 [U, R]: log π_ref(response | prompt); None where the loss has no reference"""
     desirable: torch.Tensor | None = None
-    """bool [U]: whether a rated response is a good one; None where nothing is rated"""
+    """bool [U]: whether a rated response is desirable; None where nothing is rated"""
 
 
 class Terms(NamedTuple):
-    """What an objective makes of the units. Sums, not means: the caller divides by the global number of units.
+    """Loss and metrics of the units: sums, not means, since the caller divides by the global number of units.
 
     A named tuple because the engine's hooks find tensors in tuples, not in dataclasses.
     """
@@ -37,9 +37,9 @@ class Terms(NamedTuple):
     statistics: torch.Tensor
     """float64 [K]: each metric of `Objective.metrics`, summed over the units, detached"""
     per_unit: torch.Tensor
-    """float64 [U, K]: the same, unit by unit, detached"""
+    """float64 [U, K]: the same for each unit, detached"""
     sums: torch.Tensor
-    """float64 [U, R]: the policy's log-probs that they were made of, detached"""
+    """float64 [U, R]: the policy's log-probs behind them, detached"""
 
 
 class Objective(Protocol):
@@ -47,39 +47,56 @@ class Objective(Protocol):
 
     @property
     def responses(self) -> int:
-        """R, the responses of a unit that it needs: 2 for pairs, 1 for a single response."""
+        """Return R, the responses of a unit that it needs: 2 for pairs, 1 for a single response."""
         ...
 
     @property
     def needs_reference(self) -> bool:
-        """Whether it compares with a reference, so that a first pass is due."""
+        """Return whether it compares with a reference, so that a first pass is due."""
         ...
 
     @property
+    def needs_reference_point(self) -> bool:
+        """Return whether each step begins with a pass over mismatched responses, as KTO's does for its z₀."""
+        return False
+
+    @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the K statistics; the first is `loss`."""
+        """Return the names of the K statistics; the first is `loss`."""
         ...
 
     @property
     def counted_by(self) -> Mapping[str, str]:
-        """For a metric that is a mean over some of the units: the metric whose sum counts these."""
+        """Return, for each metric that is a mean over some of the units, the metric whose sum counts these."""
         ...
 
     @property
     def start_loss(self) -> float | None:
-        """The loss of every unit where policy and reference are equal; None where there is no such number."""
+        """Return the loss of every unit where policy and reference are equal; None without a closed form."""
         ...
 
     def __call__(self, units: Sequences) -> Terms:
-        """The loss and the statistics of the units.
+        """Return the loss and the statistics of the units.
 
         The loss of a unit depends on that unit and on constants alone, so the units of some prompts may be asked for
         by themselves: the head forms the gradient from them (model/head.py).
         """
         ...
 
+    def at_reference_point(self, z0: torch.Tensor) -> Objective:
+        """Return the loss with the reference point of a step, float64 [], where it needs one."""
+        raise AssertionError(f"{type(self).__name__} has no reference point")
+
+    def paired(self, per_unit: torch.Tensor) -> torch.Tensor:
+        """Return reward and tolerance of ties of single responses that are halves of pairs, float64 [U, 2].
+
+        Args:
+            per_unit: float64 [U, K], the statistics of single responses.
+        """
+        raise AssertionError(f"{type(self).__name__} takes pairs as pairs")
+
 
 def terms(units: Sequences, loss: torch.Tensor, metrics: list[torch.Tensor]) -> Terms:
-    """Terms from the [U] loss of each unit and its further [U] metrics, in the order of `Objective.metrics`."""
+    """Return the terms of units from the [U] loss of each and its further [U] metrics, in the objective's order."""
     per_unit = torch.stack([loss.detach(), *(m.detach().to(loss.dtype) for m in metrics)], dim=1)
     return Terms(loss=loss.sum(), statistics=per_unit.sum(0), per_unit=per_unit, sums=units.sums.detach())

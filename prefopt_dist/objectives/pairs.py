@@ -1,4 +1,4 @@
-"""What the losses on pairs have in common: the metrics of a pair, and when its margin is a tie.
+"""Metrics that all losses on pairs have, and when the margin of a pair is a tie.
 
 Legend: U pairs; column 0 is the chosen response, column 1 the rejected one.
 """
@@ -26,23 +26,23 @@ METRICS = (
     "logps/rejected",
     "logps/accuracies",
 )
-"""Of every loss on pairs."""
+"""Metrics of every loss on pairs"""
 REFERENCE_METRICS = (*METRICS, "logratio/chosen", "logratio/rejected")
-"""Of those that compare with a reference; a log-ratio is summed over the response, whatever the loss averages."""
+"""Metrics of losses with a reference; a log-ratio is summed over the response even where the loss averages."""
 
 
 def tie_tolerance(dtype: torch.dtype) -> float:
-    """τ by the model's dtype: what two layouts of the same pair differ by, relative to its log-probs."""
+    """Return τ for a model's dtype: how far two layouts of one pair may differ, relative to its log-probs."""
     return TIE if dtype == torch.float32 else 2e-3
 
 
-def worth(units: Sequences, beta: float, *, per_token: bool) -> torch.Tensor:
-    """float64 [U, 2]: β, or β / |y|: the reward that a nat of each response's summed log-prob is worth."""
+def reward_scale(units: Sequences, beta: float, *, per_token: bool) -> torch.Tensor:
+    """Return the reward per nat of each response's summed log-prob, float64 [U, 2]: β, or β / |y| per token."""
     return beta / units.counts.double() if per_token else torch.full_like(units.sums.detach(), beta)
 
 
 def logratios(units: Sequences) -> torch.Tensor:
-    """float64 [U, 2]: log π(y|x) − log π_ref(y|x), summed over the response."""
+    """Return log π(y|x) − log π_ref(y|x), summed over the response, float64 [U, 2]."""
     assert units.reference is not None
     return units.sums - units.reference
 
@@ -51,18 +51,25 @@ def pair_terms(
     units: Sequences,
     loss: torch.Tensor,
     reward: torch.Tensor,
-    worth: torch.Tensor,
+    scale: torch.Tensor,
     tie_tolerance: float,
     *more: torch.Tensor,
 ) -> Terms:
-    """Terms under METRICS, or REFERENCE_METRICS where there is a reference, followed by `more`.
+    """Return the terms of pairs under METRICS, or REFERENCE_METRICS where there is a reference, followed by `more`.
 
-    loss [U]; reward, worth [U, 2], reward = worth · (log π − log π_ref), or worth · log π without reference;
-    more: further [U]. A margin within τ · Σ worth · |log π| over both responses is a tie.
+    A margin within τ · Σ scale · |log π| over both responses is a tie.
+
+    Args:
+        units: the pairs.
+        loss: [U].
+        reward: [U, 2], scale · (log π − log π_ref), or scale · log π without a reference.
+        scale: [U, 2], reward per nat of a summed log-prob.
+        tie_tolerance: τ.
+        more: further metrics of the loss, [U] each.
     """
     chosen, rejected = units.sums[:, 0], units.sums[:, 1]
     margin = reward[:, 0] - reward[:, 1]
-    tie = margin.abs() <= tie_tolerance * (worth * units.sums.abs()).sum(1)
+    tie = margin.abs() <= tie_tolerance * (scale * units.sums.abs()).sum(1)
     win = (margin > 0) & ~tie
     metrics = [reward[:, 0], reward[:, 1], margin, win, tie, chosen, rejected, chosen > rejected]
     if units.reference is not None:

@@ -10,22 +10,22 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from prefopt_dist.objectives.objective import Sequences, Terms
-from prefopt_dist.objectives.pairs import METRICS, TIE, pair_terms, worth
+from prefopt_dist.objectives.objective import Objective, Sequences, Terms
+from prefopt_dist.objectives.pairs import METRICS, TIE, pair_terms, reward_scale
 
 
 @dataclass(frozen=True)
-class SimPO:
+class SimPO(Objective):
     """L = −log σ(β/|y_c| log π_c − β/|y_r| log π_r − γ).
 
-    Equation 6 of the paper. The reward is what generation maximises, the mean log-prob of a token, and a pair
-    counts as parted only beyond the margin γ. It depends on the start, so it has no closed form there.
+    Equation 6 of the paper. The reward is the mean log-prob of a token, which generation maximises, and a pair
+    counts as separated only beyond the margin γ. It depends on the start, so it has no closed form there.
     """
 
     beta: float
     """β > 0: about 2 to 10, since it scales means per token"""
     gamma: float
-    """γ ≥ 0: the margin of rewards that is aimed at; the paper's runs have 0.1 to 0.8 of β"""
+    """γ ≥ 0: the target margin of rewards; the paper's runs have 0.1 to 0.8 of β"""
     tie_tolerance: float = TIE
     """τ; wider for bfloat16"""
 
@@ -36,19 +36,19 @@ class SimPO:
     counted_by: ClassVar[Mapping[str, str]] = {}
 
     def __call__(self, units: Sequences) -> Terms:
-        """See the class; rewards are β · mean log π of a token (equation 4), margins without γ."""
-        nat = worth(units, self.beta, per_token=True)
-        reward = nat * units.sums
+        """Return the loss; rewards are β · mean log π of a token (equation 4), margins without γ."""
+        scale = reward_scale(units, self.beta, per_token=True)
+        reward = scale * units.sums
         loss = -F.logsigmoid(reward[:, 0] - reward[:, 1] - self.gamma)
-        return pair_terms(units, loss, reward, nat, self.tie_tolerance)
+        return pair_terms(units, loss, reward, scale, self.tie_tolerance)
 
 
 CERTAIN = -(2.0**-24)
-"""The largest mean log-prob that has odds: float32, in which tokens are scored, knows no p between 1 − 2⁻²⁴ and 1."""
+"""The largest mean log-prob that has odds: float32, in which tokens are scored, has no p between 1 − 2⁻²⁴ and 1."""
 
 
 @dataclass(frozen=True)
-class ORPO:
+class ORPO(Objective):
     """L = L_SFT − β log σ(log odds_c − log odds_r),  odds = p/(1 − p),  log p = log π / |y|.
 
     Equations 4 to 7 of the paper, whose λ is β here. L_SFT = −log π_c / |y_c|: the mean per token of the chosen
@@ -69,18 +69,18 @@ class ORPO:
     counted_by: ClassVar[Mapping[str, str]] = {}
 
     def __call__(self, units: Sequences) -> Terms:
-        """See the class; rewards are β · mean log π of a token."""
-        nat = worth(units, self.beta, per_token=True)
+        """Return the loss; rewards are β · mean log π of a token."""
+        scale = reward_scale(units, self.beta, per_token=True)
         mean = units.sums / units.counts
         odds = log_odds(mean)
         ratio = odds[:, 0] - odds[:, 1]  # log OR_θ(y_c, y_r)
         sft = -mean[:, 0]
         loss = sft - self.beta * F.logsigmoid(ratio)
-        return pair_terms(units, loss, nat * units.sums, nat, self.tie_tolerance, ratio, sft)
+        return pair_terms(units, loss, scale * units.sums, scale, self.tie_tolerance, ratio, sft)
 
 
 def log_odds(logp: torch.Tensor) -> torch.Tensor:
-    """log(p / (1 − p)) of log p ≤ 0, float32 or float64; beyond CERTAIN it is that of CERTAIN, with gradient 0.
+    """Return log(p / (1 − p)) of log p ≤ 0, float32 or float64; beyond CERTAIN that of CERTAIN, with gradient 0.
 
     The derivative is 1/(1 − p), which has no value at p = 1.
     """
@@ -89,7 +89,7 @@ def log_odds(logp: torch.Tensor) -> torch.Tensor:
 
 
 def log1mexp(x: torch.Tensor) -> torch.Tensor:
-    """log(1 − eˣ) for x < 0, exact to rounding everywhere.
+    """Return log(1 − eˣ) for x < 0, exact to rounding everywhere.
 
     Near 0, 1 − eˣ would cancel, and far below it log(1 − small) would: each side of −ln 2 has its own form.
     """

@@ -12,7 +12,7 @@ from prefopt_dist.objectives.objective import Objective, Sequences, Terms, terms
 
 
 @dataclass(frozen=True)
-class SFT:
+class SFT(Objective):
     """L = −log π(response | prompt) / tokens of the response.
 
     The mean per token of each response, and each response weighs the same: a long one does not count for
@@ -26,51 +26,51 @@ class SFT:
     counted_by: ClassVar[Mapping[str, str]] = {}
 
     def __call__(self, units: Sequences) -> Terms:
-        """See the class."""
+        """Return the loss."""
         logp = units.sums[:, 0]
         return terms(units, -logp / units.counts[:, 0], [logp])
 
 
 @dataclass(frozen=True)
-class WithSFT:
+class WithSFT(Objective):
     """L = L_of − α log π_c / |y_c|.
 
     Equation 1 of the paper, beside any loss on pairs: a preference loss alone may lower both log-probs of a pair as
-    long as the rejected one falls faster. It has no closed form at the start, whatever the other loss has.
+    long as the rejected one falls faster. It has no closed form at the start, even where the other loss has one.
     """
 
     of: Objective
-    """The loss that it joins"""
+    """The other loss"""
     weight: float
     """α > 0"""
 
     @property
     def responses(self) -> int:
-        """Those of the other loss."""
+        """Return the other loss's number."""
         return self.of.responses
 
     @property
     def needs_reference(self) -> bool:
-        """As the other loss."""
+        """Return whether the other loss needs one."""
         return self.of.needs_reference
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Those of the other loss, whose `loss` is now the sum of both, and this one's."""
+        """Return the other loss's names, of which `loss` is now the sum of both, and the term's."""
         return (*self.of.metrics, "sft_loss")
 
     @property
     def counted_by(self) -> Mapping[str, str]:
-        """As the other loss."""
+        """Return the other loss's counts."""
         return self.of.counted_by
 
     @property
     def start_loss(self) -> float | None:
-        """None: the likelihood of the chosen response is the data's."""
+        """Return None, since the likelihood of the chosen response depends on the data."""
         return None
 
     def __call__(self, units: Sequences) -> Terms:
-        """See the class; rewards and ties are the other loss's."""
+        """Return the sum of both; rewards and ties are the other loss's."""
         found = self.of(units)
         sft = -units.sums[:, 0] / units.counts[:, 0]
         per_unit = torch.cat([found.per_unit, sft.detach()[:, None]], dim=1)

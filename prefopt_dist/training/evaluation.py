@@ -17,14 +17,23 @@ from prefopt_dist.monitoring.console import Progress
 from prefopt_dist.monitoring.diagnosis import Diagnosis
 from prefopt_dist.monitoring.metrics_file import Row
 from prefopt_dist.monitoring.statistics import Statistics
-from prefopt_dist.objectives import KTO, Objective
-from prefopt_dist.training.reference_point import Halves, at_reference_point
+from prefopt_dist.objectives import Objective
+from prefopt_dist.training.reference_point import SplitPairs, with_reference_point
 
 
 def evaluate(engine: Any, objective: Objective, sets: Mapping[str, ScoredRows], budget: int) -> dict[str, Any]:
-    """Metrics under `eval/…`, those of a named set under `eval/<name>/…`. All ranks; one collective per set.
+    """Evaluate data sets (all ranks call it); one collective per set.
 
     KTO makes one more for its reference point over the whole set, and one for the halves of split pairs.
+
+    Args:
+        engine: DeepSpeed's engine around the scorer.
+        objective: the loss.
+        sets: data sets by name; "" for an unnamed one.
+        budget: tokens of a micro-batch.
+
+    Returns:
+        Metrics under `eval/…`, those of a named set under `eval/<name>/…`.
     """
     found: dict[str, Any] = {}
     was_training = engine.module.training
@@ -34,15 +43,15 @@ def evaluate(engine: Any, objective: Objective, sets: Mapping[str, ScoredRows], 
         diagnosis = Diagnosis(objective, data.rows, ranks.device())
         batch = evaluation_batch(data, objective.responses, budget)
         what = f"eval {name}".rstrip()
-        here = at_reference_point(engine, batch, objective)
-        halves = None
-        if isinstance(here, KTO) and isinstance(data.rows, UnpairedRows) and data.rows.halves:
-            halves = Halves(data.rows, here, ranks.device())
+        here = with_reference_point(engine, batch, objective)
+        split_pairs = None
+        if isinstance(data.rows, UnpairedRows) and data.rows.halves:
+            split_pairs = SplitPairs(data.rows.n, here, ranks.device())
         with torch.no_grad(), Progress(len(batch), what, "micro-batches", ranks.rank()) as progress:
             for micro_batch, reference in batch:
                 terms = engine(micro_batch, here, reference)
-                if halves is not None:
-                    halves.add(micro_batch.rows, terms.per_unit)
+                if split_pairs is not None:
+                    split_pairs.add(micro_batch.rows, terms.per_unit)
                 statistics.add(terms.statistics, terms.statistics.new_full((), len(micro_batch.rows)))
                 diagnosis.add(here, terms, micro_batch, reference)
                 progress.update()
@@ -51,37 +60,37 @@ def evaluate(engine: Any, objective: Objective, sets: Mapping[str, ScoredRows], 
         everything, k = packed.tolist(), len(objective.metrics) + 1
         prefix = f"eval/{name}/" if name else "eval/"
         means = statistics.means(everything[:k], objective.counted_by) | diagnosis.metrics(everything[k:])
-        if halves is not None:
-            means |= halves.metrics()
+        if split_pairs is not None:
+            means |= split_pairs.metrics()
         found |= {prefix + metric: value for metric, value in means.items()} | {f"{prefix}rows": batch.units}
     engine.module.train(was_training)
     return found
 
 
 ANSWERS = "answers/"
-"""Begins the names of metrics of the model's own answers."""
+"""Prefix of the metrics of the model's own answers"""
 HIGHER, LOWER = ("reward", "reward_difference", "win_rate", "ended"), ("repeated_4grams",)
-"""Of the answers' metrics, those by which one model is better than another, and in which direction."""
+"""Metrics of answers by which one model is better than another: higher is better, lower is better"""
 NO_MEASURE = {
-    "kl": "the reference is not in memory while the run trains, so it is known at the end alone",
-    "length": "neither longer nor shorter answers are better ones",
+    "kl": "the reference is not in memory while the run trains, so the KL is known only at the end",
+    "length": "neither longer nor shorter answers are better",
 }
 
 
 def best_step(rows: Sequence[Row], metric: str, steps: Collection[int]) -> int | None:
-    """The first of these steps whose evaluation has the best value; a loss is best where it is lowest."""
+    """Return the first of these steps whose evaluation has the best value; a loss is best where it is lowest."""
     values = {step: value for step, value in _values(rows, metric) if step in steps}
     return min(values, key=lambda step: (_cost(metric, values[step]), step)) if values else None
 
 
 def stops(rows: Sequence[Row], metric: str, evaluations: int) -> bool:
-    """The last so many evaluations brought no better value than the one before them."""
+    """Return whether the last `evaluations` evaluations brought no better value than the best one before them."""
     costs = [_cost(metric, value) for _, value in _values(rows, metric)]
     return len(costs) > evaluations and min(costs[-evaluations:]) >= min(costs[:-evaluations])
 
 
 def refuse_unknown(metric: str, key: str, found: Collection[str]) -> None:
-    """The user's mistake where an evaluation has no such metric."""
+    """Raise UserError where an evaluation has no such metric."""
     if metric not in found:
         known = sorted(name for name in found if name.endswith(("loss", "accuracies", "margins")))
         raise UserError(
@@ -90,16 +99,24 @@ def refuse_unknown(metric: str, key: str, found: Collection[str]) -> None:
 
 
 def refuse_answers(metric: str, key: str, *, rewarded: bool) -> None:
-    """Raise UserError where no row of answers has such a metric, or nothing is better by it; rewarded: there are."""
+    """Raise UserError where answers have no such metric, or where it does not say which checkpoint is better.
+
+    Args:
+        metric: the name, with its prefix.
+        key: the configuration's key that names it.
+        rewarded: whether the answers have rewards.
+    """
     name = metric.removeprefix(ANSWERS)
     if name not in (*HIGHER, *LOWER):
         why = f"{NO_MEASURE[name]}; " if name in NO_MEASURE else ""
         raise UserError(
-            f"{key}: got {metric!r}, by which no checkpoint is better than another: {why}"
+            f"{key}: got {metric!r}, which does not say that a checkpoint is better than another: {why}"
             f"take one of {', '.join(ANSWERS + n for n in (*HIGHER, *LOWER))}"
         )
     if not rewarded and name not in ("ended", *LOWER):
-        raise UserError(f"{key}: got {metric!r}, but generate.rewards has none, so no answer has a reward; set some")
+        raise UserError(
+            f"{key}: got {metric!r}, but generate.rewards is empty, so answers have no reward; set generate.rewards"
+        )
 
 
 def kind_of(metric: str) -> str:

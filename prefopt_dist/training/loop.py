@@ -1,12 +1,13 @@
-"""The training loop: steps, and at their boundaries rows of metrics, evaluations, checkpoints and stops."""
+"""The training loop: step, log, evaluate, save, stop."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from prefopt_dist.batching.layout import Cost
 from prefopt_dist.batching.order import Order, Position
 from prefopt_dist.checkpoint import export, save
 from prefopt_dist.checkpoint.run_folder import RunFolder
-from prefopt_dist.config import Config
+from prefopt_dist.config.training import Checkpoint, Optim, Train
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import Progress, say
@@ -25,45 +26,62 @@ from prefopt_dist.monitoring.health import Watch
 from prefopt_dist.monitoring.loggers import Logger
 from prefopt_dist.monitoring.metrics_file import MetricsFile
 from prefopt_dist.monitoring.statistics import means
-from prefopt_dist.monitoring.timers import CommunicationTimer, StepTimer
 from prefopt_dist.objectives import Objective
 from prefopt_dist.reference.step0_check import RoundingTolerance, Step0Check
 from prefopt_dist.training import evaluation, step
 from prefopt_dist.training.evaluation import evaluate
-from prefopt_dist.training.metrics_accumulator import MetricsAccumulator, own_slots
+from prefopt_dist.training.meter import Meter
 from prefopt_dist.training.optimizer import learning_rate
 from prefopt_dist.training.skipped_updates import SkippedUpdates, SpikeDetector, record_skipped
-from prefopt_dist.training.stop import Requests
+from prefopt_dist.training.stop import Request, Requests
 
 
 @dataclass(frozen=True)
 class Log:
-    """Rank 0's outlets; the other ranks have none."""
+    """Where rank 0 writes; the other ranks have none."""
 
     folder: RunFolder
     metrics: MetricsFile
-    feeds: Logger
+    loggers: Logger
     watch: Watch
 
     def write(self, kind: str, done: int, position: Position | None, metrics: Mapping[str, Any]) -> None:
-        """Append a row of step `done`, unless an earlier start did; position: of the last step's rows, None before."""
+        """Append a row of step `done`, unless an earlier start did.
+
+        Args:
+            kind: train, eval or answers.
+            done: updates done.
+            position: of the last step's rows in the data; None before the first step.
+            metrics: values by name.
+        """
         if self.metrics.has(kind, done):
             return
         epoch, seen = (0.0, 0) if position is None else (position.epoch_fraction, position.rows_seen)
         self.metrics.append(kind, done, epoch, seen, metrics)
-        self.rows_came()
+        self.follow()
 
-    def rows_came(self) -> None:
-        """A row was appended: everybody who follows the file may look."""
-        self.feeds.feed()
+    def follow(self) -> None:
+        """Let all that follow metrics.jsonl read its new rows."""
+        self.loggers.sync()
         self.watch.look()
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """At which steps the loop logs, evaluates, answers and saves: after every so many; None: never."""
+
+    log: int
+    evaluate: int | None
+    evaluate_at_start: bool
+    evaluate_at_end: bool
+    answer: int | None
+    save: int | None
 
 
 @dataclass
 class Job:
-    """Everything that the loop works with; all ranks hold the same but for `log`."""
+    """What the loop works with; equal on all ranks but for `log`."""
 
-    config: Config
     engine: Any
     objective: Objective
     rounding: RoundingTolerance
@@ -71,154 +89,172 @@ class Job:
     eval_sets: Mapping[str, ScoredRows]
     order: Order
     total_steps: int
+    intervals: Intervals
+    optim: Optim
+    options: Train
+    """The section train of the configuration"""
+    checkpoint: Checkpoint
+    """The section checkpoint of the configuration"""
+    evaluation_tokens: int
+    """Tokens of a micro-batch without gradient"""
+    run_dir: Path
     requests: Requests
     cost: Cost
-    """Of the policy's forward pass, for equal shares and for perf/mfu."""
+    """Of the policy's forward pass, for equal shares of the ranks and for perf/mfu"""
     passes: int
-    """Forward passes' operations that a step needs"""
+    """Operations of a step, as a multiple of those of its forward pass"""
     peak: float | None
-    """Operations a second of one rank's device at its best, where that is known"""
-    gated: bool
-    """The reference is the policy's start, so the step-0 gate holds."""
+    """Operations per second of one rank's device at its best, where that is known"""
+    reference_is_start: bool
+    """The step-0 check holds."""
     facts: dict[str, Any]
-    """For the checkpoints' manifests."""
+    """For the checkpoints' manifests"""
     log: Log | None
     answer: Callable[[int], Mapping[str, Any]] | None = None
-    """All ranks: the metrics of the policy's own answers after a step; None where it does not answer in between."""
+    """Returns the metrics of the policy's answers after a step (all ranks); None where it answers at the end only"""
     ended: bool = False
-    """Training ends before the steps that were planned: an evaluation was one too many without a new best."""
+    """Training has ended before the planned steps, by train.early_stop."""
     diagnosis: Diagnosis = field(init=False)
-    window: MetricsAccumulator = field(init=False)
+    meter: Meter = field(init=False)
     skips: SkippedUpdates = field(init=False)
     spikes: SpikeDetector | None = field(init=False)
-    """None where nothing is called one."""
+    """None with train.on_spike=none"""
 
     def __post_init__(self) -> None:
         self.skips = SkippedUpdates()
         self.diagnosis = Diagnosis(self.objective, self.train.rows, ranks.device())
-        self.spikes = self._judge_of([])
-        self.window = self.no_rows()
-
-    def no_rows(self) -> MetricsAccumulator:
-        """An empty window."""
-        return MetricsAccumulator.empty(len(self.objective.metrics), len(self.diagnosis.names), ranks.world_size())
+        self.meter = Meter(len(self.objective.metrics), len(self.diagnosis.names))
+        self.spikes = self._spike_detector([])
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; equal on all ranks."""
+        """Return what a checkpoint keeps beside DeepSpeed's own state; equal on all ranks."""
         norms = [] if self.spikes is None else self.spikes.state()
-        return {"window": vars(self.window), "skips": vars(self.skips), "norms": norms, "ended": self.ended}
+        accumulated = vars(self.meter.accumulated)
+        return {"window": accumulated, "skips": vars(self.skips), "norms": norms, "ended": self.ended}
 
-    def go_on(self, state: dict[str, Any]) -> None:
-        """From a checkpoint's state."""
-        # There may be other ranks now.
-        self.window = replace(MetricsAccumulator(**state["window"]), ranks=self.window.ranks)
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state."""
+        self.meter.restore(state["window"])
         self.skips = SkippedUpdates(**state["skips"])
-        self.spikes = self._judge_of(state["norms"])
-        self.ended = state.get("ended", False)  # checkpoints of before have no word of it
+        self.spikes = self._spike_detector(state["norms"])
+        self.ended = state.get("ended", False)  # older checkpoints do not have it
 
-    def _judge_of(self, norms: list[float]) -> SpikeDetector | None:
-        train = self.config.train
-        return None if train.on_spike == "none" else SpikeDetector(train.spike_factor, norms)
+    def _spike_detector(self, norms: list[float]) -> SpikeDetector | None:
+        return None if self.options.on_spike == "none" else SpikeDetector(self.options.spike_factor, norms)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step has given, equal on all ranks."""
+
+    loss: float
+    """Mean over the step's pairs, before the update"""
+    rate: float
+    """Learning rate of the update"""
+    norm: Any | None
+    """Gradient norm before clipping, perhaps still on the device; None where it is not finite"""
+    request: Request
+    """What any rank has been asked"""
 
 
 def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None:
-    """Trains from `start_step` to the end; the step it stopped at on request, or None when it is done.
+    """Train from `start_step` to the end (all ranks call it).
 
-    state: what this rank's checkpoint held beside DeepSpeed's own; None at a fresh start.
+    Args:
+        job: what to train; its `total_steps` is lowered where training ends early.
+        start_step: updates done before.
+        state: what this rank's checkpoint held beside DeepSpeed's own state; None at a fresh start.
+
+    Returns:
+        The step at which it stopped on request; None where it is done.
     """
-    config = job.config
+    every = job.intervals
     if state is not None:
-        job.go_on(state)
-    gate = None
-    if job.gated and start_step == 0:
-        gate = Step0Check(job.objective, job.rounding, ranks.device())
-    if start_step == 0 and config.eval.at_start:
+        job.restore(state)
+    step0_check = None
+    if start_step == 0 and job.reference_is_start:
+        step0_check = Step0Check(job.objective, job.rounding, ranks.device())
+    if start_step == 0 and every.evaluate_at_start:
         _evaluate(job, 0)
     if start_step and (job.ended or _stops_early(job, start_step, {})):
         job.total_steps = start_step
         return None
     steps = range(start_step, job.total_steps)
-    laps = StepTimer(ranks.device())
     with (
         Progress(job.total_steps, "train", "steps", ranks.rank(), done=start_step) as progress,
         Prefetcher(lambda index: _batch(job, index), steps) as batches,
-        CommunicationTimer() as waits,
+        job.meter.communication,
     ):
         for index in steps:
-            done = index + 1
-            began = time.perf_counter()
+            job.meter.begin_step()
             batch = batches.take(index)
-            data_seconds, waited = time.perf_counter() - began, waits.seconds
+            job.meter.end_part("data")
+            result = train_step(job, index, batch, step0_check)
+            step0_check = None
+            done, last = index + 1, index + 1 == job.total_steps
 
-            packed = step.forward_backward(job.engine, batch, job.objective, gate, job.diagnosis, laps)
-            worked = time.perf_counter() - began - (waits.seconds - waited)
-            own = data_seconds if torch.cuda.is_available() else worked
-            told = torch.cat([packed, job.diagnosis.take(), own_slots(packed, own, batch.own_flop)])
-            everything, request = step.reduce_metrics(told, job.requests.look())
-            sums, diagnosis, own_work = job.window.parted(everything)
-            computed = time.perf_counter()
-            loss = sums[0] / sums[-1]
-            if gate is not None:
-                if not math.isfinite(loss):  # the start itself: no step would be better
-                    raise FloatingPointError(_not_finite(job, index, f"the loss is {loss}"))
-                gate.decide(loss)
-                gate = None
-            rate = _rate(job, index)
-            norm = None
-            if math.isfinite(loss):
-                norm = step.optimizer_step(job.engine, rate, job.spikes)
-            else:
-                sums, diagnosis = [0.0] * len(sums), [0.0] * len(diagnosis)
-                zero3.drop_gradient(job.engine)
-            job.skips.count(norm is None)
-            if norm is None:
-                norm = _skipped(job, index, loss)
-
-            job.window.add(sums, diagnosis, own_work, batch)
-            for what, seconds in laps.take().items():
-                job.window.took(what, seconds)
-            job.window.took("data", data_seconds)
-            job.window.took("forward_backward", computed - began - data_seconds)
-            job.window.took("update", time.perf_counter() - computed)
-            if done % config.tracking.log_every_steps == 0 or done == job.total_steps:
-                _write_row(job, done, rate, norm)
-            last = done == job.total_steps
-            evaluated = _due(done, config.eval.every_steps) or (last and config.eval.at_end)
+            if _is_due(done, every.log) or last:
+                _write_row(job, done, result)
+            evaluated = _is_due(done, every.evaluate) or (last and every.evaluate_at_end)
             if evaluated:
                 _evaluate(job, done)
-            answers: Mapping[str, Any] = {}
-            if not last and job.answer is not None and _due(done, config.answers_every_steps):
-                answers = _answered(job, done)
+            answers = _answer(job, done) if _is_due(done, every.answer) and not last else {}
             if (evaluated or answers) and _stops_early(job, done, answers):
-                last = True  # then the row of answers is the end's, with what the reference says of them
-                if job.window.steps:
-                    _write_row(job, done, rate, norm)
+                last = True  # the row of answers is then the end's, which has what the reference says of them too
+                if job.meter.accumulated.steps:
+                    _write_row(job, done, result)
             elif answers and job.log is not None:
-                job.log.write("answers", done, job.order.step(done - 1), answers)
-            if _due(done, config.checkpoint.every_steps) or last or request.stop or request.save:
+                job.log.write("answers", done, job.order.step(index), answers)
+            if _is_due(done, every.save) or last or result.request.stop or result.request.save:
                 _save(job, done)
-            progress.update(text=f"loss {loss:.4f}")
-            if request.stop and not last:
+            progress.update(text=f"loss {result.loss:.4f}")
+            if result.request.stop and not last:
                 return done
-            if request.save:
+            if result.request.save:
                 job.requests.obeyed()
             if last:
                 break
     return None
 
 
+def train_step(job: Job, index: int, batch: Batch, step0_check: Step0Check | None) -> StepResult:
+    """Make one update with the step's G pairs and accumulate its metrics (all ranks call it)."""
+    packed = step.forward_backward(job.engine, batch, job.objective, step0_check, job.diagnosis, job.meter.timer)
+    mine = torch.cat([packed, job.diagnosis.take(), job.meter.rank_work(packed, batch.own_flop)])
+    everything, request = step.reduce_metrics(mine, job.requests.look())
+    sums, diagnosis, work = job.meter.accumulated.split(everything)
+    job.meter.end_part("forward_backward")
+    loss = sums[0] / sums[-1]
+    if step0_check is not None:
+        if not math.isfinite(loss):  # the start itself: no step would be better
+            raise FloatingPointError(_not_finite(job, index, f"the loss is {loss}"))
+        step0_check.decide(loss)
+    rate, norm = _rate(job, index), None
+    if math.isfinite(loss):
+        norm = step.optimizer_step(job.engine, rate, job.spikes)
+    else:
+        sums, diagnosis = [0.0] * len(sums), [0.0] * len(diagnosis)
+        zero3.drop_gradient(job.engine)
+    job.skips.count(norm is None)
+    if norm is None:
+        norm = _skip(job, index, loss)
+    job.meter.end_part("update")
+    job.meter.end_step(sums, diagnosis, work, batch)
+    return StepResult(loss, rate, norm, request)
+
+
 def _batch(job: Job, index: int) -> Batch:
     rows = job.order.step(index).rows.tolist()
-    budget = job.config.train.micro_batch_tokens
+    budget = job.options.micro_batch_tokens
     return step_batch(job.train, rows, job.objective.responses, budget, job.cost, job.passes)
 
 
-def _due(done: int, every: int | None) -> bool:
+def _is_due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
 
 
 def _rate(job: Job, index: int) -> float:
-    optim = job.config.optim
+    optim = job.optim
     return learning_rate(
         index,
         job.total_steps,
@@ -228,17 +264,16 @@ def _rate(job: Job, index: int) -> float:
     )
 
 
-def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
-    """A row of metrics: exact means over the pairs since the last row."""
-    window, job.window = job.window, job.no_rows()
+def _write_row(job: Job, done: int, result: StepResult) -> None:
+    """Write a row of metrics: exact means over the pairs since the last row."""
+    accumulated = job.meter.take()
     if job.log is None:
         return
     position = job.order.step(done - 1)
-    # There are no pairs where every step was skipped.
     found: dict[str, Any] = {}
-    if window.sums[-1]:
-        found = means(job.objective.metrics, window.sums, job.objective.counted_by)
-        found |= job.diagnosis.metrics(window.diagnosis)
+    if accumulated.sums[-1]:  # no pairs where every step was skipped
+        found = means(job.objective.metrics, accumulated.sums, job.objective.counted_by)
+        found |= job.diagnosis.metrics(accumulated.diagnosis)
     job.log.metrics.append(
         "train",
         done,
@@ -246,24 +281,24 @@ def _write_row(job: Job, done: int, rate: float, norm: Any) -> None:
         position.rows_seen,
         {f"train/{name}": value for name, value in found.items()}
         | {
-            "train/learning_rate": rate,
-            "train/grad_norm": math.nan if norm is None else float(norm),
+            "train/learning_rate": result.rate,
+            "train/grad_norm": math.nan if result.norm is None else float(result.norm),
             "train/skipped_steps": job.skips.total,
             "train/epoch": position.epoch_fraction,
         }
-        | window.performance(None if job.peak is None else job.peak * ranks.world_size()),
+        | accumulated.performance(None if job.peak is None else job.peak * ranks.world_size()),
     )
-    job.log.rows_came()
+    job.log.follow()
 
 
 def _evaluate(job: Job, done: int) -> None:
-    """A row of evaluation, unless a start before this one wrote it."""
+    """Evaluate and write the row, unless an earlier start did."""
     written = ranks.run_on_rank_zero(lambda: job.log is not None and job.log.metrics.has("eval", done))
     if not job.eval_sets or written:
         return
     began = time.perf_counter()
-    found = evaluate(job.engine, job.objective, job.eval_sets, job.config.reference_micro_batch_tokens)
-    for key, metric in _judged_by(job.config):
+    found = evaluate(job.engine, job.objective, job.eval_sets, job.evaluation_tokens)
+    for key, metric in _judging_metrics(job):
         if evaluation.kind_of(metric) == "eval":
             ranks.run_on_rank_zero(partial(evaluation.refuse_unknown, metric, key, found))
     found["perf/evaluation_seconds"] = time.perf_counter() - began
@@ -271,21 +306,32 @@ def _evaluate(job: Job, done: int) -> None:
         job.log.write("eval", done, job.order.step(done - 1) if done else None, found)
 
 
-def _answered(job: Job, done: int) -> Mapping[str, Any]:
-    """The metrics of the policy's own answers; none where a start before this one wrote their row. A stop waits."""
-    assert job.answer is not None
+def _answer(job: Job, done: int) -> Mapping[str, Any]:
+    """Return the metrics of the policy's own answers; none where an earlier start wrote their row.
+
+    A stop that is asked for meanwhile is obeyed after the step.
+    """
+    if job.answer is None:
+        return {}
     if ranks.run_on_rank_zero(lambda: job.log is not None and job.log.metrics.has("answers", done)):
         return {}
     began = time.perf_counter()
-    return {**job.answer(done), "perf/answers_seconds": time.perf_counter() - began}
+    found = job.answer(done)
+    for key, metric in _judging_metrics(job):
+        if evaluation.kind_of(metric) == "answers" and metric not in found:
+            say(f"step {done}: the answers have no {metric} (no answer has a reward), so {key} cannot go by them")
+    return {**found, "perf/answers_seconds": time.perf_counter() - began}
 
 
 def _stops_early(job: Job, done: int, answers: Mapping[str, Any]) -> bool:
-    """All ranks: whether the evaluation at this step was one too many without a new best; then it is the last step.
+    """Decide whether this evaluation was one too many without a new best; then this step is the last (all ranks).
 
-    answers: the metrics of this step's answers, of which no row is written yet.
+    Args:
+        job: the job; its `total_steps` becomes `done` where it stops.
+        done: updates done.
+        answers: the metrics of this step's answers, of which no row is written yet.
     """
-    early = job.config.train.early_stop
+    early = job.options.early_stop
     if early is None or done == job.total_steps:
         return False
 
@@ -306,16 +352,16 @@ def _stops_early(job: Job, done: int, answers: Mapping[str, Any]) -> bool:
     return True
 
 
-def _judged_by(config: Config) -> list[tuple[str, str]]:
-    """Keys of the configuration that name a metric of the evaluations, and that metric."""
-    early, keep = config.train.early_stop, config.checkpoint.keep_best
+def _judging_metrics(job: Job) -> list[tuple[str, str]]:
+    """Return the keys of the configuration that name a metric to judge by, each with that metric."""
+    early, keep = job.options.early_stop, job.checkpoint.keep_best
     named = [] if early is None else [("train.early_stop.metric", early.metric)]
     return named if keep is None else [*named, ("checkpoint.keep_best", keep)]
 
 
 def _best(job: Job, steps: Collection[int]) -> int | None:
-    """Rank 0: the checkpoint to keep beside the newest ones."""
-    metric = job.config.checkpoint.keep_best
+    """Return the checkpoint to keep beside the newest ones (rank 0)."""
+    metric = job.checkpoint.keep_best
     if metric is None or job.log is None:
         return None
     found = evaluation.best_step(job.log.metrics.rows(), metric, steps)
@@ -331,27 +377,26 @@ def _save(job: Job, done: int) -> None:
         job.log.metrics.sync()  # a checkpoint stands for the rows up to its step
     save.save(
         job.engine,
-        job.config.run_dir / "checkpoints",
+        job.run_dir / "checkpoints",
         step=done,
         state=job.state(),
         facts=facts,
-        keep=job.config.checkpoint.keep,
+        keep=job.checkpoint.keep,
         best=lambda steps: _best(job, steps),
     )
-    job.window.took("checkpoint", time.perf_counter() - began)
+    job.meter.accumulated.add_seconds("checkpoint", time.perf_counter() - began)
 
 
-def _skipped(job: Job, index: int, loss: float) -> Any | None:
-    """All ranks: leaves word of an update that was left out, or ends the run; its gradient norm where it has one."""
-    train = job.config.train
+def _skip(job: Job, index: int, loss: float) -> Any | None:
+    """Record an update that was skipped, or end the run; return its gradient norm where it has one (all ranks)."""
     spike = job.spikes.why() if job.spikes is not None and math.isfinite(loss) else None
     why = spike or ("the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}")
     if job.log is not None:
         rows = [int(i) for i in job.order.step(index).rows]
         places = [job.train.rows.origin(i) for i in rows]
-        record_skipped(job.config.run_dir, "spike" if spike else "nonfinite", index + 1, why, rows, places)
-    limit = train.max_skipped_steps
-    if (spike and train.on_spike == "stop") or job.skips.in_a_row > limit:
+        record_skipped(job.run_dir, "spike" if spike else "nonfinite", index + 1, why, rows, places)
+    limit = job.options.max_skipped_steps
+    if (spike and job.options.on_spike == "stop") or job.skips.in_a_row > limit:
         raise FloatingPointError(_spiked(job, index, why) if spike else _not_finite(job, index, why))
     say(f"step {index + 1}: {why}; no update was made ({job.skips.in_a_row} in a row, {limit} are allowed)")
     return job.spikes.norm if spike and job.spikes is not None else None

@@ -9,11 +9,10 @@ from torch import nn
 def adamw(
     model: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.Optimizer:
-    """Weight decay acts on matrices; biases and norms have none.
+    """Return AdamW over the trained parameters; weight decay acts on matrices, not on biases and norms.
 
-    Fused, on the CPU too: one pass over the partition instead of ten, and no temporaries of its size.
-
-    The dimensions come from `ds_shape` where ZeRO-3 has already taken a parameter apart.
+    It is fused, on the CPU too: one pass over the partition instead of ten, and no temporaries of its size. Dimensions
+    come from `ds_shape` where ZeRO-3 has already partitioned a parameter.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, object]] = [{"params": trained, "weight_decay": weight_decay}]
@@ -38,11 +37,18 @@ def _dimensions(p: torch.Tensor) -> int:
 
 
 def learning_rate(update: int, total: int, *, peak: float, shape: str, warmup_ratio: float) -> float:
-    """The rate of the 0-based `update` of `total`: a linear warm-up, then linear, cosine or constant.
+    """Return the learning rate of an update: a linear warm-up, then linear or cosine decay, or constant.
 
-    No update has a rate of 0: the warm-up starts one step up, and the decay ends one step before 0.
+    No update has a rate of 0: the warm-up begins one step above 0, and the decay ends one step before it.
+
+    Args:
+        update: 0-based number of the update.
+        total: updates of the run.
+        peak: the highest rate.
+        shape: linear, cosine or constant.
+        warmup_ratio: share of the updates that warm up.
     """
-    warmup = math.ceil(warmup_ratio * total - 1e-9)  # 0.07 · 100 is a little more than 7
+    warmup = math.ceil(warmup_ratio * total - 1e-9)  # 0.07 · 100 is slightly above 7 in floating point
     if update < warmup:
         return peak * (update + 1) / warmup
     left = (total - update) / (total - warmup)

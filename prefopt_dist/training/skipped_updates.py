@@ -13,38 +13,50 @@ import torch
 from prefopt_dist.files import write_json
 
 WINDOW = 64
-"""Norms that are remembered: many enough for a median, few enough to follow a norm that falls in training."""
+"""Norms kept: enough for a median, few enough to follow a norm that falls during training"""
 FEWEST = 16
-"""Before so many are known nothing is called a spike: the first norms have no level yet."""
+"""Norms needed before any is called a spike: the first ones have no level to compare with"""
 
 
 class SpikeDetector:
-    """Judges a run's gradient norms in turn; its state is part of every checkpoint, so that a resume judges alike."""
+    """Judges a run's gradient norms in turn; its state is in every checkpoint, so that a resumed run judges alike."""
 
     def __init__(self, factor: float, norms: Iterable[float] = ()) -> None:
-        """factor: how many times the median is too much; norms: the `state` of an earlier start."""
+        """Begin with the norms of an earlier start.
+
+        Args:
+            factor: a norm above this many times the median is a spike.
+            norms: the `state` of an earlier start, oldest first.
+        """
         self._factor = factor
         self._norms = deque((torch.tensor(n, dtype=torch.float64) for n in norms), WINDOW)
         self.norm = torch.tensor(0.0)
-        """The latest norm that was judged."""
+        """The latest norm that was judged"""
         self._limit: torch.Tensor | None = None
 
     def judge(self, norm: torch.Tensor) -> torch.Tensor:
-        """Whether an update with this gradient norm (a scalar, before clipping) is one: a bool scalar beside it."""
+        """Return whether an update with this gradient norm is a spike.
+
+        Args:
+            norm: a scalar, before clipping.
+
+        Returns:
+            A bool scalar on the same device.
+        """
         self.norm, self._limit = norm, None
         if len(self._norms) < FEWEST:
             return torch.zeros_like(norm, dtype=torch.bool)
-        # Those of a checkpoint come to the norm's device once: each such copy is one that the host waits for.
+        # Norms of a checkpoint move to the norm's device once: the host waits for each such copy.
         self._norms = deque((n.to(norm) for n in self._norms), WINDOW)
         self._limit = self._factor * torch.stack(list(self._norms)).median()
         return norm > self._limit
 
     def remember(self) -> None:
-        """The update was made: its norm is one that later ones are measured by."""
+        """Keep the latest norm for later comparisons: its update was made."""
         self._norms.append(self.norm)
 
     def why(self) -> str | None:
-        """Of an update that was left out: how far its norm is above the others, None where that is not why."""
+        """Return how far the norm of a skipped update is above the others; None where it was skipped otherwise."""
         if self._limit is None or not torch.isfinite(self.norm):
             return None
         times = self._factor * float(self.norm) / float(self._limit)
@@ -53,27 +65,33 @@ class SpikeDetector:
         )
 
     def state(self) -> list[float]:
-        """The norms that are remembered, oldest first."""
+        """Return the norms that are kept, oldest first."""
         return [float(n) for n in self._norms]
 
 
 @dataclass
 class SkippedUpdates:
-    """What was skipped since the run began; part of every checkpoint."""
+    """Updates skipped since the run began; part of every checkpoint."""
 
     total: int = 0
     in_a_row: int = 0
 
     def count(self, skipped: bool) -> None:
-        """One step more."""
+        """Count one step."""
         self.total += skipped
         self.in_a_row = self.in_a_row + 1 if skipped else 0
 
 
 def record_skipped(run_dir: Path, kind: str, step: int, why: str, rows: list[int], places: list[str]) -> Path:
-    """Rank 0: RUN/<kind>-step-….json with the step's rows, so that somebody can look at them.
+    """Write RUN/<kind>-step-….json with the step's rows, so that a person can look at them (rank 0).
 
-    kind: nonfinite or spike. rows: their numbers in the data as read; places: where they stand there (file:line).
+    Args:
+        run_dir: the run folder.
+        kind: nonfinite or spike.
+        step: number of the update.
+        why: the reason, for people.
+        rows: numbers of the rows in the data as read.
+        places: where they are in the data files (file:line).
     """
     file = run_dir / f"{kind}-step-{step:08d}.json"
     pairs: list[dict[str, Any]] = [{"row": row, "place": place} for row, place in zip(rows, places, strict=True)]

@@ -1,6 +1,6 @@
 """One optimizer step, as in the paper: log-probs, loss, gradient, update.
 
-Legend: G pairs of the step over all ranks and micro-batches, K metrics.
+Legend: G pairs of the step over all ranks and micro-batches, K metrics of the objective.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prefopt_dist.monitoring.statistics import Statistics
 from prefopt_dist.monitoring.timers import StepTimer
 from prefopt_dist.objectives import Objective, Terms
 from prefopt_dist.reference.step0_check import Step0Check
-from prefopt_dist.training.reference_point import at_reference_point
+from prefopt_dist.training.reference_point import with_reference_point
 from prefopt_dist.training.skipped_updates import SpikeDetector
 from prefopt_dist.training.stop import Request
 
@@ -27,35 +27,53 @@ def forward_backward(
     engine: Any,
     batch: Batch,
     objective: Objective,
-    gate: Step0Check | None,
+    step0_check: Step0Check | None,
     diagnosis: Diagnosis | None = None,
-    laps: StepTimer | None = None,
+    timer: StepTimer | None = None,
 ) -> torch.Tensor:
-    """Adds up the gradient of the mean loss over the step's G pairs; float64 [K+1] sums of this rank's metrics.
+    """Accumulate the gradient of the mean loss over the step's G pairs (all ranks call it).
 
-    The diagnosis, where there is one, keeps sums of its own; the laps are told what the time went into.
     Each pair weighs 1/G wherever it stands; the engine averages over the ranks, hence the factor world size.
+
+    Args:
+        engine: DeepSpeed's engine around the scorer.
+        batch: this rank's micro-batches of the step.
+        objective: the loss.
+        step0_check: at the first step of a run whose reference is its start, else None.
+        diagnosis: accumulates sums of its own, where there is one.
+        timer: times the forward and backward passes, where there is one.
+
+    Returns:
+        float64 [K + 1]: this rank's sums of the metrics, and its number of pairs.
     """
-    objective = at_reference_point(engine, batch, objective)
+    objective = with_reference_point(engine, batch, objective)
     statistics = Statistics(objective.metrics, ranks.device())
-    laps = laps or StepTimer(ranks.device())
+    timer = timer or StepTimer(ranks.device())
     weight = ranks.world_size() / batch.units
     for j, (micro_batch, reference) in enumerate(batch):
         engine.set_gradient_accumulation_boundary(j == len(batch) - 1)
-        with laps.lap("forward"):
+        with timer.lap("forward"):
             terms: Terms = engine(micro_batch, objective, reference)
-        with laps.lap("backward"):
+        with timer.lap("backward"):
             engine.backward(terms.loss * weight)
         statistics.add(terms.statistics, terms.statistics.new_full((), len(micro_batch.rows)))
         if diagnosis is not None:
             diagnosis.add(objective, terms, micro_batch, reference)
-        if gate is not None and reference is not None:
-            gate.add(terms, reference, micro_batch.counts[micro_batch.units])
+        if step0_check is not None and reference is not None:
+            step0_check.add(terms, reference, micro_batch.counts[micro_batch.units])
     return statistics.packed()
 
 
 def reduce_metrics(packed: torch.Tensor, request: Request) -> tuple[list[float], Request]:
-    """The step's one collective and one host read: the metrics' global sums, and what any rank was asked."""
+    """Sum the metrics and requests of all ranks: the step's one collective and one host read.
+
+    Args:
+        packed: float64 [N], this rank's sums.
+        request: what this rank has been asked.
+
+    Returns:
+        The [N] global sums, and what any rank has been asked.
+    """
     flags = packed.new_tensor([float(request.stop), float(request.save)])
     everything = torch.cat([packed, flags])
     dist.all_reduce(everything)
@@ -64,10 +82,11 @@ def reduce_metrics(packed: torch.Tensor, request: Request) -> tuple[list[float],
 
 
 def optimizer_step(engine: Any, learning_rate: float, spikes: SpikeDetector | None = None) -> Any | None:
-    """Clips and applies the gradient; returns its norm before clipping, equal on all ranks.
+    """Clip and apply the gradient; return its norm before clipping, equal on all ranks.
 
-    None where the norm is not finite, or a spike: then DeepSpeed has left out the update, on all ranks alike, and has
-    dropped the gradient. The norm may still be on the device: it is read only where it is logged.
+    Returns:
+        None where the norm is not finite, or a spike: DeepSpeed has then skipped the update on all ranks alike and
+        dropped the gradient. The norm may still be on the device: it is read only where it is logged.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate

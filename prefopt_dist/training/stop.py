@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 
 class Request(NamedTuple):
-    """What this rank has been asked; the ranks add theirs up and act alike."""
+    """What a rank has been asked; the ranks combine their requests and act alike."""
 
     stop: bool
     save: bool
 
 
 class Requests:
-    """Looks for requests. Files and the clock are rank 0's to see; a signal may reach any rank."""
+    """Looks for requests: rank 0 for files and the time limit, every rank for signals."""
 
     def __init__(self, run_dir: Path, *, rank: int, max_hours: float | None) -> None:
         self._stop_file, self._save_file = run_dir / "STOP", run_dir / "SAVE"
@@ -29,7 +29,7 @@ class Requests:
         self._seen: set[Path] = set()
 
     def catch_signals(self) -> None:
-        """From now on TERM and USR1 ask for a stop instead of ending the process."""
+        """Take TERM and USR1 as requests to stop from now on, instead of ending the process."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
@@ -37,7 +37,7 @@ class Requests:
         self._signal = signal.Signals(number).name
 
     def look(self) -> Request:
-        """This rank's requests at this moment."""
+        """Return this rank's requests at this moment."""
         if self._decides:
             self._seen |= {f for f in (self._stop_file, self._save_file) if f.exists()}
         late = self._deadline is not None and time.monotonic() > self._deadline
@@ -45,7 +45,7 @@ class Requests:
         return Request(stop=stop, save=self._save_file in self._seen)
 
     def reason(self) -> str:
-        """Why rank 0 stops, for people."""
+        """Return why rank 0 stops, for people."""
         if self._stop_file in self._seen:
             return "asked by the file STOP"
         if self._signal is not None:
@@ -55,11 +55,11 @@ class Requests:
         return "asked by a signal to another rank"
 
     def obeyed(self) -> None:
-        """Rank 0 removes the files that `look` saw; one that came since is a request still to obey."""
+        """Remove the files that `look` saw (rank 0); a file that came later is a request still to obey."""
         self.remove(self._seen)
 
     def remove(self, files: Set[Path]) -> None:
-        """Those of them that `look` saw."""
+        """Remove those of the files that `look` saw."""
         for file in self._seen & files:
             file.unlink(missing_ok=True)
         self._seen -= files

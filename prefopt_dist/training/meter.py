@@ -1,0 +1,138 @@
+"""Accumulate metrics and times of steps between two rows of metrics.
+
+Legend: K metrics of the objective, D sums of the diagnosis, W ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from prefopt_dist.batching.batches import Batch
+from prefopt_dist.distributed import ranks
+from prefopt_dist.monitoring import timers
+from prefopt_dist.monitoring.timers import CommunicationTimer, StepTimer
+
+TIMED_PARTS = ("data", "forward_backward", "update")
+"""What adds up to a step's time; evaluations and checkpoints come on top, forward and backward are within."""
+
+
+@dataclass
+class MetricsAccumulator:
+    """Global sums since the last row of metrics, without those of steps whose loss is not finite.
+
+    It is saved in every checkpoint, so that a row is the same after a resume.
+    """
+
+    sums: list[float]
+    """[K + 1] metrics summed over the pairs, and the number of pairs"""
+    diagnosis: list[float]
+    """[D] sums of the diagnosis over the same pairs"""
+    ranks: list[float]
+    """[3W + 1] work and memory of each rank, and the number of steps (monitoring/timers.py)"""
+    steps: int = 0
+    tokens: int = 0
+    """Distinct input tokens of all ranks"""
+    flop: float = 0.0
+    """Floating-point operations that the steps needed"""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time by part of the work"""
+
+    @staticmethod
+    def empty(metrics: int, diagnosis: int, world_size: int) -> MetricsAccumulator:
+        """Return an accumulator of K, D and W zeros."""
+        return MetricsAccumulator([0.0] * (metrics + 1), [0.0] * diagnosis, [0.0] * timers.rank_work_size(world_size))
+
+    def split(self, everything: list[float]) -> tuple[list[float], list[float], list[float]]:
+        """Split a step's [K + 1 + D + 3W + 1] global sums into those of objective, diagnosis and ranks."""
+        k, d = len(self.sums), len(self.diagnosis)
+        return everything[:k], everything[k : k + d], everything[k + d :]
+
+    def add(self, sums: list[float], diagnosis: list[float], work: list[float], batch: Batch) -> None:
+        """Add one step's global sums."""
+        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
+        self.diagnosis = [a + b for a, b in zip(self.diagnosis, diagnosis, strict=True)]
+        self.ranks = [a + b for a, b in zip(self.ranks, work, strict=True)]
+        self.steps += 1
+        self.tokens += batch.tokens
+        self.flop += batch.flop
+
+    def add_seconds(self, part: str, seconds: float) -> None:
+        """Add the time that a part of the work has taken."""
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+
+    def performance(self, peak: float | None) -> dict[str, float]:
+        """Return the metrics `perf/…`.
+
+        MFU counts the operations that the steps needed: layers computed again do not raise it.
+
+        Args:
+            peak: operations per second of all ranks' devices at their best; None where that is not known.
+        """
+        seconds = sum(self.seconds.get(part, 0.0) for part in TIMED_PARTS)
+        found = {
+            "perf/tokens_per_second": self.tokens / seconds,
+            "perf/pairs_per_second": self.sums[-1] / seconds,
+            "perf/step_seconds": seconds / self.steps,
+            "perf/peak_memory_gib": timers.peak_memory() / 2**30,
+            **{f"perf/{what}_seconds": spent for what, spent in self.seconds.items()},
+            **timers.rank_work_metrics(self.ranks),
+        }
+        return found if peak is None else found | {"perf/mfu": self.flop / seconds / peak}
+
+
+class Meter:
+    """Times the parts of each step and accumulates its results until a row of metrics is written."""
+
+    def __init__(self, metrics: int, diagnosis: int) -> None:
+        """Begin with nothing.
+
+        Args:
+            metrics: K.
+            diagnosis: D.
+        """
+        self._shape = (metrics, diagnosis, ranks.world_size())
+        self.accumulated = MetricsAccumulator.empty(*self._shape)
+        self.timer = StepTimer(ranks.device())
+        self.communication = CommunicationTimer()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from the accumulator of a checkpoint; there may be other ranks now."""
+        self.accumulated = replace(MetricsAccumulator(**state), ranks=self.accumulated.ranks)
+
+    def begin_step(self) -> None:
+        """Note that a step begins."""
+        self._began = self._last = time.perf_counter()
+        self._waited = self.communication.seconds
+        self._parts: dict[str, float] = {}
+
+    def end_part(self, part: str) -> None:
+        """Note that a part of the step has ended; it began where the last one ended."""
+        now = time.perf_counter()
+        self._parts[part] = now - self._last
+        self._last = now
+
+    def rank_work(self, like: torch.Tensor, flop: float) -> torch.Tensor:
+        """Return float64 [3W + 1] beside `like`: seconds, memory and operations of this rank, in its own places.
+
+        On a CPU the seconds are those of the step so far less the wait for other ranks; on a GPU, where the host runs
+        ahead, those of preparing the data.
+        """
+        on_gpu = torch.cuda.is_available()
+        worked = time.perf_counter() - self._began - (self.communication.seconds - self._waited)
+        seconds = self._parts["data"] if on_gpu else worked
+        return like.new_tensor(timers.rank_work_slots(ranks.rank(), ranks.world_size(), seconds, flop))
+
+    def end_step(self, sums: list[float], diagnosis: list[float], work: list[float], batch: Batch) -> None:
+        """Accumulate a step's global sums and the times of its parts."""
+        self.accumulated.add(sums, diagnosis, work, batch)
+        for part, seconds in (self.timer.take() | self._parts).items():
+            self.accumulated.add_seconds(part, seconds)
+
+    def take(self) -> MetricsAccumulator:
+        """Return what was accumulated and begin again with nothing."""
+        taken, self.accumulated = self.accumulated, MetricsAccumulator.empty(*self._shape)
+        return taken
