@@ -153,7 +153,7 @@ def test_what_is_written_passes() -> None:
 def test_a_turn_ends_once_as_the_template_ends_it() -> None:
     tokenizer = small_tokenizer(CALLS)
     template = read_template(tokenizer, "auto")
-    assert (template.end, template.ends) == ("<|im_end|>", ("<|im_end|>", "</s>"))
+    assert (template.end_token, template.end_tokens) == ("<|im_end|>", ("<|im_end|>", "</s>"))
     row = encode(tokenizer, Example(ASKED, (says("", call("look", at="sky")), says("grass"))))
     assert [tokenizer.decode(response[-1:]) for response in row.responses] == ["</s>", "<|im_end|>"]
     assert sum(token in tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"]) for token in row.responses[0]) == 1

@@ -158,7 +158,7 @@ BAD_ROWS: list[tuple[str, Any, list[str]]] = [
 @pytest.mark.parametrize(("name", "row", "words"), BAD_ROWS, ids=[b[0] for b in BAD_ROWS])
 def test_a_row_that_cannot_be_used(door: Door, name: str, row: Any, words: list[str]) -> None:
     data = door.lines(f"{name}.jsonl", PAIR, row, PAIR)
-    said = [f"{data}:2: ", *words, "mend the row" if "not_" not in words[0] and name != "blank" else "", STOPS]
+    said = [f"{data}:2: ", *words, "correct the row" if "not_" not in words[0] and name != "blank" else "", STOPS]
     door.fails(said, f"data.train={data}")
     door.fails(said, f"data.eval={data}")
     assert door.ends(door.run(), f"data.train={data}", stage="inspect") == (
@@ -229,7 +229,7 @@ def test_a_doubled_template(door: Door) -> None:
 
 
 def test_the_loss(door: Door) -> None:
-    door.fails(["loss.name: ", "got 'dpq'", "must be one of dpo, robust, ipo", "take one"], "loss.name=dpq", early=True)
+    door.fails(["loss.name: ", "got 'dpq'", "must be one of dpo, robust, ipo", "choose one"], "loss.name=dpq", early=True)
     door.fails(["loss.beta: ", "got 0,", "must be greater than 0", "change it"], "loss.beta=0", early=True)
     words = [
         "loss.beta: ",
@@ -368,10 +368,10 @@ DEEPSPEED: list[tuple[str, list[str]]] = [
         '{"zero_optimization": {"stage": 3, "offload_param": 5}}',
         ["offload_param: got 5", "DeepSpeed says", "change it"],
     ),
-    ('{"zero_', [":1 ", "not JSON", "mend it"]),
+    ('{"zero_', [":1 ", "not JSON", "correct it"]),
     ("[]", ["must be an object", "got []", "write {"]),
-    ("[" * 100_000, ["not JSON that can be read", "mend it"]),
-    ('{"a": ' + "9" * 5000 + "}", ["not JSON that can be read", "mend it"]),
+    ("[" * 100_000, ["not JSON that can be read", "correct it"]),
+    ('{"a": ' + "9" * 5000 + "}", ["not JSON that can be read", "correct it"]),
 ]
 
 
@@ -454,10 +454,10 @@ def test_a_damaged_record(door: Door, begun: Path, content: str) -> None:
 
 def test_two_jobs_on_one_folder(door: Door, begun: Path) -> None:
     lock = FileLock(begun / ".lock")
-    assert lock.take() is None
+    assert lock.acquire() is None
     words = ["run.dir: ", str(begun), "is held by another job", f"process {os.getpid()}", "since 20", "host "]
     door.fails([*words, "Wait for it", str(begun / "STOP"), "choose another run.dir"])
-    lock.give_back()
+    lock.release()
 
 
 def test_stages_that_need_a_run(door: Door) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prefopt_dist.data.dataset import DamagedRows, TokenisedRows, open_rows
 from prefopt_dist.errors import UserError
-from prefopt_dist.files import fsync_folder, sweep
+from prefopt_dist.files import fsync_folder, remove_stale
 
 Say = Callable[[str], None]
 """Takes lines for a person."""
@@ -41,7 +41,7 @@ def build_once(folder: Path, write: Callable[[Path], None]) -> None:
     building = parent / f".building-{folder.name}-{uuid.uuid4().hex}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        sweep(parent, ".building-*")
+        remove_stale(parent, ".building-*")
         building.mkdir()
     except OSError as error:
         raise UserError(

@@ -1,73 +1,75 @@
-"""Probe what a template writes around turns and reasoning."""
+"""Find out what a chat template writes around turns and reasoning, by rendering probe conversations."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
 from prefopt_dist.data.example import Message, Messages
-from prefopt_dist.data.written import REASONING
+from prefopt_dist.data.rendered_text import REASONING, Apply, common_prefix_length
 
 PROBE_USER, PROBE_REPLY = "prefopt-question", "prefopt-reply"
 PROBE_SYSTEM, PROBE_CALL = "prefopt-system", "prefopt-call"
-
-Apply = Callable[[Messages, bool], str]
-"""Renders turns, with the opening of an answer or without."""
+REASONING_OPENER = re.compile(r"<([^\s<>/]+)>\s*$")
+PROBE_THOUGHT = "prefopt-thought"
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The template's pieces, without the white space at their ends."""
+    """The text that a template writes around turns, in pieces without the white space at their ends."""
 
     begins: tuple[str, ...]
-    """How a conversation may begin, the beginning-of-sequence token left out; "" where any text may stand there"""
+    """How a conversation may begin, without the beginning-of-sequence token; "" where it may begin with any text"""
     user: str
-    """Opens a user's turn; "" where nothing does, and then no text is taken for templated"""
+    """The opening of a user turn; "" where there is none, and then no text counts as templated"""
     answers: tuple[str, ...]
-    """What stands between a question and its answer, as generation gives it and as a finished conversation has it"""
+    """The text between a question and its answer, in the generation prompt and in a finished conversation"""
     reply: str
-    """Opens an answer, without what ends the question; "" where nothing does"""
+    """The opening of an answer, without the end of the question; "" where there is none"""
     user_end: str
-    """Ends a user's turn"""
+    """The end of a user turn"""
     bos: str | None
     takes_system: bool
-    """A system turn is written"""
+    """Whether the template writes a system turn"""
 
     def is_conversation(self, text: str) -> bool:
-        """Whether the text is rendered turns in the template's order."""
+        """Return whether the text consists of rendered turns in the template's order."""
         if not self.user:
             return False
         bare = _without(text.strip(), self.bos)
         at = bare.rfind(self.user)
         if at < 0 or not any(bare.startswith(start) for start in self.begins):
             return False
-        said = bare[at + len(self.user) :]
-        if "" in self.begins:  # nothing marks the beginning, so the end must be as generation gives it
-            return any(said.endswith(answer) and said != answer for answer in self.answers)
-        ended = bool(self.user_end) and said.endswith(self.user_end)
-        return ended or any(answer in said for answer in (*self.answers, self.reply) if answer)
+        last = bare[at + len(self.user) :]
+        if "" in self.begins:  # no marker at the beginning, so the text must end as a generation prompt does
+            return any(last.endswith(answer) and last != answer for answer in self.answers)
+        ended = bool(self.user_end) and last.endswith(self.user_end)
+        return ended or any(answer in last for answer in (*self.answers, self.reply) if answer)
 
     def opens_answer(self, text: str) -> bool:
-        """Whether a response begins as the template opens an answer."""
+        """Return whether a response begins with the template's opening of an answer."""
         return bool(self.reply) and text.lstrip().startswith(self.reply)
 
 
 def probe_frame(apply: Apply, opened: str, full: str, bos: str | None) -> Frame:
-    """The pieces of the template.
+    """Return the pieces that the template writes around turns.
 
-    opened: it renders the probe's question, the answer opened; full: question and answer.
+    Args:
+        apply: Renders turns with the template.
+        opened: The probe's question, rendered with the opening of an answer.
+        full: The probe's question and answer, rendered.
+        bos: The beginning-of-sequence token.
     """
     before, _, to_answer = opened.partition(PROBE_USER)
     between = full.partition(PROBE_USER)[2].partition(PROBE_REPLY)[0]
     ended = opened
-    with suppress(Exception):  # a template may refuse what ends with a question
+    with suppress(Exception):  # a template may refuse a conversation that ends with a question
         ended = apply((Message("user", PROBE_USER),), False)
     user_end = ended.partition(PROBE_USER)[2]
     if not to_answer.startswith(user_end):
         user_end = ""
-    shared = to_answer[: _common(to_answer, between)]
+    shared = to_answer[: common_prefix_length(to_answer, between)]
     begins = [_without(before.strip(), bos)]
     user = before
     with suppress(Exception):
@@ -80,10 +82,11 @@ def probe_frame(apply: Apply, opened: str, full: str, bos: str | None) -> Frame:
         endings = (full.rpartition(PROBE_REPLY)[2], user_end)
         ending = next((end for end in endings if end.strip() and later.startswith(end.rstrip())), "")
         later = later.removeprefix(ending.rstrip()).lstrip()
-        user = later if before.endswith(later) else before[len(before) - _common(before[::-1], later[::-1]) :]
+        shared_end = common_prefix_length(before[::-1], later[::-1])
+        user = later if before.endswith(later) else before[len(before) - shared_end :]
     user = _without(user.strip(), bos)
     takes_system = False
-    with suppress(Exception):  # many templates know no system turn
+    with suppress(Exception):  # many templates do not support system turns
         rendered = apply((Message("system", PROBE_SYSTEM), Message("user", PROBE_USER)), True)
         takes_system = PROBE_SYSTEM in rendered
         if takes_system:
@@ -106,34 +109,23 @@ def _without(text: str, bos: str | None) -> str:
     return text
 
 
-def _common(left: str, right: str) -> int:
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
-
-
-REASONING_OPENER = re.compile(r"<([^\s<>/]+)>\s*$")
-PROBE_THOUGHT = "prefopt-thought"
-
-"""Renders turns, with the opening of an answer or without."""
-
-
 @dataclass(frozen=True)
 class Thinking:
     """How a template marks reasoning."""
 
     opener: str
-    """What generation's prompt ends with where it opens reasoning, such as "<think>\\n"; "" where it does not"""
+    """The end of the generation prompt where it opens reasoning, such as "<think>\\n"; "" where it does not"""
     begins: str
-    """Opens reasoning, also where generation's prompt does not; "" where the template knows none"""
+    """The opening of reasoning, also where the generation prompt has none; "" where the template does not mark it"""
     closes: str
-    """Stands between reasoning and answer"""
+    """The text between reasoning and answer"""
 
-    def behind(self, opened: bool, reasoning: str, answer: str) -> str:
-        """Reasoning and answer; opened: the prompt opens the reasoning."""
+    def join(self, opened: bool, reasoning: str, answer: str) -> str:
+        """Join reasoning and answer; `opened` says that the prompt already opens the reasoning."""
         return f"{'' if opened else self.begins}{reasoning.strip()}{self.closes}{answer.lstrip()}"
 
-    def as_said(self, content: str) -> str:
-        """A text with tagged reasoning, behind generation's prompt."""
+    def after_opener(self, content: str) -> str:
+        """Return a text with tagged reasoning without the opening that the generation prompt already has."""
         bare = content.strip()
         if not self.opener:
             return bare
@@ -141,9 +133,13 @@ class Thinking:
 
 
 def probe_thinking(apply: Apply, template: str, opened: str, full: str) -> Thinking:
-    """How the template marks reasoning.
+    """Return how the template marks reasoning.
 
-    opened: it renders the probe's question, the answer opened; full: question and answer.
+    Args:
+        apply: Renders turns with the template.
+        template: The Jinja source.
+        opened: The probe's question, rendered with the opening of an answer.
+        full: The probe's question and answer, rendered.
     """
     found = REASONING_OPENER.search(opened)
     tag = found.group(1) if found else "think"
@@ -162,6 +158,6 @@ def probe_thinking(apply: Apply, template: str, opened: str, full: str) -> Think
 
 
 def reasoning_of(turn: Message) -> str | None:
-    """The reasoning that a field of the turn holds."""
+    """Return the reasoning that a field of the turn holds; None where it has none."""
     extra = dict(turn.extra)
     return next((extra[key] for key in REASONING if isinstance(extra.get(key), str) and extra[key].strip()), None)

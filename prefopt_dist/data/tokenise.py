@@ -1,4 +1,4 @@
-"""From examples to token ids: the boundary between prompt and response, and truncation."""
+"""Tokenise examples: find the boundary between prompt and response, and truncate to the limits."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -8,46 +8,47 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.data.example import BadRow, Example, Messages
 from prefopt_dist.data.options import DEFAULT_OPTIONS, TextOptions
-from prefopt_dist.data.rendering import RenderedExample, Template
-from prefopt_dist.data.written import Span
+from prefopt_dist.data.rendered_text import Span
+from prefopt_dist.data.rendering import RenderedExample, render_example
+from prefopt_dist.data.template import Template
 
 TAIL_TOKENS = 12
-"""Of a prompt's end that a message shows."""
+"""Number of tokens of a prompt's end that a message shows."""
 Ids = list[int]
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class TokenisedRow:
-    """One row as token ids; prompt and each response are not empty."""
+    """One row as token ids. The prompt and each response have at least one token."""
 
     prompt: Ids
     responses: tuple[Ids, ...]
     label: bool | None
     cut: frozenset[str]
-    """`prompt`, `response`: what truncation shortened."""
+    """The parts that truncation shortened: `prompt`, `response`"""
     repaired: frozenset[str]
-    """`double_bos`, `double_end`."""
+    """Kinds of repairs: `double_bos`, `double_end`, `system_merged`, `system_dropped`"""
     as_is: bool
-    """The prompt carried the template already, or `template` is none."""
+    """The prompt was templated already, or `data.template` is none"""
     noticed: frozenset[str] = frozenset()
-    """`missing_bos`, `missing_end`: added to strings that carry the template without them; `stray_special`: a special
-    token that the template does not write; `lost_reasoning`: the template leaves out reasoning in the prompt;
-    `other_prompt`: in use the prompt's last tokens are others, since one of them reaches into the response."""
+    """`missing_bos`, `missing_end`: added to templated strings that lack them; `stray_special`: a special token that
+    the template does not write; `lost_reasoning`: the template leaves out reasoning in the prompt; `other_prompt`: at
+    inference the prompt's last tokens differ, because one of them reaches into the response"""
     learnt: tuple[list[bool] | None, ...] = ()
-    """For each response which of its tokens are scored and learnt; None, or no entry: all of them."""
+    """For each response, which of its tokens are scored and learnt; None, or no entry: all of them"""
     ends: tuple[str, str] | None = None
-    """How the prompt ends in use and in training, where that differs (`other_prompt`)."""
+    """The end of the prompt at inference and in training, where they differ (`other_prompt`)"""
     cut_responses: frozenset[int] = frozenset()
-    """Which responses truncation shortened."""
+    """Indices of the responses that truncation shortened"""
 
     def learnt_of(self, k: int) -> list[bool] | None:
-        """Which tokens of response k are scored and learnt; None: all of them."""
+        """Return which tokens of response k are scored and learnt; None: all of them."""
         return self.learnt[k] if self.learnt else None
 
     @property
     def flags(self) -> set[str]:
-        """What `rows.FLAGS` keeps of the row."""
+        """Return the row's names of `dataset.FLAGS`."""
         names = {*self.repaired, *self.noticed, *(f"cut_response_{k}" for k in self.cut_responses)}
         return names | {name for name, holds in (("cut_prompt", "prompt" in self.cut), ("as_is", self.as_is)) if holds}
 
@@ -58,60 +59,67 @@ class Tokeniser:
 
     template: Template
     max_length: int
-    """Tokens of prompt + longer response."""
+    """Maximal number of tokens of prompt + longer response"""
     max_prompt_length: int
-    """Tokens that a prompt keeps where prompt + longer response exceeds `max_length`."""
+    """Number of tokens that a prompt keeps where prompt + longer response exceeds `max_length`"""
     options: TextOptions = DEFAULT_OPTIONS
-    """How the rows are read."""
+    """The options for reading rows"""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of the template."""
         return self.template.tokenizer
 
     def encode(self, examples: Sequence[Example]) -> list[TokenisedRow | BadRow]:
-        """One entry an example, in order; all texts go through the tokenizer in one call."""
-        rendered = [_or_bad(lambda example=example: self.template.render(example)) for example in examples]  # type: ignore[misc]
+        """Tokenise the examples with one call of the tokenizer; return one entry per example, in order."""
+        rendered = self._rendered(examples)
         whole = iter(self._rows([item for item in rendered if isinstance(item, RenderedExample)]))
         rows = [item if isinstance(item, BadRow) else next(whole) for item in rendered]
         return [
-            row if isinstance(row, BadRow) else _or_bad(lambda e=example, r=row: self._fit(e, r))  # type: ignore[misc]
+            row if isinstance(row, BadRow) else _catch_bad_row(lambda e=example, r=row: self._truncate(e, r))  # type: ignore[misc]
             for example, row in zip(examples, rows, strict=True)
         ]
 
     def encode_prompts(self, examples: Sequence[Example]) -> list[Ids | BadRow]:
-        """The ids of each example's prompt alone, as a model that is to answer gets it; nothing is cut.
+        """Return the ids of each example's prompt as generation uses it, without truncation.
 
-        The examples' responses are not looked at, but one must be there for the template.
+        The content of the responses is not used, but the template needs one response in each example.
         """
-        rendered = [_or_bad(lambda example=example: self.template.render(example)) for example in examples]  # type: ignore[misc]
+        rendered = self._rendered(examples)
         ids = iter(self._ids([item.prompt for item in rendered if isinstance(item, RenderedExample)]))
-        return [
-            item if isinstance(item, BadRow) else self._with_bos(next(ids), item.as_is and not item.carried)[0]
-            for item in rendered
-        ]
+        return [item if isinstance(item, BadRow) else self._with_bos(next(ids), item.plain)[0] for item in rendered]
+
+    def _rendered(self, examples: Sequence[Example]) -> list[RenderedExample | BadRow]:
+        return [_catch_bad_row(lambda e=example: render_example(self.template, e)) for example in examples]  # type: ignore[misc]
 
     def _rows(self, rendered: Sequence[RenderedExample]) -> list[TokenisedRow | BadRow]:
-        """Token ids before truncation."""
-        texts = [text for item in rendered for text in (item.prompt, *item.fulls)]
+        """Return the rows as token ids before truncation."""
+        texts = [text for item in rendered for text in (item.prompt, *item.texts)]
         ids = iter(self._ids(texts))
         rows: list[TokenisedRow | BadRow] = []
         for item in rendered:
-            prompt, fulls = next(ids), [next(ids) for _ in item.fulls]
-            rows.append(_or_bad(lambda i=item, p=prompt, f=fulls: self._split(i, p, f)))  # type: ignore[misc]
+            prompt, fulls = next(ids), [next(ids) for _ in item.texts]
+            rows.append(_catch_bad_row(lambda i=item, p=prompt, f=fulls: self._split(i, p, f)))  # type: ignore[misc]
         return rows
 
     def _split(self, rendered: RenderedExample, prompt: Ids, fulls: list[Ids]) -> TokenisedRow:
-        """Parts each full sequence at the end of the prompt, on tokens."""
+        """Split each full sequence at the end of the prompt, between two tokens.
+
+        Args:
+            rendered: The texts.
+            prompt: The ids of the prompt alone.
+            fulls: The ids of each of the rendered texts.
+        """
         boundary = len(prompt)
-        in_use = prompt
+        at_inference = prompt
         if rendered.exact and any(full[:boundary] != prompt for full in fulls):
-            rests = self._ids([text[len(rendered.prompt) :] for text in rendered.fulls])
+            rests = self._ids([text[len(rendered.prompt) :] for text in rendered.texts])
             fulls = [prompt + rest for rest in rests]
         if any(full[:boundary] != prompt for full in fulls):
             # A token reaches over the end of the prompt. It belongs to the response, and so does
             # everything after the tokens that all full sequences share.
-            within = [self._tokens_within(text, len(rendered.prompt)) for text in rendered.fulls]
-            boundary = _shared([full[:n] for full, n in zip(fulls, within, strict=True)])
+            within = [self._tokens_within(text, len(rendered.prompt)) for text in rendered.texts]
+            boundary = _common_prefix_length([full[:n] for full, n in zip(fulls, within, strict=True)])
             prompt = fulls[0][:boundary]
         responses = []
         for full in fulls:
@@ -120,31 +128,31 @@ class Tokeniser:
                 response.append(rendered.end_id)
             responses.append(response)
         given = prompt
-        prompt, doubled = self._with_bos(prompt, rendered.untouched)
+        prompt, doubled = self._with_bos(prompt, rendered.plain)
         if not prompt:
-            raise BadRow("empty_prompt", "a token of its own must remain of the prompt", rendered.prompt)
+            raise BadRow("empty_prompt", "the prompt must have at least one token of its own", rendered.prompt)
         masks = tuple(
             None if spans is None else self._mask(text, spans, boundary, len(response))
             for text, spans, response in zip(
-                rendered.fulls, rendered.learnt or [None] * len(fulls), responses, strict=True
+                rendered.texts, rendered.learnt or [None] * len(fulls), responses, strict=True
             )
         )
-        if _say_the_same(responses, masks):
-            rule = "chosen and rejected must differ as tokens, in what the assistant wrote"
-            raise BadRow("identical_responses", rule, rendered.fulls[0][len(rendered.prompt) :])
+        if _learnt_tokens_equal(responses, masks):
+            rule = "the tokens that the assistant wrote in chosen and rejected must differ"
+            raise BadRow("identical_responses", rule, rendered.texts[0][len(rendered.prompt) :])
         repaired = rendered.repaired | ({"double_bos"} if doubled else frozenset())
         stray = self.template.stray_ids
         noticed = {
-            "missing_bos": rendered.carried and self.template.writes_bos and len(prompt) > len(given),
+            "missing_bos": rendered.templated and self.template.writes_bos and len(prompt) > len(given),
             "missing_end": rendered.missing_end,
             "lost_reasoning": rendered.lost_reasoning,
-            "other_prompt": given != in_use and not rendered.as_is,
+            "other_prompt": given != at_inference and not rendered.as_is,
             "stray_special": not (
                 stray.isdisjoint(prompt) and all(stray.isdisjoint(response[:-1]) for response in responses)
             ),
         }
         kinds = frozenset(name for name, holds in noticed.items() if holds)
-        ends = (self._tail(in_use), self._tail(given)) if noticed["other_prompt"] else None
+        ends = (self._tail(at_inference), self._tail(given)) if noticed["other_prompt"] else None
         return TokenisedRow(
             prompt, tuple(responses), None, frozenset(), repaired, rendered.as_is, kinds, masks, ends=ends
         )
@@ -154,7 +162,7 @@ class Tokeniser:
         return f"…{text}" if len(prompt) > TAIL_TOKENS else text
 
     def _mask(self, text: str, spans: Sequence[Span], boundary: int, length: int) -> list[bool]:
-        """[length] which tokens from the boundary on reach into a span; an end token that was appended is learnt."""
+        """Return which tokens after the boundary overlap a span [length]; an appended end token is learnt."""
         mask = [
             any(begin < max(stop, start + 1) and start < end for begin, end in spans)
             for start, stop in self._offsets(text)[boundary:]
@@ -162,9 +170,10 @@ class Tokeniser:
         return mask + [True] * (length - len(mask))
 
     def _with_bos(self, prompt: Ids, plain: bool) -> tuple[Ids, bool]:
-        """The prompt with one beginning-of-sequence token where it has one, and whether there were more.
+        """Return the prompt with at most one beginning-of-sequence token, and whether there were more.
 
-        plain: a string that is no turn and gets what the tokenizer gives a text; turns get what their template writes.
+        A missing one is added where the tokenizer adds it to plain strings (`plain`), or where the template writes it
+        before turns (otherwise).
         """
         bos = self.tokenizer.bos_token_id
         if bos is None:
@@ -172,24 +181,24 @@ class Tokeniser:
         leading = next((i for i, token in enumerate(prompt) if token != bos), len(prompt))
         if leading > 1:
             return prompt[leading - 1 :], True
-        if leading == 0 and (self.template.starts_with_bos if plain else self.template.writes_bos):
+        if leading == 0 and (self.template.plain_starts_with_bos if plain else self.template.writes_bos):
             return [bos, *prompt], False
         return prompt, False
 
-    def _fit(self, example: Example, row: TokenisedRow) -> TokenisedRow:
-        """Truncation: the prompt first, then both responses to the same budget."""
+    def _truncate(self, example: Example, row: TokenisedRow) -> TokenisedRow:
+        """Truncate the prompt first, then both responses to the same number of tokens."""
         cut: set[str] = set()
         if self._excess(row) > 0 and len(row.prompt) > self.max_prompt_length:
-            row = self._cut_prompt(example, row)
+            row = self._truncate_prompt(example, row)
             cut.add("prompt")
         if self._excess(row) > 0:
             budget = self.max_length - len(row.prompt)
             responses = tuple(response[:budget] for response in row.responses)
             masks = tuple(None if mask is None else mask[:budget] for mask in row.learnt)
             if any(mask is not None and not any(mask) for mask in masks):
-                rule = f"something that the assistant wrote must stand within data.max_length={self.max_length} tokens"
-                raise BadRow("nothing_learnt", rule, f"room for {budget} tokens", "raise data.max_length")
-            if _say_the_same(responses, masks):
+                rule = f"a token that the assistant wrote must be within data.max_length={self.max_length} tokens"
+                raise BadRow("nothing_learnt", rule, f"{budget} tokens left for a response", "raise data.max_length")
+            if _learnt_tokens_equal(responses, masks):
                 rule = f"the responses must differ within data.max_length={self.max_length} tokens"
                 text = self.tokenizer.decode(responses[0][:64])
                 raise BadRow("identical_after_cut", rule, text, "raise data.max_length")
@@ -201,58 +210,64 @@ class Tokeniser:
     def _excess(self, row: TokenisedRow) -> int:
         return len(row.prompt) + max(map(len, row.responses)) - self.max_length
 
-    def _cut_prompt(self, example: Example, row: TokenisedRow) -> TokenisedRow:
+    def _truncate_prompt(self, example: Example, row: TokenisedRow) -> TokenisedRow:
         keep = self.max_prompt_length
         if row.as_is:
             start = row.prompt[:1] if row.prompt[0] == self.tokenizer.bos_token_id else []
             kept = start + row.prompt[len(row.prompt) - keep + len(start) :]
             return replace(row, prompt=kept)
         if isinstance(example.prompt, str):
-            return self._cut_text(example.prompt, row, lambda text: replace(example, prompt=text))
+            return self._truncate_text(example.prompt, row, lambda text: replace(example, prompt=text))
         turns = example.prompt
         for turns in _later_turns(example.prompt):
-            row = self._again(replace(example, prompt=turns))
+            row = self._tokenised(replace(example, prompt=turns))
             if len(row.prompt) <= keep:
                 return row
         last = turns[-1] if turns else None
         if last is None or last.role != "user" or any(turn.role == "user" for turn in turns[:-1]):
             raise self._prompt_too_long(row)
-        # One question is left; it is cut as a string would be.
-        return self._cut_text(
+        # Only one question is left; it is truncated as a string would be.
+        return self._truncate_text(
             last.content, row, lambda text: replace(example, prompt=(*turns[:-1], replace(last, content=text)))
         )
 
-    def _cut_text(self, text: str, row: TokenisedRow, with_text: Callable[[str], Example]) -> TokenisedRow:
-        """The text of one turn loses tokens from its head; the turn's frame stays."""
+    def _truncate_text(self, text: str, row: TokenisedRow, with_text: Callable[[str], Example]) -> TokenisedRow:
+        """Remove tokens from the beginning of one turn's text; what the template writes around it stays.
+
+        Args:
+            text: The text of the turn.
+            row: The row with the whole text.
+            with_text: Returns the example with another text.
+        """
         starts = [start for start, _ in self._offsets(text)]
         dropped = 0
         while len(row.prompt) > self.max_prompt_length:
             dropped += len(row.prompt) - self.max_prompt_length
             if dropped >= len(starts) or not text[starts[dropped] :].strip():
                 raise self._prompt_too_long(row)
-            row = self._again(with_text(text[starts[dropped] :]))
+            row = self._tokenised(with_text(text[starts[dropped] :]))
         return row
 
-    def _again(self, example: Example) -> TokenisedRow:
-        row = self._rows([self.template.render(example)])[0]
+    def _tokenised(self, example: Example) -> TokenisedRow:
+        row = self._rows([render_example(self.template, example)])[0]
         if isinstance(row, BadRow):
             raise row
         return row
 
     def _prompt_too_long(self, row: TokenisedRow) -> BadRow:
-        rule = f"what must stay of a prompt must fit data.max_prompt_length={self.max_prompt_length}"
+        rule = f"the part of a prompt that cannot be removed must fit data.max_prompt_length={self.max_prompt_length}"
         shown = f"{len(row.prompt)} tokens"
         return BadRow("prompt_too_long", rule, shown, "raise data.max_prompt_length")
 
     def _tokens_within(self, text: str, end: int) -> int:
-        """How many leading tokens of the text lie before the character `end`."""
+        """Return the number of leading tokens of the text that lie before the character `end`."""
         offsets = self._offsets(text)
         return next((i for i, (_, stop) in enumerate(offsets) if stop > end), len(offsets))
 
     def _ids(self, texts: list[str]) -> list[Ids]:
         if not texts:
             return []
-        # The template writes what special tokens there are; lengths beyond the model's are cut later.
+        # The template writes all special tokens; sequences longer than the model's limit are truncated later.
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         ids: list[Ids] = encoded["input_ids"]
         return ids
@@ -264,9 +279,9 @@ class Tokeniser:
 
 
 def _later_turns(turns: Messages) -> list[Messages]:
-    """The conversation without its first turns, longest first; each begins with a user turn.
+    """Return the conversation without its first turns, longest first; each begins with a user turn.
 
-    System turns at the head stay. Templates demand a user turn first, so an answer goes with its question.
+    System turns at the beginning stay. Templates require a user turn first, so an answer is removed with its question.
     """
     head = next((i for i, turn in enumerate(turns) if turn.role not in ("system", "developer")), len(turns))
     return [
@@ -276,8 +291,8 @@ def _later_turns(turns: Messages) -> list[Messages]:
     ]  # fmt: skip
 
 
-def _say_the_same(responses: Sequence[Ids], masks: Sequence[list[bool] | None]) -> bool:
-    """Whether two responses are equal in all that is learnt of them: there is no preference between them."""
+def _learnt_tokens_equal(responses: Sequence[Ids], masks: Sequence[list[bool] | None]) -> bool:
+    """Return whether there are two responses with equal learnt tokens, so that neither can be preferred."""
     if len(responses) != 2:
         return False
     first, second = (
@@ -287,14 +302,13 @@ def _say_the_same(responses: Sequence[Ids], masks: Sequence[list[bool] | None]) 
     return first == second
 
 
-def _shared(sequences: Sequence[Ids]) -> int:
-    """Length of the longest common prefix."""
+def _common_prefix_length(sequences: Sequence[Ids]) -> int:
     columns = zip(*sequences, strict=False)
     same = next((i for i, column in enumerate(columns) if len(set(column)) > 1), None)
     return min(map(len, sequences)) if same is None else same
 
 
-def _or_bad(make: Callable[[], Made]) -> Made | BadRow:
+def _catch_bad_row(make: Callable[[], Result]) -> Result | BadRow:
     try:
         return make()
     except BadRow as bad:

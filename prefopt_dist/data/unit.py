@@ -1,4 +1,4 @@
-"""What a loss sees as one: a pair, or a single response, with its prompt and what is learnt of it."""
+"""The unit of a loss: a pair or a single response, with its prompt and the mask of its learnt tokens."""
 
 from dataclasses import dataclass
 
@@ -11,36 +11,37 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Unit:
-    """What the objective sees as one: a pair (chosen, rejected) or a single response, with its prompt."""
+    """One term of the objective: a pair (chosen, rejected) or a single response, with its prompt."""
 
     row: int
-    """Index of the row in its data set; names the unit in messages."""
+    """Index of the row in its data set, which names the unit in messages"""
     prompt: Tokens
     responses: tuple[Tokens, ...]
     desirable: bool = True
-    """Of a rated row: whether its response is a good one"""
+    """For a rated row, whether its response is desirable"""
     learnt: tuple[Mask | None, ...] | None = None
-    """For each response which of its tokens are scored; None: all of them"""
+    """For each response, the mask of its scored tokens; None: all of them are scored"""
 
 
 @dataclass(frozen=True)
 class Response:
-    """One response to a prompt, with what is scored of it."""
+    """One response to a prompt, with the mask of its scored tokens (None: all)."""
 
     tokens: Tokens
     learnt: Mask | None
 
     @property
     def scored(self) -> int:
-        """Tokens that are scored."""
+        """Return the number of scored tokens."""
         return len(self.tokens) if self.learnt is None else int(np.count_nonzero(self.learnt))
 
 
 ResponseKey = tuple[bytes, bytes]
+"""The bytes of a response's tokens and of its mask."""
 
 
 def keyed_responses(unit: Unit) -> list[tuple[ResponseKey, Response]]:
-    """The unit's responses by what makes them one: equal tokens, of which the same are scored."""
+    """Return the unit's responses with keys; keys are equal where tokens and scored tokens are equal."""
     masks = unit.learnt or (None,) * len(unit.responses)
     return [
         ((tokens.tobytes(), b"" if mask is None else mask.tobytes()), Response(tokens, mask))

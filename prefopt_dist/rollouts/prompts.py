@@ -1,4 +1,4 @@
-"""Prompts from data of any form: read, templated, each distinct one once, in the order in which they are answered."""
+"""Read the distinct prompts of data of any form, apply the chat template, and order them for sampling."""
 
 from __future__ import annotations
 
@@ -20,71 +20,72 @@ from prefopt_dist.data.forms import read_prompt
 from prefopt_dist.data.frame import PROBE_REPLY
 from prefopt_dist.data.options import TextOptions
 from prefopt_dist.data.prepare import DETECTION_ROWS
-from prefopt_dist.data.rendering import Template
 from prefopt_dist.data.sources import open_source
+from prefopt_dist.data.template import Template
 from prefopt_dist.data.text_kinds import apply_text_kind, detect_text_kind
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.errors import UserError
 
 TOO_LONG = "prompt_too_long"
 BLOCK = 256
-"""Rows that are tokenised together."""
+"""Number of rows that are tokenised together."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, ready for a model."""
+    """A prompt, ready for sampling."""
 
     index: int
-    """Its place among the distinct prompts, in the order of the files"""
+    """Index among the distinct prompts, in the order of the files"""
     origin: str
-    """file:line"""
+    """FILE:LINE of its row"""
     prompt: str | list[dict[str, Any]]
-    """As the data has it: text, or messages"""
+    """The prompt as in the data: text or messages"""
     tools: list[Any] | None
     row: dict[str, Any]
-    """All fields of the row, for a reward that looks at them"""
+    """All fields of the row, for rewards that use them"""
     ids: list[int]
-    """Through the template, up to where the answer begins"""
+    """Token ids of the rendered prompt, up to where the answer begins"""
 
     @property
     def key(self) -> bytes:
-        """16 bytes that name the ids."""
+        """Return a digest of the ids, 16 bytes."""
         return blake2b(np.asarray(self.ids, dtype="<i4").tobytes(), digest_size=16).digest()
 
     def example(self, response: str) -> Example:
-        """Prompt and response as a row of data has them."""
+        """Return the prompt and a response as a row of data has them."""
         tools, arguments = tuple(self.tools) if self.tools else None, template_arguments(self.row)
         if isinstance(self.prompt, str):
             return Example(self.prompt, (response,), tools=tools, arguments=arguments)
-        said = ((Message("assistant", response),),)
-        return Example(_messages(self.prompt), said, tools=tools, arguments=arguments)
+        responses = ((Message("assistant", response),),)
+        return Example(_messages(self.prompt), responses, tools=tools, arguments=arguments)
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """All of them, and what became of the rows."""
+    """All distinct prompts, and counts of the rows that were read."""
 
     all: list[Prompt]
-    """The shortest first: like lengths are answered together"""
+    """Sorted by length, the shortest first, so that similar lengths are sampled together"""
     rows: int
+    """Number of rows that were read"""
     repeated: int
-    """Rows whose prompt stood before"""
+    """Number of rows that repeat the prompt of an earlier row"""
     dropped: dict[str, int]
-    """By kind"""
+    """Number of dropped rows, by kind of fault"""
 
     def digest(self) -> str:
-        """Of their content and places."""
+        """Return a digest of the prompts' content and origins, 32 hexadecimal digits."""
         state = blake2b(digest_size=16)
         for prompt in self.all:
             state.update(json.dumps(asdict(prompt), sort_keys=True, default=str).encode())
         return state.hexdigest()
 
     def text(self) -> str:
-        """What was found, for people."""
-        parts = [f"{self.rows} rows, {len(self.all)} prompts"]
+        """Return the counts for people."""
+        parts = [f"{self.rows} rows, {len(self.all)} distinct prompts"]
         if self.repeated:
-            parts.append(f"{self.repeated} rows repeat one")
+            parts.append(f"{self.repeated} rows repeat an earlier prompt")
         parts += [f"{count} dropped ({kind})" for kind, count in sorted(self.dropped.items())]
         return ", ".join(parts)
 
@@ -92,22 +93,31 @@ class Prompts:
 def first_prompts(
     sources: Sequence[DataSource], *, number: int, tokeniser: Tokeniser, longest: int, on_bad_row: str, key: str
 ) -> Prompts:
-    """Return the first `number` distinct prompts that fit, as many of each source. One process.
+    """Return the first `number` distinct prompts that fit, the same number from each source (one process calls it).
 
-    What comes after them is not read. longest: tokens that a prompt may have; a longer one is left out and counted,
-    whatever on_bad_row says. key: the dotted key that named the sources.
-    Raises UserError: a source that cannot be read, a bad row under on_bad_row=stop.
+    Rows after them are not read.
+
+    Args:
+        sources: the data sources, in order.
+        number: of distinct prompts, over all sources.
+        tokeniser: renders and tokenises a prompt as in training.
+        longest: most tokens of a prompt; a longer one is left out and counted, whatever on_bad_row is.
+        on_bad_row: `stop` or `drop`.
+        key: dotted key of the sources, for messages.
+
+    Raises:
+        UserError: a source cannot be read, or a row is bad under on_bad_row=stop.
     """
     found: dict[bytes, Prompt] = {}
     rows = repeated = 0
     dropped: Counter[str] = Counter()
     for index, source in enumerate(sources):
-        most = number * (index + 1) // len(sources)  # of this source and those before it
+        limit = number * (index + 1) // len(sources)  # for this source and those before it together
         for origin, fields, outcome in _tokenised([source], tokeniser, key):
-            if len(found) >= most:
+            if len(found) >= limit:
                 break
             rows += 1
-            if isinstance(outcome, _Asked) and len(outcome.ids) > longest:
+            if isinstance(outcome, _TokenisedPrompt) and len(outcome.ids) > longest:
                 dropped[TOO_LONG] += 1
             elif isinstance(outcome, BadRow):
                 _drop(outcome, origin, on_bad_row, dropped)
@@ -124,20 +134,28 @@ def read_prompts(
     on_bad_row: str,
     key: str,
 ) -> Prompts:
-    """Every distinct prompt of the sources. One process.
+    """Return every distinct prompt of the sources (one process calls it).
 
-    longest: tokens that a prompt may have; key: the dotted key that named the sources.
-    Raises UserError: a source that cannot be read, a bad row under on_bad_row=stop, no prompt left.
+    Args:
+        sources: the data sources, in order.
+        tokeniser: renders and tokenises a prompt as in training.
+        longest: most tokens of a prompt; a row with a longer one is bad.
+        on_bad_row: `stop` or `drop`.
+        key: dotted key of the sources, for messages.
+
+    Raises:
+        UserError: a source cannot be read, a row is bad under on_bad_row=stop, or no prompt is left.
     """
     found: dict[bytes, Prompt] = {}
     rows = repeated = 0
     dropped: Counter[str] = Counter()
     for origin, fields, outcome in _tokenised(sources, tokeniser, key):
         rows += 1
-        if isinstance(outcome, _Asked) and len(outcome.ids) > longest:
+        if isinstance(outcome, _TokenisedPrompt) and len(outcome.ids) > longest:
             outcome = BadRow(
                 TOO_LONG,
-                f"prompt and room for a response must fit data.max_length, so the prompt {longest} tokens",
+                "the prompt and generate.max_new_tokens must fit into data.max_length, so the prompt must have at most "
+                f"{longest} tokens",
                 f"{len(outcome.ids)} tokens",
                 "raise data.max_length or lower generate.max_new_tokens",
             )
@@ -146,34 +164,35 @@ def read_prompts(
             continue
         repeated += _add(found, origin, fields, outcome)
     if not found:
-        raise UserError(f"{key}: no prompt is left of {rows} rows ({dict(dropped)}); mend the data")
+        raise UserError(f"{key}: no prompt is left of {rows} rows (dropped: {dict(dropped)}); correct the data")
     return Prompts(sorted(found.values(), key=lambda p: len(p.ids)), rows, repeated, dict(dropped))
 
 
 def _drop(bad: BadRow, origin: str, on_bad_row: str, dropped: Counter[str]) -> None:
-    """Counts a bad row, or raises it under on_bad_row=stop."""
+    """Count a bad row, or raise UserError for it under on_bad_row=stop."""
     if on_bad_row == "stop" and bad.kind not in SKIPPED_KINDS:
         raise UserError(f"{bad.message(origin)}; {bad.remedy}, or leave such rows out with data.on_bad_row=drop")
     dropped[bad.kind] += 1
 
 
-def _add(found: dict[bytes, Prompt], origin: str, fields: dict[str, Any], asked: _Asked) -> bool:
-    """Adds a row's prompt; returns whether it stood before."""
-    prompt, tools, ids = asked.example.prompt, asked.example.tools, asked.ids
-    if isinstance(prompt, str) and asked.example.system is not None:
-        prompt = (Message("system", asked.example.system), Message("user", prompt))
-    said = prompt if isinstance(prompt, str) else [turn.as_dict() for turn in prompt]
-    # What a row of another format holds (dates, bytes) becomes text here, for every rank and start alike.
+def _add(found: dict[bytes, Prompt], origin: str, fields: dict[str, Any], tokenised: _TokenisedPrompt) -> bool:
+    """Add a row's prompt to `found` if it is new; return whether it was there already."""
+    prompt, tools, ids = tokenised.example.prompt, tokenised.example.tools, tokenised.ids
+    if isinstance(prompt, str) and tokenised.example.system is not None:
+        prompt = (Message("system", tokenised.example.system), Message("user", prompt))
+    content = prompt if isinstance(prompt, str) else [turn.as_dict() for turn in prompt]
+    # Values that JSON lacks (dates, bytes of other file formats) become text here, so that all ranks and all starts
+    # have the same.
     row = json.loads(json.dumps(fields, default=str))
-    new = Prompt(len(found), origin, said, list(tools) if tools else None, row, ids)
+    new = Prompt(len(found), origin, content, list(tools) if tools else None, row, ids)
     repeated = new.key in found
     found.setdefault(new.key, new)
     return repeated
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A row's prompt as it is asked."""
+class _TokenisedPrompt:
+    """A row's prompt and its token ids."""
 
     example: Example
     ids: list[int]
@@ -181,8 +200,8 @@ class _Asked:
 
 def _tokenised(
     sources: Sequence[DataSource], tokeniser: Tokeniser, key: str
-) -> Iterator[tuple[str, dict[str, Any], _Asked | BadRow]]:
-    """Origin, fields and prompt (or what is wrong) of every row, in order; read as training reads it."""
+) -> Iterator[tuple[str, dict[str, Any], _TokenisedPrompt | BadRow]]:
+    """Yield origin, fields and prompt (or its fault) of every row, in order; rows are read as in training."""
     for index, source in enumerate(sources):
         opened = open_source(source, index, key)
         rows = opened.rows()
@@ -197,9 +216,9 @@ def _tokenised(
                 fields = row.fields if isinstance(row.fields, dict) else {}
                 outcome = example if isinstance(example, BadRow) else next(ids)
                 if outcome == []:
-                    outcome = BadRow("empty_prompt", "a token of its own must remain of the prompt", fields)
+                    outcome = BadRow("empty_prompt", "the prompt must keep at least one token of its own", fields)
                 if isinstance(example, Example) and isinstance(outcome, list):
-                    yield f"{opened.name}:{row.line}", fields, _Asked(example, outcome)
+                    yield f"{opened.name}:{row.line}", fields, _TokenisedPrompt(example, outcome)
                 else:
                     assert isinstance(outcome, BadRow)
                     yield f"{opened.name}:{row.line}", fields, outcome
@@ -208,11 +227,18 @@ def _tokenised(
 def _example(
     fields: dict[str, Any] | BadRow, options: TextOptions, kind: str | None = None, template: Template | None = None
 ) -> Example | BadRow:
-    """The prompt with a reply that stands for what is to come; template: None where it is only looked at."""
+    """Return a row's prompt with a placeholder response, or its fault.
+
+    Args:
+        fields: of the row.
+        options: how fields become texts.
+        kind: the kind of the source's texts, from `detect_text_kind`.
+        template: the chat template; None to read the row without applying the kind of text.
+    """
     if isinstance(fields, BadRow):
         return fields
     try:
-        example = read_prompt(_columns_alone(fields, options))
+        example = read_prompt(_renamed(fields, options))
         if isinstance(example.prompt, str):
             example = replace(example, responses=(PROBE_REPLY,))
         else:
@@ -222,8 +248,8 @@ def _example(
         return bad
 
 
-def _columns_alone(fields: dict[str, Any], options: TextOptions) -> dict[str, Any]:
-    """The row under our names; a prompt needs no answers."""
+def _renamed(fields: dict[str, Any], options: TextOptions) -> dict[str, Any]:
+    """Return the row under this package's field names, without data.pairs_from: a prompt needs no answers."""
     return rename_columns(fields, replace(options, pairs_from=None))
 
 

@@ -1,4 +1,4 @@
-"""Sampling: its settings, the choice of a token, reproducible randomness, what every engine can do."""
+"""Sampling: its settings, the choice of a token, reproducible randomness, and the interface of the engines."""
 
 from __future__ import annotations
 
@@ -15,59 +15,73 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prefopt_dist.data.rendering import Template
+from prefopt_dist.data.template import Template
 from prefopt_dist.rollouts.prompts import Prompt
 
 Ids = list[int]
 
 
 class Engine(Protocol):
-    """A whole copy of the model on this rank; or, where that has no room, all ranks' one model (lockstep)."""
+    """A model that samples: an unsharded copy on each rank, or one model sharded over all ranks (lockstep)."""
 
     lockstep: bool
-    """Every rank must sample a shard at the same time, or `meet` the others who do."""
+    """Whether sampling is collective: while one rank samples, each other rank must sample too or call `meet`."""
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Ids]]:
-        """For each prompt its n responses: token ids, with the stop token where one was reached.
+        """Sample n responses to each prompt: token ids, the stop token included where one was reached.
 
-        A response depends on the model, its prompt, its number and `sampling` alone, up to rounding.
+        A response depends only on the model, its prompt, its number and `sampling`, up to rounding.
         """
         ...
 
     def meet(self) -> None:
-        """All ranks, each with its shard done or without one: compute along until all are done."""
+        """Take part in the other ranks' passes until all ranks have sampled their shards (all ranks call it)."""
         ...
 
     def close(self) -> None:
-        """Gives the memory back."""
+        """Release the memory that the engine holds."""
         ...
 
 
 def uniforms(seed: int, prompt: bytes, sample: int, n: int, what: str = "tokens") -> NDArray[np.float64]:
-    """[n] numbers in [0, 1) for response `sample` to the prompt; entry t is for its token t, whatever n is.
+    """Return uniform random numbers in [0, 1) for one response to a prompt: float64 [n].
 
-    prompt: a digest of its ids; what: parts streams of different use.
+    Entry t is for the response's token t and does not depend on n.
+
+    Args:
+        seed: of the run or the model.
+        prompt: digest of the prompt's ids.
+        sample: number of the response.
+        n: how many numbers.
+        what: name of the stream; different uses have different streams.
     """
     content = what.encode() + b"\0" + struct.pack("<QQ", seed, sample) + prompt
     key = hashlib.blake2b(content, digest_size=16).digest()
-    # Raw words of Philox are fixed by its paper (Salmon et al. 2011); numpy's own floats might change some day.
+    # Philox's raw words are fixed by its paper (Salmon et al. 2011), while numpy may change how it makes floats.
     words = np.random.Philox(key=np.frombuffer(key, dtype="<u8")).random_raw(n)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def seed_of_model(seed: int, key: str) -> int:
-    """A seed in [0, 2**64) for the answers of the weights that the key names.
+    """Return a seed in [0, 2**64) for the answers of the model whose weights the key names.
 
-    Models that are compared would otherwise draw by common random numbers: two that are nearly alike would give the
-    same answers and tie, and neither a win rate nor its interval would be that of independent answers.
+    With one seed for all, compared models would sample with common random numbers: two similar models would give the
+    same answers and tie, and the win rate and its interval would not be those of independent answers.
     """
     return int.from_bytes(hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest(), "little")
 
 
-def padded(
+def pad_lines(
     lines: Sequence[Sequence[int]], pad: int, side: Literal["left", "right"], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask (1 where there is a token), both int64 [lines, longest], with `pad` on that side."""
+    """Return padded ids and their mask (1 at a token, 0 at padding), both int64 [lines, longest].
+
+    Args:
+        lines: token ids.
+        pad: id of the padding token.
+        side: where the padding is added.
+        device: of the returned tensors.
+    """
     longest = max(map(len, lines))
     ids = torch.full((len(lines), longest), pad)
     mask = torch.zeros_like(ids)
@@ -78,8 +92,8 @@ def padded(
     return ids.to(device), mask.to(device)
 
 
-def give_back(device: torch.device) -> None:
-    """The memory of a model that nobody holds any more."""
+def free_memory(device: torch.device) -> None:
+    """Free the memory of a model to which no reference is left."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -87,48 +101,60 @@ def give_back(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What decides the responses besides model and prompt."""
+    """The settings that determine the responses, together with model and prompt."""
 
     n: int
-    """Responses to a prompt"""
+    """Number of responses to a prompt"""
     temperature: float
     top_p: float
     max_new_tokens: int
-    """The end token included"""
+    """Most tokens of a response, the end token included"""
     seed: int
     stop_ids: tuple[int, ...]
-    """Tokens that end a response; the one that did is its last token"""
+    """Ids of the tokens that end a response; a response that has ended includes its stop token as the last one"""
 
 
 def stop_ids_of(template: Template, folder: Path) -> tuple[int, ...]:
-    """The tokens that end an answer: the template's, eos, and those of the folder's generation_config.json."""
+    """Return the ids that end an answer: the template's, eos, and those of the folder's generation_config.json."""
     tokenizer = template.tokenizer
-    found = {tokenizer.convert_tokens_to_ids(end) for end in (*template.ends, template.untemplated_end)}
+    found = {tokenizer.convert_tokens_to_ids(end) for end in (*template.end_tokens, template.plain_end_token)}
     file = folder / "generation_config.json"
     if file.is_file():
-        said = json.loads(file.read_text()).get("eos_token_id")
-        found |= {said} if isinstance(said, int) else set(said or ())
+        eos = json.loads(file.read_text()).get("eos_token_id")
+        found |= {eos} if isinstance(eos, int) else set(eos or ())
     return tuple(sorted(found))
 
 
-def choose(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """int64 [B]: the first token whose cumulated probability exceeds u; V where the logits give no probabilities (NaN).
+def choose_tokens(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Choose a token for each row by inverse transform sampling: the first whose cumulative probability exceeds u.
 
-    logits: [B, V]; u: float64 [B] in [0, 1). The tokens are cumulated in the order of their ids, which rounding
-    does not change (in the order of their probabilities two of them could change places).
+    Probabilities are summed in the order of the token ids. Rounding cannot change that order, as it could change the
+    order of the probabilities.
+
+    Args:
+        logits: [B, V].
+        u: float64 [B] in [0, 1).
+        temperature: divides the logits.
+        top_p: share of the probability that nucleus sampling keeps.
+
+    Returns:
+        int64 [B], the ids; V where the logits are NaN and give no probabilities.
     """
     probabilities = torch.softmax(logits.float() / temperature, -1).double()
     if top_p < 1:
         probabilities = _nucleus(probabilities, top_p)
-    cumulated = probabilities.cumsum(-1)
-    total = cumulated[:, -1:]
-    # u · total may round up to total, beyond which there is no token.
-    aim = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulated, aim, right=True).squeeze(-1)
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1:]
+    # u · total may round up to total, which would choose a token beyond the last one.
+    target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The same with 0 outside the fewest most likely tokens whose probabilities reach top_p (Holtzman et al. 2020)."""
+    """Return the probabilities with 0 outside the nucleus (Holtzman et al. 2020).
+
+    The nucleus is the smallest set of most likely tokens whose probabilities sum to at least top_p.
+    """
     descending, order = probabilities.sort(dim=-1, descending=True, stable=True)
     before = descending.cumsum(-1) - descending
     kept = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(-1, order, before < top_p)

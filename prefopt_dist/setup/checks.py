@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from prefopt_dist.batching.micro_batch import packed_tokens
 from prefopt_dist.checkpoint.export import check_target
 from prefopt_dist.config import Config, DataSource, Lora
-from prefopt_dist.config.build import nearest
+from prefopt_dist.config.build import suggest_names
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import UnpairedRows
 from prefopt_dist.data.template import read_template
@@ -95,7 +95,7 @@ def adapter_of(lora: Lora | None, model: PreTrainedConfig, base: str) -> Adapter
         if name not in layers:
             raise UserError(
                 f"lora.target_modules: {name!r} is no linear layer of the decoder of this {model.model_type} model; "
-                f"{nearest(name, layers)}"
+                f"{suggest_names(name, layers)}"
             )
     smallest = min(names, key=layers.__getitem__)
     if lora.r > layers[smallest]:
@@ -150,7 +150,7 @@ def _check_answers(config: Config) -> None:
 
 def check_tokenizer(tokenizer: Any, template: str, vocab_size: int) -> None:
     """Refuses a tokenizer that cannot end a response, or that is not the model's."""
-    end = read_template(tokenizer, template).end
+    end = read_template(tokenizer, template).end_token
     tokens, end_id = tokenizer.vocab_size, tokenizer.convert_tokens_to_ids(end)
     if tokens > vocab_size or end_id >= vocab_size:
         raise UserError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from prefopt_dist.config import Config, RewardSource
 from prefopt_dist.data.prepare import tokenizer_content
-from prefopt_dist.data.rendering import Template
+from prefopt_dist.data.template import Template
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.rollouts.prompts import Prompt
@@ -64,7 +64,7 @@ class ConfiguredRewards:
 
     def told(self, prompt: Prompt, number: int, values: Sequence[float | RewardFailure]) -> Scores:
         """Return numbers, and texts for what is none; under on_bad_reward=stop such a text ends the job."""
-        told: Scores = [v.why if isinstance(v, RewardFailure) else v for v in values]
+        told: Scores = [v.reason if isinstance(v, RewardFailure) else v for v in values]
         self.refuse_bad(prompt, number, told)
         return told
 

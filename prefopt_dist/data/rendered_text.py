@@ -1,4 +1,4 @@
-"""Check that a template writes all that a response says, and find which characters the assistant wrote."""
+"""Check that a rendered text contains all parts of a response, and find the characters that the assistant wrote."""
 
 from __future__ import annotations
 
@@ -11,37 +11,48 @@ from typing import Any
 from prefopt_dist.data.example import BadRow, Message, Messages
 
 REASONING = ("reasoning_content", "thinking")
-"""The keys of a message that hold its reasoning; one rendered text may read either."""
+"""The keys of a message that hold its reasoning; a template may read either."""
 REASONING_TAG = re.compile(r"(</?[^\s<>/][^\s<>]{0,40}>)")
-"""Parts of a text that a template may treat apart stand between such tags, as <think> and </think>."""
+"""Tags such as <think> and </think>; a template may treat the text between them separately."""
 OTHER_TEXT = "prefopt-other"
-"""Put into a part to change it."""
+"""The text that is put into a part to change it."""
 
 Render = Callable[[Messages], str]
+Apply = Callable[[Messages, bool], str]
+"""Renders turns; the second argument adds the opening of an answer."""
+Span = tuple[int, int]
+"""A range of characters: the first one and the one after the last."""
 
 
 @dataclass(frozen=True)
 class ResponsePart:
-    """One thing that a turn says, and the turn with something else in its place."""
+    """One part of a turn, and the turn with another value for this part."""
 
     name: str
     value: Any
     changed: Message
 
 
-def first_unwritten(turns: Messages, which: Sequence[int], text: str, render: Render) -> ResponsePart | None:
-    """The first part of the turns at the indices `which` that does not show in `text`, which `render` made of turns."""
-    for index in which:
+def first_unwritten(turns: Messages, indices: Sequence[int], text: str, render: Render) -> ResponsePart | None:
+    """Return the first part of the turns that the rendered text does not depend on; None where there is none.
+
+    Args:
+        turns: The conversation.
+        indices: The turns to check.
+        text: The rendered conversation.
+        render: Renders a conversation in the same way.
+    """
+    for index in indices:
         for part in _parts(turns[index], text):
             other = (*turns[:index], part.changed, *turns[index + 1 :])
-            with suppress(Exception):  # what the template refuses in this place it has looked at
+            with suppress(Exception):  # a template that refuses the changed part has read it
                 if render(other) == text:
                     return part
     return None
 
 
 def has_reasoning(turn: Message) -> bool:
-    """Whether the turn holds reasoning, as a field or as a tagged beginning of its text."""
+    """Return whether the turn holds reasoning, in a field or in tags in its text."""
     return any(dict(turn.extra).get(key) for key in REASONING) or "</think>" in turn.content
 
 
@@ -50,7 +61,7 @@ def _parts(turn: Message, text: str) -> Iterator[ResponsePart]:
     extra = dict(turn.extra)
     held = [key for key in REASONING if extra.get(key)]
     if held:
-        # Both may be read, and the one is filled from the other: they change together.
+        # A template may read either key, and one may be a copy of the other, so both change together.
         other = {key: f"{extra[key]} {OTHER_TEXT}" for key in held}
         yield ResponsePart("reasoning", extra[held[0]], replace(turn, extra=tuple((extra | other).items())))
     calls = extra.get("tool_calls") or ()
@@ -76,50 +87,53 @@ def _texts(turn: Message, text: str) -> Iterator[ResponsePart]:
 
 
 def _call_parts(call: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Name, value and the call with another one, of the called name and each argument."""
+    """Yield the name, the value and a changed call, for the called name and for each argument."""
     if not isinstance(call, dict):
         return
     inner = call.get("function")
     function = inner if isinstance(inner, dict) else call
 
-    def around(changed: dict[str, Any]) -> dict[str, Any]:
+    def with_function(changed: dict[str, Any]) -> dict[str, Any]:
         return {**call, "function": changed} if function is inner else changed
 
     name = function.get("name")
     if name:
-        yield "name of a call", name, around({**function, "name": f"{name}_{OTHER_TEXT}"})
+        yield "name of a call", name, with_function({**function, "name": f"{name}_{OTHER_TEXT}"})
     arguments = function.get("arguments")
     if isinstance(arguments, dict):
         for key, value in arguments.items():
-            said = f"argument {key!r} of the call of {name!r}"
-            yield said, value, around({**function, "arguments": {**arguments, key: f"{OTHER_TEXT} {value}"}})
+            part = f"argument {key!r} of the call of {name!r}"
+            yield part, value, with_function({**function, "arguments": {**arguments, key: f"{OTHER_TEXT} {value}"}})
     elif arguments:
         yield (
             f"arguments of the call of {name!r}",
             arguments,
-            around({**function, "arguments": f"{arguments}{OTHER_TEXT}"}),
+            with_function({**function, "arguments": f"{arguments}{OTHER_TEXT}"}),
         )
 
 
-Span = tuple[int, int]
-Apply = Callable[[Messages, bool], str]
-"""Renders turns, with the opening of an answer or without."""
-
-
 def assistant_spans(
-    turns: Messages, which: Sequence[int], text: str, apply: Apply, reply: str, specials: Sequence[str]
+    turns: Messages, indices: Sequence[int], text: str, apply: Apply, reply: str, specials: Sequence[str]
 ) -> tuple[Span, ...]:
-    """From behind the opening of each answer to its end token.
+    """Return the range of each assistant turn, from after the opening of the answer to its end token.
 
-    turns rendered are `text`; which: indices of assistant turns, ascending; reply: what opens an answer; specials: the
-    tokens that can end a turn. Raises BadRow where a turn cannot be found in the text.
+    Args:
+        turns: The conversation.
+        indices: The assistant turns to find, ascending.
+        text: The rendered conversation.
+        apply: Renders a conversation in the same way.
+        reply: The opening of an answer.
+        specials: The tokens that can end a turn.
+
+    Raises:
+        BadRow: `unstable_template`: a turn cannot be found in the text.
     """
-    return tuple(_span(turns, index, text, apply, reply, specials) for index in which)
+    return tuple(_span(turns, index, text, apply, reply, specials) for index in indices)
 
 
 def _span(turns: Messages, index: int, text: str, apply: Apply, reply: str, specials: Sequence[str]) -> Span:
-    said = _said(turns, index, text, apply)
-    begin = _begin(turns, index, text, apply, reply, said)
+    content = _content_span(turns, index, text, apply)
+    begin = _begin(turns, index, text, apply, reply, content)
     if index == len(turns) - 1:
         return begin, len(text)
     rendered = _try(apply, turns[: index + 1], False)
@@ -127,32 +141,33 @@ def _span(turns: Messages, index: int, text: str, apply: Apply, reply: str, spec
         rendered = rendered.rstrip()
         if text.startswith(rendered) and any(rendered.endswith(token) for token in specials):
             return begin, len(rendered)
-    # A template may end earlier turns otherwise than the last one.
-    following = _said(turns, index + 1, text, apply)[0]
-    found = re.search("|".join(map(re.escape, specials)), text[said[1] : following]) if specials else None
-    return begin, said[1] + found.end() if found else said[1]
+    # A template may end earlier turns differently from the last one.
+    following = _content_span(turns, index + 1, text, apply)[0]
+    found = re.search("|".join(map(re.escape, specials)), text[content[1] : following]) if specials else None
+    return begin, content[1] + found.end() if found else content[1]
 
 
-def _begin(turns: Messages, index: int, text: str, apply: Apply, reply: str, said: Span) -> int:
+def _begin(turns: Messages, index: int, text: str, apply: Apply, reply: str, content: Span) -> int:
+    """Return where the answer begins after its opening, at the latest where its content begins."""
     opened = _try(apply, turns[:index], True)
-    if opened is not None and text.startswith(opened) and len(opened) <= said[0]:
+    if opened is not None and text.startswith(opened) and len(opened) <= content[0]:
         return len(opened)
-    at = text.rfind(reply, 0, said[0]) if reply else -1
+    at = text.rfind(reply, 0, content[0]) if reply else -1
     if at < 0:
-        return said[0]
+        return content[0]
     return at + len(reply) + len(re.match(r"\n?", text[at + len(reply) :]).group())  # type: ignore[union-attr]
 
 
-def _said(turns: Messages, index: int, text: str, apply: Apply) -> Span:
-    """From the first to the last character of what the turn at `index` says, by putting something else in its place."""
+def _content_span(turns: Messages, index: int, text: str, apply: Apply) -> Span:
+    """Return the range of characters that change when another content is put into the turn at `index`."""
     first, last = len(text), 0
-    for changed in _others(turns[index]):
+    for changed in _changed_turns(turns[index]):
         other = _try(apply, (*turns[:index], changed, *turns[index + 1 :]), False)
         if other is None or other == text:
             continue
-        prefix = _common(text, other)
+        prefix = common_prefix_length(text, other)
         rest = min(len(text), len(other)) - prefix
-        suffix = min(_common(text[::-1], other[::-1]), rest)
+        suffix = min(common_prefix_length(text[::-1], other[::-1]), rest)
         first, last = min(first, prefix), max(last, len(text) - suffix)
     if first > last:
         turn = turns[index]
@@ -160,9 +175,9 @@ def _said(turns: Messages, index: int, text: str, apply: Apply) -> Span:
     return first, last
 
 
-def _others(turn: Message) -> list[Message]:
-    """The turn with another text, and with another of each further thing that it says."""
-    # Two texts without a letter in common at either end, so that nothing of the turn's is taken for the template's.
+def _changed_turns(turn: Message) -> list[Message]:
+    """Return copies of the turn, each with another text or another value of one further key."""
+    # The two texts share no character at either end, so no character of the turn is mistaken for the template's.
     changed = [replace(turn, content=mark * 3) for mark in ("\u2603", "\u2622")] if turn.content.strip() else []
     for key, value in turn.extra:
         if isinstance(value, str):
@@ -177,10 +192,11 @@ def _others(turn: Message) -> list[Message]:
 def _try(apply: Apply, turns: Messages, opened: bool) -> str | None:
     try:
         return apply(turns, opened)
-    except Exception:  # a template may refuse a conversation that ends there
+    except Exception:  # a template may refuse a conversation that ends at this turn
         return None
 
 
-def _common(left: str, right: str) -> int:
+def common_prefix_length(left: str, right: str) -> int:
+    """Return the number of leading characters that both texts share."""
     pairs = enumerate(zip(left, right, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
