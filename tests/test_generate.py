@@ -167,7 +167,7 @@ def test_a_reward_that_fails_stops_with_the_prompt_or_is_dropped(world: Path, do
     assert "Traceback" not in said
     assert "generate.rewards[1].function: for response" in said
     assert "new.jsonl:" in said
-    assert "no finite number" in said or "which is no number" in said
+    assert "which is not finite" in said or "which is not a number" in said
     assert "generate.on_bad_reward=drop" in said
     status, said = door.ends(
         write_run(world, "bad"),
@@ -286,14 +286,14 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     assert second["identity"]["model.name_or_path"] == str(folder / "round-1" / "final")
     assert second["identity"]["reference.name_or_path"] == str(world / "model")
     # A request that comes in a round ends the rounds.
-    answer = prepare_rollouts.Answering.run
+    answer = prepare_rollouts.RolloutJob.run
 
-    def answer_and_ask(self: prepare_rollouts.Answering, stop_asked: Any) -> None:
+    def answer_and_ask(self: prepare_rollouts.RolloutJob, stop_asked: Any) -> None:
         answer(self, stop_asked)
         if self.config.run_dir.name == "round-3":
             (folder / "STOP").touch()
 
-    monkeypatch.setattr(prepare_rollouts.Answering, "run", answer_and_ask)
+    monkeypatch.setattr(prepare_rollouts.RolloutJob, "run", answer_and_ask)
     assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
     assert "stopped in round 3" in (folder / "STOPPED").read_text()
     assert not (folder / "STOP").exists()
@@ -301,7 +301,7 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     assert not (folder / "round-3" / "DONE").exists()
     # It was done after two rounds and is not now; what says that it was stopped goes at the next start.
     assert not (folder / "DONE").exists()
-    monkeypatch.setattr(prepare_rollouts.Answering, "run", answer)
+    monkeypatch.setattr(prepare_rollouts.RolloutJob, "run", answer)
     assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
     assert (folder / "DONE").exists()
     assert not (folder / "STOPPED").exists()
@@ -481,7 +481,7 @@ def test_vllm_is_asked_for_each_answer_with_a_seed_of_its_own(monkeypatch: pytes
             return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(i,))]) for i in range(len(prompts))]
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=lambda **p: p))
-    monkeypatch.setattr(vllm_engine, "_alone_on_its_gpu", torch.no_grad)
+    monkeypatch.setattr(vllm_engine, "_single_gpu_environment", torch.no_grad)
     folder = SimpleNamespace(path=Path("model"))
     engine = vllm_engine.VllmEngine(folder, dtype=torch.bfloat16, longest=64)  # type: ignore[arg-type]
     prompts = [Prompt(i, "p:1", "x", None, {}, [i, 7]) for i in range(3)]

@@ -29,9 +29,9 @@ from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.monitoring.statistics import interval
 from prefopt_dist.rollouts import comparison, pairs
 from prefopt_dist.rollouts.prompts import Prompt, read_prompts
-from prefopt_dist.rollouts.rewards import Bad, ClassifierReward, FunctionReward, find_function, inspect_reward
-from prefopt_dist.rollouts.sampling import Sampling, choose, padded, seed_of_model, stop_ids_of, uniforms
-from prefopt_dist.rollouts.store import Answer, Answered, SampleStore, answers_of
+from prefopt_dist.rollouts.rewards import ClassifierReward, FunctionReward, RewardFailure, find_function, inspect_reward
+from prefopt_dist.rollouts.sampling import Sampling, choose_tokens, pad_lines, seed_of_model, stop_ids_of, uniforms
+from prefopt_dist.rollouts.store import Answer, AnsweredPrompt, SampleStore, answers_of
 from prefopt_dist.rollouts.transformers_engine import TransformersEngine, batches, load_for_sampling
 
 FLOAT32, CPU = torch.float32, torch.device("cpu")
@@ -81,7 +81,7 @@ def test_a_token_is_chosen_as_often_as_its_probability_says() -> None:
     n = 20000
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     for temperature in (1.0, 0.5):
-        chosen = choose(logits.expand(n, -1), u, temperature, 1.0)
+        chosen = choose_tokens(logits.expand(n, -1), u, temperature, 1.0)
         exact = torch.softmax(logits.double() / temperature, -1)
         assert torch.allclose(torch.bincount(chosen, minlength=5) / n, exact.float(), atol=1.01 / n + 1e-6)
 
@@ -91,8 +91,8 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
     u = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
     rows = probabilities.log().expand(len(u), -1)
     for top_p, kept in ((0.39, {1}), (0.41, {1, 3}), (0.69, {1, 3}), (0.71, {1, 3, 4}), (1.0, {0, 1, 2, 3, 4})):
-        assert set(choose(rows, u, 1.0, top_p).tolist()) == kept
-    share = (choose(rows, u, 1.0, 0.6) == 1).double().mean()
+        assert set(choose_tokens(rows, u, 1.0, top_p).tolist()) == kept
+    share = (choose_tokens(rows, u, 1.0, 0.6) == 1).double().mean()
     assert share == pytest.approx(0.4 / 0.7, abs=2e-3)
 
 
@@ -100,7 +100,7 @@ def test_the_ends_of_the_interval_choose_a_token_that_has_probability() -> None:
     logits = torch.full((2, 7), float("-inf"))
     logits[:, 2:4] = torch.tensor([0.3, 0.1])
     last = float(np.nextafter(1.0, 0.0))
-    assert choose(logits, torch.tensor([0.0, last], dtype=torch.float64), 1.0, 1.0).tolist() == [2, 3]
+    assert choose_tokens(logits, torch.tensor([0.0, last], dtype=torch.float64), 1.0, 1.0).tolist() == [2, 3]
 
 
 @pytest.mark.parametrize(("said", "more"), [(None, []), (7, [7]), ([7, 9], [7, 9])])
@@ -148,7 +148,7 @@ def alone(folder: Path, prompts: list[Prompt], sampling: Sampling) -> list[list[
             for t in range(sampling.max_new_tokens):
                 with torch.no_grad():
                     logits = model(torch.tensor([ids]), use_cache=False).logits[:, -1]
-                ids.append(int(choose(logits, u[t : t + 1], sampling.temperature, sampling.top_p)))
+                ids.append(int(choose_tokens(logits, u[t : t + 1], sampling.temperature, sampling.top_p)))
                 if ids[-1] in sampling.stop_ids:
                     break
             found[-1].append(ids[len(p.ids) :])
@@ -182,7 +182,7 @@ def test_lines_are_padded_on_either_side() -> None:
         ("left", [[5, 6, 7], [9, 9, 8]], [[1, 1, 1], [0, 0, 1]]),
         ("right", [[5, 6, 7], [8, 9, 9]], [[1, 1, 1], [1, 0, 0]]),
     ):
-        found = padded(lines, 9, side, CPU)  # type: ignore[arg-type]
+        found = pad_lines(lines, 9, side, CPU)  # type: ignore[arg-type]
         assert [t.tolist() for t in found] == [ids, mask]
         assert {t.dtype for t in found} == {torch.int64}
 
@@ -289,11 +289,11 @@ def test_an_answer_is_exact_where_training_gets_its_ids(tmp_path: Path) -> None:
     scores = [[float(i)] for i in range(5)]
     rule = pairs.PairingRule("best_worst", 0.0, (1.0,), 0)
     tally = pairs.PairCounts()
-    ((chosen, rejected),) = pairs.pairs_of(Answered(p, found, scores), rule, tally)
+    ((chosen, rejected),) = pairs.make_pairs(AnsweredPrompt(p, found, scores), rule, tally)
     assert (chosen.number, rejected.number, tally.retokenised) == (1, 0, 1)
     assert tally.answers == {"unfinished": 1, "empty_response": 1, "doubled_template": 1}
     file = tmp_path / "pairs.jsonl"
-    file.write_text(json.dumps(pairs.row_of(p, (rejected, chosen), {})) + "\n")
+    file.write_text(json.dumps(pairs.pair_row(p, (rejected, chosen), {})) + "\n")
     rows = open_rows(
         prepare_rows(
             [DataSource(str(file))],
@@ -316,15 +316,17 @@ def test_an_answer_is_exact_where_training_gets_its_ids(tmp_path: Path) -> None:
 # Pairs
 
 
-def answered(*values: Any, texts: str | None = None) -> Answered:
+def answered(*values: Any, texts: str | None = None) -> AnsweredPrompt:
     said = [list(v) if isinstance(v, tuple) else [v] for v in values]
     texts = texts or "abcdefgh"[: len(said)]
-    return Answered(prompt(0, [1, 2]), [Answer([9], t, None, True) for t in texts], said)
+    return AnsweredPrompt(prompt(0, [1, 2]), [Answer([9], t, None, True) for t in texts], said)
 
 
-def made(found: Answered, pairing: str, margin: float = 0.0, weights: tuple[float, ...] = (1.0,), seed: int = 0) -> Any:
+def made(
+    found: AnsweredPrompt, pairing: str, margin: float = 0.0, weights: tuple[float, ...] = (1.0,), seed: int = 0
+) -> Any:
     tally = pairs.PairCounts()
-    of = pairs.pairs_of(found, pairs.PairingRule(pairing, margin, weights, seed), tally)
+    of = pairs.make_pairs(found, pairs.PairingRule(pairing, margin, weights, seed), tally)
     return [(a.number, b.number) for a, b in of], dict(tally.prompts), dict(tally.answers)
 
 
@@ -359,7 +361,7 @@ def test_the_mean_of_rewards_is_weighted() -> None:
     assert made(found, "best_worst", weights=(3.0, 1.0))[0] == [(0, 1)]
     assert made(found, "best_worst", weights=(1.0, 3.0))[0] == [(1, 0)]
     assert made(found, "best_worst", weights=(1.0, 1.0))[1] == {"tie": 1}
-    ((chosen, _),) = pairs.pairs_of(found, pairs.PairingRule("best_worst", 0.0, (3.0, 1.0), 0), pairs.PairCounts())
+    ((chosen, _),) = pairs.make_pairs(found, pairs.PairingRule("best_worst", 0.0, (3.0, 1.0), 0), pairs.PairCounts())
     assert (chosen.reward, chosen.values) == (0.75, [1.0, 0.0])
 
 
@@ -370,16 +372,18 @@ def test_functions_are_asked_with_prompt_response_and_row() -> None:
     asked = [(prompt(0, [1], hint="four"), "a house"), (prompt(1, [2]), "sky")]
     assert FunctionReward(rewards_for_tests.letters).score(asked) == [7.0, 3.0]
     assert FunctionReward(rewards_for_tests.same).score(asked) == [1.0, 1.0]
-    assert FunctionReward(rewards_for_tests.raises).score(asked[:1]) == [Bad("raised KeyError: 'no answer column'")]
+    assert FunctionReward(rewards_for_tests.raises).score(asked[:1]) == [
+        RewardFailure("raised KeyError: 'no answer column'")
+    ]
     assert FunctionReward(rewards_for_tests.nothing).score(asked) == [
-        Bad("returned nan, which is no finite number"),
-        Bad("returned nan, which is no finite number"),
+        RewardFailure("returned nan, which is not finite"),
+        RewardFailure("returned nan, which is not finite"),
     ]
     assert FunctionReward(rewards_for_tests.nothing).score([(asked[0][0], "ab")]) == [
-        Bad("returned None, which is no number")
+        RewardFailure("returned None, which is not a number")
     ]
     huge = FunctionReward(lambda prompt, response, row: 10**400)
-    assert huge.score(asked[:1]) == [Bad("returned a number beyond every float, which is no finite number")]
+    assert huge.score(asked[:1]) == [RewardFailure("returned a number that is too large for a float, so it is not finite")]
 
 
 @pytest.mark.parametrize(
@@ -449,10 +453,10 @@ def test_a_reward_model_scores_as_in_plain_transformers(tmp_path: Path, pad: boo
     assert len(set(expected)) == len(expected)
     assert reward.score(asked) == pytest.approx(expected, abs=2e-6)
     (long,) = reward.score([(asked[0][0], "word " * 600)])
-    assert isinstance(long, Bad)
-    assert long.why.startswith("takes at most 512 tokens, but prompt and response have ")
+    assert isinstance(long, RewardFailure)
+    assert long.reason.startswith("takes at most 512 tokens, but prompt and response have ")
     carried = Prompt(0, "p:7", "<|user|>Hey<|end|><|assistant|>", None, {}, [])
-    with pytest.raises(UserError, match="p:7: the prompt already carries"):
+    with pytest.raises(UserError, match="p:7: the prompt is already rendered"):
         reward.score([(carried, "Hey")])
 
 
@@ -461,7 +465,7 @@ def test_a_reward_model_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^k: .* has 2 outputs \(num_labels\), must have 1"):
         inspect_reward(str(two), "k")
     worlds.write_model(tmp_path / "lm")
-    with pytest.raises(UserError, match="is a LlamaForCausalLM, must be a sequence-classification model"):
+    with pytest.raises(UserError, match="is a LlamaForCausalLM, must be a sequence classifier"):
         inspect_reward(str(tmp_path / "lm"), "k")
     silent = write_reward(tmp_path / "silent")
     (silent / "chat_template.jinja").unlink()

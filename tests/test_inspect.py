@@ -26,7 +26,7 @@ from prefopt_dist.data.quality import findings
 from prefopt_dist.data.quality.findings import DataFinding, first_of_group, group_equal, row_findings, set_findings
 from prefopt_dist.data.quality.policy import ADVICE
 from prefopt_dist.errors import UserError
-from prefopt_dist.setup.prepare_data import prepared_train
+from prefopt_dist.setup.prepare_data import tokenised_train_folder
 
 ROW_KINDS = (
     "duplicates contradictions eval_pairs eval_prompts cut_prompt cut_response unfair_cut missing_bos missing_end "
@@ -64,7 +64,7 @@ class World:
     def train_rows(self, *overrides: str) -> TokenisedRows:
         """What training reads."""
         config = load_config(str(self.file), ["data.on_bad_row=drop", *overrides])
-        return open_rows(prepared_train(config, self.tokenizer, len(self.tokenizer)))
+        return open_rows(tokenised_train_folder(config, self.tokenizer, len(self.tokenizer)))
 
     def origins(self, kind: str, count: int | None = None) -> list[str]:
         """file:line of a planted kind."""
@@ -176,7 +176,7 @@ def test_training_drops_what_inspect_says(world: World) -> None:
 def test_a_set_as_a_whole_is_what_the_drops_leave(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row too few only when the three duplicates are gone; a bias that is theirs alone goes with them."""
     every = world.train_rows().n
-    monkeypatch.setattr(findings, "FEW", every - 2)
+    monkeypatch.setattr(findings, "FEW_ROWS", every - 2)
     few = "data.on_bad_row=drop", "inspect.few_rows=stop"
     assert world.inspect(*few)[0] == 0
     status, _, message = world.inspect(*few, "inspect.duplicates=drop")

@@ -23,7 +23,7 @@ from prefopt_dist.cli import main
 from prefopt_dist.errors import UserError
 from prefopt_dist.rollouts import measures, transformers_engine
 from prefopt_dist.rollouts.prompts import Prompt
-from prefopt_dist.rollouts.store import Answer, Answered, SampleStore
+from prefopt_dist.rollouts.store import Answer, AnsweredPrompt, SampleStore
 from prefopt_dist.setup import own_answers, rewards
 from prefopt_dist.training import evaluation
 
@@ -50,9 +50,9 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if not name.startswith("perf/")}
 
 
-def answered(*answers: list[int]) -> Answered:
+def answered(*answers: list[int]) -> AnsweredPrompt:
     prompt = Prompt(0, "p.jsonl:1", "say", None, {}, [1])
-    return Answered(prompt, [Answer(list(ids), "", None, True) for ids in answers], [])
+    return AnsweredPrompt(prompt, [Answer(list(ids), "", None, True) for ids in answers], [])
 
 
 # What is measured
@@ -66,11 +66,11 @@ def test_measures_of_the_ids() -> None:
     assert values["ended"] == 2 / 3
     assert values["repeated_4grams"] == 2 / 7  # of 2 + 3 + 2 pieces, two of the fives stood before
     assert values["distinct"] == 2 / 3
-    assert measures.repeated([[1, 2]]) == 0
+    assert measures.repeated_share([[1, 2]]) == 0
 
 
 def test_nats_are_of_all_tokens() -> None:
-    assert measures.nats(np.array([-1.0, -5.0]), [1, 2]) == 2.0
+    assert measures.nats_per_token(np.array([-1.0, -5.0]), [1, 2]) == 2.0
 
 
 def exact_nats(folder: Path, store: Path) -> float:
@@ -259,7 +259,7 @@ def test_an_early_stop_by_answers_ends_with_a_verdict(world: Path, door: Door) -
 
 
 def test_a_diverged_model_is_exported_and_called_so(world: Path, door: Door) -> None:
-    choose = transformers_engine.choose
+    choose = transformers_engine.choose_tokens
 
     def nothing(logits: torch.Tensor, *arguments: Any) -> torch.Tensor:
         return choose(logits, *arguments) if not diverged else torch.full((len(logits),), logits.shape[-1])
@@ -273,7 +273,7 @@ def test_a_diverged_model_is_exported_and_called_so(world: Path, door: Door) -> 
 
     sums = own_answers.answer_sums
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers_engine, "choose", nothing)
+        patch.setattr(transformers_engine, "choose_tokens", nothing)
         patch.setattr(own_answers, "copy_for_sampling", copied)
         patch.setattr(own_answers, "answer_sums", lambda *a: np.nan * sums(*a))
         assert door.ends(write_run(world, "diverged"))[0] == 0
@@ -285,7 +285,7 @@ def test_a_diverged_model_is_exported_and_called_so(world: Path, door: Door) -> 
 
 
 def test_a_reward_that_fails_at_the_end_costs_no_export(world: Path, door: Door) -> None:
-    told = rewards.Judges.told
+    told = rewards.ConfiguredRewards.told
 
     def refuses(self: Any, prompt: Any, number: int, values: Any) -> Any:
         if trained:
@@ -295,7 +295,7 @@ def test_a_reward_that_fails_at_the_end_costs_no_export(world: Path, door: Door)
     trained: list[int] = []
     copy = own_answers.copy_for_sampling
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rewards.Judges, "told", refuses)
+        patch.setattr(rewards.ConfiguredRewards, "told", refuses)
         patch.setattr(own_answers, "copy_for_sampling", lambda *a, **o: trained.append(1) or copy(*a, **o))
         assert door.ends(write_run(world, "refused"))[0] == 0
     folder = world / "runs" / "refused"

@@ -13,14 +13,14 @@ from prefopt_dist.data.quality.findings import group_equal, prompt_keys
 from prefopt_dist.data.quality.lengths import draw_lengths, matplotlib_figure
 from prefopt_dist.data.quality.policy import refuse_stops
 from prefopt_dist.data.quality.report import SetReport
-from prefopt_dist.data.quality.show import Shown, show_rows, shown_text
+from prefopt_dist.data.quality.show import ShownRow, row_text, show_rows
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import write_json
 from prefopt_dist.model.folder import read_config, resolve
 from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.setup.checks import eval_sets
-from prefopt_dist.setup.prepare_data import TRAIN, find_prepared, prepared
+from prefopt_dist.setup.prepare_data import TRAIN, all_findings, tokenised_folder
 
 
 def run(config: Config) -> None:
@@ -31,9 +31,9 @@ def run(config: Config) -> None:
     sets = _read(config, tokenizer)
     evals = {key: rows for key, rows in sets.items() if key != TRAIN}
     found = {
-        key: find_prepared(config, rows, evals, config.inspect.policies)
+        key: all_findings(config, rows, evals, config.inspect.policies)
         if key == TRAIN
-        else find_prepared(config, rows, {}, None)
+        else all_findings(config, rows, {}, None)
         for key, rows in sets.items()
     }
     reports = {
@@ -52,7 +52,7 @@ def run(config: Config) -> None:
     shown = {key: show_rows(key, rows, tokenizer, config.inspect.show) for key, rows in sets.items()}
     for key, some in shown.items():
         for one in some:
-            say(shown_text(one, sets[key].kind, tokenizer))
+            say(row_text(one, sets[key].kind, tokenizer))
     _write(config, reports, [one for some in shown.values() for one in some])
     for rows in sets.values():
         if config.data.on_bad_row == "stop" and rows.report.first_fault is not None:
@@ -65,11 +65,13 @@ def _read(config: Config, tokenizer: Any) -> dict[str, TokenisedRows]:
     model_key = "model.name_or_path"
     vocabulary = read_config(resolve(config.model.name_or_path, model_key, weights=False), model_key).vocab_size
     sets = {TRAIN: config.data.train, **eval_sets(config)}
-    folders = {key: prepared(config, tokenizer, vocabulary, sources, key, "drop") for key, sources in sets.items()}
+    folders = {
+        key: tokenised_folder(config, tokenizer, vocabulary, sources, key, "drop") for key, sources in sets.items()
+    }
     return {key: open_rows(folder, checksums=False) for key, folder in folders.items()}
 
 
-def _write(config: Config, reports: Mapping[str, SetReport], shown: Sequence[Shown]) -> None:
+def _write(config: Config, reports: Mapping[str, SetReport], shown: Sequence[ShownRow]) -> None:
     if config.inspect.file is not None:
         file = Path(config.inspect.file)
         try:

@@ -1,1 +1,1 @@
-"""From prompts to responses, rewards and pairs."""
+"""Read prompts, sample responses, score them with rewards, and make preference pairs of them."""

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from prefopt_dist.monitoring.statistics import Interval, interval
 from prefopt_dist.rollouts.rewards import weighted_mean
-from prefopt_dist.rollouts.store import Answered
+from prefopt_dist.rollouts.store import AnsweredPrompt
 
 
-def rewards_of(found: Answered, weights: Sequence[float]) -> NDArray[np.float64]:
+def rewards_of(found: AnsweredPrompt, weights: Sequence[float]) -> NDArray[np.float64]:
     """Return each answer's mean reward, weighted by `weights`: float64 [answers], NaN where a reward failed."""
     return np.array(
         [
@@ -45,7 +45,7 @@ def win_rate(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
 
 
-def summary(all_found: Sequence[Answered], weights: Sequence[float]) -> dict[str, Any]:
+def summary(all_found: Sequence[AnsweredPrompt], weights: Sequence[float]) -> dict[str, Any]:
     """Return one model's mean reward, answer length in tokens, share of unfinished answers and count without a reward.
 
     Args:
@@ -64,7 +64,7 @@ def summary(all_found: Sequence[Answered], weights: Sequence[float]) -> dict[str
 
 
 def compare_rewards(
-    mine: Sequence[Answered], theirs: Sequence[Answered], weights: Sequence[float]
+    mine: Sequence[AnsweredPrompt], theirs: Sequence[AnsweredPrompt], weights: Sequence[float]
 ) -> dict[str, Interval]:
     """Return the win rate of mine against theirs and the mean difference of rewards, paired by prompt.
 
@@ -94,7 +94,7 @@ def compare_rewards(
     }
 
 
-def number_compared(mine: Sequence[Answered], theirs: Sequence[Answered], weights: Sequence[float]) -> int:
+def number_compared(mine: Sequence[AnsweredPrompt], theirs: Sequence[AnsweredPrompt], weights: Sequence[float]) -> int:
     """Return the number of prompts for which both models have a reward."""
     return sum(
         not (np.isnan(rewards_of(a, weights)).all() or np.isnan(rewards_of(b, weights)).all())
@@ -102,7 +102,7 @@ def number_compared(mine: Sequence[Answered], theirs: Sequence[Answered], weight
     )
 
 
-def kl(found: Sequence[Answered], policy: NDArray[np.float64], reference: NDArray[np.float64]) -> Interval:
+def kl(found: Sequence[AnsweredPrompt], policy: NDArray[np.float64], reference: NDArray[np.float64]) -> Interval:
     """Return the mean of log π(y|x) − log π_ref(y|x) over the policy's answers, in nats, with an interval over prompts.
 
     It is an unbiased estimate of KL(π ‖ π_ref) where the answers were sampled at temperature 1 from all tokens, except

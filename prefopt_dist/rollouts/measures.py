@@ -21,7 +21,7 @@ from prefopt_dist.rollouts.store import AnsweredPrompt
 
 
 def units_of(found: Sequence[AnsweredPrompt]) -> list[Unit]:
-    """Every answer as a sequence of the ids that were sampled, in order."""
+    """Return every answer, in order, as a unit with the sampled token ids as its response."""
     sequences = [(f.prompt.ids, answer.ids) for f in found for answer in f.answers]
     return [
         Unit(i, np.asarray(prompt, dtype=np.int32), (np.asarray(ids, dtype=np.int32),))
@@ -30,31 +30,40 @@ def units_of(found: Sequence[AnsweredPrompt]) -> list[Unit]:
 
 
 def answer_sums(engine: Any, units: Sequence[Unit], budget: int, what: str) -> NDArray[np.float64]:
-    """All ranks: Σ log π(answer | prompt) of each unit, in nats, on every rank; budget: tokens of a micro-batch."""
+    """Return Σ log π(answer | prompt) of each unit: float64 [units], in nats, on every rank (all ranks call it).
+
+    Args:
+        engine: DeepSpeed's engine around a Scorer.
+        units: the same on all ranks.
+        budget: packed tokens of a micro-batch.
+        what: the progress bar's label.
+    """
     rank, world = ranks.rank(), ranks.world_size()
     micro_batches = fill_micro_batches(units, budget)
     mine: dict[int, float] = {}
     with torch.no_grad(), Progress(len(micro_batches), what, "micro-batches", rank) as progress:
-        # Every rank makes every turn, with an empty micro-batch where none is left: the engine's gathers meet.
+        # Each rank runs the same number of passes, some with an empty micro-batch, since the engine's gathers are
+        # collective.
         for turn in range(0, len(micro_batches), world):
             here = micro_batches[turn + rank] if turn + rank < len(micro_batches) else []
             batch = pack(here, responses_per_unit=1)
             sums = engine(batch.to(ranks.device())).cpu()[batch.units[:, 0]]
             mine |= dict(zip((u.row for u in here), sums.tolist(), strict=True))
             progress.update(min(world, len(micro_batches) - turn))
-    everyone = {row: value for part in ranks.all_gather(mine) for row, value in part.items()}
-    return np.array([everyone[u.row] for u in units])
+    sums_by_row = {row: value for part in ranks.all_gather(mine) for row, value in part.items()}
+    return np.array([sums_by_row[u.row] for u in units])
 
 
 NGRAM = 4
-"""Tokens of the pieces by whose repetition loops are told."""
+"""Length in tokens of the n-grams whose repetition reveals a loop."""
 
 
 def text_measures(found: Sequence[AnsweredPrompt], stop_ids: Sequence[int]) -> dict[str, float]:
-    """Return what the ids alone say: number of prompts, mean length in tokens, and shares.
+    """Return measures that need only the token ids.
 
-    ended: answers that came to a stop token; repeated_4grams: runs of four tokens that stood before in their answer, of
-    all; distinct: different answers, of all.
+    Returns:
+        prompts, their number; length, the mean length of an answer in tokens; and three shares: ended, of the answers
+        that end with a stop token; repeated_4grams, see `repeated_share`; distinct, the different answers among all.
     """
     answers = [answer.ids for one in found for answer in one.answers]
     return {
@@ -67,56 +76,62 @@ def text_measures(found: Sequence[AnsweredPrompt], stop_ids: Sequence[int]) -> d
 
 
 def repeated_share(answers: Sequence[Sequence[int]]) -> float:
-    """Return the share of the answers' 4-grams that stood before in the same answer; 0 where none has four tokens."""
-    grams = again = 0
+    """Return the share of the answers' 4-grams that repeat one of the same answer; 0 if no answer has four tokens."""
+    total = repeated = 0
     for ids in answers:
-        pieces = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
-        grams += len(pieces)
-        again += len(pieces) - len(set(pieces))
-    return again / grams if grams else 0.0
+        ngrams = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
+        total += len(ngrams)
+        repeated += len(ngrams) - len(set(ngrams))
+    return repeated / total if total else 0.0
 
 
-def nats_per_token(sums: NDArray[np.float64], of_tokens: Sequence[int]) -> float:
-    """Return −Σ log π / Σ tokens, in nats a token; sums [n] in nats of sequences of so many tokens."""
-    return -float(sums.sum()) / sum(of_tokens)
+def nats_per_token(sums: NDArray[np.float64], lengths: Sequence[int]) -> float:
+    """Return −Σ log π / Σ tokens, in nats per token.
+
+    Args:
+        sums: float64 [n], the log-prob of each sequence in nats.
+        lengths: [n], the number of tokens of each.
+    """
+    return -float(sums.sum()) / sum(lengths)
 
 
 def answer_lengths(found: Sequence[AnsweredPrompt]) -> list[int]:
-    """Return the tokens of every answer, in order."""
+    """Return the number of tokens of every answer, in order."""
     return [len(answer.ids) for one in found for answer in one.answers]
 
 
 def response_lengths(units: Sequence[Unit]) -> list[int]:
-    """Return the tokens of every unit's first response."""
+    """Return the number of tokens of every unit's first response."""
     return [len(unit.responses[0]) for unit in units]
 
 
 @dataclass(frozen=True)
 class MeasureSettings:
-    """By what answers are measured."""
+    """The stop tokens and reward weights by which answers are measured."""
 
     stop_ids: Sequence[int]
     weights: Sequence[float] | None
-    """Of the rewards in their mean; None where there is no reward"""
+    """Weight of each reward in the mean; None without rewards"""
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Σ log π of answers, in nats; each float64 [answers]."""
+    """Sequence log-probs Σ log π in nats, each float64 [answers]."""
 
     own: NDArray[np.float64]
-    """The policy's of its own answers"""
+    """The policy's answers under the policy"""
     of_policy: NDArray[np.float64]
-    """The reference's of the policy's answers"""
+    """The policy's answers under the reference"""
     of_start: NDArray[np.float64]
-    """The reference's of the start's answers"""
+    """The start's answers under the reference"""
     of_chosen: NDArray[np.float64]
-    """The reference's of chosen responses of the data; there may be none"""
+    """Chosen responses of the data under the reference; may be empty"""
     chosen_tokens: Sequence[int]
+    """Number of tokens of each of those chosen responses"""
 
 
 def model_measures(found: Sequence[AnsweredPrompt], terms: MeasureSettings) -> dict[str, float]:
-    """Return what can be said of one model's answers alone."""
+    """Return the measures of one model's answers alone."""
     values = text_measures(found, terms.stop_ids)
     if terms.weights is not None:
         values |= interval_metrics("reward", comparison.summary(found, terms.weights)["reward"])
@@ -126,7 +141,14 @@ def model_measures(found: Sequence[AnsweredPrompt], terms: MeasureSettings) -> d
 def measures_without_reference(
     after: Sequence[AnsweredPrompt], before: Sequence[AnsweredPrompt], own: NDArray[np.float64], terms: MeasureSettings
 ) -> dict[str, float]:
-    """Return what of `of_both` needs no reference; own: float64 [answers], the policy's sums of its own answers."""
+    """Return those measures of `measures_with_reference` that can be computed without a reference.
+
+    Args:
+        after: the policy's answers.
+        before: the start's answers to the same prompts.
+        own: float64 [answers], the log-probs of the policy's answers under the policy.
+        terms: stop tokens and reward weights.
+    """
     values = model_measures(after, terms)
     values |= {f"start/{name}": value for name, value in model_measures(before, terms).items() if name != "prompts"}
     values["nats"] = nats_per_token(own, answer_lengths(after))
@@ -143,13 +165,16 @@ def measures_without_reference(
 def measures_with_reference(
     after: Sequence[AnsweredPrompt], before: Sequence[AnsweredPrompt], likelihood: Likelihood, terms: MeasureSettings
 ) -> dict[str, float]:
-    """Return what the policy's answers (after) say beside the start's (before) to the same prompts; docs/metrics.md."""
-    of_after = answer_lengths(after)
+    """Return the measures of the policy's answers (after) and the start's (before) to the same prompts.
+
+    docs/metrics.md explains them.
+    """
+    lengths = answer_lengths(after)
     values = measures_without_reference(after, before, likelihood.own, terms)
     values |= {
-        "reference_nats": nats_per_token(likelihood.of_policy, of_after),
+        "reference_nats": nats_per_token(likelihood.of_policy, lengths),
         "start/reference_nats": nats_per_token(likelihood.of_start, answer_lengths(before)),
-        "kl_per_token": float((likelihood.own - likelihood.of_policy).sum()) / sum(of_after),
+        "kl_per_token": float((likelihood.own - likelihood.of_policy).sum()) / sum(lengths),
         **interval_metrics("kl", comparison.kl(after, likelihood.own, likelihood.of_policy)),
     }
     if len(likelihood.of_chosen):
@@ -158,11 +183,11 @@ def measures_with_reference(
 
 
 def as_metrics(values: dict[str, float]) -> dict[str, float]:
-    """Return them under the names that metrics.jsonl has."""
+    """Return the values under their names in metrics.jsonl."""
     return {f"answers/{name}": value for name, value in values.items()}
 
 
 def interval_metrics(name: str, of: Interval) -> dict[str, float]:
-    """Return an interval as metrics: name, name_low, name_high; what is unknown is left out."""
+    """Return an interval as the metrics NAME, NAME_low and NAME_high, without those that are None."""
     parts = {name: of["mean"], f"{name}_low": of["low"], f"{name}_high": of["high"]}
     return {key: value for key, value in parts.items() if value is not None}

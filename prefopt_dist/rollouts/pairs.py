@@ -1,4 +1,4 @@
-"""From scored answers to pairs: pure functions."""
+"""Make preference pairs of scored answers, with pure functions."""
 
 from __future__ import annotations
 
@@ -10,52 +10,55 @@ from typing import Any
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.rewards import weighted_mean
 from prefopt_dist.rollouts.sampling import uniforms
-from prefopt_dist.rollouts.store import Answer, Answered
+from prefopt_dist.rollouts.store import Answer, AnsweredPrompt
 
 
 @dataclass(frozen=True)
 class PairingRule:
-    """Which answers to a prompt become pairs."""
+    """The rule by which answers to a prompt become pairs."""
 
     pairing: str
     """`best_worst`, `best_random` or `margin`"""
     min_margin: float
+    """Smallest difference of the two rewards"""
     weights: tuple[float, ...]
-    """Of the rewards in their mean"""
+    """Weight of each reward in the mean"""
     seed: int
+    """Seed of the random choice under `best_random`"""
 
 
 @dataclass(frozen=True)
-class Scored:
-    """An answer that can stand in a pair."""
+class ScoredAnswer:
+    """An answer that can be part of a pair."""
 
     number: int
+    """Index among the answers to its prompt"""
     answer: Answer
     values: list[float]
-    """What each reward said"""
+    """Value of each reward"""
     reward: float
-    """Their weighted mean"""
+    """Weighted mean of the values"""
 
 
 @dataclass
 class PairCounts:
-    """What became of prompts and answers."""
+    """Counts of the answers and prompts that gave no pair."""
 
     answers: Counter[str] = field(default_factory=Counter)
-    """Left out, by reason"""
+    """Number of answers that were left out, by reason"""
     prompts: Counter[str] = field(default_factory=Counter)
-    """Without a pair, by reason"""
+    """Number of prompts without a pair, by reason"""
     retokenised: int = 0
-    """Answers in pairs whose ids training will split otherwise than they were sampled"""
+    """Number of answers in pairs whose text training splits into other tokens than were sampled"""
 
 
-def pairs_of(found: Answered, rule: PairingRule, tally: PairCounts) -> list[tuple[Scored, Scored]]:
-    """(chosen, rejected) of one prompt, and why others are none in `tally`."""
+def make_pairs(found: AnsweredPrompt, rule: PairingRule, tally: PairCounts) -> list[tuple[ScoredAnswer, ScoredAnswer]]:
+    """Return the pairs (chosen, rejected) of one prompt, and count in `tally` what gave no pair."""
     usable = _usable(found, rule, tally)
     if len(usable) < 2:
         tally.prompts["fewer than two answers"] += 1
         return []
-    # Of equal rewards the earlier answer is the best one and the later the worst: sorted() keeps their order.
+    # sorted() is stable: of equal rewards the first answer counts as the best and the last one as the worst.
     ranked = sorted(usable, key=lambda s: -s.reward)
     best, worst = ranked[0], ranked[-1]
     if best.reward == worst.reward:
@@ -76,26 +79,26 @@ def pairs_of(found: Answered, rule: PairingRule, tally: PairCounts) -> list[tupl
     return pairs
 
 
-def _usable(found: Answered, rule: PairingRule, tally: PairCounts) -> list[Scored]:
-    """Answers that ended, can be written, were scored, and are not the words of an earlier one."""
-    usable: list[Scored] = []
+def _usable(found: AnsweredPrompt, rule: PairingRule, tally: PairCounts) -> list[ScoredAnswer]:
+    """Return the answers that are complete, can be a row, have all rewards and do not repeat an earlier answer."""
+    usable: list[ScoredAnswer] = []
     seen: set[str] = set()
-    for number, (answer, said) in enumerate(zip(found.answers, found.scores, strict=True)):
-        values = [value for value in said if isinstance(value, float)]
+    for number, (answer, scores) in enumerate(zip(found.answers, found.scores, strict=True)):
+        values = [value for value in scores if isinstance(value, float)]
         if answer.fault is not None:
             tally.answers[answer.fault] += 1
-        elif len(values) < len(said):
+        elif len(values) < len(scores):
             tally.answers["no reward"] += 1
         elif answer.text in seen:
             tally.answers["repeats another answer"] += 1
         else:
             seen.add(answer.text)
-            usable.append(Scored(number, answer, values, weighted_mean(values, rule.weights)))
+            usable.append(ScoredAnswer(number, answer, values, weighted_mean(values, rule.weights)))
     return usable
 
 
-def row_of(prompt: Prompt, pair: Sequence[Scored], about: dict[str, Any]) -> dict[str, Any]:
-    """A row of the pairs file: the form `pair`, and beside it the scores and `about`, how it was made."""
+def pair_row(prompt: Prompt, pair: Sequence[ScoredAnswer], about: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the pairs file: the form `pair`, with the scores and with `about` as the field `generated`."""
     texts: list[Any] = [s.answer.text for s in pair]
     if not isinstance(prompt.prompt, str):
         texts = [[{"role": "assistant", "content": text}] for text in texts]

@@ -1,7 +1,8 @@
-"""Sampling with the live ZeRO-3 engine, where no rank has room for a whole copy.
+"""Sampling with the live ZeRO-3 engine, where no rank has enough memory for an unsharded copy.
 
-Every layer is gathered for every token, so it is slow (2N bytes over the network a token, whatever the number of
-answers); all ranks compute at the same time, each its own batch, and who is done computes along until all are.
+It is slow, since every layer is gathered for every token: 2N bytes over the network per token for N parameters, however
+many answers are sampled. All ranks compute at the same time, each its own batch; a rank that is done takes part in the
+passes until all are.
 """
 
 from __future__ import annotations
@@ -16,16 +17,24 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.model import attention
 from prefopt_dist.model.scorer import DecodingInputs
 from prefopt_dist.monitoring import heartbeat
-from prefopt_dist.rollouts.transformers_engine import TransformersEngine, attention_of
+from prefopt_dist.rollouts.transformers_engine import TransformersEngine, sampling_attention
 
 
 class ShardedEngine(TransformersEngine):
-    """The model of a DeepSpeed engine around a Scorer; the same tokens as those of a whole copy, up to rounding."""
+    """Sampling with a DeepSpeed engine around a Scorer; gives the tokens of an unsharded copy, up to rounding."""
 
     lockstep = True
 
     def __init__(self, engine: Any, name: str, *, batch_tokens: int, release: bool, nan_ends: bool = False) -> None:
-        """release: the engine is this one's own and is given back with it."""
+        """Put the model into evaluation mode and switch its attention to the one that samples.
+
+        Args:
+            engine: DeepSpeed's engine around a Scorer.
+            name: of the model, for messages.
+            batch_tokens: see `batches`.
+            release: whether `close` also releases DeepSpeed's engine.
+            nan_ends: see TransformersEngine.
+        """
         self._engine = engine
         self._release = release
         self._was_training = engine.module.training
@@ -33,7 +42,7 @@ class ShardedEngine(TransformersEngine):
         lm = engine.module.lm
         super().__init__(lm, name, batch_tokens=batch_tokens, nan_ends=nan_ends)
         self._device = ranks.device()
-        lm.set_attn_implementation(attention_of(lm.config))
+        lm.set_attn_implementation(sampling_attention(lm.config))
 
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
@@ -44,21 +53,21 @@ class ShardedEngine(TransformersEngine):
         return logits
 
     def meet(self) -> None:
-        """See Engine: passes of one token, until no rank has one of its own."""
+        """Take part in the other ranks' passes with one token each, until no rank has a pass to compute."""
         one = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
         with torch.no_grad():
             while self._agree(False):
-                heartbeat.beat("waiting for others who answer under ZeRO-3")
+                heartbeat.beat("waiting for ranks that answer under ZeRO-3")
                 self._engine(DecodingInputs(one, one + 1, one, None))
 
     def _agree(self, more: bool) -> bool:
-        """All ranks: whether any of them has a pass to compute; each then computes one."""
+        """Return whether any rank has a pass to compute, in which all then take part (all ranks call it)."""
         flag = torch.tensor(float(more), device=self._device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item() > 0)
 
     def close(self) -> None:
-        """See Engine: the model attends as it did before."""
+        """Restore the model's attention and mode, and release the engine if this class owns it."""
         from prefopt_dist.distributed import zero3
 
         self._model.set_attn_implementation(attention.NAME)

@@ -1,4 +1,4 @@
-"""Work on shards by all ranks: each does its share at its own pace, no collective until all are done."""
+"""Distribute work on shards over the ranks, at each rank's own pace or in lockstep."""
 
 from __future__ import annotations
 
@@ -13,25 +13,36 @@ from prefopt_dist.errors import StopRequested
 from prefopt_dist.monitoring.console import Progress
 
 HALT = ".halt-{job}.tmp"
-"""A file that tells this job's other ranks to leave off: one was asked to stop or met a fault.
+"""Name of the file by which a rank that was asked to stop, or that failed, makes the job's other ranks stop.
 
-Its name is the job's own: where the file system has no locks, another job may be at work in the same folder. What a
-kill leaves is swept as the temporary files of writers are.
+The name is different for each job, since on a file system without locks another job may work in the same folder. A file
+that a killed job leaves is removed like the temporary files of writers.
 """
 
 
 def over_shards(
     folder: Path, todo: list[int], what: str, work: Callable[[int], None], stop_asked: Callable[[], bool]
 ) -> None:
-    """All ranks: does `work`, which holds no collective and commits its shard, for each number of `todo`.
+    """Do the work on every shard of `todo`, each rank its share at its own pace (all ranks call it).
 
-    Raises StoppedInFirstPass where a stop was asked and shards are left, and a rank's error on all ranks.
+    No collective runs until all ranks are done.
+
+    Args:
+        folder: of the shards, on a disk that all ranks share.
+        todo: numbers of the shards.
+        what: the progress bar's label.
+        work: computes and commits the shard of a number, without collectives.
+        stop_asked: whether this rank was asked to stop.
+
+    Raises:
+        StopRequested: a stop was requested and shards are left.
+        Exception: the error of a rank, on all ranks.
     """
     halt = folder / HALT.format(job=ranks.run_on_rank_zero(lambda: secrets.token_hex(8)))
     rank, world = ranks.rank(), ranks.world_size()
 
-    def mine() -> bool:
-        """Whether shards of this rank are left."""
+    def do_share() -> bool:
+        """Do this rank's share; return whether shards of it are left."""
         with Progress(len(todo), what, "shards", rank) as progress:
             for turn, number in enumerate(todo[rank::world]):
                 if stop_asked() or halt.exists():
@@ -40,13 +51,13 @@ def over_shards(
                 try:
                     work(number)
                 except Exception:
-                    with suppress(OSError):  # a full disk, perhaps the fault itself
+                    with suppress(OSError):  # the disk may be full, which may also be the error itself
                         halt.touch()
                     raise
                 progress.update(min(world, len(todo) - turn * world))
         return False
 
-    left = any(ranks.all_gather(ranks.run_on_all_ranks(mine)))
+    left = any(ranks.all_gather(ranks.run_on_all_ranks(do_share)))
     ranks.run_on_rank_zero(lambda: halt.unlink(missing_ok=True))
     if left:
         raise StopRequested
@@ -59,26 +70,35 @@ def in_lockstep(
     meet: Callable[[], None],
     stop_asked: Callable[[], bool],
 ) -> None:
-    """All ranks: as `over_shards`, where the work itself holds collectives; meet: who has done his computes along.
+    """Do the work on every shard of `todo` where the work itself contains collectives (all ranks call it).
 
-    Raises as `over_shards`.
+    Args:
+        todo: numbers of the shards.
+        what: the progress bar's label.
+        work: computes and commits the shard of a number.
+        meet: takes part in the other ranks' collectives until all ranks have done their shard.
+        stop_asked: whether this rank was asked to stop.
+
+    Raises:
+        StopRequested: a stop was requested and shards are left.
+        Exception: the error of a rank, on all ranks.
     """
     rank, world = ranks.rank(), ranks.world_size()
     with Progress(len(todo), what, "shards", rank) as progress:
         for turn in range(0, len(todo), world):
             if any(ranks.all_gather(stop_asked())):
                 raise StopRequested
-            fault: Exception | None = None
+            error: Exception | None = None
             try:
                 if turn + rank < len(todo):
                     work(todo[turn + rank])
-            except Exception as e:  # raised on all ranks below: the others are still computing
-                fault = e
+            except Exception as e:  # raised below, when the other ranks have done their shards
+                error = e
             meet()
-            ranks.run_on_all_ranks(partial(_raise, fault))
+            ranks.run_on_all_ranks(partial(_raise, error))
             progress.update(min(world, len(todo) - turn))
 
 
-def _raise(fault: Exception | None) -> None:
-    if fault is not None:
-        raise fault
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error

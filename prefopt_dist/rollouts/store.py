@@ -1,4 +1,4 @@
-"""Sampled and scored responses on disk, in a folder for all that decides them."""
+"""Store sampled and scored responses on disk, in a folder named by a digest of all that determines them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from prefopt_dist.data.example import BadRow
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.errors import UserError
-from prefopt_dist.files import read_json, sweep, write_atomic, write_json
+from prefopt_dist.files import read_json, remove_stale, write_atomic, write_json
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.sampling import Ids
 
@@ -23,21 +23,29 @@ class Answer:
     """One sampled response."""
 
     ids: Ids
-    """As sampled, the stop token included"""
+    """Sampled token ids, the stop token included"""
     text: str
-    """Without the stop token"""
+    """Text without the stop token"""
     fault: str | None
-    """Why it can be in no pair: `unfinished`, or the kind of bad row that it would make; it is scored all the same"""
+    """Why it cannot be in a pair: `unfinished`, or the kind of bad row that it would make; such an answer is scored too
+    """
     exact: bool
-    """Training gets these ids from the text, the template's end token standing for the stop token"""
+    """Whether tokenising the text in training gives the same ids, with the template's end token for the stop token"""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
 def answers_of(prompt: Prompt, responses: Sequence[Ids], stop_ids: Sequence[int], tokeniser: Tokeniser) -> list[Answer]:
-    """The samples of one prompt."""
+    """Decode the sampled responses to one prompt, and check that each can be a row of training data.
+
+    Args:
+        prompt: the prompt.
+        responses: token ids of each response.
+        stop_ids: ids that end a response.
+        tokeniser: of the training.
+    """
     ended = [ids[-1] in stop_ids for ids in responses]
     bodies = [ids[:-1] if end else ids for ids, end in zip(responses, ended, strict=True)]
     texts = tokeniser.tokenizer.batch_decode(bodies, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -57,16 +65,16 @@ def answers_of(prompt: Prompt, responses: Sequence[Ids], stop_ids: Sequence[int]
 
 
 SHARD_PROMPTS = 64
-"""Prompts of a shard: what a kill costs each rank."""
+"""Number of prompts in a shard, the most work that each rank loses when the job is killed."""
 SETTINGS = "settings.json"
 
 Scores = list[float | str]
-"""What each reward said of one answer: its number, or what was wrong."""
+"""The value of each reward for one answer, or the reason why there is none."""
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A prompt with its answers and what the rewards said of each."""
+class AnsweredPrompt:
+    """A prompt with its answers and the scores of each."""
 
     prompt: Prompt
     answers: list[Answer]
@@ -75,77 +83,96 @@ class Answered:
 
 @dataclass(frozen=True)
 class SampleStore:
-    """The folder of one model, set of prompts and sampling. It is made by one rank and read by all."""
+    """The folder for one model, set of prompts and sampling settings; one rank makes it and all ranks read it."""
 
     folder: Path
 
     def make_plan(
         self, prompts: Sequence[Prompt], settings: dict[str, Any], shard_prompts: int = SHARD_PROMPTS
     ) -> None:
-        """Writes the prompts as shards of so many; where that was done before, nothing."""
+        """Write the prompts in shards, unless an earlier start has done so (one rank calls it).
+
+        Args:
+            prompts: all prompts, in the order in which they are sampled.
+            settings: all that determines the responses, written to settings.json.
+            shard_prompts: number of prompts in a shard.
+
+        Raises:
+            UserError: the folder cannot be created.
+        """
         if (self.folder / SETTINGS).is_file():
-            sweep(self.folder, ".*.tmp")
+            remove_stale(self.folder, ".*.tmp")
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(
-                f"run.cache: {self.folder} cannot be made ({e.strerror}); name a folder where files can be made"
+                f"run.cache: {self.folder} cannot be created ({e.strerror}); give a folder in which files can be "
+                "created"
             ) from e
         for number, start in enumerate(range(0, len(prompts), shard_prompts)):
             part = prompts[start : start + shard_prompts]
-            # NaN is no fault here: it may stand in a field of the row that nobody asks for.
+            # NaN is allowed here, since it may be in a field of the row that no reward uses.
             _write_lines(self._file("prompts", number), [asdict(prompt) for prompt in part], nan=True)
         shards = -(-len(prompts) // shard_prompts)
         write_json(self.folder / SETTINGS, {"shards": shards, **settings})
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the responses."""
+        """Return the settings that determine the responses, and the number of shards."""
         settings: dict[str, Any] = read_json(self.folder / SETTINGS)
         return settings
 
     def missing(self, what: str) -> tuple[list[int], list[str]]:
-        """Numbers of the shards that are still to do, and a message for each damaged one, which is removed."""
+        """Return the numbers of the missing shards, and a message for each damaged one, which is removed.
+
+        Args:
+            what: `samples`, or the name of the scores.
+        """
         numbers, messages = [], []
-        os.listdir(self.folder)  # as in _rows
+        os.listdir(self.folder)  # for the reason that _rows gives
         for number in range(self.settings["shards"]):
             file = self._file(what, number)
             if file.exists() and _read_lines(file) is None:
-                messages.append(f"{file} does not match its checksum; removed and made again")
+                messages.append(f"{file} does not match its checksum; it is removed and computed again")
                 file.unlink()
             if not file.exists():
                 numbers.append(number)
         return numbers, messages
 
     def prompts(self, number: int) -> list[Prompt]:
-        """A shard's prompts."""
+        """Return a shard's prompts."""
         return [Prompt(**row) for row in self._rows("prompts", number)]
 
     def answers(self, number: int) -> list[list[Answer]]:
-        """The answers to each prompt of a shard."""
+        """Return the answers to each prompt of a shard."""
         return [[Answer(**answer) for answer in row] for row in self._rows("samples", number)]
 
     def write_answers(self, number: int, answers: Iterable[Iterable[Answer]]) -> None:
-        """Commits a shard."""
+        """Commit a shard's answers, for each prompt of the shard, and remove scores of earlier ones."""
         for scores in self.folder.glob(f"scores-*-{number:05d}.jsonl"):
-            scores.unlink()  # of a shard that was damaged; rounding may make other answers in its place
+            # They are of answers that were damaged, and rounding may have changed the new ones.
+            scores.unlink()
         _write_lines(self._file("samples", number), [[a.as_json() for a in of_prompt] for of_prompt in answers])
 
     def write_scores(self, what: str, number: int, scores: Iterable[list[Scores]]) -> None:
-        """Commits a shard; what: see `scores_name`."""
+        """Commit a shard's scores, for each answer to each prompt, under the name from `scores_name`."""
         _write_lines(self._file(what, number), scores)
 
-    def answered(self, what: str | None) -> list[Answered]:
-        """Everything, in the order of the files that the prompts came from; all shards must be there.
+    def answered(self, what: str | None) -> list[AnsweredPrompt]:
+        """Return all prompts with answers and scores, in the order of the prompts' files.
 
-        what: see `scores_name`; None: without scores.
+        Args:
+            what: the name from `scores_name`; None for empty scores.
+
+        Raises:
+            UserError: a shard is missing or damaged.
         """
         found = []
         for number in range(self.settings["shards"]):
             answers = self.answers(number)
             scores = [[[] for _ in of_prompt] for of_prompt in answers] if what is None else self._rows(what, number)
-            found += [Answered(*one) for one in zip(self.prompts(number), answers, scores, strict=True)]
+            found += [AnsweredPrompt(*one) for one in zip(self.prompts(number), answers, scores, strict=True)]
         return sorted(found, key=lambda a: a.prompt.index)
 
     def _file(self, what: str, number: int) -> Path:
@@ -154,39 +181,41 @@ class SampleStore:
     def _rows(self, what: str, number: int) -> list[Any]:
         file = self._file(what, number)
         if not file.exists():
-            os.listdir(self.folder)  # another node's file: a network file system may remember that it was not there
+            # Another node may have written the file: listing the folder makes a network file system forget that the
+            # file did not exist.
+            os.listdir(self.folder)
         rows = _read_lines(file) if file.exists() else None
         if rows is None:
-            raise UserError(f"run.cache: {file} is missing or damaged; remove it and start again")
+            raise UserError(f"run.cache: {file} is missing or damaged; remove it if it exists, and start again")
         return rows
 
 
 def scores_name(identities: Sequence[dict[str, Any]]) -> str:
-    """Names the scores of these rewards."""
+    """Return the name under which a store keeps the scores of these rewards."""
     return "scores-" + digest_of([dict(i) for i in identities])[:16]
 
 
 def digest_of(content: Any) -> str:
-    """32 hexadecimal digits of plain values."""
+    """Return a digest of a JSON value, 32 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _write_lines(path: Path, rows: Iterable[Any], nan: bool = False) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=nan) + "\n" for row in rows)
-    write_atomic(path, text + json.dumps({"check": _check(text)}) + "\n")
+    write_atomic(path, text + json.dumps({"check": _digest(text)}) + "\n")
 
 
 def _read_lines(path: Path) -> list[Any] | None:
-    """The rows, or None where they are not what was written."""
+    """Return the rows of a file, or None where it does not match its checksum."""
     text = path.read_bytes()
     body, _, last = text.removesuffix(b"\n").rpartition(b"\n")
     body += b"\n" if body else b""
-    if last != json.dumps({"check": _check(body)}).encode():
+    if last != json.dumps({"check": _digest(body)}).encode():
         return None
-    # Not splitlines: it parts at other characters too, such as U+2028 within a string.
+    # Not splitlines, which also splits at other characters, such as U+2028 within a string.
     return [json.loads(line) for line in body.split(b"\n")[:-1]]
 
 
-def _check(text: str | bytes) -> str:
+def _digest(text: str | bytes) -> str:
     content = text.encode() if isinstance(text, str) else text
     return hashlib.blake2b(content, digest_size=16).hexdigest()

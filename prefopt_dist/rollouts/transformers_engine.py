@@ -1,9 +1,9 @@
-"""Sampling with the model's own code in transformers: batched, left-padded, with a cache of keys and values.
+"""Sampling with the model's own code in transformers: batched, left-padded, with a key-value cache.
 
 Legend: P distinct prompts of a batch, B rows (responses) of it, L longest prompt, V vocabulary.
 
-The packed attention of training is not used here: a row grows by a token at a time, and sequences that share
-a prompt get copies of its cache.
+The packed attention of training is not used here: a row grows by one token at a time, and responses to the same prompt
+get copies of its cache.
 """
 
 from __future__ import annotations
@@ -23,52 +23,63 @@ from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.sampling import Ids, Sampling, choose_tokens, free_memory, pad_lines, uniforms
 
 Row = tuple[int, int]
-"""Index of the prompt, number of the response."""
+"""Index of a prompt and number of a response to it."""
 
 
 def load_for_sampling(folder: ModelFolder, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Return the model of a folder, whole on the device, with transformers' own attention."""
+    """Load the model of a folder, unsharded, on the device, with transformers' own attention."""
     config = without_dropout(folder.config)
     model = AutoModelForCausalLM.from_pretrained(
-        folder.path, config=config, dtype=dtype, attn_implementation=attention_of(config)
+        folder.path, config=config, dtype=dtype, attn_implementation=sampling_attention(config)
     )
-    whole: PreTrainedModel = model.eval().to(device)
-    return whole
+    loaded: PreTrainedModel = model.eval().to(device)
+    return loaded
 
 
 def copy_for_sampling(
     sharded: PreTrainedModel, folder: ModelFolder, adapter: Adapter | None, *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """All ranks: return a whole copy of the live policy on each rank's device, adapters on; no random state changes.
+    """Copy the live policy, unsharded and with its adapters, to each rank's device (all ranks call it).
 
-    sharded: the language model under ZeRO-3; folder: that it was loaded from.
+    The state of the random generators does not change.
+
+    Args:
+        sharded: the language model under ZeRO-3.
+        folder: the folder that it was loaded from.
+        adapter: the adapters that are trained; None without.
+        dtype: of the copy.
+        device: of the copy.
     """
     config = without_dropout(folder.config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        whole: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention_of(config)
+        copy: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=sampling_attention(config)
         )
         if adapter is not None:
-            attach(whole, adapter)
-    copy_to_unsharded(sharded, whole)
-    return whole.eval()
+            attach(copy, adapter)
+    copy_to_unsharded(sharded, copy)
+    return copy.eval()
 
 
-def attention_of(config: PreTrainedConfig) -> str:
-    """Return the name of the attention that computes the model's own numbers while it answers."""
-    # transformers' sdpa leaves out the cap of Gemma 2's attention.
+def sampling_attention(config: PreTrainedConfig) -> str:
+    """Return the name of the attention that computes the model exactly while it samples."""
+    # transformers' sdpa ignores the softcap of Gemma 2's attention.
     return "eager" if config.to_dict().get("attn_logit_softcapping") is not None else "sdpa"
 
 
 class TransformersEngine:
-    """A whole model on one device answers."""
+    """Sampling with an unsharded model on one device."""
 
     lockstep = False
 
     def __init__(self, model: PreTrainedModel, name: str, *, batch_tokens: int, nan_ends: bool = False) -> None:
-        """name: of the model, for messages; batch_tokens: see `batches`.
+        """Take a model that is in evaluation mode.
 
-        nan_ends: where the logits are NaN an answer ends, instead of the job: of a model that training has wrecked.
+        Args:
+            model: the language model.
+            name: of the model, for messages.
+            batch_tokens: see `batches`.
+            nan_ends: where logits are NaN, as of a model that has diverged, end the answer instead of raising.
         """
         self._nan_ends = nan_ends
         self._model = model
@@ -77,7 +88,11 @@ class TransformersEngine:
         self._batch_tokens = batch_tokens
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Ids]]:
-        """See Engine. The prompts are best of like length."""
+        """Sample as in `Engine`; prompts of similar lengths are the most efficient.
+
+        Raises:
+            UserError: logits are NaN and nan_ends is False.
+        """
         responses: list[list[Ids]] = [[[] for _ in range(sampling.n)] for _ in prompts]
         with torch.no_grad():
             for rows in batches([len(p.ids) for p in prompts], sampling, self._batch_tokens):
@@ -86,51 +101,55 @@ class TransformersEngine:
         return responses
 
     def meet(self) -> None:
-        """See Engine: nobody waits for a whole copy."""
+        """Do nothing: each rank samples by itself."""
 
     def _batch(self, prompts: Sequence[Prompt], rows: Sequence[Row], sampling: Sampling) -> list[Ids]:
-        """The responses of one batch, whose rows leave it as they end."""
+        """Return the responses of one batch; rows that have ended are removed from it during sampling."""
         noise = np.stack(
             [uniforms(sampling.seed, prompts[i].key, k, sampling.max_new_tokens) for i, k in rows]
         )  # [B, max_new_tokens]
         u = torch.from_numpy(noise).to(self._device)
         responses: list[Ids] = [[] for _ in rows]
-        cache, mask, logits = self._read(prompts, rows)
-        position = mask.sum(-1)  # of the token that comes next
-        here = list(range(len(rows)))  # row of each line of the tensors
-        open_rows = set(here)
+        cache, mask, logits = self._prefill(prompts, rows)
+        position = mask.sum(-1)  # of the next token
+        row_of_line = list(range(len(rows)))  # the tensors have a line for each row that is left in the batch
+        open_rows = set(row_of_line)
         for t in range(sampling.max_new_tokens):
-            chosen = choose_tokens(logits, u[here, t], sampling.temperature, sampling.top_p)
-            for row, token in zip(here, chosen.tolist(), strict=True):
+            chosen = choose_tokens(logits, u[row_of_line, t], sampling.temperature, sampling.top_p)
+            for row, token in zip(row_of_line, chosen.tolist(), strict=True):
                 if row in open_rows:
                     if token == logits.shape[-1]:
                         if not self._nan_ends:
-                            raise self._no_numbers(prompts[rows[row][0]])
+                            raise self._nan_error(prompts[rows[row][0]])
                         token = sampling.stop_ids[0]
                     responses[row].append(token)
                     if token in sampling.stop_ids:
                         open_rows.discard(row)
             if not open_rows or t + 1 == sampling.max_new_tokens:
                 break
-            if 2 * len(open_rows) <= len(here):  # each time half of them: the copies cost no more than they save
-                stay = [line for line, row in enumerate(here) if row in open_rows]
-                kept = torch.tensor(stay, device=self._device)
+            # Ended rows are removed when they are half of the batch, so that the copies cost less than they save.
+            if 2 * len(open_rows) <= len(row_of_line):
+                open_lines = [line for line, row in enumerate(row_of_line) if row in open_rows]
+                kept = torch.tensor(open_lines, device=self._device)
                 cache.batch_select_indices(kept)
                 chosen, mask, position = chosen[kept], mask[kept], position[kept]
-                here = [here[line] for line in stay]
-            mask = torch.cat([mask, mask.new_ones(len(here), 1)], -1)
+                row_of_line = [row_of_line[line] for line in open_lines]
+            mask = torch.cat([mask, mask.new_ones(len(row_of_line), 1)], -1)
             logits = self._forward(chosen[:, None], mask, position[:, None], cache)
             position = position + 1
         return responses
 
-    def _no_numbers(self, prompt: Prompt) -> UserError:
+    def _nan_error(self, prompt: Prompt) -> UserError:
         return UserError(
             f"{self._name}: the model's logits for the prompt at {prompt.origin} are NaN or infinite, so no token can "
-            "be sampled; mend the weights, or set model.dtype=float32 or a temperature that is not next to 0"
+            "be sampled; use a model with finite weights, set model.dtype=float32, or raise a temperature that is "
+            "close to 0"
         )
 
-    def _read(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
-        """Each distinct prompt once through the model; then cache, mask [B, L] and last logits [B, V] by row."""
+    def _prefill(
+        self, prompts: Sequence[Prompt], rows: Sequence[Row]
+    ) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
+        """Run each distinct prompt through the model once; return cache, mask [B, L] and last logits [B, V] by row."""
         distinct = list(dict.fromkeys(i for i, _ in rows))
         ids, mask = pad_lines([prompts[i].ids for i in distinct], 0, "left", self._device)
         cache = DynamicCache(config=self._model.config)
@@ -143,7 +162,7 @@ class TransformersEngine:
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
-        """[lines, V]: the logits after each line's last token."""
+        """Return the logits after each line's last token, [lines, V]."""
         logits: torch.Tensor = self._model(
             input_ids=ids,
             attention_mask=mask,
@@ -155,15 +174,18 @@ class TransformersEngine:
         return logits
 
     def close(self) -> None:
-        """See Engine."""
+        """Release the model's memory."""
         del self._model
         free_memory(self._device)
 
 
 def batches(lengths: Sequence[int], sampling: Sampling, batch_tokens: int) -> Iterator[list[Row]]:
-    """Rows that fit together: lines × (longest prompt + new tokens) within the budget, or one line alone.
+    """Yield batches of rows for which rows × (longest prompt + max_new_tokens) is within the budget, or one row alone.
 
-    lengths: of the prompts, in an order in which neighbours are alike.
+    Args:
+        lengths: tokens of each prompt, in an order in which neighbours are similar.
+        sampling: its n and max_new_tokens.
+        batch_tokens: the budget, in tokens.
     """
     rows: list[Row] = []
     longest = 0

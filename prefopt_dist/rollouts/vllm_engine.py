@@ -1,8 +1,10 @@
-"""Sampling with vLLM, for clusters. This file has not been run with it: vLLM 0.33.0 pins torch 2.14 and transformers
-below 5.21, so it cannot be installed beside what this package is tested with.
+"""Sampling with vLLM, for clusters.
 
-vLLM draws by a seed for each request, so its responses depend on (seed, prompt, number) too, but they are not those
-of the transformers engine, and whether they survive another batch is up to vLLM's kernels.
+This file has not been run with vLLM: vLLM 0.33.0 pins torch 2.14 and transformers below 5.21, so it cannot be installed
+beside the versions with which this package is tested.
+
+vLLM samples by a seed for each request, so its responses also depend on (seed, prompt, number). They differ from those
+of the transformers engine, and whether they are the same in another batch depends on vLLM's kernels.
 """
 
 from __future__ import annotations
@@ -23,31 +25,32 @@ from prefopt_dist.rollouts.sampling import Ids, Sampling, uniforms
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MEMORY_SHARE = 0.85
-"""Of the GPU; the rest is the job's own context."""
+"""Share of the GPU's memory that vLLM may use; the rest is for the job's own CUDA context."""
 
 
 def refuse_where_absent() -> None:
-    """Refuses the engine where vLLM is not installed or no GPU is there."""
+    """Raise UserError where vLLM is not installed or the machine has no GPU."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
-            "generate.engine: 'vllm' needs the package vllm, which is not installed; install a version that takes the "
-            "torch and transformers that are here, or set generate.engine=transformers"
+            "generate.engine: 'vllm' needs the package vllm, which is not installed; install a version that supports "
+            "the installed torch and transformers, or set generate.engine=transformers"
         )
     if not torch.cuda.is_available():
         raise UserError(
-            "generate.engine: 'vllm' needs a GPU, and this machine shows none; set generate.engine=transformers"
+            "generate.engine: 'vllm' needs a GPU, and torch finds none on this machine; set "
+            "generate.engine=transformers"
         )
 
 
 class VllmEngine:
-    """The model of a folder in a vLLM engine of this rank's own GPU."""
+    """Sampling with the model of a folder in a vLLM engine on this rank's GPU."""
 
     lockstep = False
 
     def __init__(self, folder: ModelFolder, *, dtype: torch.dtype, longest: int) -> None:
         vllm = importlib.import_module("vllm")
         self._parameters = vllm.SamplingParams
-        with _alone_on_its_gpu():
+        with _single_gpu_environment():
             self._engine: Any = vllm.LLM(
                 model=str(folder.path),
                 dtype=str(dtype).removeprefix("torch."),
@@ -57,36 +60,36 @@ class VllmEngine:
             )
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Ids]]:
-        """See Engine."""
-        asked, parameters = [], []
+        """Sample as in `Engine`."""
+        requests, parameters = [], []
         for prompt in prompts:
             for k in range(sampling.n):
-                asked.append({"prompt_token_ids": prompt.ids})
+                requests.append({"prompt_token_ids": prompt.ids})
                 parameters.append(
                     self._parameters(
                         temperature=sampling.temperature,
                         top_p=sampling.top_p,
                         max_tokens=sampling.max_new_tokens,
                         stop_token_ids=list(sampling.stop_ids),
-                        ignore_eos=True,  # the stop tokens say it all
+                        ignore_eos=True,  # the stop tokens include eos
                         seed=int(uniforms(sampling.seed, prompt.key, k, 1)[0] * 2**31),
                         detokenize=False,
                     )
                 )
-        answers = iter(self._engine.generate(asked, parameters, use_tqdm=False))
+        answers = iter(self._engine.generate(requests, parameters, use_tqdm=False))
         return [[list(next(answers).outputs[0].token_ids) for _ in range(sampling.n)] for _ in prompts]
 
     def meet(self) -> None:
-        """See Engine: nobody waits for it."""
+        """Do nothing: each rank samples by itself."""
 
     def close(self) -> None:
-        """See Engine. vLLM's own process holds the GPU's memory and ends with its client."""
+        """Delete the client: vLLM's own process holds the GPU's memory and ends with it."""
         del self._engine
 
 
 @contextmanager
-def _alone_on_its_gpu() -> Iterator[None]:
-    """vLLM starts a process of its own: it must see this rank's GPU as the only one, and no torchrun."""
+def _single_gpu_environment() -> Iterator[None]:
+    """Set an environment with this rank's GPU alone and without torchrun's variables, for the process vLLM starts."""
     before = {name: os.environ.get(name) for name in (*TORCHRUN, "CUDA_VISIBLE_DEVICES")}
     visible = (before["CUDA_VISIBLE_DEVICES"] or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     for name in TORCHRUN:

@@ -25,7 +25,7 @@ from prefopt_dist.monitoring.health import HealthFinding, RunFacts, Watch
 from prefopt_dist.monitoring.loggers import Logger, Loggers, TensorBoardLogger
 from prefopt_dist.monitoring.metrics_file import MetricsFile, Row
 from prefopt_dist.monitoring.timers import peak_memory
-from prefopt_dist.monitoring.verdict import unjudged, verdict
+from prefopt_dist.monitoring.verdict import not_judged, verdict
 from prefopt_dist.monitoring.wandb_logger import WandbLogger
 from prefopt_dist.objectives import Objective
 from prefopt_dist.setup import own_answers
@@ -72,14 +72,14 @@ def requests_for(config: Config) -> Requests:
 def open_log(config: Config, folder: RunFolder, start: int, total_steps: int, objective: Objective) -> Log:
     """Return the outlets of a start that goes on from step `start`; later rows are cut off."""
     metrics = MetricsFile(folder.metrics)
-    again = metrics.cut_back(start)
+    again = metrics.truncate_to(start)
     if again:
         say(f"metrics: {again} rows after step {start} are written again")
     folder.note_start_step(start)
     masked = mask_secrets(to_dict(config))
     wandb = masked["tracking"]["wandb"]
     made_of = {name: folder.facts[name] for name in ("run_id", "data", "reference", "versions")}
-    wandb_feed = WandbLogger(
+    wandb_logger = WandbLogger(
         mode=wandb["mode"],
         project=wandb["project"],
         name=wandb["name"] or config.run_dir.name,
@@ -90,14 +90,14 @@ def open_log(config: Config, folder: RunFolder, start: int, total_steps: int, ob
         config=masked | {"made_of": made_of},
         metrics=metrics,
     )
-    feeds = Loggers(wandb_feed, TensorBoardLogger(folder.path, metrics)) if config.tracking.tensorboard else wandb_feed
-    feeds.feed()
+    loggers = Loggers(wandb_logger, TensorBoardLogger(folder.path, metrics)) if config.tracking.tensorboard else wandb_logger
+    loggers.sync()
     facts = RunFacts(total_steps, config.tracking.log_every_steps, objective.start_loss)
     folder.note(training=facts.as_json())
-    return Log(folder, metrics, feeds, _open_watch(config, folder, metrics, feeds, facts))
+    return Log(folder, metrics, loggers, _open_watch(config, folder, metrics, loggers, facts))
 
 
-def _open_watch(config: Config, folder: RunFolder, metrics: MetricsFile, feeds: Logger, facts: RunFacts) -> Watch:
+def _open_watch(config: Config, folder: RunFolder, metrics: MetricsFile, loggers: Logger, facts: RunFacts) -> Watch:
     told = [(rule, step) for rule, step in folder.facts.get("health_told", [])]
     new_ones: list[HealthFinding] = []
 
@@ -108,13 +108,13 @@ def _open_watch(config: Config, folder: RunFolder, metrics: MetricsFile, feeds: 
         for finding in new:
             say(finding.text())
             if finding.level == "warning":
-                feeds.alert(finding.title, finding.text())
+                loggers.alert(finding.title, finding.text())
 
     watch = Watch(metrics, facts, config.health, told, tell)
     watch.look()
     for finding in watch.found:
         if finding.level == "warning" and finding not in new_ones:
-            feeds.alert(finding.title, finding.text(), again=True)
+            loggers.alert(finding.title, finding.text(), again=True)
     folder.note(health=[f.as_json() for f in watch.found])
     return watch
 
@@ -142,7 +142,7 @@ def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, ans
         log = job.log
         assert log is not None
         if isinstance(answers, NotAnswered):
-            said, block = unjudged(answers.why), {}
+            said, block = not_judged(answers.why), {}
         else:
             assert row is not None
             said, block = verdict(row, config.health, str(config.export_dir)), own_answers.as_run_json(answers, row)
@@ -150,8 +150,8 @@ def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, ans
         source = config.run_dir / "checkpoints" / save.folder_name(job.total_steps)
         exported = export_checkpoint(config, models, source, folder, merged=config.export.merged)
         if isinstance(answers, OwnAnswers) and policy is not None:
-            log.feeds.samples(answers.samples(policy))
-        log.feeds.verdict(said.word, said.text)
+            log.loggers.samples(answers.samples(policy))
+        log.loggers.verdict(said.word, said.text)
         if (metric := config.checkpoint.keep_best) is not None:  # the end's own answers came after its checkpoint
             steps = [int(path.name.removeprefix("step-")) for path in save.committed(source.parent)]
             folder.note(best={"metric": metric, "step": best_step(log.metrics.rows(), metric, steps)})
@@ -159,7 +159,7 @@ def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, ans
         folder.note(memory=folder.facts["memory"] | {"peak_bytes": peak_memory()})
         folder.done(summary)
         job.requests.obeyed()
-        log.feeds.finish()
+        log.loggers.finish()
         return summary
 
     say(ranks.run_on_rank_zero(conclude))
@@ -177,7 +177,7 @@ def _stop(folder: RunFolder, job: loop.Job) -> None:
     if job.log is not None:
         folder.stopped(job.requests.reason(), job.total_steps, where)
         job.requests.obeyed()
-        job.log.feeds.finish()
+        job.log.loggers.finish()
     say(f"stopped on request {where}; start again to go on")
 
 

@@ -22,7 +22,7 @@ from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import AgreedUserError, UserError
 from prefopt_dist.monitoring import heartbeat
-from prefopt_dist.monitoring.console import rows_read, say
+from prefopt_dist.monitoring.console import row_reporter, say
 from prefopt_dist.objectives import Objective
 from prefopt_dist.setup import checks
 from prefopt_dist.setup.checks import eval_sets
@@ -229,7 +229,7 @@ def all_findings(
 
 def _tokenising(key: str) -> Callable[[int, int | None], None]:
     """Tells a person and the watchdog how far it is."""
-    tell = rows_read(f"{key}: tokenising")
+    tell = row_reporter(f"{key}: tokenising")
 
     def progress(rows: int, total: int | None) -> None:
         heartbeat.beat(f"tokenising {key}, {rows} rows")

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from prefopt_dist.checkpoint.run_folder import RunFolder
+from prefopt_dist import shipped
 from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
@@ -23,14 +24,13 @@ from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.cost import adapter_parameters, layer_parameters
 from prefopt_dist.model.folder import ModelFolder, inspect_folder, resolve
 from prefopt_dist.model.load import load_tokenizer
-from prefopt_dist.monitoring.console import in_units, say
+from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.setup import checks
 from prefopt_dist.setup.checks import eval_sets
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-REPOSITORY = Path(__file__).parents[2]
 FILE_ENDINGS = (".jsonl", ".json", ".gz", ".zst", ".csv", ".parquet")
 """A data path that ends so is a file; a hub name may have dots too."""
 
@@ -78,8 +78,8 @@ def zero_settings(path: str, key: str) -> dict[str, Any]:
     One of deepspeed_configs/ that the working folder has not is the repository's, or a run in another folder
     would have to name what it takes by default.
     """
-    own = REPOSITORY / path
-    if not os.path.exists(path) and own.parent == REPOSITORY / "deepspeed_configs" and own.exists():
+    own = shipped.ROOT / path
+    if not os.path.exists(path) and own.parent == shipped.ROOT / "deepspeed_configs" and own.exists():
         path = str(own)
     settings = load_deepspeed_json(path, key)
     zero = settings.get("zero_optimization", {})
@@ -136,7 +136,7 @@ def load_models(config: Config) -> Models:
 def _described(model: ModelFolder) -> str:
     size = sum(file.stat().st_size for file in model.weight_files)
     files = "1 file" if len(model.weight_files) == 1 else f"{len(model.weight_files)} files"
-    return f"{model.path} ({model.config.model_type}, {files} of {in_units(size)})"
+    return f"{model.path} ({model.config.model_type}, {files} of {format_bytes(size)})"
 
 
 def with_model_buckets(

@@ -13,7 +13,7 @@ from prefopt_dist.checkpoint.manifest import Manifest
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.errors import AgreedUserError, UserError, shortened
+from prefopt_dist.errors import AgreedUserError, UserError, shorten
 from prefopt_dist.model.fingerprint import FileState, cached_digest, reference_key, refuse_if_changed
 from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.monitoring import heartbeat
@@ -119,8 +119,8 @@ def _refuse_other_folders(model: ModelFolder, dtype: torch.dtype, digests: list[
     if places:
         where = ", ".join(f"{host} (rank {rank})" for host, rank in places.items())
         raise AgreedUserError(
-            f"{model.key}: {model.path} on {shortened(where)} is not the folder that {first} (rank 0) has: other "
-            f"content in {shortened(', '.join(sorted(names)))}. Scores are stored under the weights' digest, so all "
+            f"{model.key}: {model.path} on {shorten(where)} is not the folder that {first} (rank 0) has: other "
+            f"content in {shorten(', '.join(sorted(names)))}. Scores are stored under the weights' digest, so all "
             f"nodes must have the same: copy {first}'s folder to the others, or give one on a disk that all share."
         )
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from prefopt_dist.data.dataset import TokenisedRows
 from prefopt_dist.data.row_counts import EXAMPLES_PER_KIND
 
-FEW = 10_000
+FEW_ROWS = 10_000
 """Rows below which a preference data set counts as small."""
 LONGER_CHOSEN = (0.4, 0.6)
 """Shares of the pairs of different length in which the longer response is chosen that are taken for harmless."""
@@ -66,7 +66,7 @@ def set_findings(
     label_weights: KTO's of the labels true and false; left: [n] the rows that are not dropped, which alone count.
     """
     n = int(np.count_nonzero(left))
-    yield _whole("few_rows", n < FEW, f"{n:,} rows, fewer than {FEW:,}")
+    yield _whole("few_rows", n < FEW_ROWS, f"{n:,} rows, fewer than {FEW_ROWS:,}")
     if rows.kind == "pair":
         longer = longer_chosen(rows, left)
         yield _whole("length_bias", longer.biased, longer.text())

@@ -99,7 +99,7 @@ ADVICE: dict[str, tuple[str, str]] = {
 }
 """By kind: what it means, what to do."""
 
-MOST_TOLD = 5
+MAX_REPORTED_KINDS = 5
 """Kinds of findings that one message names."""
 
 
@@ -107,8 +107,8 @@ def refuse_stops(found: Sequence[DataFinding], policies: Mapping[str, str], key:
     """Raises UserError where a finding's policy is stop; policies: by the keys of the section inspect."""
     stops = [finding for finding in found if finding.count and policies[finding.policy] == "stop"]
     if stops:
-        more = [f"and {len(stops) - MOST_TOLD} further kinds"] if len(stops) > MOST_TOLD else []
-        raise UserError("\n  ".join([*(_refusal(finding, key) for finding in stops[:MOST_TOLD]), *more]))
+        more = [f"and {len(stops) - MAX_REPORTED_KINDS} further kinds"] if len(stops) > MAX_REPORTED_KINDS else []
+        raise UserError("\n  ".join([*(_refusal(finding, key) for finding in stops[:MAX_REPORTED_KINDS]), *more]))
 
 
 def rows_to_drop(found: Sequence[DataFinding], policies: Mapping[str, str]) -> list[DroppedRows]:

@@ -19,7 +19,7 @@ BAD_ROWS = "data.on_bad_row"
 
 
 @dataclass(frozen=True)
-class Told:
+class ReportedFinding:
     """A finding as it is told."""
 
     name: str
@@ -44,7 +44,7 @@ class SetReport:
     key: str
     """data.train, data.eval or data.eval.NAME"""
     counts: DataReport
-    told: Sequence[Told]
+    told: Sequence[ReportedFinding]
     """Rows that cannot be used, then all that was looked for, also what was not found"""
     lengths: Lengths
     longer: LongerChosen | None
@@ -63,7 +63,7 @@ class SetReport:
     ) -> SetReport:
         """policies: by the keys of the section inspect; None for an evaluation set."""
         bad = [
-            Told(
+            ReportedFinding(
                 kind,
                 count,
                 BAD_ROWS,
@@ -74,7 +74,7 @@ class SetReport:
             for kind, count in rows.report.dropped.items()
         ]
         others = [
-            Told(
+            ReportedFinding(
                 f.name,
                 f.count,
                 None if policies is None else f"inspect.{f.policy}",
@@ -159,7 +159,7 @@ class SetReport:
         return f"good{dropped}"
 
 
-def _finding_lines(told: Told) -> Iterator[str]:
+def _finding_lines(told: ReportedFinding) -> Iterator[str]:
     meaning, remedy = ADVICE[told.name]
     policy = told.policy if told.policy_key is None else f"{told.policy_key}={told.policy}"
     count = "" if told.whole else f"{told.count:,} "

@@ -18,7 +18,7 @@ OPENS, CLOSES = "⟦", "⟧"
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownRow:
     """One row, ready to be shown; its fields are those of inspect.file."""
 
     set: str
@@ -43,16 +43,16 @@ class Shown:
         return asdict(self)
 
 
-def show_rows(key: str, rows: TokenisedRows, tokenizer: PreTrainedTokenizerBase, number: int) -> list[Shown]:
+def show_rows(key: str, rows: TokenisedRows, tokenizer: PreTrainedTokenizerBase, number: int) -> list[ShownRow]:
     """The first `number` rows of the set."""
     return [_shown(key, rows, tokenizer, i) for i in range(min(number, rows.n))]
 
 
-def _shown(key: str, rows: TokenisedRows, tokenizer: PreTrainedTokenizerBase, i: int) -> Shown:
+def _shown(key: str, rows: TokenisedRows, tokenizer: PreTrainedTokenizerBase, i: int) -> ShownRow:
     prompt = rows.prompt(i).tolist()
     responses = [rows.response(i, k).tolist() for k in range(rows.responses)]
     parts = ("prompt", *(f"response_{k}" for k in range(rows.responses)))
-    return Shown(
+    return ShownRow(
         set=key,
         origin=rows.origin(i),
         prompt_ids=prompt,
@@ -71,7 +71,7 @@ def _learnt(rows: TokenisedRows, i: int, k: int) -> list[bool]:
     return learnt
 
 
-def shown_text(shown: Shown, kind: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def row_text(shown: ShownRow, kind: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The row for a terminal; kind: of the data set."""
     lines = [f"{shown.set} {shown.origin}, as the model sees it; between {OPENS} and {CLOSES} stands what is learnt"]
     lines.append(f"  prompt ({len(shown.prompt_ids)} tokens): {_told(shown.prompt_text)}")
