@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from prefopt_dist import files
+from prefopt_dist import files, shipped
 from prefopt_dist.config import Config, load_config, mask_secrets, to_yaml
 from prefopt_dist.errors import AgreedUserError, UserError
 from prefopt_dist.monitoring.console import print_rank_fault
@@ -26,6 +26,10 @@ STAGES = {
     "report": "write a page with the curves and findings of a run, from its folder alone",
     "export": "write a checkpoint as a Hugging Face folder and verify it by loading it back",
 }
+SCRIPTS = {
+    "launch": "run a stage on all GPUs of this machine, or on N CPU ranks: prefopt launch [-n N] STAGE RUN.yaml ...",
+    "submit": "submit a run to Slurm: prefopt submit RUN.yaml ... (prefopt submit --help)",
+}
 SINGLE_PROCESS_STAGES = ("inspect", "plan", "report")
 """Stages that run in one process without a process group, load no weights and lock no run folder."""
 USER_MISTAKE = 2
@@ -38,9 +42,9 @@ def main(arguments: Sequence[str]) -> int:
     A crash raises its exception.
     """
     parser = argparse.ArgumentParser(
-        prog="prefopt_dist",
+        prog="prefopt",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="stages:\n" + "\n".join(f"  {name:10} {purpose}" for name, purpose in STAGES.items()),
+        epilog="stages:\n" + "\n".join(f"  {name:10} {purpose}" for name, purpose in (STAGES | SCRIPTS).items()),
     )
     parser.add_argument("stage", choices=STAGES, metavar="STAGE")
     parser.add_argument("run", metavar="RUN.yaml")
@@ -145,7 +149,9 @@ def _write_status(status: int, message: str) -> None:
 
 
 def run() -> NoReturn:
-    """Run the stage that the command line names and exit with its status."""
+    """Run the stage or script that the command line names and exit with its status."""
     arguments = sys.argv[1:]
+    if arguments and arguments[0] in shipped.SCRIPTS:
+        shipped.run_script(arguments[0], arguments[1:])
     sys.argv[1:] = [mask_secrets(argument) for argument in arguments]  # W&B records the command line
     _exit(main(arguments))

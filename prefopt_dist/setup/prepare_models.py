@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist import shipped
+from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
