@@ -76,7 +76,7 @@ def _copy(source: Path, target: Path) -> None:
 def test_a_missing_model_folder(door: Door) -> None:
     where = door.path("nowhere")
     for key in ("model.name_or_path", "reference.name_or_path", "model.tokenizer"):
-        door.fails([key, where, "is no folder", "Give a Hugging Face model folder"], f"{key}={where}", early=True)
+        door.fails([key, where, "is not a folder", "Give a Hugging Face model folder"], f"{key}={where}", early=True)
 
 
 HALF: list[tuple[str, Callable[[Path], object], list[str]]] = [
@@ -469,7 +469,7 @@ def test_stages_that_need_a_run(door: Door) -> None:
 def test_evaluate_finds_its_mistakes_before_the_first_pass(door: Door, begun: Path) -> None:
     data = f"data.eval={door.path('pairs.jsonl')}"
     door.fails(["run.dir: ", str(begun), "has no committed checkpoint", "Train first"], data, stage="evaluate")
-    words = ["evaluate.model: ", "./nowhere", "is no folder", "Give a Hugging Face model folder"]
+    words = ["evaluate.model: ", "./nowhere", "is not a folder", "Give a Hugging Face model folder"]
     door.fails(words, data, "evaluate.model=./nowhere", stage="evaluate")
     door.fails(["data.eval: not set", "Name a data set"], stage="evaluate")
 

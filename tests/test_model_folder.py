@@ -158,7 +158,7 @@ def test_a_config_that_is_none(folder: Path, text: str) -> None:
         ("qwen3_next", "state along the row"),
         ("recurrent_gemma", "state along the row"),
         ("rwkv", "state along the row"),
-        ("gemma3", "takes images too. Save its language model alone (Gemma3ForCausalLM, model_type gemma3_text)"),
+        ("gemma3", "takes images too; save its language model alone (Gemma3ForCausalLM, model_type gemma3_text)"),
         ("llava", "takes images too"),
     ],
 )
@@ -363,12 +363,12 @@ def test_resolve_of_a_folder_is_the_folder(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["./absent", "/absent/model", "~/absent", "a/b/c"])
 def test_resolve_of_what_is_no_hub_name(name: str) -> None:
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         resolve(name, KEY)
 
 
 def test_resolve_of_a_file(folder: Path) -> None:
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         resolve(str(folder / "config.json"), KEY)
 
 

@@ -1,1 +1,1 @@
-"""The policy and the reference: loading, shared-prefix attention, the log-prob head, the scoring module."""
+"""The models: loading, attention with shared prompts, the output head that computes log-probs, and the scorer."""

@@ -1,4 +1,4 @@
-"""How many layers are computed again in the backward pass: as few as the device's memory asks for."""
+"""Activation checkpointing: recompute as few layers in the backward pass as the device's memory allows."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import AgreedUserError
 from prefopt_dist.model.cost import ActivationMemory
-from prefopt_dist.monitoring.console import in_units
+from prefopt_dist.monitoring.console import format_bytes
 
 RESERVED_SHARE = 0.1
-"""Of the device's memory: fragments of the allocator, libraries' own workspace."""
+"""Share of the device's memory left for the allocator's fragments and the workspace of libraries."""
 
 
 @dataclass(frozen=True)
 class ActivationCheckpointing:
-    """The decision, and what it rests on; bytes of one rank."""
+    """The decision and the numbers that it rests on, in bytes of one rank."""
 
     checkpointed: int
-    """Layers computed again, from the first"""
+    """Number of layers that are recomputed in the backward pass, counted from the first layer."""
     layers: int
     activations: int
-    """Estimated peak of a full micro-batch"""
+    """Estimated peak of a full micro-batch."""
     available: int
-    """Free for it on the rank that has least"""
+    """Bytes free for activations on the rank that has least."""
 
     def as_run_json(self) -> dict[str, int]:
-        """What run.json says of it."""
+        """Return the entry of run.json."""
         return {
             "checkpointed_layers": self.checkpointed,
             "activation_bytes_estimated": self.activations,
@@ -43,33 +43,40 @@ class ActivationCheckpointing:
         }
 
     def text(self) -> str:
-        """A line for people."""
+        """Return a line for the log."""
         return (
-            f"activations: {self.checkpointed} of {self.layers} layers computed again; "
-            f"about {in_units(self.activations)} for a full micro-batch, {in_units(self.available)} free"
+            f"activation checkpointing: the backward pass recomputes {self.checkpointed} of {self.layers} layers; "
+            f"a full micro-batch needs about {format_bytes(self.activations)}, {format_bytes(self.available)} are free"
         )
 
 
 def choose(
     memory: ActivationMemory, *, wish: Literal["auto", "none", "all"], tokens: int, available: int
 ) -> ActivationCheckpointing:
-    """All ranks, with the engine in place: the same choice on each.
+    """Choose how many layers are recomputed, the same number on every rank (all ranks call it).
 
-    tokens: of the largest micro-batch; available: bytes free on this rank.
+    Args:
+        memory: bytes of activations of this model.
+        wish: train.activation_checkpointing.
+        tokens: tokens of the largest micro-batch.
+        available: bytes free on this rank once the engine exists (see `available_bytes`).
+
+    Raises:
+        AgreedUserError: a full micro-batch does not fit even with every layer recomputed.
     """
     least = min(ranks.all_gather(available))
-    fitting = {"none": 0, "all": memory.layers, "auto": memory.fewest_checkpointed(tokens, least)}[wish]
-    if fitting is None:
+    checkpointed = {"none": 0, "all": memory.layers, "auto": memory.fewest_checkpointed(tokens, least)}[wish]
+    if checkpointed is None:
         raise AgreedUserError(
-            f"train.micro_batch_tokens: {tokens} tokens need about {in_units(memory.bytes(tokens, memory.layers))} "
-            f"with every layer computed again, and {in_units(least)} are free; lower it to at most "
+            f"train.micro_batch_tokens: {tokens} tokens need about {format_bytes(memory.bytes(tokens, memory.layers))} "
+            f"with every layer recomputed, and {format_bytes(least)} are free. Lower it to at most "
             f"{memory.most_tokens(least)}, use more ranks, or set offload_optimizer in deepspeed.policy."
         )
-    return ActivationCheckpointing(fitting, memory.layers, memory.bytes(tokens, fitting), least)
+    return ActivationCheckpointing(checkpointed, memory.layers, memory.bytes(tokens, checkpointed), least)
 
 
 def apply(lm: PreTrainedModel, checkpointed: int) -> None:
-    """The first `checkpointed` decoder layers are computed again in the backward pass, the others are kept."""
+    """Let the backward pass recompute the first `checkpointed` decoder layers; the others keep their activations."""
     if not checkpointed:
         return
     lm.activation_checkpointing_enable({"use_reentrant": False})
@@ -79,46 +86,48 @@ def apply(lm: PreTrainedModel, checkpointed: int) -> None:
 
 
 def available_bytes(lm: PreTrainedModel, zero: Mapping[str, Any]) -> int:
-    """What this rank has for activations once parameters, gradients and optimizer have their place.
+    """Return the bytes that this rank has for activations, after parameters, gradients and optimizer states.
 
-    To be called with the engine in place and before the first update or the load of a checkpoint.
+    Call it once the engine exists, and before the first update and before a checkpoint is loaded.
 
-    zero: the engine's zero_optimization settings, for the parameters that it gathers and its buckets.
+    Args:
+        lm: the model under the engine.
+        zero: the engine's zero_optimization settings, which bound the gathered parameters and the buckets.
     """
     parameters = [_elements(p) for p in lm.parameters()]
     size = next(lm.parameters()).element_size()
-    together = max(sum(map(_elements, m.parameters(recurse=False))) for m in lm.modules())
-    gathered = min(sum(parameters), max(together, int(zero.get("stage3_max_live_parameters", 1e9))))
+    largest_module = max(sum(map(_elements, m.parameters(recurse=False))) for m in lm.modules())
+    gathered = min(sum(parameters), max(largest_module, int(zero.get("stage3_max_live_parameters", 1e9))))
     buckets = int(zero.get("reduce_bucket_size", 5e8)) + int(zero.get("stage3_prefetch_bucket_size", 5e7))
-    coming = size * (gathered + min(2 * sum(parameters), buckets))
-    # The head's gradient: float32 until it is rounded once, and one block's product or the rounded whole beside it.
-    # Or experts' gradient, which stands whole before it is divided. What is frozen has none.
+    reserved = size * (gathered + min(2 * sum(parameters), buckets))
+    # The head's gradient is float32 until it is rounded once, with one block's product or the rounded gradient beside
+    # it. The gradient of experts is whole before it is partitioned. Frozen parameters have no gradient.
     trained = [p for p in lm.parameters() if p.requires_grad]
     head = lm.get_output_embeddings().weight
-    coming += max((4 + size) * _elements(head) * head.requires_grad, size * max(map(_elements, trained)))
-    # Adam's two moments come with the first update, or with a checkpoint: both are still to come.
+    reserved += max((4 + size) * _elements(head) * head.requires_grad, size * max(map(_elements, trained)))
+    # Adam's two moments are allocated by the first update or by the load of a checkpoint, which are still to come.
     offloaded = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
     if not (offloaded and torch.cuda.is_available()):
         held = (p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in trained)
-        coming += 8 * sum(held)
-    return int(max(0.0, (1 - RESERVED_SHARE) * free_bytes() - coming))
+        reserved += 8 * sum(held)
+    return int(max(0.0, (1 - RESERVED_SHARE) * free_bytes() - reserved))
 
 
 def _elements(parameter: nn.Parameter) -> int:
-    """Of the whole, of which this rank may hold a part."""
+    """Return the elements of the whole parameter, of which this rank may hold a part only."""
     return int(parameter.ds_numel) if hasattr(parameter, "ds_numel") else parameter.numel()
 
 
 def free_bytes() -> int:
-    """What this rank may still take: of its GPU, or its share of the machine's free memory."""
+    """Return the bytes that this rank may still allocate: on its GPU, or its share of the machine's free memory."""
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what the allocator holds without need would look taken
+        torch.cuda.empty_cache()  # else memory that the allocator caches would count as used
         return int(torch.cuda.mem_get_info()[0])
     return host_bytes()
 
 
 def host_bytes() -> int:
-    """Return this rank's share of what the machine's memory, or its control group, still has."""
+    """Return this rank's share of the bytes that are free in the machine, or in its control group."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     (free,) = (
         1024 * int(line.split()[1])
@@ -130,7 +139,7 @@ def host_bytes() -> int:
 
 
 def _group_limit() -> int | None:
-    """What the control group of a container still allows; None where it sets no limit."""
+    """Return the bytes that the control group of a container still allows; None where it sets no limit."""
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text().strip()
@@ -138,6 +147,6 @@ def _group_limit() -> int | None:
         counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except OSError:
         return None
-    # Pages of files count as used and are given up for the asking.
+    # Cached pages of files count as used, but the system frees them on demand.
     used -= int(counts["inactive_file"]) + int(counts["active_file"])
     return None if limit == "max" else max(0, int(limit) - used)

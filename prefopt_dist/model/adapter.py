@@ -1,10 +1,10 @@
 """LoRA by peft: small trained matrices beside frozen linear layers (Hu et al. 2021, arXiv:2106.09685).
 
-y = W x + s · B A x,   A [r, in] random, B [out, r] zero at the start, so the start is the base model to the bit;
-s = α/r, or α/√r (rank-stabilised, Kalajdzievski 2023, arXiv:2312.03732).
+y = W x + s · B A x. A [r, in] is random and B [out, r] is zero at the start, so that the start equals the base model
+bit for bit. s = α/r, or α/√r (rank-stabilised, Kalajdzievski 2023, arXiv:2312.03732).
 
-The layers are exchanged in place: the language model stays what it is, with its output head, and its own
-parameters keep their values; their names get a `base_layer.` in them.
+The layers are replaced in place: the language model object and its output head stay the same, and its own
+parameters keep their values; `base_layer.` is inserted into their names.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.packages import import_optional
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-"""peft's names."""
+"""File names of peft."""
 _IN_FILES = "base_model.model."
-"""What peft puts before a parameter's name in its files."""
+"""Prefix of a parameter's name in peft's files."""
 _NAME = "default"
-"""Of the adapter in the model, by peft's custom; not in its files."""
+"""Name of the adapter in the model, peft's default; it is left out in peft's files."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Which layers get an adapter, and of what kind."""
+    """The layers that get an adapter, and its settings."""
 
     rank: int
     alpha: int
     rslora: bool
     modules: tuple[str, ...]
-    """Names of linear layers, the same in every decoder layer"""
+    """Names of linear layers, the same in every decoder layer."""
     base: str
-    """The base model as the saved adapter names it: a hub name or a folder"""
+    """The base model as the saved adapter names it: a hub name or a folder."""
 
 
 def linear_layers(lm: PreTrainedModel) -> dict[str, int]:
-    """The linear layers of the decoder by their last name, with the smaller of their two sides; the head is none."""
+    """Return the smaller side of each linear layer of the decoder, by the last part of its name; without the head."""
     return {
         name.rpartition(".")[2]: min(module.weight.shape)
         for name, module in lm.base_model.named_modules()
@@ -54,15 +54,15 @@ def linear_layers(lm: PreTrainedModel) -> dict[str, int]:
 
 
 def attach(lm: PreTrainedModel, adapter: Adapter) -> None:
-    """Adapters with random A and B = 0, which alone are trained from now on.
+    """Add adapters with random A and B = 0; from now on they alone are trained.
 
-    They are drawn by torch's global generator, whole on every rank, in the dtype of the layers that they stand beside.
+    A is drawn by torch's global generator, whole on every rank, in the dtype of the layer.
     """
     _peft().inject_adapter_in_model(_settings(adapter), lm)
 
 
 def attach_saved(lm: PreTrainedModel, folder: Path) -> None:
-    """The adapters of a saved folder, their values included."""
+    """Add the adapters of a saved folder, with their values."""
     peft = _peft()
     peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(folder), lm)
     saved = {_in_model(name): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
@@ -70,7 +70,7 @@ def attach_saved(lm: PreTrainedModel, folder: Path) -> None:
 
 
 def save(folder: Path, adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
-    """An adapter folder that peft loads; weights: by the names that they have in the language model."""
+    """Write an adapter folder that peft loads; `weights` has the names that they have in the language model."""
     folder.mkdir(parents=True)
     save_file({_in_file(name): t for name, t in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
     settings = _settings(adapter)
@@ -79,25 +79,33 @@ def save(folder: Path, adapter: Adapter, weights: Mapping[str, torch.Tensor]) ->
 
 
 def load_with_peft(lm: PreTrainedModel, folder: Path) -> None:
-    """As a user would: peft puts the saved adapters into the base model."""
+    """Load the saved adapters into the base model by peft, as a user would."""
     _peft().PeftModel.from_pretrained(lm, folder)
 
 
 def merged_weights(base: ModelFolder, adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """float32 W + s · B A of every layer that has an adapter, and all other weights, by the base model's names."""
+    """Return float32 W + s · B A of every layer with an adapter, and all other weights, by the base model's names.
+
+    Args:
+        base: the base model.
+        adapter: the adapters' settings.
+        weights: the adapters' weights, by their names in the language model.
+    """
     lm = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
     tuner = _peft().LoraModel(lm, _settings(adapter), _NAME)
     _fill(lm, weights)
-    whole: dict[str, torch.Tensor] = tuner.merge_and_unload().state_dict()
-    return whole
+    merged: dict[str, torch.Tensor] = tuner.merge_and_unload().state_dict()
+    return merged
 
 
 def _fill(lm: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    # Not strict: the base model's own are not among them.
+    # Not strict, because the base model's own weights are not among them.
     result = lm.load_state_dict(dict(weights), strict=False)
     lacking = [name for name in result.missing_keys if ".lora_" in name]
     if lacking or result.unexpected_keys:
-        raise RuntimeError(f"the adapter's weights are not this model's: {(lacking + result.unexpected_keys)[:4]}")
+        raise RuntimeError(
+            f"the adapter's weights do not belong to this model: {(lacking + result.unexpected_keys)[:4]}"
+        )
 
 
 def _in_file(name: str) -> str:
@@ -122,7 +130,7 @@ def _settings(adapter: Adapter) -> Any:
 
 
 def _peft() -> Any:
-    """Imported where it is needed: it takes seconds, and most runs have no adapters."""
-    # peft asks the model by a name that transformers is about to change.
+    """Import peft, which takes seconds and which most runs do not need."""
+    # peft uses a name of the model's that transformers is about to change.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     return import_optional("peft", "lora", "a run with adapters", "remove the section lora")

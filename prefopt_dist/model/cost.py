@@ -1,4 +1,4 @@
-"""Count the operations of a forward pass, and the memory of activations that a training step keeps."""
+"""The operations of a forward pass, and the memory of the activations that a training step keeps."""
 
 from __future__ import annotations
 
@@ -17,32 +17,37 @@ from prefopt_dist.model.head import MAX_LOGITS_PER_BLOCK
 
 
 def layer_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of one decoder layer."""
+    """Count the parameters of one decoder layer."""
     one, two = (meta_model(config, layers, torch.bfloat16) for layers in (1, 2))
     layer: int = sum(p.numel() for p in two.parameters()) - sum(p.numel() for p in one.parameters())
     return layer
 
 
 def active_parameters(config: PreTrainedConfig) -> float:
-    """Of one decoder layer's parameters those that a token meets: of E experts k."""
+    """Count the parameters of one decoder layer that a token uses: k of E experts."""
 
-    def met(layers: int) -> float:
-        each = meta_model(config, layers, torch.bfloat16).parameters()
+    def used(layers: int) -> float:
+        parameters = meta_model(config, layers, torch.bfloat16).parameters()
         # All experts' matrices are one tensor [E, out, in]; nothing else has three dimensions.
-        found: float = sum(p.numel() * (config.num_experts_per_tok / p.shape[0] if p.dim() == 3 else 1) for p in each)
+        found: float = sum(
+            p.numel() * (config.num_experts_per_tok / p.shape[0] if p.dim() == 3 else 1) for p in parameters
+        )
         return found
 
-    return met(2) - met(1)
+    return used(2) - used(1)
 
 
 def adapter_parameters(config: PreTrainedConfig, adapter: Adapter) -> int:
-    """Parameters of the adapters of one decoder layer."""
+    """Count the parameters of the adapters of one decoder layer."""
     one = meta_model(config, 1, torch.bfloat16, adapter)
     return sum(p.numel() for p in one.parameters() if p.requires_grad)
 
 
 def forward_cost(config: PreTrainedConfig) -> Cost:
-    """FLOP of a packed row: 2 a token and parameter that it meets, attention, and the head. Backward is twice that."""
+    """Return the FLOP of a packed row's forward pass; the backward pass needs twice as many.
+
+    They are 2 for each token and parameter that it uses, and those of attention and of the output head.
+    """
     of_layer = active_parameters(config)
     numbers = config.to_dict()
     heads = numbers["num_attention_heads"]
@@ -56,46 +61,46 @@ def forward_cost(config: PreTrainedConfig) -> Cost:
 
 _NAME = "prefopt_counted"
 _TOKENS = 64
-"""Of the counted forward pass; any number does, as everything is linear in it."""
+"""Tokens of the counted forward pass; any number does, since all activations are linear in it."""
 
 
 @dataclass(frozen=True)
 class ActivationMemory:
-    """Bytes that a forward pass keeps, on one rank."""
+    """Bytes of activations that a forward pass keeps for the backward pass, on one rank."""
 
     layers: int
     per_token_layer: float
-    """Bytes a token and layer without checkpointing"""
+    """Bytes for each token and layer without checkpointing."""
     per_token_checkpoint: float
-    """Bytes a token and layer with it: the layer's input"""
+    """Bytes for each token and layer with checkpointing: the layer's input."""
     per_token_ends: float
-    """Bytes a token outside the layers: embedding, final norm, the head's input and its gradient"""
+    """Bytes for each token outside the layers: embedding, final norm, the head's input and its gradient."""
     vocabulary: int
     per_logit: int
-    """Bytes of a logit in the head's block: itself, which becomes its gradient; a copy in the model's dtype; the slope
-    of a cap"""
+    """Bytes of a logit in the head's block: the logit, which becomes its gradient; a copy in the model's dtype; the
+    derivative of a cap."""
 
     def bytes(self, tokens: int, checkpointed: int) -> int:
-        """Peak of a micro-batch of `tokens` with `checkpointed` layers computed again in the backward pass."""
+        """Return the peak of a micro-batch of `tokens` with `checkpointed` layers recomputed in the backward pass."""
         kept = (self.layers - checkpointed) * self.per_token_layer + checkpointed * self.per_token_checkpoint
-        # One layer at a time is computed again, whole, and has gradients of its own size in flight.
-        again = self.per_token_layer if checkpointed else 0.0
-        return int(tokens * (kept + again + self.per_token_ends)) + self.block(tokens)
+        # One layer at a time is recomputed, all of it, and gradients of its own size are in memory then.
+        recomputed = self.per_token_layer if checkpointed else 0.0
+        return int(tokens * (kept + recomputed + self.per_token_ends)) + self.block(tokens)
 
     def block(self, tokens: int) -> int:
-        """Of the head's block of logits, which is bounded."""
+        """Return the bytes of the head's block of logits, whose size is bounded."""
         return self.per_logit * min(MAX_LOGITS_PER_BLOCK, tokens * self.vocabulary)
 
     def fewest_checkpointed(self, tokens: int, available: int) -> int | None:
-        """As few layers as fit into `available` bytes; None where not even all of them do."""
+        """Return the fewest recomputed layers that fit into `available` bytes; None where even all are not enough."""
         for checkpointed in range(self.layers + 1):
             if self.bytes(tokens, checkpointed) <= available:
                 return checkpointed
         return None
 
     def most_tokens(self, available: int) -> int:
-        """The largest micro-batch that fits with every layer checkpointed."""
-        low, high = 0, available  # a token takes a byte at least
+        """Return the tokens of the largest micro-batch that fits into `available` bytes with every layer recomputed."""
+        low, high = 0, available  # a token needs at least one byte
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.bytes(middle, self.layers) <= available else (low, middle - 1)
@@ -103,7 +108,7 @@ class ActivationMemory:
 
 
 def activation_memory(config: PreTrainedConfig, dtype: torch.dtype, adapter: Adapter | None = None) -> ActivationMemory:
-    """Counted on models of one and two layers of this configuration, with adapters where there are some."""
+    """Count the memory on models of one and of two layers of this configuration, with adapters if given."""
     one, two = (_kept(meta_model(config, layers, dtype, adapter)) for layers in (1, 2))
     size = torch.empty((), dtype=dtype).element_size()
     hidden = config.hidden_size * size
@@ -119,7 +124,7 @@ def activation_memory(config: PreTrainedConfig, dtype: torch.dtype, adapter: Ada
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what an attention without stored scores keeps: its operands, its result, a float32 a head and token."""
+    """An attention without stored scores: it keeps its operands, its result, and a float32 for each head and token."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -140,8 +145,10 @@ def _counted_attention(
 
 
 class _Product(torch.autograd.Function):
-    """Keeps what a product of rows with their experts' matrices keeps: the rows, where the matrices are trained.
-    torch's own is not there for every dtype without storage."""
+    """A product of rows with their experts' matrices: it keeps the rows where the matrices are trained.
+
+    torch's own product does not support every dtype on the meta device.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -155,7 +162,17 @@ class _Product(torch.autograd.Function):
 
 
 def _counted_experts(module: Any, hidden: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Each token with its k experts, in order of the experts; hidden [T, D], experts and weights [T, k]."""
+    """Compute each token with its k experts, in order of the experts.
+
+    Args:
+        module: the layer's experts.
+        hidden: [T, D].
+        experts: int64 [T, k], the experts of each token.
+        weights: [T, k], the experts' weights.
+
+    Returns:
+        [T, D].
+    """
     k = experts.shape[1]
     order = experts.flatten().argsort()
     inner = module._apply_gate(_Product.apply(hidden[order // k], module.gate_up_proj))  # type: ignore[no-untyped-call]
@@ -171,7 +188,7 @@ ExpertsInterface.register(_NAME, _counted_experts)
 def meta_model(
     config: PreTrainedConfig, layers: int, dtype: torch.dtype, adapter: Adapter | None = None
 ) -> PreTrainedModel:
-    """A model without storage of this configuration's first `layers` layers, with adapters where there are some."""
+    """Make a model of this configuration's first `layers` layers on the meta device, with adapters if given."""
     small = copy.deepcopy(config)
     small.num_hidden_layers = layers
     if small.to_dict().get("layer_types"):
@@ -182,19 +199,19 @@ def meta_model(
         model.config._experts_implementation = _NAME
         if adapter is not None:
             attach(model, adapter)
-            model.to(dtype)  # what has no storage does not follow its layer by itself
+            model.to(dtype)  # on the meta device adapters do not take their layer's dtype
     return model
 
 
 def _kept(model: PreTrainedModel) -> int:
-    """Bytes of the tensors that autograd keeps in a forward pass of `_TOKENS` tokens, weights not counted."""
-    # With frozen weights the first layer's input has no gradient, so that the layer keeps less than any other.
+    """Count the bytes that autograd keeps in a forward pass of `_TOKENS` tokens, without the weights."""
+    # With frozen weights the first layer's input would have no gradient, and the layer would keep less than the others.
     model.get_input_embeddings().requires_grad_(True)
     with torch.device("meta"):
         ids = torch.zeros(1, _TOKENS, dtype=torch.int64)
         positions = torch.arange(_TOKENS)[None]
     own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, or a new storage could get the number of one that is gone
+    kept: dict[int, torch.UntypedStorage] = {}  # held, because a new storage could get the number of a freed one
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

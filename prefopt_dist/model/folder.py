@@ -1,4 +1,4 @@
-"""Inspect a model folder: configuration, family, weight files, the names and shapes of tensors."""
+"""Checks of a model folder: configuration, family, weight files, names and shapes of tensors."""
 
 import json
 import os
@@ -32,16 +32,16 @@ FAMILIES = (
     "qwen3_moe",
     "olmoe",
 )
-"""`model_type`s whose packed log-probs are tested against the plain model's."""
+"""The `model_type`s whose log-probs in packed rows are tested against those of the plain model."""
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-"""Layers that a packed row can be computed with; any other carries state along the row or attends otherwise."""
+"""Types of layers that can compute a packed row; any other carries state along the row or attends differently."""
 
 RECURRENT = ("mamba", "ssm", "conv_kernel", "conv_l_cache", "state_size", "linear_attention", "lru_", "rwkv", "xlstm")
-"""Parts of a model_type, a field or a layer type by which a family with state along the row is known."""
+"""Parts of a model_type, of a field or of a layer type that show that a family carries state along the row."""
 
 ROPE_TYPES = ("default", "linear", "llama3")
-"""Rotary scalings that look at a token's own position only, never at the longest sequence of the row."""
+"""Rotary scalings that depend on a token's own position only, never on the longest sequence of the row."""
 
 EMBEDDING = "model.embed_tokens.weight"
 """The input embedding's name in all of these families."""
@@ -54,21 +54,27 @@ class ModelFolder:
     path: Path
     config: PreTrainedConfig
     weight_files: tuple[Path, ...]
-    """Sorted by name."""
+    """The safetensors files, sorted by name."""
     key: str
-    """The dotted key that named it, for messages"""
+    """The configuration key that named the folder, for messages."""
 
 
 def resolve(name_or_path: str, key: str, *, weights: bool = True) -> Path:
-    """A local folder as it is, or the local snapshot of a hub model (downloaded where the network allows).
+    """Return a local folder as it is, or the local snapshot of a hub model, which is downloaded where necessary.
 
-    weights False: without the weight files, for a tokenizer or for the data alone.
+    Args:
+        name_or_path: a folder or a hub name.
+        key: the configuration key that names it, for messages.
+        weights: False to leave out the weight files, for a tokenizer or for the data alone.
+
+    Raises:
+        UserError: neither a folder nor a model that the hub gave.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
     if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-        raise UserError(f"{key}: {name_or_path!r} is no folder. Give a Hugging Face model folder or a hub name.")
+        raise UserError(f"{key}: {name_or_path!r} is not a folder. Give a Hugging Face model folder or a hub name.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
@@ -79,17 +85,24 @@ def resolve(name_or_path: str, key: str, *, weights: bool = True) -> Path:
         raise UserError(
             f"{key}: {name_or_path!r} is gated on the hub. Accept its licence there and set HF_TOKEN, or give a folder."
         ) from e
-    except Exception as e:  # the http library's own kinds too, which is another one in other versions of the hub's
+    except Exception as e:  # also those of the http library, which differs between versions of huggingface_hub
         raise UserError(
             f"{key}: {name_or_path!r} is neither a local folder nor a model that the hub gave "
-            f"({type(e).__name__}). Check the name and the network, or download it first and give the folder."
+            f"({type(e).__name__}). Check the name and the network, or download the model first and give its folder."
         ) from e
 
 
 def inspect_folder(path: Path, key: str, max_length: int | None = None) -> ModelFolder:
-    """Checks a model folder without loading weights: config, family, weight files and their parameter names.
+    """Check a model folder without loading weights: config, family, weight files and their parameter names.
 
-    max_length: tokens of the run's longest sequence, where it is known; a longrope model is taken only then.
+    Args:
+        path: the folder.
+        key: the configuration key that names it, for messages.
+        max_length: tokens of the run's longest sequence, or None where unknown; only where it is known a longrope
+            model is accepted.
+
+    Raises:
+        UserError: the folder is incomplete, damaged or of a model that is not supported.
     """
     config = read_config(path, key)
     check_config(config, path, key, max_length)
@@ -100,25 +113,25 @@ def inspect_folder(path: Path, key: str, max_length: int | None = None) -> Model
 
 
 def check_config(config: PreTrainedConfig, path: Path, key: str, max_length: int | None) -> None:
-    """What can be said of a model by its configuration alone; max_length as in `inspect_folder`."""
+    """Check a model by its configuration alone; `max_length` as in `inspect_folder`."""
     _check_family(config, path, key)
     _check_experts(config, path, key)
     _check_rope(config, path, key, max_length)
 
 
 def _check_family(config: PreTrainedConfig, path: Path, key: str) -> None:
-    """Refuses what a packed row would compute otherwise than the model alone, and what was not tried."""
+    """Refuse a family that computes other numbers in a packed row than alone, or that was not tested."""
     plain = config.to_dict()
-    # A family with recurrent or convolutional layers is told by its fields; its name may be new.
+    # The fields show whether a family has recurrent or convolutional layers; its name may be unknown.
     kinds = (plain.get("layer_types") or []) + (plain.get("block_types") or [])
-    said = " ".join([config.model_type, *plain, *map(str, kinds)]).lower()
+    described = " ".join([config.model_type, *plain, *map(str, kinds)]).lower()
     if config.model_type in FAMILIES:
         why = ""
     elif "vision_config" in plain:
-        why = "it takes images too. Save its language model alone" + (
+        why = "it takes images too; save its language model alone" + (
             " (Gemma3ForCausalLM, model_type gemma3_text)" if config.model_type == "gemma3" else ""
         )
-    elif any(field in said for field in RECURRENT):
+    elif any(field in described for field in RECURRENT):
         why = "its layers carry state along the row, so a sequence would see its neighbours in a packed row"
     else:
         why = "its numbers in a packed row have not been compared with the model's own"
@@ -131,28 +144,30 @@ def _check_family(config: PreTrainedConfig, path: Path, key: str) -> None:
     if other:
         raise UserError(f"{key}: layer_types of {path} has {', '.join(other)}; supported are {', '.join(LAYER_TYPES)}.")
     if plain.get("use_bidirectional_attention"):
-        raise UserError(f"{key}: use_bidirectional_attention of {path} is set: no causal language model.")
+        raise UserError(
+            f"{key}: {path} sets use_bidirectional_attention, so it is not a causal language model. Give a causal one."
+        )
 
 
 def _check_experts(config: PreTrainedConfig, path: Path, key: str) -> None:
-    """Memory and FLOP are counted on one layer and taken for all."""
+    """Refuse layers that differ, because memory and FLOP are counted on one layer and multiplied."""
     if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
         raise UserError(
-            f"{key}: some layers of {path} have experts and others none (mlp_only_layers, decoder_sparse_step), which "
-            "is not supported; every layer must have them."
+            f"{key}: some layers of {path} have experts and others have none (mlp_only_layers, decoder_sparse_step), "
+            "which is not supported. Give a model in which every layer has experts."
         )
 
 
 def _check_rope(config: PreTrainedConfig, path: Path, key: str, max_length: int | None) -> None:
-    """Refuses a rotary scaling by which a neighbour in a packed row would change a sequence's numbers."""
+    """Refuse a rotary scaling by which a neighbour in a packed row would change a sequence's numbers."""
     found = config.rope_parameters or {}
-    # Gemma 3 has one set of parameters for each type of layer.
+    # Gemma 3 has a set of parameters for each type of layer.
     by_layer = [p for p in found.values() if isinstance(p, dict)] or [found]
     for parameters in by_layer:
         rope = parameters.get("rope_type", "default")
         if rope == "longrope" and max_length is not None:
-            # The factors are chosen by the row's largest position. Positions begin anew with each sequence, so up
-            # to this length it is the short ones for every row, as for every sequence alone.
+            # The factors are chosen by the row's largest position. Positions restart with each sequence, so up to this
+            # length the short factors are chosen for every row, as for every sequence alone.
             original = parameters["original_max_position_embeddings"]
             if max_length > original:
                 raise UserError(
@@ -167,29 +182,29 @@ def _check_rope(config: PreTrainedConfig, path: Path, key: str, max_length: int 
 
 
 def read_config(path: Path, key: str) -> PreTrainedConfig:
-    """The config.json of a model folder."""
+    """Read the config.json of a model folder."""
     if (path / "adapter_config.json").is_file():
         raise UserError(
-            f"{key}: {path} holds adapters, not a whole model. Give a whole one: of a run with adapters, what the "
-            "stage export writes with export.merged=true."
+            f"{key}: {path} holds adapters, not a whole model. Give a whole model; for a run with adapters, the stage "
+            "export writes one with export.merged=true."
         )
     if not (path / "config.json").is_file():
         raise UserError(f"{key}: {path} has no config.json. Give a folder written by save_pretrained.")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
-    except Exception as e:  # transformers' own kinds derive from nothing in particular
+    except Exception as e:  # transformers' exceptions have no common class
         why = str(e).rstrip(".")
         raise UserError(f"{key}: {path / 'config.json'} cannot be read: {why}. Copy the folder again.") from e
     return config
 
 
 def read_generation_config(path: Path, key: str) -> GenerationConfig | None:
-    """The generation_config.json of a model folder; None where it has none."""
+    """Read the generation_config.json of a model folder; return None where there is none."""
     if not (path / "generation_config.json").is_file():
         return None
     try:
         found: GenerationConfig = GenerationConfig.from_pretrained(path)
-    except Exception as e:  # transformers' own kinds derive from nothing in particular
+    except Exception as e:  # transformers' exceptions have no common class
         why = str(e).strip().rstrip(".").splitlines()[0]
         raise UserError(
             f"{key}: {path / 'generation_config.json'} cannot be read: {why}. Copy it again, or remove it."
@@ -198,12 +213,12 @@ def read_generation_config(path: Path, key: str) -> GenerationConfig | None:
 
 
 def weight_files(path: Path, key: str) -> tuple[Path, ...]:
-    """The safetensors files of a folder, by name; all that its index names are there."""
+    """Return the safetensors files of a folder, sorted by name; all files that its index names must exist."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.is_file() and single.is_file():
         raise UserError(
-            f"{key}: {path} has both {single.name} and {index.name}, and one of them is left from another save. "
-            "Remove the one that does not belong there."
+            f"{key}: {path} has both {single.name} and {index.name}; one of them is left from an earlier save. "
+            "Remove the one that does not belong to the model."
         )
     if index.is_file():
         try:
@@ -223,7 +238,7 @@ def weight_files(path: Path, key: str) -> tuple[Path, ...]:
 
 
 def _header(file: Path, key: str) -> dict[str, Any]:
-    """The parameter names, shapes and dtypes of a safetensors file; checks that the file is whole."""
+    """Read the parameter names, shapes and dtypes of a safetensors file, and check that the file is complete."""
     size = file.stat().st_size
     if not os.access(file, os.R_OK):
         raise UserError(f"{key}: {file} cannot be read (its permissions forbid it). Make it readable.")
@@ -239,21 +254,23 @@ def _header(file: Path, key: str) -> dict[str, Any]:
         except (ValueError, KeyError, AttributeError, TypeError) as e:
             raise UserError(f"{key}: {file} has a damaged header ({type(e).__name__}). Copy it again.") from e
     if end != size:
-        raise UserError(f"{key}: {file} has {size} bytes, its header promises {end}. Copy it again.")
+        raise UserError(f"{key}: {file} has {size} bytes, but its header promises {end}. Copy it again.")
     return header
 
 
 def _check_names(folder: ModelFolder, key: str) -> None:
-    """Refuses weights that do not fill the model; from_pretrained says nothing about them under ZeRO-3."""
+    """Refuse weights that do not fill the model; under ZeRO-3 from_pretrained does not report them."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(folder.config)
-        inside = lm.state_dict()
-        expected = revert_weight_conversion(lm, dict(inside))  # the usual files' layout: experts stand alone in them
+        in_model = lm.state_dict()
+        expected = revert_weight_conversion(
+            lm, dict(in_model)
+        )  # layout of the usual files, in which each expert has its own tensors
     found: dict[str, list[int]] = {}
     for file in folder.weight_files:
         found |= {name: t["shape"] for name, t in _header(file, key).items()}
-    if any(name in found for name in inside.keys() - expected.keys()):
-        expected = inside  # saved as they are in the model, a layer's experts as one
+    if any(name in found for name in in_model.keys() - expected.keys()):
+        expected = in_model  # saved as in the model, with all experts of a layer in one tensor
     tied = {"lm_head.weight"} if folder.config.tie_word_embeddings else set()
     if tied and "lm_head.weight" in found and not _equal_tensors(folder, "lm_head.weight", EMBEDDING):
         raise UserError(
@@ -280,7 +297,7 @@ def _check_names(folder: ModelFolder, key: str) -> None:
 
 
 def _equal_tensors(folder: ModelFolder, first: str, second: str) -> bool:
-    """Whether two tensors of the weight files are equal, by their bytes."""
+    """Return whether two tensors of the weight files are equal; True where the second is missing."""
     found: dict[str, torch.Tensor] = {}
     for file in folder.weight_files:
         with safe_open(file, framework="pt") as tensors:

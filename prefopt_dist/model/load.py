@@ -1,4 +1,4 @@
-"""Load a model folder sharded, so that no rank holds the whole, or whole for sampling."""
+"""Loading of a model folder: sharded, so that no rank holds the whole model, or unsharded for sampling."""
 
 from __future__ import annotations
 
@@ -20,26 +20,29 @@ from prefopt_dist.model.folder import ModelFolder
 
 
 def load_tokenizer(path: Path, key: str) -> Any:
-    """The fast tokenizer of a model folder."""
+    """Load the fast tokenizer of a model folder; raise UserError under the configuration key `key`."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as e:  # the tokenizers library raises plain ones
+    except Exception as e:  # the tokenizers library raises plain Exceptions
         why = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(
             f"{key}: {path} holds no tokenizer that can be loaded ({why}). "
             "Set model.tokenizer to a folder or hub name with a tokenizer.json."
         ) from e
     if not tokenizer.is_fast:
-        raise UserError(f"{key}: the tokenizer in {path} is a slow one; a tokenizer.json is needed.")
+        raise UserError(f"{key}: the tokenizer in {path} is a slow one; a fast one is needed. Add its tokenizer.json.")
     return tokenizer
 
 
 def load_sharded(folder: ModelFolder, *, dtype: torch.dtype, settings: dict[str, Any]) -> PreTrainedModel:
-    """The model under ZeRO-3, each rank with its part of every parameter; dropout is 0 everywhere.
+    """Load the model under ZeRO-3: each rank has its part of every parameter, and every dropout is 0.
 
-    settings: the DeepSpeed configuration of the engine that will hold it; its `bf16` decides the shard's dtype.
+    Args:
+        folder: the model folder.
+        dtype: dtype of the weights.
+        settings: DeepSpeed configuration of the engine that will hold the model; its `bf16` decides the shards' dtype.
     """
-    # transformers sees this object through a weak reference: it must live until the model is there.
+    # transformers sees this object through a weak reference, so it must live until the model is loaded.
     zero3 = HfDeepSpeedConfig(settings)
     model = AutoModelForCausalLM.from_pretrained(
         folder.path, config=without_dropout(folder.config), dtype=dtype, attn_implementation=attention.NAME
@@ -50,7 +53,7 @@ def load_sharded(folder: ModelFolder, *, dtype: torch.dtype, settings: dict[str,
 
 
 def load_unsharded(folder: ModelFolder, *, dtype: torch.dtype) -> PreTrainedModel:
-    """The unsharded model on the CPU, with the same attention and no dropout."""
+    """Load the unsharded model on the CPU, in eval mode, with the same attention and no dropout."""
     model = AutoModelForCausalLM.from_pretrained(
         folder.path, config=without_dropout(folder.config), dtype=dtype, attn_implementation=attention.NAME
     )
@@ -59,9 +62,9 @@ def load_unsharded(folder: ModelFolder, *, dtype: torch.dtype) -> PreTrainedMode
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of the configuration in which nothing is random: reference and policy must be comparable.
+    """Return a copy of the configuration without randomness, so that reference and policy are comparable.
 
-    Every dropout probability is 0, and so is the noise of a router; router logits, which nobody reads, are not kept.
+    Every dropout probability is 0, and so is the noise of a router. Router logits are not kept, since they are unused.
     """
     plain = config.to_dict()
     zeroed = {k: 0.0 for k, v in plain.items() if ("dropout" in k or k.endswith("pdrop")) and isinstance(v, float)}

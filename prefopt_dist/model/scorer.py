@@ -1,7 +1,7 @@
-"""The one module under the engine: a micro-batch in, the loss and what the loss is made of out.
+"""The module that the engine wraps: it takes a micro-batch and returns the loss with its statistics.
 
-The output head is reached in here because only inside the wrapped module's forward does ZeRO-3 gather
-its weight with the right gradient.
+The output head is called inside this module, because only inside the wrapped module's forward pass does ZeRO-3
+gather the head's weight and form its gradient correctly.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from prefopt_dist.objectives.objective import Objective, Sequences, Terms
 
 @dataclass(frozen=True)
 class DecodingInputs:
-    """Sequences that are being sampled: what comes next in each of B lines."""
+    """B sequences that are being sampled, to compute the logits of the next token of each."""
 
     ids: torch.Tensor
-    """int64 [B, L] the tokens that the cache has not"""
+    """int64 [B, L]: the tokens that are not in the cache."""
     mask: torch.Tensor
-    """int64 [B, all] 1 where a line has a token"""
+    """int64 [B, length of the whole sequences]: 1 where a sequence has a token."""
     positions: torch.Tensor
-    """int64 [B, L]"""
+    """int64 [B, L]: positions of `ids` in their sequences."""
     cache: DynamicCache | None
 
 
 class Scorer(nn.Module):
-    """Wraps a causal language model; `lm.` is the only prefix that it adds to parameter names."""
+    """A wrapper of a causal language model; the only prefix that it adds to parameter names is `lm.`."""
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
-        # Gemma's field; the other families have none.
+        # Only Gemma has this field.
         attach_logp_head(lm.get_output_embeddings(), lm.config.to_dict().get("final_logit_softcapping"))
 
     def sequence_sums(self, batch: MicroBatch) -> torch.Tensor:
-        """float64 [Q]: Σ log π(response token | prompt, response so far) of each sequence."""
+        """Compute Σ log π(response token | prompt, response so far) of each sequence: float64 [Q]."""
         return _sums(self.lm.get_output_embeddings()(self._states(batch), batch.target), batch.scored, batch.counts)
 
     def forward(
@@ -49,11 +49,19 @@ class Scorer(nn.Module):
         objective: Objective | None = None,
         reference: torch.Tensor | None = None,
     ) -> Terms | torch.Tensor:
-        """Without an objective the sequence sums; with one, its loss summed over the units and its statistics.
+        """Compute an objective's loss, summed over the units, and its statistics.
 
-        Of sequences that are being sampled the logits [B, V] of what comes next; see `answering`.
+        With gradients the loss runs inside the output head's forward pass (see model/head.py).
 
-        reference: float64 [U, R], the stored reference sum of each unit's responses; None for a loss without.
+        Args:
+            batch: a micro-batch, or sequences that are being sampled.
+            objective: the loss; None for the log-probs alone.
+            reference: float64 [U, R], the stored reference sum of each unit's responses; None for an objective without
+                reference.
+
+        Returns:
+            The objective's terms; without an objective the sequence sums, float64 [Q]; for sequences that are being
+            sampled the logits of the next token, [B, V].
         """
         if isinstance(batch, DecodingInputs):
             return self._next_logits(batch)
@@ -63,11 +71,11 @@ class Scorer(nn.Module):
             return objective(_units(batch, self.sequence_sums(batch), reference))
 
         def loss(first: int, end: int, logps: torch.Tensor) -> torch.Tensor:
-            """Of the units of some prompts, from the log-probs of these prompts' states alone."""
+            """Compute the loss of the units of some prompts from the log-probs of these prompts' states alone."""
             return objective(_units_of(batch, first, end, logps, reference)).loss
 
-        # Without units (an empty micro-batch) the loss is a sum over nothing *of the sums*, so its backward
-        # still runs through every layer and no rank misses a collective.
+        # In an empty micro-batch the loss is an empty sum *over the sequence sums*: its backward pass still runs
+        # through every layer, so this rank takes part in every collective.
         ends = [prompt.states for prompt in batch.prompts]
         value, logps = self.lm.get_output_embeddings()(self._states(batch), batch.target, ends, loss)
         terms = objective(_units(batch, _sums(logps, batch.scored, batch.counts), reference))
@@ -85,19 +93,28 @@ class Scorer(nn.Module):
         return logits
 
     def _states(self, batch: MicroBatch) -> torch.Tensor:
-        """[N, D]: the hidden states that predict response tokens."""
+        """Compute the hidden states that predict response tokens: [N, D]."""
         hidden: torch.Tensor = self.lm.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             segments=batch.segments,
             gathered=batch.gathered,
-            use_cache=False,  # nothing is generated: a cache would only hold memory
+            use_cache=False,  # nothing is generated, so a cache would only take memory
         ).last_hidden_state[0]
         return hidden[batch.source]
 
 
 def _sums(logps: torch.Tensor, scored: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """float64 [Q] from the [N, K] log-probs."""
+    """Sum the scored log-probs of each sequence.
+
+    Args:
+        logps: float32 [N, K].
+        scored: int64 [S], places of the scored tokens in the flattened `logps`.
+        counts: int64 [Q], scored tokens of each sequence.
+
+    Returns:
+        float64 [Q].
+    """
     return torch.segment_reduce(logps.flatten()[scored].double(), "sum", lengths=counts, unsafe=True)
 
 
@@ -108,10 +125,20 @@ def _units(batch: MicroBatch, sums: torch.Tensor, reference: torch.Tensor | None
 def _units_of(
     batch: MicroBatch, first: int, end: int, logps: torch.Tensor, reference: torch.Tensor | None
 ) -> Sequences:
-    """The units of the prompts from `first` to before `end`; logps float32 [n, K] of their states."""
-    begin, to = batch.prompts[first - 1] if first else PromptEnds(0, 0, 0, 0), batch.prompts[end - 1]
-    counts = batch.counts[begin.sequences : to.sequences]
-    sums = _sums(logps, batch.scored[begin.scored : to.scored] - begin.states * logps.shape[1], counts)
-    mine = batch.by_prompt[begin.units : to.units]
-    units = batch.units[mine] - begin.sequences
-    return Sequences(sums[units], counts[units], None if reference is None else reference[mine], batch.desirable[mine])
+    """Return the units of the prompts from `first` to before `end`.
+
+    Args:
+        batch: the micro-batch.
+        first: index of the first prompt.
+        end: index after the last prompt.
+        logps: float32 [n, K], the log-probs of these prompts' states.
+        reference: float64 [U, R], or None.
+    """
+    begin, stop = batch.prompts[first - 1] if first else PromptEnds(0, 0, 0, 0), batch.prompts[end - 1]
+    counts = batch.counts[begin.sequences : stop.sequences]
+    sums = _sums(logps, batch.scored[begin.scored : stop.scored] - begin.states * logps.shape[1], counts)
+    indices = batch.by_prompt[begin.units : stop.units]
+    units = batch.units[indices] - begin.sequences
+    return Sequences(
+        sums[units], counts[units], None if reference is None else reference[indices], batch.desirable[indices]
+    )
