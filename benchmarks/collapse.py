@@ -6,7 +6,7 @@ answers to 400 prompts that nobody trained on: it fell beyond the 95 % interval 
 under half of the answers are whole letters. Each seed has data and random weights of its own; thresholds were found on
 seeds of 1000 and above.
 
-Worlds: `letters`, of the tests (tests/letters.py), and `demo`, whose SFT model and pairs are those of
+Worlds: `letters`, of the tests (tests/helpers/letters.py), and `demo`, whose SFT model and pairs are those of
 `python -m prefopt_dist.demo --seed N --folder FOLDER/demo-N`, made here where they are missing. What is found of a run
 is FOLDER/WORLD-SEED/ways/WAY.json; what is there is not made again. One process, no GPU.
 """
@@ -40,7 +40,7 @@ from prefopt_dist.monitoring.statistics import interval
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.sampling import Sampling
 from prefopt_dist.rollouts.transformers_engine import TransformersEngine, load_for_sampling
-from tests import letters
+from tests.helpers import letters
 
 RECIPES = Path("launch/recipes")
 RESULTS = Path(__file__).parent / "results"

@@ -2,7 +2,7 @@
 
 CPU seconds of their own, on one thread, for a step of the benchmark: the sums of each micro-batch, a row's numbers,
 and the rules over a run that has 10,000 rows behind it. What they take of a step is said against the step's own time
-in benchmarks/results/cpu.json. The collectives and host reads of a step are counted in tests/test_ranks.py.
+in benchmarks/results/cpu.json. The collectives and host reads of a step are counted in tests/ranks/test_ranks.py.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ MOMENTS_BYTES = 8
 
 # On the CPU a process keeps more memory than its tensors: glibc returns blocks below 32 MiB only from the end of the
 # heap, and it does not always reuse a freed block for an aligned one. The factors for this are not derived but fitted
-# to the peaks of tests/plan_cases.py, which differ by up to a sixth between equal runs.
+# to the peaks of tests/ranks/plan_cases.py, which differ by up to a sixth between equal runs.
 ACTIVATIONS_FACTOR = 1.3
 """Resident bytes per byte of the activations that a backward pass keeps."""
 FORWARD_FACTOR = 0.33

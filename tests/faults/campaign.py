@@ -36,7 +36,7 @@ import psutil
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-sys.path[:0] = [str(REPOSITORY), str(HERE.parent), str(HERE)]
+sys.path[:0] = [str(REPOSITORY), str(HERE.parent / "helpers"), str(HERE)]
 
 import verdict  # noqa: E402
 import worlds  # noqa: E402

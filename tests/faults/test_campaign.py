@@ -12,7 +12,7 @@ from campaign import STEPS, Segment, World
 from points import Fault
 from safetensors.torch import save_file
 
-from prefopt_dist.checkpoint.manifest import MANIFEST, Manifest, file_sum
+from prefopt_dist.checkpoint.manifest import MANIFEST, Manifest, file_checksum
 
 P = "prefopt_dist."
 DEATHS = [
@@ -110,7 +110,7 @@ def test_half_things_are_seen(tmp_path: Path) -> None:
     for name in ("step-00000003", "universal-step-00000003"):
         (root / name).mkdir(parents=True)
         (root / name / "part").write_bytes(b"whole")
-        with_sum = {"part": {"bytes": 5, "xxh3": file_sum(root / name / "part")}}
+        with_sum = {"part": {"bytes": 5, "xxh3": file_checksum(root / name / "part")}}
         (root / name / MANIFEST).write_text(Manifest(3, 2, with_sum, {}).text())
     (root / ".saving").mkdir()
     assert verdict.half_things(tmp_path) == []

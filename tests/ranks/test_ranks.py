@@ -1,0 +1,374 @@
+"""Real ranks: everything in rank_cases.py on one process and on two under torchrun."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import case_runner
+import matrix_cases
+import pytest
+
+EQUALITY = ["dpo_many_micro_batches", "dpo_one_micro_batch", "dpo_checkpointing", "sft_many_micro_batches"]
+SHORT = ["dpo_small_blocks", "kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2", "lora"]
+BOTH = [
+    *EQUALITY,
+    *SHORT,
+    "pairwise",
+    "whole_evaluation",
+    "kto_evaluation",
+    "other_reference_is_refused",
+    "errors_reach_all",
+    "packs_alone_and_together",
+    "collectives_and_host_reads",
+]
+BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates", "spikes_stopped_and_skipped"]
+BOTH += ["early_stop"]
+TWO_ONLY = ["shards", "save_fails_on_one_rank", "killed_before_pruning", "idle_ranks"]
+TWO_ONLY += ["family", "kto_one_micro_batch", "whole_runs"]
+TWO_ONLY += ["lora_gemma2", "lora_resume"]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """Runs all cases once for each world size."""
+    n = request.param
+    folder = tmp_path_factory.mktemp(f"world{n}")
+    case_runner.run_cases("rank_cases.py", n, folder, BOTH + (TWO_ONLY if n == 2 else []))
+    return n, folder
+
+
+def found(world: tuple[int, Path], case: str) -> dict[str, Any]:
+    return case_runner.found(world[1], case)
+
+
+@pytest.mark.parametrize("case", [*EQUALITY, *SHORT, "lora_gemma2"])
+def test_steps_equal_float64(world: tuple[int, Path], case: str) -> None:
+    """G = 11 over 37 pairs: not divisible by two ranks, and a last partial batch of 4."""
+    if case in TWO_ONLY and world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, case)
+    assert result["sizes"] == [11, 11, 11, 4][: 4 if case in EQUALITY else 2]
+    print(f"{case} on {world[0]} ranks: gradients {max(result['gradient']):.1e}")
+    if "many" in case:
+        assert max(result["micro_batches"]) > 2
+    for got, exact in result["loss"]:
+        assert got == pytest.approx(exact, rel=1e-5)
+    assert max(result["gradient"]) <= 1e-5
+    for got, exact in result["metrics"]:
+        for name in ("logps/chosen", "logps/rejected"):
+            if name in exact:
+                assert got[name] == pytest.approx(exact[name], rel=1e-6)
+        for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+            if name in exact:
+                assert abs(got[name] - exact[name]) <= 1e-6 * exact["scale"]
+        if case == "kto":
+            assert exact["kto/z0"] > 1
+            assert got["kto/z0"] == pytest.approx(exact["kto/z0"], rel=1e-5, abs=1e-4)
+            assert got["kto/desirable"] == exact["kto/desirable"]
+        if "rewards/accuracies" in exact:
+            assert got["rewards/accuracies"] == exact["rewards/accuracies"]
+
+
+def test_every_loss_of_the_family_equals_float64(world: tuple[int, Path]) -> None:
+    """One step under many micro-batches and under one: loss, margin, gradient; each with its own metrics."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "family")
+    for case, got in result.items():
+        assert (got["micro_batches"] > 1) == case.endswith(" 150"), case
+        assert got["loss"][0] == pytest.approx(got["loss"][1], rel=1e-5), case
+        assert got["margin"][0] == pytest.approx(got["margin"][1], rel=1e-4, abs=1e-6), case
+        assert got["gradient"] <= 1e-5, case
+    assert result["orpo, 150"]["metrics"].keys() >= {"log_odds_ratio", "sft_loss"}
+    mix = result["mix, 150"]["metrics"]
+    total = mix["dpo_loss"] + 0.01 * mix["ipo_loss"] + 0.5 * mix["orpo_loss"]
+    assert mix["loss"] == pytest.approx(total, rel=1e-12)
+    assert mix["orpo_loss"] == pytest.approx(result["orpo, 150"]["metrics"]["loss"], rel=1e-6)
+
+
+def test_kto_in_one_micro_batch(world: tuple[int, Path]) -> None:
+    """The reference point and the gradient are those of many micro-batches, which are float64's."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    one, many = found(world, "kto_one_micro_batch"), found(world, "kto")
+    assert one["micro_batches"][0] < many["micro_batches"][0]
+    assert max(one["gradient"]) <= 1e-5
+    (got, exact), (other, _) = one["metrics"][0], many["metrics"][0]
+    assert got["kto/z0"] == pytest.approx(exact["kto/z0"], rel=1e-5) == pytest.approx(other["kto/z0"], rel=1e-5)
+    assert got["loss"] == pytest.approx(exact["loss"], rel=1e-5) == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_whole_runs_of_kto_and_a_mix(world: tuple[int, Path]) -> None:
+    """With evaluation on pairs and metrics of their own; KTO resumes to the same bits and rows."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "whole_runs")
+    again = result["run-kto-crashed"]
+    assert again["starts"] == [0, 3]
+    assert again["weights"] == result["run-kto-whole"]["weights"]
+    assert again["rows"] == result["run-kto-whole"]["rows"]
+    # Both have a closed form at the start: λ/2, and ln 2 + ½ ln 2 + 0.05 / (2 · 0.1)².
+    for name, own, at_start in (("kto", "kto/z0", 0.5), ("mix", "robust_loss", 1.5 * math.log(2) + 1.25)):
+        rows = result[f"run-{name}-whole"]["rows"]
+        assert [r["step"] for r in rows if r["kind"] == "eval"] == [0, 2, 4]
+        assert all(f"{row['kind']}/{own}" in row for row in rows)
+        assert rows[0]["eval/loss"] == pytest.approx(at_start, rel=1e-4)
+        assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
+        assert (rows[0]["eval/rewards/accuracies"], rows[0]["eval/ties"]) == (0, 1)
+        assert rows[-1]["eval/rewards/accuracies"] > 0.5
+
+
+def check_matrix(result: dict[str, Any], settings: list[matrix_cases.Setting]) -> None:
+    assert [tuple(r[:4]) for r in result["settings"]] == settings
+    for *setting, sums, gradient, micro_batches in result["settings"]:
+        print(f"{setting}: sums {sums:.1e}, gradients {gradient:.1e}")
+        assert sums <= 1e-6, setting
+        assert gradient <= 1e-5, setting
+        assert micro_batches > 1
+
+
+def test_families_heads_stages_and_checkpointing(world: tuple[int, Path]) -> None:
+    """Pairwise: see matrix_cases.py."""
+    check_matrix(found(world, "pairwise"), matrix_cases.pairwise(world[0]))
+
+
+def test_any_two_values_stand_together() -> None:
+    rows = [(n, *s) for n in (1, 2) for s in matrix_cases.pairwise(n)]
+    every = [(n, *s) for n in (1, 2) for s in matrix_cases.full()]
+    for a, b in itertools.combinations(range(5), 2):
+        assert {(r[a], r[b]) for r in rows} == {(r[a], r[b]) for r in every}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_full_matrix(tmp_path: Path, n: int) -> None:
+    case_runner.run_cases("rank_cases.py", n, tmp_path, ["full_matrix"])
+    check_matrix(found((n, tmp_path), "full_matrix"), matrix_cases.full())
+
+
+def test_every_row_once(world: tuple[int, Path]) -> None:
+    ids = [i for rows in found(world, "dpo_many_micro_batches")["ids"] for i in rows]
+    assert sorted(ids) == list(range(37))
+
+
+def test_evaluation_is_the_exact_mean(world: tuple[int, Path]) -> None:
+    result = found(world, "whole_evaluation")
+    for budget, metrics in result["found"].items():
+        assert result["units"][budget] == result["n"]
+        assert metrics["eval/loss"] == pytest.approx(result["exact"]["loss"], rel=1e-5)
+        assert metrics["eval/rewards/accuracies"] == result["exact"]["rewards/accuracies"]
+        assert metrics["eval/logps/chosen"] == pytest.approx(result["exact"]["logps/chosen"], rel=1e-6)
+
+
+EVALUATIONS: list[dict[str, Any]] = []
+"""Of the worlds so far."""
+
+
+def test_an_evaluation_is_the_same_for_any_ranks_and_micro_batches(world: tuple[int, Path]) -> None:
+    """Every metric of it, the diagnosis included."""
+    EVALUATIONS.extend(found(world, "whole_evaluation")["found"].values())
+    first, *others = EVALUATIONS
+    assert len(first) > 25
+    assert others
+    for other in others:
+        assert other.keys() == first.keys()
+        for name, value in first.items():
+            assert other[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
+
+
+def test_an_evaluation_of_kto_compares_the_halves_of_a_pair(world: tuple[int, Path]) -> None:
+    result = found(world, "kto_evaluation")
+    assert result["exact"]["kto/z0"] > 0
+    for metrics in result["found"].values():
+        for name, exact in result["exact"].items():
+            if name != "scale":
+                assert metrics[f"eval/{name}"] == pytest.approx(exact, rel=1e-4, abs=1e-5), name
+
+
+def test_gate(world: tuple[int, Path]) -> None:
+    result = found(world, "other_reference_is_refused")
+    assert set(result["right"]) == {"accepted"}
+    assert len(result["wrong"]) == world[0]
+    assert all("stored and live log-probs" in said for said in result["wrong"])
+
+
+def test_errors_reach_all_ranks(world: tuple[int, Path]) -> None:
+    n, result = world[0], found(world, "errors_reach_all")
+    assert result["decide-user"] == ["AgreedUserError: mine"] * n
+    assert result["decide-crash"][0] == "KeyError: 'mine'"
+    assert all(said.startswith("OtherRankFailed") for said in result["decide-crash"][1:])
+    assert result["together-user"] == ["AgreedUserError: mine" if n == 1 else "AgreedUserError: rank 1: mine"] * n
+    assert result["together-crash"][-1] == "KeyError: 'mine'"
+    assert all(said.startswith("OtherRankFailed: rank 1") for said in result["together-crash"][:-1])
+
+
+def test_a_pair_alone_scores_as_in_a_pack(world: tuple[int, Path]) -> None:
+    assert found(world, "packs_alone_and_together")["worst"] <= 1e-6
+
+
+def test_shards_logits_and_release(world: tuple[int, Path]) -> None:
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "shards")
+    assert result["held"] == pytest.approx(result["whole"] / 2, rel=1e-3)
+    assert result["equal"]
+    assert not result["module_alive"]
+    assert not result["parameter_alive"]
+
+
+def test_a_failing_write_commits_nothing(world: tuple[int, Path]) -> None:
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "save_fails_on_one_rank")
+    assert len(result["said"]) == 2 * 3
+    assert all("rank 1" in said and "No space left" in said for said in result["said"])
+    assert result["left"] == ["step-00000001"]
+    assert result["kept"] == ["step-00000003", "step-00000004"]
+    assert result["found"] == 3
+    assert all("no checkpoint is sound" in said for said in result["none_left"])  # no silent new start
+    assert result["aside"] == ["damaged-step-00000003", "damaged-step-00000004"]
+
+
+def test_a_start_prunes_what_a_kill_left(world: tuple[int, Path]) -> None:
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    assert found(world, "killed_before_pruning")["done"] == [
+        [["step-00000002", "step-00000003", "step-00000004"], False],
+        [["step-00000003", "step-00000004"], True],
+    ]
+
+
+def test_a_dropped_gradient_leaves_nothing(world: tuple[int, Path]) -> None:
+    result = found(world, "dropped_gradient")
+    for name in ("device", "cpu"):
+        norm, why = result[name].pop("spike")
+        assert norm is None
+        assert "times the median of the last 16" in why
+    assert result["device"] == result["cpu"] == {"same": True, "other": False}
+
+
+def test_an_update_that_is_not_finite_is_skipped(world: tuple[int, Path]) -> None:
+    """The weights stay as they were, Adam counts the others only, the rows have no gap and no mean that is poisoned."""
+    result = found(world, "skipped_updates")
+    first, second, third, fourth = result["weights"]
+    assert first != second == third == fourth
+    assert result["counts"] == [1.0]  # before the last update
+    rows = result["rows"]
+    assert [(r["step"], r["train/skipped_steps"]) for r in rows] == [(1, 0), (2, 1), (3, 2), (4, 2)]
+    assert [r["pairs_seen"] for r in rows] == [11, 22, 33, 37]
+    assert rows[1]["train/grad_norm"] == rows[2]["train/grad_norm"] == "NaN"
+    assert math.isfinite(rows[1]["train/loss"])
+    assert "train/loss" not in rows[2]
+    assert rows[3]["train/loss"] < 0.6931
+    assert result["done"]
+    assert result["files"] == ["nonfinite-step-00000002.json", "nonfinite-step-00000003.json"]
+    record = result["record"]
+    assert (record["step"], len(record["pairs"])) == (3, 11)
+    assert "the loss is nan" in record["why"]
+    assert all("pairs.jsonl:" in pair["place"] for pair in record["pairs"])
+
+
+def test_too_many_skipped_updates_end_the_run(world: tuple[int, Path]) -> None:
+    """What stands in a row is counted over a resume; the run goes on once it is finite again."""
+    result = found(world, "too_many_skipped_updates")
+    assert len(result["said"]) == world[0]
+    for first, second in result["said"]:
+        assert first.startswith("step 3: the gradient is not finite")
+        assert second.startswith("step 3: the gradient is not finite")
+    assert not result["done"]
+    assert result["checkpoints"] == ["step-00000001", "step-00000002"]
+    assert result["files"] == ["nonfinite-step-00000002.json", "nonfinite-step-00000003.json"]
+    assert result["skipped"] == [0, 1, 1, 1]
+    assert result["ended"]
+
+
+def test_training_ends_early_and_the_best_checkpoint_stays(world: tuple[int, Path]) -> None:
+    """After three evaluations without a new best; the one of step 1 is best, since step 0 has no checkpoint."""
+    result = found(world, "early_stop")
+    assert [row for row in result["rows"] if row[0] == "train"] == [["train", 1], ["train", 2], ["train", 3]]
+    assert result["checkpoints"] == ["step-00000001", "step-00000002", "step-00000003"]
+    assert result["best"] == {"metric": "eval/lengths/chosen", "step": 1}
+    assert result["done"].startswith("done: 3 steps")
+    assert "checkpoint.keep_best: got 'eval/los'" in result["said"]
+    assert "eval/loss" in result["said"]
+
+
+def test_a_spike_stops_the_run_or_is_skipped(world: tuple[int, Path]) -> None:
+    """On all ranks alike, by the norms of the checkpoint; norm and loss are numbers and stand in the row."""
+    result = found(world, "spikes_stopped_and_skipped")
+    assert len(result["said"]) == world[0]
+    for said in result["said"]:
+        for words in ("step 3: the gradient norm ", "no update was made", "pairs.jsonl:", "train.on_spike=skip"):
+            assert words in said
+    (first, second, third), again = result["weights"]
+    assert first != second != third
+    assert again == [third, third]
+    assert result["counts"] == [2.0]
+    rows = result["rows"]
+    assert [(r["step"], r["train/skipped_steps"]) for r in rows] == [(1, 0), (2, 0), (3, 1), (4, 2)]
+    assert all(math.isfinite(r["train/loss"]) for r in rows)
+    assert rows[2]["train/grad_norm"] > 100 * rows[1]["train/grad_norm"]
+    assert result["files"] == ["spike-step-00000003.json", "spike-step-00000004.json"]
+    assert (result["record"]["step"], len(result["record"]["pairs"])) == (3, 11)
+    assert "times the median of the last 2" in result["record"]["why"]
+
+
+def test_idle_ranks(world: tuple[int, Path]) -> None:
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    for name, loss in (("dpo", math.log(2)), ("kto", 1.3 / 2)):  # row 3 is the rejected half of a pair
+        result = found(world, "idle_ranks")[name]
+        assert result["pairs"] == 1
+        assert result["loss"] == pytest.approx(loss, abs=1e-6)
+        assert result["norm"] > 0
+
+
+@pytest.mark.slow
+def test_memory_of_a_large_model(tmp_path: Path) -> None:
+    """On two ranks, a model of more than 400 MB: half on each, the same logits, and after release it is gone."""
+    case_runner.run_cases("rank_cases.py", 2, tmp_path, ["memory"])
+    result = found((2, tmp_path), "memory")
+    print(json.dumps(result, indent=1))
+    for mine in result["ranks"]:
+        for held, whole in (mine["reference"], mine["policy"]):
+            assert whole >= 400e6
+            assert held == pytest.approx(whole / 2, rel=0.01)
+        assert mine["given_back"] >= 0.8
+        assert not mine["alive"]
+        assert mine["logits_equal"]
+
+
+def test_one_collective_and_one_host_read_a_step(world: tuple[int, Path]) -> None:
+    """Beside the engine's own, and none a micro-batch."""
+    result = found(world, "collectives_and_host_reads")
+    assert min(result["micro_batches"]) > 1
+    for counted in result["steps"]:
+        assert counted["collective"] == ["all_reduce"]
+        assert counted["read"] == ["tolist"]
+
+
+def test_adapters_start_at_the_base_and_resume_to_the_bit(world: tuple[int, Path]) -> None:
+    if world[0] == 1:
+        pytest.skip("two ranks; on one tests/end_to_end/test_lora.py resumes a run")
+    result = found(world, "lora_resume")
+    assert result["zero"], "B = 0, so the start is the base model"
+    assert result["as_whole"], "on any number of ranks the same start"
+    assert result["losses"][0] == pytest.approx(math.log(2), rel=1e-6)
+    assert result["losses"][2] < result["losses"][0]
+    assert result["moved"] == 1
+    assert result["step"] == 2
+    assert result["equal"]
+    assert result["again"] == result["losses"][2]
+
+
+def test_a_checkpoint_of_adapters_holds_them_alone(world: tuple[int, Path]) -> None:
+    """r = 4 beside q, o (32·32), k, v (32·16), gate, up, down (32·96) of two layers; 12 bytes each on disk."""
+    trained = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 96))
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "lora_resume")
+    assert result["trained"] == trained
+    assert trained <= sum(result["optimized"]) <= 1.05 * trained
+    assert result["bytes"] == pytest.approx(12 * sum(result["optimized"]), abs=100), "Adam's counts beside it"

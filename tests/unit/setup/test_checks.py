@@ -1,0 +1,56 @@
+"""Checks before a job: a folder that could not be exported, and a reference of other tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import worlds
+from data_for_tests import ROWS, lines, prepare
+
+from prefopt_dist.data import open_rows
+from prefopt_dist.errors import UserError
+from prefopt_dist.model.folder import inspect_folder
+from prefopt_dist.model.load import load_tokenizer
+from prefopt_dist.setup import checks
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", "cannot be read"), ('{"max_new_tokens": -4}', "cannot be read")],
+)
+def test_a_generation_config_that_the_export_could_not_write(tmp_path: Path, content: str, words: str) -> None:
+    worlds.write_model(tmp_path / "model", seed=1)
+    (tmp_path / "model" / "generation_config.json").write_text(content)
+    folder = inspect_folder(tmp_path / "model", "model.name_or_path")
+    with pytest.raises(UserError, match=rf"^model\.name_or_path: .*generation_config\.json {words}"):
+        checks.check_exportable(folder, load_tokenizer(tmp_path / "model", "model.tokenizer"))
+
+
+def test_a_reference_that_lacks_a_token(tmp_path: Path) -> None:
+    worlds.write_model(tmp_path / "model", seed=1)
+    reference = inspect_folder(tmp_path / "model", "reference.name_or_path")
+    rows = open_rows(prepare(tmp_path, lines(tmp_path / "rows.jsonl", ROWS)))
+    largest = int(rows.tokens.max())
+    reference.config.vocab_size = largest + 1
+    checks.check_reference_vocabulary(reference, rows, "data.train")
+    reference.config.vocab_size = largest
+    with pytest.raises(UserError, match=rf"^reference\.name_or_path: .* but data\.train has token {largest}, which"):
+        checks.check_reference_vocabulary(reference, rows, "data.train")
+
+
+def test_a_reference_of_another_tokenizer(tmp_path: Path) -> None:
+    worlds.write_model(tmp_path / "model", seed=1)
+    tokenizer = load_tokenizer(tmp_path / "model", "model.tokenizer")
+    reference = inspect_folder(tmp_path / "model", "reference.name_or_path")
+    checks.check_reference_tokenizer(tokenizer, reference)
+    said = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    vocabulary = said["model"]["vocab"]
+    said["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match=r"^reference\.name_or_path: .* has another tokenizer: \d+ of \d+ ids"):
+        checks.check_reference_tokenizer(tokenizer, reference)
+    reference.config.vocab_size = 10
+    with pytest.raises(UserError, match=r"^reference\.name_or_path: .* has 10 tokens, but the tokenizer makes ids up"):
+        checks.check_reference_tokenizer(tokenizer, reference)
