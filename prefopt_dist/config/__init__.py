@@ -1,4 +1,4 @@
-"""What a run is told: schema, strict YAML, overrides, DeepSpeed's JSON files."""
+"""The configuration of a run: schema, strict YAML, overrides, DeepSpeed's JSON files, masking of secrets."""
 
 from prefopt_dist.config.data import Data, DataSource, Inspect
 from prefopt_dist.config.deepspeed_json import load_deepspeed_json

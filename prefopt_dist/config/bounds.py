@@ -1,4 +1,4 @@
-"""Bounds on configuration values, carried in the types of the fields."""
+"""Bounds on configuration values, as part of the types of the fields."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 
 @dataclass(frozen=True)
 class Bound:
-    """A bound on a value, carried in the field's type."""
+    """A rule for a value, as metadata of an annotated type: `Annotated[int, Bound(…)]`."""
 
     text: str
-    """The rule in words, as the user reads it after 'must be'."""
+    """The rule in words, as messages show it after 'must be'."""
     holds: Callable[[Any], bool]
-    """Whether a value of the right type keeps it."""
+    """The test of the rule on a value of the annotated type."""
 
 
 Text = Annotated[str, Bound("a string that is not empty", lambda v: v.strip() != "")]

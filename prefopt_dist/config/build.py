@@ -1,7 +1,7 @@
-"""From plain mappings to the schema's dataclasses, with strict types.
+"""Construction of the schema's dataclasses from plain mappings, with strict types.
 
-The fields' types say everything: what is asked for, its bounds (`Rule`), its default. Only the data
-sources (several accepted shapes) and the loss (a union by name) have a function of their own.
+The type of a field is its rule: the accepted values, their bounds (`Bound`) and the default. Only data sources (several
+accepted shapes) and the loss (a union chosen by name) have functions of their own.
 """
 
 from __future__ import annotations
@@ -19,43 +19,47 @@ from prefopt_dist.config.data import DataSource
 from prefopt_dist.config.losses import LOSSES, MIX, NOT_MIXED, Loss, MixedLoss, MixLoss
 from prefopt_dist.config.schema import Config
 from prefopt_dist.config.secrets import mask_secrets
-from prefopt_dist.errors import UserError, shortened
+from prefopt_dist.errors import UserError, shorten
 
 T = TypeVar("T")
 
-SUCCESSORS = {
-    "tracking.samples": "its successor is the section answers: answers.number says how many prompts are answered "
-    "before and after (0: none)"
+REPLACED_KEYS = {
+    "tracking.samples": "the section answers replaces it: answers.number is the number of prompts that are "
+    "answered before and after training (0: none)"
 }
-"""What took the place of a key that was there once."""
+"""Keys of earlier versions, and what replaces each."""
 
 
 def build_config(raw: dict[str, Any]) -> Config:
-    """The configuration that a merged mapping of sections describes."""
+    """Return the configuration that a merged mapping of sections describes.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value breaks its rule.
+    """
     tracking = raw.get("tracking")
     if isinstance(tracking, dict) and tracking.get("samples") == 0:
-        # It meant none, and stands in every config.yaml that a run left before there was the section answers.
+        # 0 meant no samples, and every config.yaml from before the section answers has this key.
         raw = raw | {"tracking": {key: value for key, value in tracking.items() if key != "samples"}}
     return _build_dataclass(Config, raw, "")
 
 
-def mistake(key: str, value: Any, rule: str, remedy: str) -> NoReturn:
-    """Raises the user's mistake at a dotted key."""
+def refuse_value(key: str, value: Any, rule: str, remedy: str) -> NoReturn:
+    """Raise the UserError for a value at a dotted key that must be `rule`; `remedy` is an imperative."""
     raise UserError(f"{key}: got {_shown(value)}, must be {rule}; {remedy}")
 
 
 def _shown(value: Any) -> str:
     as_yaml = {None: "null", True: "true", False: "false"}
     text = as_yaml[value] if value is None or isinstance(value, bool) else mask_secrets(repr(value))
-    return shortened(text)
+    return shorten(text)
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
-    """'did you mean …?', or the whole list where nothing is near."""
+def suggest_names(key: str, known: Iterable[str]) -> str:
+    """Return "did you mean …?" with the known names similar to `key`, or the list of all where none is similar."""
     known = sorted(known)
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
+    similar = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    if similar:
+        return f"did you mean {' or '.join(similar)}?"
     return f"known here: {', '.join(known)}"
 
 
@@ -65,19 +69,19 @@ def _is_writable(text: str) -> bool:
 
 def _join(path: str, key: str) -> str:
     if len(key) > 80 or not re.fullmatch(r"[\w./-]+", key):
-        key = repr(key[:80])  # or a place such as ':' or a whole page would stand in the message
+        key = repr(key[:80])  # otherwise a message could name a place such as ':' or be a page long
     return f"{path}.{key}" if path else key
 
 
 def _build_dataclass(cls: type[T], raw: Any, path: str) -> T:
     if not isinstance(raw, dict):
-        mistake(path, raw, "a mapping of options", f"write {path}: {{option: value}} or leave it out")
-    # `dataclasses.fields` wants to know that T is a dataclass, which a plain TypeVar cannot say.
+        refuse_value(path, raw, "a mapping of options", f"write {path}: {{option: value}} or leave it out")
+    # `dataclasses.fields` requires a dataclass, which a plain TypeVar cannot express.
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in raw:
         if key not in fields:
-            said = SUCCESSORS.get(_join(path, key)) or nearest(key, fields)
-            raise UserError(f"{_join(path, shortened(key))}: unknown key; {said}")
+            remedy = REPLACED_KEYS.get(_join(path, key)) or suggest_names(key, fields)
+            raise UserError(f"{_join(path, shorten(key))}: unknown key; {remedy}")
     hints = get_type_hints(cls, include_extras=True)
     values = {}
     for name, field in fields.items():
@@ -86,14 +90,14 @@ def _build_dataclass(cls: type[T], raw: Any, path: str) -> T:
         if name in raw:
             values[name] = _build(hints[name], raw[name], key)
         elif dataclasses.is_dataclass(hints[name]) and required:
-            values[name] = _build(hints[name], {}, key)  # names the option that is missing, not the section
+            values[name] = _build(hints[name], {}, key)  # so that the message names the missing option, not the section
         elif required:
-            raise UserError(f"{key}: missing, it has no default; set it in the file or as {key}=VALUE")
+            raise UserError(f"{key}: missing, and it has no default; set it in the file or as {key}=VALUE")
     return cls(**values)
 
 
 def _build(kind: Any, value: Any, key: str) -> Any:
-    """`value` as the annotated type `kind`, or the user's mistake."""
+    """Return `value` as the annotated type `kind`, or raise the UserError that names `key`."""
     if kind == tuple[DataSource, ...]:
         return _build_sources(value, key)
     if kind == dict[str, tuple[DataSource, ...]]:
@@ -112,11 +116,11 @@ def _build(kind: Any, value: Any, key: str) -> Any:
         assert isinstance(rule, Bound)
         built = _build(arguments[0], value, key)
         if not rule.holds(built):
-            mistake(key, value, rule.text, "change it")
+            refuse_value(key, value, rule.text, "change it")
         return built
     if origin is Literal:
         if not isinstance(value, str) or value not in arguments:
-            mistake(key, value, f"one of {', '.join(arguments)}", "take one of them")
+            refuse_value(key, value, f"one of {', '.join(arguments)}", "choose one of them")
         return value
     if origin is tuple:
         return _build_tuple(arguments, value, key)
@@ -129,61 +133,63 @@ def _build_scalar(kind: type, value: Any, key: str) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is bool:
         if not isinstance(value, bool):
-            mistake(key, value, "true or false", "write true or false without quotes")
+            refuse_value(key, value, "true or false", "write true or false without quotes")
         return value
     if kind is str:
         if not isinstance(value, str):
-            mistake(key, value, "a string", "quote it" if is_number else "write a string")
+            refuse_value(key, value, "a string", "quote it" if is_number else "write a string")
         if not _is_writable(value):
-            mistake(key, value, "text without NUL and lone surrogates", "remove them: no file or path can hold them")
+            refuse_value(
+                key, value, "text without NUL and lone surrogates", "remove them: a file or path cannot contain them"
+            )
         return value
     if kind is int:
         if isinstance(value, float):
-            mistake(key, value, "a whole number", "numbers are not rounded: write digits only")
+            refuse_value(key, value, "a whole number", "numbers are not rounded: write digits only")
         if not is_number:
-            mistake(key, value, "a whole number", "write digits without quotes")
+            refuse_value(key, value, "a whole number", "write digits without quotes")
         return value
     assert kind is float, kind
     if not is_number:
-        mistake(key, value, "a number", "write it without quotes, such as 0.1 or 5e-7")
+        refuse_value(key, value, "a number", "write it without quotes, such as 0.1 or 5e-7")
     if isinstance(value, int) and abs(value) > 2**53:
-        mistake(key, value, "a number that a double holds exactly", "numbers are not rounded: shorten it")
+        refuse_value(key, value, "a number that a double represents exactly", "numbers are not rounded: shorten it")
     if not math.isfinite(value):
-        mistake(key, value, "a finite number", "where 'no limit' is meant, see whether the option takes null")
+        refuse_value(key, value, "a finite number", "if you mean 'no limit', write null where the option accepts it")
     return float(value)
 
 
 def _build_tuple(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        mistake(key, value, "a list", "write [a, b]")
+        refuse_value(key, value, "a list", "write [a, b]")
     if arguments[-1] is Ellipsis:
         arguments = arguments[:1] * len(value)
     if len(value) != len(arguments):
-        mistake(key, value, f"a list of {len(arguments)}", "give exactly these")
+        refuse_value(key, value, f"a list of {len(arguments)} values", "write exactly as many")
     return tuple(
         _build(kind, item, f"{key}[{index}]") for index, (kind, item) in enumerate(zip(arguments, value, strict=True))
     )
 
 
 def _build_map(kind: Any, value: Any, key: str) -> dict[str, Any]:
-    """A mapping of names; kind Any: to plain values."""
+    """Return a mapping of names to values of the type `kind`; Any stands for every scalar type."""
     if not isinstance(value, dict):
-        mistake(key, value, "a mapping of names", "write {name: value}")
+        refuse_value(key, value, "a mapping of names", "write {name: value}")
     built = {}
     for name, item in value.items():
         if not isinstance(name, str) or not name or not _is_writable(name):
-            mistake(key, name, "a name", "write {name: value}")
-        of = kind if kind is not Any else type(item)
-        if of not in (str, bool, int, float):
-            mistake(_join(key, name), item, "a string, a number, true or false", "write one of these")
-        built[name] = _build_scalar(of, item, _join(key, name))
+            refuse_value(key, name, "a mapping with names as keys", "write {name: value}")
+        scalar = kind if kind is not Any else type(item)
+        if scalar not in (str, bool, int, float):
+            refuse_value(_join(key, name), item, "a string, a number, true or false", "write one of them")
+        built[name] = _build_scalar(scalar, item, _join(key, name))
     return built
 
 
 def _build_sources(value: Any, key: str) -> tuple[DataSource, ...]:
     if isinstance(value, list):
         if not value:
-            mistake(key, value, "at least one source", "name a path")
+            refuse_value(key, value, "at least one source", "name a path")
         return tuple(_build_source(item, f"{key}[{index}]") for index, item in enumerate(value))
     return (_build_source(value, key),)
 
@@ -192,7 +198,7 @@ def _build_source(value: Any, key: str) -> DataSource:
     if isinstance(value, str):
         return _build_dataclass(DataSource, {"path": value}, key)
     if not isinstance(value, dict):
-        mistake(key, value, "a path, {path, split, weight}, or a list of these", "name a path")
+        refuse_value(key, value, "a path, {path, split, weight}, or a list of these", "name a path")
     return _build_dataclass(DataSource, value, key)
 
 
@@ -200,25 +206,25 @@ def _build_named_sources(value: Any, key: str) -> dict[str, tuple[DataSource, ..
     if not isinstance(value, dict) or "path" in value:
         return {"": _build_sources(value, key)}
     if not value:
-        mistake(key, value, "a path or a map of named sets", "name a set, or write null for no evaluation")
+        refuse_value(key, value, "a path or a mapping of named sets", "name a set, or write null for no evaluation")
     options = {field.name for field in dataclasses.fields(DataSource)}
     for name in value:
         if name in options:
-            mistake(key, value, "a source with its path, or a map of named sets", f"add path beside {name}")
-        # The name becomes a part of metric names, eval/<name>/…
+            refuse_value(key, value, "a source with its path, or a mapping of named sets", f"add path beside {name}")
+        # The name becomes part of the names of metrics, eval/<name>/…
         if not name or not all(letter.isalnum() or letter in "_-." for letter in name):
-            mistake(_join(key, name), name, "made of letters, digits, '_', '-' and '.'", "rename the set")
+            refuse_value(_join(key, name), name, "made of letters, digits, '_', '-' and '.'", "rename the set")
     return {name: _build_sources(item, _join(key, name)) for name, item in value.items()}
 
 
 def _build_loss(raw: Any, key: str) -> Loss:
     if not isinstance(raw, dict):
-        mistake(key, raw, "a mapping of options", "write loss: {name: dpo}")
+        refuse_value(key, raw, "a mapping of options", "write loss: {name: dpo}")
     name = raw.get("name", "dpo")
     if name == MIX:
         return _build_mix(raw, key)
     if not isinstance(name, str) or name not in LOSSES:
-        mistake(f"{key}.name", name, f"one of {', '.join([*LOSSES, MIX])}", "take one of them")
+        refuse_value(f"{key}.name", name, f"one of {', '.join([*LOSSES, MIX])}", "choose one of them")
     if "of" in raw:
         raise UserError(f"{key}.of: got {_shown(raw['of'])}, but only the loss {MIX} has it; set {key}.name={MIX}")
     _refuse_foreign_options(name, raw, key, remedy=f"remove it or set {key}.name")
@@ -242,40 +248,40 @@ def _build_mix(raw: dict[str, Any], key: str) -> MixLoss:
     parts = raw.get("of")
     shape = "write of: {dpo: {weight: 1, beta: 0.1}, sft: {weight: 0.2}}"
     if not isinstance(parts, dict) or len(parts) < 2:
-        mistake(f"{key}.of", parts, "a map of two losses or more", shape)
+        refuse_value(f"{key}.of", parts, "a mapping of two losses or more", shape)
     mixed = [name for name in LOSSES if name not in NOT_MIXED]
     for name in parts:
         if name in NOT_MIXED:
             raise UserError(f"{key}.of.{name}: {name} cannot be mixed: {NOT_MIXED[name]}; remove it")
         if name not in mixed:
-            mistake(_join(f"{key}.of", name), name, f"one of {', '.join(mixed)}", "take one of them")
+            refuse_value(_join(f"{key}.of", name), name, f"one of {', '.join(mixed)}", "choose one of them")
     return MixLoss({name: _build_part(name, parts[name], f"{key}.of.{name}") for name in mixed if name in parts})
 
 
 def _refuse_option_of_a_part(option: str, raw: dict[str, Any], key: str) -> NoReturn:
     if any(option in _field_names(cls) for cls in LOSSES.values()):
         raise UserError(
-            f"{key}.{option}: got {_shown(raw[option])}, but the losses of a mix have their options each; "
+            f"{key}.{option}: got {_shown(raw[option])}, but each loss of a mix has its own options; "
             f"set it as {key}.of.LOSS.{option}"
         )
-    raise UserError(f"{_join(key, shortened(option))}: unknown key; {nearest(option, ('name', 'of'))}")
+    raise UserError(f"{_join(key, shorten(option))}: unknown key; {suggest_names(option, ('name', 'of'))}")
 
 
 def _build_part(name: str, raw: Any, key: str) -> MixedLoss:
     if not isinstance(raw, dict):
-        mistake(key, raw, "a mapping of its weight and options", "write {weight: 1}")
+        refuse_value(key, raw, "a mapping of its weight and options", "write {weight: 1}")
     if "weight" not in raw:
-        raise UserError(f"{key}.weight: missing, it has no default; set it in the file or as {key}.weight=VALUE")
+        raise UserError(f"{key}.weight: missing, and it has no default; set it in the file or as {key}.weight=VALUE")
     if "name" in raw:
         raise UserError(f"{key}.name: got {_shown(raw['name'])}, but the key names the loss; remove it")
     if "sft_weight" in raw:
         raise UserError(
-            f"{key}.sft_weight: got {_shown(raw['sft_weight'])}, but in a mix SFT is a part of its own; "
+            f"{key}.sft_weight: got {_shown(raw['sft_weight'])}, but in a mix SFT is a separate part; "
             f"write sft: {{weight: …}} beside {name}"
         )
     options = {option: value for option, value in raw.items() if option != "weight"}
     _refuse_foreign_options(name, options, key, remedy="remove it")
-    # The options' type decides which loss it is, and the key has said which: mypy cannot follow.
+    # mypy cannot know that a name other than kto gives an option class of a loss on pairs.
     loss: Any = _build_dataclass(LOSSES[name], options, key)
     return MixedLoss(_build(Positive, raw["weight"], f"{key}.weight"), loss)
 

@@ -1,4 +1,4 @@
-"""Sections of the configuration about data: sources, forms, limits, and the policy for each kind of finding."""
+"""Sections of the configuration about data: sources, forms of rows, limits, and the policy for each kind of finding."""
 
 from __future__ import annotations
 
@@ -11,50 +11,54 @@ from prefopt_dist.errors import UserError
 
 Picture = Annotated[str, Bound("a file ending in .png, .svg or .pdf", lambda v: v.endswith((".png", ".svg", ".pdf")))]
 RowPolicy = Literal["keep", "drop", "stop"]
-"""Of rows that could be used: use them, leave them out, or refuse the data."""
+"""Policies for usable rows: keep them, drop them, or stop with an error."""
 SetPolicy = Literal["keep", "stop"]
-"""Of a data set as a whole."""
+"""Policies for a property of a whole data set."""
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """What findings in data.train do, in every stage that reads it, and what the inspect stage writes.
+    """What each kind of finding in `data.train` leads to, and the output of the stage `inspect`.
 
-    data.on_bad_row is about rows that cannot be used at all. Evaluation sets are looked at too and left as they are.
+    `keep` uses the rows, `drop` leaves them out, `stop` ends with an error. The policies hold in every stage that reads
+    `data.train`; evaluation sets are inspected too, but keep all their rows. `data.on_bad_row` is the policy for rows
+    that cannot be used at all. docs/data.md explains the findings.
     """
 
     duplicates: RowPolicy = "keep"
-    """Rows that repeat an earlier one: the same prompt and responses as tokens, and the same preference."""
+    """Rows that repeat an earlier row: the same tokens of prompt and responses, and the same preference."""
     contradictions: RowPolicy = "keep"
-    """Rows of the same prompt and responses with opposite preferences or labels; drop leaves out all of them."""
+    """Rows of the same prompt and responses with opposite preferences or labels; `drop` leaves out all of them."""
     eval_pairs: RowPolicy = "keep"
-    """Rows whose prompt and responses all stand in data.eval."""
+    """Rows whose prompt and responses all occur in `data.eval`."""
     eval_prompts: RowPolicy = "keep"
-    """Rows whose prompt stands in data.eval."""
+    """Rows whose prompt occurs in `data.eval`."""
     cut: RowPolicy = "keep"
-    """Rows that were shortened to data.max_length."""
+    """Rows whose prompt or response was truncated to `data.max_length`."""
     special_tokens: RowPolicy = "keep"
-    """Rows with missing or doubled special tokens (repaired if kept), or with some that the template never writes."""
+    """Rows with missing or doubled special tokens (repaired if kept), or with some that the chat template never
+    writes."""
     other_prompt: RowPolicy = "keep"
-    """Rows whose prompt has another last token in use, since in training that token reaches into the response."""
+    """Rows whose prompt ends with another token in generation than in training, where that token extends into the
+    response."""
     lost_reasoning: RowPolicy = "keep"
-    """Rows with reasoning in earlier turns that the chat template leaves out, as many do."""
+    """Rows with reasoning in earlier turns, which many chat templates leave out."""
     length_bias: SetPolicy = "keep"
-    """The longer response is chosen too often or too seldom."""
+    """The longer response is chosen in less than 40% or more than 60% of the pairs, beyond chance."""
     label_balance: SetPolicy = "keep"
-    """Rated rows of one label outweigh those of the other."""
+    """Of rated rows, weight × number of one label is more than twice that of the other."""
     few_rows: SetPolicy = "keep"
-    """Fewer than 10,000 rows."""
+    """The data set has fewer than 10,000 rows."""
     show: Annotated[int, Bound("at least 0", lambda v: v >= 0)] = 0
-    """Rows of each data set that are shown as the model sees them; in the file they stand under shown."""
+    """Number of rows of each data set to show as the model sees them; the report has them under `shown`."""
     file: Text | None = None
-    """Where the report is written as JSON; null: nowhere."""
+    """File for the report as JSON; null: no file."""
     picture: Picture | None = None
-    """Where the lengths are drawn; null: nowhere."""
+    """File for a picture of the lengths; null: no picture."""
 
     @property
     def policies(self) -> dict[str, str]:
-        """What each kind of finding does."""
+        """Return the policy of each kind of finding, by its key."""
         return {name: value for name, value in vars(self).items() if name not in ("show", "file", "picture")}
 
 
@@ -67,72 +71,83 @@ Form = Literal[
     "question_pair", "openai", "nemo", "nectar", "helpsteer2", "helpsteer3", "shp", "saferlhf", "webgpt", "arena",
     "arena_texts",
 ]  # fmt: skip
-"""The forms of data/forms.py, which a test compares."""
+"""The forms of rows that prefopt_dist.data.forms reads; a test compares the two lists."""
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """One set of rows."""
+    """A source of rows.
+
+    A text alone stands for `{path: TEXT}`. Where a key takes sources, it takes one or a list of them.
+    """
 
     path: Text
-    """A file, a saved dataset or a hub name."""
+    """A file, a pattern such as `parts/*.jsonl`, a folder of files, a saved `datasets` folder, or a hub name."""
     split: Text | None = None
-    """Split of a saved or hub dataset or a folder of files; null: 'train' there; files have none."""
+    """Split of a folder of files, a saved data set or a hub data set; null: `train`. Single files have no splits."""
     weight: Positive = 1.0
-    """Passes an epoch; 0.5 is a seeded half."""
+    """Passes over the source in each epoch; 0.5 uses a random half of its rows, drawn with `run.seed`."""
     name: Text | None = None
-    """Configuration of a hub dataset or a folder of files, such as en; null: the only one."""
+    """Configuration (subset) of a hub data set or a folder of files, such as `en`; null: the only one."""
 
 
 @dataclass(frozen=True)
 class PairsFrom:
-    """How a row of several rated answers becomes a pair."""
+    """How a row with several scored answers becomes a pair."""
 
     responses: Text
-    """Dotted path of the list of answers; through a list of objects, as completions.text."""
+    """Dotted path to the list of answers; it may lead through a list of objects, such as `completions.text`."""
     scores: Text
-    """Dotted path of the list of their scores, such as completions.score."""
+    """Dotted path to the list of their scores, such as `completions.score`."""
     pairing: Literal["best_worst", "best_random"] = "best_worst"
-    """The rejected one: that of the lowest score, or one of the lower ones, drawn by the row's content."""
+    """The chosen answer has the highest score. The rejected one has the lowest (`best_worst`), or is any answer with a
+    lower score, drawn by a hash of the row (`best_random`)."""
     min_margin: NotNegative = 0.0
-    """A row whose two scores differ by less is left out as a tie."""
+    """Smallest difference of the two scores; a row with a smaller one is left out as a tie."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """The preference data and how its rows become token sequences."""
+    """The preference data and how its rows become token sequences (docs/data.md)."""
 
     train: tuple[DataSource, ...]
-    """A path or hub name, one {path, name, split, weight}, or a list of these."""
+    """The training data."""
     eval: dict[str, tuple[DataSource, ...]] | None = None
-    """The same, or a map of named sets; null: no evaluation. The unnamed set has the name ''."""
+    """The evaluation data: sources, or a mapping of set names to sources; null: no evaluation."""
     format: Form = "auto"
-    """The form of the rows; auto: found by the fields of the first rows."""
+    """The form of the rows; `auto`: detected from the fields of the first rows."""
     template: Literal["auto", "chat", "none"] = "auto"
-    """Whether text goes through the chat template; auto: unless the first prompts of its source are rendered turns."""
+    """Whether texts are put through the chat template (`chat`) or taken as they are (`none`); `auto`: templated, unless
+    the first rows of a source are already rendered."""
     template_date: Day = "2024-07-26"
-    """YYYY-MM-DD: what a chat template that writes the day's date gets; the day itself would change the tokens."""
+    """The date, as YYYY-MM-DD, for chat templates that write the current date; the real date would change the tokens
+    from day to day."""
     learn: Literal["all", "last"] = "all"
-    """Of several assistant turns in a response, or of a conversation in messages, which are scored and learnt."""
+    """Which assistant turns of a response or conversation are scored and learnt: all, or the last."""
     thinking: Literal["empty", "keep"] | None = None
-    """Answers where generation's prompt opens reasoning: behind that prompt, the reasoning closed at once; or as the
-    template renders the finished conversation; null: as rendered where that begins with the prompt, else empty."""
+    """How an answer is written if the prompt for generation opens a reasoning block. `empty`: after that prompt, with
+    the block closed at once; `keep`: as the chat template renders the finished conversation; null: as `keep` where the
+    rendered conversation begins with that prompt, else as `empty`."""
     system: Literal["keep", "merge", "drop"] = "keep"
-    """A system turn that the chat template has no place for: a bad row, put before the first user turn, or left out."""
+    """A system turn that the chat template does not support: makes a bad row (`keep`), is put before the first user
+    turn (`merge`), or is left out (`drop`)."""
     chat_template: Text | None = None
-    """A file with a Jinja template to use instead of the tokenizer's; the export carries it."""
+    """A file with a Jinja chat template that replaces the tokenizer's; the export contains it."""
     template_kwargs: dict[str, Any] | None = None
-    """Arguments of the chat template, such as {enable_thinking: false}; a row's chat_template_kwargs go before them."""
+    """Arguments of the chat template, such as `{enable_thinking: false}`; `chat_template_kwargs` of a row override
+    them."""
     columns: dict[str, str] | None = None
-    """Our names of columns, and the dotted paths of the data's, such as {prompt: input.text, chosen: good}."""
+    """A mapping of this package's column names to dotted paths in the data, such as `{prompt: input.text, chosen:
+    good}`."""
     pairs_from: PairsFrom | None = None
-    """Of rows with several rated answers: where they are, and which two are the pair; null: rows are what they are."""
+    """For rows with several scored answers: where these are, and which two make the pair; null: rows are not paired."""
     max_length: Annotated[int, Bound("at least 2", lambda v: v >= 2)] = 1024
-    """Tokens of prompt and response together."""
+    """Largest number of tokens of prompt and response together; longer rows are truncated."""
     max_prompt_length: Count = 512
-    """Tokens to which the prompt is cut where prompt and response exceed max_length."""
+    """Tokens to which the prompt is truncated if prompt and response exceed `max_length`; less than `max_length`."""
     on_bad_row: Literal["stop", "drop"] = "stop"
-    """What a row that cannot be used does: end the run with its place, or be dropped and counted."""
+    """A row that cannot be used ends the run with a message that names it (`stop`), or is left out and counted
+    (`drop`)."""
 
     def __post_init__(self) -> None:
         if self.max_prompt_length >= self.max_length:

@@ -1,6 +1,6 @@
-"""DeepSpeed's JSON files: ZeRO, communication and offload keys only.
+"""Checks of DeepSpeed's JSON files, which may hold ZeRO, communication and offload keys only.
 
-DeepSpeed itself takes any unknown top-level key in silence, so the keys it reads (0.19) are listed here.
+DeepSpeed itself accepts any unknown top-level key without a message, so the keys that it reads (0.19) are listed here.
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
-from prefopt_dist.config.build import nearest
+from prefopt_dist.config.build import suggest_names
 from prefopt_dist.config.strict_yaml import read_text
-from prefopt_dist.errors import UserError, shortened
+from prefopt_dist.errors import UserError, shorten
 
 _ALLOWED = {
     "zero_optimization",
     "communication_data_type",
     "data_types",
     "comms_logger",
-    "aio",  # how offloading to NVMe reads and writes
+    "aio",  # reading and writing of offloads to NVMe
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
     "wall_clock_breakdown",
     "memory_breakdown",
     "log_level",
 }
+"""Top-level keys that a file may have."""
 
 _MODEL_DTYPE = "the YAML's model.dtype"
 _BATCH = "the YAML's train.global_batch_pairs and train.micro_batch_tokens"
@@ -53,11 +54,11 @@ _OWNED = {
     "comet": _WANDB,
     "checkpoint": "the YAML's checkpoint section",
     "datastates_ckpt": "the YAML's checkpoint section",
-    "dataloader_drop_last": "the batch planner (every pair is used)",
+    "dataloader_drop_last": "the planning of batches (every pair is used)",
     "data_efficiency": "the YAML's data section",
 }
+"""Keys whose values come from the YAML, and from where in it."""
 
-# Read by DeepSpeed, but of a way to run that this project does not have, or that would change its numbers.
 _UNUSED = {
     "autotuning",
     "compile",
@@ -79,12 +80,21 @@ _UNUSED = {
     "vocabulary_size",
     "weight_quantization",
 }
+"""Keys that DeepSpeed reads, for features that this package does not support or that would change its numbers."""
 
 _DTYPES = ("fp32", "bf16")
 
 
 def load_deepspeed_json(path: str | Path, key: str) -> dict[str, Any]:
-    """The checked mapping in a DeepSpeed JSON; `key` (deepspeed.policy) names the file in messages."""
+    """Return the mapping in a DeepSpeed JSON file, checked.
+
+    Args:
+        path: the file.
+        key: the dotted key that names it, such as deepspeed.policy, for messages.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value is not accepted.
+    """
     path = Path(path)
     place = f"{path} ({key})"
     settings = _parse(read_text(path, f"the DeepSpeed file of {key}"), path, key)
@@ -95,11 +105,13 @@ def load_deepspeed_json(path: str | Path, key: str) -> dict[str, Any]:
                 "set it there and remove it here"
             )
         if name in _UNUSED:
-            raise UserError(f"{place}: {name} is not supported here, remove it; allowed: {', '.join(sorted(_ALLOWED))}")
+            raise UserError(
+                f"{place}: {name} is not supported here; remove it. Allowed keys: {', '.join(sorted(_ALLOWED))}"
+            )
         if name not in _ALLOWED:
             raise UserError(
-                f"{place}: {shortened(name)} is not a key that DeepSpeed knows; rename or remove it: "
-                f"{nearest(name, _ALLOWED)}"
+                f"{place}: {shorten(name)} is not a key that DeepSpeed knows; rename or remove it: "
+                f"{suggest_names(name, _ALLOWED)}"
             )
     _refuse_auto(settings, "", place)
     _check_dtypes(settings, place)
@@ -112,7 +124,7 @@ def _parse(text: str, path: Path, key: str) -> dict[str, Any]:
         mapping = dict(pairs)
         for name in mapping:
             if sum(other == name for other, _ in pairs) > 1:
-                raise UserError(f"{path}: the key '{name}' stands twice in one object; remove one of them")
+                raise UserError(f"{path}: the key '{name}' stands twice in one object; remove one of the two")
         return mapping
 
     def refuse_constant(constant: str) -> NoReturn:
@@ -121,24 +133,24 @@ def _parse(text: str, path: Path, key: str) -> dict[str, Any]:
     try:
         settings = json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno} ({key}): not JSON: {error.msg}; mend it") from None
+        raise UserError(f"{path}:{error.lineno} ({key}): not JSON: {error.msg}; correct it") from None
     except UserError:
         raise
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise UserError(f"{path} ({key}): not JSON that can be read: {error}; mend it") from None
+        raise UserError(f"{path} ({key}): not JSON that can be read: {error}; correct it") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}:1 ({key}): the top level must be an object, got {_shown(settings)}; write {{…}}")
     return settings
 
 
 def _shown(value: Any) -> str:
-    return shortened(json.dumps(value))
+    return shorten(json.dumps(value))
 
 
 def _refuse_auto(value: Any, dotted: str, place: str) -> None:
-    """DeepSpeed drops "auto" and takes its default; it is a word of other trainers' templates."""
+    """Refuse the value "auto", which other trainers' templates use and DeepSpeed silently replaces by its default."""
     if value == "auto":
-        raise UserError(f'{place}: {dotted} is "auto", which nothing fills in; write a value')
+        raise UserError(f'{place}: {dotted} is "auto", which this package does not fill in; write a value')
     if isinstance(value, dict):
         for name, item in value.items():
             _refuse_auto(item, f"{dotted}.{name}" if dotted else name, place)
@@ -149,9 +161,9 @@ def _check_dtypes(settings: dict[str, Any], place: str) -> None:
     for name in data_types:
         dotted = f"data_types.{name}"
         if dotted in _OWNED:
-            raise UserError(f"{place}: {dotted} comes from {_OWNED[dotted]} alone; remove it here")
+            raise UserError(f"{place}: {dotted} comes from {_OWNED[dotted]} alone; set it there and remove it here")
         if name != "grad_accum_dtype":
-            raise UserError(f"{place}: {dotted} is not known to DeepSpeed; only grad_accum_dtype is set here")
+            raise UserError(f"{place}: {dotted} is not a key that may be set here; only grad_accum_dtype is: remove it")
     for dotted, mapping, name in (
         ("communication_data_type", settings, "communication_data_type"),
         ("data_types.grad_accum_dtype", data_types, "grad_accum_dtype"),
@@ -163,12 +175,12 @@ def _check_dtypes(settings: dict[str, Any], place: str) -> None:
 def _section(settings: dict[str, Any], name: str, place: str) -> dict[str, Any]:
     section = settings.get(name, {})
     if not isinstance(section, dict):
-        raise UserError(f"{place}: {name}: got {section!r}, must be an object; write {{…}}")
+        raise UserError(f"{place}: {name}: got {_shown(section)}, must be an object; write {{…}}")
     return section
 
 
 def _check_by_deepspeed(settings: dict[str, Any], place: str) -> None:
-    # DeepSpeed takes seconds to import, and most users of this package build no engine.
+    # Imported here: DeepSpeed takes seconds to import, and several stages do not need it.
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -176,7 +188,9 @@ def _check_by_deepspeed(settings: dict[str, Any], place: str) -> None:
 
     for name in _section(settings, "aio", place):
         if name not in AIO_DEFAULT_DICT:
-            raise UserError(f"{place}: aio.{name} is not a key that DeepSpeed knows; {nearest(name, AIO_DEFAULT_DICT)}")
+            raise UserError(
+                f"{place}: aio.{name} is not a key that DeepSpeed knows; {suggest_names(name, AIO_DEFAULT_DICT)}"
+            )
     for section, model in (("zero_optimization", DeepSpeedZeroConfig), ("comms_logger", CommsLoggerConfig)):
         fields = model.model_fields
         known = {*fields, *(field.alias for field in fields.values() if field.alias)}
@@ -187,10 +201,10 @@ def _check_by_deepspeed(settings: dict[str, Any], place: str) -> None:
 
 
 def _first_fault(fault: Any, section: str, known: set[str], place: str) -> str:
-    """DeepSpeed's own complaint (one of pydantic's error mappings) in our words."""
+    """Return the message for DeepSpeed's own complaint, one of pydantic's error mappings."""
     dotted = ".".join([section, *map(str, fault["loc"])])
     if fault["type"] == "extra_forbidden":
         top = len(fault["loc"]) == 1
-        hint = nearest(str(fault["loc"][0]), known) if top else "see DeepSpeed's documentation"
+        hint = suggest_names(str(fault["loc"][0]), known) if top else "see DeepSpeed's documentation"
         return f"{place}: {dotted} is not a key that DeepSpeed knows; rename or remove it: {hint}"
     return f"{place}: {dotted}: got {fault['input']!r}; DeepSpeed says: {fault['msg']}; change it"

@@ -1,4 +1,4 @@
-"""Read a configuration from defaults, files and overrides; write it again; tell which keys a run's identity has."""
+"""Reading a configuration from files and overrides, writing it, and the identity of a run."""
 
 from __future__ import annotations
 
@@ -9,48 +9,53 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from prefopt_dist.config.build import build_config, mistake
+from prefopt_dist.config.build import build_config, refuse_value
 from prefopt_dist.config.losses import MixLoss
 from prefopt_dist.config.schema import Config
 from prefopt_dist.config.secrets import mask_secrets
 from prefopt_dist.config.strict_yaml import dump_yaml, load_yaml, parse_value
 from prefopt_dist.errors import UserError
 
-_WHOLE = ("data.train", "data.eval", "generate.prompts", "evaluate.prompts", "answers.prompts")
+_NOT_MERGED = ("data.train", "data.eval", "generate.prompts", "evaluate.prompts", "answers.prompts")
+"""Keys whose mapping replaces the one of the layer below instead of being merged with it."""
 _OVERRIDE_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)+")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a YAML file, with `section.key=value` overrides over it."""
+    """Return the configuration in a YAML file and its base files, with `section.key=value` overrides applied.
+
+    Raises:
+        UserError: a file cannot be read, a key is unknown or missing, or a value breaks its rule.
+    """
     merged = _merge(_load_layers(Path(path), ()), _parse_overrides(overrides), "")
     return build_config(merged)
 
 
-def _load_layers(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
-    """The file over its base, over its base's base; `below` are the files that led here."""
+def _load_layers(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the file's mapping merged over its base, recursively; `parents` are the files that refer to it."""
     try:
         resolved = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL
-        raise UserError(f"{str(path)!r}: the configuration's path leads nowhere ({error}); correct it") from None
-    if resolved in below:
-        chain = " → ".join(str(file) for file in (*below, resolved))
-        raise UserError(f"{path}: the base files form a cycle: {chain}; remove one base: key")
+        raise UserError(f"{str(path)!r}: the path of the configuration leads nowhere ({error}); correct it") from None
+    if resolved in parents:
+        chain = " → ".join(str(file) for file in (*parents, resolved))
+        raise UserError(f"{path}: the base files form a cycle: {chain}; remove one of their base keys")
     layer = load_yaml(path)
     if "base" not in layer:
         return layer
     base = layer.pop("base")
     if not isinstance(base, str) or not base:
-        mistake(f"{path}: base", base, "the path of a YAML file", "name it relative to this file")
-    return _merge(_load_layers(path.parent / base, (*below, resolved)), layer, "")
+        refuse_value(f"{path}: base", base, "the path of a YAML file", "write it relative to this file")
+    return _merge(_load_layers(path.parent / base, (*parents, resolved)), layer, "")
 
 
 def _merge(lower: dict[str, Any], upper: dict[str, Any], path: str) -> dict[str, Any]:
-    """`upper` over `lower`, neither changed."""
+    """Return a mapping with the values of `upper` over those of `lower`, nested; both arguments stay unchanged."""
     merged = dict(lower)
     for key, value in upper.items():
         dotted = f"{path}.{key}" if path else key
         under: Any = merged.get(key)
-        replaced = dotted in _WHOLE or not isinstance(value, dict) or not isinstance(under, dict)
+        replaced = dotted in _NOT_MERGED or not isinstance(value, dict) or not isinstance(under, dict)
         if replaced or (dotted == "loss" and _names_another_loss(under, value)):
             merged[key] = value
         else:
@@ -63,36 +68,37 @@ def _names_another_loss(lower: dict[str, Any], upper: dict[str, Any]) -> bool:
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """All overrides as one layer; of two for the same key the later one counts."""
+    """Return all overrides as one layer; the last of several for the same key wins."""
     layer: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not _OVERRIDE_KEY.fullmatch(key):
-            mistake("override", override, "section.key=value", "such as optim.eps=1e-6, without spaces")
+            refuse_value("override", override, "section.key=value", "write it as in optim.eps=1e-6, without spaces")
         *sections, last = key.split(".")
         target = layer
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                mistake("override", override, "in accord with those before it", f"{section} is a value there")
+                rule, remedy = "consistent with the overrides before it", f"remove one: they set {section} to a value"
+                refuse_value("override", override, rule, remedy)
         target[last] = parse_value(text, key)
     return layer
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Every section and key as plain YAML values; secrets are in it."""
-    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
+    """Return every section and key as plain YAML values, with secrets in clear text."""
+    plain: dict[str, Any] = _plain_value(dataclasses.asdict(config))
     sets = plain["data"]["eval"]
     if sets is not None and "" in sets:
         plain["data"]["eval"] = sets[""]
     if isinstance(config.loss, MixLoss):
-        plain["loss"] = _mix(plain["loss"])
+        plain["loss"] = _plain_mix(plain["loss"])
     return plain
 
 
-def _mix(plain: dict[str, Any]) -> dict[str, Any]:
-    """Each part's weight and options side by side, as they are read."""
-    left_out = ("name", "sft_weight")  # said by the key; refused in a part
+def _plain_mix(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return a mix in the shape of the file: the weight and the options of each part in one mapping."""
+    left_out = ("name", "sft_weight")  # the key is the name; a part does not accept sft_weight
     parts = {
         name: {"weight": part["weight"]} | {k: v for k, v in part["loss"].items() if k not in left_out}
         for name, part in plain["of"].items()
@@ -101,62 +107,64 @@ def _mix(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """Text that `load_config` reads back to an equal configuration; secrets are masked."""
+    """Return YAML text that `load_config` reads back as an equal configuration; secrets are masked."""
     return dump_yaml(mask_secrets(to_dict(config)))
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists, all the way down."""
+def _plain_value(value: Any) -> Any:
+    """Return the value with tuples replaced by lists, at every level."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain_value(item) for item in value]
     return value
 
 
-_IDENTITY_KEYS: dict[str, tuple[str, ...]] = {
+_ALWAYS: dict[str, tuple[str, ...]] = {
     "run": ("seed",),
     "model": ("name_or_path", "tokenizer", "dtype"),
     "reference": ("name_or_path",),
     "data": ("train", "format", "template", "max_length", "max_prompt_length", "on_bad_row"),
     "train": ("epochs", "max_steps", "global_batch_pairs"),
 }
-_ONLY_WHERE_SET: dict[str, tuple[str, ...]] = {
+"""Keys that are always part of a run's identity."""
+_IF_NOT_DEFAULT: dict[str, tuple[str, ...]] = {
     "data": (
         *("template_date", "learn", "system", "thinking"),
         *("chat_template", "template_kwargs", "columns", "pairs_from"),
     ),
 }
-"""Keys that came later: at their defaults they are no part of a run, so that runs from before go on."""
+"""Keys that are part of the identity unless they have their defaults: earlier runs, which lack them, still resume."""
 _WHOLE_SECTIONS = ("loss", "lora", "optim")
+"""Sections whose keys are all part of the identity."""
 _ABSENT = "absent"
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """Flat dotted keys with JSON values; equal for two starts of one run.
+    """Return the settings that two starts of one run must share, as flat dotted keys with JSON values.
 
-    Secrets are masked, so that the identity of a saved config.yaml equals the one that was saved.
+    Secrets are masked, so that the identity of a saved config.yaml equals that of the configuration it was saved from.
     """
     sections = mask_secrets(to_dict(config))
     for source in _sources(sections["data"]):
-        if source["name"] is None:  # there was no such key before
+        if source["name"] is None:  # earlier runs have no such key
             del source["name"]
     flat: dict[str, Any] = {}
-    for section, keys in _IDENTITY_KEYS.items():
+    for section, keys in _ALWAYS.items():
         for key in keys:
             _flatten(f"{section}.{key}", sections[section][key], flat)
-    for section, keys in _ONLY_WHERE_SET.items():
+    for section, keys in _IF_NOT_DEFAULT.items():
         defaults = {field.name: field.default for field in fields(getattr(config, section))}
         for key in keys:
             if getattr(getattr(config, section), key) != defaults[key]:
                 _flatten(f"{section}.{key}", sections[section][key], flat)
     for section in _WHOLE_SECTIONS:
-        if sections[section] is not None:  # lora: a run without it may have begun before there was such a section
+        if sections[section] is not None:  # earlier runs have no section lora
             _flatten(section, sections[section], flat)
     dropped = [name for name, policy in config.inspect.policies.items() if policy == "drop"]
     flat |= {f"inspect.{name}": "drop" for name in dropped}
     if {"eval_pairs", "eval_prompts"} & set(dropped):
-        _flatten("data.eval", sections["data"]["eval"], flat)  # it decides what is left of data.train
+        _flatten("data.eval", sections["data"]["eval"], flat)  # it decides which rows of data.train remain
     return flat
 
 
@@ -167,7 +175,7 @@ def _sources(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """One line for each key in which `b` (now) differs from `a` (before); none for equal identities."""
+    """Return one line for each key that differs between two identities, `a` (before) and `b` (now)."""
     keys = [*a, *(key for key in b if key not in a)]
     return [
         f"{key}: was {a.get(key, _ABSENT)}, now {b.get(key, _ABSENT)}"

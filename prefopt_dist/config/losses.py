@@ -1,4 +1,4 @@
-"""The options of each loss, by its name."""
+"""The options of each loss."""
 
 from __future__ import annotations
 
@@ -12,106 +12,108 @@ Smoothing = Annotated[float, Bound("in [0, 0.5)", lambda v: 0 <= v < 0.5)]
 
 @dataclass(frozen=True)
 class DPOLoss:
-    """Direct preference optimisation; −log σ(β · margin of log-ratios)."""
+    """Direct preference optimisation: −log σ(β · margin of log-ratios)."""
 
     name: Literal["dpo"] = "dpo"
-    """The loss's name in the registry."""
+    """Selects this loss."""
     beta: Positive = 0.1
-    """β: how strongly the policy is held to the reference; with average=tokens about 5."""
+    """β: how strongly the policy is held to the reference; about 5 with `average: tokens`."""
     label_smoothing: Smoothing = 0.0
-    """ε: the assumed share of flipped preferences; 0 is plain DPO, above it conservative DPO (cDPO)."""
+    """ε: the assumed share of flipped preferences. 0: plain DPO; above 0: conservative DPO (cDPO)."""
     average: Literal["sums", "tokens"] = "sums"
-    """Log-ratios summed over a response, or per token of it: length-normalised DPO."""
+    """Log-ratios are summed over the tokens of a response (`sums`), or averaged (`tokens`): length-normalised DPO."""
     sft_weight: NotNegative = 0.0
-    """α: the weight of −log π per token of the chosen response, added to the loss (RPO); 0: not added."""
+    """α: weight of an SFT term that is added to the loss: the mean of −log π over the tokens of the chosen response
+    (RPO). 0: no such term."""
 
 
 @dataclass(frozen=True)
 class RobustLoss:
-    """Robust DPO: unbiased where labels are flipped with probability ε."""
+    """Robust DPO: an unbiased loss if labels are flipped with probability ε."""
 
     name: Literal["robust"] = "robust"
-    """The loss's name in the registry."""
+    """Selects this loss."""
     beta: Positive = 0.1
-    """β as in dpo."""
+    """β, as in `dpo`."""
     label_smoothing: Smoothing = 0.1
-    """ε: the share of flipped preferences; 0 is plain DPO."""
+    """ε: the share of flipped preferences. 0: plain DPO."""
     sft_weight: NotNegative = 0.0
-    """α as in dpo."""
+    """α, as in `dpo`."""
 
 
 @dataclass(frozen=True)
 class IPOLoss:
-    """Identity preference optimisation; (margin of log-ratios − 1/(2β))²."""
+    """Identity preference optimisation: (margin of log-ratios − 1/(2β))²."""
 
     name: Literal["ipo"] = "ipo"
-    """The loss's name in the registry."""
+    """Selects this loss."""
     beta: Positive = 0.1
-    """β (the paper's τ): log-ratios are driven 1/(2β) apart."""
+    """β (the paper's τ): the target of the margin of log-ratios is 1/(2β)."""
     average: Literal["tokens", "sums"] = "tokens"
-    """Log-ratios per token of a response, so that one target suits all lengths, or summed over it."""
+    """Log-ratios are averaged over the tokens of a response (`tokens`), so that one target fits all lengths, or summed
+    (`sums`)."""
     sft_weight: NotNegative = 0.0
-    """α as in dpo."""
+    """α, as in `dpo`."""
 
 
 @dataclass(frozen=True)
 class HingeLoss:
-    """The hinge loss; max(0, 1 − β · margin of log-ratios)."""
+    """The hinge loss: max(0, 1 − β · margin of log-ratios)."""
 
     name: Literal["hinge"] = "hinge"
-    """The loss's name in the registry."""
+    """Selects this loss."""
     beta: Positive = 0.1
-    """β: a margin of 1/β nats is enough."""
+    """β: a pair with a margin of 1/β nats or more has no loss."""
     sft_weight: NotNegative = 0.0
-    """α as in dpo."""
+    """α, as in `dpo`."""
 
 
 @dataclass(frozen=True)
 class SimPOLoss:
-    """Simple preference optimisation, on log-probs per token; needs no reference."""
+    """Simple preference optimisation, on log-probs per token, without a reference."""
 
     name: Literal["simpo"] = "simpo"
-    """The loss's name in the registry."""
+    """Selects this loss."""
     beta: Positive = 2.0
-    """β: the scale of the mean log-prob of a token."""
+    """β: the factor of the mean log-prob of a token."""
     gamma: NotNegative = 1.0
-    """γ: the margin of rewards that is aimed at."""
+    """γ: the target margin of rewards."""
     sft_weight: NotNegative = 0.0
-    """α as in dpo."""
+    """α, as in `dpo`."""
 
 
 @dataclass(frozen=True)
 class ORPOLoss:
-    """SFT on the chosen responses plus an odds ratio; needs no reference."""
+    """SFT on the chosen responses plus an odds-ratio term, without a reference."""
 
     name: Literal["orpo"] = "orpo"
-    """The loss's name in the registry."""
+    """Selects this loss."""
     beta: Positive = 0.1
-    """β (the paper's λ): the weight of the odds ratio beside the SFT loss."""
+    """β (the paper's λ): the weight of the odds-ratio term; the SFT term has weight 1."""
 
 
 @dataclass(frozen=True)
 class KTOLoss:
-    """Kahneman-Tversky optimisation on single responses that are rated true or false."""
+    """Kahneman-Tversky optimisation, on single responses with the label true or false."""
 
     name: Literal["kto"] = "kto"
-    """The loss's name in the registry."""
+    """Selects this loss."""
     beta: Positive = 0.1
-    """β: how soon gains and losses saturate."""
+    """β: how fast gains and losses saturate."""
     desirable_weight: Positive = 1.0
-    """λ_D: the weight of rows with the label true."""
+    """λ_D: weight of rows with the label true."""
     undesirable_weight: Positive = 1.0
-    """λ_U: the weight of rows with the label false."""
+    """λ_U: weight of rows with the label false."""
     split_pairs: bool = False
-    """Whether pairs are taken too, the chosen response as a row of label true, the rejected one of label false."""
+    """Whether to accept pairs too: the chosen response as a row with the label true, the rejected one with false."""
 
 
 @dataclass(frozen=True)
 class SFTLoss:
-    """Mean negative log-likelihood of the chosen responses; needs no reference."""
+    """Supervised fine-tuning: the mean negative log-likelihood of the chosen responses, without a reference."""
 
     name: Literal["sft"] = "sft"
-    """The loss's name in the registry."""
+    """Selects this loss."""
 
 
 PairLoss = DPOLoss | RobustLoss | IPOLoss | HingeLoss | SimPOLoss | ORPOLoss | SFTLoss
@@ -119,22 +121,24 @@ PairLoss = DPOLoss | RobustLoss | IPOLoss | HingeLoss | SimPOLoss | ORPOLoss | S
 
 @dataclass(frozen=True)
 class MixedLoss:
-    """One loss of a mix."""
+    """One part of a mix: a loss and its weight."""
 
     weight: Positive
-    """w: how much of it is added."""
+    """Weight of the loss in the sum."""
     loss: PairLoss
     """The loss and its options."""
 
 
 @dataclass(frozen=True)
 class MixLoss:
-    """A weighted sum of losses on pairs, each with options of its own."""
+    """A weighted sum of losses on pairs, each with its own options."""
 
     of: dict[str, MixedLoss]
-    """Two losses or more by name, each {weight: w, option: value, …}; in the order of LOSSES."""
+    """Two losses or more by name, each as `{weight: WEIGHT, OPTION: value, …}`. A part has no default weight and no
+    option `sft_weight`; `kto` cannot be a part. The first part in the order of this page defines rewards and
+    margins."""
     name: Literal["mix"] = "mix"
-    """The loss's name in the registry."""
+    """Selects this loss."""
 
 
 Loss = DPOLoss | RobustLoss | IPOLoss | HingeLoss | SimPOLoss | ORPOLoss | KTOLoss | SFTLoss | MixLoss
@@ -149,11 +153,11 @@ LOSSES: dict[str, type[PairLoss | KTOLoss]] = {
     "kto": KTOLoss,
     "sft": SFTLoss,
 }
-"""Every loss by its name. A new loss: a dataclass here, its mathematics and a case of factory.py in objectives/."""
+"""Every loss by name. To add one: a dataclass here; its mathematics and a case of factory.py in objectives/."""
 MIX = "mix"
-"""The name of a weighted sum of them."""
+"""The name of a weighted sum of losses."""
 NOT_MIXED = {
-    "kto": "it rates single responses by a reference point of other rows, and a mix is of losses on pairs",
-    MIX: "its parts can be named here themselves",
+    "kto": "it rates single responses by a reference point from other rows, but a mix consists of losses on pairs",
+    MIX: "write its parts here themselves",
 }
-"""Which losses cannot be part of a mix, and why."""
+"""Losses that cannot be part of a mix, and the reason for messages."""

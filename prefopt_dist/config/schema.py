@@ -1,6 +1,7 @@
-"""The whole configuration: one frozen dataclass a section, with the defaults.
+"""The whole configuration: a frozen dataclass for each section, with the defaults.
 
-The types are the rules: `build.py` reads them, so a bound stands once, beside its field.
+The types are the rules: `build.py` checks values by them, so each bound is written once, at its field. The docstrings
+under the fields are the text of docs/configuration.md (`python -m prefopt_dist.config.reference_page --write`).
 Relative paths (model, data, DeepSpeed, run) are relative to the current working directory.
 """
 
@@ -20,255 +21,275 @@ from prefopt_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Health:
-    """When a rule speaks; docs/health.md says what each rule looks at. Warnings never stop a run."""
+    """The thresholds of the health rules, which docs/health.md explains. A finding never stops a run."""
 
     grace: Fraction = 0.333
-    """The share of the steps after which a run that has learnt nothing is no beginner any more."""
+    """Share of the steps after which a run should have begun to learn; several rules apply only after it."""
     stuck_accuracy: Fraction = 0.6
-    """accuracy-stuck: training accuracy that is certainly below this."""
+    """`accuracy-stuck`: the training accuracy is below this by more than a standard error."""
     wrong_margin: Fraction = 0.8
-    """noisy-labels: the median size of the margins with the wrong sign, over that of those with the right one."""
+    """`noisy-labels`: the median size of the margins with the wrong sign, divided by that of the others, is at least
+    this."""
     flipped_accuracy: Fraction = 0.35
-    """labels-flipped: the reference's log-prob accuracy, summed and per token, below this."""
+    """`labels-flipped`: the accuracy of the reference's log-probs, both summed and per token, is below this."""
     chosen_fall: Positive = 0.5
-    """chosen-falls: nats a token that the chosen responses have lost since the start."""
+    """`chosen-falls`: the log-prob of the chosen responses has fallen by more than this since the start, in nats per
+    token."""
     displacement: Positive = 1.25
-    """likelihood-displaced: log-probability that the chosen responses have lost, over what the reference gave them."""
+    """`likelihood-displaced`: the fall of the log-prob of the chosen responses, divided by the size of their log-prob
+    under the reference, exceeds this."""
     overfit_rise: Positive = 0.1
-    """overfit: part by which an evaluation loss lies above its best; half of it three times in a row; or twice it in
-    accuracy lost."""
+    """`overfit`: an evaluation loss exceeds its best value by this share of it; or by half this share in three
+    evaluations in a row; or an evaluation accuracy is below its best by twice this value."""
     length_correlation: Fraction = 0.6
-    """length-bias: correlation of the margin with how much longer the chosen response is."""
+    """`length-bias`: the correlation of the margin with the difference in length, chosen minus rejected, exceeds
+    this."""
     divergence: Positive = 1.25
-    """diverging: the loss over that of the start."""
+    """`diverging`: the loss, divided by the loss at the start, exceeds this."""
     gradient_spike: Positive = 10.0
-    """gradient-spike: a gradient norm over the median of the rows before."""
+    """`gradient-spike`: the gradient norm, divided by the median of the previous rows, exceeds this."""
     slow_rank: Positive = 1.5
-    """slow-rank: a rank's own seconds of work over what its units would take the others (median)."""
+    """`slow-rank`: the time of a rank's own work, divided by the time that the other ranks (median) would need for it,
+    exceeds this."""
     memory_growth: Positive = 0.05
-    """memory-creep: part by which memory has grown through four successive stretches, and 64 MiB at least."""
+    """`memory-creep`: memory has grown by more than this share over four successive stretches of rows, and by at least
+    64 MiB."""
     collapse_excess: Positive = 0.35
-    """answers-collapsed: nats a token by which the model's answers are stranger to the reference than 1.25 times the
-    stranger of its own answers and the chosen responses; counts together with the next two."""
+    """`answers-collapsed`: −log π_ref per token of the model's answers exceeds, by more than this, 1.25 times the
+    larger of its values for the start's answers and for the chosen responses (in nats). The finding needs this,
+    `collapse_moved` and `collapse_own` together."""
     collapse_moved: Positive = 0.3
-    """answers-collapsed: nats a token by which they are stranger to the reference than to the model itself."""
+    """`answers-collapsed`: −log π_ref per token of the model's answers exceeds −log π of the model itself by more than
+    this (in nats)."""
     collapse_own: Positive = 1.25
-    """answers-collapsed: the model's own nats a token on its answers, over the reference's on the start's; where the
-    answers loop or no longer end, these count in its place."""
+    """`answers-collapsed`: −log π per token of the model's answers, divided by −log π_ref of the start's answers,
+    exceeds this. Repeated 4-grams (`collapse_loops`) or answers that do not end (`unended_answers`) count instead of
+    it."""
     collapse_loops: Fraction = 0.2
-    """answers-collapsed: by how much more of the 4-grams repeat than in the start's answers."""
+    """`answers-collapsed`: the share of repeated 4-grams exceeds that of the start's answers by more than this."""
     longer_answers: Positive = 1.5
-    """answers-longer: the mean length of the model's answers over that of the start's."""
+    """`answers-longer`: the mean length of the model's answers, divided by that of the start's, exceeds this."""
     unended_answers: Fraction = 0.2
-    """answers-do-not-end: how much smaller the share of answers that end has become than it was at the start."""
+    """`answers-do-not-end`: the share of answers that end has fallen by more than this since the start."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where the run lives and what its randomness starts from."""
+    """The run folder, the cache and the seed."""
 
     dir: Text
-    """The run folder; all nodes must see the same one."""
+    """The run folder; it must be the same shared folder on all nodes."""
     seed: Annotated[int, Bound("in [0, 2**32)", lambda v: 0 <= v < 2**32)] = 0
-    """Seed of the order of the data and of everything drawn."""
+    """Seed of the order of the data and of all random draws."""
     cache: Text | None = None
-    """Folder for what runs share; null: $PREFOPT_CACHE, else <parent of run.dir>/.prefopt."""
+    """The cache, a folder that runs share; null: `$PREFOPT_CACHE`, else `.prefopt` next to the run folder."""
 
 
 @dataclass(frozen=True)
 class Wandb:
-    """Weights & Biases."""
+    """Tracking with Weights & Biases."""
 
     mode: Literal["online", "offline", "disabled"] = "online"
-    """offline keeps its files in the run folder; disabled writes none."""
+    """`online`: send to the server; `offline`: only write files to the run folder; `disabled`: neither."""
     project: Text = "prefopt"
-    """The project."""
+    """Name of the project."""
     name: Text | None = None
-    """The run's display name; null: the name of the run folder."""
+    """Display name of the run; null: the name of the run folder."""
     group: Text | None = None
-    """The group that the run is shown in."""
+    """Group in which the run is shown; null: none."""
     tags: tuple[Text, ...] = ()
     """Tags of the run."""
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where the metrics go; metrics.jsonl is written always."""
+    """Where metrics are written, besides `metrics.jsonl` in the run folder, which is always written."""
 
     wandb: Wandb = field(default_factory=Wandb)
-    """Weights & Biases."""
+    """Tracking with Weights & Biases."""
     log_every_steps: Count = 1
-    """A row is the mean over the pairs of this many steps."""
+    """Steps between rows of metrics; a row is the mean over the pairs of these steps."""
     tensorboard: bool = False
-    """Event files in RUN/tensorboard too; needs the package tensorboard."""
+    """Whether to write event files to `tensorboard` in the run folder; needs the package tensorboard."""
 
 
-MOST_NEW_TOKENS = 256
-"""Of an answer, where answers.max_new_tokens is null."""
+DEFAULT_MAX_NEW_TOKENS = 256
+"""Largest number of tokens of an answer if answers.max_new_tokens is null."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the start and the trained model say to the same prompts, by which `train` ends with a verdict."""
+    """Answers of the start and of the trained model to the same prompts, from which `train` draws its verdict.
+
+    docs/answers.md explains them.
+    """
 
     prompts: tuple[DataSource, ...] | None = None
-    """Rows of any form, of each only the prompt; null: those of the first set of data.eval, else of data.train."""
+    """Rows of any form, of which only the prompts are used; null: those of the first set of `data.eval`, else those of
+    `data.train`."""
     number: Annotated[int, Bound("at least 0", lambda v: v >= 0)] = 64
-    """Prompts that are answered: the first different ones that fit, as many of each source; 0: none, and no verdict."""
+    """Number of prompts: the first different ones that fit, equally many from each source. 0: no answers and no
+    verdict."""
     max_new_tokens: Count | None = None
-    """Tokens of an answer, its end included; null: what data.max_length leaves a longest prompt, at most 256."""
+    """Largest number of tokens of an answer, including its end token; less than `data.max_length`; null:
+    `data.max_length` − `data.max_prompt_length`, at most 256."""
     temperature: Positive = 1.0
-    """Of the sampling; at 1 the KL is the policy's own."""
+    """Sampling temperature; the KL is that of the policy only at 1."""
     every: Count | None = None
-    """Answers with every such evaluation of eval.every_steps too, for rewards that are functions; null: none between
-    start and end."""
+    """Also answer the prompts at every n-th evaluation of `eval.every_steps`, for this n; all rewards must then be
+    functions. null: only at the start and the end."""
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """The stage that evaluates one model."""
+    """The stage `evaluate`, which evaluates one model."""
 
     model: Text | None = None
-    """A Hugging Face folder; null: the newest checkpoint of run.dir."""
+    """A Hugging Face folder or a hub name; null: the newest checkpoint of the run folder."""
     prompts: tuple[DataSource, ...] | None = None
-    """Prompts that the model answers, for reward, win rate and KL on its own samples; null: none of these."""
+    """Prompts that the model answers, for its reward, win rate and KL; null: the model answers no prompts."""
     against: Text | None = None
-    """The model whose answers it is compared with; null: the reference."""
+    """Model whose answers are the comparison: a Hugging Face folder or a hub name; null: the reference."""
     samples: Count = 1
-    """Answers to a prompt."""
+    """Number of answers to each prompt."""
     temperature: Positive = 1.0
-    """Of the answers; at 1 the KL is the policy's own, elsewhere that of what it samples there."""
+    """Sampling temperature; the KL is that of the policy at 1, and that of the tempered distribution otherwise."""
 
 
 @dataclass(frozen=True)
 class RewardSource:
-    """One reward of the weighted mean: a function or a model."""
+    """One reward of the weighted mean: either a function or a model."""
 
     function: Text | None = None
-    """A Python function as module:name, score(prompt, response, row) → a number."""
+    """A Python function as `module:name`, which is called as `score(prompt, response, row)` and returns a number."""
     model: Text | None = None
-    """A sequence-classification folder or hub name with one output and a chat template."""
+    """A sequence-classification model with one output and a chat template: a Hugging Face folder or a hub name."""
     weight: Positive = 1.0
-    """Its weight in the mean."""
+    """Weight in the mean."""
 
     def __post_init__(self) -> None:
         if (self.function is None) == (self.model is None):
             raise UserError(
-                f"generate.rewards: an entry has function {self.function!r} and model {self.model!r}, must have one of "
-                "them; write {function: my_module:score} or {model: FOLDER}"
+                f"generate.rewards: an entry has function {self.function!r} and model {self.model!r}, must have just "
+                "one of them; write {function: my_module:score} or {model: FOLDER}"
             )
 
 
 @dataclass(frozen=True)
 class Generate:
-    """The stage that makes pairs: n responses to each prompt, a reward, and which of them become pairs."""
+    """The stage `generate`: n responses to each prompt, their scores, and pairs of them (docs/rollouts.md)."""
 
     rewards: tuple[RewardSource, ...] = ()
-    """What scores a response: the weighted mean of these."""
+    """Rewards; the score of a response is their weighted mean."""
     prompts: tuple[DataSource, ...] | None = None
-    """Rows of any form, or with a prompt alone; null: the prompts of data.train."""
+    """Rows of any form, or with a prompt alone, of which only the prompts are used; null: those of `data.train`."""
     n: Annotated[int, Bound("at least 2, since a pair needs two responses", lambda v: v >= 2)] = 8
-    """Responses to each prompt."""
+    """Number of responses to each prompt."""
     temperature: Positive = 0.9
-    """Logits are divided by it."""
+    """Sampling temperature: the logits are divided by it."""
     top_p: Annotated[float, Bound("in (0, 1]", lambda v: 0 < v <= 1)] = 1.0
-    """Sampled from the most likely tokens that hold this much probability."""
+    """Nucleus sampling: tokens are drawn from the smallest set of most likely tokens with at least this probability."""
     max_new_tokens: Count = 256
-    """Tokens of a response, its end included; a response that has not ended by then is in no pair."""
+    """Largest number of tokens of a response, including its end token; responses that do not end within it are left
+    out."""
     batch_tokens: Count = 32768
-    """Tokens (prompts and room for responses) that a rank samples at once; decides memory and speed."""
+    """Tokens of prompts and responses that a rank samples at once. It changes memory and speed, not the result."""
     pairing: Literal["best_worst", "best_random", "margin"] = "best_worst"
-    """Best and worst of a prompt, best and a random lesser one, or every two at least min_margin apart."""
+    """Which two responses to a prompt make a pair: the best and the worst, the best and a random one with a lower
+    score, or (`margin`) every two whose scores differ by at least `min_margin`."""
     min_margin: NotNegative = 0.0
-    """Pairs whose rewards differ by less are left out; equal rewards always are."""
+    """Smallest difference of the rewards of a pair; pairs with equal rewards are always left out."""
     on_bad_reward: Literal["stop", "drop"] = "stop"
-    """What a reward that raises or is no finite number does: end the job, or leave that response out."""
+    """A reward that raises an exception or is not a finite number ends the job (`stop`), or its response is left out
+    (`drop`)."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What samples; vllm is a package of its own and needs GPUs."""
+    """Engine for sampling; `vllm` needs the package vllm and GPUs."""
     pairs: Text | None = None
-    """The file of pairs; null: RUN/pairs.jsonl."""
+    """File for the pairs; null: `pairs.jsonl` in the run folder."""
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """The stage that repeats generate, first pass and train."""
+    """The stage `rounds`, which repeats `generate`, the first pass and `train` (docs/rollouts.md)."""
 
     count: Count = 3
-    """Rounds."""
+    """Number of rounds."""
     reference: Literal["start", "first"] = "start"
-    """Each round's reference: the model that it starts from, or the very first one (or reference.name_or_path)."""
+    """Reference of each round: the model that the round starts from (`start`), or the very first model, or
+    `reference.name_or_path` if it is set (`first`)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The stage that says what a job needs: the machine it is planned for."""
+    """The machine for which the stage `plan` calculates what a job needs (docs/planning.md)."""
 
     gpu: Literal["h200", "h100", "a100-80", "a100-40", "l40s", "cpu"] | None = None
-    """The kind of GPU, or this machine's CPU; null: what this machine has."""
+    """Kind of GPU, or `cpu` for this machine's CPU; null: what this machine has."""
     nodes: Count = 1
-    """Machines."""
+    """Number of machines."""
     gpus_per_node: Count | None = None
-    """GPUs (or CPU ranks) of each; null: what is here, 8 of a kind that is named, or 2 CPU ranks."""
+    """GPUs (or CPU ranks) of each machine; null: those of this machine, 8 if `plan.gpu` names a kind, or 2 CPU
+    ranks."""
     file: Text | None = None
-    """Where the plan is written as JSON; null: nowhere."""
+    """File for the plan as JSON; null: no file."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The stage that makes a page about a run."""
+    """The stage `report`, which makes a page about a run (docs/health.md)."""
 
     compare: tuple[Text, ...] = ()
-    """Run folders to show side by side instead of run.dir."""
+    """Run folders to show side by side, instead of `run.dir`."""
     file: Text | None = None
-    """The page to write; null: RUN/report.html, or report.html beside run.dir where runs are compared."""
+    """File for the page; null: `report.html` in the run folder, or next to the run folder if runs are compared."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run's whole configuration, and what its nulls stand for."""
+    """The whole configuration of a run; its properties resolve the nulls."""
 
     run: Run
-    """Where the run lives."""
+    """The run folder, the cache and the seed."""
     model: Model
-    """The policy."""
+    """The model that is trained."""
     data: Data
-    """The preference data."""
+    """The data, and how its rows become token sequences."""
     reference: Reference = field(default_factory=Reference)
-    """The frozen model."""
+    """The frozen reference model and the store of its scores."""
     lora: Lora | None = None
-    """Adapters in place of the whole policy; null: every weight is trained."""
+    """Low-rank adapters; null: every weight of the model is trained."""
     loss: Loss = field(default_factory=DPOLoss)
     """The loss and its options."""
     optim: Optim = field(default_factory=Optim)
-    """The optimizer."""
+    """The optimizer and the learning rate."""
     train: Train = field(default_factory=Train)
-    """How long and in what portions."""
+    """The training loop: its length, its batches and when it stops."""
     eval: Eval = field(default_factory=Eval)
-    """When to evaluate."""
+    """When to evaluate during training."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    """When to commit."""
+    """When to commit checkpoints, and which to keep."""
     tracking: Tracking = field(default_factory=Tracking)
-    """Where the metrics go."""
+    """Where metrics are written."""
     answers: Answers = field(default_factory=Answers)
-    """The model's own answers, before and after."""
+    """The model's own answers before and after training."""
     health: Health = field(default_factory=Health)
     """The thresholds of the health rules."""
     deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
-    """DeepSpeed's files."""
+    """DeepSpeed's JSON files."""
     export: Export = field(default_factory=Export)
-    """The export stage."""
+    """The exported Hugging Face folder."""
     evaluate: Evaluate = field(default_factory=Evaluate)
-    """The evaluate stage."""
+    """The stage `evaluate`."""
     plan: Plan = field(default_factory=Plan)
-    """The plan stage."""
+    """The stage `plan`."""
     report: Report = field(default_factory=Report)
-    """The report stage."""
+    """The stage `report`."""
     generate: Generate = field(default_factory=Generate)
-    """The generate stage."""
+    """The stage `generate`, and the rewards."""
     rounds: Rounds = field(default_factory=Rounds)
-    """The rounds stage."""
+    """The stage `rounds`."""
     inspect: Inspect = field(default_factory=Inspect)
-    """What findings in the data do."""
+    """What findings in the data lead to, and the stage `inspect`."""
 
     def __post_init__(self) -> None:
         if self.answers.max_new_tokens is not None and self.answers.max_new_tokens >= self.data.max_length:
@@ -278,7 +299,7 @@ class Config:
             )
         if self.export.merged and self.lora is None:
             raise UserError(
-                "export.merged: got true, but this run has no section lora, so its export is a whole model; remove it"
+                "export.merged: got true, but this run has no section lora, so its export is the whole model; remove it"
             )
         for name in ("eval_pairs", "eval_prompts"):
             if self.data.eval is None and self.inspect.policies[name] != "keep":
@@ -289,57 +310,57 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """The run folder."""
+        """Return the run folder."""
         return Path(self.run.dir)
 
     @property
     def cache_dir(self) -> Path:
-        """The folder that runs share."""
+        """Return the folder that runs share."""
         if self.run.cache is not None:
             return Path(self.run.cache)
         from_environment = os.environ.get("PREFOPT_CACHE")
         return Path(from_environment) if from_environment else self.run_dir.parent / ".prefopt"
 
     def with_cache(self) -> Config:
-        """The same with the cache named: $PREFOPT_CACHE could be another one on another rank or at another start."""
+        """Return a copy with the cache set, since $PREFOPT_CACHE may differ on another rank or at another start."""
         return replace(self, run=replace(self.run, cache=str(self.cache_dir)))
 
     @property
     def reference_store(self) -> Path:
-        """The folder of the reference's scores."""
+        """Return the folder of the reference's scores."""
         return self.cache_dir / "reference" if self.reference.store is None else Path(self.reference.store)
 
     @property
     def reference_micro_batch_tokens(self) -> int:
-        """Tokens in a micro-batch of the first pass."""
+        """Return the number of tokens in a micro-batch of the first pass."""
         return self.reference.micro_batch_tokens or 2 * self.train.micro_batch_tokens
 
     @property
     def tokenizer(self) -> str:
-        """The tokenizer's folder or hub name."""
+        """Return the tokenizer's folder or hub name."""
         return self.model.tokenizer or self.model.name_or_path
 
     @property
     def pairs_file(self) -> Path:
-        """The file of pairs that the generate stage writes."""
+        """Return the file of pairs that the stage generate writes."""
         return self.run_dir / "pairs.jsonl" if self.generate.pairs is None else Path(self.generate.pairs)
 
     @property
-    def new_tokens(self) -> int:
-        """Tokens that an answer of the section answers may have."""
-        room = self.data.max_length - self.data.max_prompt_length
-        return self.answers.max_new_tokens or min(MOST_NEW_TOKENS, room)
+    def max_answer_tokens(self) -> int:
+        """Return the largest number of tokens of an answer of the section answers."""
+        left = self.data.max_length - self.data.max_prompt_length
+        return self.answers.max_new_tokens or min(DEFAULT_MAX_NEW_TOKENS, left)
 
     @property
     def answers_every_steps(self) -> int | None:
-        """Steps between the answers of section answers; None: at start and end alone."""
+        """Return the steps between the answers of the section answers; None: only at the start and the end."""
         if self.answers.every is None or self.eval.every_steps is None or self.answers.number == 0:
             return None
         return self.answers.every * self.eval.every_steps
 
     @property
     def answered_sources(self) -> tuple[str, tuple[DataSource, ...]]:
-        """The dotted key and the sources of the prompts of the section answers."""
+        """Return the dotted key and the sources of the prompts of the section answers."""
         if self.answers.prompts is not None:
             return "answers.prompts", self.answers.prompts
         for name, sources in (self.data.eval or {}).items():
@@ -348,10 +369,10 @@ class Config:
 
     @property
     def prompt_sources(self) -> tuple[DataSource, ...]:
-        """Where the generate stage finds its prompts."""
+        """Return the sources of the prompts of the stage generate."""
         return self.data.train if self.generate.prompts is None else self.generate.prompts
 
     @property
     def export_dir(self) -> Path:
-        """The folder that the export stage writes."""
+        """Return the folder that the export writes."""
         return self.run_dir / "final" if self.export.dir is None else Path(self.export.dir)

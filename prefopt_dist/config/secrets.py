@@ -1,4 +1,4 @@
-"""Secrets are masked wherever the configuration or a message leaves the process."""
+"""Masking of secrets in everything that leaves the process: the saved configuration, messages, tracking."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, overload
 
 MASK = "***"
 
-# 'token' ends the word, or micro_batch_tokens and tokenizer would be secrets.
+# A word ends after 'token': micro_batch_tokens and tokenizer are not secrets.
 _NAME = r"(?:token(?![a-z])|secret|password|api[_-]?key)"
 _SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
 _ASSIGNMENT = re.compile(rf"([\w-]*{_NAME}[\w-]*=)[^\s&\"',;]+", re.IGNORECASE)
@@ -16,10 +16,10 @@ _URL_CREDENTIALS = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECAS
 _TOKENS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}\b"
     r"|\bwandb_v\d+_[A-Za-z0-9_]{20,}\b"
-    # A W&B key of the old kind. Beside a slash or an at sign it is a commit, as in a hub snapshot's path.
+    # A W&B key of the old kind. Next to a slash or an at sign it is a commit, as in the path of a hub snapshot.
     r"|(?<![0-9A-Za-z/@_.-])[0-9a-f]{40}(?![0-9A-Za-z/@_.-])"
 )
-# Not TOKENIZER, nor what names a secret's place: the run's identity would hang on somebody's paths.
+# Not TOKENIZER, and not a path to a secret: masked paths would make a run's identity depend on the environment.
 _ENVIRONMENT_NAME = re.compile(r"(?:KEY|TOKEN(?!IZ)|SECRET|PASSWORD)(?!.*_(?:PATH|FILE|DIR|FOLDER|HOME)$)")
 _ENVIRONMENT_SHORTEST = 8  # shorter values ('false', '1') are settings and would mask ordinary words
 
@@ -31,10 +31,11 @@ def mask_secrets(value: dict[str, Any]) -> dict[str, Any]: ...
 
 
 def mask_secrets(value: str | dict[str, Any]) -> str | dict[str, Any]:
-    """A copy with every secret replaced by ***; what holds none comes back equal.
+    """Return a copy with every secret replaced by ***; a value without secrets is returned equal.
 
-    In a dict a string under a secret's name is masked whole. In any text: tokens by their looks,
-    credentials in URLs, NAME=value of a secret's name, and the values of secret environment variables.
+    In a mapping, a string whose key is the name of a secret is masked completely. In any text, these are masked:
+    tokens by their form, credentials in URLs, the value in NAME=value where NAME is that of a secret, and the values
+    of secret environment variables.
     """
     environment = _environment_secrets()
     if isinstance(value, str):
@@ -43,7 +44,7 @@ def mask_secrets(value: str | dict[str, Any]) -> str | dict[str, Any]:
 
 
 def _environment_secrets() -> list[str]:
-    """Longest first: one value may contain another."""
+    """Return the secret values of the environment, longest first, because one may contain another."""
     values = {
         value
         for name, value in os.environ.items()

@@ -10,155 +10,164 @@ from prefopt_dist.config.bounds import Bound, Count, Dtype, Fraction, NotNegativ
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters, trained in place of the weights: W + s · B A, B = 0 at the start (Hu et al. 2021).
+    """Low-rank adapters, trained instead of the weights: W + s · B A with B = 0 at the start (Hu et al. 2021).
 
-    Their dropout is 0, as that of the reference is.
+    They have no dropout. docs/lora.md describes such runs.
     """
 
     r: Count = 16
-    """The rank: rows of A and columns of B."""
+    """Rank of the adapters: rows of A and columns of B."""
     alpha: Count = 32
-    """α: the product B A counts s = α/r times."""
+    """α: the scale of the product B A is s = α/r."""
     rslora: bool = False
-    """s = α/√r instead, with which large ranks still learn (Kalajdzievski 2023)."""
+    """Whether the scale is s = α/√r instead, which suits large ranks (Kalajdzievski 2023)."""
     target_modules: tuple[Text, ...] | None = None
-    """The linear layers that get one, by name, such as [q_proj, v_proj]; null: all but the output head."""
+    """Names of the linear layers with an adapter, such as `[q_proj, v_proj]`; null: all but the output head."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """The policy: the weights that training starts from."""
+    """The policy: the model that is trained."""
 
     name_or_path: Text
-    """A Hugging Face folder or hub name."""
+    """The model that training starts from: a Hugging Face folder or a hub name."""
     tokenizer: Text | None = None
-    """A tokenizer's folder or hub name; null: name_or_path."""
+    """Folder or hub name of the tokenizer; null: `model.name_or_path`."""
     dtype: Dtype = "bfloat16"
-    """The dtype of forward and backward; the optimizer's master weights are float32 in any case."""
+    """Dtype of forward and backward; the optimizer's master weights are always float32."""
     checkpointing: Literal["auto", "none", "all"] = "auto"
-    """Activation checkpointing of no layer or all; auto: of as few layers as the device's free memory asks for."""
+    """Activation checkpointing of no layer (`none`) or all layers (`all`); `auto`: of as few layers as fit the free
+    memory of the device."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The frozen model that the first pass scores, and where its scores are kept."""
+    """The frozen reference model, and the store of its scores.
+
+    The first pass scores the data with it before training.
+    """
 
     name_or_path: Text | None = None
-    """A Hugging Face folder or hub name; null: the policy's own initial weights."""
+    """A Hugging Face folder or a hub name; null: `model.name_or_path`, the initial weights of the policy."""
     store: Text | None = None
-    """Folder of the scores; null: <cache>/reference."""
+    """Folder of the stored scores; null: the folder `reference` in the cache (`run.cache`)."""
     offload: Literal["none", "cpu"] = "none"
-    """Where the reference's parameters rest during the first pass."""
+    """Where the reference's parameters are kept during the first pass: on the device (`none`) or in CPU memory."""
     micro_batch_tokens: Count | None = None
-    """Tokens in a micro-batch of the first pass; null: 2 × train.micro_batch_tokens (no backward)."""
+    """Tokens in a micro-batch of the first pass; null: 2 × `train.micro_batch_tokens`, since it has no backward."""
 
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW and its schedule."""
+    """The optimizer AdamW and its learning-rate schedule."""
 
     learning_rate: Positive = 5.0e-7
-    """The peak learning rate."""
+    """Peak learning rate, after the warm-up."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """The course after the warm-up: to 0 in a line or a half cosine, or level."""
+    """Learning rate after the warm-up: falls to 0 in a straight line or a half cosine, or stays constant."""
     warmup_ratio: Fraction = 0.1
-    """The share of the steps over which the rate rises from 0."""
+    """Share of the steps during which the learning rate rises from 0 to its peak."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay."""
     max_grad_norm: Positive | None = 1.0
-    """The gradient's norm is clipped to this; null: never."""
+    """Norm to which the gradient is clipped; null: no clipping."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """AdamW's decay rates of the first and second moment."""
+    """Decay rates of the first and the second moment."""
     eps: Positive = 1e-8
-    """AdamW's term in the denominator."""
+    """Term added to the denominator of the update."""
 
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """Ends the training where an evaluation has not got better for long; the run is then done."""
+    """When training ends because the evaluations no longer improve; the run is then done."""
 
     metric: Text = "eval/loss"
-    """A metric of the evaluations, or with answers.every of the answers, such as answers/reward; what ends in loss and
-    answers/repeated_4grams are better where they are lower, all else where it is higher."""
+    """A metric of the evaluations, or (with `answers.every`) of the answers, such as `answers/reward`. Lower is better
+    for names that end in `loss` and for `answers/repeated_4grams`, higher for all others."""
     evaluations: Count = 3
-    """So many in a row without a new best end it."""
+    """Training ends after this many evaluations in a row without a new best value."""
 
 
 @dataclass(frozen=True)
 class Train:
-    """How long and in what portions."""
+    """The training loop: its length, its batches and when it stops."""
 
     epochs: Count = 1
     """Passes over the data."""
     max_steps: Count | None = None
-    """Ends training at this step if the epochs have not; null: the epochs alone decide."""
+    """Largest number of optimizer steps; null: no limit besides `train.epochs`."""
     global_batch_pairs: Count = 64
-    """G: pairs to an optimizer step, however many ranks there are; of KTO the rated responses."""
+    """G: pairs in an optimizer step over all ranks; with `kto`, rated responses."""
     micro_batch_tokens: Count = 8192
-    """Packed tokens in one forward and backward of one rank; memory and speed, never the result."""
+    """Packed tokens in one forward and backward pass of one rank. It changes memory and speed, not the result."""
     on_spike: Literal["none", "skip", "stop"] = "none"
-    """What an update with a gradient norm far above the last ones does: be made, be left out, end the run."""
+    """An update whose gradient norm is far above the previous ones is made (`none`), is skipped (`skip`), or ends the
+    run (`stop`)."""
     spike_factor: Annotated[float, Bound("greater than 1", lambda v: v > 1)] = 10.0
-    """How many times the median of the last 64 norms is far above them; the first 16 updates have none to compare."""
+    """A gradient norm above this many times the median of the last 64 norms is a spike; the first 16 updates are not
+    judged."""
     max_skipped_steps: Annotated[int, Bound("at least 0", lambda v: v >= 0)] = 3
-    """Updates in a row that are left out because loss or gradient is not finite or a spike; one more ends the run."""
+    """Largest number of updates in a row that may be skipped because the loss or gradient is not finite or the norm is
+    a spike; one more ends the run."""
     early_stop: EarlyStop | None = None
-    """{metric, evaluations}: ends the training where an evaluation has not got better; null: never."""
+    """Early stopping, as `{metric: NAME, evaluations: NUMBER}`; null: training does not stop early."""
     max_hours: Positive | None = None
-    """Stops with a checkpoint after this many hours of one start; null: no limit."""
+    """Hours after which a start stops with a checkpoint; the same command then resumes the run; null: no limit."""
     hang_minutes: Positive | None = 30.0
-    """Ends every stage where no rank has got on for so long; more than the longest load of a model; null: never."""
+    """Minutes without progress on any rank after which the job ends, in every stage. Must exceed the longest time to
+    load a model; null: no limit."""
 
 
 @dataclass(frozen=True)
 class Eval:
-    """When the sets of data.eval are evaluated."""
+    """When the sets of `data.eval` are evaluated during training."""
 
     every_steps: Count | None = 100
-    """Every this many steps; null: at start and end only, as the next two say."""
+    """Steps between evaluations; null: only as the next two keys say."""
     at_start: bool = True
-    """Before the first step (step 0)."""
+    """Whether to evaluate before the first step (as step 0)."""
     at_end: bool = True
-    """After the last step."""
+    """Whether to evaluate after the last step."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """When checkpoints are committed and how many stay."""
+    """When checkpoints are committed and which of them are kept."""
 
     every_steps: Count | None = 100
-    """Every this many steps; null: at the last step only."""
+    """Steps between checkpoints; null: only at the last step."""
     keep: Annotated[int, Bound("at least 2", lambda v: v >= 2)] = 2
-    """The newest this many stay; two, so that one is whole whatever happens to the other."""
+    """Number of newest checkpoints to keep. At least two, so that one is intact if the other is damaged."""
     keep_best: Text | None = None
-    """A metric of the evaluations or answers, such as eval/loss or answers/reward: the checkpoint that is best by it
-    stays too; null: none."""
+    """A metric of the evaluations or answers, such as `eval/loss` or `answers/reward`: the best checkpoint by it is
+    kept too; null: only the newest are kept."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest checkpoint; never: refuse a run folder that has one."""
+    """`auto`: continue from the newest checkpoint; `never`: refuse a run folder that has a checkpoint."""
 
 
 @dataclass(frozen=True)
 class DeepSpeed:
-    """DeepSpeed's own files: ZeRO, communication and offload keys only.
+    """DeepSpeed's JSON files, with ZeRO, communication and offload keys only.
 
-    A file of deepspeed_configs/ that the working folder has not is taken from this package's repository.
+    A path in `deepspeed_configs/` that does not exist in the working folder is taken from this package's repository.
     """
 
     policy: Text = "deepspeed_configs/policy_zero3.json"
-    """For the trained model."""
+    """File for training."""
     reference: Text = "deepspeed_configs/reference_zero3.json"
-    """For the first pass."""
+    """File for the first pass."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """The stage that writes a Hugging Face folder."""
+    """The stage `export` and the export at the end of `train`, which write a Hugging Face folder."""
 
     dir: Text | None = None
-    """The folder to write; null: RUN/final."""
+    """Folder to write; null: `final` in the run folder."""
     checkpoint: Text | None = None
-    """The checkpoint to export; null: the newest; best: the one that is best by checkpoint.keep_best's metric."""
+    """Checkpoint to export; null: the newest; `best`: the best by the metric `checkpoint.keep_best`."""
     dtype: Dtype | None = None
-    """The dtype of the written weights; null: model.dtype."""
+    """Dtype of the written weights; null: `model.dtype`."""
     merged: bool = False
-    """Of a run with adapters the whole model with them added in; otherwise the adapters alone."""
+    """Whether a run with adapters exports the whole model with the adapters merged in, instead of the adapters
+    alone."""
