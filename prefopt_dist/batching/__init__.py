@@ -1,1 +1,1 @@
-"""From rows to micro-batches: the global order, the layout over ranks, packed rows."""
+"""From rows to micro-batches: the global order of the rows, the layout over the ranks, packed rows."""

@@ -1,4 +1,4 @@
-"""From the rows of a step to this rank's micro-batches on the device.
+"""The micro-batches of this rank for one step, made of the step's rows and moved to the device.
 
 Legend: U units of a micro-batch, R responses of a unit.
 """
@@ -27,49 +27,50 @@ from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import ranks
 
 Layout = Sequence[Sequence[Sequence[Unit]]]
+"""layout[j][rank]: the units of the rank's j-th micro-batch."""
 
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """A data set and what the reference says of it."""
+    """A data set and the reference's log-probs of its responses."""
 
     rows: TokenisedRows
     reference: torch.Tensor | None
-    """float64 [n, R]; None for a loss without reference"""
+    """float64 [n, R]: Σ log π_ref of each response; None for a loss without reference."""
 
     def units(self, indices: Iterable[int], responses: int, first: int = 0) -> list[Unit]:
-        """The rows as units of `responses` responses from the `first` on."""
+        """Return the rows as units with `responses` responses each, beginning with response number `first`."""
         return [self.rows.unit(i, range(first, first + responses)) for i in indices]
 
 
 class Batch:
-    """This rank's micro-batches of one step, or of one evaluation; packed as they are taken, or all by `prepare`."""
+    """This rank's micro-batches of a step or an evaluation; packed one by one when used, or all by `prepare`."""
 
     def __init__(self, data: ScoredRows, layout: Layout, responses: int, first: int = 0) -> None:
-        """layout[j][rank]: the units of rank's j-th micro-batch, of `responses` responses from the `first` on."""
+        """Take the units of this rank from the layout; each has `responses` responses, from number `first` on."""
         self._data = data
         self._responses = responses
         self._first = first
-        self._mine = [by_rank[ranks.rank()] for by_rank in layout]
+        self._own = [by_rank[ranks.rank()] for by_rank in layout]
         self._packed: list[tuple[MicroBatch, torch.Tensor | None]] | None = None
         self.units = sum(len(units) for by_rank in layout for units in by_rank)
-        """Units of all ranks."""
+        """Number of units on all ranks."""
         self.tokens = sum(packed_tokens(units) for by_rank in layout for units in by_rank)
-        """Distinct input tokens of all ranks."""
+        """Number of distinct input tokens on all ranks."""
         self.flop = 0.0
-        """Operations that a training step on them needs, of all ranks; 0 where no cost was given."""
+        """FLOP of a training step on them, of all ranks; 0 where no cost was given."""
         self.own_flop = 0.0
-        """Those of this rank."""
+        """FLOP of this rank's part of the training step."""
         self.mismatched: Batch | None = None
-        """The same rows with the responses of their partners, for a pass before the step; KTO's alone have them."""
+        """The same rows with responses of other rows, for a pass without gradient before the step; only KTO has it."""
 
     @property
-    def mine(self) -> list[Unit]:
-        """The units of this rank."""
-        return [unit for units in self._mine for unit in units]
+    def own_units(self) -> list[Unit]:
+        """Return the units of this rank."""
+        return [unit for units in self._own for unit in units]
 
     def with_mismatched(self, mismatched: Batch) -> Batch:
-        """This batch, which then also counts the tokens of the pass before it."""
+        """Add the pass before the step to this batch, with its tokens and FLOP, and return this batch."""
         self.mismatched = mismatched
         self.tokens += mismatched.tokens
         self.flop += mismatched.flop
@@ -77,18 +78,19 @@ class Batch:
         return self
 
     def prepare(self) -> None:
-        """Packs everything now, into memory that a GPU can fetch while it computes."""
+        """Pack all micro-batches now, with a GPU into page-locked memory, from which it copies while it computes."""
         if self.mismatched is not None:
             self.mismatched.prepare()
-        self._packed = [self._pack(units, pin=torch.cuda.is_available()) for units in self._mine]
+        self._packed = [self._pack(units, pin=torch.cuda.is_available()) for units in self._own]
 
     def __len__(self) -> int:
-        """Micro-batches of a rank; the same on every rank."""
-        return len(self._mine)
+        """Return the number of micro-batches of a rank, which is the same on every rank."""
+        return len(self._own)
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, torch.Tensor | None]]:
+        """Yield each micro-batch with its reference log-probs, float64 [U, R] or None, on the device."""
         device = ranks.device()
-        for packed, reference in self._packed or map(self._pack, self._mine):
+        for packed, reference in self._packed or map(self._pack, self._own):
             yield packed.to(device), None if reference is None else reference.to(device, non_blocking=True)
 
     def _pack(self, units: Sequence[Unit], pin: bool = False) -> tuple[MicroBatch, torch.Tensor | None]:
@@ -101,16 +103,21 @@ class Batch:
 
 
 class Prefetcher:
-    """The batches of steps in turn; the next one is laid out and packed in a thread while one is computed."""
+    """The batches of steps, in order; a thread lays out and packs the next one while the current one is computed."""
 
     def __init__(self, make: Callable[[int], Batch], steps: range) -> None:
-        """make: the batch of a step, all in host memory; steps: those that will be taken, in order."""
+        """Start the thread.
+
+        Args:
+            make: makes the batch of a step, in host memory.
+            steps: the steps whose batches will be taken, in order.
+        """
         self._make = make
         self._steps = steps
-        # A thread begins on the first GPU; what it pins belongs to this rank's.
-        own = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
-        self._thread = ThreadPoolExecutor(1, "batches", initializer=own)
-        self._coming: Future[Batch] | None = None
+        # A new thread uses the first GPU; the memory that it pins must belong to this rank's GPU.
+        use_own_gpu = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
+        self._thread = ThreadPoolExecutor(1, "batches", initializer=use_own_gpu)
+        self._next: Future[Batch] | None = None
 
     def __enter__(self) -> Prefetcher:
         return self
@@ -119,10 +126,10 @@ class Prefetcher:
         self._thread.shutdown(cancel_futures=True)
 
     def take(self, step: int) -> Batch:
-        """This step's batch; the next one is begun."""
-        coming = self._coming or self._thread.submit(self._make, step)
-        batch = coming.result()
-        self._coming = self._thread.submit(self._make, step + 1) if step + 1 in self._steps else None
+        """Return the step's batch and start to make the next one."""
+        current = self._next or self._thread.submit(self._make, step)
+        batch = current.result()
+        self._next = self._thread.submit(self._make, step + 1) if step + 1 in self._steps else None
         return batch
 
 
@@ -134,9 +141,15 @@ def step_batch(
     cost: Cost | None = None,
     passes: int = TRAINING_PASSES,
 ) -> Batch:
-    """The given rows over ranks and micro-batches, each rank's load as equal as can be.
+    """Lay out the rows of a step over ranks and micro-batches, with loads as equal as possible, and pack them.
 
-    cost: of a forward pass; passes: forward passes' operations that a step needs.
+    Args:
+        data: the data set.
+        rows: indices of the step's rows.
+        responses: responses of a unit.
+        budget: tokens of a micro-batch.
+        cost: FLOP of a forward pass; None to balance tokens.
+        passes: FLOP of a step, in forward passes.
     """
 
     def laid_out(first: int, passes: int) -> Batch:
@@ -144,7 +157,7 @@ def step_batch(
         batch = Batch(data, lay_out(units, ranks.world_size(), budget, cost), responses, first)
         if cost is not None:
             batch.flop = passes * tokens_and_cost(group_by_prompt(units, budget), cost)[1]
-            batch.own_flop = passes * tokens_and_cost(group_by_prompt(batch.mine, budget), cost)[1]
+            batch.own_flop = passes * tokens_and_cost(group_by_prompt(batch.own_units, budget), cost)[1]
         return batch
 
     rows = list(rows)
@@ -156,12 +169,20 @@ def step_batch(
 
 
 def evaluation_batch(data: ScoredRows, responses: int, budget: int) -> Batch:
-    """Every row of the data set once."""
+    """Lay out every row of the data set once, for an evaluation.
 
-    def filled(first: int) -> Batch:
+    Args:
+        data: the data set.
+        responses: responses of a unit.
+        budget: tokens of a micro-batch.
+    """
+
+    def laid_out(first: int) -> Batch:
         filled = fill_micro_batches(data.units(range(data.rows.n), responses, first), budget)
         world = ranks.world_size()
         filled += [[]] * (-len(filled) % world)
         return Batch(data, [filled[j : j + world] for j in range(0, len(filled), world)], responses, first)
 
-    return filled(0).with_mismatched(filled(MISMATCHED)) if isinstance(data.rows, UnpairedRows) else filled(0)
+    if isinstance(data.rows, UnpairedRows):
+        return laid_out(0).with_mismatched(laid_out(MISMATCHED))
+    return laid_out(0)

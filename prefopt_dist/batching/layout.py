@@ -1,6 +1,7 @@
-"""Which unit of a step is computed on which rank and in which micro-batch.
+"""The layout of a step: the rank and the micro-batch that compute each unit.
 
-The result of a step does not depend on it (every unit weighs 1/G wherever it stands); its speed does.
+The result of a step does not depend on the layout, since every unit of G has the weight 1/G in any place; its speed
+does.
 """
 
 from __future__ import annotations
@@ -17,37 +18,45 @@ from prefopt_dist.batching.micro_batch import packed_tokens
 from prefopt_dist.data.unit import Unit, keyed_responses
 
 MAX_SWAPS = 2000
+"""Limit of exchanges between micro-batches."""
 TRAINING_PASSES = 3
-"""Forward passes' operations that a training step needs: its own, and twice as many backward."""
+"""Operations of a training step, in forward passes: one forward, and the backward pass needs twice as many."""
 FROZEN_PASSES = 2
-"""The same where the weights are frozen beside adapters, whose own operations are left out: no weight's gradient."""
+"""The same with frozen weights beside adapters: no weight has a gradient. The adapters' operations are left out."""
 MIN_GAIN = 1e-9
-"""Of a bin's squared load; below it rounding could swap for ever."""
+"""Smallest gain of an exchange, as a share of a bin's squared load; below it rounding could exchange for ever."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a micro-batch costs, in any unit: tokens alone unless a model's numbers are given."""
+    """The cost of a micro-batch, in any unit: its tokens, unless the numbers of a model are given."""
 
     per_token: float = 1.0
-    """For each distinct input token: the layers' matrices"""
+    """Cost of each distinct input token: the layers' matrices."""
     per_attended: float = 0.0
-    """For each pair of a token and one that it attends to"""
+    """Cost of each pair of a token and one that it attends to."""
     per_scored: float = 0.0
-    """For each response token: the output head"""
+    """Cost of each response token: the output head."""
 
     def of(self, group: Sequence[Unit], tokens: int) -> float:
-        """Of units of one prompt, which have `tokens` distinct tokens."""
+        """Return the cost of units of one prompt that have `tokens` distinct input tokens."""
         distinct = dict(pair for u in group for pair in keyed_responses(u))
         lengths = [len(response.tokens) for response in distinct.values()]
         scored = sum(response.scored for response in distinct.values())
         return self.of_lengths(len(group[0].prompt), lengths, tokens, scored)
 
     def of_lengths(self, prompt: int, responses: Sequence[int], tokens: int, scored: int | None = None) -> float:
-        """Of a prompt and its different responses, by their lengths, which have `tokens` distinct input tokens.
+        """Return the cost of a prompt and its different responses.
 
-        With a model's numbers (model/cost.py) these are the fewest operations of a forward pass: 2N·T + attention +
-        2Vd·S, every distinct token through the layers once. A training step needs TRAINING times as many.
+        With the numbers of a model (model/cost.py) it is the smallest number of operations of a forward pass, in
+        which every distinct token passes the layers once: 2N·T + attention + 2Vd·S. A training step needs
+        TRAINING_PASSES times as many.
+
+        Args:
+            prompt: tokens of the prompt.
+            responses: tokens of each response.
+            tokens: distinct input tokens of all.
+            scored: scored response tokens; None where all are scored.
         """
         attended = prompt * (prompt + 1) / 2
         for n in responses:
@@ -57,13 +66,13 @@ class Cost:
 
 
 def tokens_and_cost(groups: Sequence[Sequence[Unit]], cost: Cost) -> tuple[int, float]:
-    """Distinct input tokens and cost of groups of units, each of one prompt."""
+    """Return the distinct input tokens and the cost of groups of units, each group of one prompt."""
     tokens = [packed_tokens(g) for g in groups]
     return sum(tokens), sum(cost.of(g, t) for g, t in zip(groups, tokens, strict=True))
 
 
 def group_by_prompt(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
-    """Units of one prompt together, so that the prompt is computed once; split where they exceed the budget."""
+    """Group the units of each prompt, so that it is computed once; split a group that exceeds the budget of tokens."""
     by_prompt: dict[bytes, list[Unit]] = {}
     for u in units:
         by_prompt.setdefault(u.prompt.tobytes(), []).append(u)
@@ -80,45 +89,55 @@ def group_by_prompt(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
 
 
 def fill_micro_batches(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
-    """Micro-batches of at most `budget` tokens over all units, large groups first; a pure function.
+    """Fill micro-batches of at most `budget` tokens with all units, large groups first; a pure function.
 
-    For what is only scored: order does not matter, and like sizes stand side by side. A group that exceeds
-    the budget alone is its own micro-batch.
+    It is for units that are only scored: their order does not matter, and micro-batches of like size are neighbours.
+    A group that alone exceeds the budget is its own micro-batch.
     """
     groups = [(packed_tokens(g), g) for g in group_by_prompt(units, budget)]
     groups.sort(key=lambda item: -item[0])  # stable: ties keep the order of the units
     filled: list[list[Unit]] = []
     prompts: set[bytes] = set()
-    room = 0
+    left = 0  # tokens that the last micro-batch may still take
     for tokens, group in groups:
         prompt = group[0].prompt.tobytes()
-        # Two parts of one prompt stay apart: packed as one, the second's responses would share their beginnings with
-        # the first's first response instead of their own, which can take more tokens than both parts alone.
-        if tokens > room or prompt in prompts:
+        # Two parts of one prompt stay in different micro-batches. Packed together, the responses of the second would
+        # share their beginnings with the first part's first response instead of their own, which can need more tokens
+        # than the two parts alone.
+        if tokens > left or prompt in prompts:
             filled.append([])
             prompts = set()
-            room = budget
+            left = budget
         filled[-1] += group
         prompts.add(prompt)
-        room -= tokens
+        left -= tokens
     return filled
 
 
 def lay_out(units: Sequence[Unit], world_size: int, budget: int, cost: Cost | None = None) -> list[list[list[Unit]]]:
-    """Places units into micro-batches of at most `budget` tokens, as few and as equal in cost as possible.
+    """Lay out units in micro-batches of at most `budget` tokens, as few and as equal in cost as possible.
 
-    Returns layout[j][rank]: the units of rank's j-th micro-batch; every rank has the same number of
-    micro-batches, some perhaps empty. A prompt whose units exceed the budget alone gets its own micro-batch.
-    Longest processing time first, then swaps; under ZeRO-3 the ranks meet at every layer, so micro-batches of
-    like cost stand side by side.
+    The method is longest processing time first, then exchanges. Under ZeRO-3 the ranks wait for each other at every
+    layer, so the ranks' j-th micro-batches have like costs. A group that alone exceeds the budget is its own
+    micro-batch.
+
+    Args:
+        units: the units of a step, on all ranks.
+        world_size: number of ranks.
+        budget: tokens of a micro-batch.
+        cost: cost of a micro-batch; None for its tokens.
+
+    Returns:
+        layout[j][rank], the units of the rank's j-th micro-batch. Every rank has the same number of micro-batches;
+        some may be empty.
     """
     cost = cost or Cost()
     groups = group_by_prompt(units, budget)
     tokens = np.array([packed_tokens(g) for g in groups], dtype=np.int64)
     costs = np.array([cost.of(g, int(t)) for g, t in zip(groups, tokens, strict=True)])
-    # What exceeds the budget alone fills one micro-batch, however much it exceeds it.
+    # A group that exceeds the budget fills one micro-batch, by however much it exceeds it.
     per_rank = max(1, -(-int(np.minimum(tokens, budget).sum()) // (world_size * budget)))
-    # Of a prompt that was split; its parts stay apart, as in `fill`.
+    # The parts of a prompt that was split stay in different micro-batches, as in `fill_micro_batches`.
     prompts = [g[0].prompt.tobytes() for g in groups]
     count = Counter(prompts)
     split = np.array([count[p] > 1 for p in prompts], dtype=bool)
@@ -137,22 +156,30 @@ def lay_out(units: Sequence[Unit], world_size: int, budget: int, cost: Cost | No
 def _longest_first(
     costs: NDArray[np.float64], tokens: NDArray[np.int64], part_of: Sequence[bytes], bins: int, budget: int
 ) -> NDArray[np.int64] | None:
-    """The bin of each group, dearest group first into the cheapest bin; None where a bin exceeds the budget.
+    """Put the groups into bins, the most expensive group first, each into the cheapest bin.
 
-    part_of: the prompt of a group that is one of several with it, of which no two come into a bin; else b"".
+    Args:
+        costs: [groups].
+        tokens: [groups].
+        part_of: the prompt of a group whose prompt was split, else b""; two parts of a prompt never share a bin.
+        bins: number of bins.
+        budget: tokens of a bin.
+
+    Returns:
+        The bin of each group; None where a bin with several groups exceeds the budget, or a part finds no bin.
     """
     bin_of = np.empty(len(costs), dtype=np.int64)
     heap = [(0.0, i) for i in range(bins)]
     parts: set[tuple[bytes, int]] = set()
     for i in np.argsort(-costs, kind="stable"):  # ties keep the order of the units
-        passed = []
+        skipped = []
         while heap and (part_of[i], heap[0][1]) in parts:
-            passed.append(heapq.heappop(heap))
+            skipped.append(heapq.heappop(heap))
         if not heap:
             return None
         load, b = heap[0]
         heapq.heapreplace(heap, (load + costs[i], b))
-        for other in passed:
+        for other in skipped:
             heapq.heappush(heap, other)
         bin_of[i] = b
         if part_of[i]:
@@ -170,14 +197,21 @@ def _even_out(
     bins: int,
     budget: int,
 ) -> None:
-    """Swaps two groups, or moves one, as long as the dearest or the cheapest bin comes nearer to the others.
+    """Swap two groups, or move one, as long as the most expensive or the cheapest bin comes nearer to the others.
 
-    Each exchange is the one that lowers the sum of squared loads most. With eight pairs a rank or more it takes
-    the time lost by waiting from some per cent to a few tenths. What stays is not moved. Changes `bin_of` in place;
-    deterministic.
+    Each exchange is the one that lowers the sum of squared loads most. With eight pairs a rank or more it reduces the
+    time lost by waiting from a few per cent to a few tenths of a per cent. It is deterministic.
+
+    Args:
+        costs: [groups].
+        tokens: [groups].
+        stays: bool [groups], True for groups that are not moved.
+        bin_of: [groups], the bin of each group; changed in place.
+        bins: number of bins.
+        budget: tokens of a bin.
     """
     load, held = np.bincount(bin_of, costs, bins), np.bincount(bin_of, tokens, bins)
-    # One more partner for each bin: nothing, so that a swap with it is a move.
+    # Each bin gets an empty group as one more partner; a swap with it is a move.
     cost_there, tokens_there = np.append(costs, np.zeros(bins)), np.append(tokens, np.zeros(bins, dtype=np.int64))
     stays_there = np.append(stays, np.zeros(bins, dtype=bool))
     for _ in range(MAX_SWAPS):

@@ -1,17 +1,17 @@
-"""A micro-batch: one packed row of distinct sequences, and the units (pairs or single rows) over them.
+"""A micro-batch: one packed row of distinct sequences, and the units (pairs or single responses) made of them.
 
-Legend: T packed input tokens, S scored tokens (those of the responses that are learnt), N tokens whose hidden states
-reach the output head, K most different tokens that one of them predicts, Q distinct sequences (prompt + response),
-U units, R responses of a unit.
+Legend: T packed input tokens, S scored tokens (the response tokens that are learnt), N tokens whose hidden states
+reach the output head, K largest number of different tokens that one of them predicts, Q distinct sequences (prompt and
+response), U units, R responses of a unit.
 
-Each distinct prompt of the micro-batch stands in the row once, followed by its distinct responses:
+Each distinct prompt of the micro-batch is in the row once, followed by its distinct responses:
 
     [ prompt A | response a1 | rest of a2 | prompt B | response b1 | … ]
 
-A response attends to its prompt, to the tokens that it begins with in common with the prompt's first
-response (they stand in the row once), and to itself (`Segment`); its positions go on from there, so every
-sequence is computed as if it stood alone. A response's last token predicts nothing and is no input; the
-prompt's last token predicts the first token of each of its responses, by one row of logits for all of them.
+A response attends to its prompt, to the beginning that it shares with the prompt's first response (these tokens are in
+the row once), and to itself (`Segment`). Its positions continue from there, so every sequence is computed as if it were
+alone. The last token of a response predicts nothing and is not an input. The last token of a prompt predicts the first
+token of each of its responses, by one row of logits for all of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from prefopt_dist.data.unit import Response, ResponseKey, Tokens, Unit, keyed_re
 
 @dataclass(frozen=True)
 class Segment:
-    """Queries row[start:end] attend, lower-right causal, to keys row[prefix_start:prefix_end] + row[start:end]."""
+    """A range of queries, row[start:end], that attends to the keys row[prefix_start:prefix_end] + row[start:end].
+
+    The attention is lower-right causal: the last query sees all keys.
+    """
 
     prefix_start: int
     prefix_end: int
@@ -39,28 +42,30 @@ class Segment:
 
 @dataclass(frozen=True)
 class Gathered:
-    """The segments as variable-length attention takes them: queries as they stand, keys and values gathered.
+    """The segments as arguments of variable-length attention: queries in the row's order, keys and values gathered.
 
-    Made once a micro-batch, on the host; no layer has to look at the segments again.
+    It is made once for a micro-batch, on the host, and all layers use it.
     """
 
     keys: torch.Tensor
-    """int64 [sum of key lengths]: index in the row of each key, segment after segment"""
+    """int64 [sum of key lengths]: index in the row of each key, segment after segment."""
     cu_seqlens_q: torch.Tensor
-    """int32 [segments + 1]: 0 and where each segment's queries end"""
+    """int32 [segments + 1]: 0, and the cumulative number of queries after each segment."""
     cu_seqlens_k: torch.Tensor
-    """int32 [segments + 1]: 0 and where each segment's gathered keys end"""
+    """int32 [segments + 1]: 0, and the cumulative number of gathered keys after each segment."""
     max_seqlen_q: int
+    """Largest number of queries of a segment."""
     max_seqlen_k: int
+    """Largest number of keys of a segment."""
 
-    def over(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Gathered:
-        """The same with every tensor changed."""
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Gathered:
+        """Return a copy with `change` applied to every tensor."""
         changed: dict[str, Any] = {n: change(getattr(self, n)) for n in ("keys", "cu_seqlens_q", "cu_seqlens_k")}
         return replace(self, **changed)
 
 
 def gather(segments: Sequence[Segment]) -> Gathered:
-    """From segments that cover the row in order, each token a query once."""
+    """Make the arguments of variable-length attention; the segments cover the row in order, each token once."""
     keys = [np.r_[s.prefix_start : s.prefix_end, s.start : s.end] for s in segments]
     queries, lengths = [s.end - s.start for s in segments], [len(k) for k in keys]
     return Gathered(
@@ -73,68 +78,70 @@ def gather(segments: Sequence[Segment]) -> Gathered:
 
 
 class PromptEnds(NamedTuple):
-    """Where, in a micro-batch, that which hangs together by one prompt ends; it begins where the one before ends."""
+    """The ends, in a micro-batch, of all that belongs to one prompt; it begins where the previous prompt's ends."""
 
     states: int
-    """In `source` and `target`"""
+    """End in `source` and `target`."""
     scored: int
+    """End in `scored`."""
     sequences: int
-    """In `counts`"""
+    """End in `counts`."""
     units: int
-    """In `by_prompt`"""
+    """End in `by_prompt`."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One packed row. An empty one (no units) has a dummy token, so that every rank runs every layer."""
+    """A packed row and its units. An empty one (no units) has a dummy token, so that every rank runs every layer."""
 
     input_ids: torch.Tensor
-    """int64 [1, T]"""
+    """int64 [1, T]."""
     position_ids: torch.Tensor
-    """int64 [1, T]: each token's position in its own sequence"""
+    """int64 [1, T]: each token's position in its own sequence."""
     segments: tuple[Segment, ...]
+    """The segments, which cover the row."""
     gathered: Gathered
-    """The same segments for variable-length attention"""
+    """The same segments for variable-length attention."""
     source: torch.Tensor
-    """int64 [N]: index in the row of each token that predicts a response token; each such token once"""
+    """int64 [N]: index in the row of each token that predicts a scored token; each such token once."""
     target: torch.Tensor
-    """int64 [N, K]: the different tokens that it predicts, filled up with 0"""
+    """int64 [N, K]: the different tokens that each `source` predicts, padded with 0."""
     scored: torch.Tensor
-    """int64 [S]: each response token's place in `target`, flattened; sequence after sequence"""
+    """int64 [S]: each scored token's index in the flattened `target`, sequence after sequence."""
     counts: torch.Tensor
-    """int64 [Q]: response tokens of each sequence; they sum to S"""
+    """int64 [Q]: scored tokens of each sequence; their sum is S."""
     units: torch.Tensor
-    """int64 [U, R]: the sequences of each unit (for a pair: chosen, rejected)"""
+    """int64 [U, R]: indices of the sequences of each unit (for a pair: chosen, rejected)."""
     rows: tuple[int, ...]
-    """[U] data-set row of each unit"""
+    """[U]: the data-set row of each unit."""
     desirable: torch.Tensor
-    """bool [U]: of rated rows, whether the response is a good one"""
+    """bool [U]: for rated rows, whether the response is a good one."""
     by_prompt: torch.Tensor
-    """int64 [U]: the units, those of one prompt side by side"""
+    """int64 [U]: indices of the units, sorted by prompt."""
     prompts: tuple[PromptEnds, ...]
-    """Of each distinct prompt; no state, sequence or unit belongs to two of them"""
+    """The ends of each distinct prompt; no state, sequence or unit belongs to two prompts."""
 
     @property
     def tokens(self) -> int:
-        """T, the dummy token of an empty micro-batch included."""
+        """Return T, which includes the dummy token of an empty micro-batch."""
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with its tensors on `device`; the host does not wait for what is pinned."""
-        return self._over(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return a copy with its tensors on `device`; the host does not wait for pinned tensors."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> MicroBatch:
-        """The same micro-batch in page-locked host memory."""
-        return self._over(torch.Tensor.pin_memory)
+        """Return a copy in page-locked host memory."""
+        return self._map(torch.Tensor.pin_memory)
 
-    def _over(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         names = ("input_ids", "position_ids", "source", "target", "scored", "counts", "units", "desirable", "by_prompt")
         changed: dict[str, Any] = {n: change(getattr(self, n)) for n in names}
-        return replace(self, gathered=self.gathered.over(change), **changed)
+        return replace(self, gathered=self.gathered.map(change), **changed)
 
 
-def _groups(units: Sequence[Unit]) -> dict[bytes, tuple[Tokens, dict[ResponseKey, Response]]]:
-    """The distinct prompts in order of appearance, each with its distinct responses."""
+def _responses_by_prompt(units: Sequence[Unit]) -> dict[bytes, tuple[Tokens, dict[ResponseKey, Response]]]:
+    """Return the distinct prompts in order of appearance, each with its distinct responses."""
     groups: dict[bytes, tuple[Tokens, dict[ResponseKey, Response]]] = {}
     for u in units:
         _, responses = groups.setdefault(u.prompt.tobytes(), (u.prompt, {}))
@@ -143,24 +150,27 @@ def _groups(units: Sequence[Unit]) -> dict[bytes, tuple[Tokens, dict[ResponseKey
     return groups
 
 
-def _shared(first: Tokens, response: Tokens) -> int:
-    """Input tokens that a response begins with in common with the first response to its prompt."""
-    most = min(len(first), len(response)) - 1  # a last token is no input
+def _shared_prefix(first: Tokens, response: Tokens) -> int:
+    """Count the input tokens at the beginning of a response that the first response to its prompt has too."""
+    most = min(len(first), len(response)) - 1  # the last token is not an input
     differing = np.flatnonzero(first[:most] != response[:most])
     return int(differing[0]) if len(differing) else most
 
 
 def packed_tokens(units: Sequence[Unit]) -> int:
-    """Input tokens of the row that `pack(units)` makes: each distinct token once."""
+    """Count the input tokens of the row that `pack(units)` makes: each distinct token once."""
     total = 0
-    for prompt, responses in _groups(units).values():
+    for prompt, responses in _responses_by_prompt(units).values():
         first, *others = (response.tokens for response in responses.values())
-        total += len(prompt) + len(first) - 1 + sum(len(r) - 1 - _shared(first, r) for r in others)
+        total += len(prompt) + len(first) - 1 + sum(len(r) - 1 - _shared_prefix(first, r) for r in others)
     return total
 
 
 def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
-    """Packs units into one row; equal prompts, equal responses to one prompt and their common beginnings stand once."""
+    """Pack units into one row.
+
+    Equal prompts, equal responses to one prompt, and beginnings that responses to one prompt share are in the row once.
+    """
     if not units:
         return _empty(responses_per_unit)
     for u in units:
@@ -175,10 +185,10 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
     target: list[Tokens] = []
     counts: list[int] = []
     index: dict[tuple[bytes, ResponseKey], int] = {}
-    row_ends: list[int] = []  # where each prompt's own ends in the row
+    row_ends: list[int] = []  # the end of each prompt and its responses in the row
     sequence_ends: list[int] = []
     at = 0
-    groups = _groups(units)
+    groups = _responses_by_prompt(units)
     for key, (prompt, responses) in groups.items():
         p_start, p_end = at, at + len(prompt)
         ids.append(prompt)
@@ -187,13 +197,13 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
         first = next(iter(responses.values())).tokens
         for i, (response_key, scored) in enumerate(responses.items()):
             response = scored.tokens
-            shared = _shared(first, response) if i else 0
+            shared = _shared_prefix(first, response) if i else 0
             inputs = response[shared:-1]
             start, at = at, at + len(inputs)
             ids.append(inputs)
             positions.append(len(prompt) + shared + np.arange(len(inputs)))
-            # The first response continues the prompt in one causal block: one attention call for both. So what
-            # another one shares with it goes on from the prompt in the row, and the prefix is one range.
+            # The first response continues the prompt in one causal segment, so that one attention call computes both.
+            # The beginning that another response shares with it follows the prompt, so its prefix is one range.
             if i == 0:
                 segments.append(Segment(p_start, p_start, p_start, at))
             elif len(inputs):
@@ -216,7 +226,7 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
         position_ids=row(positions)[None],
         segments=tuple(segments),
         gathered=gather(segments),
-        **_needs(np.concatenate(source), np.concatenate(target)),
+        **_distinct_targets(np.concatenate(source), np.concatenate(target)),
         counts=torch.tensor(counts),
         units=torch.tensor([[index[u.prompt.tobytes(), key] for key, _ in keyed_responses(u)] for u in units]),
         rows=tuple(u.row for u in units),
@@ -233,7 +243,15 @@ def _ends(
     row_ends: list[int],
     sequence_ends: list[int],
 ) -> tuple[PromptEnds, ...]:
-    """`prompts` of a MicroBatch, from each unit's prompt, the states' rows and the ends of each prompt's own."""
+    """Return `prompts` of a MicroBatch.
+
+    Args:
+        of_unit: [U] index of each unit's prompt.
+        states: [N] `source` of the MicroBatch.
+        counts: [Q] scored tokens of each sequence.
+        row_ends: end of each prompt and its responses in the row.
+        sequence_ends: end of each prompt's sequences.
+    """
     ends = zip(
         np.searchsorted(states, row_ends).tolist(),
         np.cumsum(counts)[np.array(sequence_ends) - 1].tolist(),
@@ -244,13 +262,15 @@ def _ends(
     return tuple(PromptEnds(*numbers) for numbers in ends)
 
 
-def _needs(source: NDArray[np.int64], target: Tokens) -> dict[str, torch.Tensor]:
-    """`source`, `target` and `scored` of a MicroBatch: each state and each of its targets once.
+def _distinct_targets(source: NDArray[np.int64], target: Tokens) -> dict[str, torch.Tensor]:
+    """Return `source`, `target` and `scored` of a MicroBatch: each state once, and each of its targets once.
 
-    source, target [S]: for each response token the row index of the token that predicts it, and the token.
+    Args:
+        source: [S] for each scored token the index in the row of the token that predicts it.
+        target: [S] the scored tokens.
     """
     states, state = np.unique(source, return_inverse=True)
-    # Each (state, target) once, ordered by state; a target's column is its number among those of its state.
+    # Each (state, target) once, ordered by state; a target's column is its number among the targets of its state.
     pairs, pair = np.unique((state.astype(np.int64) << 32) + target, return_inverse=True)
     of_state = pairs >> 32
     column = np.arange(len(pairs)) - np.searchsorted(of_state, of_state)

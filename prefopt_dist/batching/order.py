@@ -1,8 +1,8 @@
-"""The one global order of the rows, which depends on the seed alone and never on ranks.
+"""The global order of the rows, which depends on the seed alone and never on the ranks.
 
-Every optimizer step takes the next G rows of it; where an epoch has no G rows left, its last step takes
-what remains. So the rows of step k are a pure function of (seed, row counts, weights, G, k), and a resume
-needs to remember nothing but k.
+Every optimizer step takes the next G rows of it. Where an epoch has fewer than G rows left, its last step takes the
+rest. So the rows of step k are a pure function of (seed, row counts, weights, G, k), and a resumed run needs to know
+k only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from prefopt_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Position:
-    """Where an optimizer step stands in the order."""
+    """The place of an optimizer step in the order."""
 
     epoch: int
     """0-based epoch of the step's rows."""
@@ -33,7 +33,14 @@ class Order:
     """Seeded epochs over the rows of several weighted sources."""
 
     def __init__(self, source: NDArray[np.int32], weights: tuple[float, ...], seed: int, rows_per_step: int) -> None:
-        """source: [N] source index of each row; weights: passes per epoch by source; rows_per_step: G."""
+        """Count the rows and steps of an epoch.
+
+        Args:
+            source: [N] index of each row's source.
+            weights: passes over each source in an epoch.
+            seed: seed of the order.
+            rows_per_step: G.
+        """
         self._members = [np.flatnonzero(source == s) for s in range(len(weights))]
         self._weights = weights
         self._seed = seed
@@ -44,7 +51,7 @@ class Order:
 
     @classmethod
     def of_run(cls, source: NDArray[np.int32], weights: tuple[float, ...], seed: int, pairs: int) -> Order:
-        """The order of a run whose steps take `pairs` rows; UserError where an epoch has fewer."""
+        """Return the order of a run whose steps take `pairs` rows; raise UserError where an epoch has fewer."""
         order = cls(source, weights, seed, pairs)
         if pairs > order.rows_per_epoch:
             raise UserError(
@@ -54,27 +61,27 @@ class Order:
         return order
 
     def total_steps(self, epochs: int, max_steps: int | None) -> int:
-        """Updates of a run of so many epochs, which `max_steps` may end earlier."""
+        """Return the optimizer steps of a run of `epochs`, which `max_steps` may end earlier."""
         total = epochs * self.steps_per_epoch
         return min(total, max_steps or total)
 
     def _take(self, source: int) -> tuple[int, int]:
-        """(whole passes, further rows) that an epoch takes from a source; at least one row, so none is unused."""
+        """Return (whole passes, further rows) that an epoch takes from a source; at least one row of each source."""
         whole, rows = int(self._weights[source]), len(self._members[source])
         further = round((self._weights[source] - whole) * rows)
         return whole, max(further, 1) if whole == 0 and rows else further
 
     def epoch(self, epoch: int) -> NDArray[np.int64]:
-        """[rows_per_epoch] the row indices of one epoch, in their order."""
-        cached = self._cached  # read once: the thread that prepares the next step asks too
+        """Return the row indices of one epoch in their order: int64 [rows_per_epoch]."""
+        cached = self._cached  # read once, because the thread that prepares the next step calls this too
         if cached is not None and cached[0] == epoch:
             return cached[1]
         parts = []
         for s, members in enumerate(self._members):
             whole, further = self._take(s)
             parts += [members] * whole
-            # numpy promises that RandomState's streams never change between its versions (NEP 19); those of
-            # Generator may, and then a resume after an upgrade would see other rows.
+            # numpy promises that the streams of RandomState never change between its versions (NEP 19). Those of
+            # Generator may change, and then a run resumed after an upgrade would get other rows.
             parts.append(np.random.RandomState([self._seed, epoch, s, 1]).permutation(members)[:further])
         rows = np.concatenate(parts).astype(np.int64)
         order = rows[np.random.RandomState([self._seed, epoch, 0, 0]).permutation(len(rows))]
@@ -83,7 +90,7 @@ class Order:
         return order
 
     def step(self, index: int) -> Position:
-        """The rows of the 0-based optimizer step `index`."""
+        """Return the rows and the position of the 0-based optimizer step `index`."""
         epoch, within = divmod(index, self.steps_per_epoch)
         first = within * self._rows_per_step
         rows = self.epoch(epoch)[first : first + self._rows_per_step]
