@@ -1,4 +1,4 @@
-"""Columns of an unknown set under our names, and pairs of its rated answers, as the configuration says."""
+"""Rename the columns of a data set of unknown form, and make pairs of its rated answers, as the configuration says."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Any
 
 from prefopt_dist.config.data import PairsFrom
 from prefopt_dist.data.example import BadRow
-from prefopt_dist.data.field_forms import best_and_worst, number_of
+from prefopt_dist.data.external_columns import best_and_worst, number_of
 from prefopt_dist.data.options import TextOptions
 
 
 def rename_columns(row: dict[str, Any], options: TextOptions) -> dict[str, Any]:
-    """The row with data.columns and data.pairs_from applied. Raises BadRow where there are no answers or no scores."""
+    """Return the row with data.columns and data.pairs_from applied.
+
+    Raises:
+        BadRow: The answers or scores of data.pairs_from are missing, or their scores do not differ enough.
+    """
     if not options.columns and options.pairs_from is None:
         return row
     taken = {path.split(".")[0] for _, path in options.columns}
@@ -26,7 +30,11 @@ def rename_columns(row: dict[str, Any], options: TextOptions) -> dict[str, Any]:
 
 
 def value_at_path(value: Any, path: str) -> Any:
-    """The value at a dotted path; through a list it is the list of what its items have there. None: not there."""
+    """Return the value at a dotted path, or None where there is none.
+
+    A number in the path selects an item of a list; any other name is looked up in every item of a list and gives the
+    list of the values.
+    """
     for k, name in enumerate(path.split(".")):
         if isinstance(value, list):
             if not name.isdigit():
@@ -37,27 +45,28 @@ def value_at_path(value: Any, path: str) -> Any:
     return value
 
 
-def _pair(row: dict[str, Any], asked: PairsFrom) -> tuple[Any, Any]:
-    answers, scores = value_at_path(row, asked.responses), value_at_path(row, asked.scores)
+def _pair(row: dict[str, Any], options: PairsFrom) -> tuple[Any, Any]:
+    """Return (chosen, rejected) of the rated answers."""
+    answers, scores = value_at_path(row, options.responses), value_at_path(row, options.scores)
     if not isinstance(answers, list) or not isinstance(scores, list) or len(answers) != len(scores):
-        rule = f"{asked.responses} and {asked.scores} (data.pairs_from) must be lists of the same length"
+        rule = f"{options.responses} and {options.scores} (data.pairs_from) must be lists of the same length"
         raise BadRow("missing_field", rule, sorted(row), "correct the paths of data.pairs_from")
-    best, worst = best_and_worst(answers, scores, asked.responses)
-    if asked.pairing == "best_random":
-        worst = _lesser(row, answers, scores, best)
+    best, worst = best_and_worst(answers, scores, options.responses)
+    if options.pairing == "best_random":
+        worst = _random_worse(row, answers, scores, best)
     margin = _score(answers, scores, best) - _score(answers, scores, worst)
-    if margin < asked.min_margin:
-        rule = f"the scores must differ by data.pairs_from.min_margin={asked.min_margin:g}"
-        raise BadRow("tie", rule, scores, "leave it, or lower min_margin")
+    if margin < options.min_margin:
+        rule = f"the scores must differ by at least data.pairs_from.min_margin={options.min_margin:g}"
+        raise BadRow("tie", rule, scores, "leave the row as it is (it is dropped), or lower min_margin")
     return best, worst
 
 
-def _lesser(row: dict[str, Any], answers: Sequence[Any], scores: Sequence[Any], best: Any) -> Any:
-    """One of the answers with a lower score than the best, drawn by the row's content."""
+def _random_worse(row: dict[str, Any], answers: Sequence[Any], scores: Sequence[Any], best: Any) -> Any:
+    """Return one of the answers with a lower score than the best, drawn by a hash of the row's content."""
     top = _score(answers, scores, best)
-    lesser = [a for a, s in zip(answers, scores, strict=True) if (n := number_of(s)) is not None and n < top]
+    worse = [a for a, s in zip(answers, scores, strict=True) if (n := number_of(s)) is not None and n < top]
     digest = blake2b(json.dumps(row, sort_keys=True, default=str).encode(errors="replace"), digest_size=8).digest()
-    return lesser[int.from_bytes(digest, "little") % len(lesser)]
+    return worse[int.from_bytes(digest, "little") % len(worse)]
 
 
 def _score(answers: Sequence[Any], scores: Sequence[Any], answer: Any) -> float:

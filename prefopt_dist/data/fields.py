@@ -1,4 +1,4 @@
-"""Read the values of a row's fields: texts, messages, calls, tools, transcripts; rename columns as configured."""
+"""Read the values of a row's fields: texts, messages, tool calls, tools and transcripts."""
 
 import json
 import re
@@ -14,41 +14,53 @@ Row = Mapping[str, Any]
 
 
 def parse_transcript(text: str, name: str) -> Messages:
-    """The turns of a whole Human/Assistant text."""
+    """Return the turns of a whole Human/Assistant text.
+
+    Args:
+        text: The text.
+        name: The field's name, for messages.
+
+    Raises:
+        BadRow: `bad_transcript`.
+    """
     before, *parts = TRANSCRIPT_TURN.split(text)
     roles = ["user" if speaker == "Human" else "assistant" for speaker in parts[0::2]]
     if before or not roles or roles[0] != "user" or roles[-1] != "assistant":
         rule = f"{name} must begin with '\\n\\nHuman:' and end with a turn after '\\n\\nAssistant:'"
         raise BadRow("bad_transcript", rule, text)
-    # The one space after the colon belongs to the form, further ones to the text.
+    # The first space after the colon belongs to the form, further ones belong to the text.
     return tuple(Message(role, turn.removeprefix(" ")) for role, turn in zip(roles, parts[1::2], strict=True))
 
 
 def parse_transcript_prompt(text: str) -> Messages | None:
-    """The turns of a prompt that is a whole Human/Assistant text with the last answer open; None for other texts."""
+    """Return the turns of a prompt that is a Human/Assistant text with an open last answer; None for other texts."""
     before, *parts = TRANSCRIPT_TURN.split("\n\n" + text.lstrip())
-    speakers, said = parts[0::2], parts[1::2]
-    if before or len(speakers) < 2 or speakers[0] != "Human" or speakers[-1] != "Assistant" or said[-1].strip():
+    speakers, contents = parts[0::2], parts[1::2]
+    if before or len(speakers) < 2 or speakers[0] != "Human" or speakers[-1] != "Assistant" or contents[-1].strip():
         return None
     roles = ["user" if speaker == "Human" else "assistant" for speaker in speakers]
-    turns = zip(roles[:-1], said[:-1], strict=True)
+    turns = zip(roles[:-1], contents[:-1], strict=True)
     return tuple(Message(role, turn.removeprefix(" ")) for role, turn in turns)
 
 
 def is_blank(value: str | Messages) -> bool:
-    """Whether nothing is said."""
+    """Return whether the value has neither text nor tool calls."""
     if isinstance(value, str):
         return not value.strip()
     return not any(turn.content.strip() or dict(turn.extra).get("tool_calls") for turn in value)
 
 
 def text_of(value: str | Messages) -> str:
-    """The text of a string or of messages, to be shown."""
+    """Return the text of a string or of messages, to be shown."""
     return value if isinstance(value, str) else "".join(turn.content for turn in value)
 
 
 def field_of(row: Row, name: str) -> Any:
-    """The field's value. Raises BadRow where it is missing."""
+    """Return the field's value.
+
+    Raises:
+        BadRow: `missing_field`; or `not_utf8`: the value cannot be read.
+    """
     value = row.get(name)
     if value is None:
         raise BadRow("missing_field", f"the row must have the field {name!r}", sorted(row))
@@ -58,7 +70,7 @@ def field_of(row: Row, name: str) -> Any:
 
 
 def string_of(row: Row, name: str) -> str:
-    """The field's value, which must be a string."""
+    """Return the field's value, which must be a string."""
     value = field_of(row, name)
     if not isinstance(value, str):
         raise BadRow("wrong_type", f"{name} must be a string", value)
@@ -66,7 +78,7 @@ def string_of(row: Row, name: str) -> str:
 
 
 def text_or_messages(row: Row, name: str) -> str | Messages:
-    """The field's value: a string, or the messages that a list, one message alone or JSON text says."""
+    """Return the field's value: a string, or the messages of a list, of a single message or of JSON text."""
     value = _parsed_messages(field_of(row, name))
     if isinstance(value, dict):
         value = [value]
@@ -78,18 +90,18 @@ def text_or_messages(row: Row, name: str) -> str | Messages:
 
 
 def _parsed_messages(value: Any) -> Any:
-    """The list that JSON text of messages says; everything else as it is."""
+    """Return the list of messages that a JSON text holds; return every other value unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("[") and ('"role"' in value or '"from"' in value):
         with suppress(ValueError, RecursionError):
             found = json.loads(value)
-            json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate in it is no text for a tokenizer
+            json.dumps(found, ensure_ascii=False).encode()  # raises for a lone surrogate, which no tokenizer accepts
             if isinstance(found, list) and found and all(role_of(item) in (*ROLES, *ROLE_ALIASES) for item in found):
                 return found
     return value
 
 
 def messages_of(value: Any, name: str) -> Messages:
-    """The messages of a list or JSON text of one."""
+    """Return the messages of a list or of JSON text of one; the list must not be empty."""
     value = _parsed_messages(value)
     if not isinstance(value, list):
         raise BadRow("wrong_type", f"{name} must be a list of messages", value)
@@ -99,7 +111,7 @@ def messages_of(value: Any, name: str) -> Messages:
 
 
 def _message(item: Any, name: str) -> Message:
-    item = _in_our_words(item)
+    item = _normalised(item)
     if role_of(item) not in ROLES:
         rule = f"each message of {name} must be {{role, content}} with a role of {', '.join(ROLES)}"
         raise BadRow("bad_message", rule, item)
@@ -110,7 +122,7 @@ def _message(item: Any, name: str) -> Message:
     )
     content = _joined_parts(item.get("content"), name)
     if content is None and item.get("tool_calls"):
-        content = ""  # a turn that only calls tools has no text
+        content = ""  # a turn may consist of tool calls alone
     if not isinstance(content, str):
         raise BadRow("bad_message", f"the content of each message of {name} must be a string", content)
     return Message(item["role"], content, extra)
@@ -121,16 +133,19 @@ ROLE_ALIASES = {
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot", "function_call"), "assistant"),
     **dict.fromkeys(("function", "observation", "tool", "function_response"), "tool"),
 }
-"""What other forms call those who speak."""
+"""The names of the speakers in other forms, and the role that each stands for."""
 
 
 def is_assistant(role: Any) -> bool:
-    """Whether a role of any form is the assistant's."""
+    """Return whether a role, in the words of any form, is the assistant's."""
     return isinstance(role, str) and ROLE_ALIASES.get(role) == "assistant"
 
 
-def _in_our_words(item: Any) -> Any:
-    """A message with role and content, where it says from and value, or a call as OpenAI's older interface had it."""
+def _normalised(item: Any) -> Any:
+    """Return a message with `role`, `content` and `tool_calls`.
+
+    It may have `from` and `value` instead, or `function_call`, which older versions of the OpenAI interface used.
+    """
     if not isinstance(item, dict):
         return item
     if "role" not in item and "from" in item:
@@ -148,18 +163,19 @@ def _in_our_words(item: Any) -> Any:
 
 
 def _joined_parts(content: Any, name: str) -> Any:
-    """The text of a list of text parts; everything else as it is."""
+    """Return the text of a list of text parts; return every other value unchanged."""
     if not isinstance(content, list) or not content:
         return content
     texts = [part.get("text") if isinstance(part, dict) else part for part in content]
     strings = [text for text in texts if isinstance(text, str)]
     if len(strings) < len(texts):
-        raise BadRow("bad_message", f"the parts of a content in {name} must be texts; others are not learnt", content)
+        rule = f"all parts of a content in {name} must be texts; other parts cannot be learnt"
+        raise BadRow("bad_message", rule, content)
     return "".join(strings)
 
 
 def _calls(calls: Any, name: str) -> Any:
-    """The calls with their arguments as objects, where JSON text of one says them, as the OpenAI API gives them."""
+    """Return the tool calls with their arguments as objects; the OpenAI API gives them as JSON text."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise BadRow("bad_message", f"tool_calls in {name} must be a list of objects", calls)
     return [_call(call, name) for call in calls]
@@ -174,11 +190,12 @@ def _call(call: dict[str, Any], name: str) -> dict[str, Any]:
     return {**call, "arguments": _object(arguments, f"the arguments of a call in {name}") if arguments.strip() else {}}
 
 
-def _object(text: str, what: str) -> dict[str, Any]:
-    rule = f"{what} must be an object, or JSON text of one"
+def _object(text: str, name: str) -> dict[str, Any]:
+    """Return the object that a JSON text holds."""
+    rule = f"{name} must be an object, or JSON text of one"
     try:
         found = json.loads(text)
-        json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate in it is no text for a tokenizer
+        json.dumps(found, ensure_ascii=False).encode()  # raises for a lone surrogate, which no tokenizer accepts
     except (ValueError, RecursionError) as error:
         raise BadRow("wrong_type", rule, text) from error
     if not isinstance(found, dict):
@@ -187,18 +204,18 @@ def _object(text: str, what: str) -> dict[str, Any]:
 
 
 def role_of(item: Any) -> Any:
-    """Who speaks in a message, where it says so."""
+    """Return the value of `role` or `from` in a message; None where it has neither."""
     return item.get("role", item.get("from")) if isinstance(item, dict) else None
 
 
 def tools_of(row: Row) -> tuple[Any, ...] | None:
-    """The tools of the row, from a list or JSON text of one."""
+    """Return the tools of the row, from a list or JSON text of one; None where it has none."""
     tools = row.get("tools")
     rule = "tools must be a list of objects, or JSON text of one"
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
-            json.dumps(tools, ensure_ascii=False).encode()  # a lone surrogate in it is no text for a tokenizer
+            json.dumps(tools, ensure_ascii=False).encode()  # raises for a lone surrogate, which no tokenizer accepts
         except (ValueError, RecursionError) as error:
             raise BadRow("wrong_type", rule, tools) from error
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
@@ -215,11 +232,15 @@ RESERVED_ARGUMENTS = (
     "add_generation_prompt",
     "tokenize",
 )
-"""What a template is given by us."""
+"""Names that the job itself passes to a template."""
 
 
 def template_arguments(row: Row) -> tuple[tuple[str, Any], ...]:
-    """Names and values of the column `chat_template_kwargs`. Raises BadRow for what is not the user's to set."""
+    """Return the names and values of the column `chat_template_kwargs`, without nulls.
+
+    Raises:
+        BadRow: `wrong_type`: the value is not an object, or sets one of `RESERVED_ARGUMENTS`.
+    """
     value = row.get("chat_template_kwargs")
     if value is None:
         return ()
@@ -230,5 +251,5 @@ def template_arguments(row: Row) -> tuple[tuple[str, Any], ...]:
         name for name in found if name in RESERVED_ARGUMENTS or name.startswith(("return_", "continue_", "tokenizer_"))
     ]
     if taken:
-        raise BadRow("wrong_type", f"chat_template_kwargs must not set {taken[0]!r}, which is set here", value)
+        raise BadRow("wrong_type", f"chat_template_kwargs must not set {taken[0]!r}, which the job itself sets", value)
     return tuple((name, item) for name, item in found.items() if item is not None)

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from prefopt_dist.config.data import DataSource
-from prefopt_dist.data.containers import csv_rows, is_json_list, json_list_rows, parse_json_line, rows_of, zstd_stream
+from prefopt_dist.data.containers import (
+    LINE_RULE,
+    csv_rows,
+    is_json_list,
+    json_list_rows,
+    parse_json_line,
+    rows_of,
+    zstd_stream,
+)
 from prefopt_dist.data.example import BadRow
 from prefopt_dist.data.folders import select_files
 from prefopt_dist.errors import NotHere, UserError
@@ -269,7 +277,7 @@ def _json_file(file: Path, source: OpenSource) -> Iterator[dict[str, Any] | BadR
                     blank += 1
                     continue
                 for _ in range(blank):
-                    yield BadRow("blank_line", "a line holds one JSON object", "")
+                    yield BadRow("blank_line", LINE_RULE, "")
                 blank = 0
                 yield parse_json_line(line)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

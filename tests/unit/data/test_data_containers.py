@@ -49,11 +49,11 @@ def test_values_of_a_table_are_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"prompt,chosen,rejected\na,b\n", "a.csv:1: not_an_object: a row has as many values"),
-        ("a.csv", b"prompt,prompt\na,b\n", "must begin with a line of names, each once"),
-        ("a.csv", b"prompt,chosen,rejected\n\xff,b,c\n", "is no UTF-8"),
-        ("a.csv", b"", "must begin with a line of names"),
-        ("a.json", b'{"data": [1, 2}', "begins as one JSON list, but is none"),
+        ("a.csv", b"prompt,chosen,rejected\na,b\n", "a.csv:1: not_an_object: a row must have as many values"),
+        ("a.csv", b"prompt,prompt\na,b\n", "must begin with a line of distinct column names"),
+        ("a.csv", b"prompt,chosen,rejected\n\xff,b,c\n", "is not valid UTF-8"),
+        ("a.csv", b"", "must begin with a line of distinct column names"),
+        ("a.json", b'{"data": [1, 2}', "begins as a JSON list, but is not valid"),
         ("a.json", b"[1]", "a.json:1: not_an_object"),
         ("a.jsonl.zst", b"no zstandard", "is a damaged zstandard file"),
     ],
