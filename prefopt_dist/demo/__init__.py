@@ -1,1 +1,1 @@
-"""An embedded example: a small world whose true preference is known, and the whole job on it."""
+"""A built-in example: a small synthetic task whose true reward is known, and the whole job on it."""

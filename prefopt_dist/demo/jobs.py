@@ -1,4 +1,4 @@
-"""The demo's jobs as processes of their own; a signal to the demo goes to those that run."""
+"""The demo's jobs as separate processes; a signal to the demo is forwarded to those that run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 
 class JobFailed(Exception):
-    """A job ended with a status that ends the demo too."""
+    """Error that a job of the demo ended with a non-zero status, which ends the demo too."""
 
     def __init__(self, status: int) -> None:
         super().__init__(f"a job ended with status {status}")
@@ -19,33 +19,46 @@ class JobFailed(Exception):
 
 
 def run_stage(stage: str, recipe: str, overrides: Sequence[str]) -> None:
-    """Runs a stage on two CPU ranks to its end."""
+    """Run a stage on two CPU ranks to its end.
+
+    Args:
+        stage: the stage's name, such as `train`.
+        recipe: path of the recipe.
+        overrides: `section.key=value` each.
+
+    Raises:
+        JobFailed: the stage ended with a non-zero status.
+    """
     command = ["launch/run.sh", "-n", "2", stage, recipe, *overrides]
     print(f"\ndemo: {' '.join(command)}", flush=True)
     run_concurrently([command])
 
 
 def run_concurrently(commands: Sequence[Sequence[str]]) -> None:
-    """Runs commands side by side; raises Failed where one of them fails, once all have ended."""
+    """Run commands at the same time and wait for all of them.
+
+    Raises:
+        JobFailed: one of them ended with a non-zero status.
+    """
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PREFOPT_PYTHON": sys.executable}
     started = [subprocess.Popen(list(command), env=environment) for command in commands]
-    with _passed_on(signal.SIGTERM, started):
-        ends = [job.wait() for job in started]
-    failed = [status for status in ends if status != 0]
+    with _forward_signal(signal.SIGTERM, started):
+        statuses = [job.wait() for job in started]
+    failed = [status for status in statuses if status != 0]
     if failed:
         raise JobFailed(failed[0] if failed[0] > 0 else 1)
 
 
 @contextmanager
-def _passed_on(number: int, jobs: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """A signal to this process goes to the jobs, which commit checkpoints."""
+def _forward_signal(number: int, jobs: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Forward a signal to this process to the jobs, which then commit a checkpoint and stop."""
 
-    def passed_on(*_: object) -> None:
+    def forward(*_: object) -> None:
         for job in jobs:
             job.send_signal(number)
 
-    before = signal.signal(number, passed_on)
+    previous = signal.signal(number, forward)
     try:
         yield
     finally:
-        signal.signal(number, before)
+        signal.signal(number, previous)

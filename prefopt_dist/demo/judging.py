@@ -1,4 +1,4 @@
-"""A single process of the demo: trains controls and judges answers, so that what it imports is imported once."""
+"""A single process of the demo that trains controls and scores answers, so that the packages are imported once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 
 STOPPED = 75
-"""The status of a job that was asked to stop and can go on."""
+"""Exit status of a job that stopped on request and can be resumed."""
 
 
 def judge_control(folder: Path, seed: int, rate: float) -> bool:
-    """Trains a control and judges its answers; whether it got to the end."""
+    """Train a control and score its answers; return whether it was trained to the end."""
     config = parts.control_config(folder, seed, rate)
     if not (config.run_dir / "DONE").exists():
         train.run(config)
@@ -27,20 +27,20 @@ def judge_control(folder: Path, seed: int, rate: float) -> bool:
 
 
 def main() -> int:
-    """Does what it is given, in order."""
+    """Score the recipe's answers, then train and score the controls; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m prefopt_dist.demo.judging")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--recipe", help="a recipe whose model is judged first")
     parser.add_argument("--controls", type=float, nargs="*", default=[], help="learning rates of controls")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     ranks.start()
     try:
-        if asked.recipe is not None:
-            config = parts.config_of(asked.recipe, asked.folder, asked.seed)
-            parts.judge_answers(asked.folder, asked.seed, asked.recipe, config)
-        for rate in asked.controls:
-            if not judge_control(asked.folder, asked.seed, rate):
+        if options.recipe is not None:
+            config = parts.config_of(options.recipe, options.folder, options.seed)
+            parts.judge_answers(options.folder, options.seed, options.recipe, config)
+        for rate in options.controls:
+            if not judge_control(options.folder, options.seed, rate):
                 return STOPPED
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

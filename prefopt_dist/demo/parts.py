@@ -1,4 +1,4 @@
-"""The parts of the demo: the world, the recipes in a folder, the pairs, the control, and what answers are worth."""
+"""The parts of the demo: the task's data, the recipes in a folder, the pairs, the control, and the answers' rewards."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from prefopt_dist.setup.own_answers import FILE
 
 REPOSITORY = Path(__file__).parents[2]
 DEFAULT_FOLDER = "runs/demo"
-"""The folder that the recipes name."""
+"""Folder that the recipes name."""
 DEMONSTRATIONS, PROMPTS, HELD_OUT, UNSEEN = 2200, 1600, 200, 400
 CONTROL_RATES = (3e-4, 1e-3, 3e-3)
-"""Learning rates of SFT on the chosen answers, of which the best counts."""
+"""Learning rates of the control (SFT on the chosen answers); the one with the best reward is reported."""
 
 
 def make_world(folder: Path, seed: int) -> None:
-    """Writes data, tokenizer and random weights of a seed into FOLDER/world."""
+    """Write the data, the tokenizer and the random weights of a seed into FOLDER/world."""
     world = folder / "world"
     write_world(world, demonstrations=DEMONSTRATIONS, prompts=PROMPTS, held_out=HELD_OUT, unseen=UNSEEN, seed=seed)
     write_model(world / "model", seed=seed)
 
 
 def recipe_file(name: str) -> Path:
-    """The recipe of a name such as `demo` or `ipo`."""
+    """Return the path of a recipe by its name, such as `demo` or `ipo`."""
     return REPOSITORY / "launch" / "recipes" / (f"{name}.yaml" if name == "demo" else f"demo_{name}.yaml")
 
 
 def overrides(name: str, folder: Path, seed: int) -> list[str]:
-    """What makes a recipe one of this folder and seed."""
+    """Return the overrides that move a recipe's files into `folder` and set its seed."""
     sections: dict[str, dict[str, Any]] = yaml.safe_load(recipe_file(name).read_text())
     moved = [f"run.seed={seed}"]
     for section, keys in sections.items():
@@ -50,13 +50,15 @@ def overrides(name: str, folder: Path, seed: int) -> list[str]:
 
 
 def config_of(name: str, folder: Path, seed: int, *more: str) -> Config:
-    """The recipe's configuration in this folder."""
+    """Return the configuration of a recipe in this folder; more: further overrides, `section.key=value` each."""
     return load_config(recipe_file(name), [*overrides(name, folder, seed), *more]).with_cache()
 
 
 def split_pairs(folder: Path) -> None:
-    """Parts the sampled pairs by their prompts' file: pairs to train on, pairs to evaluate on, and the chosen answers
-    of the first alone, for the control.
+    """Split the sampled pairs by the file of their prompts and write FOLDER/pairs/*.jsonl.
+
+    `train` has the pairs to train on, `eval` those to evaluate on, and `chosen` the chosen answers of `train`, for the
+    control.
     """
     rows = [json.loads(line) for line in (folder / "pairs" / "pairs.jsonl").read_text().split("\n") if line]
     held_out = [row for row in rows if "held_out.jsonl" in row["origin"]]
@@ -67,48 +69,57 @@ def split_pairs(folder: Path) -> None:
 
 
 def control_name(rate: float) -> str:
-    """The run folder's name of SFT on the chosen answers at a learning rate."""
+    """Return the name of the run folder of a control with this learning rate."""
     return f"control-{rate:g}"
 
 
 def control_config(folder: Path, seed: int, rate: float) -> Config:
-    """SFT on the chosen answers at a learning rate."""
+    """Return the configuration of a control: SFT on the chosen answers with this learning rate."""
     return config_of("control", folder, seed, f"run.dir={folder / control_name(rate)}", f"optim.learning_rate={rate}")
 
 
 def model_of(recipe: str, folder: Path) -> Path:
-    """The folder of the model that a recipe has trained."""
+    """Return the folder of the model that a recipe has trained."""
     config = config_of(recipe, folder, 0)
     last = config.run_dir / f"round-{config.rounds.count}"
     return (last if recipe == "rounds" else config.run_dir) / "final"
 
 
 def judged_file(folder: Path, name: str) -> Path:
-    """What a run's answers to the unseen prompts were found to be worth."""
+    """Return the path of the file with the rewards of a run's answers to the unseen prompts."""
     return folder / "judged" / f"{name}.json"
 
 
 def judge_answers(folder: Path, seed: int, name: str, config: Config) -> None:
-    """All ranks: write what a run's answers to the unseen prompts are worth, beside the SFT model's, once.
+    """Write the rewards of a run's answers to the unseen prompts beside the SFT model's, once (all ranks call it).
 
-    config: of the run. A run has answered them itself; the rounds, which compare by other prompts, are asked here.
+    A training run has already answered these prompts itself. The rounds compare by other prompts, so their model
+    answers here.
+
+    Args:
+        folder: the demo's folder.
+        seed: the demo's seed.
+        name: the recipe's or control's name.
+        config: configuration of the run.
     """
     file = judged_file(folder, name)
     if ranks.run_on_rank_zero(file.exists):
         return
-    own = config.answers.prompts is not None
-    found = ranks.run_on_rank_zero(lambda: _own(config.run_dir)) if own else _compared(folder, seed, config)
+    if config.answers.prompts is not None:
+        found = ranks.run_on_rank_zero(lambda: _read_own_answers(config.run_dir))
+    else:
+        found = _compare(folder, seed, config)
 
     def write() -> None:
         file.parent.mkdir(exist_ok=True)
-        of = {which: [is_whole(prompt, text) for prompt, text in said] for which, said in found["texts"].items()}
-        write_json(file, found | {"whole": {which: sum(wholes) / len(wholes) for which, wholes in of.items()}})
+        whole = {which: [is_whole(prompt, text) for prompt, text in texts] for which, texts in found["texts"].items()}
+        write_json(file, found | {"whole": {which: sum(flags) / len(flags) for which, flags in whole.items()}})
 
     ranks.run_on_rank_zero(write)
 
 
-def _own(run_dir: Path) -> dict[str, Any]:
-    """What the run itself has found."""
+def _read_own_answers(run_dir: Path) -> dict[str, Any]:
+    """Read the answers of a run, and their measures, from its run folder."""
     facts = read_json(run_dir / "run.json")["answers"]
     lines = [json.loads(line) for line in (run_dir / FILE).read_text().split("\n") if line]
     sides = {"policy": facts, "against": facts["start"]}
@@ -125,8 +136,8 @@ def _own(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _compared(folder: Path, seed: int, config: Config) -> dict[str, Any]:
-    """All ranks: the last round's model beside the SFT model."""
+def _compare(folder: Path, seed: int, config: Config) -> dict[str, Any]:
+    """Compare the last round's model with the SFT model (all ranks call it)."""
     model = config.run_dir / f"round-{config.rounds.count}" / "final"
     judging = config_of(
         "demo",

@@ -1,4 +1,4 @@
-"""What a demo's run has brought: result.json, and the same in plain words."""
+"""The result of a demo's run: result.json, and the same as text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prefopt_dist.monitoring.statistics import interval, interval_text
 
 
 def result_of(folder: Path, seed: int, recipe: str) -> dict[str, Any]:
-    """Puts together what FOLDER/judged and the run's metrics say."""
+    """Return the content of result.json, from FOLDER/judged and the run's metrics."""
     judged = read_json(parts.judged_file(folder, recipe))
     controls = {rate: read_json(parts.judged_file(folder, parts.control_name(rate))) for rate in parts.CONTROL_RATES}
     best = max(controls, key=lambda rate: float(controls[rate]["policy"]["reward"]["mean"]))
@@ -48,29 +48,35 @@ def result_of(folder: Path, seed: int, recipe: str) -> dict[str, Any]:
 
 
 def _rewards(judged: dict[str, Any]) -> NDArray[np.float64]:
-    """float64 [prompts]: the true reward of a trained model's answers."""
+    """Return the true rewards of the trained model's answers: float64 [prompts]."""
     return np.array([score(prompt, text, {}) for prompt, text in judged["texts"]["policy"]])
 
 
 def _on_pairs(metrics: Path) -> dict[str, float | None]:
-    """Accuracy and margin on the pairs of held-out prompts, where the run has evaluated on them."""
+    """Return accuracy and margin on the pairs of held-out prompts; None each where the run did not evaluate on them."""
     rows = [row for row in MetricsFile(metrics).rows() if row["kind"] == "eval"] if metrics.exists() else []
     last = rows[-1] if rows else {}
     return {"accuracy": last.get("eval/rewards/accuracies"), "margin": last.get("eval/rewards/margins")}
 
 
 def text(found: dict[str, Any], folder: Path, seconds: float) -> str:
-    """For people: reward first, then the control, then the rest and two prompts with answers before and after."""
+    """Return the result as text: reward, control, other measures, and answers to two prompts before and after.
+
+    Args:
+        found: content of result.json.
+        folder: the demo's folder.
+        seconds: how long this call took.
+    """
     judged = read_json(parts.judged_file(folder, found["recipe"]))
     reward, whole = found["reward"], found["whole"]
     lines = [
         "",
-        f"demo: {found['verdict']}, in {seconds:.0f} s. Answers to {judged['prompts']} prompts that nobody trained on, "
-        "before (SFT) → after:",
+        f"demo: {found['verdict']}, in {seconds:.0f} s. Answers to {judged['prompts']} prompts that are in no "
+        "training data, before (SFT) → after:",
         f"  true reward, 0 to 1:     {reward['before']:.3f} → {reward['after']:.3f}, difference "
         f"{interval_text(judged['difference'])}, 95 % interval by prompt",
-        f"  control:                 {found['control']:.3f} after SFT on the same chosen answers alone, as many steps, "
-        f"the best of {len(parts.CONTROL_RATES)} learning rates",
+        f"  control:                 {found['control']:.3f} after SFT on the same chosen answers only, with as many "
+        f"steps, the best of {len(parts.CONTROL_RATES)} learning rates",
         f"  wins against before:     {found['win_rate']:.1%}, at {found['kl']:.1f} nats of KL an answer",
         f"  whole letters:           {whole['before']:.1%} → {whole['after']:.1%}",
     ]
@@ -79,7 +85,7 @@ def text(found: dict[str, Any], folder: Path, seconds: float) -> str:
             f"  reward accuracy:         {found['accuracy']:.1%} of held-out pairs, whose labels are noisy",
             f"  reward margin:           {found['margin']:.2f}",
         ]
-    for prompt, before, after in _shown(judged):
+    for prompt, before, after in _examples(judged):
         lines += ["", f"  {prompt}"]
         for when, answer in (("before", before), ("after", after)):
             lines.append(f"    {when + ':':8}{answer}  [{score(prompt, answer, {}):.2f}]")
@@ -93,8 +99,8 @@ def text(found: dict[str, Any], folder: Path, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def _shown(judged: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The first prompt to somebody formal and to somebody casual, with the answers before and after."""
+def _examples(judged: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the first prompt of each tone (formal, casual) with the answers before and after."""
     found: dict[bool, tuple[str, str, str]] = {}
     for (prompt, after), (_, before) in zip(judged["texts"]["policy"], judged["texts"]["against"], strict=True):
         found.setdefault(any(f" my {to} " in prompt for to in FORMAL_TO), (prompt, before, after))

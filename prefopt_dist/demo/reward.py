@@ -1,4 +1,4 @@
-"""What a letter of the world is worth: the true reward, a judge who sees it through noise, and whether it is whole."""
+"""The rewards of the demo's letters: the true reward, a noisy judge, and a check that a letter is whole."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 from prefopt_dist.demo.world import CASUAL, FORMAL, IDLE, Task, Tone
 
 TONE, COMPLETE, ORDER, COURTESY, BRIEF = 0.45, 0.15, 0.1, 0.1, 0.2
-"""The parts of the reward; together 1."""
+"""Weights of the parts of the reward; their sum is 1."""
 MALFORMED_PENALTY = 0.2
-"""What a letter loses that is not whole: a sentence of no sense, or no greeting or close."""
+"""Reward that a letter loses where it is not whole: a malformed sentence, or a missing greeting or close."""
 JUDGE_NOISE = 0.05
-"""Standard deviation of the judge's error; that of the rewards of a demonstration's letters is about 0.14."""
+"""Standard deviation of the judge's error; that of the true rewards of the demonstrations is about 0.14."""
 
-_ASKED = re.compile(r"Write to my (\w+) (\w+) that (.+)\.")
+_PROMPT = re.compile(r"Write to my (\w+) (\w+) that (.+)\.")
 _BETWEEN = re.compile(r", that | and that ")
 _SENTENCE = re.compile(r"[^.!,]+[.!,]?")
 
 
 @dataclass(frozen=True)
 class _Sentence:
-    """What a sentence is."""
+    """The kind of a sentence, its tone and its piece of news, where it has them."""
 
     kind: str
     tone: Tone | None = None
@@ -32,17 +32,24 @@ class _Sentence:
 
 
 _STRAY = _Sentence("stray")
-"""No sentence of the grammar, or not of this prompt."""
+"""A sentence that is not in the grammar, or does not belong to this prompt."""
 
 
 def score(prompt: str | list[dict[str, Any]], response: str, row: dict[str, Any]) -> float:
-    """From 0 to 1, graded: tone sentence by sentence, news said, their order, a courteous sentence, nothing idle,
-    and all of it whole.
+    """Return the true reward of a letter, from 0 to 1.
+
+    It is graded: the share of sentences in the right tone, the share of the news, their order, a courteous sentence,
+    brevity (few idle sentences), less a penalty where the letter is not whole.
+
+    Args:
+        prompt: the prompt, as text or as a conversation whose last message asks for the letter.
+        response: the letter.
+        row: the prompt's row, which is not used.
     """
     task = _task(prompt)
     found = _sentences(task, response)
     kinds = [sentence.kind for sentence in found]
-    # Said once more, a fitting sentence earns nothing: letters would grow by it.
+    # A repeated sentence earns nothing, else repetitions would make letters longer.
     toned = list({(one.kind, one.news): one for one in reversed(found) if one.tone is not None}.values())
     missing = ("greetings" not in kinds[:1]) + ("closes" not in kinds[-1:])
     fitting = sum(sentence.tone == task.tone for sentence in toned) / max(1, len(toned) + missing)
@@ -51,24 +58,24 @@ def score(prompt: str | list[dict[str, Any]], response: str, row: dict[str, Any]
     in_order = sum(a in first and b in first and first[a] < first[b] for a, b in pairwise(task.news))
     idle = sum(kind in ("idle", "stray") for kind in kinds) + len(said) - len(first)
     idle += sum(max(0, kinds.count(kind) - 1) for kind in ("greetings", "courtesies", "closes"))
-    worth = (
+    reward = (
         TONE * fitting
         + COMPLETE * len(first) / len(task.news)
         + ORDER * in_order / (len(task.news) - 1)
         + COURTESY * ("courtesies" in kinds)
         + BRIEF / (1 + idle)
     )
-    return worth if is_whole(prompt, response) else max(0.0, worth - MALFORMED_PENALTY)
+    return reward if is_whole(prompt, response) else max(0.0, reward - MALFORMED_PENALTY)
 
 
 def judge(prompt: str | list[dict[str, Any]], response: str, row: dict[str, Any]) -> float:
-    """The true reward with an error that prompt and response decide, as of somebody who is not always right."""
+    """Return the true reward plus a pseudo-random error that depends on prompt and response, like a fallible judge."""
     error = random.Random(f"{_text(prompt)}\n{response}").gauss(0.0, JUDGE_NOISE)
     return score(prompt, response, row) + error
 
 
 def is_whole(prompt: str | list[dict[str, Any]], response: str) -> bool:
-    """Whether the letter is formed as the grammar forms them: greeting, sentences with news of the prompt, close."""
+    """Return whether the letter follows the grammar: greeting, sentences with news of the prompt, close."""
     found = _sentences(_task(prompt), response)
     kinds = [sentence.kind for sentence in found]
     body = kinds[1:-1]
@@ -87,7 +94,7 @@ def _text(prompt: str | list[dict[str, Any]]) -> str:
 
 
 def _task(prompt: str | list[dict[str, Any]]) -> Task:
-    found = _ASKED.fullmatch(_text(prompt))
+    found = _PROMPT.fullmatch(_text(prompt))
     assert found is not None, f"not a prompt of this world: {prompt!r}"
     to, name, news = found.groups()
     return Task(to, name, tuple(_BETWEEN.split(news)))
@@ -98,7 +105,7 @@ def _split(response: str) -> list[str]:
 
 
 def _sentences(task: Task, response: str) -> list[_Sentence]:
-    """What the response consists of."""
+    """Return the sentences of the response."""
     known = {text: _Sentence("idle") for text in IDLE}
     for tone in (FORMAL, CASUAL):
         for kind in ("greetings", "courtesies", "closes"):

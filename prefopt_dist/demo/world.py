@@ -1,4 +1,4 @@
-"""A small world of letters that can be better or worse in many ways at once, and its small model."""
+"""The demo's synthetic task, letters that can be better or worse in several ways at once, and its small model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NEWS = (
 
 @dataclass(frozen=True)
 class Tone:
-    """The sentences of one tone; each ends in a stop, a comma or an exclamation mark and has none of these inside."""
+    """The sentences of one tone; each contains one full stop, comma or exclamation mark at most, at its end."""
 
     greetings: tuple[str, ...]
     news: tuple[str, ...]
@@ -52,20 +52,20 @@ CASUAL = Tone(
 IDLE = ("It was a long day.", "The sky is grey.", "There is more to say.")
 
 FITTING = (0.3, 0.95)
-"""Of a demonstration's sentences, the share that has the addressee's tone: one of these for each letter, as likely."""
+"""Shares of a demonstration's sentences in the addressee's tone; each letter draws one of them uniformly."""
 LEFT_OUT, SWAPPED, REPEATED, COURTEOUS = 0.25, 0.3, 0.3, 0.5
-"""How often a piece of news is missing, two are swapped, one is said again, and the courteous sentence is there."""
+"""Probabilities in a demonstration: each piece of news is missing, two are swapped, one is repeated, and the courteous
+sentence is present."""
 IDLE_SENTENCES = (0, 0, 1, 1, 2)
-"""How many idle sentences there are, each as likely."""
+"""Numbers of idle sentences; each letter draws one of them uniformly."""
 SPREAD = 0.06
-"""Of the random weights. With Llama's 0.02 so narrow a model learns late, on some seeds not in time, to copy the words
-of the prompt into its letter.
-"""
+"""Standard deviation of the random weights. With Llama's 0.02 such a narrow model learns to copy the words of the
+prompt into its letter late, and on some seeds too late."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a prompt asks for."""
+    """The letter that a prompt asks for: addressee, name and news."""
 
     to: str
     name: str
@@ -73,7 +73,7 @@ class Task:
 
     @property
     def prompt(self) -> str:
-        """As it is asked."""
+        """Return the prompt's text."""
         first, *between, last = self.news
         return (
             f"Write to my {self.to} {self.name} that {first}"
@@ -83,17 +83,17 @@ class Task:
 
     @property
     def tone(self) -> Tone:
-        """The addressee's."""
+        """Return the tone that fits the addressee."""
         return FORMAL if self.to in FORMAL_TO else CASUAL
 
     @property
     def other_tone(self) -> Tone:
-        """The one that does not fit."""
+        """Return the tone that does not fit the addressee."""
         return CASUAL if self.to in FORMAL_TO else FORMAL
 
 
 def tasks(seed: int) -> Iterator[Task]:
-    """Tasks drawn from the seed, without end; there are 24,000."""
+    """Yield different tasks in a random order given by the seed; there are 24,000 in total."""
     draw = random.Random(f"tasks {seed}")
     seen: set[Task] = set()
     while True:
@@ -105,7 +105,7 @@ def tasks(seed: int) -> Iterator[Task]:
 
 
 def letter(task: Task, draw: random.Random) -> str:
-    """A demonstration: whole, with faults at random."""
+    """Return a demonstration: a whole letter with random faults, drawn from `draw`."""
     fitting = draw.choice(FITTING)
     news = [one for one in task.news if draw.random() >= LEFT_OUT] or [draw.choice(task.news)]
     if len(news) > 1 and draw.random() < SWAPPED:
@@ -129,7 +129,7 @@ def _sentence(task: Task, kind: str, fitting: float, draw: random.Random) -> str
 
 
 def perfect(task: Task) -> str:
-    """The letter of the highest reward, in the first words for everything."""
+    """Return a letter of the highest reward, with the first sentence of each kind."""
     tone = task.tone
     news = [tone.news[0].format(news=one) for one in task.news]
     return " ".join([tone.greetings[0].format(to=task.to, name=task.name), *news, tone.courtesies[0], tone.closes[0]])
@@ -138,11 +138,19 @@ def perfect(task: Task) -> str:
 def write_world(
     folder: Path, *, demonstrations: int, prompts: int, held_out: int = 0, unseen: int = 0, seed: int = 0
 ) -> None:
-    """Writes the data files; no prompt stands twice, but for few.jsonl.
+    """Write the data files; except for few.jsonl, no prompt occurs twice.
 
-    sft.jsonl: demonstrations. prompts.jsonl and held_out.jsonl: prompts alone, whose sampled answers become pairs to
-    train on and pairs to evaluate on; few.jsonl: the first third of prompts.jsonl, for rounds. unseen.jsonl: prompts
-    alone, for figures on which nothing was chosen.
+    sft.jsonl has demonstrations. prompts.jsonl and held_out.jsonl have only prompts, whose sampled answers become pairs
+    to train on and pairs to evaluate on; few.jsonl is the first third of prompts.jsonl, for rounds. unseen.jsonl has
+    only prompts, for the final figures; no setting is chosen by them.
+
+    Args:
+        folder: where the files are written.
+        demonstrations: rows of sft.jsonl.
+        prompts: rows of prompts.jsonl.
+        held_out: rows of held_out.jsonl.
+        unseen: rows of unseen.jsonl.
+        seed: seed of tasks and letters.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stream, draw = tasks(seed), random.Random(f"letters {seed}")
@@ -162,7 +170,7 @@ def _write(file: Path, rows: list[dict[str, Any]]) -> None:
 def write_model(
     folder: Path, *, hidden: int = 128, layers: int = 3, vocabulary: int = 512, tied: bool = True, seed: int = 0
 ) -> None:
-    """Writes a small Llama with random weights and a byte-level BPE tokenizer trained on the world's text."""
+    """Write a small Llama with random weights and a byte-level BPE tokenizer trained on the task's text."""
     draw = random.Random(f"text {seed}")
     text = [part for task in islice(tasks(seed), 2000) for part in (task.prompt, letter(task, draw))]
     write_llama(folder, text, hidden=hidden, layers=layers, vocabulary=vocabulary, tied=tied, spread=SPREAD, seed=seed)
@@ -186,9 +194,17 @@ def write_llama(
     spread: float,
     seed: int,
 ) -> None:
-    """Writes a small Llama with random weights and a byte-level BPE tokenizer trained on the text.
+    """Write a small Llama with random weights and a byte-level BPE tokenizer trained on the text.
 
-    spread: standard deviation of the weights.
+    Args:
+        folder: where the model is written.
+        text: texts that the tokenizer is trained on.
+        hidden: hidden size.
+        layers: number of layers.
+        vocabulary: size of the vocabulary.
+        tied: whether input and output embeddings are one parameter.
+        spread: standard deviation of the weights.
+        seed: seed of the weights.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,1 +1,1 @@
-"""The machines of a job before it starts: each looks at itself, then all reduce together; what is bad is named."""
+"""Check of a job's machines before it starts: each examines itself, then all of them do a timed all-reduce."""

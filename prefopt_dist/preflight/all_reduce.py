@@ -1,6 +1,6 @@
-"""An all-reduce of all ranks, timed: by each machine for itself, then by all together.
+"""A timed all-reduce: first among the ranks of each machine, then among all ranks.
 
-The bus bandwidth is 2(n-1)/n · bytes / seconds of n ranks: what the slowest link carries, whatever n is.
+The bus bandwidth of n ranks is 2(n-1)/n · bytes / seconds: the speed of the slowest link, which does not depend on n.
 """
 
 from __future__ import annotations
@@ -19,34 +19,46 @@ from prefopt_dist.preflight.rendezvous import connect
 BYTES = {"nccl": 256 * 2**20, "gloo": 8 * 2**20}
 ROUNDS = 5
 SECONDS = 20.0
-"""For a collective; a link that is down answers never."""
+"""Timeout of a collective, since a broken link never answers."""
 
 
 def bandwidth(group: dist.ProcessGroup | None, device: torch.device, size: int) -> float | None:
-    """Bus bandwidth in GB/s of the best round; None for one rank. Raises ValueError where the sum is wrong."""
+    """Measure the bus bandwidth of an all-reduce (all ranks of the group call it).
+
+    Args:
+        group: the process group; None for all ranks.
+        device: this rank's device.
+        size: bytes that are reduced, as float32.
+
+    Returns:
+        GB/s of the best round; None for a group of one rank.
+
+    Raises:
+        ValueError: the sum is wrong.
+    """
     n = dist.get_world_size(group)
     if n == 1:
         return None
     best = float("inf")
     for _ in range(ROUNDS + 1):
         x = torch.full((size // 4,), float(dist.get_rank(group) + 1), device=device)
-        _finish(device)
+        _synchronise(device)
         start = time.perf_counter()
         dist.all_reduce(x, group=group)
-        _finish(device)
+        _synchronise(device)
         best = min(best, time.perf_counter() - start)
         if not bool((x == n * (n + 1) / 2).all()):
-            raise ValueError("an all-reduce gave a wrong sum")
+            raise ValueError("the all-reduce returned a wrong sum")
     return 2 * (n - 1) / n * size / best / 1e9
 
 
-def _finish(device: torch.device) -> None:
+def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def main(arguments: list[str]) -> int:
-    """Run one rank: python -m prefopt_dist.preflight.all_reduce HOST PORT NODES RANKS NODE LOCAL; prints figures."""
+    """Run one rank and print its figures as JSON; `arguments` are HOST PORT NODES RANKS NODE LOCAL_RANK."""
     host, (port, nodes, ranks, node, local) = arguments[0], map(int, arguments[1:])
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     backend = "nccl" if on_gpu else "gloo"
@@ -57,7 +69,7 @@ def main(arguments: list[str]) -> int:
     store = connect(host, port, seconds=SECONDS, is_head=False)
     dist.init_process_group(backend, store=store, rank=node * ranks + local, world_size=nodes * ranks, timeout=limit)
     own = None
-    for other in range(nodes):  # every rank makes every group
+    for other in range(nodes):  # all ranks must create every group
         group = dist.new_group(list(range(other * ranks, (other + 1) * ranks)), timeout=limit)
         own = group if other == node else own
     figures = {"inside": bandwidth(own, device, BYTES[backend]), "all": bandwidth(None, device, BYTES[backend])}

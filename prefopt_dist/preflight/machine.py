@@ -28,44 +28,49 @@ FATAL_XIDS = {
     119: "GSP timeout",
     120: "GSP error",
 }
-"""Of NVIDIA's list of Xid errors: those after which a GPU wants a reset; a program's own faults (13, 31, …) do not."""
+"""The Xid errors of NVIDIA's list after which a GPU needs a reset; a program's own faults (13, 31, …) are not here."""
 XID_SECONDS = 24 * 3600.0
-"""Older ones were most likely seen to."""
+"""Age in seconds up to which an Xid error counts; older ones were most likely dealt with."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A line of `nvidia-smi --query-gpu`."""
+    """One GPU, from a line of `nvidia-smi --query-gpu`."""
 
     index: int
     name: str
     driver: str
     ecc_errors: int | None
-    """Uncorrected, since the driver was loaded; None where the GPU does not count them"""
+    """Uncorrected ECC errors since the driver was loaded; None where the GPU does not count them"""
 
 
 def read_gpus(text: str) -> list[Gpu]:
-    """From `--query-gpu=QUERY --format=csv,noheader,nounits`; "[N/A]" is what has no number."""
+    """Parse the output of `nvidia-smi --query-gpu=QUERY --format=csv,noheader,nounits`, with "[N/A]" for no value."""
     rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
     return [Gpu(int(r[0]), r[1], r[2], _number(r[3])) for r in rows]
 
 
 def read_remapped(text: str) -> list[str]:
-    """Faults from `--query-remapped-rows=REMAPPED --format=csv,noheader,nounits`."""
+    """Return the faults in the output of `--query-remapped-rows=REMAPPED --format=csv,noheader,nounits`."""
     faults = []
     for line in text.splitlines():
         if not line.strip():
             continue
         bus, pending, failure = (cell.strip() for cell in line.split(","))
         if _number(failure):
-            faults.append(f"GPU {bus}: a row could not be remapped; it must be replaced")
+            faults.append(f"GPU {bus}: a memory row could not be remapped; the GPU must be replaced")
         elif _number(pending):
-            faults.append(f"GPU {bus}: a row waits to be remapped; it wants a reset")
+            faults.append(f"GPU {bus}: a memory row waits to be remapped; the GPU needs a reset")
     return faults
 
 
 def read_xids(kernel: str, uptime: float) -> list[str]:
-    """Faults from `dmesg`, whose lines begin with seconds since the start; uptime: seconds, of now."""
+    """Return the fatal Xid errors of the last day.
+
+    Args:
+        kernel: output of `dmesg`, whose lines begin with seconds since the start of the machine.
+        uptime: seconds since the start of the machine.
+    """
     found: dict[tuple[str, int], None] = {}
     for line in kernel.splitlines():
         match = re.match(r"\[\s*([0-9.]+)\].*NVRM: Xid \((PCI:[^)]*)\): (\d+)", line)
@@ -74,33 +79,35 @@ def read_xids(kernel: str, uptime: float) -> list[str]:
     return [f"GPU {bus}: Xid {xid} in the last day, {FATAL_XIDS[xid]}" for bus, xid in found]
 
 
-def gpu_faults(gpus: Sequence[Gpu], wanted: int) -> list[str]:
-    """What is wrong with these GPUs for a job of `wanted` ranks."""
+def gpu_faults(gpus: Sequence[Gpu], needed: int) -> list[str]:
+    """Return the faults of these GPUs for a job of `needed` ranks."""
     faults = []
-    if len(gpus) < wanted:
-        faults.append(f"{len(gpus)} GPUs, {wanted} wanted")
-    faults += [f"GPU {g.index}: {g.ecc_errors} uncorrected ECC errors; it wants a reset" for g in gpus if g.ecc_errors]
+    if len(gpus) < needed:
+        faults.append(f"{len(gpus)} GPUs found, {needed} needed")
+    faults += [
+        f"GPU {g.index}: {g.ecc_errors} uncorrected ECC errors; the GPU needs a reset" for g in gpus if g.ecc_errors
+    ]
     if len({g.name for g in gpus}) > 1:
         faults.append("GPUs of different kinds: " + ", ".join(sorted({g.name for g in gpus})))
     return faults
 
 
-def examine_gpus(wanted: int) -> tuple[list[str], dict[str, str]]:
-    """(faults, versions) of this machine's GPUs."""
+def examine_gpus(needed: int) -> tuple[list[str], dict[str, str]]:
+    """Return (faults, versions) of this machine's GPUs for a job of `needed` ranks."""
     if shutil.which("nvidia-smi") is None:
-        return [f"no nvidia-smi, {wanted} GPUs wanted"], {}
+        return [f"nvidia-smi is not on PATH, {needed} GPUs needed"], {}
     try:
-        gpus = read_gpus(_said("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"))
+        gpus = read_gpus(_output("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"))
     except (subprocess.SubprocessError, ValueError, IndexError) as e:
         return [f"nvidia-smi failed: {e}"], {}
-    faults = gpu_faults(gpus, wanted)
-    # Older GPUs have no such rows, and containers often no kernel messages: that is no fault.
+    faults = gpu_faults(gpus, needed)
+    # Older GPUs do not remap rows, and containers often hide the kernel's messages: neither is a fault.
     for command, read in (
         (["nvidia-smi", f"--query-remapped-rows={REMAPPED}", "--format=csv,noheader,nounits"], read_remapped),
         (["dmesg"], lambda text: read_xids(text, _uptime())),
     ):
         try:
-            faults += read(_said(*command))
+            faults += read(_output(*command))
         except (OSError, subprocess.SubprocessError, ValueError):
             continue
     return faults, {"driver": gpus[0].driver, "GPU": gpus[0].name} if gpus else {}
@@ -113,7 +120,7 @@ def _number(cell: str) -> int | None:
         return None
 
 
-def _said(*command: str) -> str:
+def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
 
 
@@ -126,76 +133,80 @@ PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "numpy", "safetens
 SHARED_MEMORY = Path("/dev/shm")
 GIB = 2**30
 SCRATCH_GIB = 1.0
-"""A job keeps little in the temporary folder, and on many sites that is small."""
+"""GiB that must be free in the temporary folder: a job keeps little there, and on many sites it is small."""
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """What each machine must have."""
+    """The requirements that each machine must meet."""
 
     ranks: int
+    """Number of ranks on the machine"""
     on_gpus: bool
     folder: Path
-    """The run's, or the first folder above it that exists"""
+    """The run folder; where it does not exist, the first existing folder above it is checked"""
     disk_gib: float
-    """Free in the folder; the temporary one is well with SCRATCH_GIB"""
+    """GiB that must be free in the folder; in the temporary folder at most SCRATCH_GIB are needed"""
     shared_memory_gib: float
-    """Free in /dev/shm, through which the ranks of a machine talk"""
+    """GiB that must be free in /dev/shm, through which the ranks of a machine communicate"""
 
 
 @dataclass(frozen=True)
 class MachineReport:
-    """Of one machine."""
+    """Faults and versions of one machine."""
 
     host: str
     faults: tuple[str, ...]
     versions: Mapping[str, str]
 
 
-def examine_machine(host: str, wanted: Requirements) -> MachineReport:
-    """This machine's report."""
+def examine_machine(host: str, requirements: Requirements) -> MachineReport:
+    """Return the report of this machine, which is called `host`."""
     faults = []
-    folder = wanted.folder
+    folder = requirements.folder
     while not folder.exists():
         folder = folder.parent
     for place, least, key in (
-        (folder, wanted.disk_gib, "PREFOPT_MIN_DISK_GIB"),
-        (Path(tempfile.gettempdir()), min(wanted.disk_gib, SCRATCH_GIB), "PREFOPT_MIN_DISK_GIB"),
-        (SHARED_MEMORY, wanted.shared_memory_gib, "PREFOPT_MIN_SHM_GIB"),
+        (folder, requirements.disk_gib, "PREFOPT_MIN_DISK_GIB"),
+        (Path(tempfile.gettempdir()), min(requirements.disk_gib, SCRATCH_GIB), "PREFOPT_MIN_DISK_GIB"),
+        (SHARED_MEMORY, requirements.shared_memory_gib, "PREFOPT_MIN_SHM_GIB"),
     ):
         free = shutil.disk_usage(place).free / GIB
         if free < least:
-            faults.append(f"{place}: {free:.2f} GiB free, {least:g} wanted ({key})")
+            faults.append(f"{place}: {free:.2f} GiB free, at least {least:g} GiB needed ({key})")
     if not os.access(folder, os.W_OK):
         faults.append(f"{folder} is not writable")
     versions = _versions()
-    if wanted.on_gpus:
+    if requirements.on_gpus:
         if not torch.cuda.is_available():
-            faults.append(f"torch {torch.__version__} (CUDA {torch.version.cuda}) can use no GPU")
+            faults.append(f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use a GPU")
         cores = len(os.sched_getaffinity(0))
-        if cores < wanted.ranks:
-            faults.append(f"{cores} of its cores are this job's, {wanted.ranks} ranks want one each (--cpus-per-task)")
-        of_gpus, more = examine_gpus(wanted.ranks)
-        faults += of_gpus
-        versions |= more
+        if cores < requirements.ranks:
+            faults.append(
+                f"the job may use {cores} of its CPU cores, but {requirements.ranks} ranks need one each; raise "
+                "--cpus-per-task"
+            )
+        found, gpu_versions = examine_gpus(requirements.ranks)
+        faults += found
+        versions |= gpu_versions
     return MachineReport(host, tuple(faults), versions)
 
 
 def version_faults(reports: Sequence[MachineReport]) -> list[str]:
-    """A fault for each machine whose version of something is not what most have."""
+    """Return a fault for each machine whose version of something is not that of most machines."""
     faults = []
     for name in sorted({n for r in reports for n in r.versions}):
-        counts = Counter(r.versions.get(name, "none") for r in reports)
+        counts = Counter(r.versions.get(name, "missing") for r in reports)
         (usual, most), *_ = counts.most_common()
         if len(counts) == 1:
             continue
         tied = list(counts.values()).count(most) > 1
         for r in reports:
-            mine = r.versions.get(name, "none")
+            version = r.versions.get(name, "missing")
             if tied:
-                faults.append(f"{r.host}: {name} is {mine}; the machines differ")
-            elif mine != usual:
-                faults.append(f"{r.host}: {name} is {mine}, elsewhere {usual}")
+                faults.append(f"{r.host}: {name} is {version}; the machines differ")
+            elif version != usual:
+                faults.append(f"{r.host}: {name} is {version}, on most machines {usual}")
     return faults
 
 

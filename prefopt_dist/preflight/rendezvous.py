@@ -1,4 +1,4 @@
-"""Where the machines of a job meet before it: the head's store, and the address of each machine."""
+"""The rendezvous of a job's machines before it starts: the head's key-value store, and each machine's address."""
 
 from __future__ import annotations
 
@@ -16,31 +16,38 @@ import torch.distributed as dist
 from prefopt_dist.errors import UserError
 
 PATIENCE = 60.0
-"""Seconds in which the head's name must become known: machines and name servers start up, too."""
+"""Seconds to wait until the head's name resolves, since machines and name servers may still be starting."""
 
 
 def choose_address(head: str, node: int, name: str = "", patience: float = PATIENCE) -> str:
-    """A host name or an IP address.
+    """Return the host name or IP address by which a machine joins the job.
 
-    The head has the one it was given: the others know it by that. Another machine has its name, where that is known and
-    no loopback (torchrun numbers the machines in the order of their addresses, and names tell of their place), else the
-    address that its way to the head begins at. Where that is loopback, all are this machine, and each gets a loopback
-    address of its own.
+    The head keeps the host that it was given, since the others know it by that. Another machine uses its own name where
+    that resolves to an address that is not loopback: torchrun numbers the machines in the order of their addresses, and
+    names often follow their place in the network. Otherwise it uses the local address of its route to the head. Where
+    that is loopback, all machines are this one, and each gets a loopback address of its own.
 
-    Raises UserError where the head's host is unknown or no way leads there.
+    Args:
+        head: HOST:PORT of the head.
+        node: number of this machine; 0 is the head.
+        name: this machine's name; empty where it is not known.
+        patience: seconds to wait until the head's name resolves.
+
+    Raises:
+        UserError: the head's host is unknown, or this machine has no route to it.
     """
     host, port = head.rsplit(":", 1)
     host = host.removeprefix("[").removesuffix("]")  # IPv6
-    here = _begin_of_way(host, int(port), patience)
+    local = _local_address(host, int(port), patience)
     if node == 0:
         return host
-    if here.is_loopback:
+    if local.is_loopback:
         return str(ipaddress.ip_address("127.1.0.0") + node)
-    return name if name and _is_known(name) else str(here)
+    return name if name and _resolves(name) else str(local)
 
 
-def _begin_of_way(host: str, port: int, patience: float) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Of a datagram to the host; choosing its way sends nothing."""
+def _local_address(host: str, port: int, patience: float) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Return the local address of the route to a host, from a connected datagram socket, which sends nothing."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -48,24 +55,25 @@ def _begin_of_way(host: str, port: int, patience: float) -> ipaddress.IPv4Addres
                 raise ValueError("no such port")
             for family, kind, _, _, there in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
                 try:
-                    with socket.socket(family, kind) as way:
-                        way.connect(there)
-                        return ipaddress.ip_address(way.getsockname()[0].partition("%")[0])
+                    with socket.socket(family, kind) as route:
+                        route.connect(there)
+                        return ipaddress.ip_address(route.getsockname()[0].partition("%")[0])
                 except OSError as error:
                     reason: Exception = error
         except socket.gaierror as error:
             reason = error
-        except ValueError as error:  # a name that is none, too
+        except ValueError as error:  # an invalid port, or a name that is not a host name
             reason, deadline = error, 0.0
         if time.monotonic() >= deadline:
             raise UserError(
-                f"{socket.gethostname()}: the head of the job: got '{host}:{port}', must be HOST:PORT to which a way "
-                f"leads from here ({reason}); give an address that all machines know"
+                f"{socket.gethostname()}: the head of the job: got '{host}:{port}', must be a HOST:PORT that this "
+                f"machine can reach ({reason}); give an address that all machines know"
             ) from reason
         time.sleep(1.0)
 
 
-def _is_known(name: str) -> bool:
+def _resolves(name: str) -> bool:
+    """Return whether a host name resolves to addresses of which none is loopback."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)
     except (OSError, ValueError):
@@ -76,36 +84,57 @@ def _is_known(name: str) -> bool:
 if __name__ == "__main__":
     try:
         print(choose_address(sys.argv[1], int(sys.argv[2]), "".join(sys.argv[3:])))
-    except UserError as mistake:
-        print(mistake, file=sys.stderr)
+    except UserError as error:
+        print(error, file=sys.stderr)
         sys.exit(2)
 
 LEAVE_SECONDS = 5.0
+"""Seconds for which the head waits for the others before it closes its store."""
 
 
 def connect(host: str, port: int, *, seconds: float, is_head: bool) -> Any:
-    """The store at host:port; raises DistError where it does not answer in time."""
+    """Return a connection to the key-value store at host:port.
+
+    Args:
+        host: host name or IP address of the head.
+        port: its port.
+        seconds: timeout of the connection and of each request.
+        is_head: whether this process serves the store.
+
+    Raises:
+        DistError: the store does not answer in time.
+    """
     return dist.TCPStore(  # type: ignore[attr-defined]
         host, port, is_master=is_head, timeout=timedelta(seconds=seconds), wait_for_workers=False
     )
 
 
 class Rendezvous:
-    """The store at the head, and who is expected there."""
+    """The key-value store at the head, and the hosts that are expected there."""
 
     def __init__(self, hosts: Sequence[str], node: int, head: str, seconds: float) -> None:
-        """Raises DistError where the head cannot be reached in so many seconds."""
+        """Connect to the head.
+
+        Args:
+            hosts: names of all machines; the first is the head.
+            node: number of this machine.
+            head: HOST:PORT of the head.
+            seconds: timeout.
+
+        Raises:
+            DistError: the head cannot be reached within `seconds`.
+        """
         self.hosts, self.node = hosts, node
         self.host, port = head.rsplit(":", 1)
         self.port = int(port)
         self.store = connect(self.host, self.port, seconds=seconds, is_head=node == 0)
 
     def answer(self, what: str, value: Mapping[str, Any]) -> None:
-        """Leaves this machine's answer."""
+        """Publish this machine's answer to the question `what`."""
         self.store.set(f"{what}-{self.node}", json.dumps(value))
 
     def answers(self, what: str, seconds: float) -> dict[str, dict[str, Any]]:
-        """The head: what the hosts have answered in time, by host."""
+        """Return the answers to `what` that arrive within `seconds`, by host (the head calls it)."""
         until = time.monotonic() + seconds
         found = {}
         for i, host in enumerate(self.hosts):
@@ -117,7 +146,16 @@ class Rendezvous:
         return found
 
     def agree(self, what: str, faults: Sequence[str] | None, seconds: float) -> list[str]:
-        """The head's faults, on every machine; a machine that hears nothing gives up."""
+        """Return the head's list of faults on every machine (all machines call it).
+
+        Args:
+            what: name of the list.
+            faults: the list on the head, None on the others.
+            seconds: how long the others wait for it.
+
+        Raises:
+            DistError: the head does not publish the list in time.
+        """
         if faults is not None:
             self.store.set(what, json.dumps(list(faults)))
             return list(faults)
@@ -125,8 +163,8 @@ class Rendezvous:
         found: list[str] = json.loads(self.store.get(what))
         return found
 
-    def part(self) -> None:
-        """The head, whose store ends with it, leaves last."""
+    def leave(self) -> None:
+        """Leave the rendezvous; the head, whose store ends with it, leaves last."""
         self.answer("heard", {})
         if self.node == 0:
             self.answers("heard", LEAVE_SECONDS)
