@@ -1,1 +1,1 @@
-"""What a run tells while it works: metrics, Weights & Biases, progress, messages."""
+"""Observation of a run: metrics, loggers, health rules, progress and messages."""

@@ -1,4 +1,4 @@
-"""Messages and progress for people: rank 0 speaks for all."""
+"""Messages and progress for users, printed by rank 0 for all ranks."""
 
 import os
 import sys
@@ -12,13 +12,13 @@ from prefopt_dist.monitoring import heartbeat
 
 
 def say(text: str) -> None:
-    """Rank 0 prints `text` at once; the other ranks are silent."""
+    """Print `text` on rank 0 and flush it; on the other ranks do nothing."""
     if _rank() == 0:
         print(text, flush=True)
 
 
-def in_units(size: float) -> str:
-    """Bytes for people: three digits and a binary unit."""
+def format_bytes(size: float) -> str:
+    """Return a number of bytes as text, with three digits and a binary unit."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -26,18 +26,16 @@ def in_units(size: float) -> str:
     return f"{size:.3g} TiB"
 
 
-def rank_fault(text: str) -> None:
-    """Any rank tells a fault on stderr, each line under its rank.
-
-    One write, because the ranks of a node share the stream and would cut each other's lines.
-    """
+def print_rank_fault(text: str) -> None:
+    """Write a fault to stderr, each line prefixed by the rank (any rank may call it)."""
     prefix = f"[rank {_rank()}] "
+    # A single write: the ranks of a node share the stream, and their lines would mix.
     sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
     sys.stderr.flush()
 
 
 def _rank() -> int:
-    # From the environment: messages are due before the process group exists and after it is gone.
+    # From the environment: messages are also printed before the process group exists and after it has ended.
     return int(os.environ.get("RANK", "0"))
 
 
@@ -45,29 +43,38 @@ _LINE_SECONDS = 10.0
 
 
 class Progress:
-    """A bar on a terminal; in a log file plain lines, the first, the last, and one every ten seconds.
+    """Progress of a loop: a bar on a terminal, plain lines in a log file.
 
-    Rank 0 shows it, the other ranks show nothing; each update is a heartbeat on all of them. `done` is what
-    earlier starts did: it is shown but does not count in the speed.
+    The plain lines are the first update, the last one, and one every ten seconds between them. Only rank 0 shows
+    progress; each update is a heartbeat on all ranks.
     """
 
-    def __init__(self, total: int, what: str, unit: str, rank: int, done: int = 0) -> None:
-        self._total, self._what, self._unit = total, what, unit
+    def __init__(self, total: int, label: str, unit: str, rank: int, done: int = 0) -> None:
+        """Show the bar on rank 0.
+
+        Args:
+            total: number of units of the whole work.
+            label: name of the work.
+            unit: name of a unit, in the plural.
+            rank: this process's rank.
+            done: units that earlier starts finished; they are shown but do not count in the speed.
+        """
+        self._total, self._label, self._unit = total, label, unit
         self._done = self._at_start = done
         self._text = ""
         self._lines = rank == 0 and not sys.stderr.isatty()
         self._bar = None
         if rank == 0 and not self._lines:
-            self._bar = tqdm.tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True)
+            self._bar = tqdm.tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True)
         self._started = time.monotonic()
         self._shown_at: float | None = None
         self._shown_done = -1
 
     def update(self, n: int = 1, text: str = "") -> None:
-        """`n` more units are done; `text` stands behind the numbers, such as the loss."""
+        """Count `n` more units as done; `text`, such as the loss, is shown after the numbers."""
         self._done += n
         self._text = text
-        heartbeat.beat(f"{self._what} {self._done}/{self._total} {self._unit}")
+        heartbeat.beat(f"{self._label} {self._done}/{self._total} {self._unit}")
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(n)
@@ -78,7 +85,7 @@ class Progress:
                 self._show(now)
 
     def close(self) -> None:
-        """End the bar, or show where the work ended if the last line did not."""
+        """Close the bar, or print the last state where no line has shown it."""
         if self._bar is not None:
             self._bar.close()
         elif self._lines and self._shown_done != self._done:
@@ -95,36 +102,40 @@ class Progress:
 
     def _show(self, now: float) -> None:
         elapsed = now - self._started
-        line = f"{self._what}  {self._done}/{self._total} {self._unit}"
+        line = f"{self._label}  {self._done}/{self._total} {self._unit}"
         if self._total:
             line += f" ({100 * self._done // self._total}%)"
-        line += f"  {_clock(elapsed)} elapsed"
+        line += f"  {_format_duration(elapsed)} elapsed"
         worked = self._done - self._at_start
         if worked and self._done < self._total:
-            line += f", {_clock(elapsed / worked * (self._total - self._done))} left"
+            line += f", {_format_duration(elapsed / worked * (self._total - self._done))} left"
         if self._text:
             line += f"  {self._text}"
         print(line, file=sys.stderr, flush=True)
         self._shown_at, self._shown_done = now, self._done
 
 
-def rows_read(what: str) -> Callable[[int, int | None], None]:
-    """For work whose end nobody knows: a line every ten seconds with the rows so far, first after ten seconds."""
+def row_reporter(label: str) -> Callable[[int, int | None], None]:
+    """Return a function that prints the rows read so far, at most every ten seconds and first after ten seconds.
+
+    It serves work whose number of rows may be unknown. Its arguments are the rows so far and their total, or None.
+    """
     started = shown = time.monotonic()
 
-    def tell(rows: int, total: int | None) -> None:
+    def report(rows: int, total: int | None) -> None:
         nonlocal shown
         now = time.monotonic()
         if now - shown >= _LINE_SECONDS:
             shown = now
-            of_all = "" if total is None else f" of {total:,}"
-            print(f"{what}  {rows:,}{of_all} rows  {_clock(now - started)} elapsed", file=sys.stderr, flush=True)
+            of_total = "" if total is None else f" of {total:,}"
+            elapsed = _format_duration(now - started)
+            print(f"{label}  {rows:,}{of_total} rows  {elapsed} elapsed", file=sys.stderr, flush=True)
 
-    return tell
+    return report
 
 
-def _clock(seconds: float) -> str:
-    """0:42, 12:05, 3:07:59."""
+def _format_duration(seconds: float) -> str:
+    """Return seconds as 0:42, 12:05 or 3:07:59."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,6 +1,7 @@
-"""What tells how a run does, beside the objective's own metrics: made of what a step computes anyway.
+"""Diagnostic metrics of a run beside the objective's own, computed from values that a step has anyway.
 
-Everything is a sum over the units, so ranks, micro-batches and steps add theirs up, in the step's one all-reduce.
+All of them come from sums over the units, which are added over micro-batches, steps and, in the step's single
+all-reduce, ranks.
 
 Legend: U units of a micro-batch, R responses of a unit, D sums, B bins of margins.
 """
@@ -21,9 +22,11 @@ from prefopt_dist.objectives import Objective, Sequences, Terms
 
 _POSITIVE = tuple(10 ** (i / 6) for i in range(-12, 13))
 BIN_EDGES = (*(-edge for edge in reversed(_POSITIVE)), 0.0, *_POSITIVE)
-"""[B − 1] of the bins of reward margins, six a decade from 0.01 to 100 on both sides of 0; the lower edge belongs."""
+"""[B − 1] edges of the bins of reward margins, six per decade from 0.01 to 100 on both sides of 0.
+
+A bin contains its lower edge."""
 SATURATED = 0.01
-"""A pair is saturated where the loss's slope by its chosen log-prob is less than this part of that at margin 0."""
+"""The slope below which a pair is saturated: ∂L/∂ log π(chosen), as a share of its value at margin 0."""
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
 _PAIR_SUMS = (
@@ -33,10 +36,16 @@ _PAIR_SUMS = (
 
 
 class Diagnosis:
-    """Running float64 sums on the device; nothing here reads them on the host or talks to another rank."""
+    """Running float64 sums of D values on the device, which are neither read on the host nor sent to another rank."""
 
     def __init__(self, objective: Objective, rows: TokenisedRows, device: torch.device) -> None:
-        """rows: the data set that the units come from; of several sources each is told apart."""
+        """Start from zero.
+
+        Args:
+            objective: the objective, which says what a unit is and whether there is a reference.
+            rows: the data set of the units; where it has several sources, each gets metrics of its own.
+            device: the device of the sums.
+        """
         self._pairs = objective.responses == 2
         self._reference = objective.needs_reference
         self._columns = {name: i for i, name in enumerate(objective.metrics)}
@@ -51,12 +60,19 @@ class Diagnosis:
             names += [f"bin{i}" for i in range(len(BIN_EDGES) + 1)]
             names += [f"{what}:{label}" for label in self._sources for what in ("of", "won", "margin")]
         self.names = tuple(names)
-        """[D]"""
+        """[D] names of the sums."""
         self._edges = torch.tensor(BIN_EDGES, dtype=torch.float64, device=device)
         self._sums = torch.zeros(len(names), dtype=torch.float64, device=device)
 
     def add(self, objective: Objective, terms: Terms, micro_batch: MicroBatch, reference: torch.Tensor | None) -> None:
-        """The units of a micro-batch that the objective made the terms of; reference float64 [U, R]."""
+        """Add the units of a micro-batch.
+
+        Args:
+            objective: the objective.
+            terms: its terms of the micro-batch.
+            micro_batch: the micro-batch, which has U units.
+            reference: float64 [U, R] log-probs of the responses by the reference; None without one.
+        """
         units = Sequences(
             sums=terms.sums,
             counts=micro_batch.counts[micro_batch.units],
@@ -64,81 +80,87 @@ class Diagnosis:
             desirable=micro_batch.desirable,
         )
         n = torch.ones_like(terms.sums[:, 0]).sum()
-        found = [n, n if self._reference else torch.zeros_like(n)]
+        sums = [n, n if self._reference else torch.zeros_like(n)]
         for response in (0, 1):
-            found += self._of_response(units, response)
+            sums += self._response_sums(units, response)
         if self._pairs:
-            found += self._of_pairs(objective, units, terms)
+            sums += self._pair_sums(objective, units, terms)
             if self._sources:
-                found += self._by_source(terms, micro_batch)
-        self._sums += torch.stack([f.double() for f in found])
+                sums += self._source_sums(terms, micro_batch)
+        self._sums += torch.stack([s.double() for s in sums])
 
     def take(self) -> torch.Tensor:
-        """float64 [D], a copy that the caller sums over the ranks; here it starts from 0 again."""
+        """Return a copy of the sums, float64 [D], for the caller to sum over the ranks, and start from zero again."""
         taken = self._sums.clone()
         self._sums.zero_()
         return taken
 
     def metrics(self, packed: Sequence[float]) -> dict[str, Any]:
-        """The metrics of [D] global sums, read on the host; what has no units is left out."""
+        """Return the metrics of [D] global sums that were read on the host; a metric without units is left out."""
         return _metrics(dict(zip(self.names, packed, strict=True)), self._sources)
 
-    def _of_response(self, units: Sequences, response: int) -> list[torch.Tensor]:
-        """Its number, tokens, log-prob and log-ratio; of rated rows the good ones are chosen, the others rejected."""
+    def _response_sums(self, units: Sequences, response: int) -> list[torch.Tensor]:
+        """Return number, tokens, log-prob and log-ratio of the chosen (0) or the rejected (1) responses.
+
+        Of rated rows the desirable ones count as chosen and the others as rejected.
+        """
         if self._pairs:
-            mine, column = torch.ones_like(units.sums[:, 0]), response
+            selected, column = torch.ones_like(units.sums[:, 0]), response
         else:
             assert units.desirable is not None
-            mine, column = (units.desirable if response == 0 else ~units.desirable).double(), 0
+            selected, column = (units.desirable if response == 0 else ~units.desirable).double(), 0
         logp = units.sums[:, column]
         logratio = torch.zeros_like(logp) if units.reference is None else logp - units.reference[:, column]
-        # `where`, not a product: a row that is not mine must not count however wild it is.
+        # `where` instead of a product, because a NaN or an infinity in a row that is not selected must not count.
         zero = torch.zeros_like(logp)
-        values = (mine, units.counts[:, column].double(), logp, logratio)
-        return [torch.where(mine > 0, value, zero).sum() for value in values]
+        values = (selected, units.counts[:, column].double(), logp, logratio)
+        return [torch.where(selected > 0, value, zero).sum() for value in values]
 
-    def _of_pairs(self, objective: Objective, units: Sequences, terms: Terms) -> list[torch.Tensor]:
+    def _pair_sums(self, objective: Objective, units: Sequences, terms: Terms) -> list[torch.Tensor]:
+        """Return the sums of pairs: those of `_PAIR_SUMS`, the reference's where there is one, and the [B] bins."""
         margin = terms.per_unit[:, self._columns["rewards/margins"]]
         won = terms.per_unit[:, self._columns["rewards/accuracies"]] > 0
         counts = units.counts.double()
         length = counts[:, 0] - counts[:, 1]
         longer, shorter = length > 0, length < 0
         mean = units.sums / counts
-        found = [longer, longer & won, shorter, shorter & won, mean[:, 0] > mean[:, 1], saturated(objective, units)]
-        found += [margin, margin.square(), length, length.square(), margin * length]
+        values = [longer, longer & won, shorter, shorter & won, mean[:, 0] > mean[:, 1], saturated(objective, units)]
+        values += [margin, margin.square(), length, length.square(), margin * length]
         if units.reference is not None:
             mean = units.reference / counts
-            found += [units.reference[:, 0] > units.reference[:, 1], mean[:, 0] > mean[:, 1]]
-        at_least = (margin[:, None] >= self._edges).sum(0)  # [B − 1] margins at or above each edge
-        above = torch.cat([at_least.new_full((1,), len(margin)), at_least])
-        below = torch.cat([at_least, at_least.new_zeros(1)])
-        return [f.sum() for f in found] + list((above - below).unbind())
+            values += [units.reference[:, 0] > units.reference[:, 1], mean[:, 0] > mean[:, 1]]
+        at_least = (margin[:, None] >= self._edges).sum(0)  # [B − 1] numbers of margins at or above each edge
+        above_lower = torch.cat([at_least.new_full((1,), len(margin)), at_least])
+        above_upper = torch.cat([at_least, at_least.new_zeros(1)])
+        return [v.sum() for v in values] + list((above_lower - above_upper).unbind())
 
-    def _by_source(self, terms: Terms, micro_batch: MicroBatch) -> list[torch.Tensor]:
+    def _source_sums(self, terms: Terms, micro_batch: MicroBatch) -> list[torch.Tensor]:
+        """Return the number of pairs, the correct ones among them and the sum of margins of each source."""
         won, margin = (terms.per_unit[:, self._columns[f"rewards/{name}"]] for name in ("accuracies", "margins"))
         source = torch.from_numpy(self._source[list(micro_batch.rows)].astype("int64"))
         source = source.to(won.device, non_blocking=True)
-        found = []
+        sums = []
         for i in range(len(self._sources)):
-            mine = source == i
-            found += [mine.sum(), (won * mine).sum(), (margin * mine).sum()]
-        return found
+            selected = source == i
+            sums += [selected.sum(), (won * selected).sum(), (margin * selected).sum()]
+        return sums
 
 
 def saturated(objective: Objective, units: Sequences) -> torch.Tensor:
-    """bool [U]: pairs that have no gradient left to speak of, whatever the loss.
+    """Return which pairs have almost no gradient left, as bool [U], for any loss.
 
-    The slope ∂L/∂ log π(chosen) is compared with that of the same pair at margin 0: where the policy is the reference,
-    or, for a loss without one, where both responses have the chosen one's mean log-prob of a token.
+    The slope ∂L/∂ log π(chosen) is compared with that of the same pair at margin 0. The margin is 0 where the policy
+    equals the reference, or, for a loss without a reference, where both responses have the chosen one's mean log-prob
+    per token.
     """
-    level = units.reference
-    if level is None:
-        level = units.sums[:, :1] / units.counts[:, :1] * units.counts
-    return _slope(objective, units, units.sums) < SATURATED * _slope(objective, units, level)
+    at_margin_0 = units.reference
+    if at_margin_0 is None:
+        at_margin_0 = units.sums[:, :1] / units.counts[:, :1] * units.counts
+    return _slope(objective, units, units.sums) < SATURATED * _slope(objective, units, at_margin_0)
 
 
 def _slope(objective: Objective, units: Sequences, sums: torch.Tensor) -> torch.Tensor:
-    """float64 [U]: |∂L/∂ log π(chosen)| at these log-probs."""
+    """Return |∂L/∂ log π(chosen)| as float64 [U], at the log-probs `sums` [U, R]."""
     with torch.enable_grad():
         leaf = sums.detach().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(objective(replace(units, sums=leaf)).loss, leaf)
@@ -146,28 +168,38 @@ def _slope(objective: Objective, units: Sequences, sums: torch.Tensor) -> torch.
 
 
 def source_labels(names: Sequence[str]) -> tuple[str, ...]:
-    """A source's last part where that tells the sources apart, else its whole path; no slash, which parts metrics."""
-    short = [Path(name).name for name in names]
-    clear = len(set(short)) == len(short)
-    return tuple(s if clear else str(n).strip("/").replace("/", ":") for s, n in zip(short, names, strict=True))
+    """Return the last part of each source's path where these differ, else the whole paths.
+
+    Slashes become colons, because a slash separates the parts of a metric's name.
+    """
+    last_parts = [Path(name).name for name in names]
+    distinct = len(set(last_parts)) == len(last_parts)
+    return tuple(
+        last if distinct else str(name).strip("/").replace("/", ":")
+        for last, name in zip(last_parts, names, strict=True)
+    )
 
 
 def quantile(counts: Sequence[float], q: float) -> float:
-    """The q-quantile of margins by their bins, linear within a bin; at the ends the outermost edge."""
-    aim, below = q * sum(counts), 0.0
+    """Return the q-quantile of margins from the counts of their [B] bins; NaN where all are zero.
+
+    It is interpolated linearly within a bin; in the two outermost bins it is their only edge.
+    """
+    target, below = q * sum(counts), 0.0
     for i, count in enumerate(counts):
-        if count and below + count >= aim:
+        if count and below + count >= target:
             if i == 0:
                 return BIN_EDGES[0]
             if i == len(BIN_EDGES):
                 return BIN_EDGES[-1]
             low, high = BIN_EDGES[i - 1], BIN_EDGES[i]
-            return low + (high - low) * (aim - below) / count
+            return low + (high - low) * (target - below) / count
         below += count
     return math.nan
 
 
 def _metrics(sums: Mapping[str, float], sources: Sequence[str]) -> dict[str, Any]:
+    """Return the metrics of the global sums by name; `sources` are the labels of the sources."""
     found: dict[str, Any] = {}
 
     def put(name: str, value: float, count: float) -> None:
@@ -204,15 +236,15 @@ def _metrics(sums: Mapping[str, float], sources: Sequence[str]) -> dict[str, Any
 
 
 def _correlation(sums: Mapping[str, float]) -> dict[str, float]:
-    """Pearson's, of the margin and by how many tokens the chosen response is the longer one."""
+    """Return Pearson's correlation of the margin with the difference in length, chosen − rejected, in tokens."""
     n = sums["units"]
     if n < 2:
         return {}
     mean_margin, mean_length = sums["margin"] / n, sums["length"] / n
     margin = sums["margin²"] / n - mean_margin**2
     length = sums["length²"] / n - mean_length**2
-    # A spread that is rounding has no correlation: all margins are equal before the first update.
+    # Before the first update all margins are equal: their variance is then only rounding.
     if margin <= 1e-9 * (mean_margin**2 + 1e-3) or length <= 0:
         return {}
-    together = sums["margin·length"] / n - mean_margin * mean_length
-    return {"rewards/margins_by_length": together / math.sqrt(margin * length)}
+    covariance = sums["margin·length"] / n - mean_margin * mean_length
+    return {"rewards/margins_by_length": covariance / math.sqrt(margin * length)}

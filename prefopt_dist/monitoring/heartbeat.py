@@ -1,4 +1,7 @@
-"""What this process is doing, noted at each unit of work, for the watchdog. A beat costs an assignment."""
+"""Heartbeats for the watchdog: the current activity of this process, noted at each unit of work.
+
+A heartbeat costs one assignment.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +11,27 @@ from typing import NamedTuple
 
 
 class Beat(NamedTuple):
-    """The latest sign of life of the main thread."""
+    """The latest heartbeat of the main thread."""
 
     number: int
     what: str
-    """The work that it was at, for people."""
+    """The work that it did at that time, as text for users."""
     alone: bool
-    """In this rank's own work, which may be long without units: its use of the machine counts too."""
+    """Whether the rank does work of its own, which may be long and have no units: use of the machine counts then."""
 
 
 _latest = Beat(0, "the start", alone=False)
 
 
 def beat(what: str) -> None:
-    """One unit of work is done, or another kind of it begins."""
+    """Note that a unit of work is done, or that another kind of work begins."""
     global _latest
     _latest = Beat(_latest.number + 1, what, _latest.alone)
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this rank waits for no other one."""
+    """Mark the work inside as this rank's own: it does not wait for another rank."""
     global _latest
     before = _latest.alone
     _latest = Beat(_latest.number + 1, _latest.what, alone=True)
@@ -39,5 +42,5 @@ def alone() -> Iterator[None]:
 
 
 def latest() -> Beat:
-    """The latest beat."""
+    """Return the latest heartbeat."""
     return _latest

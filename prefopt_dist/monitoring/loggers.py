@@ -1,10 +1,10 @@
-"""Loggers that follow `metrics.jsonl`: what each can do, and TensorBoard's."""
+"""Loggers that follow `metrics.jsonl`: their interface, a group of several, and the one for TensorBoard."""
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +15,7 @@ from prefopt_dist.monitoring.metrics_file import MetricsFile
 
 
 class Sample(NamedTuple):
-    """A prompt and what the model says to it before and after training, with the rewards where there are any."""
+    """A prompt with the model's answers before and after training, and their rewards where there are any."""
 
     prompt: str
     before: str
@@ -25,69 +25,81 @@ class Sample(NamedTuple):
 
 
 class Logger(Protocol):
-    """Reads the file by a cursor of its own; what it cannot deliver is never the training's concern."""
+    """The interface of a logger, which reads `metrics.jsonl` by a cursor of its own.
 
-    def feed(self) -> None:
-        """Rows were appended."""
+    A failure to deliver never disturbs the training.
+    """
+
+    def sync(self) -> None:
+        """Deliver the rows that were appended since the last call."""
         ...
 
     def alert(self, title: str, text: str, *, again: bool = False) -> None:
-        """A health rule has a warning; again: an earlier start told it, which only who begins anew needs to hear."""
+        """Deliver a health rule's warning.
+
+        Args:
+            title: the finding in a few words.
+            text: the whole finding.
+            again: whether an earlier start has delivered it; only a logger that begins from nothing needs it then.
+        """
         ...
 
     def samples(self, samples: Sequence[Sample]) -> None:
-        """A table of samples, once, when no row will come any more."""
+        """Deliver a table of samples, once and after the last row."""
         ...
 
     def verdict(self, word: str, text: str) -> None:
-        """How the trained model is by its own answers, before `finish`."""
+        """Deliver the verdict on the trained model's own answers, before `finish`."""
         ...
 
     def finish(self) -> None:
-        """No row will come any more."""
+        """Deliver what is left and close, after the last row."""
         ...
 
 
 class Loggers:
-    """Several outlets as one."""
+    """Several loggers used as one."""
 
-    def __init__(self, *feeds: Logger) -> None:
-        self._feeds = feeds
+    def __init__(self, *loggers: Logger) -> None:
+        self._loggers = loggers
 
-    def feed(self) -> None:
-        """Rows were appended."""
-        for feed in self._feeds:
-            feed.feed()
+    def sync(self) -> None:
+        """Let each logger deliver the new rows."""
+        for logger in self._loggers:
+            logger.sync()
 
     def alert(self, title: str, text: str, *, again: bool = False) -> None:
-        """A health rule has a warning."""
-        for feed in self._feeds:
-            feed.alert(title, text, again=again)
+        """Let each logger deliver a health rule's warning."""
+        for logger in self._loggers:
+            logger.alert(title, text, again=again)
 
     def samples(self, samples: Sequence[Sample]) -> None:
-        """A table of samples."""
-        for feed in self._feeds:
-            feed.samples(samples)
+        """Let each logger deliver the table of samples."""
+        for logger in self._loggers:
+            logger.samples(samples)
 
     def verdict(self, word: str, text: str) -> None:
-        """How the trained model is by its own answers."""
-        for feed in self._feeds:
-            feed.verdict(word, text)
+        """Let each logger deliver the verdict on the trained model's own answers."""
+        for logger in self._loggers:
+            logger.verdict(word, text)
 
     def finish(self) -> None:
-        """No row will come any more."""
-        for feed in self._feeds:
-            feed.finish()
+        """Let each logger deliver what is left and close."""
+        for logger in self._loggers:
+            logger.finish()
 
 
 NOT_METRICS = ("kind", "step")
 
 
 class TensorBoardLogger:
-    """Events in RUN/tensorboard. Rank 0 alone builds it. A disk that fails ends it, not the training."""
+    """Events for TensorBoard in RUN/tensorboard; only rank 0 builds it.
+
+    A disk error ends this logger, not the training.
+    """
 
     def __init__(self, folder: Path, metrics: MetricsFile) -> None:
-        """folder: the run folder."""
+        """Open the event file in the run folder `folder`; events of earlier starts are removed."""
         from torch.utils.tensorboard import SummaryWriter
 
         events = folder / "tensorboard"
@@ -98,30 +110,31 @@ class TensorBoardLogger:
         self._offset = self._step = 0
         self._broken = False
 
-    def feed(self) -> None:
-        """Writes the rows that have come, by their step."""
-        self._safely(self._write)
+    def sync(self) -> None:
+        """Write the new rows, each at its step."""
+        self._guarded(self._write)
 
     def alert(self, title: str, text: str, *, again: bool = False) -> None:
-        """A text, at the step of the last row where it is new; its own words tell its step."""
-        self._safely(lambda: self._writer.add_text("health", text, self._step))
+        """Write the warning as text at the step of the last row; the text itself names the step of the finding."""
+        self._guarded(lambda: self._writer.add_text("health", text, self._step))
 
     def samples(self, samples: Sequence[Sample]) -> None:
-        """As text."""
+        """Write the samples as text."""
         text = "\n\n".join(
-            f"**{s.prompt}**\n\nbefore{_worth(s.reward_before)}: {s.before}\n\nafter{_worth(s.reward_after)}: {s.after}"
+            f"**{s.prompt}**\n\nbefore{_reward_note(s.reward_before)}: {s.before}\n\n"
+            f"after{_reward_note(s.reward_after)}: {s.after}"
             for s in samples
         )
-        self._safely(lambda: self._writer.add_text("samples", text, self._step))
+        self._guarded(lambda: self._writer.add_text("samples", text, self._step))
 
     def verdict(self, word: str, text: str) -> None:
-        """As text, which begins with the word."""
-        self._safely(lambda: self._writer.add_text("verdict", text, self._step))
+        """Write the verdict as text, which begins with the word."""
+        self._guarded(lambda: self._writer.add_text("verdict", text, self._step))
 
     def finish(self) -> None:
-        """Everything is on disk."""
-        self._safely(self._write)
-        self._safely(self._writer.close)
+        """Write the remaining rows and close the event file."""
+        self._guarded(self._write)
+        self._guarded(self._writer.close)
 
     def _write(self) -> None:
         rows, self._offset = self._metrics.rows_after(self._offset)
@@ -154,15 +167,18 @@ class TensorBoardLogger:
             global_step=step,
         )
 
-    def _safely(self, what: Any) -> None:
+    def _guarded(self, action: Callable[[], None]) -> None:
         if self._broken:
             return
         try:
-            what()
+            action()
         except OSError as fault:
             self._broken = True
-            say(f"TensorBoard: off for this start, training goes on and metrics.jsonl has every row ({fault})")
+            say(
+                f"TensorBoard: off for this start, because its events cannot be written ({fault}). "
+                "Training goes on, and metrics.jsonl has every row."
+            )
 
 
-def _worth(reward: float | None) -> str:
+def _reward_note(reward: float | None) -> str:
     return "" if reward is None else f" (reward {reward:.4g})"

@@ -1,7 +1,7 @@
-"""`metrics.jsonl`: the truth about a run's curves, one object a line.
+"""The file `metrics.jsonl`, which holds all metrics of a run, one JSON object a line.
 
-Strict JSON has no NaN: a number that is not finite is written as the string "NaN", "Infinity" or
-"-Infinity" (W&B spells them so too; `float()` reads them), and `rows` gives it back as a float.
+Strict JSON has no NaN: a number that is not finite is written as the string "NaN", "Infinity" or "-Infinity" (the
+spelling of W&B, which `float()` reads), and `rows` returns it as a float.
 """
 
 import errno
@@ -16,69 +16,73 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.files import write_atomic
 
 Row = dict[str, Any]
-"""`kind` (str), `step` (int), `epoch` (float), `pairs_seen` (int), and the metrics by name.
+"""A row: `kind` (str), `step` (int), `epoch` (float), `pairs_seen` (int), and the metrics by name.
 
-A metric is a float, or a list of whole numbers: a histogram's counts."""
+A metric is a float, or a list of whole numbers, which are the counts of a histogram."""
 
 _KEYS = ("kind", "step", "epoch", "pairs_seen")
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class MetricsFile:
-    """Rows are appended whole and in order; (kind, step) is unique over all starts of a run.
+    """A metrics file, to which rows are appended whole and in order; (kind, step) is unique over all starts of a run.
 
-    An evaluation is one row, the metrics of a named set under `eval/<name>/…`.
+    An evaluation is one row; the metrics of a named set begin with `eval/<name>/`.
     """
 
     def __init__(self, path: Path) -> None:
-        """The file need not exist; it is not touched until the first append."""
+        """Read the rows of the file, which need not exist; it is not changed until the first append."""
         self._path = path
         self._descriptor: int | None = None
-        rows, self._size = self.rows_after(0)  # bytes of whole lines; a torn end is beyond them
+        rows, self._size = self.rows_after(0)  # bytes of the whole lines, without a torn last line
         self._known = {(row["kind"], row["step"]) for row in rows}
 
     def has(self, kind: str, step: int) -> bool:
-        """True where this row exists: an evaluation that a resume need not repeat."""
+        """Return whether this row exists, such as an evaluation that a resumed run need not repeat."""
         return (kind, step) in self._known
 
     def append(self, kind: str, step: int, epoch: float, pairs_seen: int, metrics: Mapping[str, Any]) -> None:
-        """Hand one whole line to the system; `sync` makes it durable."""
+        """Write one whole line to the file; `sync` makes it durable.
+
+        Raises:
+            OSError: the line cannot be written whole; no part of it stays in the file.
+        """
         assert not self.has(kind, step), f"{self._path} has the row ({kind}, {step}) already"
-        assert not set(_KEYS) & metrics.keys(), f"a metric must not be named as one of {_KEYS}"
+        assert not set(_KEYS) & metrics.keys(), f"a metric must not have one of the names {_KEYS}"
         row: Row = {"kind": kind, "step": step, "epoch": epoch, "pairs_seen": pairs_seen, **metrics}
         line = _line(row)
         if self._descriptor is None:
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            os.ftruncate(self._descriptor, self._size)  # a torn end would swallow this line
+            os.ftruncate(self._descriptor, self._size)  # a torn last line would spoil this one
         written = os.write(self._descriptor, line)
-        if written != len(line):  # the disk filled up within the line: leave no half of it
+        if written != len(line):  # the disk became full within the line: remove the part that was written
             os.ftruncate(self._descriptor, self._size)
-            raise OSError(errno.ENOSPC, "no room for a metrics row", str(self._path))
+            raise OSError(errno.ENOSPC, "the disk is full: a row of metrics cannot be written", str(self._path))
         self._size += written
         self._known.add((kind, step))
 
     def sync(self) -> None:
-        """Make all rows durable: due before a checkpoint is committed, which keeps the rows up to it."""
+        """Make all rows durable (called before a checkpoint is committed, which keeps the rows up to its step)."""
         if self._descriptor is not None:
             os.fsync(self._descriptor)
 
-    def cut_back(self, step: int) -> int:
-        """Go back to the checkpoint of `step`: drop a torn last line and the rows of later steps.
+    def truncate_to(self, step: int) -> int:
+        """Drop a torn last line and the rows after `step`, the step of the checkpoint that a start goes on from.
 
-        Rows at `step` itself stay, train and eval. Returns the number of rows dropped.
+        Rows of `step` itself stay, of every kind. Returns the number of rows dropped.
         """
         rows, _ = self.rows_after(0)
         kept = [row for row in rows if row["step"] <= step]
         content = b"".join(_line(row) for row in kept)
         if self._path.exists() and self._path.read_bytes() != content:
-            self.close()  # the descriptor is of the file that is about to be replaced
+            self.close()  # the descriptor belongs to the file that is replaced now
             write_atomic(self._path, content)
         self._size = len(content)
         self._known = {(row["kind"], row["step"]) for row in kept}
         return len(rows) - len(kept)
 
     def drop(self, kind: str) -> int:
-        """Take all rows of a kind out of the file, before anybody follows it; return their number."""
+        """Remove all rows of a kind from the file and return their number (called before a logger reads the file)."""
         rows, _ = self.rows_after(0)
         kept = [row for row in rows if row["kind"] != kind]
         if len(kept) < len(rows):
@@ -90,54 +94,61 @@ class MetricsFile:
         return len(rows) - len(kept)
 
     def rows(self) -> list[Row]:
-        """All whole rows, in the order written."""
+        """Return all whole rows in the order in which they were written."""
         return self.rows_after(0)[0]
 
     def rows_after(self, offset: int) -> tuple[list[Row], int]:
-        """The whole rows after byte `offset`, and the offset behind them: the cursor of who follows."""
+        """Return the whole rows after byte `offset` and the offset after them, which is the reader's next cursor.
+
+        Raises:
+            UserError: a line is not JSON.
+        """
         if not self._path.exists():
             return [], 0
         with open(self._path, "rb") as file:
             file.seek(offset)
             data = file.read()
-        lines = data.split(b"\n")[:-1]  # what follows the last newline is torn or still being written
+        lines = data.split(b"\n")[:-1]  # text after the last newline is torn or still being written
         rows: list[Row] = []
         for number, line in enumerate(lines):
             try:
                 row = json.loads(line)
             except ValueError as fault:
                 raise UserError(
-                    f"{self._path}: line {number + 1} after byte {offset} is not JSON ({fault}); "
-                    "the file was changed by hand or the disk is damaged: remove or mend that line"
+                    f"{self._path}: line {number + 1} after byte {offset} is not JSON ({fault}). "
+                    "The file was changed by hand or the disk is damaged. Correct or remove that line."
                 ) from fault
             rows.append({key: float(value) if value in _NOT_FINITE else value for key, value in row.items()})
         return rows, offset + sum(len(line) + 1 for line in lines)
 
     def close(self) -> None:
-        """Give the descriptor back; a later append opens the file again."""
+        """Close the file; a later append opens it again."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
-def strict(row: Row) -> Row:
-    """A row, or other metrics by name, as strict JSON can hold it: what is not finite by its word."""
-    return {key: _strict(value) if isinstance(value, float) else value for key, value in row.items()}
+def strict_json(row: Row) -> Row:
+    """Return a row, or other metrics by name, for strict JSON: numbers that are not finite become strings."""
+    return {key: _json_number(value) if isinstance(value, float) else value for key, value in row.items()}
 
 
-def strict_inside(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return nested facts as strict JSON can hold them."""
-    return {
-        key: strict_inside(value) if isinstance(value, dict) else _strict(value) if isinstance(value, float) else value
-        for key, value in facts.items()
-    }
+def strict_json_nested(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return nested facts for strict JSON: numbers that are not finite become strings."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, dict):
+            return strict_json_nested(value)
+        return _json_number(value) if isinstance(value, float) else value
+
+    return {key: convert(value) for key, value in facts.items()}
 
 
 def _line(row: Row) -> bytes:
-    return (json.dumps(strict(row), allow_nan=False, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(strict_json(row), allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
-def _strict(number: float) -> float | str:
+def _json_number(number: float) -> float | str:
     if math.isfinite(number):
         return number
     return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"

@@ -63,90 +63,102 @@ def standard_error(share: float, n: float) -> float:
     return math.sqrt(share * (1 - share) / n)
 
 
-def with_intervals(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics, and for each accuracy over pairs its interval, `…_low` and `…_high`, and the length-controlled one.
+def with_intervals(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics of an evaluation with the interval and the length-controlled value of each accuracy.
 
-    That is the mean of the accuracies on the pairs whose chosen response is the longer and the shorter one, each
-    half counting the same whatever its size: who goes by length alone has ½, however the data lean.
+    The interval of an accuracy over pairs has the names `…_low` and `…_high`. The length-controlled accuracy is the
+    mean of two accuracies, on the pairs whose chosen response is the longer one and on those whose chosen response is
+    the shorter one. Both count the same, whatever their numbers of pairs: a model that goes by length alone has ½ on
+    any data.
     """
-    more: dict[str, Any] = {}
-    for name, value in found.items():
+    added: dict[str, Any] = {}
+    for name, value in metrics.items():
         prefix, mark, source = name.partition(ACCURACY)
         if not mark or not (source == "" or source.startswith("_of/")):
             continue
         if source:
-            n = found[f"{prefix}pairs{source}"]
-        else:  # a set of pairs that was split into rated rows has two rows a pair
-            n = found.get(f"{prefix}pairs", found[f"{prefix}rows"])
+            n = metrics[f"{prefix}pairs{source}"]
+        else:  # a set of pairs that was split into rated rows has two rows per pair
+            n = metrics.get(f"{prefix}pairs", metrics[f"{prefix}rows"])
         low, high = wilson(value, n)
         at = f"{prefix}rewards/{{}}{source}"
-        more |= {at.format("accuracies_low"): low, at.format("accuracies_high"): high}
-        longer, shorter = (found.get(f"{name}_chosen_{which}") for which in ("longer", "shorter"))
+        added |= {at.format("accuracies_low"): low, at.format("accuracies_high"): high}
+        longer, shorter = (metrics.get(f"{name}_chosen_{which}") for which in ("longer", "shorter"))
         if longer is not None and shorter is not None:
-            more[f"{name}_length_controlled"] = (longer + shorter) / 2
-    return {**found, **more}
+            added[f"{name}_length_controlled"] = (longer + shorter) / 2
+    return {**metrics, **added}
 
 
-def evaluation_text(found: Mapping[str, Any]) -> str:
-    """For people, set by set, with a table of the sources where there are several."""
+def evaluation_text(metrics: Mapping[str, Any]) -> str:
+    """Return the metrics of an evaluation as text for users, set by set, with a table where a set has many sources."""
     lines = []
-    # A source may be called rows; a loss is of a set alone.
-    prefixes = [name.removesuffix("rows") for name in found if name.endswith("/rows")]
-    for prefix in [p for p in prefixes if f"{p}loss" in found]:
-        lines.append(f"{prefix.rstrip('/')}: {found[f'{prefix}rows']} rows")
-        if prefix + ACCURACY in found:
-            lines.append(f"  {ACCURACY}: {_accuracy_lines(found, prefix, '')}")
-            controlled = found.get(f"{prefix}{ACCURACY}_length_controlled")
+    # The loss distinguishes a set from a source that is named rows: only sets have a loss.
+    prefixes = [name.removesuffix("rows") for name in metrics if name.endswith("/rows")]
+    for prefix in [p for p in prefixes if f"{p}loss" in metrics]:
+        lines.append(f"{prefix.rstrip('/')}: {metrics[f'{prefix}rows']} rows")
+        if prefix + ACCURACY in metrics:
+            lines.append(f"  {ACCURACY}: {_accuracy_text(metrics, prefix, '')}")
+            controlled = metrics.get(f"{prefix}{ACCURACY}_length_controlled")
             if controlled is not None:
                 lines.append(f"  {ACCURACY}_length_controlled: {controlled:.1%}")
-        lines += [f"  {name}: {found[prefix + name]:.4f}" for name in EVALUATION_SHOWN if prefix + name in found]
-        sources = [name.removeprefix(f"{prefix}pairs_of/") for name in found if name.startswith(f"{prefix}pairs_of/")]
+        lines += [f"  {name}: {metrics[prefix + name]:.4f}" for name in EVALUATION_SHOWN if prefix + name in metrics]
+        by_source = f"{prefix}pairs_of/"
+        sources = [name.removeprefix(by_source) for name in metrics if name.startswith(by_source)]
         width = max(map(len, sources), default=0)
         for source in sources:
-            n = found[f"{prefix}pairs_of/{source}"]
+            n = metrics[by_source + source]
             if not n:
                 lines.append(f"  {source:{width}}  {n:6} pairs")
                 continue
-            margin = found[f"{prefix}rewards/margins_of/{source}"]
-            accuracy = _accuracy_lines(found, prefix, f"_of/{source}")
+            margin = metrics[f"{prefix}rewards/margins_of/{source}"]
+            accuracy = _accuracy_text(metrics, prefix, f"_of/{source}")
             lines.append(f"  {source:{width}}  {n:6} pairs, accuracy {accuracy}, margin {margin:.4f}")
     return "\n".join(lines)
 
 
-def _accuracy_lines(found: Mapping[str, Any], prefix: str, source: str) -> str:
-    value, low, high = (found[f"{prefix}rewards/accuracies{part}{source}"] for part in ("", "_low", "_high"))
+def _accuracy_text(metrics: Mapping[str, Any], prefix: str, source: str) -> str:
+    value, low, high = (metrics[f"{prefix}rewards/accuracies{part}{source}"] for part in ("", "_low", "_high"))
     return f"{value:.1%} (95% interval {low:.1%} to {high:.1%})"
 
 
 class Statistics:
-    """Running float64 sums on the device; nothing here reads them on the host or talks to another rank."""
+    """Running float64 sums of K metrics on the device, which are neither read on the host nor sent to another rank."""
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        assert len(set(names)) == len(names), f"a name stands twice in {names}"
+        """Start from zero; `names` are the names of the K metrics."""
+        assert len(set(names)) == len(names), f"a name occurs twice in {names}"
         self._names = tuple(names)
         self._sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)  # [K+1], the units last
 
     def add(self, values: torch.Tensor, units: torch.Tensor) -> None:
-        """Add a micro-batch: float64 [K] sums over its units, in the order of the names, and their number."""
+        """Add a micro-batch.
+
+        Args:
+            values: float64 [K] sums over its units, in the order of the names.
+            units: float64 [], the number of its units.
+        """
         assert values.dtype == units.dtype == torch.float64
         assert values.shape == (len(self._names),)
         self._sums[:-1] += values.detach()
         self._sums[-1] += units
 
     def packed(self) -> torch.Tensor:
-        """float64 [K+1], a copy that the caller sums over the ranks."""
+        """Return a copy of the sums, float64 [K+1], for the caller to sum over the ranks."""
         return self._sums.clone()
 
     def means(self, packed_host: Sequence[float], counted_by: Mapping[str, str] | None = None) -> dict[str, float]:
-        """`means` of what `packed` gave, summed over the ranks and read on the host."""
+        """Return the function `means` of [K+1] packed sums that were summed over the ranks and read on the host."""
         return means(self._names, packed_host, counted_by or {})
 
 
 def means(names: Sequence[str], packed: Sequence[float], counted_by: Mapping[str, str]) -> dict[str, float]:
-    """Σ values / Σ units by name, of [K+1] global sums.
+    """Return Σ values / Σ units by name.
 
-    counted_by: for a name that is of some units only, the name whose sum counts them; without any, it has no mean
-    and is left out.
+    Args:
+        names: the K names.
+        packed: [K+1] global sums, the number of units last.
+        counted_by: for a metric of some units only, the name whose sum counts these units. A metric without any unit
+            is left out.
     """
     *sums, units = packed
     assert units > 0

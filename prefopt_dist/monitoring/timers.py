@@ -1,4 +1,4 @@
-"""Time a step's parts on the device, the wait for other ranks, and each rank's own work."""
+"""Timers of a step's parts on the device, of communication, and of each rank's own work."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ import torch
 
 
 class StepTimer:
-    """Of one rank; what it waits for the others inside a lap counts too."""
+    """Times of the parts of a step on this rank, including its wait for the other ranks."""
 
     def __init__(self, device: torch.device) -> None:
-        """device: the one that computes."""
+        """Measure by events on a GPU, by the clock on a CPU; `device` is the one that computes."""
         self._on_gpu = device.type == "cuda"
-        self._laps: list[tuple[str, Any, Any]] = []
+        self._measured: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def lap(self, what: str) -> Iterator[None]:
-        """The time inside goes into that."""
+        """Add the time inside to the part `what`."""
         began = self._mark()
         yield
-        self._laps.append((what, began, self._mark()))
+        self._measured.append((what, began, self._mark()))
 
     def take(self) -> dict[str, float]:
-        """Seconds by what they went into; on a GPU the host must have waited for the stream. Then it begins anew."""
-        found: dict[str, float] = {}
-        for what, began, ended in self._laps:
+        """Return the seconds of each part and start again from zero.
+
+        On a GPU the host must have waited for the stream before.
+        """
+        total: dict[str, float] = {}
+        for what, began, ended in self._measured:
             seconds: float = began.elapsed_time(ended) / 1000 if self._on_gpu else ended - began
-            found[what] = found.get(what, 0.0) + seconds
-        self._laps.clear()
-        return found
+            total[what] = total.get(what, 0.0) + seconds
+        self._measured.clear()
+        return total
 
     def _mark(self) -> Any:
         if not self._on_gpu:
@@ -50,7 +53,10 @@ _COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_sc
 
 
 class CommunicationTimer:
-    """Seconds spent in the engine's collectives, inside `with`."""
+    """The seconds that this process spends in the engine's collectives inside `with`.
+
+    Only on the CPU: with a GPU it measures nothing.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -65,7 +71,7 @@ class CommunicationTimer:
     def __exit__(self, *_: object) -> None:
         if not torch.cuda.is_available():
             for name in _COLLECTIVES:
-                delattr(deepspeed.comm.comm.cdb, name)  # the class's own methods are back
+                delattr(deepspeed.comm.comm.cdb, name)  # this uncovers the methods of the class again
 
     def _timed(self, collective: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -78,34 +84,42 @@ class CommunicationTimer:
 
 
 class _TimedWork:
-    """A collective under way."""
+    """A running collective whose wait is timed."""
 
-    def __init__(self, work: Any, waits: CommunicationTimer) -> None:
+    def __init__(self, work: Any, communication: CommunicationTimer) -> None:
         self._work = work
-        self._waits = waits
+        self._communication = communication
 
     def wait(self) -> Any:
         began = time.perf_counter()
         done = self._work.wait()
-        self._waits.seconds += time.perf_counter() - began
+        self._communication.seconds += time.perf_counter() - began
         return done
 
     def is_completed(self) -> Any:
         return self._work.is_completed()
 
 
-_PAGE = resource.getpagesize()
+_PAGE_BYTES = resource.getpagesize()
 
 
 def rank_work_size(world_size: int) -> int:
-    """How many numbers `places` gives: 3W + 1."""
+    """Return the length of the list of `rank_work_slots` for W ranks: 3W + 1."""
     return 3 * world_size + 1
 
 
 def rank_work_slots(rank: int, world_size: int, seconds: float, flop: float) -> list[float]:
-    """[3W + 1] of one step: this rank's seconds of work, the bytes that it holds now, its operations; the step itself.
+    """Return one step's [3W + 1] numbers of this rank, to be summed over the ranks.
 
-    seconds: without waiting for others. Rank 0 counts the steps, since a window may be older than its ranks.
+    They are, in this rank's places, its seconds of work, the bytes that it holds now and its operations, and last the
+    number of steps, which only rank 0 counts. A sum of its own is needed: the other sums of a row may have begun before
+    a resume, with another number of ranks.
+
+    Args:
+        rank: this rank.
+        world_size: the number of ranks W.
+        seconds: time of work, without the wait for other ranks.
+        flop: floating-point operations of this rank's units.
     """
     mine = [0.0] * rank_work_size(world_size)
     mine[3 * rank : 3 * rank + 3] = [seconds, float(memory_now()), flop]
@@ -114,7 +128,11 @@ def rank_work_slots(rank: int, world_size: int, seconds: float, flop: float) -> 
 
 
 def rank_work_metrics(sums: Sequence[float]) -> dict[str, float]:
-    """Of the [3W + 1] global sums over some steps: memory of the rank that holds most, and who works longest."""
+    """Return the largest memory of a rank and the slowest rank's work.
+
+    Args:
+        sums: [3W + 1], the sums of `rank_work_slots` over the ranks and over some steps.
+    """
     *by_rank, steps = sums
     seconds, memory, flop = by_rank[0::3], by_rank[1::3], by_rank[2::3]
     found = {"perf/memory_gib": max(memory) / steps / 2**30}
@@ -124,7 +142,7 @@ def rank_work_metrics(sums: Sequence[float]) -> dict[str, float]:
         found["perf/slowest_rank_seconds"] = seconds[slowest] / steps
         found["perf/other_ranks_seconds"] = _work_of_others(seconds, slowest) / steps
         load = _work_of_others(flop, slowest)
-        if load > 0:  # of fewer units than ranks some have none
+        if load > 0:  # with fewer units than ranks some ranks have none
             found["perf/slowest_rank_load"] = flop[slowest] / load
     return found
 
@@ -134,17 +152,17 @@ def _work_of_others(by_rank: Sequence[float], this: int) -> float:
 
 
 def memory_now() -> int:
-    """Bytes: allocated on the device, or resident where the process computes on the CPU."""
+    """Return the bytes allocated on the device, or resident where the process computes on the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
-    told = Path("/proc/self/statm")
-    if told.exists():
-        return int(told.read_text().split()[1]) * _PAGE
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # no Linux: the most so far
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * _PAGE_BYTES
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # without Linux only the maximum so far is known
 
 
 def peak_memory() -> int:
-    """Bytes: of the device, or of the process where it computes on the CPU."""
+    """Return the most bytes allocated so far on the device, or resident where the process computes on the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

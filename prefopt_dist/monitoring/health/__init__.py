@@ -1,4 +1,4 @@
-"""Health rules: from the rows of `metrics.jsonl` to findings, each with its evidence and what to do."""
+"""Health rules, which turn the rows of `metrics.jsonl` into findings with their evidence and a remedy."""
 
 from prefopt_dist.monitoring.health.history import HealthFinding, Level, RunFacts
 from prefopt_dist.monitoring.health.rules import RULES, Rule

@@ -1,4 +1,4 @@
-"""The rows of metrics so far with means over windows, and what a rule has found in them."""
+"""The rows of metrics so far, with means over windows of them, and the finding of a health rule."""
 
 from __future__ import annotations
 
@@ -15,49 +15,50 @@ Level = Literal["warning", "info"]
 
 @dataclass(frozen=True)
 class HealthFinding:
-    """One finding; it stands in run.json as it is here."""
+    """A finding of a health rule; run.json has the same fields."""
 
     id: str
-    """The rule's"""
+    """The id of the rule."""
     step: int
-    """Of the row that made the evidence whole"""
+    """The step of the row that completed the evidence."""
     level: Level
     title: str
     evidence: str
-    """With the numbers and the threshold"""
+    """The evidence with its numbers and the threshold."""
     remedy: str
 
     def as_json(self) -> dict[str, Any]:
-        """For run.json."""
+        """Return the finding for run.json."""
         return asdict(self)
 
     def text(self) -> str:
-        """For the log."""
+        """Return the finding as a line for the log."""
         return f"health: {self.level} [{self.id}] at step {self.step}: {self.title}. {self.evidence}. {self.remedy}"
 
 
 FEWEST_ROWS, MOST_ROWS = 5, 100
+"""The limits of the rows of a window."""
 FEWEST_PAIRS = 200
-"""An accuracy over fewer pairs says little: one standard error of 200 is 0.035."""
+"""The least number of pairs for an accuracy: with 200, one standard error is 0.035."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the rows do not say of their run."""
+    """Facts about a run that its rows of metrics do not contain."""
 
     total_steps: int
     log_every_steps: int = 1
     start_loss: float | None = None
-    """The loss where policy and reference are equal; None where the loss has no such number"""
+    """The loss where policy and reference are equal; None where it is not a constant of the loss."""
 
     @property
     def window(self) -> int:
-        """Rows of a window: a tenth of the run."""
+        """Return the number of rows of a window, a tenth of the run's."""
         rows = -(-self.total_steps // self.log_every_steps)
         return min(max(rows // 10, FEWEST_ROWS), MOST_ROWS)
 
     def as_json(self) -> dict[str, Any]:
-        """For run.json."""
+        """Return the facts for run.json."""
         return {
             "total_steps": self.total_steps,
             "log_every_steps": self.log_every_steps,
@@ -66,7 +67,7 @@ class RunFacts:
 
 
 class History:
-    """Rows are added in their order; the rules ask for what is behind the last one."""
+    """The rows of a run up to the latest one, which are added in their order."""
 
     def __init__(self, facts: RunFacts) -> None:
         self.facts = facts
@@ -76,29 +77,29 @@ class History:
         self.steps_done = 0
 
     def add(self, row: Row) -> None:
-        """One row more."""
+        """Add the next row."""
         {"train": self.train, "eval": self.evals, "answers": self.answers}[row["kind"]].append(row)
         self.steps_done = row["step"]
 
     @property
     def progress(self) -> float:
-        """The share of the steps that are done."""
+        """Return the share of the steps that are done."""
         return self.steps_done / self.facts.total_steps
 
     def latest(self, rows: int | None = None) -> list[Row]:
-        """The last window of training rows, or the last `rows`; none where there are not that many."""
+        """Return the last window of training rows, or the last `rows` of them; nothing where there are fewer."""
         rows = rows or self.facts.window
         return self.train[-rows:] if len(self.train) >= rows else []
 
     def latest_pairs(self, pairs: int = FEWEST_PAIRS) -> list[Row]:
-        """The last window, longer where that holds fewer pairs; none where the run has not had so many."""
+        """Return the last training rows, at least a window, that have `pairs` pairs; nothing where all have fewer."""
         for rows in range(self.facts.window, len(self.train) + 1):
             if self.pairs(self.train[-rows:]) >= pairs:
                 return self.train[-rows:]
         return []
 
     def pairs(self, rows: Sequence[Row]) -> int:
-        """Pairs of successive training rows."""
+        """Return the number of pairs of the given last training rows."""
         if not rows:
             return 0
         first = len(self.train) - len(rows)
@@ -107,30 +108,33 @@ class History:
         return seen
 
     def distinct_pairs(self, rows: Sequence[Row]) -> int:
-        """Those of them that are not the same again: more epochs bring no more evidence."""
+        """Return the number of different pairs of the given last training rows.
+
+        A pair counts once, because further epochs add no evidence.
+        """
         if not rows:
             return 0
-        in_an_epoch: float = rows[-1]["pairs_seen"] / rows[-1]["epoch"]
-        return min(self.pairs(rows), round(in_an_epoch))
+        pairs_per_epoch: float = rows[-1]["pairs_seen"] / rows[-1]["epoch"]
+        return min(self.pairs(rows), round(pairs_per_epoch))
 
     def answered(self) -> Row | None:
-        """The newest row of answers that tells the policy's from the start's; the start's own row does not."""
+        """Return the newest row that has the policy's answers beside the start's; the start's own row has not."""
         return next((row for row in reversed(self.answers) if "answers/nats" in row), None)
 
     def first(self) -> list[Row]:
-        """The run's first window; none before it is whole."""
+        """Return the first window of training rows; nothing where there are fewer."""
         window = self.facts.window
         return self.train[:window] if len(self.train) >= window else []
 
 
 def mean(rows: Sequence[Row], name: str) -> float | None:
-    """Over the rows that have the metric, as a finite number; None where fewer than half of them have."""
+    """Return a metric's mean over the rows in which it is finite; None where these are fewer than half of the rows."""
     values = [row[name] for row in rows if name in row and math.isfinite(row[name])]
     return sum(values) / len(values) if rows and 2 * len(values) >= len(rows) else None
 
 
-def pooled(rows: Sequence[Row], name: str) -> list[int]:
-    """The sum of the rows' histograms."""
+def pooled_histogram(rows: Sequence[Row], name: str) -> list[int]:
+    """Return the sum of the rows' histograms of margins, as counts of the [B] bins."""
     total = [0] * (len(BIN_EDGES) + 1)
     for row in rows:
         if name in row:

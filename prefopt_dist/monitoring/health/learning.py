@@ -1,4 +1,4 @@
-"""Rules on what the policy learns, and from what."""
+"""Health rules on the policy's learning and on the data that it learns from."""
 
 from __future__ import annotations
 
@@ -6,34 +6,40 @@ import math
 
 from prefopt_dist.config.schema import Health
 from prefopt_dist.monitoring.diagnosis import BIN_EDGES, quantile
-from prefopt_dist.monitoring.health.history import History, mean, pooled
+from prefopt_dist.monitoring.health.history import History, mean, pooled_histogram
 from prefopt_dist.monitoring.metrics_file import Row
 from prefopt_dist.monitoring.statistics import standard_error
 
 FEW_WRONG, LEARNT = 0.1, 0.7
-"""Shares of the pairs with a wrong and a right margin from which their sizes can be compared."""
-STILL = 0.002
-"""Nats a token by which a policy that learns anything has moved."""
-STILL_SPREAD = 0.04
-"""Between the 10th and 90th percentile of the margins."""
+"""The least shares of pairs with a wrong and with a right margin for a comparison of their sizes."""
+UNMOVED_NATS = 0.002
+"""The least mean change of log-prob, in nats per token, of a policy that learns."""
+UNMOVED_SPREAD = 0.04
+"""The least distance between the 10th and 90th percentile of the margins of a policy that learns."""
 NEAR_ONE = 0.95
 SUCCESSIVE = 3
-"""Evaluations by which a lesser rise is believed."""
+"""The number of successive evaluations after which half of the rise is enough."""
 LONGER_SHARE = 0.9
-"""Of the pairs of different length: hardly any pair tells content from length."""
-LEANING = 0.6
-"""Of the same: the data lean to the longer response."""
+"""The share of pairs with a longer chosen response above which the data cannot separate content from length.
+
+Here and below it is the share of the pairs whose responses differ in length."""
+LONGER_MAJORITY = 0.6
+"""The share of pairs with a longer chosen response above which the data favour the longer response."""
 LENGTH_GAP = 0.5
-"""Between the accuracies on pairs whose chosen response is the longer one and the shorter one."""
-LATE = 2
-"""Times the grace: until then a policy that has begun to learn may like one style, and so one length, more."""
+"""The largest normal gap between the accuracies on pairs with a longer and with a shorter chosen response."""
+GAP_GRACES = 2
+"""The multiple of the grace before which this gap is ignored: a policy that begins to learn may prefer one length."""
 FEW_PAIRS = 50
+"""The least number of pairs of a share that is compared with a threshold."""
 MOST_REFERENCE_ROWS = 1000
-"""The reference does not change: more rows tell no more."""
+"""The number of rows that are enough for the reference's accuracy, since the reference does not change."""
 
 
 def labels_flipped(history: History, thresholds: Health) -> str | None:
-    """The start's log-prob accuracy on the training pairs, by the reference or, without one, in the first window."""
+    """Check the start's log-prob accuracy on the training pairs.
+
+    It is the reference's or, for a loss without one, the policy's in the first window.
+    """
     rows, whose = history.train[:MOST_REFERENCE_ROWS], "reference"
     if not rows or "train/reference/accuracies" not in rows[-1]:
         rows, whose = history.first(), "logps"
@@ -44,13 +50,13 @@ def labels_flipped(history: History, thresholds: Health) -> str | None:
     if not _surely_below(thresholds.flipped_accuracy, max(summed, per_token), n):
         return None
     return (
-        f"Before training it gives the chosen response the higher log-prob in {summed:.0%} of {n} pairs, the higher "
-        f"one per token in {per_token:.0%} (threshold {thresholds.flipped_accuracy:.0%} for both)"
+        f"Before training it gives the chosen response the higher log-prob in {summed:.0%} of {n} pairs, and the "
+        f"higher log-prob per token in {per_token:.0%} (threshold {thresholds.flipped_accuracy:.0%} for both)"
     )
 
 
 def accuracy_stuck(history: History, thresholds: Health) -> str | None:
-    """After the grace the accuracy of a window is below the threshold, by more than a standard error."""
+    """Check whether the accuracy of a window after the grace is more than a standard error below the threshold."""
     rows = history.latest_pairs()
     accuracy, n = mean(rows, "train/rewards/accuracies"), history.pairs(rows)
     if accuracy is None or history.progress < thresholds.grace or no_learning(history, thresholds):
@@ -64,36 +70,37 @@ def accuracy_stuck(history: History, thresholds: Health) -> str | None:
 
 
 def _surely_below(threshold: float, share: float, n: int) -> bool:
-    """A share of n different pairs lies below the threshold by more than a standard error."""
+    """Return whether a share of n different pairs is more than a standard error below the threshold."""
     return share + standard_error(share, n) < threshold
 
 
 def noisy_labels(history: History, thresholds: Health) -> str | None:
-    """The policy is as sure of the pairs that it gets wrong as of those that it gets right.
+    """Check whether margins with the wrong sign are as large as those with the right sign.
 
-    Where it errs because pairs are hard, its errors lie near 0. Where labels are wrong it errs with conviction: with a
-    share ε of them the margins gather at ±log((1 − ε)/ε).
+    Where pairs are hard, wrong margins are near 0. Where labels are wrong, the policy is sure of its errors: with a
+    share ε of wrong labels the margins are near ±log((1 − ε)/ε).
     """
     rows = history.latest_pairs()
     if history.progress < thresholds.grace or not rows:
         return None
-    counts = pooled(rows, "train/rewards/margins_histogram")
+    counts = pooled_histogram(rows, "train/rewards/margins_histogram")
     middle = BIN_EDGES.index(0.0) + 1
-    nothing = [0] * middle
+    none = [0] * middle
     wrong, right = sum(counts[:middle]), sum(counts[middle:])
     if wrong + right == 0 or wrong < FEW_WRONG * (wrong + right) or right < LEARNT * (wrong + right):
         return None
-    of_wrong, of_right = -quantile([*counts[:middle], *nothing], 0.5), quantile([*nothing, *counts[middle:]], 0.5)
-    if of_wrong < thresholds.wrong_margin * of_right:
+    wrong_median, right_median = -quantile([*counts[:middle], *none], 0.5), quantile([*none, *counts[middle:]], 0.5)
+    if wrong_median < thresholds.wrong_margin * right_median:
         return None
     return (
-        f"In {wrong} of {wrong + right} pairs the margin has the wrong sign, and there it is as large as elsewhere: "
-        f"{of_wrong:.2g} in the median, against {of_right:.2g} (threshold {thresholds.wrong_margin:g} of that)"
+        f"In {wrong} of {wrong + right} pairs the margin has the wrong sign, and there it is about as large as in the "
+        f"others: its median is {wrong_median:.2g}, against {right_median:.2g} (threshold {thresholds.wrong_margin:g} "
+        "of that)"
     )
 
 
 def no_learning(history: History, thresholds: Health) -> str | None:
-    """After the grace neither log-probs nor margins have moved from the reference."""
+    """Check whether neither log-probs nor margins have moved from the reference's after the grace."""
     rows = history.latest()
     if history.progress < thresholds.grace or not rows:
         return None
@@ -102,29 +109,29 @@ def no_learning(history: History, thresholds: Health) -> str | None:
     if None in moved or low is None or high is None:
         return None
     chosen, rejected = (abs(m) for m in moved if m is not None)
-    if max(chosen, rejected) >= STILL or high - low >= STILL_SPREAD:
+    if max(chosen, rejected) >= UNMOVED_NATS or high - low >= UNMOVED_SPREAD:
         return None
     return (
-        f"After {history.progress:.0%} of the steps the log-probs lie {chosen:.1g} (chosen) and {rejected:.1g} "
-        f"(rejected) nats a token from the reference's (threshold {STILL:g})"
+        f"After {history.progress:.0%} of the steps the log-probs differ from the reference's by {chosen:.1g} (chosen) "
+        f"and {rejected:.1g} (rejected) nats a token (threshold {UNMOVED_NATS:g})"
     )
 
 
 def diverging(history: History, thresholds: Health) -> str | None:
-    """The window's loss is above that of the start."""
+    """Check whether the window's loss is above that of the start."""
     rows, first = history.latest(), history.first()
     loss = mean(rows, "train/loss")
     start = history.facts.start_loss if history.facts.start_loss is not None else mean(first, "train/loss")
     if loss is None or start is None or rows == first or loss <= thresholds.divergence * start:
         return None
     return (
-        f"train/loss is {loss:.3g} over the last {len(rows)} rows, at the start it is {start:.3g} "
+        f"train/loss is {loss:.3g} over the last {len(rows)} rows, and at the start it is {start:.3g} "
         f"(threshold {thresholds.divergence:g} times)"
     )
 
 
 def chosen_falls(history: History, thresholds: Health) -> str | None:
-    """The chosen log-prob per token against the reference's, or without one against the first window's."""
+    """Check the fall of the chosen log-prob per token, from the reference's or, without one, the first window's."""
     rows = history.latest()
     fallen = mean(rows, "train/logratio/chosen_per_token")
     against = "the reference's"
@@ -136,63 +143,65 @@ def chosen_falls(history: History, thresholds: Health) -> str | None:
     if fallen >= -thresholds.chosen_fall:
         return None
     return (
-        f"A token of a chosen response has a log-prob {-fallen:.2f} nats below {against}, over the last {len(rows)} "
-        f"rows (threshold {thresholds.chosen_fall:g})"
+        f"The log-prob of a token of a chosen response is {-fallen:.2f} nats below {against}, over the last "
+        f"{len(rows)} rows (threshold {thresholds.chosen_fall:g})"
     )
 
 
 def likelihood_displaced(history: History, thresholds: Health) -> str | None:
-    """What the chosen responses have lost of their log-prob, over all that the reference gave them.
+    """Check the fall of the chosen log-prob relative to its value under the reference.
 
-    Not per token as in `chosen_falls`: sure responses have little to lose, and a model that has lost as much again
-    writes something else.
+    It is not per token as in `chosen_falls`: a response that the reference is sure of has a log-prob near 0, and a
+    model under which it falls by as much again writes something else.
     """
     rows = history.latest()
     now, gained = (mean(rows, f"train/{what}/chosen") for what in ("logps", "logratio"))
-    given, whose = None if now is None or gained is None else now - gained, "the reference"
-    if gained is None:  # a loss without reference
-        given, whose = mean(history.first(), "train/logps/chosen"), "the model of the first rows"
-    if now is None or given is None or given >= 0 or (given - now) / -given <= thresholds.displacement:
+    before, whose = None if now is None or gained is None else now - gained, "the reference"
+    if gained is None:  # a loss without a reference
+        before, whose = mean(history.first(), "train/logps/chosen"), "the model of the first rows"
+    if now is None or before is None or before >= 0 or (before - now) / -before <= thresholds.displacement:
         return None
     return (
-        f"A chosen response has a log-prob of {now:.3g} over the last {len(rows)} rows, {whose} gives it {given:.3g}: "
-        f"it has lost {(given - now) / -given:.1f} times of that (threshold {thresholds.displacement:g})"
+        f"A chosen response has a log-prob of {now:.3g} over the last {len(rows)} rows, and {whose} gives it "
+        f"{before:.3g}: it has fallen by {(before - now) / -before:.1f} times this value (threshold "
+        f"{thresholds.displacement:g})"
     )
 
 
 def rewards_fall(history: History, thresholds: Health) -> str | None:
-    """Both rewards below 0, without a steep fall."""
+    """Check whether both rewards are below 0 without a steep fall of the chosen log-prob."""
     rows = history.latest()
-    fallen = mean(rows, "train/logratio/chosen_per_token")  # without reference a reward is below 0 always
+    fallen = mean(rows, "train/logratio/chosen_per_token")  # a loss without it has rewards that are always below 0
     chosen, rejected = (mean(rows, f"train/rewards/{response}") for response in ("chosen", "rejected"))
-    if chosen is None or rejected is None or fallen is None or fallen > -STILL:
+    if chosen is None or rejected is None or fallen is None or fallen > -UNMOVED_NATS:
         return None
     if max(chosen, rejected) >= 0 or chosen_falls(history, thresholds):
         return None
     return (
-        f"train/rewards/chosen is {chosen:.3g} and train/rewards/rejected {rejected:.3g}, the margin is "
+        f"train/rewards/chosen is {chosen:.3g} and train/rewards/rejected is {rejected:.3g}, so the margin is "
         f"{chosen - rejected:.3g}"
     )
 
 
 def overfit(history: History, thresholds: Health) -> str | None:
-    """Training accuracy near 1 while a set's evaluation loss is above its best, or its accuracy below."""
+    """Check whether a set's evaluation is worse than its best while the training accuracy is near 1."""
     accuracy = mean(history.latest(), "train/rewards/accuracies")
     if accuracy is None or accuracy < NEAR_ONE or not history.evals:
         return None
     rise = thresholds.overfit_rise
     for name in [n for n in history.evals[-1] if n.startswith("eval/") and n.endswith("/loss")]:
-        right = f"{name.removesuffix('loss')}rewards/accuracies"
-        losses, accuracies = _values(history.evals, name), _values(history.evals, right)
+        accuracy_name = f"{name.removesuffix('loss')}rewards/accuracies"
+        losses, accuracies = _values(history.evals, name), _values(history.evals, accuracy_name)
         if not losses or not accuracies:
             continue
         loss, best, last, highest = losses[-1], min(losses), accuracies[-1], max(accuracies)
-        stays = min(losses[-SUCCESSIVE:]) > (1 + rise / 2) * best  # the same rows each time: hardly noise
+        # All evaluations have the same rows, so a small rise that stays is hardly noise.
+        stays = min(losses[-SUCCESSIVE:]) > (1 + rise / 2) * best
         if loss > (1 + rise) * best or stays or last < highest - 2 * rise:
             return (
                 f"Training accuracy is {accuracy:.3f}; {name} is {loss:.3g} and was {best:.3g} at best, "
-                f"{right} is {last:.3f} and was {highest:.3f} (threshold {rise:.0%} of the loss, or half of that "
-                f"{SUCCESSIVE} times in a row, {2 * rise:g} of the accuracy)"
+                f"{accuracy_name} is {last:.3f} and was {highest:.3f} at best (thresholds: the loss rises by "
+                f"{rise:.0%}, or by half of that {SUCCESSIVE} times in a row, or the accuracy falls by {2 * rise:g})"
             )
     return None
 
@@ -202,9 +211,10 @@ def _values(rows: list[Row], name: str) -> list[float]:
 
 
 def length_bias(history: History, thresholds: Health) -> str | None:
-    """The margin follows the difference in length, or the data cannot tell the two apart.
+    """Check whether the margin follows the difference in length, or the data cannot separate quality from length.
 
-    Not while accuracy is stuck: a policy that begins to learn often first likes one style, and so one length.
+    The rule waits while the accuracy is stuck: a policy that begins to learn often prefers one style, and so one
+    length, at first.
     """
     rows = history.latest_pairs()
     if not rows or history.progress < thresholds.grace or accuracy_stuck(history, thresholds):
@@ -214,17 +224,22 @@ def length_bias(history: History, thresholds: Health) -> str | None:
     if longer is None or shorter is None or longer + shorter == 0:
         return None
     share = longer / (longer + shorter)
-    told = f"The longer response is the chosen one in {share:.0%} of the pairs of different length"
-    won = mean(rows, "train/rewards/accuracies")
-    if share > LONGER_SHARE and won is not None and won > share - 0.1:
-        return f"{told}, so nothing tells length from quality (threshold {LONGER_SHARE:.0%}; {n} pairs)"
-    together = mean(rows, "train/rewards/margins_by_length")
-    if together is not None and together > thresholds.length_correlation and share > LEANING:
+    longer_chosen = (
+        f"The longer response is the chosen one in {share:.0%} of the pairs whose responses differ in length"
+    )
+    accuracy = mean(rows, "train/rewards/accuracies")
+    if share > LONGER_SHARE and accuracy is not None and accuracy > share - 0.1:
         return (
-            f"{told}, and the margin's correlation with the difference in length is {together:.2f} "
+            f"{longer_chosen}, so the data cannot separate length from quality "
+            f"(threshold {LONGER_SHARE:.0%}; {n} pairs)"
+        )
+    correlation = mean(rows, "train/rewards/margins_by_length")
+    if correlation is not None and correlation > thresholds.length_correlation and share > LONGER_MAJORITY:
+        return (
+            f"{longer_chosen}, and the margin's correlation with the difference in length is {correlation:.2f} "
             f"(threshold {thresholds.length_correlation:g}; {n} pairs)"
         )
-    if history.progress < LATE * thresholds.grace:
+    if history.progress < GAP_GRACES * thresholds.grace:
         return None
     on_longer, on_shorter = (mean(rows, f"train/rewards/accuracies_chosen_{which}") for which in ("longer", "shorter"))
     if on_longer is None or on_shorter is None or min(longer, shorter) * n < FEW_PAIRS:
@@ -232,13 +247,13 @@ def length_bias(history: History, thresholds: Health) -> str | None:
     if on_longer - on_shorter <= LENGTH_GAP:
         return None
     return (
-        f"Accuracy is {on_longer:.2f} on pairs whose chosen response is the longer one and {on_shorter:.2f} on the "
-        f"others (threshold {LENGTH_GAP:g} apart; {n} pairs)"
+        f"Accuracy is {on_longer:.2f} on pairs whose chosen response is the longer one, and {on_shorter:.2f} on pairs "
+        f"whose chosen response is the shorter one (threshold: a difference of {LENGTH_GAP:g}; {n} pairs)"
     )
 
 
 def saturated(history: History, thresholds: Health) -> str | None:
-    """The share of saturated pairs in a window."""
+    """Check whether nearly all pairs of a window are saturated."""
     share = mean(history.latest(), "train/saturated")
     if share is None or share < NEAR_ONE:
         return None

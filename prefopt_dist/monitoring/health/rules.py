@@ -1,6 +1,6 @@
-"""The rules: pure functions of the history, each from a window of rows to the evidence, or None.
+"""The table of the health rules (docs/health.md describes them).
 
-docs/health.md has the table of them.
+A rule is a pure function from the history of rows to its evidence, or None.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from prefopt_dist.monitoring.health.history import History, Level
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule and its words."""
+    """A health rule with the texts of its findings."""
 
     id: str
     level: Level
     title: str
     remedy: str
-    look: Callable[[History, Health], str | None]
-    """The evidence as it is after the last row; None where there is none"""
+    check: Callable[[History, Health], str | None]
+    """The function that returns the evidence after the last row, or None."""
     measured: bool = False
-    """It judges one measurement, not a window that rows enter and leave: a row without its evidence is a recovery."""
+    """Whether the rule judges a single measurement instead of a window: one row without evidence is then a recovery."""
 
 
 RULES: tuple[Rule, ...] = (
@@ -32,61 +32,61 @@ RULES: tuple[Rule, ...] = (
         "labels-flipped",
         "warning",
         "The model that the run starts from prefers the rejected responses",
-        "Look whether chosen and rejected are swapped in data.train: run `inspect` and read some pairs",
+        "Check whether chosen and rejected are swapped in data.train: run `inspect` and read some pairs",
         learning.labels_flipped,
     ),
     Rule(
         "accuracy-stuck",
         "warning",
         "Training accuracy is stuck near chance",
-        "The labels may be ambiguous or random (run `inspect`, read some pairs); else raise optim.learning_rate or "
-        "change loss.beta",
+        "The labels may be ambiguous or random: run `inspect` and read some pairs. If they are not, raise "
+        "optim.learning_rate or change loss.beta",
         learning.accuracy_stuck,
     ),
     Rule(
         "noisy-labels",
         "warning",
-        "A part of the training labels contradicts what the model has learnt from the others",
-        "Run `inspect` and read pairs with a negative margin; train fewer epochs, or take loss.name=robust or "
-        "loss.label_smoothing, which expect wrong labels",
+        "Some of the training labels contradict what the model has learnt from the others",
+        "Run `inspect` and read pairs with a negative margin; train fewer epochs, or use loss.name=robust or "
+        "loss.label_smoothing, which allow for wrong labels",
         learning.noisy_labels,
     ),
     Rule(
         "no-learning",
         "warning",
-        "The policy has not moved from its start",
-        "Raise optim.learning_rate; look at train/learning_rate, train/grad_norm and train/skipped_steps",
+        "The policy has not changed since the start",
+        "Raise optim.learning_rate; check train/learning_rate, train/grad_norm and train/skipped_steps",
         learning.no_learning,
     ),
     Rule(
         "diverging",
         "warning",
-        "The loss is higher than that of doing nothing",
-        "Lower optim.learning_rate, by a factor of 3 to 10 first; a longer optim.warmup_ratio may help too",
+        "The loss is higher than at the start",
+        "Lower optim.learning_rate, by a factor of 3 to 10 at first; a larger optim.warmup_ratio may help too",
         learning.diverging,
     ),
     Rule(
         "chosen-falls",
         "warning",
         "The chosen responses are losing their probability",
-        "Raise loss.beta or lower optim.learning_rate, both hold the policy nearer to its start; or give "
+        "Raise loss.beta or lower optim.learning_rate, which both keep the policy closer to the start; or set "
         "loss.sft_weight, which keeps the chosen responses likely",
         learning.chosen_falls,
     ),
     Rule(
         "likelihood-displaced",
         "warning",
-        "The chosen responses have lost as much log-probability again as they had in all",
-        "The margin grows while both responses become improbable, so what the model writes is likely neither: lower "
-        "optim.learning_rate, raise loss.beta, or give loss.sft_weight, and read its answers (answers.number)",
+        "The chosen responses have become much less likely than before training",
+        "The margin grows while both responses become improbable, so the model probably writes neither of them: lower "
+        "optim.learning_rate, raise loss.beta or set loss.sft_weight, and read the model's answers (answers.number)",
         learning.likelihood_displaced,
     ),
     Rule(
         "rewards-fall",
         "info",
-        "Both rewards are below 0, and that alone is normal for DPO",
-        "Nothing is broken: the loss asks only that the chosen reward be above the rejected one, and both log-probs "
-        "usually fall; watch that the margin grows and that train/logratio/chosen_per_token stays above "
+        "Both rewards are below 0, which alone is normal for DPO",
+        "No action is needed: the loss requires only that the chosen reward is above the rejected one, and both "
+        "log-probs usually fall. Check that the margin grows and that train/logratio/chosen_per_token stays above "
         "−health.chosen_fall",
         learning.rewards_fall,
     ),
@@ -94,15 +94,15 @@ RULES: tuple[Rule, ...] = (
         "overfit",
         "warning",
         "Training accuracy is near 1 while an evaluation gets worse",
-        "Stop (train.early_stop), keep the best checkpoint (checkpoint.keep_best), train fewer epochs, or take "
-        "loss.name=ipo, which stops pushing pairs that are apart",
+        "Stop early (train.early_stop), keep the best checkpoint (checkpoint.keep_best), train fewer epochs, or use "
+        "loss.name=ipo, which does not increase margins without limit",
         learning.overfit,
     ),
     Rule(
         "length-bias",
         "warning",
-        "Length and preference go together",
-        "Look at the lengths with `inspect`; balance the data by length, or take a loss per token "
+        "The preference is correlated with the length of the responses",
+        "Look at the lengths with `inspect`; balance the data by length, or use a loss per token "
         "(loss.average=tokens, or loss.name=simpo)",
         learning.length_bias,
     ),
@@ -110,37 +110,38 @@ RULES: tuple[Rule, ...] = (
         "saturated",
         "info",
         "Nearly all pairs have no gradient left",
-        "What is left of the run changes little: fewer epochs would do, or harder pairs",
+        "The rest of the run will change little: train fewer epochs, or use harder pairs",
         learning.saturated,
     ),
     Rule(
         "gradient-spike",
         "warning",
         "The gradient norm has jumped",
-        "One jump is harmless where optim.max_grad_norm clips it; where they come again, lower optim.learning_rate or "
-        "look at the rows of that step",
+        "A single jump is harmless where optim.max_grad_norm clips it; if jumps are repeated, lower "
+        "optim.learning_rate or look at the rows of data in that step",
         machine.gradient_spike,
     ),
     Rule(
         "slow-rank",
         "warning",
         "One rank is slower than the others, which wait for it",
-        "Look at that rank's machine: other processes, a throttled processor, its disk or network",
+        "Check that rank's machine for other processes, a throttled processor, and a slow disk or network",
         machine.slow_rank,
     ),
     Rule(
         "memory-creep",
         "warning",
         "Memory keeps growing",
-        "The job may run out of memory later: note where it stands, and restart it from a checkpoint before that",
+        "The job may run out of memory later: watch perf/memory_gib, and restart the job from a checkpoint before the "
+        "memory is full",
         machine.memory_creep,
     ),
     Rule(
         "answers-collapsed",
         "warning",
-        "The model no longer writes what its reference or the data would",
-        "Do not use it, whatever its loss and accuracy are: read its answers, lower optim.learning_rate (by a factor "
-        "of 3 to 10 first), raise loss.beta, or give loss.sft_weight, and train from the start again",
+        "The model has collapsed: its answers resemble neither those of the reference nor the data",
+        "Do not use the model, even if its loss and accuracy are good: read its answers, lower optim.learning_rate (by "
+        "a factor of 3 to 10 at first), raise loss.beta or set loss.sft_weight, and train from the start again",
         answers.answers_collapsed,
         measured=True,
     ),
@@ -148,8 +149,8 @@ RULES: tuple[Rule, ...] = (
         "answers-worse",
         "warning",
         "The model's answers earn less reward than those of the model it started from",
-        "Read answers before and after: where the pairs prefer something else than generate.rewards, mend one of "
-        "the two; else lower optim.learning_rate or raise loss.beta",
+        "Read the answers before and after training. If the pairs prefer something else than generate.rewards, correct "
+        "one of the two; otherwise lower optim.learning_rate or raise loss.beta",
         answers.answers_worse,
         measured=True,
     ),
@@ -157,17 +158,17 @@ RULES: tuple[Rule, ...] = (
         "answers-longer",
         "info",
         "The answers have become much longer",
-        "Where that is not wanted, take a loss per token (loss.average=tokens, or loss.name=simpo) or balance the "
-        "lengths of chosen and rejected responses (run `inspect`)",
+        "If this is not wanted, use a loss per token (loss.average=tokens, or loss.name=simpo), or balance the lengths "
+        "of chosen and rejected responses (run `inspect`)",
         answers.answers_longer,
         measured=True,
     ),
     Rule(
         "answers-do-not-end",
         "warning",
-        "More answers run to the limit without an end",
-        "Look whether the chosen responses of data.train end with the template's end token and are cut by "
-        "data.max_length (run `inspect`); else lower optim.learning_rate, or give loss.sft_weight",
+        "More answers reach the length limit without an end",
+        "Check whether the chosen responses of data.train end with the template's end token, and whether they are "
+        "truncated to data.max_length (run `inspect`); otherwise lower optim.learning_rate or set loss.sft_weight",
         answers.answers_do_not_end,
         measured=True,
     ),

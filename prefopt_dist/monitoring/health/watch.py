@@ -1,9 +1,12 @@
-"""The rules' memory: which one has spoken and not yet recovered. It is a fold over the rows, so it needs no saving."""
+"""Application of the health rules row by row, with a memory of the active ones.
+
+The memory is computed from the rows alone, so it is not saved.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from prefopt_dist.config.schema import Health
 from prefopt_dist.monitoring.health.history import HealthFinding, History, RunFacts
@@ -11,24 +14,25 @@ from prefopt_dist.monitoring.health.rules import RULES
 from prefopt_dist.monitoring.metrics_file import MetricsFile, Row
 
 
-class Fold:
-    """Rows in, findings out: a rule speaks once, and again only after a window of rows without its evidence.
+class RuleStates:
+    """The states of the rules, from the rows that have been added.
 
-    One that judges a measurement needs no window to be over.
+    A rule reports a finding once, and again only after a window of rows without evidence. A rule that judges a single
+    measurement recovers at the first row without evidence.
     """
 
     def __init__(self, facts: RunFacts, thresholds: Health) -> None:
         self._history = History(facts)
         self._thresholds = thresholds
         self._quiet: dict[str, int] = {}
-        """Of the rules that have spoken: rows without evidence since."""
+        """For each rule that has reported and not recovered, the number of rows since its last evidence."""
 
     def add(self, row: Row) -> list[HealthFinding]:
-        """What the rules find at this row."""
+        """Add a row and return the new findings."""
         self._history.add(row)
         found = []
         for rule in RULES:
-            evidence = rule.look(self._history, self._thresholds)
+            evidence = rule.check(self._history, self._thresholds)
             if evidence is None:
                 if rule.id in self._quiet:
                     self._quiet[rule.id] += 1
@@ -42,24 +46,26 @@ class Fold:
 
     @property
     def active(self) -> set[str]:
-        """The rules that have spoken and not recovered."""
+        """Return the ids of the rules that have reported and not recovered."""
         return set(self._quiet)
 
 
 def findings(rows: Iterable[Row], facts: RunFacts, thresholds: Health) -> tuple[list[HealthFinding], set[str]]:
-    """All findings of these rows, and the ids of the rules that have not recovered."""
-    fold = Fold(facts, thresholds)
-    found = [finding for row in rows for finding in fold.add(row)]
-    return found, fold.active
+    """Return all findings of these rows and the ids of the rules that have not recovered."""
+    states = RuleStates(facts, thresholds)
+    found = [finding for row in rows for finding in states.add(row)]
+    return found, states.active
 
 
 class Watch:
-    """Follows a metrics file while the run writes it. Rank 0 alone.
+    """A follower of the metrics file, which reports findings while the run writes it; only rank 0 has one.
 
-    What was told before a resume is not told again: a finding is known by its rule and step. One that a kill kept from
-    being told is told at the next start, since the rows are there. A start with other thresholds or another number of
-    steps may find it in an earlier or later row: of the rows that are there, as many findings of a rule as were told
-    of them are known.
+    A finding is identified by its rule and step. One that was reported before a resume is not reported again, and one
+    that a kill prevented from being reported is reported at the next start, because its rows are in the file.
+
+    With other thresholds or another number of steps a start may find the same thing at an earlier or later row.
+    Therefore, of the rows that are in the file at the start, as many findings of a rule count as known as were reported
+    for them.
     """
 
     def __init__(
@@ -67,36 +73,46 @@ class Watch:
         metrics: MetricsFile,
         facts: RunFacts,
         thresholds: Health,
-        told: Iterable[tuple[str, int]],
-        tell: Callable[[list[HealthFinding], list[HealthFinding]], None],
+        reported: Iterable[tuple[str, int]],
+        report: Callable[[list[HealthFinding], list[HealthFinding]], None],
     ) -> None:
-        """told: (rule, step) of earlier starts; tell(new, all): called where there is something new."""
+        """Begin at the first row of the file, which is read by the first `look`.
+
+        Args:
+            metrics: the file to follow.
+            facts: facts about the run.
+            thresholds: the thresholds of the rules.
+            reported: (rule, step) of the findings that earlier starts reported.
+            report: called with the new findings and with all of them, where there are new ones.
+        """
         self._metrics = metrics
-        self._fold = Fold(facts, thresholds)
-        self._told = set(told)
-        self._tell = tell
+        self._states = RuleStates(facts, thresholds)
+        self._reported = set(reported)
+        self._report = report
         self._offset = 0
         self._begun = False
         self.found: list[HealthFinding] = []
-        """Of the rows that the file holds."""
+        """All findings of the rows in the file."""
 
     def look(self) -> None:
-        """Takes the rows that have come and tells what is new in them."""
+        """Read the new rows and report the new findings in them."""
         rows, self._offset = self._metrics.rows_after(self._offset)
-        new = [finding for row in rows for finding in self._fold.add(row)]
+        findings_of_rows = [finding for row in rows for finding in self._states.add(row)]
         if not self._begun and rows:
-            self._told |= _told_elsewhere(new, self._told, rows[-1]["step"])
+            self._reported |= _known_from_earlier(findings_of_rows, self._reported, rows[-1]["step"])
         self._begun = True
-        self.found += new
-        untold: Sequence[HealthFinding] = [f for f in new if (f.id, f.step) not in self._told]
-        self._told |= {(f.id, f.step) for f in untold}
-        if untold:
-            self._tell(list(untold), self.found)
+        self.found += findings_of_rows
+        new = [f for f in findings_of_rows if (f.id, f.step) not in self._reported]
+        self._reported |= {(f.id, f.step) for f in new}
+        if new:
+            self._report(new, self.found)
 
 
-def _told_elsewhere(found: Iterable[HealthFinding], told: set[tuple[str, int]], last: int) -> set[tuple[str, int]]:
-    """Rule and step of the first findings of each rule, as many as were told of the rows up to the step `last`."""
-    left = Counter(rule for rule, step in told if step <= last)
+def _known_from_earlier(
+    found: Iterable[HealthFinding], reported: set[tuple[str, int]], last: int
+) -> set[tuple[str, int]]:
+    """Return rule and step of each rule's first findings, as many as were reported up to the step `last`."""
+    left = Counter(rule for rule, step in reported if step <= last)
     known = set()
     for finding in found:
         if left[finding.id] > 0:
