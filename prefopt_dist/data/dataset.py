@@ -1,7 +1,7 @@
 """The tokenised data set on disk, memory-mapped.
 
-Legend: n rows, R responses of a row (2 for pairs, otherwise 1). A row's tokens stand one after the other:
-prompt, then its responses; `offsets` has an entry for the start of each of these and one for the end.
+Shapes: n rows; R responses per row (2 for pairs, otherwise 1). The tokens of a row are stored consecutively: the
+prompt, then its responses. `offsets` has an entry for the start of each of these parts and one for the end.
 """
 
 import json
@@ -22,11 +22,11 @@ from prefopt_dist.data.unit import Unit
 from prefopt_dist.files import checksum, write_json
 
 SCHEMA = 3
-"""Version of this folder's layout and of what the tokens mean."""
+"""Version of the folder's layout and of the meaning of the tokens."""
 SEQUENCE_SCHEMA = 1
-"""Version of `sequence_digest`; stored log-probs are found by it."""
+"""Version of `sequence_digest`, by which stored log-probabilities are found."""
 MASKED_SCHEMA = 2
-"""The same where not every token of the response is scored."""
+"""Version of `sequence_digest` where not every token of the response is scored."""
 COLUMNS = {
     "tokens": "<i4",
     "learnt": "|u1",
@@ -42,27 +42,32 @@ FLAGS = (
     *("double_bos", "double_end", "missing_bos", "missing_end", "stray_special", "as_is", "lost_reasoning"),
     *("system_merged", "system_dropped", "other_prompt"),
 )
-"""What is kept of how each row was made, a bit each from the lowest; words of `TokenisedRow`."""
+"""Names of the bits that record how each row was made, from the lowest bit on (see `TokenisedRow`)."""
 MANIFEST = "manifest.json"
 
 Kind = Literal["pair", "demonstration", "rated"]
 
 
 class DamagedRows(Exception):
-    """The folder is not what was written; it must be built again."""
+    """The error of a folder whose content differs from what was written; it must be built again."""
 
 
 def sequence_digest(prompt_ids: ArrayLike, response_ids: ArrayLike, learnt: ArrayLike | None = None) -> bytes:
-    """16 bytes that name the sequence (prompt, response), on every platform the same.
+    """Return 16 bytes that identify the sequence (prompt, response), equal on every platform.
 
-    blake2b over: the schema as a byte, the prompt's length as 8 bytes little endian, the prompt's ids and
-    the response's ids as int32 little endian. Ids of any integer type; they must fit int32.
-    learnt: which of the response's tokens are scored; None or all true: all of them, and then it is not in the digest,
-    so that values stored before there were others stay valid. Otherwise the schema is 2, and a byte a token follows.
+    The digest is blake2b over the schema (one byte), the prompt's length (8 bytes, little endian), and the ids of the
+    prompt and of the response (int32, little endian). Where some tokens are not scored, the schema is 2 and one byte
+    per response token follows. A mask that is all true is left out, so that digests from before masks existed stay
+    valid.
+
+    Args:
+        prompt_ids: Ids of any integer type that fit int32.
+        response_ids: The same for the response.
+        learnt: Which of the response's tokens are scored; None: all of them.
     """
     prompt = np.asarray(prompt_ids).astype("<i4")
     response = np.asarray(response_ids).astype("<i4")
-    # The length parts prompt from response: (1, 23) and (12, 3) are other sequences.
+    # The prompt's length keeps sequences apart that differ only in the boundary between prompt and response.
     mask = b"" if learnt is None or np.all(learnt) else np.asarray(learnt).astype("|u1").tobytes()
     head = struct.pack("<BQ", MASKED_SCHEMA if mask else SEQUENCE_SCHEMA, prompt.size)
     return blake2b(head + prompt.tobytes() + response.tobytes() + mask, digest_size=16).digest()
@@ -75,39 +80,39 @@ class TokenisedRows:
     kind: Kind
     n: int
     responses: int
-    """R"""
+    """R, the number of responses per row"""
     tokens: NDArray[np.int32]
-    """[sum of all lengths]"""
+    """[sum of all lengths] all token ids"""
     offsets: NDArray[np.int64]
-    """[n·(1+R) + 1]"""
+    """[n·(1+R) + 1] start of each part in `tokens`, and the end"""
     learnt: NDArray[np.uint8] | None
     """[sum of all lengths] 1 where a response's token is scored and learnt; None where all of them are"""
     digests: NDArray[np.uint8]
     """[n, R, 16] `sequence_digest` of each sequence"""
     labels: NDArray[np.int8] | None
-    """[n] 1 true, 0 false; None unless rated"""
+    """[n] 1 for true, 0 for false; None unless the rows are rated"""
     source: NDArray[np.int32]
     """[n] index into `source_names`"""
     line: NDArray[np.int64]
-    """[n] line of a file, or row of a data set; both from 1"""
+    """[n] line of a file, or row of a data set; both count from 1"""
     flags: NDArray[np.uint16]
     """[n] bits of `FLAGS`"""
     source_names: tuple[str, ...]
     weights: tuple[float, ...]
-    """Passes per epoch, by source."""
+    """Passes per epoch, for each source"""
     report: DataReport
 
     def prompt(self, i: int) -> NDArray[np.int32]:
-        """[length] the prompt's ids of row i."""
+        """Return the ids of row i's prompt [length]."""
         return self._part(i, 0)
 
     def response(self, i: int, k: int) -> NDArray[np.int32]:
-        """[length] the ids of row i's response k; of a pair, 0 is the chosen and 1 the rejected one."""
+        """Return the ids of row i's response k [length]; in a pair, 0 is the chosen and 1 the rejected response."""
         assert 0 <= k < self.responses
         return self._part(i, 1 + k)
 
     def mask(self, i: int, k: int) -> NDArray[np.bool_] | None:
-        """[length] which tokens of row i's response k are scored and learnt; None where all of them are."""
+        """Return which tokens of row i's response k are scored and learnt [length]; None where all of them are."""
         assert 0 <= k < self.responses
         if self.learnt is None:
             return None
@@ -116,7 +121,7 @@ class TokenisedRows:
         return None if mask.all() else mask
 
     def learnt_lengths(self) -> NDArray[np.int64]:
-        """[n, R] tokens of each response that are scored and learnt."""
+        """Return the number of scored and learnt tokens of each response [n, R]."""
         if self.learnt is None:
             return self.lengths()[:, 1:]
         counts = [
@@ -126,7 +131,13 @@ class TokenisedRows:
         return np.array(counts, dtype=np.int64)
 
     def unit(self, i: int, responses: Iterable[int], number: int | None = None) -> Unit:
-        """Row i with these of its responses, as what is packed; number: its name instead of i."""
+        """Return row i with some of its responses as a unit to pack.
+
+        Args:
+            i: The row.
+            responses: Indices of the responses.
+            number: The number that names the unit; None: i.
+        """
         columns = tuple(responses)
         learnt = None if self.learnt is None else tuple(self.mask(i, k) for k in columns)
         desirable = self.labels is None or bool(self.labels[i])
@@ -134,21 +145,21 @@ class TokenisedRows:
         return Unit(i if number is None else number, self.prompt(i), found, desirable, learnt)
 
     def lengths(self) -> NDArray[np.int64]:
-        """[n, 1+R] tokens of each row's prompt and responses."""
+        """Return the number of tokens of each row's prompt and responses [n, 1+R]."""
         lengths: NDArray[np.int64] = np.diff(self.offsets).reshape(self.n, 1 + self.responses)
         return lengths
 
     def length(self, i: int) -> int:
-        """Tokens of row i: the prompt once, and every response."""
+        """Return the number of tokens of row i: the prompt once, and every response."""
         first = i * (1 + self.responses)
         return int(self.offsets[first + 1 + self.responses] - self.offsets[first])
 
     def origin(self, i: int) -> str:
-        """`file:line` of row i."""
+        """Return `file:line` of row i."""
         return f"{self.source_names[self.source[i]]}:{self.line[i]}"
 
     def flagged(self, *names: str) -> NDArray[np.bool_]:
-        """[n] whether any of the flags is set."""
+        """Return whether any of the flags is set, for each row [n]."""
         found: NDArray[np.bool_] = (self.flags & flag_bits(names)) != 0
         return found
 
@@ -158,18 +169,18 @@ class TokenisedRows:
         return self.tokens[begin:end]
 
     def _range(self, i: int, part: int) -> tuple[int, int]:
-        """Where a part of row i begins and ends in `tokens`."""
+        """Return where a part of row i begins and ends in `tokens`; part 0 is the prompt, 1 + k is response k."""
         at = i * (1 + self.responses) + part
         return int(self.offsets[at]), int(self.offsets[at + 1])
 
 
 def flag_bits(names: Iterable[str]) -> int:
-    """The bits of these flags."""
+    """Return the bits of these flags."""
     return sum(1 << FLAGS.index(name) for name in set(names))
 
 
 class ColumnWriter:
-    """A file to which blocks of one array are appended; its checksum grows with it."""
+    """A file to which blocks of one array are appended; its checksum is computed at the same time."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._dtype = np.dtype(COLUMNS[name])
@@ -178,14 +189,14 @@ class ColumnWriter:
         self._bytes = 0
 
     def append(self, values: ArrayLike) -> None:
-        """Appends values of any integer type that fit the column's."""
+        """Append values of any integer type that fit the column's type."""
         block = np.asarray(values).astype(self._dtype).tobytes()
         self._stream.write(block)
         self._state.update(block)
         self._bytes += len(block)
 
     def finish(self) -> dict[str, Any]:
-        """Writes through to the disk; returns size and checksum."""
+        """Flush the file to disk (fsync) and return its size and checksum."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
         return {"bytes": self._bytes, "blake2b": self._state.hexdigest()}
@@ -200,9 +211,9 @@ class ColumnWriter:
 
 
 def content_digest(files: dict[str, dict[str, Any]]) -> str:
-    """Digest of the rows by their files' checksums; where a row stood in its file does not count."""
+    """Return a digest of the rows from their files' checksums; the line numbers of the rows do not count."""
     state = blake2b(digest_size=16)
-    for name in ("tokens", "offsets", "labels", "source", "learnt"):  # labels and learnt are not always there
+    for name in ("tokens", "offsets", "labels", "source", "learnt"):  # labels and learnt may be absent
         if name in files:
             state.update(f"{name}:{files[name]['blake2b']};".encode())
     return state.hexdigest()
@@ -217,7 +228,16 @@ def write_manifest(
     weights: Iterable[float],
     report: DataReport,
 ) -> None:
-    """Describes the finished columns of a folder; written last, through to the disk."""
+    """Write the manifest of a folder's finished columns; it is written last and flushed to disk.
+
+    Args:
+        folder: The folder.
+        kind: The kind of the rows.
+        files: Size and checksum of each column.
+        names: The names of the sources.
+        weights: Passes per epoch, for each source.
+        report: The counts of the rows.
+    """
     body = {
         "schema": SCHEMA,
         "kind": kind,
@@ -231,10 +251,14 @@ def write_manifest(
 
 
 def open_rows(folder: Path, checksums: bool = True) -> TokenisedRows:
-    """Maps the columns of a folder that `prepare_rows` made.
+    """Memory-map the columns of a folder that `prepare_rows` made.
 
-    Sizes are compared always, contents with `checksums` (one read of the files).
-    Raises DamagedRows where something is missing or differs.
+    Args:
+        folder: The folder.
+        checksums: Whether to compare the contents, which reads all files once. Sizes are always compared.
+
+    Raises:
+        DamagedRows: Something is missing or differs.
     """
     body = _read_manifest(folder)
     if body["schema"] != SCHEMA:
@@ -275,7 +299,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedRows(f"{path} cannot be read ({error})") from error
     if not intact:
-        raise DamagedRows(f"{path} does not have its checksum")
+        raise DamagedRows(f"{path} does not match its checksum")
     return body
 
 
@@ -286,5 +310,5 @@ def _map_column(folder: Path, name: str, expected: dict[str, Any], checksums: bo
     if path.stat().st_size != expected["bytes"]:
         raise DamagedRows(f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}")
     if checksums and checksum(path) != expected["blake2b"]:
-        raise DamagedRows(f"{path} does not have its checksum")
+        raise DamagedRows(f"{path} does not match its checksum")
     return np.memmap(path, dtype=np.dtype(COLUMNS[name]), mode="r")

@@ -1,4 +1,4 @@
-"""From sources to a folder of tokenised rows: found where it exists, built where it does not."""
+"""Turn sources into a folder of tokenised rows; a folder that exists already is used again."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -36,16 +36,17 @@ from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
 from prefopt_dist.errors import UserError
 
 BLOCK_ROWS = 256
-"""Rows that are tokenised together, and written as one block."""
+"""Number of rows that are tokenised together and written as one block."""
 DETECTION_ROWS = 64
-"""Rows of a source that are read before its form is decided."""
+"""Number of rows of a source that are read before its form is decided."""
 
 Progress = Callable[[int, int | None], None]
+"""Takes the number of rows read so far, and their total where it is known."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What besides the sources and the tokenizer decides the tokens."""
+    """The settings that decide the tokens, besides the sources and the tokenizer. Their names enter the digest."""
 
     form: str
     template: str
@@ -55,7 +56,11 @@ class Settings:
     options: TextOptions = DEFAULT_OPTIONS
 
     def check(self) -> None:
-        """Raises UserError with the dotted key of the setting that is wrong."""
+        """Check the values.
+
+        Raises:
+            UserError: A setting is wrong; the message begins with its dotted key.
+        """
         for key, value, allowed in (
             ("data.format", self.form, ("auto", *FORMS)),
             ("data.template", self.template, ("auto", "chat", "none")),
@@ -66,7 +71,7 @@ class Settings:
         if not 1 <= self.max_prompt_length < self.max_length:
             raise UserError(
                 f"data.max_prompt_length: {self.max_prompt_length} must be at least 1 and less than "
-                f"data.max_length={self.max_length}, so that a response has room; change one of them"
+                f"data.max_length={self.max_length}, so that tokens are left for a response; change one of them"
             )
 
 
@@ -86,13 +91,29 @@ def prepare_rows(
     say: Say = print,
     progress: Progress | None = None,
 ) -> Path:
-    """The folder of the tokenised rows, for `open_rows`.
+    """Return the folder of the tokenised rows, for `open_rows`; build it where no intact one exists.
 
-    It is `<cache_dir>/tokenised/<digest>`, by the content of sources and tokenizer and the settings; an
-    intact one is used again, whatever `on_bad_row`. `say` gets lines for a person; `progress(rows, None)` is called
-    a block.
-    Raises UserError: a source that cannot be read, wrong settings, a bad row under on_bad_row=stop,
-    no row left, a token outside the model's vocabulary.
+    The folder is `<cache_dir>/tokenised/<digest>`. The digest covers the content of the sources and of the tokenizer,
+    and all settings except `on_bad_row`.
+
+    Args:
+        sources: The sources of one data set.
+        tokenizer: The tokenizer of the model, with a fast backend.
+        form: `data.format`.
+        template: `data.template`.
+        max_length: `data.max_length`, in tokens.
+        max_prompt_length: `data.max_prompt_length`, in tokens.
+        on_bad_row: `data.on_bad_row`.
+        cache_dir: The cache folder of the run.
+        vocab_size: Number of entries of the model's vocabulary.
+        key: The dotted key of the sources, for messages.
+        options: Further options for reading texts.
+        say: Prints a line.
+        progress: Called as `progress(rows, None)` after each block.
+
+    Raises:
+        UserError: A source cannot be read, a setting is wrong, a row is bad under on_bad_row=stop, no row is left, or
+            a token is outside the model's vocabulary.
     """
     settings = Settings(form, template, max_length, max_prompt_length, on_bad_row, options)
     settings.check()
@@ -108,24 +129,24 @@ def prepare_rows(
     if template != "none" and writes_date(options.chat_template or str(tokenizer.chat_template)):
         say(f"{key}: the chat template writes a date, which is fixed to {options.template_date} (data.template_date)")
     tokeniser = Tokeniser(read_template(tokenizer, template, options), max_length, max_prompt_length)
-    made = _Build(opened, tokeniser, settings)
-    build_once(folder, lambda building: made.run(building, weights, vocab_size, key, say, progress))
+    builder = _RowBuilder(opened, tokeniser, settings)
+    build_once(folder, lambda building: builder.run(building, weights, vocab_size, key, say, progress))
     return folder
 
 
 def stop_error(fault: str) -> UserError:
-    """What a row that cannot be used does under data.on_bad_row=stop; `fault` is the message of a `BadRow`."""
+    """Return the error that stops the job under data.on_bad_row=stop; `fault` is the message of a `BadRow`."""
     return UserError(f"{fault}, or leave such rows out with data.on_bad_row=drop")
 
 
-class _Build:
-    """One pass over the sources: read, tokenise, write."""
+class _RowBuilder:
+    """Reads, tokenises and writes the rows in one pass over the sources."""
 
     def __init__(self, sources: list[OpenSource], tokeniser: Tokeniser, settings: Settings) -> None:
         self.sources = sources
         self.tokeniser = tokeniser
         self.settings = settings
-        self.tally = RowCounts()
+        self.counts = RowCounts()
         self.forms: dict[str, None] = {}
         self.masked = False
 
@@ -138,7 +159,7 @@ class _Build:
         say: Say,
         progress: Progress | None,
     ) -> None:
-        """Writes all columns and the manifest into `folder`."""
+        """Write all columns and the manifest into `folder`."""
         names = [source.name for source in self.sources]
         examples = (row for source in self.sources for row in self._examples(source, say))
         with ExitStack() as stack:
@@ -150,18 +171,18 @@ class _Build:
                 if rows:
                     end = self._write(columns, rows, end, vocab_size, key)
                 if progress is not None:
-                    progress(self.tally.used + self.tally.dropped.total(), None)
+                    progress(self.counts.used + self.counts.dropped.total(), None)
             files = {name: column.finish() for name, column in columns.items()}
-        if self.tally.used == 0:
-            report = self.tally.report(", ".join(self.forms), "").text()
-            raise UserError(f"{key}: no row is left to use; correct data.format or mend the data\n{report}")
+        if self.counts.used == 0:
+            report = self.counts.report(", ".join(self.forms), "").text()
+            raise UserError(f"{key}: no row is left to use; correct data.format or the data\n{report}")
         kind = cast(Kind, kind_of(next(iter(self.forms))))
-        # Absent where it says nothing: labels of rows that are not rated, a mask of what is learnt throughout.
+        # Columns without information are removed: labels of rows that are not rated, and a mask that is all true.
         for name, absent in (("labels", kind != "rated"), ("learnt", not self.masked)):
             if absent:
                 del files[name]
                 (folder / f"{name}.bin").unlink()
-        report_ = self.tally.report(", ".join(self.forms), content_digest(files))
+        report_ = self.counts.report(", ".join(self.forms), content_digest(files))
         write_manifest(folder, kind=kind, files=files, names=names, weights=weights, report=report_)
 
     def _examples(self, source: OpenSource, say: Say) -> Iterator[tuple[RawRow, Example | BadRow]]:
@@ -169,17 +190,17 @@ class _Build:
         first = list(islice(rows, DETECTION_ROWS))
         form = self.settings.form
         readable = [row.fields for row in first if isinstance(row.fields, dict)]
-        # With nothing readable there is no form to detect: the rows below say what is wrong with them.
+        # Without a readable row the form cannot be detected yet; the loop below reports the unreadable rows.
         if form != "auto" or readable:
-            form = self._settle(form, readable, source, say)
-        kind = self._texts(form, readable, source, say)
+            form = self._decide_form(form, readable, source, say)
+        kind = self._text_kind(form, readable, source, say)
         for row in chain(first, rows):
             if isinstance(row.fields, BadRow):
                 yield row, row.fields
                 continue
             try:
                 if form == "auto":
-                    form = self._settle(form, [row.fields], source, say)
+                    form = self._decide_form(form, [row.fields], source, say)
                 example = read_form(
                     form, rename_columns(row.fields, self.settings.options), self.settings.options.learn
                 )
@@ -187,8 +208,8 @@ class _Build:
             except BadRow as bad:
                 yield row, bad
 
-    def _texts(self, form: str, rows: list[dict[str, Any]], source: OpenSource, say: Say) -> str | None:
-        """What the strings of the source are, by its first rows; None: no telling."""
+    def _text_kind(self, form: str, rows: list[dict[str, Any]], source: OpenSource, say: Say) -> str | None:
+        """Return the kind of the source's strings, by its first rows; None where it cannot be decided."""
         if form == "auto":
             return None
         examples = []
@@ -202,29 +223,29 @@ class _Build:
             say(f"{source.key}: the prompts of {source.name} {TEXT_KIND_MESSAGES[kind]}")
         return kind
 
-    def _named(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The rows under our names; those of which nothing can be made as they are."""
-        named = []
+    def _renamed(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the rows with renamed columns, without bad ones; if all are bad, return the rows unchanged."""
+        renamed = []
         for fields in rows:
             with suppress(BadRow):
-                named.append(rename_columns(fields, self.settings.options))
-        return named or rows
+                renamed.append(rename_columns(fields, self.settings.options))
+        return renamed or rows
 
-    def _settle(self, form: str, rows: list[dict[str, Any]], source: OpenSource, say: Say) -> str:
-        """The form of the source, decided by its first rows under auto, once."""
+    def _decide_form(self, form: str, rows: list[dict[str, Any]], source: OpenSource, say: Say) -> str:
+        """Return the form of the source; under `auto` its first rows decide."""
         if form == "auto":
-            form = detect_form(self._named(rows), f"data.format: {source.name}")
+            form = detect_form(self._renamed(rows), f"data.format: {source.name}")
             say(f"{source.key}: {source.name} is read as {form}")
         self.forms[form] = None
         if len({kind_of(name) for name in self.forms}) > 1:
             raise UserError(
-                f"{source.key}: {source.name} holds {form}, other sources {next(iter(self.forms))}; "
-                "sources of one data set must all be pairs, all demonstrations or all rated; part them"
+                f"{source.key}: {source.name} holds {form}, other sources {next(iter(self.forms))}; sources of one "
+                "data set must all be pairs, all demonstrations or all rated; use only sources of one kind"
             )
         return form
 
     def _tokenised(self, block: list[tuple[RawRow, Example | BadRow]]) -> list[tuple[RawRow, TokenisedRow]]:
-        """The rows to use; the bad ones among them are counted, or the first one stops the job."""
+        """Return the usable rows of a block; count the bad ones, or raise UserError for the first of them."""
         encoded = iter(self.tokeniser.encode([item for _, item in block if isinstance(item, Example)]))
         rows = []
         for raw, item in block:
@@ -232,14 +253,14 @@ class _Build:
             name = self.sources[raw.source].name
             origin = f"{name}:{raw.line}"
             if isinstance(item, Example):
-                self.tally.ignore(name, item.ignored)
+                self.counts.count_ignored(name, item.ignored)
             if isinstance(raw.fields, dict):
-                self.tally.name(raw.fields)
+                self.counts.count_origin(raw.fields)
             if isinstance(outcome, TokenisedRow):
-                self.tally.use(outcome)
+                self.counts.count_used(outcome)
                 rows.append((raw, outcome))
             elif self.settings.on_bad_row == "drop" or outcome.kind in SKIPPED_KINDS:
-                self.tally.drop(outcome, origin)
+                self.counts.count_dropped(outcome, origin)
             else:
                 raise stop_error(outcome.message(origin))
         return rows
@@ -252,7 +273,18 @@ class _Build:
         vocab_size: int,
         key: str,
     ) -> int:
-        """Appends a block; `end` is the token count before it, and the result the one after it."""
+        """Append a block of rows.
+
+        Args:
+            columns: The columns by name.
+            rows: The rows.
+            end: Number of tokens before the block.
+            vocab_size: Number of entries of the model's vocabulary.
+            key: The dotted key of the sources, for messages.
+
+        Returns:
+            Number of tokens after the block.
+        """
         parts = [np.asarray(part, np.int64) for _, row in rows for part in (row.prompt, *row.responses)]
         tokens = np.concatenate(parts)
         _check_vocabulary(tokens.max(), vocab_size, key)
@@ -294,10 +326,10 @@ def _cache_digest(
 ) -> str:
     state = blake2b(digest_size=16)
     for source, weight in zip(sources, weights, strict=True):
-        # Names and weights stand in the folder, so another name is another folder.
+        # The folder stores names and weights, so they are part of the digest.
         state.update(json.dumps([source.name, weight, source.digest().hex()]).encode())
     state.update(tokenizer_content(tokenizer))
-    # A build that stops at a bad row is never published, so both values of on_bad_row make the same folder.
+    # A build that stops at a bad row is never published, so both values of on_bad_row give the same folder.
     decisive = {name: value for name, value in vars(settings).items() if name != "on_bad_row"}
     decisive["options"] = settings.options.as_json()
     state.update(json.dumps([SCHEMA, decisive], sort_keys=True).encode())
@@ -305,9 +337,9 @@ def _cache_digest(
 
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """All that decides what a text becomes."""
+    """Return all content of a tokenizer that decides the tokens of a text, as JSON."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Every call sets these two; they are state of the object, not content of the tokenizer.
+    # Every call of the tokenizer sets these two, so they are not part of its content.
     backend["truncation"] = backend["padding"] = None
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return json.dumps([backend, special, tokenizer.chat_template], sort_keys=True).encode()

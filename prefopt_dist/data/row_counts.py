@@ -1,4 +1,4 @@
-"""What became of the rows: used, dropped, cut and repaired, by kind."""
+"""Counts of the rows of a data set by what happened to them: used, dropped, truncated or repaired."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,74 +9,75 @@ from prefopt_dist.data.example import SKIPPED_KINDS, BadRow
 from prefopt_dist.data.tokenise import TokenisedRow
 
 EXAMPLES_PER_KIND = 3
-"""Faults of a kind that the report shows."""
+"""Number of rows of each kind of fault that the report shows."""
 ORIGIN_FIELDS = ("source", "dataset", "subset")
-"""Fields by which a row often says where it comes from."""
+"""Fields in which rows often name their origin."""
 MAX_NAMES = 100
-"""Names of a field that are counted apart, so that a field of a million addresses takes no memory."""
+"""Number of distinct values of a field that are counted separately, so that a field of a million URLs needs no memory."""
 MAX_NAME_LENGTH = 80
-"""Letters of a name."""
+"""Number of characters of a value that are kept."""
 OTHERS = "(others)"
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """The counts of one data set; rows = used + dropped."""
+    """The counts of one data set; rows = used + dropped. It is stored in the manifest of the tokenised data."""
 
     rows: int
     used: int
     dropped: dict[str, int]
-    """Rows left out, by kind of fault."""
+    """Rows left out, by kind of fault"""
     cut: dict[str, int]
-    """Used rows that truncation shortened: `prompt`, `response`; a row may count under both."""
+    """Used rows that truncation shortened, by part: `prompt`, `response`; a row may count under both"""
     repaired: dict[str, int]
-    """Used rows with a repair: `double_bos`, `double_end`."""
+    """Used rows with a repair, by kind: `double_bos`, `double_end`, `system_merged`, `system_dropped`"""
     as_is: int
-    """Used rows whose strings went through no template."""
+    """Used rows whose strings were used unchanged, without a template"""
     form: str
-    """The form read; several sources' forms joined by a comma where they differ."""
+    """The form of the rows; the sources' forms joined by commas where they differ"""
     examples: dict[str, tuple[str, ...]]
-    """Up to `EXAMPLES` messages `origin: kind: rule; got value; remedy` of each kind of fault, the first kind first."""
+    """Up to `EXAMPLES_PER_KIND` messages `origin: kind: rule; got value; remedy` for each kind of fault, in order of
+    first occurrence"""
     digest: str
-    """Hex digest of the tokenised rows in their order: equal digest, equal data."""
+    """Hex digest of the tokenised rows in their order: equal data has an equal digest"""
     named: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Rows read by the name that a field of `NAMING_FIELDS` gives, for each such field that rows have."""
+    """Rows read by value, for each field of `ORIGIN_FIELDS` that rows have"""
 
     ignored: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By source: rows read that hold something in a column of which nothing was made."""
+    """Rows read that hold a value in an ignored column, by source and column"""
 
     other_prompt: str = ""
-    """How the first prompt that ends otherwise in use ends there and here; "" where none does."""
+    """The end of the first prompt that ends differently at inference and in training; "" where none does"""
 
     @property
     def first_fault(self) -> str | None:
-        """The message of the first row that was found unfit."""
+        """Return the message of the first unusable row of a kind that can stop the job; None where there is none."""
         return next((shown[0] for kind, shown in self.examples.items() if kind not in SKIPPED_KINDS), None)
 
     def as_run_json(self) -> dict[str, Any]:
-        """What `run.json` holds of the data set."""
+        """Return the part of the report that is written to `run.json`."""
         names = ("rows", "used", "dropped", "cut", "repaired", "form", "digest")
         return {name: value for name, value in asdict(self).items() if name in names}
 
     def text(self) -> str:
-        """A few lines for a person."""
+        """Return a summary of a few lines, to be printed."""
         lines = [f"{self.rows} rows ({self.form}): {self.used} used, {self.rows - self.used} dropped"]
         for kind, count in self.dropped.items():
             lines.append(f"  dropped {count} {kind}")
             lines += [f"    {example}" for example in self.examples[kind]]
-        lines += [f"  cut the {kind} of {count} rows" for kind, count in self.cut.items()]
+        lines += [f"  truncated the {kind} of {count} rows" for kind, count in self.cut.items()]
         lines += [f"  repaired {count} {kind}" for kind, count in self.repaired.items()]
         for source, columns in self.ignored.items():
             if columns:
                 names = ", ".join(f"{name} ({count} rows)" for name, count in columns.items())
                 lines.append(f"  columns of {source} that are ignored: {names}")
         if self.as_is:
-            lines.append(f"  {self.as_is} rows of strings taken as they are, without a template")
+            lines.append(f"  {self.as_is} rows of strings used unchanged, without a template")
         return "\n".join(lines)
 
 
 class RowCounts:
-    """Counts while rows are read."""
+    """The running counts while rows are read."""
 
     def __init__(self) -> None:
         self.used = 0
@@ -89,8 +90,8 @@ class RowCounts:
         self.other_prompt = ""
         self.ignored: dict[str, Counter[str]] = {}
 
-    def name(self, fields: Mapping[str, Any]) -> None:
-        """Counts a row read under the names that it gives its origin."""
+    def count_origin(self, fields: Mapping[str, Any]) -> None:
+        """Count a row under the values of its `ORIGIN_FIELDS`."""
         for column in ORIGIN_FIELDS:
             value = fields.get(column)
             if isinstance(value, str):
@@ -98,32 +99,37 @@ class RowCounts:
                 counts = self.named.setdefault(column, Counter())
                 counts[value if value in counts or len(counts) < MAX_NAMES else OTHERS] += 1
 
-    def ignore(self, source: str, columns: Iterable[str]) -> None:
-        """Counts the columns of a row of which nothing was made."""
+    def count_ignored(self, source: str, columns: Iterable[str]) -> None:
+        """Count the ignored columns of a row."""
         counts = self.ignored.setdefault(source, Counter())
         for column in columns:
             column = column[:MAX_NAME_LENGTH]
             counts[column if column in counts or len(counts) < MAX_NAMES else OTHERS] += 1
 
-    def drop(self, bad: BadRow, origin: str) -> None:
-        """Counts a row left out."""
+    def count_dropped(self, bad: BadRow, origin: str) -> None:
+        """Count a dropped row by its kind of fault, and keep its message where few are kept yet."""
         self.dropped[bad.kind] += 1
         examples = self.examples.setdefault(bad.kind, [])
         if len(examples) < EXAMPLES_PER_KIND:
             examples.append(bad.message(origin))
 
-    def use(self, row: TokenisedRow) -> None:
-        """Counts a row taken, and what was done to it."""
+    def count_used(self, row: TokenisedRow) -> None:
+        """Count a used row, its truncation and its repairs."""
         self.used += 1
         self.as_is += row.as_is
         self.cut.update(row.cut)
         self.repaired.update(row.repaired)
         if row.ends is not None and not self.other_prompt:
-            in_use, here = row.ends
-            self.other_prompt = f"in use the prompt ends with {in_use!r}, in training with {here!r}"
+            at_inference, in_training = row.ends
+            self.other_prompt = f"at inference the prompt ends with {at_inference!r}, in training with {in_training!r}"
 
     def report(self, form: str, digest: str) -> DataReport:
-        """The final counts, most frequent kind first."""
+        """Return the final counts, the most frequent kinds first.
+
+        Args:
+            form: The forms of the rows.
+            digest: The digest of the tokenised rows.
+        """
         return DataReport(
             rows=self.used + self.dropped.total(),
             used=self.used,

@@ -1,6 +1,6 @@
-"""Where rows come from: JSON lines, Parquet, saved `datasets` folders, hub names.
+"""Find and read the sources of rows: JSON, CSV and Parquet files, saved `datasets` folders and hub names.
 
-Rows are read one after the other and never held together; each knows its origin.
+Rows are streamed and never all held in memory; each row carries its origin.
 """
 
 import gzip
@@ -39,36 +39,40 @@ READ_ROWS = 1024
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as found: where it stood, and its fields or what is wrong with it."""
+    """One row as read: its place, and its fields or the error of an unreadable row."""
 
     source: int
-    """Index into the sources."""
+    """Index into the sources"""
     line: int
-    """Line of the file, or row of the data set; both count from 1."""
+    """Line of the file, or row of the data set; both count from 1"""
     fields: dict[str, Any] | BadRow
 
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source that was found, ready to be digested and read."""
+    """A source that was found and can be read."""
 
     name: str
-    """The path or hub name as the user wrote it, the first half of every origin."""
+    """The path or hub name as the user wrote it, the first part of every origin"""
     index: int
-    """Its place among the sources."""
+    """Its index among the sources"""
     files: tuple[Path, ...]
-    """The files that hold its rows, in reading order; none for a hub name."""
+    """The files that hold its rows, in reading order; none for a hub name"""
     dataset: Any | None
-    """The `datasets.Dataset` of a saved folder or hub name; None: `files` are read directly."""
+    """The `datasets.Dataset` of a saved folder or hub name; None: `files` are read directly"""
     key: str
-    """The dotted key that named the source, for messages."""
+    """The dotted key that named the source, for messages"""
 
     def digest(self) -> bytes:
-        """16 bytes that change when the content of the source changes. Raises UserError where it is not readable."""
+        """Return 16 bytes that change when the content of the source changes.
+
+        Raises:
+            UserError: A file cannot be read.
+        """
         state = blake2b(digest_size=16)
         for file in self.files:
             try:
-                # Name and size stand before each file: moving bytes from one file to the next is a change.
+                # Name and size precede each file's content, so moving bytes from one file to the next is a change.
                 state.update(f"{file.name}\0{file.stat().st_size}\0".encode())
                 with file.open("rb") as stream:
                     while block := stream.read(READ_BYTES):
@@ -84,7 +88,11 @@ class OpenSource:
         return state.digest()
 
     def rows(self) -> Iterator[RawRow]:
-        """All rows in order. Raises UserError where the file cannot be read or holds no row."""
+        """Yield all rows in order.
+
+        Raises:
+            UserError: A file cannot be read, or the source has no rows.
+        """
         if self.dataset is not None:
             rows: Iterator[dict[str, Any] | BadRow] = _saved_rows(self.dataset)
         elif self.files[0].suffix == ".parquet":
@@ -97,23 +105,32 @@ class OpenSource:
         for line, fields in enumerate(rows, 1):
             yield RawRow(self.index, line, fields)
         if line == 0:
-            raise UserError(f"{self.key}: {self.name!r} holds no row; name a source with at least one row")
+            raise UserError(f"{self.key}: {self.name!r} holds no rows; name a source with at least one row")
 
 
 def open_source(source: DataSource, index: int, key: str) -> OpenSource:
-    """Finds the source on disk or, where nothing has that name, on the hub.
+    """Find the source on disk or, where no file or folder has its name, on the hub.
 
-    Raises UserError naming `key` where it is not there, is of no known kind or has no such split.
+    Args:
+        source: The source.
+        index: Its index among the sources.
+        key: The dotted key that named it, for messages.
+
+    Raises:
+        NotHere: There is nothing of this name.
+        UserError: The source has an unknown file type or does not have the split, or cannot be read.
     """
     path = Path(source.path)
     if path.is_file():
         if not path.name.endswith(FILE_SUFFIXES):
             raise UserError(
-                f"{key}: {source.path!r} is of no known kind; name a file ending in "
+                f"{key}: {source.path!r} has an unknown file type; name a file ending in "
                 f"{', '.join(FILE_SUFFIXES)}, a saved data set folder or a hub name"
             )
         if source.split not in (None, "train"):
-            raise UserError(f"{key}: a file has no splits, but {source.path!r} has {source.split!r}; remove the split")
+            raise UserError(
+                f"{key}: a file has no splits, but split {source.split!r} of {source.path!r} is named; remove the split"
+            )
         return OpenSource(source.path, index, (path,), None, key)
     if any(mark in source.path for mark in "*?"):
         return _open_glob(source, index, key)
@@ -139,14 +156,14 @@ def _open_saved(source: DataSource, index: int, key: str) -> OpenSource:
             raise UserError(f"{key}: {source.path!r} has no split {split!r}; choose one of {sorted(loaded)}")
         folder, loaded = folder / split, loaded[split]
     elif source.split not in (None, "train"):
-        raise UserError(f"{key}: {source.path!r} was saved without splits, got {split!r}; remove the split")
+        raise UserError(f"{key}: {source.path!r} was saved without splits, got split {split!r}; remove the split")
     files = tuple(sorted(file for file in folder.rglob("*") if file.is_file()))
     return OpenSource(source.path, index, files, loaded, key)
 
 
 def _open_folder(source: DataSource, index: int, key: str) -> OpenSource:
     folder = Path(source.path)
-    # Hidden folders hold caches and histories, such as those of the hub's client.
+    # Hidden folders hold caches and version histories, such as those of the hub's client.
     found = [file for file in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in file.parts[1:])]
     parquet = [file for file in found if file.suffix == ".parquet"]
     lines = [file for file in found if file.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))]
@@ -167,56 +184,58 @@ def _open_folder(source: DataSource, index: int, key: str) -> OpenSource:
 
 
 def _open_glob(source: DataSource, index: int, key: str) -> OpenSource:
-    """The files that a pattern names, in the order of their names; all of one kind."""
+    """Open the files that match a pattern, in the order of their names; all must have the same type."""
     files = tuple(sorted(Path(name) for name in glob(source.path, recursive=True) if Path(name).is_file()))
     if not files:
-        raise NotHere(f"{key}: no file has a name like {source.path!r}; correct the pattern")
+        raise NotHere(f"{key}: no file matches {source.path!r}; correct the pattern")
     kinds = sorted({next((end for end in FILE_SUFFIXES if file.name.endswith(end)), "") for file in files})
     if len(kinds) > 1 or not kinds[0]:
         raise UserError(
-            f"{key}: {source.path!r} names files of the kinds {kinds}; let it name files of one kind, of "
+            f"{key}: {source.path!r} matches files of the types {kinds}; it must match files of one type, of "
             f"{', '.join(FILE_SUFFIXES)}"
         )
     if source.split is not None:
-        raise UserError(f"{key}: files that a pattern names have no splits; remove the split {source.split!r}")
+        raise UserError(f"{key}: files that match a pattern have no splits; remove the split {source.split!r}")
     return OpenSource(source.path, index, files, None, key)
 
 
 def _open_hub(source: DataSource, index: int, key: str) -> OpenSource:
-    datasets = _datasets(key, f"{source.path!r}, which is no file or folder here but may be a hub name,")
+    datasets = _datasets(key, f"{source.path!r}, which is not a local file or folder but may be a hub name,")
     split = source.split or "train"
     try:
-        with _offline_where_unreachable(datasets, source.path, key):
+        with _offline_if_unreachable(datasets, source.path, key):
             loaded = datasets.load_dataset(source.path, *([source.name] if source.name else []), split=split)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NotHere(
-            f"{key}: {source.path!r} is no file or folder here, and the hub gave no split {split!r} of it "
-            f"({reason}); correct the path or name, or download the data set where there is network "
+            f"{key}: {source.path!r} is not a local file or folder, and the hub gave no split {split!r} of it "
+            f"({reason}); correct the path or name, or download the data set on a machine with network access "
             "and name the saved folder"
         ) from error
     return OpenSource(source.path, index, (), loaded, key)
 
 
 def _datasets(key: str, what: str) -> Any:
-    # Not at the top: slow to import, and most runs read files.
+    # Not imported at the top: the import is slow, and most runs read files.
     return import_optional("datasets", key, what, "give the rows as .jsonl")
 
 
 @contextmanager
-def _offline_where_unreachable(datasets: Any, name: str, key: str) -> Iterator[None]:
-    """Asks the hub once, without retries; where it cannot be reached, what is inside sees the local cache alone.
+def _offline_if_unreachable(datasets: Any, name: str, key: str) -> Iterator[None]:
+    """Ask the hub once, without retries; if it cannot be reached, use only the local cache inside the context.
 
-    Otherwise `datasets` tries again for half a minute or more before it says so. Raises UserError where the data
-    set is gated, which `datasets` tells in prose only.
+    Without this, `datasets` retries for half a minute or more before it reports the failure.
+
+    Raises:
+        NotHere: The data set is gated, which `datasets` reports only in the text of a general error.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    silence = ""
+    unreachable = ""
     try:
         HfApi().auth_check(name, repo_type="dataset")
     except GatedRepoError as error:
@@ -225,15 +244,15 @@ def _offline_where_unreachable(datasets: Any, name: str, key: str) -> Iterator[N
             "or download it and name the saved folder"
         ) from error
     except (HfHubHTTPError, HFValidationError):
-        pass  # an answer: `datasets` gets it too, and knows more of what it asked for
-    except Exception as error:  # kinds of the http library, which is another one in other versions of the hub's
+        pass  # the hub answered; `datasets` gets the same answer and reports it in more detail
+    except Exception as error:  # errors of the http library, which differs between versions of huggingface_hub
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        silence = type(error).__name__
+        unreachable = type(error).__name__
     try:
         yield
-        if silence:  # where nothing was found, the error raised inside says so
+        if unreachable:  # reached only if the local cache has the data set; otherwise the context raised an error
             warnings.warn(
-                f"{key}: the hub gave no answer ({silence}), so the data set {name!r} is the copy in the local cache",
+                f"{key}: the hub did not answer ({unreachable}), so the copy of {name!r} in the local cache is used",
                 stacklevel=2,
             )
     finally:
@@ -265,10 +284,10 @@ def _json_rows(source: OpenSource) -> Iterator[dict[str, Any] | BadRow]:
 
 
 def _json_file(file: Path, source: OpenSource) -> Iterator[dict[str, Any] | BadRow]:
-    """One entry a line, so that counting entries counts lines; blank lines at the end are none."""
+    """Yield one entry per line, so that entries can be counted as lines; blank lines at the end are skipped."""
     blank = 0
     try:
-        with _opened(file, source.key) as stream:
+        with _open_stream(file, source.key) as stream:
             if is_json_list(stream):
                 yield from json_list_rows(stream, source.key, file)
                 return
@@ -284,7 +303,7 @@ def _json_file(file: Path, source: OpenSource) -> Iterator[dict[str, Any] | BadR
         raise UserError(f"{source.key}: {file} is a damaged gzip file ({error}); write it again") from error
 
 
-def _opened(file: Path, key: str) -> Any:
+def _open_stream(file: Path, key: str) -> Any:
     if file.suffix == ".zst":
         return zstd_stream(file, key)
     return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import patience
 import pytest
 import worlds
 from door import Door, one_process_group, tree
@@ -202,7 +203,7 @@ def test_training_reads_what_the_policies_leave(door: Door) -> None:
 def test_an_empty_data_file(door: Door, name: str, content: bytes) -> None:
     (door.folder / name).write_bytes(content)
     for key in ("data.train", "data.eval"):
-        words = [f"{key}: ", door.path(name), "holds no row", "name a source with at least one row"]
+        words = [f"{key}: ", door.path(name), "holds no rows", "name a source with at least one row"]
         door.fails(words, f"{key}={door.path(name)}")
 
 
@@ -423,7 +424,7 @@ def test_a_cache_that_cannot_be_written_is_found_by_inspect(door: Door) -> None:
 
 
 def test_an_export_over_somebodys_model(door: Door) -> None:
-    words = ["export.dir: ", door.path("model"), "is no export of this job", "Choose another folder"]
+    words = ["export.dir: ", door.path("model"), "is not an export of this job", "Choose another folder"]
     door.fails(words, f"export.dir={door.path('model')}", early=True)
 
 
@@ -534,7 +535,7 @@ def test_through_the_launcher(door: Door) -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience.QUIET_SECONDS,
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.rstrip().splitlines()[-1].startswith(f"error: {data}:2: not_an_object")

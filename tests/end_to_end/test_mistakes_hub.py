@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import patience
 import pytest
 import worlds
 from door import tree
@@ -88,7 +89,7 @@ def check_refused(folder: Path, models: list[str], data: list[str], **environmen
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience.QUIET_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     for key, (status, said, seconds) in zip(keys, json.loads(done.stdout.splitlines()[-1]), strict=True):
@@ -103,7 +104,7 @@ def check_refused(folder: Path, models: list[str], data: list[str], **environmen
 
 
 NO_MODEL = ["neither a local folder nor a model that the hub gave", "Check the name and the network"]
-NO_DATA = ["no file or folder here", "the hub gave no split 'train'", "correct the path", "name the saved folder"]
+NO_DATA = ["not a local file or folder", "the hub gave no split 'train'", "correct the path", "name the saved folder"]
 
 
 def test_offline(folder: Path) -> None:
@@ -131,9 +132,9 @@ def test_a_copy_that_is_taken_because_the_hub_is_silent_is_told(monkeypatch: pyt
     before = datasets.config.HF_HUB_OFFLINE
     with (
         pytest.warns(
-            UserWarning, match=r"data\.train: the hub gave no answer \(ConnectionError\), so the data set 'a/b'"
+            UserWarning, match=r"data\.train: the hub did not answer \(ConnectionError\), so the copy of 'a/b'"
         ),
-        sources._offline_where_unreachable(datasets, "a/b", "data.train"),
+        sources._offline_if_unreachable(datasets, "a/b", "data.train"),
     ):
         assert datasets.config.HF_HUB_OFFLINE
     assert before == datasets.config.HF_HUB_OFFLINE

@@ -68,7 +68,7 @@ def test_patterns(tmp_path: Path) -> None:
     lines(tmp_path / "a.jsonl", ROWS)
     write_csv(tmp_path / "b.csv", ROWS)
     for pattern, split, message in (
-        ("c*", None, "no file has a name like"),
+        ("c*", None, "no file matches"),
         ("*", None, r"files of the kinds \['.csv', '.jsonl'\]"),
         ("a*", "train", "have no splits"),
     ):

@@ -105,7 +105,7 @@ def test_sources_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("missing.jsonl", None, "no file or folder"),
         ("empty.jsonl", None, "holds no row"),
         ("list.json", None, "begins as a JSON list, but is not valid"),
-        ("rows.txt", None, "no known kind"),
+        ("rows.txt", None, "unknown file type"),
         ("nothing", None, "neither a saved data set nor Parquet"),
         ("bad.parquet", None, "cannot be read as Parquet"),
         ("bad.jsonl.gz", None, "damaged gzip"),

@@ -147,7 +147,7 @@ def test_a_prompt_that_ends_otherwise_in_use_is_told(tmp_path: Path) -> None:
     assert tokenizer.decode(made.prompt(0)) == OPENED.removesuffix("\n")
     assert made.flagged("other_prompt").tolist() == [True]
     (told,) = [f for f in row_findings(made, {}) if f.name == "other_prompt"]
-    assert told.examples[0].startswith(f"{path}:1 in use the prompt ends with ")
+    assert told.examples[0].startswith(f"{path}:1 at inference the prompt ends with ")
     assert told.examples[0].endswith("<think>\\n', in training with '…\\n<|im_start|>assistant\\n<think>'")
     options = TextOptions(thinking="empty")
     exact = open_rows(prepare(tmp_path, path, tokenizer=tokenizer, vocab_size=len(tokenizer), options=options))
