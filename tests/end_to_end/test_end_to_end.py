@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import patience
 import psutil
 import pytest
 import torch
@@ -18,7 +19,6 @@ import worlds
 from job import (
     ENVIRONMENT,
     PAIRS,
-    PATIENCE,
     STEPS,
     G,
     World,
@@ -184,18 +184,19 @@ def test_a_sweep_scores_each_sequence_once(world: World, whole: Path) -> None:
         names.append(f"sweep-{beta}")
         settings = {"loss": {"name": "dpo", "beta": beta}, "train": {"global_batch_pairs": G, "max_steps": 2}}
         run = world.run(names[-1], cache="cache-sweep", **settings)  # type: ignore[arg-type]
-        jobs.append(
-            subprocess.Popen(
-                ["launch/run.sh", "-n", "1", "train", str(run)],
-                env=ENVIRONMENT,
-                cwd=REPOSITORY,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+        with run.with_suffix(".log").open("w") as log:
+            jobs.append(
+                subprocess.Popen(
+                    ["launch/run.sh", "-n", "1", "train", str(run)],
+                    env=ENVIRONMENT,
+                    cwd=REPOSITORY,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
             )
-        )
-    said = [job.communicate(timeout=PATIENCE)[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0, 0], "\n".join(text[-3000:] for text in said)
+    statuses = [patience.wait_for_end(job, world.folder) for job in jobs]
+    said = [(world.folder / f"{name}.log").read_text() for name in names]
+    assert statuses == [0, 0, 0], "\n".join(text[-3000:] for text in said)
     scored = [
         json.loads((world.folder / name / "run.json").read_text())["reference"]["sequences_scored"] for name in names
     ]
@@ -305,13 +306,8 @@ def test_without_sharing(world: World, whole: Path) -> None:
     """Every response with a prompt of its own, first pass included: the same ten steps (design 7.2)."""
     settings = {"eval": {"at_start": False, "every_steps": 100, "at_end": False}}
     run = world.run("unshared", cache="cache-unshared", train={"global_batch_pairs": G, "max_steps": 10}, **settings)
-    done = subprocess.run(
-        [sys.executable, "tests/helpers/unshared_door.py", "train", str(run)],
-        env=ENVIRONMENT,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
+    done = patience.run(
+        [sys.executable, "tests/helpers/unshared_door.py", "train", run], world.folder, env=ENVIRONMENT, cwd=REPOSITORY
     )
     assert done.returncode == 0, done.stderr[-3000:]
     shared = world.run("shared", train={"global_batch_pairs": G, "max_steps": 10}, **settings)
@@ -396,13 +392,11 @@ def test_a_planted_secret_is_in_nothing_that_a_run_writes(world: World) -> None:
         [f"tracking.wandb.tags=[{in_override},{planted['SITE_PASSWORD']}]"],
         [f"data.train={in_override}"],
     ):
-        done = subprocess.run(
-            ["launch/run.sh", "-n", "1", "train", str(run), *overrides],
+        done = patience.run(
+            ["launch/run.sh", "-n", "1", "train", run, *overrides],
+            world.folder,
             env=ENVIRONMENT | planted,
             cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
         )
         assert done.returncode == (0 if "tags" in overrides[0] else 2), done.stderr[-3000:]
         said += done.stdout + done.stderr

@@ -8,13 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import case_runner
+import patience
 import pytest
 import torch
 import worlds
@@ -373,11 +373,7 @@ def test_killed_rounds_end_with_the_same_weights(world: Path, door: Door) -> Non
     environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
     environment["PYTHONPATH"] = PYTHONPATH
     process = subprocess.Popen([sys.executable, "-m", "prefopt_dist", "rounds", str(run)], env=environment)
-    until = time.monotonic() + 240
-    while not (folder / "round-2" / "pairs.jsonl").exists():
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    patience.wait_until(process, (folder / "round-2" / "pairs.jsonl").exists, folder, world / "cache-cut")
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (folder / "DONE").exists()

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import patience
 import pytest
 from places import REPOSITORY
 
@@ -45,7 +46,7 @@ def start(folder: Path, of_second: Mapping[str, str]) -> list[subprocess.Complet
         started.append(
             subprocess.Popen(command, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
-    told = [p.communicate(timeout=100) for p in started]
+    told = [p.communicate(timeout=patience.QUIET_SECONDS) for p in started]
     return [subprocess.CompletedProcess([], p.returncode, *t) for p, t in zip(started, told, strict=True)]
 
 
@@ -176,7 +177,7 @@ def test_machines_of_one_name_and_process_number_meet(tmp_path: Path) -> None:
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
     try:
-        told = [p.communicate(timeout=60)[0] for p in started]
+        told = [p.communicate(timeout=patience.QUIET_SECONDS)[0] for p in started]
     finally:
         for p in started:
             p.kill()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -38,6 +39,7 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 sys.path[:0] = [str(REPOSITORY), str(HERE.parent / "helpers"), str(HERE)]
 
+import patience  # noqa: E402
 import verdict  # noqa: E402
 import worlds  # noqa: E402
 from points import Fault, changing_life, life  # noqa: E402
@@ -45,8 +47,8 @@ from points import Fault, changing_life, life  # noqa: E402
 from prefopt_dist.checkpoint.save import committed  # noqa: E402
 
 PAIRS, G, STEPS = 140, 12, 12
-PATIENCE = 300
-"""Seconds for one start; a job that neither ends nor dies in this time has failed the campaign."""
+PATIENCE = patience.QUIET_SECONDS
+"""A start that neither ends nor makes progress for so many seconds has failed the campaign."""
 KILLS_A_LIFE = 14
 KILLS_A_SEGMENT = 4
 STOPPED_ON_REQUEST = 75
@@ -127,7 +129,9 @@ class World:
 
 def environment(folder: Path, faults: list[Fault], stop_at: int = STEPS) -> dict[str, str]:
     """Of a start of the life in `folder`, with the planted faults that wait for it and the update it stops after."""
-    return os.environ | {
+    # W&B's variables go over a run's configuration, and its folders have another name at each start.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    return inherited | {
         "PYTHONPATH": f"{HERE / 'planted'}:{REPOSITORY}",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
@@ -166,11 +170,12 @@ class Start:
             for process in psutil.Process(self.process.pid).children(recursive=True):
                 self.seen.setdefault(process.pid, process)
 
-    def wait(self, until: float = PATIENCE) -> int | None:
-        """The status, or None when the time is over."""
-        deadline = time.monotonic() + until
+    def wait(self, seconds: float = math.inf) -> int | None:
+        """Return the status, or None when the seconds are over or nothing gets on any more."""
+        deadline = time.monotonic() + seconds
+        progress = patience.Progress(self.log, self.folder / "run", self.folder / "cache")
         while self.process.poll() is None:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or progress.quiet() > PATIENCE:
                 return None
             self.look()
             time.sleep(0.05)
@@ -244,7 +249,7 @@ def live(world: World, name: str, faults: list[Fault], record: Callable[[dict[st
             raise
         if status is None:
             start.kill(Fault("", "all"))
-            raise SystemExit(f"{name}: start {number} did not end in {PATIENCE} s\n{start.said()}")
+            raise SystemExit(f"{name}: start {number} made no progress for {PATIENCE:.0f} s\n{start.said()}")
         plan = start.struck()
         death = Fault(**plan) if plan else moment if by_clock else None
         orphans = start.orphans()

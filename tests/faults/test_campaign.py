@@ -104,6 +104,17 @@ def test_a_verdict_sees(tmp_path: Path, spoil: Callable[[Path], None], said: lis
     assert "| 1 | 0 | 1 |" in campaign.table([*deaths, {"life": "life", "verdict": found}])
 
 
+def test_wandb_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what it leaves in a run folder, nor the variables of the shell that the campaign is started from."""
+    for name in ("whole", "life"):
+        small_life(tmp_path / name)
+    (tmp_path / "life" / "run" / "wandb" / "offline-run-20200101_000000-abc").mkdir(parents=True)
+    found = verdict.compare(tmp_path / "life", tmp_path / "whole", 4, 2) | {"faulty": []}
+    assert verdict.faults(found) == []
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert not any(name.startswith("WANDB_") for name in campaign.environment(tmp_path, []))
+
+
 def test_half_things_are_seen(tmp_path: Path) -> None:
     """Under a name that says whole: a checkpoint, a converted form, a shard, tokenised rows, a finished run."""
     root, cache = tmp_path / "run" / "checkpoints", tmp_path / "cache"

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import campaign
+import patience
 import psutil
 import pytest
 import verdict
@@ -43,11 +44,7 @@ def test_a_stopped_rank_ends_the_job_which_then_goes_on(world: World) -> None:
         command, env=environment, cwd=campaign.REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     metrics = folder / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + campaign.PATIENCE
-    while not (metrics.exists() and '"train", "step": 4,' in metrics.read_text()):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    patience.wait_until(process, lambda: metrics.exists() and '"train", "step": 4,' in metrics.read_text(), folder)
     ranks_of(process)[1].send_signal(signal.SIGSTOP)
     began = time.monotonic()
     _, said = process.communicate(timeout=campaign.PATIENCE)
@@ -122,7 +119,7 @@ def test_what_is_a_hang(tmp_path: Path, kind: str, status: int) -> None:
         env=os.environ | {"PYTHONPATH": str(campaign.REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=patience.QUIET_SECONDS,
     )
     assert done.returncode == status, done.stderr
     assert ("Rank 0 on host" in done.stderr) == bool(status)
@@ -167,7 +164,7 @@ def test_a_rank_that_waits_for_a_working_one_is_no_hang_and_the_idle_one_is_name
         env=os.environ | {"PYTHONPATH": str(campaign.REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patience.QUIET_SECONDS,
     )
     assert done.returncode == 1
     assert time.monotonic() - began > 3.5, "while rank 1 got on"

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import campaign
+import patience
 import pytest
 import verdict
 from campaign import PAIRS, REPOSITORY, STEPS, World, in_turn
@@ -49,14 +50,12 @@ def start(
 ) -> tuple[int, str]:
     """One start of the life `name` on one rank: its status and all it said."""
     (world.folder / name).mkdir(exist_ok=True)
-    done = subprocess.run(
-        ["launch/run.sh", "-n", "1", stage, str(world.run(name)), *overrides],
+    done = patience.run(
+        ["launch/run.sh", "-n", "1", stage, world.run(name), *overrides],
+        world.folder / name,
         env=campaign.environment(world.folder / name, deaths or []) | variables,
         cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=campaign.PATIENCE,
+        merged=True,
     )
     return done.returncode, done.stdout
 

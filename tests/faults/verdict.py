@@ -101,6 +101,10 @@ def _hidden(name: str) -> bool:
 
 
 def listing(folder: Path) -> set[str]:
-    """All files and folders of a run folder and its cache, but for shards (their number depends on the kills)."""
+    """Return the files and folders of a run folder and its cache that any run with this configuration has.
+
+    Left out are shards, whose number depends on the kills, and W&B's files, whose names have the time of a start.
+    """
     names = {str(p.relative_to(folder)) for top in ("run", "cache") for p in (folder / top).rglob("*")}
-    return {n for n in names if "/rows-" not in n and "/digests/" not in n and "/.heartbeats" not in n}
+    passing = ("/rows-", "/digests/", "/.heartbeats", "run/wandb")
+    return {n for n in names if not any(part in n for part in passing)}

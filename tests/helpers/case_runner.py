@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -10,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import patience
 from places import PYTHONPATH, REPOSITORY, TESTS
 
 
@@ -24,14 +24,7 @@ def run_cases(script: str, n: int, folder: Path, names: list[str]) -> None:
     start = [sys.executable]
     if n > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    done = subprocess.run(
-        [*start, str(TESTS / "ranks" / script), str(folder), *names],
-        env=environment,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    done = patience.run([*start, TESTS / "ranks" / script, folder, *names], folder, env=environment, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr[-6000:]
 
 
@@ -49,7 +42,7 @@ def serve(cases: Mapping[str, Callable[[Path], dict[str, Any]]], prepare: Callab
     from prefopt_dist.distributed import ranks
 
     folder, names = Path(sys.argv[1]), sys.argv[2:]
-    ranks.COLLECTIVE_TIMEOUT = timedelta(seconds=90)  # ranks that part ways fail instead of hanging
+    ranks.COLLECTIVE_TIMEOUT = timedelta(seconds=300)  # ranks that part ways fail instead of hanging
     ranks.start()
     ranks.run_on_rank_zero(lambda: folder.mkdir(parents=True, exist_ok=True))
     ranks.run_on_rank_zero(lambda: prepare(folder))

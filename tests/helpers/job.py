@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import patience
 import psutil
 import torch
 import worlds
@@ -17,9 +17,6 @@ from places import REPOSITORY
 from safetensors.torch import load_file
 
 PAIRS, G, STEPS = 540, 24, 23
-
-
-PATIENCE = 240
 
 
 ENVIRONMENT = os.environ | {
@@ -55,14 +52,7 @@ class World:
 
 
 def launch(run: Path, stage: str = "train", *, n: int = 2, expect: int = 0) -> str:
-    done = subprocess.run(
-        ["launch/run.sh", "-n", str(n), stage, str(run)],
-        env=ENVIRONMENT,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    done = patience.run(["launch/run.sh", "-n", str(n), stage, run], run.parent, env=ENVIRONMENT, cwd=REPOSITORY)
     assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
 
@@ -83,13 +73,9 @@ def start_and(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + PATIENCE
-    while not when():
-        assert process.poll() is None, "the run ended before its time"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    patience.wait_until(process, when, run.parent)
     act(psutil.Process(process.pid))
-    return process.wait(PATIENCE)
+    return patience.wait_for_end(process, run.parent)
 
 
 def kill_all(process: psutil.Process) -> None:

@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import case_runner
 import generation_world
+import patience
 import worlds
 
 from prefopt_dist.commands import train
@@ -20,7 +20,6 @@ from prefopt_dist.config import load_config
 from prefopt_dist.distributed import ranks
 from prefopt_dist.files import checksum, read_json
 
-PATIENCE = 120
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUMBER = 40
 """Prompts: five shards of eight."""
@@ -94,11 +93,9 @@ def resumed(folder: Path) -> dict[str, Any]:
 
     def kill() -> dict[str, str]:
         (process,) = started
-        until = time.monotonic() + PATIENCE
-        while not samples(answers):
-            assert process.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.005)
+        patience.wait_until(
+            process, lambda: bool(samples(answers)), folder / "runs" / "killed", folder / "cache-killed"
+        )
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         return samples(answers)

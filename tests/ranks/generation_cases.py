@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import case_runner
+import patience
 from generation_world import write_run, write_world
 
 from prefopt_dist.commands import generate
@@ -18,7 +18,6 @@ from prefopt_dist.config import Config, load_config
 from prefopt_dist.distributed import ranks
 from prefopt_dist.files import checksum, read_json
 
-PATIENCE = 120
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 started: list[subprocess.Popen[bytes]] = []
 
@@ -49,14 +48,11 @@ def resumed(folder: Path) -> dict[str, Any]:
 
     def kill() -> dict[str, str]:
         (process,) = started
-        until = time.monotonic() + PATIENCE
-        while not (found := list((folder / "cache-killed").glob("samples/*/samples-*.jsonl"))):
-            assert process.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.01)
+        cache = folder / "cache-killed"
+        patience.wait_until(process, lambda: any(cache.glob("samples/*/samples-*.jsonl")), cache)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        found = list(found[0].parent.glob("samples-*.jsonl"))
+        found = list(cache.glob("samples/*/samples-*.jsonl"))
         return {str(file): checksum(file) for file in found}
 
     there = ranks.run_on_rank_zero(kill)
