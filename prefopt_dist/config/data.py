@@ -76,9 +76,9 @@ Form = Literal[
 
 @dataclass(frozen=True)
 class DataSource:
-    """A source of rows.
+    """A source of rows; a string alone stands for `{path: STRING}`.
 
-    A text alone stands for `{path: TEXT}`. Where a key takes sources, it takes one or a list of them.
+    Where a key takes a source, it also takes a list of them.
     """
 
     path: Text
@@ -115,7 +115,8 @@ class Data:
     eval: dict[str, tuple[DataSource, ...]] | None = None
     """The evaluation data: sources, or a mapping of set names to sources; null: no evaluation."""
     format: Form = "auto"
-    """The form of the rows; `auto`: detected from the fields of the first rows."""
+    """The form of the rows, one of those that docs/data.md lists; `auto`: detected from the fields of the first
+    rows."""
     template: Literal["auto", "chat", "none"] = "auto"
     """Whether texts are put through the chat template (`chat`) or taken as they are (`none`); `auto`: templated, unless
     the first rows of a source are already rendered."""

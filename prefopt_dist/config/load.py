@@ -140,6 +140,12 @@ _WHOLE_SECTIONS = ("loss", "lora", "optim")
 _ABSENT = "absent"
 
 
+def identity_keys() -> list[str]:
+    """Return the dotted keys and the sections that are part of a run's identity, besides the section inspect."""
+    keys = [f"{section}.{key}" for group in (_ALWAYS, _IF_NOT_DEFAULT) for section in group for key in group[section]]
+    return [*keys, *_WHOLE_SECTIONS]
+
+
 def identity(config: Config) -> dict[str, Any]:
     """Return the settings that two starts of one run must share, as flat dotted keys with JSON values.
 

@@ -126,7 +126,7 @@ class MixedLoss:
     weight: Positive
     """Weight of the loss in the sum."""
     loss: PairLoss
-    """The loss and its options."""
+    """The options of the loss, next to its weight."""
 
 
 @dataclass(frozen=True)
