@@ -1,4 +1,4 @@
-"""Export a committed checkpoint to a Hugging Face folder, verified by loading it back."""
+"""Export of a committed checkpoint to a Hugging Face folder, which is verified by loading it back."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.reference.step0_check import RoundingTolerance
 
 MARKER = "prefopt_export.json"
-"""Says that a folder is an export of ours, which a later export may replace."""
+"""The file that marks a folder as an export, which a later export may replace."""
 
 
 def export(
@@ -48,16 +48,36 @@ def export(
     target: Path,
     card: str,
 ) -> float:
-    """Writes `target` whole or not at all; returns the worst relative difference of the probe's log-probs.
+    """Write the folder `target` whole or not at all.
 
-    model: the folder that training started from, for its architecture and what was frozen; adapter: of the run, which
-    is written alone unless merged; chat_template: that the training used in place of the tokenizer's;
-    ends: tokens at which it taught the model to stop; card: the model card's text.
+    Args:
+        checkpoint: the committed checkpoint.
+        model: the folder that training started from, for its architecture and its frozen weights.
+        adapter: the run's adapter, which is written without the model unless it is merged; None without one.
+        merged: whether the adapter is added to the model's weights.
+        tokenizer: the tokenizer, which is written too.
+        chat_template: the template that training used in place of the tokenizer's; None to keep the tokenizer's.
+        ends: tokens at which the model was taught to stop.
+        trained_dtype: the dtype of the forward pass in training.
+        dtype: the dtype of the exported weights.
+        target: the folder to write; an earlier export there is replaced.
+        card: the text of the model card.
+
+    Returns:
+        The largest relative difference between the log-probs of the exported and the trained model on the rows of the
+        export check.
+
+    Raises:
+        UserError: `target` holds anything but an export, or the checkpoint is not committed or is damaged.
+        RuntimeError: the log-probs differ by more than rounding explains.
     """
     check_target(target)
     manifest = read_manifest(checkpoint)
     if manifest is None:
-        raise UserError(f"export.checkpoint: {checkpoint} is no committed checkpoint.")
+        raise UserError(
+            f"export.checkpoint: {checkpoint} is not a committed checkpoint: its manifest is missing or damaged. "
+            "Export another one."
+        )
     fault = find_damage(checkpoint, manifest, list(manifest.files))
     if fault:
         raise UserError(f"export.checkpoint: {checkpoint} is damaged: {fault}. Export another one.")
@@ -71,36 +91,36 @@ def export(
         tokenizer.save_pretrained(staging)
         (staging / "README.md").write_text(card)
         base = None if adapter is None or merged else model
-        worst = _verify(staging, base, manifest, dtype, trained_dtype)
+        difference = _verify(staging, base, manifest, dtype, trained_dtype)
         write_json(staging / MARKER, {"checkpoint": str(checkpoint), "step": manifest.step})
-        usual = (staging / "README.md").stat().st_mode
-        for entry in [staging, *staging.rglob("*")]:  # a tokenizer of several chat templates has a folder for them
+        mode = (staging / "README.md").stat().st_mode
+        for entry in [staging, *staging.rglob("*")]:  # recursive: a tokenizer keeps several chat templates in a folder
             if entry.is_dir():
                 fsync_folder(entry)
                 continue
-            entry.chmod(usual)  # safetensors writes 0600 whatever the umask
+            entry.chmod(mode)  # safetensors writes files with mode 0600 and ignores the umask
             with entry.open("rb") as f:
                 os.fsync(f.fileno())
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    old = target.with_name(f".{target.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
+    replaced = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
-        target.rename(old)
+        target.rename(replaced)
     staging.rename(target)
     fsync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-    return worst
+    shutil.rmtree(replaced, ignore_errors=True)
+    return difference
 
 
 def check_target(target: Path) -> None:
-    """Refuses to replace anything but an earlier export: the folder may be somebody's model."""
+    """Raise UserError where `target` holds anything but an earlier export, because it may be a user's model."""
     if not target.exists() or (target / MARKER).is_file() or (target.is_dir() and not any(target.iterdir())):
         return
     raise UserError(
-        f"export.dir: {target} exists and is no export of this job (it has no {MARKER}). "
-        "Choose another folder, or remove it yourself."
+        f"export.dir: {target} exists and is not an export of this job (it has no {MARKER}). "
+        "Choose another folder, or remove this one yourself."
     )
 
 
@@ -113,6 +133,7 @@ def _write(
     folder: Path,
     ends: Sequence[int],
 ) -> None:
+    """Write the weights and the model's configuration into `folder`; `export` describes the arguments."""
     weights = _float32_weights(checkpoint)
     if adapter is None:
         _write_whole(weights, model, dtype, folder, ends)
@@ -135,16 +156,16 @@ def _write_whole(
     known = lm.generation_config.eos_token_id
     stops = list(dict.fromkeys([*([known] if isinstance(known, int) else known or []), *ends]))
     if set(ends) - {known if isinstance(known, int) else None}:
-        # A base model's end of text is not the end of turn that was learnt: without it generation ran to its limit.
+        # A base model has only an end of text: without the learnt end of turn its answers would not end.
         lm.generation_config.eos_token_id = stops
     lm.save_pretrained(folder)
 
 
 def _float32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The optimizer's master weights of all ranks put together, in host memory; what was frozen is not among them."""
+    """Return the optimizer's master weights of all ranks as whole tensors in host memory, without frozen weights."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    # It prints every file, and its bars.
+    # The function prints the name of every file and progress bars.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
             str(checkpoint.parent), tag=checkpoint.name, exclude_frozen_parameters=True
@@ -155,12 +176,24 @@ def _float32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 def _verify(
     folder: Path, base: ModelFolder | None, manifest: Manifest, dtype: torch.dtype, trained: torch.dtype
 ) -> float:
-    """Loads the folder as a user would and scores the probe; what differs from the live policy is refused.
+    """Load the exported folder as a user would and compare its log-probs with those of the trained policy.
 
-    base: of a folder of adapters.
+    Args:
+        folder: the exported folder.
+        base: the base model of a folder that holds adapters only; None for a whole model.
+        manifest: the checkpoint's manifest, which has the rows of the export check and the policy's log-probs.
+        dtype: the dtype of the exported weights.
+        trained: the dtype of the forward pass in training.
+
+    Returns:
+        The largest relative difference.
+
+    Raises:
+        RuntimeError: the log-probs differ by more than rounding explains.
     """
-    batches, said = export_check_batches(manifest.facts["probe"])
-    longest = max(int(batch.position_ids.max()) for batch in batches) + 2  # the last token of a response is no input
+    batches, expected = export_check_batches(manifest.facts["probe"])
+    # Two more than the last position: positions begin at 0, and the last token of a response is not an input.
+    longest = max(int(batch.position_ids.max()) for batch in batches) + 2
     lm = load_unsharded(base or inspect_folder(folder, "export.dir", longest), dtype=dtype)
     if base is not None:
         adapters.load_with_peft(lm, folder)
@@ -169,33 +202,50 @@ def _verify(
         sums = torch.cat([scorer(batch)[batch.units] for batch in batches])
     tokens = torch.cat([batch.counts[batch.units] for batch in batches])
     coarser = torch.bfloat16 if torch.bfloat16 in (dtype, trained) else dtype
-    times = float(RoundingTolerance.of(lm.config, coarser).times(sums, said, tokens).max())
-    worst = float(((sums - said).abs() / said.abs().clamp(min=1.0)).max())
+    times = float(RoundingTolerance.of_model(lm.config, coarser).ratio(sums, expected, tokens).max())
+    difference = float(((sums - expected).abs() / expected.abs().clamp(min=1.0)).max())
     if times > 1:
         raise RuntimeError(
-            f"the exported model's log-probs differ from the trained policy's by {worst:.2e} of their value, and by "
-            f"{times:.3g} times what rounding explains in {coarser}; nothing was exported"
+            f"the exported model's log-probs differ from the trained policy's by {difference:.2e} of their value, "
+            f"which is {times:.3g} times what rounding explains in {coarser}; nothing was exported"
         )
-    return worst
+    return difference
 
 
 def model_card(*, base: str, loss: dict[str, Any], step: int, run_id: str, adapter: bool) -> str:
-    """The README.md of an exported folder; adapter: it holds nothing else."""
+    """Return the README.md of an exported folder.
+
+    Args:
+        base: name or path of the model that training started from.
+        loss: the configuration of the loss.
+        step: the checkpoint's step.
+        run_id: id of the run.
+        adapter: whether the folder holds adapters only.
+    """
     options = json.dumps(loss, sort_keys=True)
-    library, what = ("peft", "Adapters trained beside") if adapter else ("transformers", "Trained from")
+    library, origin = ("peft", "Adapters trained for") if adapter else ("transformers", "Trained from")
     return (
         f"---\nbase_model: {base}\nlibrary_name: {library}\ntags: [prefopt_dist, {loss['name']}]\n---\n\n"
-        f"{what} `{base}` with prefopt_dist {__version__}, loss `{options}`, {step} steps, run `{run_id}`.\n"
+        f"{origin} `{base}` with prefopt_dist {__version__}, loss `{options}`, {step} steps, run `{run_id}`.\n"
     )
 
 
 EXPORT_CHECK_ROWS = 4
+"""The number of rows on which the exported model is compared with the trained policy."""
 
 
 def record_export_check(engine: Any, data: ScoredRows, responses: int) -> dict[str, Any]:
-    """All ranks: scores the first rows of the data set; plain values for the checkpoint's manifest.
+    """Score the first rows of the data set for the checkpoint's manifest (all ranks call it).
 
-    One row a micro-batch: that each fits the token budget by itself is all that is known of them.
+    Each row is a micro-batch of its own, because only single rows are known to fit into the token budget.
+
+    Args:
+        engine: the DeepSpeed engine.
+        data: the data set.
+        responses: the number of responses of a unit.
+
+    Returns:
+        Token ids of the prompts and responses, and the log-probs of the responses, as plain values.
     """
     units = data.units(range(min(EXPORT_CHECK_ROWS, data.rows.n)), responses)
     was_training = engine.module.training
@@ -212,7 +262,14 @@ def record_export_check(engine: Any, data: ScoredRows, responses: int) -> dict[s
 
 
 def export_check_batches(probe: dict[str, Any]) -> tuple[list[MicroBatch], torch.Tensor]:
-    """The probe's micro-batches of a row each, on the CPU, and float64 [U, R], what the policy said of them."""
+    """Return the micro-batches of the export check, one row in each and on the CPU, and the policy's log-probs.
+
+    Args:
+        probe: the result of `record_export_check`.
+
+    Returns:
+        The micro-batches, and the log-probs as float64 [U, R].
+    """
     import numpy as np
 
     units = [

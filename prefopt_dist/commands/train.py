@@ -85,7 +85,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
             say(f"stopped on request {where}; start again to go on")
             return
         if isinstance(answers, NotAnswered):
-            say(f"answers: none, so the run ends without a verdict on them: {answers.why}")
+            say(f"answers: none, so the run ends without a verdict on them: {answers.reason}")
         if ranks.rank() == 0:
             folder.note(
                 data=prepare_data.data_facts(train, evals),
@@ -109,11 +109,11 @@ def run(config: Config, asked: Requests | None = None) -> None:
         ranks.run_on_rank_zero(lambda: own_answers.remove_outdated(folder, answers, start))
         in_between = None
         if isinstance(answers, OwnAnswers) and config.answers_every_steps is not None:
-            in_between = partial(answers.between, engine)
+            in_between = partial(answers.intermediate_metrics, engine)
         job = loop.Job(
             engine=engine,
             objective=objective,
-            rounding=RoundingTolerance.of(models.policy.config, models.dtype),
+            rounding=RoundingTolerance.of_model(models.policy.config, models.dtype),
             train=scored,
             eval_sets=dict(zip(evals, others, strict=True)),
             order=order,

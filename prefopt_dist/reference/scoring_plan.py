@@ -1,11 +1,11 @@
-"""The first pass as a plan: which sequences are computed together.
+"""The plan of the first pass: which sequences are computed together in a micro-batch.
 
-The same sequences packed differently differ in their last bits. So that an interrupted pass ends with the
-bits of an uninterrupted one, its micro-batches are fixed at its first start, saved beside the shards, and
-scored whole; a micro-batch is done when all its rows are in the store.
+A sequence's log-prob differs in its last bits when it is packed differently. An interrupted pass must end with the
+same bits as an uninterrupted one. So the micro-batches are fixed at the first start, saved beside the shards, and
+always computed whole; a micro-batch is done when all its sequences are in the store.
 
-A start under a smaller budget, as after running out of memory, leaves out the saved micro-batches that exceed it:
-what is missing of them is planned anew, and what is stored of them stays, as any packing's value is the sequence's.
+A start with a smaller budget, for example after running out of memory, skips the saved micro-batches that exceed it.
+Their missing sequences get a new plan, and their stored values stay, since the value of any packing is valid.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from prefopt_dist.files import write_atomic
 
 @dataclass(frozen=True)
 class Location:
-    """Where a sequence's tokens are."""
+    """The place of a sequence in the data sets."""
 
     data_set: int
     row: int
     response: int
 
     def unit(self, sets: Sequence[TokenisedRows], number: int) -> Unit:
-        """The sequence as a unit of its own, numbered `number`."""
+        """Return the sequence as a unit of its own with the row number `number`."""
         return sets[self.data_set].unit(self.row, (self.response,), number)
 
     def digest(self, sets: Sequence[TokenisedRows]) -> bytes:
-        """The sequence's key in the store."""
+        """Return the sequence's key in the store."""
         digest: bytes = sets[self.data_set].digests[self.row, self.response].tobytes()
         return digest
 
 
 ScoringPlan = list[list[Location]]
-"""Micro-batches, large ones first."""
+"""The micro-batches, large ones first."""
 
 
 def sequences_needed(sets: Sequence[TokenisedRows], responses: int) -> dict[bytes, Location]:
-    """Each distinct sequence of the data sets once, by digest, at its first place."""
+    """Return the first place of each distinct sequence of the data sets, by digest."""
     found: dict[bytes, Location] = {}
     for s, rows in enumerate(sets):
         flat = rows.digests[:, :responses].tobytes()
@@ -61,10 +61,10 @@ def sequences_needed(sets: Sequence[TokenisedRows], responses: int) -> dict[byte
 
 
 def make_plan(missing: Mapping[bytes, Location], sets: Sequence[TokenisedRows], budget: int) -> ScoringPlan:
-    """Packs the missing sequences into micro-batches of at most `budget` tokens, sequences of a prompt together.
+    """Pack the missing sequences into micro-batches of at most `budget` tokens, sequences of a prompt together.
 
-    A pure function of its arguments. Groups of one prompt that exceed the budget are split; a sequence that
-    exceeds it alone is its own micro-batch.
+    It is a pure function. Groups of one prompt that exceed the budget are split; a sequence that alone exceeds it is
+    its own micro-batch.
     """
     places = list(missing.values())
     units = [p.unit(sets, i) for i, p in enumerate(places)]
@@ -72,18 +72,18 @@ def make_plan(missing: Mapping[bytes, Location], sets: Sequence[TokenisedRows], 
 
 
 def fits(micro_batch: Sequence[Location], sets: Sequence[TokenisedRows], budget: int) -> bool:
-    """Whether `make_plan` could make this micro-batch under the budget; true of all that it made under the same one."""
+    """Return whether `make_plan` could make this micro-batch; True for all that it made with the same budget."""
     return len(micro_batch) == 1 or packed_tokens([p.unit(sets, i) for i, p in enumerate(micro_batch)]) <= budget
 
 
 def plan_name(sets: Sequence[TokenisedRows], responses: int) -> str:
-    """Names the plans of these data sets: the locations in a plan hold for these and no others."""
+    """Return the name of the plans of these data sets; the locations in a plan are valid for these data sets only."""
     content = "\n".join([str(responses), *(rows.report.digest for rows in sets)])
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def save_plan(folder: Path, name: str, plan: ScoringPlan) -> Path:
-    """Writes the plan beside the shards, under the next free number of its name."""
+    """Write the plan beside the shards, under the next free number of its name."""
     number = 1 + max((int(p.stem.rpartition("-")[2]) for p in plan_files(folder, name)), default=-1)
     path = folder / f"plan-{name}-{number:04d}.npz"
     ends = np.cumsum([len(m) for m in plan], dtype=np.int64)
@@ -96,16 +96,16 @@ def save_plan(folder: Path, name: str, plan: ScoringPlan) -> Path:
 
 
 def plan_files(folder: Path, name: str) -> list[Path]:
-    """The saved plans of this name, oldest first."""
+    """Return the saved plans of this name, oldest first."""
     return sorted(folder.glob(f"plan-{name}-????.npz"))
 
 
 def read_plan(path: Path) -> ScoringPlan:
-    """A saved plan; a damaged file is refused with its remedy."""
+    """Read a saved plan; raise UserError where the file is damaged."""
     try:
         with np.load(path) as saved:
             ends, places, check = saved["ends"], saved["places"], saved["check"]
-    except Exception as e:  # zipfile and numpy have many ways to say that a file is not theirs
+    except Exception as e:  # zipfile and numpy raise many kinds of exceptions for a damaged file
         raise UserError(_damaged(path)) from e
     if not np.array_equal(check, _check(ends, places)):
         raise UserError(_damaged(path))
@@ -120,4 +120,4 @@ def _check(ends: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.uin
 
 
 def _damaged(path: Path) -> str:
-    return f"{path} is damaged. Remove it: the pass is planned anew for what the store still lacks."
+    return f"{path} is damaged. Remove it; a new plan is made for what the store still lacks."

@@ -1,4 +1,4 @@
-"""The reference store: one value per sequence and weights, on disk, and the lock of who scores."""
+"""The reference store: on disk, one value for each sequence and weights; and the lock of the job that scores."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ CHECK_BYTES = 16
 
 
 class Score(NamedTuple):
-    """What the reference says of one sequence."""
+    """The reference's log-prob of one sequence."""
 
     sum: float
-    """Σ log π_ref over the response's tokens, in nats"""
+    """Σ log π_ref over the response's scored tokens, in nats."""
     tokens: int
-    """of the response"""
+    """Scored tokens of the response."""
 
 
 @dataclass(frozen=True)
 class ReferenceStore:
-    """The shards of one key."""
+    """The shards of one key, that is, of one reference."""
 
     folder: Path
-    """<reference.store>/<key>"""
+    """The folder <reference.store>/<key>."""
 
     def make_folder(self) -> None:
-        """The store's folder exists, empty where nothing is scored yet."""
+        """Make the store's folder if it does not exist; raise UserError where it cannot be made."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -54,7 +54,7 @@ class ReferenceStore:
             ) from e
 
     def commit(self, scores: dict[bytes, Score]) -> Path:
-        """Adds a shard; it is there whole and durable when this returns, under a number that nobody else has."""
+        """Write a shard under a number that no other writer has; it is complete and durable when this returns."""
         self.make_folder()
         rows = np.zeros(len(scores), dtype=ROW)
         for i, (digest, score) in enumerate(scores.items()):
@@ -71,13 +71,13 @@ class ReferenceStore:
             temporary.unlink(missing_ok=True)
 
     def _claim(self, temporary: Path) -> Path:
-        """A link fails where the name exists, so no writer can take another's number."""
+        """Link the file under the next free number; a link fails where the name exists, so no number is taken twice."""
         number = 1 + max((int(p.stem.removeprefix("rows-")) for p in self.shards()), default=-1)
         while True:
             shard = self.folder / f"rows-{number:08d}.bin"
-            # A damaged shard keeps its number, or rows of a later shard would move before those of an earlier.
+            # A damaged shard keeps its number: else rows of a later shard would come before those of an earlier one.
             if not self._set_aside_name(shard).exists():
-                # Another writer may take the number first; then the next one is tried.
+                # Where another writer takes the number first, the next one is tried.
                 with contextlib.suppress(FileExistsError):
                     os.link(temporary, shard)
                     fsync_folder(self.folder)
@@ -85,11 +85,11 @@ class ReferenceStore:
             number += 1
 
     def shards(self) -> list[Path]:
-        """The shards in the order in which they count."""
+        """Return the shards; where a sequence is in two of them, the value of the first one is used."""
         return sorted(self.folder.glob("rows-????????.bin"))
 
     def read(self) -> tuple[dict[bytes, Score], list[str]]:
-        """Every sound row by digest, and a message for each shard that was found damaged and set aside."""
+        """Return the valid rows by digest, and a message for each shard that was damaged and is now set aside."""
         scores: dict[bytes, Score] = {}
         messages = []
         for shard in self.shards():
@@ -99,7 +99,7 @@ class ReferenceStore:
                 if rows is None:
                     shard.rename(aside)
             except FileNotFoundError:
-                continue  # another job found the same damage, was quicker, and has said so
+                continue  # another job found the same damage first and has reported it
             if rows is None:
                 messages.append(
                     f"reference store: {shard} does not match its checksum; set aside as {aside.name}, "
@@ -121,7 +121,7 @@ def _check(content: bytes) -> bytes:
 
 
 def _rows(content: bytes) -> NDArray[np.void] | None:
-    """The rows of a shard's bytes, or None where they are not what was written."""
+    """Return the rows of a shard's bytes, or None where the bytes are damaged."""
     body, check = content[:-CHECK_BYTES], content[-CHECK_BYTES:]
     if check != _check(body) or not body.startswith(MAGIC) or (len(body) - len(MAGIC)) % ROW.itemsize:
         return None
@@ -129,38 +129,53 @@ def _rows(content: bytes) -> NDArray[np.void] | None:
 
 
 ROUND_SECONDS = 5.0
-"""Rank 0 tries for so long, then the ranks agree whether they were asked to stop."""
+"""Seconds for which rank 0 tries to take the lock before the ranks agree whether to stop."""
 TRY_SECONDS = 0.2
+"""Seconds between two tries."""
 REMIND_SECONDS = 300.0
+"""Seconds between two messages while waiting."""
 
 
 @contextmanager
 def scoring_lock(
     folder: Path, name: str, stop_asked: Callable[[], bool], what: str = "scoring these sequences"
 ) -> Iterator[None]:
-    """All ranks: from here to the end no other job does the work `name` in the folder; `what` tells it to people."""
+    """Hold the lock under which one job alone does the work `name` in the folder (all ranks enter it).
+
+    Where the file system has no locks, the work is done without one.
+
+    Args:
+        folder: the folder.
+        name: name of the work, in the lock file's name.
+        stop_asked: whether this rank was asked to stop.
+        what: the work, for the message to the user.
+
+    Raises:
+        StopRequested: a rank was asked to stop while waiting.
+    """
     lock = FileLock(folder / f"turn-{name}.lock")
-    told = -REMIND_SECONDS
+    reported_at = -REMIND_SECONDS
     try:
         while (holder := ranks.run_on_rank_zero(lambda: _try_for_a_while(lock))) is not None:
             if any(ranks.all_gather(stop_asked())):
                 raise StopRequested
-            if time.monotonic() - told > REMIND_SECONDS:
-                told = time.monotonic()
+            if time.monotonic() - reported_at > REMIND_SECONDS:
+                reported_at = time.monotonic()
                 say(f"another job ({holder}) is {what} in {folder}; waiting for it")
         yield
     finally:
-        lock.give_back()
+        lock.release()
 
 
 def _try_for_a_while(lock: FileLock) -> str | None:
+    """Try to take the lock for ROUND_SECONDS; return its holder, or None where it is taken or cannot exist."""
     deadline = time.monotonic() + ROUND_SECONDS
     while True:
         heartbeat.beat("waiting for another job on the same folder")
         try:
-            holder = lock.take()
+            holder = lock.acquire()
         except OSError as e:
-            say(f"{e}: jobs that start together may do the same work, each for itself")
+            say(f"{e}: no lock is possible here, so jobs that start together may each do the same work")
             return None
         if holder is None or time.monotonic() > deadline:
             return holder

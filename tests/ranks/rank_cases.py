@@ -526,7 +526,7 @@ def other_reference_is_refused(folder: Path) -> dict:
     for name, change in (("right", 0.0), ("wrong", 0.01)):
         reference = scored.reference.clone()
         reference[5, 1] -= change
-        gate = Step0Check(objective, RoundingTolerance.of(models.policy.config, torch.float32), ranks.device())
+        gate = Step0Check(objective, RoundingTolerance.of_model(models.policy.config, torch.float32), ranks.device())
         batch = step_batch(ScoredRows(scored.rows, reference), list(range(G)), 2, 150)
         sums, _ = step.reduce_metrics(step.forward_backward(engine, batch, objective, gate), Request(False, False))
         try:

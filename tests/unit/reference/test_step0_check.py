@@ -28,7 +28,7 @@ def units(off: float, reference: float = -100.0, tokens: int = 1) -> tuple[Terms
 
 
 def decide(off: float, loss: float = math.log(2), *, dtype: torch.dtype = torch.float32, **more: Any) -> None:
-    gate = Step0Check(DPO(0.1), RoundingTolerance.of(LlamaConfig(), dtype), torch.device("cpu"))
+    gate = Step0Check(DPO(0.1), RoundingTolerance.of_model(LlamaConfig(), dtype), torch.device("cpu"))
     gate.add(*units(0.0))
     gate.add(*units(off, **more))
     nothing = torch.zeros(0, 2)
@@ -49,7 +49,7 @@ def test_the_gate_lets_the_start_pass(one_rank: None, dtype: torch.dtype) -> Non
 def test_a_router_s_last_bit_is_rounding(config: PreTrainedConfig, allowed: float) -> None:
     """0.1 nats times the root of 4 tokens in float32, where there are experts."""
     live, stored = torch.tensor([0.5], dtype=torch.float64), torch.tensor([0.0], dtype=torch.float64)
-    times = RoundingTolerance.of(config, torch.float32).times(live, stored, torch.tensor([4.0]))
+    times = RoundingTolerance.of_model(config, torch.float32).ratio(live, stored, torch.tensor([4.0]))
     assert times.item() == pytest.approx(0.5 / allowed)
 
 
@@ -79,6 +79,6 @@ def test_the_gate_refuses_another_loss(one_rank: None, loss: float) -> None:
 
 def test_the_gate_of_a_loss_without_a_closed_form(one_rank: None) -> None:
     """Any loss passes for it, where one with a closed form refuses the same number."""
-    Step0Check(SFT(), RoundingTolerance.of(LlamaConfig(), torch.float32), torch.device("cpu")).decide(3.0)
+    Step0Check(SFT(), RoundingTolerance.of_model(LlamaConfig(), torch.float32), torch.device("cpu")).decide(3.0)
     with pytest.raises(UserError, match="the loss is 3"):
-        Step0Check(DPO(0.1), RoundingTolerance.of(LlamaConfig(), torch.float32), torch.device("cpu")).decide(3.0)
+        Step0Check(DPO(0.1), RoundingTolerance.of_model(LlamaConfig(), torch.float32), torch.device("cpu")).decide(3.0)
