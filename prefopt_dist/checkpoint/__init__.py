@@ -1,1 +1,1 @@
-"""Checkpoints: saved all or not at all, loaded, resharded, exported; the run folder."""
+"""Checkpoints, which are committed whole or not at all, their loading, resharding and export, and the run folder."""

@@ -1,4 +1,4 @@
-"""Find the newest sound checkpoint and load it."""
+"""Search for the newest intact checkpoint, and its loading."""
 
 import random
 import shutil
@@ -17,7 +17,7 @@ from prefopt_dist.checkpoint.manifest import (
     find_damage,
     read_manifest,
 )
-from prefopt_dist.checkpoint.save import _owner, committed, folder_name
+from prefopt_dist.checkpoint.save import committed, folder_name, owner_rank
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.monitoring.console import say
@@ -25,17 +25,20 @@ from prefopt_dist.monitoring.console import say
 
 @dataclass(frozen=True)
 class Loaded:
-    """Where a resumed run goes on."""
+    """The point from which a resumed run goes on."""
 
     step: int
     state: dict[str, Any]
-    """As it was given to `save`; equal on all ranks."""
+    """The state that was passed to `save`, equal on all ranks."""
 
 
 def find_newest(root: Path) -> Manifest | None:
-    """All ranks: the newest sound checkpoint, of any number of ranks; damaged ones are set aside, loudly.
+    """Return the manifest of the newest intact checkpoint, or None where there never was one (all ranks call it).
 
-    None where there never was one. Where all are damaged the run does not silently start over.
+    It may have been written by any number of ranks. Damaged checkpoints are set aside with a message.
+
+    Raises:
+        UserError: all checkpoints are damaged. The run must not silently start over.
     """
     ranks.run_on_rank_zero(lambda: _sweep(root))
     while True:
@@ -54,14 +57,19 @@ def find_newest(root: Path) -> Manifest | None:
 
 
 def load(engine: Any, root: Path, manifest: Manifest) -> Loaded:
-    """All ranks: puts the checkpoint that `find` found into the engine, and this rank's random states in place.
+    """Load the checkpoint of `find_newest` into the engine and restore this rank's random states (all ranks call it).
 
-    The number of ranks that wrote it resumes with the same bits; another number through a converted form.
+    With the number of ranks that wrote it the run resumes bit for bit. Another number of ranks loads a converted form.
+
+    Args:
+        engine: the DeepSpeed engine.
+        root: the folder of the checkpoints.
+        manifest: the checkpoint's manifest.
     """
     folder = root / folder_name(manifest.step)
     if manifest.world_size != ranks.world_size():
         return Loaded(step=manifest.step, state=resharding.load(engine, folder, manifest))
-    # Strict means that frozen parameters, which are not in it, must be there.
+    # Strict loading requires frozen parameters too, which a checkpoint does not contain.
     whole = all(p.requires_grad for p in engine.module.parameters())
     path, saved = engine.load_checkpoint(str(root), tag=folder.name, load_module_strict=whole)
     assert path is not None, f"DeepSpeed found nothing in {folder}"
@@ -70,14 +78,20 @@ def load(engine: Any, root: Path, manifest: Manifest) -> Loaded:
 
 
 def _sweep(root: Path) -> None:
-    """Rank 0: removes what a kill in the middle of a removal or a conversion left."""
-    for left in root.glob(f"{REMOVING}*"):
-        shutil.rmtree(left)
-    resharding.sweep(root, {folder.name for folder in committed(root)})
+    """Remove the remains of a removal or a conversion that a kill interrupted (rank 0 calls it)."""
+    for leftover in root.glob(f"{REMOVING}*"):
+        shutil.rmtree(leftover)
+    resharding.remove_stale(root, {folder.name for folder in committed(root)})
 
 
 def _newest(root: Path) -> tuple[Path, Manifest] | None:
-    """Rank 0: the newest checkpoint whose manifest is sound and whose files are there with their sizes."""
+    """Return the newest checkpoint with an intact manifest, and set aside those without (rank 0 calls it).
+
+    Its files are not checked here.
+
+    Raises:
+        UserError: there are only damaged checkpoints.
+    """
     for folder in reversed(committed(root)):
         manifest = read_manifest(folder)
         if manifest is None:
@@ -87,24 +101,27 @@ def _newest(root: Path) -> tuple[Path, Manifest] | None:
     aside = sorted(p.name for p in root.glob("damaged-step-????????"))
     if aside:
         raise UserError(
-            f"{root}: no checkpoint is sound; set aside are {', '.join(aside)}. Bring one back from a copy under its "
-            "name without 'damaged-', or remove these folders to start over from the first step."
+            f"{root}: all checkpoints are damaged, and were set aside as {', '.join(aside)}. Restore one from a backup "
+            "under its name without 'damaged-', or remove these folders to start over from the first step."
         )
     return None
 
 
 def _damage(folder: Path, manifest: Manifest) -> str:
-    """This rank looks at the files that it is going to read; of another number of ranks' at its share of all."""
+    """Return what is wrong with the checkpoint's files, or an empty string (all ranks call it).
+
+    This rank checks the files that it will read or, of a checkpoint of another number of ranks, its share of all files.
+    """
     if manifest.world_size != ranks.world_size():
-        return resharding.look_at_share(folder, manifest)
-    names = [n for n in manifest.files if _owner(n) in (ranks.rank(), 0)]
-    # A disk that cannot be read now is no damaged checkpoint: that ends the job, and nothing is set aside.
+        return resharding.check_share(folder, manifest)
+    names = [n for n in manifest.files if owner_rank(n) in (ranks.rank(), 0)]
+    # A disk error while reading does not prove damage: it ends the job, and nothing is set aside.
     return ranks.run_on_all_ranks(lambda: find_damage(folder, manifest, names))
 
 
 def _set_aside(folder: Path, why: str) -> None:
     aside = folder.with_name(f"damaged-{folder.name}")
-    say(f"checkpoint {folder.name}: {why}; set aside as {aside.name}, going on from an older one")
+    say(f"checkpoint {folder.name} is damaged: {why}. It is set aside as {aside.name}; trying an older checkpoint.")
     if aside.exists():
         shutil.rmtree(aside)
     folder.rename(aside)

@@ -1,4 +1,4 @@
-"""Sums and manifest of a folder that is committed all or not at all."""
+"""Checksums and manifest of a folder that is committed whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ SCHEMA = 3
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is in a committed checkpoint."""
+    """The content of a committed checkpoint."""
 
     step: int
     world_size: int
-    """Of the ranks that wrote the checkpoint."""
+    """The number of ranks that wrote the checkpoint."""
     files: dict[str, dict[str, Any]]
-    """name → {bytes, xxh3}"""
+    """{bytes, xxh3} of each file by its name."""
     facts: dict[str, Any]
-    """What belongs to the run as a whole: the reference key, the export probe."""
+    """Facts about the run as a whole: the key of the reference, the rows of the export check."""
 
     def text(self) -> str:
-        """The manifest file: its content and a checksum over it."""
+        """Return the text of the manifest file: the content and its checksum."""
         content = json.dumps(
             {
                 "schema": SCHEMA,
@@ -53,7 +53,11 @@ def _sealed(content: str) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a committed checkpoint, or None where it is missing or any byte of it is damaged."""
+    """Return the manifest of a committed checkpoint, or None where it is missing or any byte of it is damaged.
+
+    Raises:
+        UserError: another version of the program wrote it in another format.
+    """
     try:
         text = (folder / MANIFEST).read_bytes().decode()
         content = json.loads(text)["content"]
@@ -64,75 +68,90 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     if inner["schema"] != SCHEMA:
         raise UserError(
-            f"{folder} has the checkpoint format {inner['schema']}, this version of prefopt_dist reads {SCHEMA}. "
-            "Go on with the version that wrote it, or start a new run."
+            f"{folder} has the checkpoint format {inner['schema']}, but this version of prefopt_dist reads format "
+            f"{SCHEMA}. Continue the run with the version that wrote it, or start a new run."
         )
     return Manifest(inner["step"], inner["world_size"], inner["files"], inner["facts"])
 
 
 def find_damage(folder: Path, manifest: Manifest, names: list[str]) -> str:
-    """What is wrong with the named files, or an empty string."""
+    """Return what is wrong with the named files of the folder, or an empty string."""
     for name in names:
-        file, said = folder / name, manifest.files[name]
-        if not file.is_file() or file.stat().st_size != said["bytes"]:
+        file, expected = folder / name, manifest.files[name]
+        if not file.is_file() or file.stat().st_size != expected["bytes"]:
             return f"{name} is missing or of another size"
-        if file_sum(file) != said["xxh3"]:
+        if file_checksum(file) != expected["xxh3"]:
             return f"{name} does not match its checksum"
     return ""
 
 
-def share(sizes: Mapping[str, int], rank: int, ranks: int) -> list[str]:
-    """The names that fall to `rank` when all are dealt out, each to who has least; the same deal on every rank."""
-    mine: list[str] = []
+def share_of_rank(sizes: Mapping[str, int], rank: int, ranks: int) -> list[str]:
+    """Return the names that are assigned to `rank`.
+
+    Each name in turn, the largest first, goes to the rank with the least so far. All ranks compute the same assignment.
+
+    Args:
+        sizes: size of each file or parameter by its name.
+        rank: this rank.
+        ranks: the number of ranks.
+    """
+    assigned: list[str] = []
     load = [0] * ranks
     for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
         least = load.index(min(load))
         load[least] += sizes[name]
         if least == rank:
-            mine.append(name)
-    return mine
+            assigned.append(name)
+    return assigned
 
 
 def remove(folder: Path) -> None:
-    """A committed folder loses its name before its files, so that no half of one is ever under its name."""
-    doomed = folder.with_name(f"{REMOVING}{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)  # of a kill in the middle of an earlier removal
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    """Remove a committed folder.
+
+    It is renamed before its files are deleted, so that a partial folder never has its name.
+    """
+    renamed = folder.with_name(f"{REMOVING}{folder.name}")
+    shutil.rmtree(renamed, ignore_errors=True)  # a kill may have interrupted an earlier removal
+    folder.rename(renamed)
+    shutil.rmtree(renamed)
 
 
 _CHUNK_BYTES = 4 << 20
 
 
-class SummedFile:
-    """A new file; torch.save takes it for one.
+class ChecksummedFile:
+    """A new file that computes its checksum while it is written; torch.save accepts it as a file.
 
-    A failing write is kept until `close`: torch's writer would hide it behind words of its own.
+    The error of a failed write is kept until `close`, because torch's writer would replace it by another message.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
-        self._sum = xxhash.xxh3_128()
+        self._checksum = xxhash.xxh3_128()
         self._bytes = 0
         self._fault: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """All of it, a bytes-like object; its number of bytes."""
+        """Write a whole bytes-like object and return its number of bytes."""
         size = memoryview(data).nbytes
         if self._fault is None:
             try:
                 self._file.write(data)
             except OSError as e:
                 self._fault = e
-            self._sum.update(data)
+            self._checksum.update(data)
             self._bytes += size
         return size
 
     def flush(self) -> None:
-        """Nothing: `close` makes it durable."""
+        """Do nothing, because `close` makes the file durable."""
 
     def close(self) -> dict[str, Any]:
-        """Makes it durable; {bytes, xxh3} for the manifest. Raises what the first failing write raised."""
+        """Make the file durable and return its {bytes, xxh3} for the manifest.
+
+        Raises:
+            OSError: the error of the first failed write.
+        """
         try:
             if self._fault is None:
                 self._file.flush()
@@ -141,17 +160,17 @@ class SummedFile:
             self._fault = e
         try:
             self._file.close()
-        except OSError as e:  # what is still in the buffer after a failing write
+        except OSError as e:  # closing writes the rest of the buffer, which fails again after a failed write
             self._fault = self._fault or e
         if self._fault is not None:
             raise self._fault
-        return {"bytes": self._bytes, "xxh3": self._sum.hexdigest()}
+        return {"bytes": self._bytes, "xxh3": self._checksum.hexdigest()}
 
 
-def file_sum(path: Path) -> str:
-    """The checksum of a file that is there."""
-    found = xxhash.xxh3_128()
+def file_checksum(path: Path) -> str:
+    """Return the checksum of an existing file, as in the manifest."""
+    checksum = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
-            found.update(chunk)
-    return found.hexdigest()
+            checksum.update(chunk)
+    return checksum.hexdigest()

@@ -1,9 +1,10 @@
-"""A checkpoint for another number of ranks: converted once to whole parameters, of which a rank maps its share.
+"""Conversion of a checkpoint for another number of ranks.
 
-`checkpoints/universal-step-00000100/` lies beside `step-00000100` and is made of it: a file a parameter, float32
-[3, n] little-endian, master weight and Adam's two moments of the flattened parameter without padding. Like a
-checkpoint it stands under its name only when it is whole. It is a cache: a damaged one is made anew, and the next
-committed checkpoint supersedes it.
+It is converted once to whole parameters, of which each rank maps its share. The converted form
+`checkpoints/universal-step-00000100/` lies beside `step-00000100`. It has a file for each parameter, float32 [3, n]
+little-endian: the master weight and Adam's two moments of the flattened parameter without padding. Like a checkpoint it
+has its name only when it is complete. It is a cache: a damaged one is converted again, and it is removed when the next
+checkpoint is committed.
 
 Legend: R ranks of the checkpoint, n elements of a parameter.
 """
@@ -22,47 +23,64 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefopt_dist.checkpoint.manifest import MANIFEST, Manifest, SummedFile, find_damage, read_manifest, remove, share
+from prefopt_dist.checkpoint.manifest import (
+    MANIFEST,
+    ChecksummedFile,
+    Manifest,
+    find_damage,
+    read_manifest,
+    remove,
+    share_of_rank,
+)
 from prefopt_dist.distributed import partitions, ranks
 from prefopt_dist.distributed.partitions import MASTER, STATES
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import checksum, fsync_folder, write_atomic
-from prefopt_dist.monitoring.console import Progress, in_units, say
+from prefopt_dist.monitoring.console import Progress, format_bytes, say
 
 PREFIX = "universal-"
 STAGING = ".converting"
 CHUNK = 4 << 20
-"""Elements that are in memory at once while a parameter is written."""
+"""The number of elements that are in memory at once while a parameter is written."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a parameter lies in the checkpoint's shards."""
+    """The position of a parameter in the checkpoint's shards."""
 
     sub_group: int
     offset: int
-    """In the sub-group's flat tensors, the same in every rank's."""
+    """The offset in the sub-group's flat tensor, the same for every rank."""
     part: int
-    """Elements of each rank's part; the last parts may reach beyond n."""
+    """The number of elements of each rank's part; the last parts may extend beyond n."""
     n: int
     step: int
-    """Adam's count."""
+    """Adam's step count."""
 
 
 @dataclass(frozen=True)
 class ReshardingPlan:
-    """What rank 0 read of the checkpoint for all."""
+    """The plan of a conversion, which rank 0 reads from the checkpoint for all ranks."""
 
     pieces: dict[str, Piece]
+    """The position of each parameter by its name."""
     facts: dict[str, Any]
-    """For the converted form's manifest."""
+    """The facts for the converted form's manifest."""
 
 
 def load(engine: Any, source: Path, manifest: Manifest) -> dict[str, Any]:
-    """All ranks: puts the sound checkpoint `source` of another number of ranks into the engine; its state.
+    """Load an intact checkpoint of another number of ranks into the engine (all ranks call it).
 
-    Random states are new on every rank, made of those of the checkpoint's rank 0, the step and this rank: the same
-    again at the same resume, and no two ranks alike.
+    The random states are new: each rank's are computed from those of the checkpoint's rank 0, the step, the number of
+    ranks and this rank. They differ between ranks and are the same when the same resume is repeated.
+
+    Args:
+        engine: the DeepSpeed engine.
+        source: the checkpoint's folder.
+        manifest: its manifest.
+
+    Returns:
+        The state that was passed to `save`.
     """
     folder, form = prepare(source, manifest)
     facts = form.facts
@@ -81,25 +99,36 @@ def load(engine: Any, source: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def prepare(source: Path, manifest: Manifest) -> tuple[Path, Manifest]:
-    """All ranks: the converted form of a sound checkpoint, from an earlier start where every byte of it is right."""
+    """Return folder and manifest of an intact checkpoint's converted form (all ranks call it).
+
+    The form of an earlier start is used where every byte of it is right; otherwise it is converted again.
+    """
     target = source.with_name(PREFIX + source.name)
-    form = ranks.run_on_rank_zero(lambda: _made_of(target, source))
+    form = ranks.run_on_rank_zero(lambda: _read_form(target, source))
     if form is not None:
-        faults = [f for f in ranks.all_gather(look_at_share(target, form)) if f]
+        faults = [f for f in ranks.all_gather(check_share(target, form)) if f]
         if not faults:
             return target, form
-        say(f"{target.name}: {'; '.join(faults)}; made anew")
+        say(f"{target.name} is damaged: {'; '.join(faults)}; converting again")
     return target, _convert(source, manifest, target)
 
 
-def look_at_share(folder: Path, manifest: Manifest) -> str:
-    """All ranks: each looks at its share of the files, so that together they look at every byte once."""
-    mine = share({n: f["bytes"] for n, f in manifest.files.items()}, ranks.rank(), ranks.world_size())
+def check_share(folder: Path, manifest: Manifest) -> str:
+    """Return what is wrong with this rank's share of the folder's files, or an empty string (all ranks call it).
+
+    Together the ranks check every byte once.
+    """
+    mine = share_of_rank({n: f["bytes"] for n, f in manifest.files.items()}, ranks.rank(), ranks.world_size())
     return ranks.run_on_all_ranks(lambda: find_damage(folder, manifest, mine))
 
 
-def sweep(root: Path, steps: set[str]) -> None:
-    """Rank 0: removes what a kill in the middle left, and forms of checkpoints that are not among `steps`."""
+def remove_stale(root: Path, steps: set[str]) -> None:
+    """Remove the remains of an interrupted conversion and outdated converted forms (rank 0 calls it).
+
+    Args:
+        root: the folder of the checkpoints.
+        steps: names of the checkpoints whose converted forms are kept.
+    """
     shutil.rmtree(root / STAGING, ignore_errors=True)
     for folder in root.glob(f"{PREFIX}step-????????"):
         if folder.name.removeprefix(PREFIX) not in steps:
@@ -110,17 +139,17 @@ def _file(name: str) -> str:
     return f"{name}.f32"
 
 
-def _made_of(target: Path, source: Path) -> Manifest | None:
-    """Rank 0: the manifest of a form that was made of this very checkpoint, or None."""
+def _read_form(target: Path, source: Path) -> Manifest | None:
+    """Return the manifest of the converted form if it was made from this checkpoint, else None (rank 0 calls it)."""
     try:
         form = read_manifest(target)
-    except UserError:  # of another version: a cache is no reason to stop
+    except UserError:  # another version wrote it; a cache must not stop the job
         return None
     return form if form is not None and form.facts["source"] == checksum(source / MANIFEST) else None
 
 
 def _convert(source: Path, manifest: Manifest, target: Path) -> Manifest:
-    """All ranks: each writes its share of the parameters, rank 0 commits."""
+    """Convert the checkpoint and return the form's manifest: each rank writes its share, and rank 0 commits."""
     root = target.parent
     staging = root / STAGING
 
@@ -134,18 +163,18 @@ def _convert(source: Path, manifest: Manifest, target: Path) -> Manifest:
     total = sum(4 * len(STATES) * piece.n for piece in plan.pieces.values())
     say(
         f"{source.name} was written by {manifest.world_size} ranks and this job has {ranks.world_size()}: "
-        f"converting {in_units(total)}"
+        f"converting {format_bytes(total)}"
     )
     try:
         mine = ranks.run_on_all_ranks(lambda: _write_share(source, manifest.world_size, plan, staging))
     except Exception:
         if ranks.rank() == 0:
-            shutil.rmtree(staging, ignore_errors=True)  # a full disk gets its room back
+            shutil.rmtree(staging, ignore_errors=True)  # the disk may be full
         raise
     reports = ranks.all_gather(mine)
 
     def commit() -> Manifest:
-        files = {name: said for report in reports for name, said in report.items()}
+        files = {name: entry for report in reports for name, entry in report.items()}
         assert files.keys() == {_file(name) for name in plan.pieces}
         form = Manifest(manifest.step, manifest.world_size, files, plan.facts)
         write_atomic(staging / MANIFEST, form.text())
@@ -159,14 +188,20 @@ def _convert(source: Path, manifest: Manifest, target: Path) -> Manifest:
 
 
 def _shard(source: Path, rank: int, what: str) -> Any:
-    """A rank's file, mapped: of its tensors only what is touched is read."""
+    """Return the content of a rank's file; its tensors are mapped, so that only the parts that are used are read.
+
+    Args:
+        source: the checkpoint's folder.
+        rank: the rank that wrote the file.
+        what: model or optim.
+    """
     (file,) = source.glob(f"*zero_pp_rank_{rank}_mp_rank_00_{what}_states.pt")
-    # Not weights_only: DeepSpeed pickles objects of its own; the file is ours and its checksum was right.
+    # Without weights_only, because DeepSpeed pickles objects of its own. The file's checksum has been verified.
     return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
 
 
 def _plan(source: Path, manifest: Manifest) -> ReshardingPlan:
-    """Rank 0: from the files of the checkpoint's rank 0, where each parameter lies in the shards."""
+    """Return the position of each parameter, from the files of the checkpoint's rank 0 (rank 0 calls it)."""
     model = _shard(source, 0, "model")
     optimizer = _shard(source, 0, "optim")["optimizer_state_dict"]
     assert not model["frozen_param_shapes"], "only trained parameters are converted"
@@ -195,9 +230,9 @@ def _plan(source: Path, manifest: Manifest) -> ReshardingPlan:
 
 
 def _write_share(source: Path, world_size: int, plan: ReshardingPlan, staging: Path) -> dict[str, dict[str, Any]]:
-    """This rank's parameters; {file: {bytes, xxh3}}."""
-    shards = [_states_of(_shard(source, rank, "optim")) for rank in range(world_size)]
-    mine = share({name: piece.n for name, piece in plan.pieces.items()}, ranks.rank(), ranks.world_size())
+    """Write this rank's share of the parameters and return {bytes, xxh3} of each file by its name."""
+    shards = [_flat_states(_shard(source, rank, "optim")) for rank in range(world_size)]
+    mine = share_of_rank({name: piece.n for name, piece in plan.pieces.items()}, ranks.rank(), ranks.world_size())
     report = {}
     with Progress(len(mine), f"converting on rank 0 of {ranks.world_size()}", "parameters", ranks.rank()) as progress:
         for name in mine:
@@ -206,12 +241,12 @@ def _write_share(source: Path, world_size: int, plan: ReshardingPlan, staging: P
     return report
 
 
-def _states_of(shard: Any) -> dict[str, list[torch.Tensor]]:
-    """A rank's flat tensors by state and sub-group."""
+def _flat_states(shard: Any) -> dict[str, list[torch.Tensor]]:
+    """Return a rank's flat tensors, float32, by state and sub-group."""
     optimizer = shard["optimizer_state_dict"]
     adam = optimizer["optimizer_state_dict"]["state"]
     masters = optimizer["fp32_flat_groups"]
-    # Before the first update that was made (earlier ones may have been skipped) Adam has no moments: zeros.
+    # Adam has no moments before the first update, and early updates may have been skipped. They are zero then.
     return {MASTER: masters} | {
         s: [adam[i][s] if i in adam else torch.zeros_like(master) for i, master in enumerate(masters)]
         for s in STATES[1:]
@@ -219,12 +254,12 @@ def _states_of(shard: Any) -> dict[str, list[torch.Tensor]]:
 
 
 def _chunks(shards: list[dict[str, list[torch.Tensor]]], piece: Piece) -> Iterator[np.ndarray[Any, Any]]:
-    """A parameter's file, chunk by chunk: state after state, each from all ranks' parts without the padding."""
+    """Yield the content of a parameter's file in chunks: for each state all ranks' parts without the padding."""
     for state in STATES:
-        left = piece.n
+        remaining = piece.n
         for shard in shards:
-            here = min(piece.part, left)
-            left -= here
+            here = min(piece.part, remaining)
+            remaining -= here
             flat = shard[state][piece.sub_group].detach()
             assert flat.dtype == torch.float32, f"{state} is {flat.dtype}"
             for start in range(piece.offset, piece.offset + here, CHUNK):
@@ -233,15 +268,16 @@ def _chunks(shards: list[dict[str, list[torch.Tensor]]], piece: Piece) -> Iterat
 
 
 def _write(file: Path, chunks: Iterator[np.ndarray[Any, Any]]) -> dict[str, Any]:
-    """A durable file; {bytes, xxh3}."""
-    summed = SummedFile(file)
+    """Write a durable file and return its {bytes, xxh3}."""
+    checksummed = ChecksummedFile(file)
     for chunk in chunks:
-        summed.write(chunk)
-    return summed.close()
+        checksummed.write(chunk)
+    return checksummed.close()
 
 
 def _seed(text: str) -> None:
+    """Seed all random number generators of this rank by a hash of the text."""
     seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)  # of every device
+    torch.manual_seed(seed)  # it seeds every device

@@ -1,4 +1,7 @@
-"""The run folder: one run, one job at a time, and what is written about it. Rank 0 alone uses this."""
+"""The run folder, which holds one run and the records of it, and is used by one job at a time.
+
+Only rank 0 uses this module.
+"""
 
 from __future__ import annotations
 
@@ -18,84 +21,93 @@ from prefopt_dist.files import FileLock, read_json, write_atomic, write_json
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "wandb")
 START_FILES = ("run.json", "config.yaml", "STOPPED", "DONE")
-"""What a start changes before it does any work."""
+"""The files that a start changes before it does any work."""
 
 
 class RunFolder:
-    """Holds the folder's lock while it is open."""
+    """A run folder, whose lock is held while it is open."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = FileLock(path / ".lock")
-        self._began = False
+        self._new_run = False
         self._before: dict[str, bytes | None] | None = None
-        self._made: list[Path] = []
+        """Contents of files before this start, to restore them if it is discarded; None once it does work."""
+        self._created: list[Path] = []
+        """Folders that this start created."""
         self._facts: dict[str, Any] = {}
 
     @property
     def metrics(self) -> Path:
-        """metrics.jsonl"""
+        """Return the path of metrics.jsonl."""
         return self.path / "metrics.jsonl"
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What run.json says."""
+        """Return the content of run.json."""
         return self._facts
 
     def check_identity(self, config: Config) -> None:
-        """Refuses a folder that holds another run; writes nothing, the folder need not exist."""
+        """Raise UserError where the folder holds another run; write nothing (the folder need not exist)."""
         if not (self.path / "run.json").exists():
             return
         facts = read_json(self.path / "run.json")
         held = facts.get("identity") if isinstance(facts, dict) else None
         if not isinstance(held, dict):
             raise UserError(
-                f"run.dir: {self.path / 'run.json'} says nothing of its run's identity, as that of every run does; "
-                "put the file back, or choose another run.dir."
+                f"run.dir: {self.path / 'run.json'} has no `identity`, which every run has there. Restore the file, or "
+                "choose another run.dir."
             )
         changed = differing_keys(held, json.loads(json.dumps(identity(config))))
         if changed:
             raise UserError(
                 f"run.dir: {self.path} holds another run:\n  "
                 + "\n  ".join(changed)
-                + "\nChoose another run.dir, or put these keys back to go on with the run."
+                + "\nChoose another run.dir, or set these keys back to continue the run."
             )
 
     def open(self, config: Config, *, world_size: int, begins: bool = True, bare: bool = False) -> None:
-        """Takes the lock, checks the identity; where the stage `begins` or goes on with the run, notes the start.
+        """Lock the folder, check the run's identity and, where the stage begins or continues the run, note the start.
 
-        A stage that only looks at a run (begins False) changes nothing of its record, and needs one that exists, unless
-        a bare folder will do.
+        Args:
+            config: the configuration.
+            world_size: the number of ranks.
+            begins: whether the stage begins or continues the run. Otherwise it only reads the run, which must exist,
+                and leaves its record unchanged.
+            bare: whether a stage that does not begin the run also works in a folder without one.
+
+        Raises:
+            UserError: the folder holds another run or no run, is locked by another job, or cannot be written.
         """
         self.check_identity(config)
         if not begins and not bare and not (self.path / "run.json").exists():
-            raise UserError(f"run.dir: {self.path} holds no run. Give the folder of one, or train first.")
-        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            raise UserError(f"run.dir: {self.path} holds no run. Name the folder of a run, or train first.")
+        self._created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            self.check_identity(config)  # again: another run may have begun and ended meanwhile
+            self.check_identity(config)  # again, because another run may have begun and ended meanwhile
         except UserError:
             self.close()
             raise
         except OSError as e:
             raise UserError(f"run.dir: {self.path} cannot be written ({e.strerror}). Choose another folder.") from e
         if bare and not (self.path / "run.json").exists():
-            self._before, self._began = {}, True  # after a mistake nothing stays
+            self._before, self._new_run = {}, True  # so that `discard_unused` removes everything
             return
-        if begins and self.summary() is not None:  # done: the launcher would take an earlier stop for this start's
-            self.starts_beside()
+        if begins and self.summary() is not None:  # the run is done, and the launcher must not find an earlier stop
+            self.clear_earlier_stop()
         if not begins or self.summary() is not None:
             self._facts = read_json(self.path / "run.json")
             return
         self._begin(config, world_size)
 
     def reopen(self, config: Config, *, world_size: int) -> None:
-        """After `open`: more is asked of a run that was done, so it begins again and is not done until then."""
+        """Begin a finished run again, because more work is required of it (called after `open`)."""
         self._begin(config, world_size)
 
-    def starts_beside(self) -> None:
-        """After `open`, of a stage that works here and leaves the run's record alone: word of an earlier stop goes."""
+    def clear_earlier_stop(self) -> None:
+        """Remove the files of an earlier stop (called after `open` by a stage that does not note its start)."""
         self._before = (self._before or {}) | {"STOPPED": _content(self.path / "STOPPED")}
         for name in ("STOPPED", "STOP"):
             (self.path / name).unlink(missing_ok=True)
@@ -104,12 +116,12 @@ class RunFolder:
         self._before = {name: _content(self.path / name) for name in START_FILES}
         for name in ("STOPPED", "DONE"):
             (self.path / name).unlink(missing_ok=True)
-        (self.path / "STOP").unlink(missing_ok=True)  # of an earlier start: it was meant for that one
+        (self.path / "STOP").unlink(missing_ok=True)  # it was a request to an earlier start
         write_atomic(self.path / "config.yaml", to_yaml(config))
         if (self.path / "run.json").exists():
             self._facts = read_json(self.path / "run.json")
         else:
-            self._began = True
+            self._new_run = True
             run_id = secrets.token_hex(4)
             self._facts = {
                 "run_id": run_id,
@@ -124,34 +136,40 @@ class RunFolder:
         self.note(versions=versions, starts=[*self._facts["starts"], start])
 
     def note(self, **facts: Any) -> None:
-        """Puts facts into run.json."""
+        """Put facts into run.json."""
         self._facts |= facts
         write_json(self.path / "run.json", self._facts)
 
     def note_start_step(self, step: int) -> None:
-        """The step from which this start goes on; from here on it is no unused one."""
+        """Note the step from which this start goes on; from now on the start counts as used."""
         self._before = None
         *earlier, this = self._facts["starts"]
         self.note(starts=[*earlier, this | {"step": step}])
 
-    def stopped(self, why: str, step: int | None, where: str | None = None) -> None:
-        """Leaves word that the run was stopped on request and can go on; where: outside of the steps."""
+    def write_stopped(self, why: str, step: int | None, where: str | None = None) -> None:
+        """Write STOPPED: the run was stopped on request and can be continued.
+
+        Args:
+            why: the request.
+            step: the step of the last checkpoint; None before the first one.
+            where: the part of the work that was stopped, where it was not a training step.
+        """
         parts = [] if step is None else [f"after step {step}, checkpoint committed"]
         at = ", ".join(parts if where is None else [*parts, where])
         write_atomic(self.path / "STOPPED", f"{why}; stopped {at}, {_now()}\n")
 
-    def done(self, summary: str) -> None:
-        """The last file of a finished run."""
+    def write_done(self, summary: str) -> None:
+        """Write DONE with the summary, the last file of a finished run."""
         write_atomic(self.path / "DONE", summary + "\n")
 
     def summary(self) -> str | None:
-        """What DONE says; None where the run is not finished."""
+        """Return the text of DONE, or None where the run is not finished."""
         file = self.path / "DONE"
         return file.read_text().rstrip() if file.exists() else None
 
     def _take_lock(self) -> None:
-        """The kernel gives the lock back when the process ends, however it ends."""
-        other = self._lock.take()
+        """Lock the folder; the kernel releases the lock when the process ends, also after a kill."""
+        other = self._lock.acquire()
         if other is not None:
             raise UserError(
                 f"run.dir: {self.path} is held by another job ({other}). Wait for it, stop it by creating "
@@ -159,9 +177,9 @@ class RunFolder:
             )
 
     def discard_unused(self) -> None:
-        """After a mistake of the user before any step of this start: as if it had not been, so it can be mended.
+        """Undo this start where it has done no work yet (called after a mistake of the user).
 
-        Otherwise the mended configuration of a first start would be refused as another run.
+        Otherwise the corrected configuration of a first start would be refused as another run.
         """
         if self._before is None or not self._lock.held:
             return
@@ -171,16 +189,16 @@ class RunFolder:
             else:
                 write_atomic(self.path / name, content)
         self._before = None
-        if not self._began:
+        if not self._new_run:
             return
         (self.path / ".lock").unlink(missing_ok=True)
-        with suppress(OSError):  # what is not empty stays
-            for folder in self._made:
+        with suppress(OSError):  # a folder that is not empty stays
+            for folder in self._created:
                 folder.rmdir()
 
     def close(self) -> None:
-        """Gives the lock back."""
-        self._lock.give_back()
+        """Release the lock."""
+        self._lock.release()
 
 
 def _content(file: Path) -> bytes | None:
@@ -190,7 +208,7 @@ def _content(file: Path) -> bytes | None:
 def _version(library: str) -> str | None:
     try:
         return version(library)
-    except PackageNotFoundError:  # a run that needs it is refused elsewhere
+    except PackageNotFoundError:  # a run that needs the library is refused elsewhere
         return None
 
 

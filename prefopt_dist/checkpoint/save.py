@@ -1,8 +1,8 @@
-"""Sharded checkpoints that are committed all or not at all.
+"""Sharded checkpoints that are committed whole or not at all.
 
-Every rank writes its own files under a temporary name, checksums them as it writes and makes them durable; when
-all have reported, rank 0 writes the manifest and renames the folder. So `checkpoints/step-00000100` exists only when
-it is whole. DeepSpeed's own `latest` file is not used: it is written before the other ranks are done.
+Every rank writes its files into a folder with a temporary name, computes their checksums and makes them durable. When
+all ranks have reported, rank 0 writes the manifest and renames the folder, so `checkpoints/step-00000100` exists only
+when it is complete. DeepSpeed's own file `latest` is not used, because it is written before the other ranks are done.
 """
 
 from __future__ import annotations
@@ -18,50 +18,45 @@ import numpy as np
 import torch
 
 from prefopt_dist.checkpoint import resharding
-from prefopt_dist.checkpoint.manifest import (
-    MANIFEST,
-    Manifest,
-    SummedFile,
-    remove,
-)
+from prefopt_dist.checkpoint.manifest import MANIFEST, ChecksummedFile, Manifest, remove
 from prefopt_dist.distributed import ranks
 from prefopt_dist.files import fsync_folder, write_atomic
 
 
 def folder_name(step: int) -> str:
-    """step-00000100"""
+    """Return the name of a checkpoint's folder, such as step-00000100."""
     return f"step-{step:08d}"
 
 
 def committed(root: Path) -> list[Path]:
-    """The committed checkpoints, oldest first."""
+    """Return the folders of the committed checkpoints, oldest first."""
     return sorted(root.glob("step-????????"))
 
 
 Best = Callable[[Collection[int]], int | None]
-"""Of the steps that have a checkpoint the one to keep beside the newest; None for no such one"""
+"""A function from the steps that have a checkpoint to the best one, which is kept beside the newest; or to None."""
 
 
 def no_best(steps: Collection[int]) -> int | None:
-    """Only the newest ones stay."""
+    """Return None, so that only the newest checkpoints are kept."""
     return None
 
 
 def prune(root: Path, keep: int, best: Best = no_best) -> None:
-    """Rank 0, when the newest is known to be sound: removes all but the newest `keep` and the best one.
+    """Remove all checkpoints except the newest `keep` and the best one, and older converted forms.
 
-    Older converted forms go too.
+    Rank 0 calls it when the newest checkpoint is known to be intact.
     """
-    found = committed(root)
-    spared = best([int(folder.name.removeprefix("step-")) for folder in found])
-    for old in found[:-keep]:
-        if spared is None or old.name != folder_name(spared):
+    folders = committed(root)
+    best_step = best([int(folder.name.removeprefix("step-")) for folder in folders])
+    for old in folders[:-keep]:
+        if best_step is None or old.name != folder_name(best_step):
             remove(old)
-    resharding.sweep(root, {found[-1].name})
+    resharding.remove_stale(root, {folders[-1].name})
 
 
 class CheckpointNotCommitted(OSError):
-    """A rank could not write its part; the earlier checkpoints are as they were."""
+    """The error of a rank that could not write its files; the earlier checkpoints are unchanged."""
 
 
 def save(
@@ -74,10 +69,22 @@ def save(
     keep: int,
     best: Best = no_best,
 ) -> Path:
-    """All ranks: commits `root/step-…`, then prunes to the newest `keep` and the one that rank 0's `best` names.
+    """Commit the checkpoint `root/step-…` and prune the older ones (all ranks call it).
 
-    state: what is needed beside DeepSpeed's own, JSON-like and equal on all ranks; each rank's random states are
-    added. facts: rank 0's, in the manifest. A write error on one rank ends the save on all of them.
+    Args:
+        engine: the DeepSpeed engine.
+        root: the folder of the checkpoints.
+        step: the step.
+        state: the state beside DeepSpeed's own, JSON-like and equal on all ranks; each rank's random states are added.
+        facts: facts for the manifest; rank 0's are used.
+        keep: the number of newest checkpoints to keep.
+        best: names another one to keep; rank 0's is used.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointNotCommitted: on all ranks, when one of them cannot write.
     """
     name = folder_name(step)
     staging = root / ".saving"
@@ -87,18 +94,18 @@ def save(
         staging.mkdir(parents=True)
 
     ranks.run_on_rank_zero(clear)
-    with _own_writer(engine) as (files, errors):
+    with _durable_writer(engine) as (files, errors):
         engine.save_checkpoint(
             str(staging),
             tag=name,
             client_state={"state": state, "random": _random_states()},
             save_latest=False,
-            exclude_frozen_parameters=True,  # of a run with adapters the base model, which is in its own folder
+            exclude_frozen_parameters=True,  # with adapters this is the base model, which has a folder of its own
         )
     reports = ranks.all_gather(_report(files, errors))
     faults = [f"rank {r}: {fault}" for r, (_, fault) in enumerate(reports) if fault]
     if faults:
-        raise CheckpointNotCommitted(f"checkpoint of step {step} not committed: {'; '.join(faults)}")
+        raise CheckpointNotCommitted(f"the checkpoint of step {step} was not committed: {'; '.join(faults)}")
 
     def commit() -> None:
         files = {n: f for report, _ in reports for n, f in report.items()}
@@ -113,21 +120,24 @@ def save(
 
 
 def _report(files: dict[str, dict[str, Any]], errors: list[str]) -> tuple[dict[str, dict[str, Any]], str]:
-    """What this rank tells of its part: the files with sizes and checksums, and what went wrong."""
+    """Return this rank's files with sizes and checksums, and its errors as text, empty without any."""
     return files, "; ".join(errors) if errors or files else "no file was written"
 
 
-def _owner(name: str) -> int:
-    """The rank that wrote a file: ZeRO's files carry it, the others are rank 0's."""
+def owner_rank(name: str) -> int:
+    """Return the rank that wrote a file: ZeRO's files have it in their names, and rank 0 writes the others."""
     _, mark, rest = name.partition("zero_pp_rank_")
     return int(rest.split("_")[0]) if mark else 0
 
 
 @contextmanager
-def _own_writer(engine: Any) -> Iterator[tuple[dict[str, dict[str, Any]], list[str]]]:
-    """Inside, DeepSpeed's files are written, checksummed and made durable here; their sizes and sums, and what failed.
+def _durable_writer(engine: Any) -> Iterator[tuple[dict[str, dict[str, Any]], list[str]]]:
+    """Write DeepSpeed's files inside the block by our own function, which checksums them and makes them durable.
 
-    A failing write is noted instead of raised: DeepSpeed has barriers after it on every rank.
+    An error is noted instead of raised, because DeepSpeed has barriers after a write on every rank.
+
+    Yields:
+        {bytes, xxh3} of each file by its name, and the errors as texts; both are filled inside the block.
     """
     files: dict[str, dict[str, Any]] = {}
     errors: list[str] = []
@@ -135,21 +145,22 @@ def _own_writer(engine: Any) -> Iterator[tuple[dict[str, dict[str, Any]], list[s
     def write(state_dict: Any, path: str) -> None:
         name = Path(path).name
         try:
-            file = SummedFile(Path(path))
+            file = ChecksummedFile(Path(path))
             try:
-                torch.save(state_dict, file)  # type: ignore[arg-type]  # it writes and flushes, no more
+                torch.save(state_dict, file)  # type: ignore[arg-type]  # it calls only write and flush
             finally:
                 files[name] = file.close()
         except (OSError, RuntimeError) as e:
             errors.append(f"{name}: {e}")
 
     engine.checkpoint_engine.save = write
-    # It copies scripts that read these files, which `export` does; on rank 0 alone before a barrier, where it may fail.
+    # DeepSpeed copies scripts that read these files, which `export` does here. Only rank 0 copies, before a barrier, so
+    # that a failure there would leave the other ranks waiting.
     engine._copy_recovery_script = lambda folder: None
     try:
         yield files, errors
     finally:
-        del engine.checkpoint_engine.save, engine._copy_recovery_script  # the classes' own methods are back
+        del engine.checkpoint_engine.save, engine._copy_recovery_script  # this uncovers the methods of the classes
 
 
 def _random_states() -> dict[str, Any]:

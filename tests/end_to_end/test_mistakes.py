@@ -196,7 +196,7 @@ def test_training_reads_what_the_policies_leave(door: Door) -> None:
         assert (facts["rows"], facts["used"], sum(facts["dropped"].values())) == (3, len(left), 3 - len(left))
     said = door.capsys.readouterr().out
     assert f"dropped 1 duplicates\n    {data}:3 repeats {data}:1" in said
-    assert "data.train: 3 rows are longer than the 5 positions that model.name_or_path was made for" in said
+    assert "data.train: 3 rows are longer than the 5 positions of model.name_or_path" in said
 
 
 @pytest.mark.parametrize(("name", "content"), [("zero.jsonl", b""), ("blank.jsonl", b"\n  \n\n"), ("z.jsonl.gz", b"")])
@@ -266,7 +266,7 @@ def test_rows_that_kto_cannot_use(door: Door) -> None:
     door.fails(
         ["data.train: 2 of 3 rows answer the same prompt", "more prompts"], "loss.name=kto", f"data.train={same}"
     )
-    door.fails(["data.train: 1 row; ", "needs two"], "loss.name=kto", f"data.train={one}")
+    door.fails(["data.train: got 1 row, ", "needs at least two"], "loss.name=kto", f"data.train={one}")
     door.fails(["data.train: ", "'rated'", "compares two"], f"data.train={two}")
     # What is enough: the next mistake is another one. G counts responses, two of each pair.
     words = ["train.global_batch_pairs: ", "99 is more than the "]
@@ -443,7 +443,7 @@ def begun(door: Door) -> Path:
 
 def test_a_folder_of_another_run(door: Door, begun: Path) -> None:
     words = ["run.dir: ", str(begun), "holds another run", "loss.beta: was 0.1, now 0.3", "Choose another run.dir"]
-    door.fails([*words, "put these keys back"], "loss.beta=0.3", early=True)
+    door.fails([*words, "set these keys back"], "loss.beta=0.3", early=True)
 
 
 def test_a_later_start_with_a_mistake_leaves_the_record_as_it_was(door: Door, begun: Path) -> None:

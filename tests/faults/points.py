@@ -56,7 +56,7 @@ POINTS = (
     Point("export", P + "checkpoint.export:_write", 1, one=True),
     Point("export", P + "checkpoint.export:_verify", 1, one=True),
     Point("export", P + "checkpoint.export:fsync_folder", 1, one=True),
-    Point("export", P + "checkpoint.run_folder:RunFolder.done", 1, "before", one=True),
+    Point("export", P + "checkpoint.run_folder:RunFolder.write_done", 1, "before", one=True),
 )
 
 

@@ -82,7 +82,7 @@ def test_a_full_disk_at_a_checkpoint(world: World, small_disk: Path) -> None:
     for words in (f"run.dir: the disk of {run} is full", "start again"):
         assert words in said, said
     # Whichever file met it first: DeepSpeed's own, or one that it copies.
-    assert "checkpoint of step 6 not committed" in said or str(run / "checkpoints" / ".saving") in said, said
+    assert "checkpoint of step 6 was not committed" in said or str(run / "checkpoints" / ".saving") in said, said
     assert "Traceback" not in said.split("error: run.dir")[0], "torchrun's own comes after"
     assert said.rstrip().splitlines()[-1].startswith("error: run.dir"), "once more, below torchrun's block"
     assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == ["step-00000003"]
@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_and_no_other(world: World) -> None:
     max(checkpoint.glob("*optim*"), key=lambda p: p.stat().st_size).unlink()
     status, said = start(world, name)
     assert status == 2, said
-    for words in ("no checkpoint is sound", "damaged-step-00000003", "Bring one back"):
+    for words in ("all checkpoints are damaged", "damaged-step-00000003", "Restore one"):
         assert words in said, said
 
 

@@ -227,7 +227,7 @@ def test_a_failing_write_commits_nothing(world: tuple[int, Path]) -> None:
     assert result["left"] == ["step-00000001"]
     assert result["kept"] == ["step-00000003", "step-00000004"]
     assert result["found"] == 3
-    assert all("no checkpoint is sound" in said for said in result["none_left"])  # no silent new start
+    assert all("all checkpoints are damaged" in said for said in result["none_left"])  # no silent new start
     assert result["aside"] == ["damaged-step-00000003", "damaged-step-00000004"]
 
 

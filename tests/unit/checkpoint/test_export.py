@@ -14,7 +14,7 @@ def test_an_export_replaces_nothing_but_an_export(tmp_path: Path) -> None:
     check_target(tmp_path / "absent")
     check_target(tmp_path)
     (tmp_path / "model.safetensors").write_text("somebody's")
-    with pytest.raises(UserError, match=r"export\.dir: .* is no export of this job"):
+    with pytest.raises(UserError, match=r"export\.dir: .* is not an export of this job"):
         check_target(tmp_path)
     (tmp_path / MARKER).write_text("{}")
     check_target(tmp_path)

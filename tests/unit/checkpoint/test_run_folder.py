@@ -61,7 +61,7 @@ def test_a_second_start_goes_on(tmp_path: Path, folder: RunFolder) -> None:
     folder.open(config(tmp_path), world_size=2)
     folder.note_start_step(0)
     folder.note(reference={"key": "k", "sequences_scored": 1, "sequences_reused": 0})
-    folder.stopped("asked by the file STOP", 7)
+    folder.write_stopped("asked by the file STOP", 7)
     folder.close()
     for name in ("STOP", "SAVE"):
         (folder.path / name).touch()
@@ -172,13 +172,13 @@ def test_two_first_starts_of_other_runs(tmp_path: Path, folder: RunFolder, monke
 
 def test_done(tmp_path: Path, folder: RunFolder) -> None:
     folder.open(config(tmp_path), world_size=1)
-    folder.done("it went well\n  loss 0.1")
+    folder.write_done("it went well\n  loss 0.1")
     assert folder.summary() == "it went well\n  loss 0.1"
 
 
 def test_stopped_in_the_first_pass(tmp_path: Path, folder: RunFolder) -> None:
     folder.open(config(tmp_path), world_size=1)
-    folder.stopped("asked by SIGTERM", None, "in the first pass")
+    folder.write_stopped("asked by SIGTERM", None, "in the first pass")
     assert "asked by SIGTERM; stopped in the first pass" in (folder.path / "STOPPED").read_text()
 
 
