@@ -26,8 +26,8 @@ from prefopt_dist.planning.report import PlanReport
 from prefopt_dist.planning.rollouts import AnswersPlan, plan_answers
 from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.planning.work import disk_needed
+from prefopt_dist.setup.answer_engines import sampling_plan
 from prefopt_dist.setup.checks import adapter_of, eval_sets
-from prefopt_dist.setup.own_answers import sampling_plan
 from prefopt_dist.setup.prepare_data import TRAIN, rows_for_loss, tokenised_folder, tokenised_train_folder
 from prefopt_dist.setup.prepare_models import DTYPES, with_model_buckets, zero_settings
 

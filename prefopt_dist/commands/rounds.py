@@ -98,7 +98,7 @@ def _as_asked(config: Config, first: prepare_models.Models, done: list[dict[str,
     if not ranks.run_on_rank_zero(lambda: all(of_round.export_dir.is_dir() for of_round in of_rounds)):
         return True  # a model that was removed cannot answer anew
     return all(
-        _comparison(config, of_round, first).made_of == one["made_of"]
+        _comparison(config, of_round, first).fingerprint == one["made_of"]
         for of_round, one in zip(of_rounds, done, strict=True)
     )
 
@@ -159,7 +159,7 @@ def _trained(of_round: Config, asked: Requests) -> bool:
 
 def _stopped(folder: RunFolder, asked: Asked, number: int) -> None:
     if ranks.rank() == 0:
-        folder.stopped(asked.reason(), None, f"in round {number}")
+        folder.write_stopped(asked.reason(), None, f"in round {number}")
         asked.ended()
     say(f"stopped on request in round {number}; start again to go on")
 
@@ -181,12 +181,12 @@ def _compared(
     file = of_round.run_dir / COMPARISON
     comparison = _comparison(config, of_round, first)
     found: dict[str, Any] | None = ranks.run_on_rank_zero(lambda: read_json(file) if file.exists() else None)
-    if found is None or found["made_of"] != comparison.made_of:
+    if found is None or found["made_of"] != comparison.fingerprint:
         try:
             compared = comparison.run(lambda: asked.look().stop)
         except StopRequested:
             return None
-        found = {"round": number, "pairs": _pairs(of_round), "made_of": comparison.made_of, **compared}
+        found = {"round": number, "pairs": _pairs(of_round), "made_of": comparison.fingerprint, **compared}
         content = found
         ranks.run_on_rank_zero(lambda: write_json(file, content))
     return found
@@ -200,12 +200,12 @@ def _prune(before: Config) -> str | None:
     root = before.run_dir / "checkpoints"
     there = save.committed(root)
     lock = FileLock(before.run_dir / ".lock")
-    if len(there) < 2 or lock.take() is not None:
+    if len(there) < 2 or lock.acquire() is not None:
         return None
     try:
         save.prune(root, 1, train.best_checkpoint(before))
     finally:
-        lock.give_back()
+        lock.release()
     stay = save.committed(root)
     return f"{root}: {len(there) - len(stay)} older checkpoints removed, {len(stay)} kept beside the round's model"
 
@@ -251,5 +251,5 @@ def table(done: list[dict[str, Any]]) -> str:
 
 def _conclude(config: Config, folder: RunFolder, asked: Asked, done: list[dict[str, Any]]) -> None:
     write_json(config.run_dir / ROUNDS, {"rounds": done})
-    folder.done(table(done))
+    folder.write_done(table(done))
     asked.ended()

@@ -80,7 +80,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
             seconds = {"perf/answers_seconds": time.perf_counter() - began}
         except StopRequested:
             if ranks.rank() == 0:
-                folder.stopped(requests.reason(), None, where)
+                folder.write_stopped(requests.reason(), None, where)
                 requests.obeyed()
             say(f"stopped on request {where}; start again to go on")
             return
@@ -231,7 +231,7 @@ def _policy(config: Config, models: Models) -> tuple[Any, activation_checkpointi
 def _stop(folder: RunFolder, job: loop.Job, step: int) -> None:
     """Leaves word that the training was stopped after this step."""
     if job.log is not None:
-        folder.stopped(job.requests.reason(), step)
+        folder.write_stopped(job.requests.reason(), step)
         job.requests.obeyed()
         job.log.loggers.finish()  # last: a W&B that hangs must not hold the word back
     say(f"stopped after step {step} of {job.total_steps}; start again to go on")

@@ -1,1 +1,1 @@
-"""What several stages start with: models, data, the reference, rewards, the run folder, checked and put together."""
+"""Check and assemble what several stages start with: models, data, the reference, rewards and the run folder."""

@@ -1,4 +1,4 @@
-"""What `evaluate` and `rounds` share: two models that answer the same prompts."""
+"""Compare two models by their answers to the same prompts, for `evaluate` and `rounds`."""
 
 from __future__ import annotations
 
@@ -29,26 +29,29 @@ from prefopt_dist.setup.prepare_rollouts import RolloutJob
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models that are to answer evaluate.prompts; `run` does what is missing of it."""
+    """The models that answer evaluate.prompts; `run` does what earlier starts have not done."""
 
     config: Config
     models: Models
     jobs: dict[str, RolloutJob]
-    """Of policy and against, and of start where it is asked for"""
+    """Under the keys policy and against, and start where there is such a model"""
     reference: ModelFolder
-    made_of: dict[str, Any]
-    """Digests of all that decides what is found"""
+    fingerprint: dict[str, Any]
+    """Digests and settings that determine the result"""
     name: str
-    """Of the policy, for people"""
+    """Name of the policy, for people"""
     other: str
-    """What it is compared with, for people"""
+    """Name of the model that it is compared with, for people"""
     is_start: bool
-    """The policy was trained from that, or from its like: what it says is usual"""
+    """Whether the policy was trained from that model or a similar one, whose answers then show what is usual"""
 
     def run(self, stop_asked: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-        """All ranks: the answers' rewards, wins, and the policy's KL from the live reference.
+        """Sample and score what is missing; return rewards, win rate, KL and verdict (all ranks call it).
 
-        Raises StoppedInFirstPass where a stop was asked; what was answered is kept.
+        The KL is that of the policy from the reference, which is loaded for it.
+
+        Raises:
+            StopRequested: a stop was requested; finished shards of answers are kept.
         """
         found: dict[Path, list[AnsweredPrompt]] = {}
         for job in self.jobs.values():
@@ -67,35 +70,35 @@ class Comparison:
         terms = measures.MeasureSettings(policy.sampling.stop_ids, weights)
         row = measures.as_metrics(measures.measures_with_reference(of["policy"], of["against"], likelihood, terms))
         sides = {which: _nats(row, prefix) for which, prefix in (("policy", "answers/"), ("against", "answers/start/"))}
-        if not self.is_start:  # another model, strange to the reference itself, tells nothing of what is usual
+        if not self.is_start:  # the reference's log-probs of an unrelated model's answers do not show what is usual
             del row["answers/start/reference_nats"]
-        said = verdict(row, self.config.health, self.name, self.other)
+        judgement = verdict(row, self.config.health, self.name, self.other)
         compared = {
-            "verdict": said.word,
-            "verdict_text": said.text,
+            "verdict": judgement.word,
+            "verdict_text": judgement.text,
             "prompts": len(of["policy"]),
             "samples": evaluate.samples,
             "temperature": evaluate.temperature,
             "policy": comparison.summary(of["policy"], weights) | sides["policy"],
             "against": comparison.summary(of["against"], weights) | sides["against"],
-            **_apart(of["policy"], of["against"], weights),
+            **_reward_intervals(of["policy"], of["against"], weights),
             "kl": comparison.kl(of["policy"], own, of_policy),
         }
         if "start" in of:
-            compared["from_start"] = _apart(of["policy"], of["start"], weights)
+            compared["from_start"] = _reward_intervals(of["policy"], of["start"], weights)
         return compared
 
 
-def _apart(
+def _reward_intervals(
     mine: Sequence[AnsweredPrompt], theirs: Sequence[AnsweredPrompt], weights: Sequence[float]
 ) -> dict[str, Any]:
-    """Win rate and difference of rewards."""
+    """Return the intervals of win rate and reward difference."""
     found = comparison.compare_rewards(mine, theirs, weights)
     return {name: found[name] for name in ("win_rate", "difference")}
 
 
 def _nats(row: Row, prefix: str) -> dict[str, float]:
-    """Nats a token of one model's answers, by the model where they are its own, and by the reference."""
+    """Return nats per token of one model's answers, under the model itself where known and under the reference."""
     return {name: row[prefix + name] for name in ("nats", "reference_nats") if prefix + name in row}
 
 
@@ -110,16 +113,23 @@ def prepare(
     name: str | None = None,
     other: str | None = None,
 ) -> Comparison:
-    """All ranks: reads the prompts and hashes the weights; nothing is sampled yet.
+    """Read the prompts and hash the weights, without sampling (all ranks call it).
 
-    start: one more model that the policy is compared with, as `from_start`; name, other: of the policy and of
-    what it was trained from, for people; None: its folder, and what is found by comparing folders.
+    Args:
+        config: the configuration.
+        models: of the run.
+        policy: the model that is judged.
+        against: the model that it is compared with.
+        reference: the model from which the KL is measured.
+        start: a further model that the policy is compared with, under `from_start`.
+        name: the policy's name for people; None for its folder.
+        other: the name of the model that the policy was trained from, which is `against`; None to find out by folders.
     """
     evaluate = config.evaluate
     assert evaluate.prompts is not None
-    asked = {"policy": policy, "against": against} | ({} if start is None else {"start": start})
+    answering = {"policy": policy, "against": against} | ({} if start is None else {"start": start})
     jobs: dict[str, RolloutJob] = {}
-    for what, model in asked.items():
+    for what, model in answering.items():
         same = [job for job in jobs.values() if job.model.path == model.path]
         jobs[what] = (
             same[0]
@@ -137,8 +147,8 @@ def prepare(
                 own_draws=True,
             )
         )
-    made_of = {
-        # A store's name is a digest of weights, prompts and sampling.
+    fingerprint = {
+        # A store's name is a digest of weights, prompts and sampling settings.
         "answers": {what: job.store.folder.name for what, job in jobs.items()},
         "scores": jobs["policy"].scores,
         "weights": list(jobs["policy"].reward_weights),
@@ -147,13 +157,21 @@ def prepare(
     }
     is_start = other is not None or against.path in (reference.path, models.policy.path)
     other = other or ("the start" if is_start else str(against.path))
-    return Comparison(config, models, jobs, reference, made_of, name or str(policy.path), other, is_start)
+    return Comparison(config, models, jobs, reference, fingerprint, name or str(policy.path), other, is_start)
 
 
 def sums_under(
     config: Config, models: Models, model: ModelFolder, units: Sequence[Unit], budget: int
 ) -> NDArray[np.float64]:
-    """All ranks: return Σ log π(answer | prompt) of each unit, in nats, under a model that is loaded for it."""
+    """Load a model and return Σ log π(answer | prompt) of each unit: float64 [units], in nats (all ranks call it).
+
+    Args:
+        config: the configuration.
+        models: of the run, for the settings.
+        model: the model to load, which is released at the end.
+        units: the same on all ranks.
+        budget: packed tokens of a micro-batch.
+    """
     settings = prepare_reference.reference_settings(config, models)
     engine = zero3.reference_engine(Scorer(load_sharded(model, dtype=models.dtype, settings=settings)), settings)
     try:
@@ -164,11 +182,17 @@ def sums_under(
 
 
 def compared_text(found: dict[str, Any], policy: str, against: str) -> str:
-    """What a comparison found, for people."""
-    lines = [f"answers to {found['prompts']} prompts, intervals of 95 %:"]
+    """Return the result of a comparison for people.
+
+    Args:
+        found: what Comparison.run returned.
+        policy: name of the policy.
+        against: name of the other model.
+    """
+    lines = [f"answers to {found['prompts']} prompts, with 95% confidence intervals:"]
     for name, what in ((policy, "policy"), (against, "against")):
         one = found[what]
-        lines.append(f"  {name}: reward {interval_text(one['reward'])}, {one['tokens']:.1f} tokens an answer")
+        lines.append(f"  {name}: reward {interval_text(one['reward'])}, {one['tokens']:.1f} tokens per answer")
     lines += [
         f"  win rate {interval_text(found['win_rate'])}, difference of rewards {interval_text(found['difference'])}",
         f"  KL from the reference on the policy's answers {interval_text(found['kl'])}",

@@ -41,21 +41,27 @@ from prefopt_dist.training.stop import Requests
 
 @contextmanager
 def run_folder(config: Config, *, begins: bool, bare: bool = False) -> Iterator[RunFolder]:
-    """All ranks: rank 0 has opened and locked the folder, and every node sees it; begins, bare as in RunFolder.open."""
+    """Open and lock the run folder on rank 0, and check that all nodes share it, for a block (all ranks call it).
+
+    Args:
+        config: the configuration.
+        begins: see RunFolder.open.
+        bare: see RunFolder.open.
+    """
     folder = RunFolder(config.run_dir)
     ranks.run_on_rank_zero(lambda: folder.open(config, world_size=ranks.world_size(), begins=begins, bare=bare))
     try:
         require_shared_folder(config.run_dir, "run.dir", remedy="Choose another folder.")
-        with _watched(config):
+        with _watchdog(config):
             yield folder
     except UserError:
-        folder.discard_unused()  # rank 0 alone has opened it
+        folder.discard_unused()  # does something on rank 0 only, which has opened the folder
         raise
     finally:
         folder.close()
 
 
-def _watched(config: Config) -> AbstractContextManager[object]:
+def _watchdog(config: Config) -> AbstractContextManager[object]:
     minutes = config.train.hang_minutes
     if minutes is None:
         return nullcontext()
@@ -63,22 +69,30 @@ def _watched(config: Config) -> AbstractContextManager[object]:
 
 
 def requests_for(config: Config) -> Requests:
-    """This rank's view of what the job is asked, signals included from now on."""
+    """Return this rank's view of the requests to the job, and start to catch signals as requests."""
     requests = Requests(config.run_dir, rank=ranks.rank(), max_hours=config.train.max_hours)
     requests.catch_signals()
     return requests
 
 
 def open_log(config: Config, folder: RunFolder, start: int, total_steps: int, objective: Objective) -> Log:
-    """Return the outlets of a start that goes on from step `start`; later rows are cut off."""
+    """Open the metrics file, the loggers and the health rules of a start, and remove rows after the step `start`.
+
+    Args:
+        config: the configuration.
+        folder: of the run.
+        start: the step after which the training resumes.
+        total_steps: of the training.
+        objective: of the training.
+    """
     metrics = MetricsFile(folder.metrics)
-    again = metrics.truncate_to(start)
-    if again:
-        say(f"metrics: {again} rows after step {start} are written again")
+    removed = metrics.truncate_to(start)
+    if removed:
+        say(f"metrics: {removed} rows after step {start} are removed, since these steps are trained again")
     folder.note_start_step(start)
     masked = mask_secrets(to_dict(config))
     wandb = masked["tracking"]["wandb"]
-    made_of = {name: folder.facts[name] for name in ("run_id", "data", "reference", "versions")}
+    facts = {name: folder.facts[name] for name in ("run_id", "data", "reference", "versions")}
     wandb_logger = WandbLogger(
         mode=wandb["mode"],
         project=wandb["project"],
@@ -87,30 +101,32 @@ def open_log(config: Config, folder: RunFolder, start: int, total_steps: int, ob
         tags=wandb["tags"],
         run_id=folder.facts["wandb_id"],
         folder=folder.path,
-        config=masked | {"made_of": made_of},
+        config=masked | {"made_of": facts},
         metrics=metrics,
     )
-    loggers = Loggers(wandb_logger, TensorBoardLogger(folder.path, metrics)) if config.tracking.tensorboard else wandb_logger
+    loggers = (
+        Loggers(wandb_logger, TensorBoardLogger(folder.path, metrics)) if config.tracking.tensorboard else wandb_logger
+    )
     loggers.sync()
-    facts = RunFacts(total_steps, config.tracking.log_every_steps, objective.start_loss)
-    folder.note(training=facts.as_json())
-    return Log(folder, metrics, loggers, _open_watch(config, folder, metrics, loggers, facts))
+    run_facts = RunFacts(total_steps, config.tracking.log_every_steps, objective.start_loss)
+    folder.note(training=run_facts.as_json())
+    return Log(folder, metrics, loggers, _open_watch(config, folder, metrics, loggers, run_facts))
 
 
 def _open_watch(config: Config, folder: RunFolder, metrics: MetricsFile, loggers: Logger, facts: RunFacts) -> Watch:
-    told = [(rule, step) for rule, step in folder.facts.get("health_told", [])]
+    reported = [(rule, step) for rule, step in folder.facts.get("health_told", [])]
     new_ones: list[HealthFinding] = []
 
-    def tell(new: list[HealthFinding], found: list[HealthFinding]) -> None:
+    def report(new: list[HealthFinding], found: list[HealthFinding]) -> None:
         new_ones.extend(new)
-        told.extend((f.id, f.step) for f in new)
-        folder.note(health=[f.as_json() for f in found], health_told=told)
+        reported.extend((f.id, f.step) for f in new)
+        folder.note(health=[f.as_json() for f in found], health_told=reported)
         for finding in new:
             say(finding.text())
             if finding.level == "warning":
                 loggers.alert(finding.title, finding.text())
 
-    watch = Watch(metrics, facts, config.health, told, tell)
+    watch = Watch(metrics, facts, config.health, reported, report)
     watch.look()
     for finding in watch.found:
         if finding.level == "warning" and finding not in new_ones:
@@ -120,21 +136,23 @@ def _open_watch(config: Config, folder: RunFolder, metrics: MetricsFile, loggers
 
 
 def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, answers: OwnAnswers | NotAnswered) -> None:
-    """All ranks, the last checkpoint committed: answer, give the engine back, judge, export, and leave DONE.
+    """Finish a run after its last checkpoint: answer, release the engine, judge, export and write DONE.
 
-    A stop that is asked for while the policy answers is obeyed: the next start goes on there.
+    All ranks call it. A stop that is requested while the policy answers is obeyed, and the next start continues there.
     """
 
     def stop_asked() -> bool:
         return job.requests.look().stop
 
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     try:
         policy = answers.answer(job.engine, job.total_steps, stop_asked) if isinstance(answers, OwnAnswers) else None
-        _give_back(job)
-        row = _judged(job, answers, policy, began, stop_asked) if isinstance(answers, OwnAnswers) and policy else None
+        _release_engine(job)
+        row = None
+        if isinstance(answers, OwnAnswers) and policy:
+            row = _answers_row(job, answers, policy, start_time, stop_asked)
     except StopRequested:
-        _give_back(job)
+        _release_engine(job)
         _stop(folder, job)
         return
 
@@ -142,22 +160,23 @@ def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, ans
         log = job.log
         assert log is not None
         if isinstance(answers, NotAnswered):
-            said, block = not_judged(answers.why), {}
+            judgement, block = not_judged(answers.reason), {}
         else:
             assert row is not None
-            said, block = verdict(row, config.health, str(config.export_dir)), own_answers.as_run_json(answers, row)
-        folder.note(answers={**block, "verdict": said.word, "verdict_text": said.text})
+            judgement = verdict(row, config.health, str(config.export_dir))
+            block = own_answers.as_run_json(answers, row)
+        folder.note(answers={**block, "verdict": judgement.word, "verdict_text": judgement.text})
         source = config.run_dir / "checkpoints" / save.folder_name(job.total_steps)
         exported = export_checkpoint(config, models, source, folder, merged=config.export.merged)
         if isinstance(answers, OwnAnswers) and policy is not None:
             log.loggers.samples(answers.samples(policy))
-        log.loggers.verdict(said.word, said.text)
-        if (metric := config.checkpoint.keep_best) is not None:  # the end's own answers came after its checkpoint
+        log.loggers.verdict(judgement.word, judgement.text)
+        if (metric := config.checkpoint.keep_best) is not None:  # the final answers came after the last checkpoint
             steps = [int(path.name.removeprefix("step-")) for path in save.committed(source.parent)]
             folder.note(best={"metric": metric, "step": best_step(log.metrics.rows(), metric, steps)})
-        summary = _summary(config, log.metrics.rows(), job.total_steps, exported, said.text)
+        summary = _summary(config, log.metrics.rows(), job.total_steps, exported, judgement.text)
         folder.note(memory=folder.facts["memory"] | {"peak_bytes": peak_memory()})
-        folder.done(summary)
+        folder.write_done(summary)
         job.requests.obeyed()
         log.loggers.finish()
         return summary
@@ -165,8 +184,8 @@ def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, ans
     say(ranks.run_on_rank_zero(conclude))
 
 
-def _give_back(job: loop.Job) -> None:
-    job.answer = None  # it holds the engine too
+def _release_engine(job: loop.Job) -> None:
+    job.answer = None  # it has a reference to the engine
     if job.engine is not None:
         zero3.release(job.engine)
         job.engine = None
@@ -175,16 +194,24 @@ def _give_back(job: loop.Job) -> None:
 def _stop(folder: RunFolder, job: loop.Job) -> None:
     where = "while the trained model answers"
     if job.log is not None:
-        folder.stopped(job.requests.reason(), job.total_steps, where)
+        folder.write_stopped(job.requests.reason(), job.total_steps, where)
         job.requests.obeyed()
         job.log.loggers.finish()
-    say(f"stopped on request {where}; start again to go on")
+    say(f"stopped on request {where}; start again to continue")
 
 
-def _judged(
-    job: loop.Job, answers: OwnAnswers, policy: PolicyAnswers, began: float, stop_asked: Callable[[], bool]
+def _answers_row(
+    job: loop.Job, answers: OwnAnswers, policy: PolicyAnswers, start_time: float, stop_asked: Callable[[], bool]
 ) -> Row:
-    """All ranks: the row of the policy's answers, written where an earlier start has not."""
+    """Return the row of metrics of the policy's answers, and write it if no earlier start has (all ranks call it).
+
+    Args:
+        job: the training.
+        answers: the run's prompts and start answers.
+        policy: the policy's answers.
+        start_time: when the answers were begun, in seconds of time.perf_counter.
+        stop_asked: whether this rank was asked to stop.
+    """
     step = job.total_steps
 
     def written() -> Row | None:
@@ -193,8 +220,8 @@ def _judged(
         return rows[0] if rows else None
 
     if ranks.run_on_rank_zero(written) is None:
-        metrics = answers.judge(policy, stop_asked)
-        seconds = {"perf/answers_seconds": time.perf_counter() - began}
+        metrics = answers.final_metrics(policy, stop_asked)
+        seconds = {"perf/answers_seconds": time.perf_counter() - start_time}
         if job.log is not None:
             job.log.write("answers", step, job.order.step(step - 1), metrics | seconds)
     row: Row | None = ranks.run_on_rank_zero(written)
@@ -206,9 +233,9 @@ def _summary(config: Config, rows: list[dict[str, Any]], steps: int, exported: s
     lines = [f"done: {steps} steps, {rows[-1]['pairs_seen']} rows seen"]
     for kind in ("train", "eval"):
         of_kind = [r for r in rows if r["kind"] == kind]
-        # data.eval may have changed between the starts: names that are in both.
-        both = [n for n in of_kind[0] if n in of_kind[-1]] if of_kind else []
-        for name in both:
+        # Only names in both rows, since data.eval may have changed between the starts.
+        in_both = [n for n in of_kind[0] if n in of_kind[-1]] if of_kind else []
+        for name in in_both:
             if name.endswith(("/loss", "/rewards/accuracies", "/rewards/margins")):
                 lines.append(f"  {name}: {of_kind[0][name]:.4f} at first, {of_kind[-1][name]:.4f} at last")
     lines += [
@@ -222,7 +249,16 @@ def _summary(config: Config, rows: list[dict[str, Any]], steps: int, exported: s
 def export_checkpoint(
     config: Config, models: Models, source: Path, folder: RunFolder, *, target: Path | None = None, merged: bool
 ) -> str:
-    """Writes the folder and says so in one line; merged: of a run with adapters the whole model."""
+    """Export a checkpoint and return a line that reports it.
+
+    Args:
+        config: the configuration.
+        models: of the run.
+        source: the checkpoint's folder.
+        folder: of the run.
+        target: the folder to write; None for that of the configuration.
+        merged: whether to export the whole model of a run with adapters, with them merged in.
+    """
     target = target or config.export_dir
     heartbeat.beat("the export")
     manifest = read_manifest(source)
@@ -248,13 +284,15 @@ def export_checkpoint(
             adapter=models.adapter is not None and not merged,
         ),
     )
-    what = "" if models.adapter is None else " with its adapters added in" if merged else "'s adapters"
-    said = f"exported {source.name}{what} to {target}"
-    return f"{said}; loaded back, its log-probs differ by at most {worst:.1e} of their value"
+    what = "" if models.adapter is None else " with its adapters merged in" if merged else "'s adapters"
+    return (
+        f"exported {source.name}{what} to {target}; loaded back, its log-probs differ by at most {worst:.1e} of their "
+        "value"
+    )
 
 
 def _trained_template(tokenizer: Any, mode: str, options: TextOptions) -> str | None:
-    """The template that the export has in place of the tokenizer's; None: it keeps what it has."""
+    """Return the chat template that replaces the tokenizer's in the export; None to keep the tokenizer's."""
     if mode == "none":
         return None
     return options.chat_template or (PLAIN_TEMPLATE if tokenizer.chat_template is None else None)

@@ -1,7 +1,7 @@
-"""The model's own answers in a run: the start's before training, the policy's after it, and what both are worth.
+"""The model's own answers in a run: those of the start before training, those of the policy after it, and their scores.
 
-The start answers when the first pass is done and no engine is in memory; the policy answers from a whole copy of the
-live engine's weights on each rank, before the export; then the reference is loaded once more and scores all answers.
+The start answers after the first pass, while no engine is in memory. The policy answers before the export, from the
+live engine's weights. Then the reference is loaded again and scores all answers.
 """
 
 from __future__ import annotations
@@ -20,72 +20,74 @@ from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.unit import Unit
-from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.distributed import ranks
 from prefopt_dist.distributed.ranks import require_shared_folder
 from prefopt_dist.errors import AgreedUserError
 from prefopt_dist.files import write_atomic
-from prefopt_dist.model.activation_checkpointing import RESERVED_SHARE, free_bytes, host_bytes
-from prefopt_dist.model.fingerprint import refuse_if_changed
-from prefopt_dist.model.load import load_sharded
-from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring import heartbeat
-from prefopt_dist.monitoring.console import format_bytes, say
+from prefopt_dist.monitoring.console import say
 from prefopt_dist.monitoring.loggers import Sample
 from prefopt_dist.monitoring.metrics_file import MetricsFile, strict_json_nested
-from prefopt_dist.planning import memory
-from prefopt_dist.planning.memory import GenerationSettings, Placement
 from prefopt_dist.planning.rollouts import SHARD_PROMPTS
-from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.rollouts import comparison, measures
 from prefopt_dist.rollouts.measures import answer_sums, units_of
 from prefopt_dist.rollouts.prompts import TOO_LONG, Prompts, first_prompts
 from prefopt_dist.rollouts.sampling import Engine, Sampling, seed_of_model, stop_ids_of
-from prefopt_dist.rollouts.sharded_engine import ShardedEngine
 from prefopt_dist.rollouts.store import AnsweredPrompt, SampleStore, digest_of
-from prefopt_dist.rollouts.transformers_engine import TransformersEngine, copy_for_sampling, load_for_sampling
 from prefopt_dist.setup import compare
+from prefopt_dist.setup.answer_engines import policy_engine, start_engine
 from prefopt_dist.setup.prepare_data import tokeniser_of
 from prefopt_dist.setup.prepare_models import Models
-from prefopt_dist.setup.prepare_reference import hash_weights, reference_settings
+from prefopt_dist.setup.prepare_reference import hash_weights
 from prefopt_dist.setup.prepare_rollouts import RolloutJob, sampling_fingerprint
 from prefopt_dist.setup.rewards import configured_rewards
 
 FOLDER = "answers"
-"""In the run folder: the policy's answers, a folder for each step that they are of."""
+"""Folder of the policy's answers in the run folder, with a folder for each step after which it answered."""
 FILE = "answers.jsonl"
-"""In the run folder: every prompt with both answers, for people."""
+"""File in the run folder with every prompt and both answers, for people."""
 
 
 @dataclass(frozen=True)
 class NotAnswered:
-    """Why a run has no answers."""
+    """The reason why a run has no answers."""
 
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class OwnAnswers:
-    """The prompts of a run, the start's answers, and how the policy's are made and judged."""
+    """The prompts of a run and the start's answers; samples and scores the policy's."""
 
     config: Config
     models: Models
     prompts: Prompts
     start: RolloutJob
     chosen: list[Unit]
-    """Chosen responses of the data, which tell how likely good text is to the reference"""
+    """Chosen responses of the data, whose log-probs show how likely good text is under the reference"""
 
     def start_metrics(self) -> dict[str, Any]:
-        """Return the metrics of the start's answers, once `answer_start` is done."""
+        """Return the metrics of the start's answers, after `start.run`."""
         return measures.as_metrics(measures.model_measures(self.start.answered(), self._terms))
 
     def answer(self, engine: Any, step: int, stop_asked: Callable[[], bool]) -> PolicyAnswers:
-        """All ranks, the policy as it is after `step`: sample what is missing of its answers.
+        """Sample the policy's answers after a step, as far as they are missing (all ranks call it).
 
-        Raises StoppedInFirstPass where a stop was asked; what was sampled is kept in the run folder.
+        Args:
+            engine: DeepSpeed's engine of the training.
+            step: the last step that is done.
+            stop_asked: whether this rank was asked to stop.
+
+        Returns:
+            The answers, and their log-probs under the policy.
+
+        Raises:
+            StopRequested: a stop was requested; finished shards are kept in the run folder.
         """
-        policy = self._of_policy(engine, step)
+        policy = self._policy_job(engine, step)
         policy.sample(stop_asked)
-        policy = replace(policy, open_engine=_closed)  # it holds the training's engine, whose memory others need
+        # Drop the reference to the training's engine, so that its memory can be released.
+        policy = replace(policy, open_engine=_closed)
         found = ranks.run_on_all_ranks(lambda: policy.store.answered(None))
         was_training = engine.module.training
         engine.module.eval()
@@ -94,10 +96,10 @@ class OwnAnswers:
         engine.module.train(was_training)
         return PolicyAnswers(policy, sums)
 
-    def _of_policy(self, engine: Any, step: int) -> RolloutJob:
-        """All ranks: the policy's answers to the start's prompts, planned in the run folder."""
+    def _policy_job(self, engine: Any, step: int) -> RolloutJob:
+        """Plan the policy's answers to the start's prompts in the run folder (all ranks call it)."""
         models, config = self.models, self.config
-        # Other draws than the start's, and the same whatever the ranks: see seed_of_model.
+        # Random numbers independent of the start's and of the number of ranks: see seed_of_model.
         sampling = replace(
             self.start.sampling, seed=seed_of_model(config.run.seed, f"trained from {self.start.model_key}")
         )
@@ -115,29 +117,19 @@ class OwnAnswers:
 
         folder = ranks.run_on_rank_zero(plan)
 
-        def open_engine() -> Engine:
-            if not _room_for_a_copy(config, models, "the trained model"):
-                return ShardedEngine(
-                    engine, f"step {step}", batch_tokens=_batch_tokens(config), release=False, nan_ends=True
-                )
-            lm = copy_for_sampling(
-                engine.module.lm, models.policy, models.adapter, dtype=models.dtype, device=ranks.device()
-            )
-            return TransformersEngine(lm, f"step {step}", batch_tokens=_batch_tokens(config), nan_ends=True)
-
         return replace(
             self.start,
             what="the trained model",
             store=SampleStore(folder),
             sampling=sampling,
-            open_engine=open_engine,
+            open_engine=lambda: policy_engine(config, models, engine, step),
             model_key=f"{self.start.model_key} trained {step} steps",
         )
 
-    def between(self, engine: Any, step: int) -> dict[str, float]:
-        """All ranks, in the middle of a training: return the metrics of the policy's answers that need no reference.
+    def intermediate_metrics(self, engine: Any, step: int) -> dict[str, float]:
+        """Return the metrics of the policy's answers that need no reference, during a training (all ranks call it).
 
-        The rewards are functions.
+        All rewards must be functions.
         """
         policy = self.answer(engine, step, lambda: False)
         after, terms = self._scored(policy, lambda: False)
@@ -147,21 +139,21 @@ class OwnAnswers:
     def _scored(
         self, policy: PolicyAnswers, stop_asked: Callable[[], bool]
     ) -> tuple[list[AnsweredPrompt], measures.MeasureSettings]:
-        """All ranks: the policy's answers with their rewards.
+        """Return the policy's answers with their rewards (all ranks call it).
 
-        A reward that fails on them, though it did not on the start's, costs neither the training nor its export: it is
-        said, and the answers stand without.
+        A reward that fails on them, though it did not fail on the start's, ends neither the training nor its export:
+        the failure is reported, and the answers have no rewards.
         """
         try:
             policy.job.score(stop_asked)
             return ranks.run_on_all_ranks(policy.job.answered), self._terms
-        except AgreedUserError as fault:
-            say(f"answers: no reward for the trained model's: {fault}")
+        except AgreedUserError as error:
+            say(f"answers: the trained model's answers are evaluated without rewards, since a reward failed: {error}")
             return ranks.run_on_all_ranks(lambda: policy.job.store.answered(None)), replace(self._terms, weights=None)
 
     @property
-    def made_of(self) -> str:
-        """Return a digest of all that decides what is found of given weights."""
+    def fingerprint(self) -> str:
+        """Return a digest of all that determines the metrics of given weights."""
         generate = self.config.generate
         return digest_of(
             {
@@ -173,10 +165,13 @@ class OwnAnswers:
             }
         )
 
-    def judge(self, policy: PolicyAnswers, stop_asked: Callable[[], bool]) -> dict[str, float]:
-        """All ranks, no engine in memory: score the answers by the rewards and by the reference; return the metrics.
+    def final_metrics(self, policy: PolicyAnswers, stop_asked: Callable[[], bool]) -> dict[str, float]:
+        """Score the answers by the rewards and by the reference, and return their metrics.
 
-        Raises StoppedInFirstPass where a stop was asked.
+        All ranks call it, when no engine is in memory.
+
+        Raises:
+            StopRequested: a stop was requested.
         """
         after, terms = self._scored(policy, stop_asked)
         before = ranks.run_on_all_ranks(self.start.answered)
@@ -192,12 +187,12 @@ class OwnAnswers:
 
     @property
     def _terms(self) -> measures.MeasureSettings:
-        """Return by what answers are measured."""
+        """Return the settings by which answers are measured."""
         rewarded = self.start.scores is not None
         return measures.MeasureSettings(self.start.sampling.stop_ids, self.start.reward_weights if rewarded else None)
 
     def samples(self, policy: PolicyAnswers) -> list[Sample]:
-        """Rank 0: return every prompt with both answers, written to the run folder too."""
+        """Return every prompt with both answers, and write them to the run folder (rank 0 calls it)."""
         found = []
         scored = not policy.job.store.missing(self.start.scores)[0] if self.start.scores else False
         answers = policy.job.answered() if scored else policy.job.store.answered(None)
@@ -210,59 +205,63 @@ class OwnAnswers:
         return found
 
     def _budget(self, units: Sequence[Unit]) -> int:
-        """Tokens of a micro-batch that the longest of these fits into."""
+        """Return a token budget for micro-batches into which the longest unit fits."""
         longest = max(len(unit.prompt) + max(map(len, unit.responses)) for unit in units)
         return max(self.config.reference_micro_batch_tokens, longest)
 
 
 @dataclass(frozen=True)
 class PolicyAnswers:
-    """The trained model's answers, and its own log-probs of them."""
+    """The trained model's answers, and their log-probs under it."""
 
     job: RolloutJob
     sums: NDArray[np.float64]
-    """[answers] in nats"""
+    """float64 [answers], in nats"""
 
 
 def step_prefix(step: int) -> str:
-    """Return what the folder's name begins with that holds the answers after a step."""
+    """Return the beginning of the name of the folder with the answers after a step."""
     return f"step-{step:08d}-"
 
 
 def remove_outdated(folder: RunFolder, answers: OwnAnswers | NotAnswered, step: int) -> None:
-    """Rank 0, before a start goes on from `step`: remove answers of later steps, whose weights are made anew.
+    """Remove answers that are outdated when a start resumes after `step` (rank 0 calls it).
 
-    And the rows of all answers where the prompts, the sampling or the rewards are others now.
+    These are the answers after later steps, which are trained again, and the metrics of all answers if prompts,
+    sampling or rewards have changed.
     """
-    for made in (folder.path / FOLDER).glob("step-*-*"):
-        if made.name > step_prefix(step + 1):
-            shutil.rmtree(made)
-    made_of = None if isinstance(answers, NotAnswered) else answers.made_of
-    if made_of != folder.facts.get("answers_of"):
+    for answered in (folder.path / FOLDER).glob("step-*-*"):
+        if answered.name > step_prefix(step + 1):
+            shutil.rmtree(answered)
+    fingerprint = None if isinstance(answers, NotAnswered) else answers.fingerprint
+    if fingerprint != folder.facts.get("answers_of"):
         dropped = MetricsFile(folder.metrics).drop("answers")
         if dropped:
-            say(f"answers: prompts, sampling or rewards are others than before: {dropped} rows of answers are dropped")
-        folder.note(answers_of=made_of)
+            say(f"answers: prompts, sampling or rewards have changed, so {dropped} rows of answers are dropped")
+        folder.note(answers_of=fingerprint)
 
 
 def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers | NotAnswered:
-    """All ranks: read the prompts on rank 0 and plan the start's answers; nothing is sampled yet.
+    """Read the prompts on rank 0 and plan the start's answers, without sampling (all ranks call it).
 
-    rows: the set that the prompts are of, or the first one, for its chosen responses.
+    Args:
+        config: the configuration.
+        models: of the run.
+        rows: the data set that the prompts are from, or the first one, for its chosen responses.
     """
-    asked = config.answers
-    if asked.number == 0:
-        return NotAnswered("answers.number is 0, so no prompt was answered; set it to some number, as 64")
-    judges = configured_rewards(config, models)
+    settings = config.answers
+    if settings.number == 0:
+        return NotAnswered("answers.number is 0, so no prompt was answered; set it to a number such as 64")
+    rewards = configured_rewards(config, models)
     data = config.data
     tokeniser = tokeniser_of(config, models.tokenizer)
-    held = hash_weights(models.policy, models.dtype, config.cache_dir)
+    hashed = hash_weights(models.policy, models.dtype, config.cache_dir)
     sampling = Sampling(
         n=1,
-        temperature=asked.temperature,
+        temperature=settings.temperature,
         top_p=1.0,  # all tokens, as the KL is over all of them
         max_new_tokens=config.max_answer_tokens,
-        seed=seed_of_model(config.run.seed, held.key),
+        seed=seed_of_model(config.run.seed, hashed.key),
         stop_ids=ranks.run_on_all_ranks(lambda: stop_ids_of(tokeniser.template, models.policy.path)),
     )
     key, sources = config.answered_sources
@@ -271,7 +270,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
         heartbeat.beat(f"reading {key}")
         prompts = first_prompts(
             sources,
-            number=asked.number,
+            number=settings.number,
             tokeniser=tokeniser,
             longest=data.max_length - config.max_answer_tokens,
             on_bad_row=data.on_bad_row,
@@ -279,106 +278,69 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
         )
         if not prompts.all:
             return prompts, None
-        settings = {
-            "model": held.key,
+        determining = {
+            "model": hashed.key,
             "prompts": prompts.digest(),
             "shard": SHARD_PROMPTS,
             **sampling_fingerprint(config, models, sampling),
         }
-        store = SampleStore(config.cache_dir / "samples" / digest_of(settings))
-        store.make_plan(prompts.all, settings, SHARD_PROMPTS)
+        store = SampleStore(config.cache_dir / "samples" / digest_of(determining))
+        store.make_plan(prompts.all, determining, SHARD_PROMPTS)
         return prompts, store.folder
 
     prompts, folder = ranks.run_on_rank_zero(plan)
     if folder is None:
         return NotAnswered(
-            f"{key} has no prompt that leaves {config.max_answer_tokens} of data.max_length's {data.max_length} tokens for an "
-            f"answer ({prompts.text()}); name other answers.prompts or lower answers.max_new_tokens"
+            f"{key} has no prompt that leaves {config.max_answer_tokens} of the {data.max_length} tokens of "
+            f"data.max_length for an answer ({prompts.text()}); set other answers.prompts, or lower "
+            "answers.max_new_tokens"
         )
     require_shared_folder(folder, "run.cache", remedy="Set run.cache to one that is.")
     left_out = prompts.dropped.get(TOO_LONG, 0)
-    said = f"; {left_out} longer prompts are left out" if left_out else ""
+    longer = f"; {left_out} longer prompts are left out" if left_out else ""
     say(
         f"answers: {len(prompts.all)} prompts of {key}, answered by the start and by the trained model with at most "
-        f"{config.max_answer_tokens} tokens{said}"
+        f"{config.max_answer_tokens} tokens{longer}"
     )
-
-    def open_engine() -> Engine:
-        if not _room_for_a_copy(config, models, "the start", loads=True):
-            settings = reference_settings(config, models)
-            lm = load_sharded(models.policy, dtype=models.dtype, settings=settings)
-            sharded = zero3.reference_engine(Scorer(lm), settings)
-            ranks.run_on_all_ranks(lambda: refuse_if_changed(held.states))
-            return ShardedEngine(sharded, str(models.policy.path), batch_tokens=_batch_tokens(config), release=True)
-
-        def load() -> Engine:
-            lm = load_for_sampling(models.policy, dtype=models.dtype, device=ranks.device())
-            refuse_if_changed(held.states)
-            return TransformersEngine(lm, str(models.policy.path), batch_tokens=_batch_tokens(config))
-
-        return ranks.run_on_all_ranks(load)
 
     start = RolloutJob(
-        "the start", SampleStore(folder), judges, sampling, tokeniser, open_engine, models.policy, held.key
+        "the start",
+        SampleStore(folder),
+        rewards,
+        sampling,
+        tokeniser,
+        lambda: start_engine(config, models, hashed),
+        models.policy,
+        hashed.key,
     )
-    return OwnAnswers(config, models, prompts, start, _chosen(rows, asked.number))
+    return OwnAnswers(config, models, prompts, start, _chosen(rows, settings.number))
 
 
 def _chosen(rows: TokenisedRows, number: int) -> list[Unit]:
-    """The first chosen responses of a set: of a pair the chosen one, of rated rows the good ones, else all."""
+    """Return the first good responses of a data set: chosen ones of pairs, those rated good, or demonstrations."""
     good = range(rows.n) if rows.labels is None else np.flatnonzero(rows.labels[: 8 * number] == 1).tolist()
     return [rows.unit(i, (0,)) for i in list(good)[:number]]
 
 
-def _batch_tokens(config: Config) -> int:
-    """Room for a shard in one batch."""
-    return SHARD_PROMPTS * config.data.max_length
-
-
-def sampling_plan(config: Config) -> GenerationSettings:
-    """Return how the prompts of the section answers are answered, for what a plan says of memory."""
-    new = config.max_answer_tokens
-    return GenerationSettings(_batch_tokens(config), max(1, config.data.max_length - new), new, 1, False)
-
-
 def _closed() -> Engine:
-    raise AssertionError("the training's engine has been given back")
+    raise AssertionError("the training's engine has been released")
 
 
-def _room_for_a_copy(config: Config, models: Models, who: str, *, loads: bool = False) -> bool:
-    """All ranks: whether a whole copy has room beside what each device holds now; where not, it is said.
-
-    loads: from the model's folder, by way of the host's memory.
-    """
-    sizes = model_sizes(models.policy.config, models.dtype, 0, models.adapter)
-    place = Placement(ranks.world_size(), ranks.device().type == "cuda")
-    phase = memory.generation_phase(sizes, place, sampling_plan(config))
-    need, free = phase.device, int((1 - RESERVED_SHARE) * min(ranks.all_gather(free_bytes())))
-    if loads and place.is_gpu and need <= free:
-        need, free = phase.host, int((1 - RESERVED_SHARE) * min(ranks.all_gather(host_bytes())))
-    if need > free:
-        say(
-            f"answers: {who} answers under ZeRO-3, which gathers the model for every token, since a whole copy takes "
-            f"{format_bytes(need)} of a rank's memory and {format_bytes(free)} are free"
-        )
-    return need <= free
-
-
-def _reward(one: AnsweredPrompt, weights_of: Sequence[float]) -> float | None:
-    """The first answer's reward; None where there is none, or no number."""
+def _reward(one: AnsweredPrompt, weights: Sequence[float]) -> float | None:
+    """Return the first answer's mean reward; None without rewards, or where one failed."""
     if not one.scores[0]:
         return None
-    value = float(comparison.rewards_of(one, weights_of)[0])
+    value = float(comparison.rewards_of(one, weights)[0])
     return None if np.isnan(value) else value
 
 
 def _as_text(prompt: str | list[dict[str, Any]]) -> str:
-    """A prompt for people: messages with their roles."""
+    """Return a prompt for people: a text as it is, messages with their roles."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def as_run_json(own: OwnAnswers, row: dict[str, Any]) -> dict[str, Any]:
-    """Return what run.json says of the answers, from their row of metrics."""
+    """Return the section of run.json about the answers, from their row of metrics."""
     values = {name.removeprefix("answers/"): v for name, v in row.items() if name.startswith("answers/")}
 
     def interval(name: str, prefix: str = "") -> dict[str, float | None]:

@@ -1,4 +1,4 @@
-"""Tokenise a run's data sets once, map them on all ranks, and check them beside models and loss."""
+"""Tokenise a run's data sets once, map them on all ranks, and check them against models and loss."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from prefopt_dist.setup.prepare_models import Models
 
 
 def load_train(config: Config, models: Models, objective: Objective) -> TokenisedRows:
-    """All ranks: the training set, tokenised by rank 0, mapped by all."""
+    """Tokenise the training set on rank 0, map it on all ranks and check it (all ranks call it)."""
     if template_name(models.tokenizer, config.data.template, config.data.chat_template) == "plain":
         say(
             "data: the tokenizer has no chat template, so turns get the plain one of this package "
-            "('### user:' and '### assistant:' as headlines); the export carries it"
+            "('### user:' and '### assistant:' as headings); the export includes it"
         )
     say(f"data: reading {', '.join(s.path for s in config.data.train)}")
     train = _open(lambda: tokenised_train_folder(config, models.tokenizer, models.policy.config.vocab_size))
@@ -49,7 +49,7 @@ def load_train(config: Config, models: Models, objective: Objective) -> Tokenise
 
 
 def load_evals(config: Config, models: Models, objective: Objective) -> dict[str, TokenisedRows]:
-    """All ranks: the evaluation sets by name; none where the configuration has none."""
+    """Tokenise the evaluation sets on rank 0, map and check them; return them by name (all ranks call it)."""
     evals = {}
     for name, (key, sources) in zip(config.data.eval or {}, eval_sets(config).items(), strict=True):
         evals[name] = _open(
@@ -61,35 +61,38 @@ def load_evals(config: Config, models: Models, objective: Objective) -> dict[str
         evals[name] = rows_for_loss(config, evals[name], key)
         ranks.run_on_rank_zero(partial(checks.check_lengths, config, evals[name], objective, key, trained=False))
     if not evals:
-        say("data.eval is not set: nothing is evaluated")
+        say("data.eval is not set, so nothing is evaluated")
     return evals
 
 
 def _check_beside_models(models: Models, rows: TokenisedRows, objective: Objective, key: str) -> None:
-    """All ranks: refuses tokens that the reference lacks; names the rows that are longer than a model was made for."""
+    """Raise UserError for tokens that the reference lacks, and report rows beyond a model's positions.
+
+    All ranks call it.
+    """
     if objective.needs_reference and models.reference is not models.policy:
         ranks.run_on_rank_zero(partial(checks.check_reference_vocabulary, models.reference, rows, key))
     lengths = rows.lengths()
     longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     for model in {models.policy.path: models.policy, models.reference.path: models.reference}.values():
-        positions = getattr(model.config, "max_position_embeddings", None)  # not every family has such a number
+        positions = getattr(model.config, "max_position_embeddings", None)  # not every model family has it
         beyond = np.flatnonzero(longest > positions) if positions is not None else ()
         if len(beyond):
             first = ", ".join(rows.origin(int(i)) for i in beyond[:3])
             say(
-                f"{key}: {len(beyond)} rows are longer than the {positions} positions that {model.key} was made for "
-                f"(max_position_embeddings), the first: {first}; lower data.max_length to that"
+                f"{key}: {len(beyond)} rows are longer than the {positions} positions of {model.key} "
+                f"(max_position_embeddings), the first: {first}; lower data.max_length to {positions}"
             )
 
 
 def data_facts(train: TokenisedRows, evals: dict[str, TokenisedRows]) -> dict[str, Any]:
-    """What run.json says of the data; an unnamed evaluation set stands as it is, named ones by name."""
+    """Return the section of run.json about the data, with evaluation sets under their names if they have names."""
     reports = {name: rows.report.as_run_json() for name, rows in evals.items()}
     return {"train": train.report.as_run_json(), "eval": reports.get("", reports or None)}
 
 
 def _open(make: Callable[[], Path]) -> TokenisedRows:
-    """All ranks: the rows in the folder that rank 0 makes."""
+    """Call `make` on rank 0 and open the rows in the folder that it returns (all ranks call it)."""
     folder = ranks.run_on_rank_zero(make)
 
     def open_here() -> TokenisedRows:
@@ -104,31 +107,38 @@ def _open(make: Callable[[], Path]) -> TokenisedRows:
 
 
 def check_rows(rows: TokenisedRows, objective: Objective, key: str) -> None:
-    """Refuses data that the loss cannot use."""
+    """Raise an error for data that the loss cannot use; key: the data set's dotted key."""
     if rows.responses < objective.responses:
         raise AgreedUserError(
-            f"{key}: the rows are of the form {rows.kind!r}, with one response each; this loss compares two. "
+            f"{key}: the rows are of the form {rows.kind!r}, with one response each, but this loss compares two. "
             f"Give pairs, or set loss.name={'kto' if rows.kind == 'rated' else 'sft'}."
         )
 
 
 def rows_for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRows:
-    """KTO's rated rows with their mismatched partners; for every other loss the rows as they are."""
+    """Return the rows as the loss reads them: for KTO rated rows with mismatched responses, otherwise unchanged.
+
+    Raises:
+        AgreedUserError: the loss cannot use the rows.
+    """
     if not isinstance(config.loss, KTOLoss):
         return rows
     if rows.kind == "demonstration" or (rows.kind == "pair" and not config.loss.split_pairs):
         raise AgreedUserError(
-            f"{key}: the rows are of the form {rows.kind!r}; the loss kto takes rows of prompt, completion and label. "
-            "Give such rows, or pairs and loss.split_pairs=true."
+            f"{key}: the rows are of the form {rows.kind!r}, but the loss kto reads rows with prompt, completion and "
+            "label. Give such rows, or pairs and loss.split_pairs=true."
         )
     if rows.n * rows.responses < 2:
-        raise AgreedUserError(f"{key}: {rows.n} row; the loss kto needs two, since a row is compared with another one.")
+        raise AgreedUserError(
+            f"{key}: got {rows.n} row, but the loss kto needs at least two, since it compares a row with another one. "
+            "Give more rows."
+        )
     try:
         return build_unpaired_rows(rows, config.data.max_length)
     except PromptTooFrequent as found:
         raise AgreedUserError(
-            f"{key}: {found} rows answer the same prompt; the loss kto measures each row by a response to another "
-            "prompt, so no prompt may have more than half of the rows. Give rows of more prompts."
+            f"{key}: {found} rows answer the same prompt, but the loss kto compares each row with a response to "
+            "another prompt, so no prompt may have more than half of the rows. Give rows of more prompts."
         ) from None
 
 
@@ -136,7 +146,7 @@ TRAIN = "data.train"
 
 
 def text_options(config: Config) -> TextOptions:
-    """How texts become tokens, for whatever reads rows or prompts."""
+    """Return the settings by which the texts of rows and prompts become tokens."""
     data = config.data
     return TextOptions(
         template_date=data.template_date,
@@ -154,11 +164,13 @@ def _template_file(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.chat_template: {path} cannot be read ({error}); name a file with a template") from error
+        raise UserError(
+            f"data.chat_template: {path} cannot be read ({error}); give a UTF-8 file with a chat template"
+        ) from error
 
 
 def tokeniser_of(config: Config, tokenizer: Any) -> Tokeniser:
-    """What prompts go through that are to be answered: the same as what is trained on."""
+    """Return the tokeniser of the configuration, which is the same for training and for sampling."""
     data = config.data
     options = text_options(config)
     template = read_template(tokenizer, data.template, options)
@@ -173,7 +185,16 @@ def tokenised_folder(
     key: str,
     on_bad_row: str | None = None,
 ) -> Path:
-    """The folder of these sources' tokenised rows, all that can be used; on_bad_row: instead of the configuration's."""
+    """Tokenise the usable rows of some sources into the cache, and return their folder.
+
+    Args:
+        config: the configuration.
+        tokenizer: of model.tokenizer.
+        vocabulary: number of tokens of the policy.
+        sources: the data sources.
+        key: their dotted key.
+        on_bad_row: `stop` or `drop`; None for the configuration's value.
+    """
     data = config.data
     heartbeat.beat(f"reading {key}")
     return prepare_rows(
@@ -194,20 +215,21 @@ def tokenised_folder(
 
 
 def tokenised_train_folder(config: Config, tokenizer: Any, vocabulary: int) -> Path:
-    """The folder of the rows that are trained on: what the policies of the section inspect leave of data.train.
+    """Tokenise data.train, drop rows by the policies of the section inspect, and return the folder of the others.
 
-    Raises UserError where one of them is stop and there is such a finding.
+    Raises:
+        UserError: there is a finding whose policy is stop.
     """
     folder = tokenised_folder(config, tokenizer, vocabulary, config.data.train, TRAIN)
     policies = config.inspect.policies
     if set(policies.values()) == {"keep"}:
         return folder
-    rows = open_rows(folder, checksums=False)  # seen to a moment ago
+    rows = open_rows(folder, checksums=False)  # `tokenised_folder` has just checked them
     evals = {}
     if {policies["eval_pairs"], policies["eval_prompts"]} != {"keep"}:
         for key, sources in eval_sets(config).items():
             evals[key] = open_rows(tokenised_folder(config, tokenizer, vocabulary, sources, key), checksums=False)
-    heartbeat.beat("looking for what the section inspect names")
+    heartbeat.beat("inspecting the data")
     found = all_findings(config, rows, evals, policies)
     refuse_stops(found, policies, TRAIN)
     return without_rows(folder, rows, rows_to_drop(found, policies), key=TRAIN, say=say)
@@ -216,9 +238,13 @@ def tokenised_train_folder(config: Config, tokenizer: Any, vocabulary: int) -> P
 def all_findings(
     config: Config, rows: TokenisedRows, evals: Mapping[str, TokenisedRows], policies: Mapping[str, str] | None
 ) -> list[DataFinding]:
-    """All findings of one data set; what is said of it as a whole is of the rows that the policies leave.
+    """Return all findings of one data set; those about the whole set are of the rows that the policies do not drop.
 
-    evals: the sets that it may overlap with; policies: None for an evaluation set, which is left as it is.
+    Args:
+        config: the configuration.
+        rows: of the data set.
+        evals: the evaluation sets that it may overlap with, by dotted key.
+        policies: by the keys of the section inspect; None for an evaluation set, from which no row is dropped.
     """
     weights = (1.0, 1.0)
     if isinstance(config.loss, KTOLoss):
@@ -228,7 +254,7 @@ def all_findings(
 
 
 def _tokenising(key: str) -> Callable[[int, int | None], None]:
-    """Tells a person and the watchdog how far it is."""
+    """Return a function that reports progress in rows to the terminal and to the watchdog."""
     tell = row_reporter(f"{key}: tokenising")
 
     def progress(rows: int, total: int | None) -> None:

@@ -1,6 +1,6 @@
 """Check and load what a configuration names as models: folders, tokenizer, adapter, DeepSpeed's settings.
 
-`check` needs no ranks; the rest is for all ranks of a process group together.
+`check` needs no ranks, while all ranks of a process group call `load_models` together.
 """
 
 from __future__ import annotations
@@ -32,31 +32,37 @@ from prefopt_dist.setup.checks import eval_sets
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 FILE_ENDINGS = (".jsonl", ".json", ".gz", ".zst", ".csv", ".parquet")
-"""A data path that ends so is a file; a hub name may have dots too."""
+"""Endings by which a data path is known to be a file, since a hub name may also contain dots."""
 
 
 @dataclass(frozen=True)
 class Models:
-    """The folders that a run works with, checked."""
+    """The checked model folders of a run."""
 
     policy: ModelFolder
     reference: ModelFolder
-    """The policy's own where the configuration names no other."""
+    """The policy's folder where the configuration names no other"""
     tokenizer: Any
     dtype: torch.dtype
+    """Dtype of the computation"""
     adapter: Adapter | None
-    """What is trained beside the policy's folder; None where all of its weights are"""
+    """The adapters that are trained; None where all of the policy's weights are trained"""
 
     @property
     def reference_is_start(self) -> bool:
-        """The reference is the policy's start."""
+        """Return whether the reference is the model that the policy starts from."""
         return self.reference.path == self.policy.path
 
 
 def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | None = None) -> None:
-    """In one process and before any queue: every mistake that can be found without reading data or weights.
+    """Check all that needs neither data nor weights, before a job is queued (one process calls it).
 
-    sets: the sources that the stage reads, by their dotted keys; None: data.train and data.eval.
+    Args:
+        config: the configuration.
+        sets: the sources that the stage reads, with their dotted keys; None for data.train and data.eval.
+
+    Raises:
+        UserError: the first mistake found.
     """
     RunFolder(config.run_dir).check_identity(config)
     _check_surroundings(config)
@@ -67,16 +73,23 @@ def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | Non
     for key, sources in sets:
         for source in sources:
             looks_local = source.path.startswith((".", "/", "~")) or source.path.endswith(FILE_ENDINGS)
-            named = Path(source.path).exists() or any(mark in source.path for mark in "*?")
-            if looks_local and not named:
+            found = Path(source.path).exists() or any(mark in source.path for mark in "*?")
+            if looks_local and not found:
                 raise UserError(f"{key}: {source.path!r} does not exist. Give a file, a saved dataset or a hub name.")
 
 
 def zero_settings(path: str, key: str) -> dict[str, Any]:
-    """A DeepSpeed JSON, checked, also for what this package cannot do with it.
+    """Read a DeepSpeed JSON, checked also for settings that this package does not support.
 
-    One of deepspeed_configs/ that the working folder has not is the repository's, or a run in another folder
-    would have to name what it takes by default.
+    A file of deepspeed_configs/ that the working folder lacks is read from this package, so that the defaults work from
+    every folder.
+
+    Args:
+        path: of the file.
+        key: its dotted key.
+
+    Raises:
+        UserError: the file is wrong or has an unsupported setting.
     """
     own = shipped.ROOT / path
     if not os.path.exists(path) and own.parent == shipped.ROOT / "deepspeed_configs" and own.exists():
@@ -85,14 +98,14 @@ def zero_settings(path: str, key: str) -> dict[str, Any]:
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") != 3:
         raise UserError(
-            f"{path} ({key}): zero_optimization.stage is {zero.get('stage')}, must be 3, since the models "
-            "are loaded sharded; set it to 3"
+            f"{path} ({key}): zero_optimization.stage is {zero.get('stage')}, must be 3, since models are loaded "
+            "sharded; set it to 3"
         )
     for name in ("offload_param", "offload_optimizer"):
-        if (zero.get(name) or {}).get("device") == "nvme":  # null is what DeepSpeed takes for none
+        if (zero.get(name) or {}).get("device") == "nvme":  # the section may be null, which DeepSpeed reads as none
             raise UserError(
-                f"{path} ({key}): zero_optimization.{name}.device is nvme, whose files a checkpoint "
-                "cannot commit; use cpu."
+                f"{path} ({key}): zero_optimization.{name}.device is nvme, whose files a checkpoint cannot include; "
+                "set it to cpu"
             )
     return settings
 
@@ -121,9 +134,9 @@ def _models(config: Config) -> Models:
 
 
 def load_models(config: Config) -> Models:
-    """All ranks: checked folders; hub models are fetched once a node."""
+    """Check the model folders, with hub models downloaded once per node (all ranks call it)."""
     ranks.run_on_rank_zero(partial(_check_surroundings, config))
-    # The first rank of a node downloads, the others then find the files.
+    # The first rank of each node downloads; the others then find the files.
     ranks.run_on_all_ranks(partial(_models, config) if os.environ["LOCAL_RANK"] == "0" else lambda: None)
     models = ranks.run_on_all_ranks(partial(_models, config))
     ranks.run_on_rank_zero(partial(checks.check_exportable, models.policy, models.tokenizer))
@@ -142,6 +155,6 @@ def _described(model: ModelFolder) -> str:
 def with_model_buckets(
     settings: dict[str, Any], model: PreTrainedConfig, adapter: Adapter | None = None
 ) -> dict[str, Any]:
-    """DeepSpeed's settings with buckets that suit the model, and the adapters that are trained in its place."""
+    """Return DeepSpeed's settings with bucket sizes for the model, or for its adapters where only these are trained."""
     trained = None if adapter is None else adapter_parameters(model, adapter)
     return zero3.with_bucket_sizes(settings, layer=layer_parameters(model), hidden=model.hidden_size, trained=trained)

@@ -1,4 +1,4 @@
-"""Name the reference's weights by their content and score the data sets with them."""
+"""Identify the reference's weights by their content, and score the data sets with them."""
 
 import socket
 from collections.abc import Callable, Sequence
@@ -27,12 +27,12 @@ from prefopt_dist.setup.prepare_models import Models, with_model_buckets, zero_s
 
 @dataclass(frozen=True)
 class HashedWeights:
-    """Weight files as they are at this moment."""
+    """The digest and the state of a model's weight files."""
 
     key: str
-    """Of their content and of all else that the scores depend on: the folder's name in the reference store"""
+    """Digest of their content and of all else that scores depend on; the folder's name in the reference store"""
     states: dict[Path, FileState]
-    """As this node sees them: to know, when they have been loaded, that they are still the same"""
+    """State of each file on this node, by which a change before loading is found"""
 
 
 def score_reference(
@@ -43,9 +43,18 @@ def score_reference(
     reference: HashedWeights | None,
     stop_asked: Callable[[], bool],
 ) -> tuple[list[ScoredRows], FirstPass | None]:
-    """All ranks: the data sets with what the reference says of them, the first pass run where that is missing.
+    """Return the data sets with their log-probs under the reference, computed where missing (all ranks call it).
 
-    reference: its weights, None for a loss without reference.
+    Args:
+        config: the configuration.
+        models: of the run.
+        objective: of the training.
+        sets: the data sets.
+        reference: the reference's weights; None for a loss without reference.
+        stop_asked: whether this rank was asked to stop.
+
+    Returns:
+        The data sets with log-probs, and the first pass; None for the latter without a reference.
     """
     if reference is None:
         say(f"loss {described(config.loss)}: no reference, no first pass")
@@ -55,7 +64,7 @@ def score_reference(
         store=ReferenceStore(config.reference_store / reference.key),
         check_loaded=lambda: ranks.run_on_all_ranks(lambda: refuse_if_changed(reference.states)),
         sets=sets,
-        responses=max(rows.responses for rows in sets),  # a pair's two; KTO's own and mismatched one
+        responses=max(rows.responses for rows in sets),  # a pair's two, or KTO's own and mismatched response
         dtype=models.dtype,
         settings=reference_settings(config, models),
         budget=config.reference_micro_batch_tokens,
@@ -65,7 +74,7 @@ def score_reference(
 
 
 def reference_settings(config: Config, models: Models) -> dict[str, Any]:
-    """All ranks: the DeepSpeed configuration of an engine that only scores."""
+    """Return the DeepSpeed configuration of an engine that only scores (all ranks call it)."""
     zero = ranks.run_on_all_ranks(lambda: zero_settings(config.deepspeed.reference, "deepspeed.reference"))
     return zero3.reference_settings(
         with_model_buckets(zero, models.reference.config), dtype=models.dtype, offload=config.reference.offload
@@ -73,23 +82,30 @@ def reference_settings(config: Config, models: Models) -> dict[str, Any]:
 
 
 def reference_weights(config: Config, models: Models, objective: Objective) -> HashedWeights | None:
-    """All ranks: what the reference's weights are now; None for a loss without reference."""
+    """Hash the reference's weights as they are now; None for a loss without reference (all ranks call it)."""
     return hash_weights(models.reference, models.dtype, config.cache_dir) if objective.needs_reference else None
 
 
 def hash_weights(model: ModelFolder, dtype: torch.dtype, cache: Path) -> HashedWeights:
-    """All ranks: the weight files' content hashed by the ranks in parallel, what is known in the cache not again.
+    """Hash a model's weight files in parallel over the ranks, with known digests from the cache (all ranks call it).
 
-    Refuses a folder that is another one on some node: rank 0 alone reads the tensors, whoever has hashed them.
+    Args:
+        model: the model's folder.
+        dtype: of the computation, which the key includes.
+        cache: folder of the caches.
+
+    Raises:
+        AgreedUserError: a node has another folder under the same path. Rank 0 alone reads the tensors, so its files
+            must be those that were hashed.
     """
     files = model.weight_files
-    # Before the hashing, which may take minutes.
+    # Before the hashing, which may take minutes, so that a change during it is found.
     states = ranks.run_on_all_ranks(lambda: {file: FileState.of(file) for file in files})
-    # Ranks that see the same files share the hashing, so a folder on a shared disk is read once, and not by every
-    # node: 140 GB times the nodes would be the longest part of a start. Files are the same where all but the device's
-    # number is, which each node gives anew: nobody can choose a time of change, so of two disks they agree only where
-    # one is a copy of the other as a whole. Where a file system numbers its files anew on each node, every node reads
-    # them all: slower, and as right.
+    # Ranks that see the same files share the hashing, so that a folder on a shared disk is read once, not by every
+    # node: reading 140 GB on each node would be the longest part of a start. Files are the same where their whole state
+    # agrees except for the device's number, which differs between nodes. The state includes the change time, which
+    # cannot be set, so the files of two disks agree only if one disk is a copy of the other. On a file system whose
+    # inode numbers differ between nodes every node reads all files, which is slower and equally correct.
     views = ranks.all_gather([(file.name, *state[1:]) for file, state in states.items()])
     sharing = [rank for rank, view in enumerate(views) if view == views[ranks.rank()]]
 
@@ -105,8 +121,8 @@ def hash_weights(model: ModelFolder, dtype: torch.dtype, cache: Path) -> HashedW
 
 
 def _refuse_other_folders(model: ModelFolder, dtype: torch.dtype, digests: list[str]) -> None:
-    """All ranks: refuses a model folder of which some node has another one of the same name."""
-    content = {"config.json": reference_key([], model.config, dtype)}  # what of it is in the key
+    """Raise AgreedUserError where a node has another model folder under the same path (all ranks call it)."""
+    content = {"config.json": reference_key([], model.config, dtype)}  # the part of it that the key includes
     content |= {file.name: digest for file, digest in zip(model.weight_files, digests, strict=True)}
     found = ranks.all_gather((socket.gethostname(), content))
     first, expected = found[0]
@@ -114,33 +130,34 @@ def _refuse_other_folders(model: ModelFolder, dtype: torch.dtype, digests: list[
     names: set[str] = set()
     for rank, (host, there) in enumerate(found):
         if there != expected:
-            places.setdefault(host, rank)  # in containers all may have one name
+            places.setdefault(host, rank)  # containers may all have the same host name
             names |= {name for name in expected | there if there.get(name) != expected.get(name)}
     if places:
         where = ", ".join(f"{host} (rank {rank})" for host, rank in places.items())
         raise AgreedUserError(
             f"{model.key}: {model.path} on {shorten(where)} is not the folder that {first} (rank 0) has: other "
             f"content in {shorten(', '.join(sorted(names)))}. Scores are stored under the weights' digest, so all "
-            f"nodes must have the same: copy {first}'s folder to the others, or give one on a disk that all share."
+            f"nodes must have the same folder: copy that of {first} to the others, or use a disk that all nodes share."
         )
 
 
 def adapter_base(config: Config, models: Models) -> HashedWeights | None:
-    """All ranks: what they are now; None for a run without adapters."""
+    """Hash the base model's weights as they are now; None for a run without adapters (all ranks call it)."""
     return hash_weights(models.policy, models.dtype, config.cache_dir) if models.adapter is not None else None
 
 
 def refuse_other_base(config: Config, models: Models, manifest: Manifest) -> None:
-    """One process: refuses the adapters of a checkpoint where the base model's folder now holds other weights.
+    """Raise UserError where a checkpoint's adapters belong to other base weights than the model's folder has now.
 
-    And a checkpoint of another kind of run, which export.checkpoint may name.
+    One process calls it. It also refuses a checkpoint of adapters for a run without them, and the reverse, which
+    export.checkpoint may name.
     """
     adapters = "base_key" in manifest.facts
     if adapters != (models.adapter is not None):
         held, wanted = ("adapters", "whole models") if adapters else ("a whole model", "adapters")
         raise UserError(
             f"export.checkpoint: {config.export.checkpoint} holds {held}, and this run's checkpoints hold {wanted}. "
-            "Name one of this run, or use the configuration of its own."
+            "Give a checkpoint of this run, or use the configuration of that checkpoint's run."
         )
     if models.adapter is None:
         return
@@ -148,6 +165,6 @@ def refuse_other_base(config: Config, models: Models, manifest: Manifest) -> Non
     key = reference_key(digests, models.policy.config, models.dtype)
     if key != manifest.facts["base_key"]:
         raise UserError(
-            f"model.name_or_path: the adapters of step {manifest.step} stand beside a base model with the digest "
-            f"{manifest.facts['base_key']}, and {models.policy.path} now gives {key}. Put it back as it was."
+            f"model.name_or_path: the adapters of step {manifest.step} were trained on a base model with the digest "
+            f"{manifest.facts['base_key']}, but {models.policy.path} now has {key}. Restore the folder as it was."
         )

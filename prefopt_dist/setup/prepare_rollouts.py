@@ -1,6 +1,6 @@
-"""What `generate`, `rounds`, `evaluate` and `train` share: prompts answered by a model and scored by the rewards.
+"""Sample a model's answers to prompts and score them by the rewards, for generate, rounds, evaluate and train.
 
-`check` needs no ranks; the rest is for all ranks together.
+One process calls the checks; all ranks call the other functions, together.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from prefopt_dist.training.evaluation import ANSWERS
 
 
 def sources_of(config: Config, stage: str) -> list[tuple[str, Sequence[DataSource]]] | None:
-    """The sources that a stage reads, by their dotted keys; None: those of the data alone, as every other stage."""
+    """Return the sources that a stage reads with their dotted keys, or None where these are those of the data alone."""
     prompts = [("data.train" if config.generate.prompts is None else "generate.prompts", config.prompt_sources)]
     answered = [] if config.evaluate.prompts is None else [("evaluate.prompts", config.evaluate.prompts)]
     if stage == "generate":
@@ -49,117 +49,135 @@ def sources_of(config: Config, stage: str) -> list[tuple[str, Sequence[DataSourc
 
 
 def check_for(config: Config, stage: str) -> None:
-    """One process: what a stage that samples needs."""
+    """Check what a stage that samples needs (one process calls it).
+
+    Raises:
+        UserError: a setting is missing or contradicts the stage.
+    """
     if stage == "rounds" and config.evaluate.prompts is None:
         raise UserError(
-            "evaluate.prompts: not set, so no round could be told from the one before; name prompts that are not "
-            "among those of the training"
+            "evaluate.prompts: not set, so a round could not be compared with the one before; give prompts that are "
+            "not among those of the training"
         )
     if stage == "rounds" and config.rounds.reference == "start" and config.reference.name_or_path is not None:
         raise UserError(
             f"reference.name_or_path: got {config.reference.name_or_path!r}, must be null with rounds.reference=start, "
-            "by which each round's reference is its own start; leave it out, or set rounds.reference=first"
+            "under which each round's reference is the model that the round starts from; leave it out, or set "
+            "rounds.reference=first"
         )
     if stage == "rounds":
         _refuse_answers_in_rounds(config)
     if stage == "rounds" and config.lora is not None and not config.export.merged:
         raise UserError(
-            "export.merged: got false, but with a section lora a round's adapters must be added into the model that "
-            "the next round starts from; set export.merged=true"
+            "export.merged: got false, but with the section lora a round's adapters must be merged into the model "
+            "that the next round starts from; set export.merged=true"
         )
     if stage in ("generate", "rounds") or (stage == "evaluate" and config.evaluate.prompts is not None):
         check(config)
     elif stage == "train" and config.answers.number:
-        check_rewards(config)  # there may be none
+        check_rewards(config)  # a training may have none
 
 
 def _refuse_answers_in_rounds(config: Config) -> None:
-    """A round's training answers nothing of its own: the rounds compare by evaluate.prompts."""
-    led = [(key, metric) for _, key, metric in selection_metrics(config) if metric.startswith(ANSWERS)]
-    for key, value in [*led, *([("answers.every", config.answers.every)] if config.answers.every else [])]:
+    """Raise UserError where a round's training is to use its own answers: rounds are compared by evaluate.prompts."""
+    by_answers = [(key, metric) for _, key, metric in selection_metrics(config) if metric.startswith(ANSWERS)]
+    for key, value in [*by_answers, *([("answers.every", config.answers.every)] if config.answers.every else [])]:
         raise UserError(
-            f"{key}: got {value}, but the rounds compare their models by evaluate.prompts, after each round, and a "
-            "round's own training answers nothing; leave it out"
+            f"{key}: got {value}, but rounds compare their models after each round by evaluate.prompts, and the "
+            "training within a round samples no answers; leave it out"
         )
 
 
 def check(config: Config) -> None:
-    """One process: every mistake in the section `generate` that can be found without reading prompts or weights."""
+    """Check all of the section generate that needs neither prompts nor weights (one process calls it).
+
+    Raises:
+        UserError: no reward, a reward or engine that cannot be used, or no tokens left for a prompt.
+    """
     if not config.generate.rewards:
         raise UserError(
-            "generate.rewards: none, so no response could be said to be better than another; "
-            "give [{function: my_module:score}] or [{model: FOLDER}]"
+            "generate.rewards: not set, so responses cannot be ranked; give [{function: my_module:score}] or "
+            "[{model: FOLDER}]"
         )
     check_rewards(config)
     if config.generate.engine == "vllm":
         vllm_engine.refuse_where_absent()
-    room = config.data.max_length - config.generate.max_new_tokens
-    if room < 1:
+    prompt_tokens = config.data.max_length - config.generate.max_new_tokens
+    if prompt_tokens < 1:
         raise UserError(
             f"generate.max_new_tokens: got {config.generate.max_new_tokens}, must be less than data.max_length "
-            f"({config.data.max_length}), so that a prompt fits; lower it or raise data.max_length"
+            f"({config.data.max_length}), since both prompt and response must fit; lower it or raise data.max_length"
         )
 
 
 @dataclass(frozen=True)
 class RolloutJob:
-    """Prompts that a model is to answer, planned on disk; `run` does what is missing there."""
+    """Prompts that a model answers, planned on disk; `run` samples and scores what is missing there."""
 
     what: str
-    """For people: whose answers"""
+    """Name of the model, for people"""
     store: SampleStore
-    judges: ConfiguredRewards
+    rewards: ConfiguredRewards
     sampling: Sampling
     tokeniser: Tokeniser
     open_engine: Callable[[], Engine]
-    """All ranks: loads what answers"""
+    """Function that loads the engine; all ranks call it"""
     model: ModelFolder
-    """The folder that answers, or from which it was trained"""
+    """Folder of the model that answers, or of the one that it was trained from"""
     model_key: str
-    """Of the weights that answer"""
+    """Key of the weights that answer"""
 
     @property
     def config(self) -> Config:
         """Return the run's configuration."""
-        return self.judges.config
+        return self.rewards.config
 
     @property
     def scores(self) -> str | None:
-        """Return the name of the scores in the store; None where there is no reward."""
-        return self.judges.scores
+        """Return the name of the scores in the store; None without rewards."""
+        return self.rewards.scores
 
     @property
     def reward_weights(self) -> tuple[float, ...]:
-        """Of each reward in the mean."""
-        return self.judges.weights
+        """Return the weight of each reward in the mean."""
+        return self.rewards.weights
 
     def run(self, stop_asked: Callable[[], bool]) -> None:
-        """All ranks: samples and scores what is missing. Raises StoppedInFirstPass where a stop was asked."""
+        """Sample and score what is missing (all ranks call it).
+
+        Raises:
+            StopRequested: a stop was requested; finished shards are kept.
+        """
         self.sample(stop_asked)
         self.score(stop_asked)
 
     def sample(self, stop_asked: Callable[[], bool]) -> None:
-        """All ranks: samples what is missing. Raises as `run`."""
+        """Sample what is missing (all ranks call it); raises as `run`."""
         with scoring_lock(self.store.folder, "samples", stop_asked, "answering these prompts"):
-            self._each("samples", self._sample, stop_asked)
+            self._do_missing("samples", self._sample, stop_asked)
 
     def score(self, stop_asked: Callable[[], bool]) -> None:
-        """All ranks: scores what is missing of what was sampled. Raises as `run`."""
+        """Score the sampled answers that have no scores (all ranks call it); raises as `run`."""
         if self.scores is not None:
             with scoring_lock(self.store.folder, "samples", stop_asked, "scoring these answers"):
-                self._each(self.scores, self._score, stop_asked)
+                self._do_missing(self.scores, self._score, stop_asked)
 
     def answered(self) -> list[AnsweredPrompt]:
-        """One rank by itself: all prompts with answers and scores, in the order of the files, once `run` is done."""
+        """Return all prompts with answers and scores, in the order of the files, after `run` (any rank may call it).
+
+        Raises:
+            UserError: a reward failed, under on_bad_reward=stop.
+        """
         found = self.store.answered(self.scores)
-        for one in found:  # the scores may have been made under on_bad_reward=drop
-            for number, said in enumerate(one.scores):
-                self.judges.refuse_bad(one.prompt, number, said)
+        for one in found:  # an earlier start may have scored them under on_bad_reward=drop
+            for number, scores in enumerate(one.scores):
+                self.rewards.refuse_failures(one.prompt, number, scores)
         return found
 
-    def _each(
+    def _do_missing(
         self, what: str, work: Callable[[list[int], Callable[[], bool]], None], stop_asked: Callable[[], bool]
     ) -> None:
+        """Report damaged shards, and do the work on the missing ones of `what` (all ranks call it)."""
         todo, messages = ranks.run_on_rank_zero(lambda: self.store.missing(what))
         for message in messages:
             say(message)
@@ -190,20 +208,20 @@ class RolloutJob:
 
     def _score(self, todo: list[int], stop_asked: Callable[[], bool]) -> None:
         heartbeat.beat("loading the rewards")
-        rewards = ranks.run_on_all_ranks(lambda: self.judges.open(self.tokeniser.template))
+        rewards = ranks.run_on_all_ranks(lambda: self.rewards.open(self.tokeniser.template))
         assert self.scores is not None
         name = self.scores
 
         def one(number: int) -> None:
             prompts, answers = self.store.prompts(number), self.store.answers(number)
-            asked = [(p, a.text) for p, of_prompt in zip(prompts, answers, strict=True) for a in of_prompt]
-            columns = [reward.score(asked) for reward in rewards]
-            told = [
-                self.judges.told(asked[i][0], i % self.sampling.n, values)
+            texts = [(p, a.text) for p, of_prompt in zip(prompts, answers, strict=True) for a in of_prompt]
+            columns = [reward.score(texts) for reward in rewards]
+            scores = [
+                self.rewards.to_scores(texts[i][0], i % self.sampling.n, values)
                 for i, values in enumerate(zip(*columns, strict=True))
             ]
             self.store.write_scores(
-                name, number, [told[i : i + self.sampling.n] for i in range(0, len(told), self.sampling.n)]
+                name, number, [scores[i : i + self.sampling.n] for i in range(0, len(scores), self.sampling.n)]
             )
 
         try:
@@ -226,14 +244,23 @@ def prepare(
     what: str,
     own_draws: bool = False,
 ) -> RolloutJob:
-    """All ranks: reads the prompts on rank 0 and plans their answers; nothing is sampled yet.
+    """Read the prompts on rank 0 and plan their answers, without sampling (all ranks call it).
 
-    key: the dotted key that named the sources; own_draws: by a seed of these weights, so that another model's answers
-    to the same prompts are drawn independently.
+    Args:
+        config: the configuration.
+        models: of the run.
+        model: the model that answers.
+        sources: of the prompts.
+        key: the sources' dotted key.
+        n: number of responses to a prompt.
+        temperature: of sampling.
+        top_p: of sampling.
+        what: name of the model, for people.
+        own_draws: whether to derive the seed from the weights, so that different models sample independently.
     """
     ranks.run_on_rank_zero(lambda: check(config))
     data = config.data
-    judges = configured_rewards(config, models)
+    rewards = configured_rewards(config, models)
     tokeniser = tokeniser_of(config, models.tokenizer)
     held = hash_weights(model, models.dtype, config.cache_dir)
     sampling = Sampling(
@@ -271,11 +298,11 @@ def prepare(
     def open_engine() -> Engine:
         return ranks.run_on_all_ranks(lambda: _engine(config, models, model, lambda: refuse_if_changed(held.states)))
 
-    return RolloutJob(what, SampleStore(folder), judges, sampling, tokeniser, open_engine, model, held.key)
+    return RolloutJob(what, SampleStore(folder), rewards, sampling, tokeniser, open_engine, model, held.key)
 
 
 def sampling_fingerprint(config: Config, models: Models, sampling: Sampling) -> dict[str, Any]:
-    """Return what, beside model and prompts, decides the answers, as a store keeps it."""
+    """Return what determines the answers besides model and prompts, as a store keeps it."""
     return {
         "tokenizer": hashlib.blake2b(tokenizer_content(models.tokenizer), digest_size=16).hexdigest(),
         "template": config.data.template,
@@ -285,7 +312,7 @@ def sampling_fingerprint(config: Config, models: Models, sampling: Sampling) -> 
 
 
 def _engine(config: Config, models: Models, model: ModelFolder, check_loaded: Callable[[], None]) -> Engine:
-    """Each rank by itself: load the model of a folder whole."""
+    """Load the engine with an unsharded copy of a folder's model (each rank calls it by itself)."""
     dtype, generate = models.dtype, config.generate
     engine: Engine
     if generate.engine == "vllm":

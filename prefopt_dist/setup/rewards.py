@@ -1,4 +1,4 @@
-"""The rewards of the section generate: checked, known by what their numbers depend on, and asked shard by shard."""
+"""The rewards of the section generate: check them, name their scores by what the values depend on, and load them."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class ConfiguredRewards:
 
     config: Config
     rewards: list[tuple[str, RewardFolder | Callable[..., Any]]]
-    """With their dotted keys"""
+    """Each reward with its dotted key"""
     scores: str | None
-    """Names their scores in a store of samples; None where there is no reward"""
+    """Name of their scores in a store of samples; None without rewards"""
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Return each reward's weight in the mean."""
+        """Return the weight of each reward in the mean."""
         return tuple(source.weight for source in self.config.generate.rewards)
 
     def open(self, template: Template) -> list[Reward]:
-        """Load the rewards, one whole copy a rank."""
+        """Load the rewards, unsharded on each rank."""
         dtype = DTYPES[self.config.model.dtype]
         found: list[Reward] = []
         for _, part in self.rewards:
@@ -62,32 +62,41 @@ class ConfiguredRewards:
                 found.append(FunctionReward(part))
         return found
 
-    def told(self, prompt: Prompt, number: int, values: Sequence[float | RewardFailure]) -> Scores:
-        """Return numbers, and texts for what is none; under on_bad_reward=stop such a text ends the job."""
-        told: Scores = [v.reason if isinstance(v, RewardFailure) else v for v in values]
-        self.refuse_bad(prompt, number, told)
-        return told
+    def to_scores(self, prompt: Prompt, number: int, values: Sequence[float | RewardFailure]) -> Scores:
+        """Return one response's values as a store keeps them, with the reason in place of a failed value.
 
-    def refuse_bad(self, prompt: Prompt, number: int, said: Scores) -> None:
-        """Raise UserError for a reward of response `number` that is no number, under on_bad_reward=stop."""
+        Args:
+            prompt: the prompt.
+            number: of the response.
+            values: of each reward.
+
+        Raises:
+            UserError: a reward failed, under on_bad_reward=stop.
+        """
+        scores: Scores = [v.reason if isinstance(v, RewardFailure) else v for v in values]
+        self.refuse_failures(prompt, number, scores)
+        return scores
+
+    def refuse_failures(self, prompt: Prompt, number: int, scores: Scores) -> None:
+        """Raise UserError for a failed reward of response `number`, under on_bad_reward=stop."""
         if self.config.generate.on_bad_reward != "stop":
             return
-        for (key, _), value in zip(self.rewards, said, strict=True):
+        for (key, _), value in zip(self.rewards, scores, strict=True):
             if isinstance(value, str):
                 raise UserError(
                     f"{key}: for response {number} to the prompt at {prompt.origin} the reward {value}. "
-                    "Mend the reward, or leave such responses out with generate.on_bad_reward=drop."
+                    "Correct the reward, or leave such responses out with generate.on_bad_reward=drop."
                 )
 
 
 def check_rewards(config: Config) -> None:
-    """Raise UserError for a reward that cannot be asked; one process, without weights."""
+    """Raise UserError for a reward that cannot be used; one process calls it, and no weights are loaded."""
     for key, source in _keys(config):
         _checked(source, key)
 
 
 def configured_rewards(config: Config, models: Models) -> ConfiguredRewards:
-    """All ranks: check the rewards and hash what their numbers depend on."""
+    """Check the rewards and hash what their values depend on (all ranks call it)."""
     rewards = ranks.run_on_all_ranks(lambda: [(k, _checked(source, k)) for k, source in _keys(config)])
     identities = [
         _identity(config, models, source, part)
@@ -113,7 +122,7 @@ def _checked(source: RewardSource, key: str) -> RewardFolder | Callable[..., Any
 def _identity(
     config: Config, models: Models, source: RewardSource, part: RewardFolder | Callable[..., Any]
 ) -> dict[str, Any]:
-    """All ranks: what a reward's numbers depend on."""
+    """Return what a reward's values depend on (all ranks call it)."""
     if not isinstance(part, RewardFolder):
         assert source.function is not None
         return dict(ranks.run_on_rank_zero(lambda: function_identity(str(source.function))))

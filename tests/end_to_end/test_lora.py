@@ -127,7 +127,7 @@ def test_the_merged_model_is_the_adapters(door: Door, whole: Path) -> None:
     """In float32: the same log-probs; and W + α/r · B A by hand in float64."""
     target, base = door.folder / "merged", door.folder / "model"
     said = started(door, "whole", "export.merged=true", f"export.dir={target}", stage="export")
-    assert "with its adapters added in" in said
+    assert "with its adapters merged in" in said
     manifest = read_manifest(newest(whole))
     assert manifest is not None
     merged = load_unsharded(inspect_folder(target, "target"), dtype=torch.float32)
@@ -190,7 +190,7 @@ def test_the_base_may_not_change(door: Door) -> None:
     run = door.run("base", data={"eval": door.path("pairs.jsonl")}, **sections)
     words = ["model.name_or_path: ", "base_key", "Put them back as they were"]
     door.fails(words, run=run)
-    words = ["model.name_or_path: ", "adapters of step 1", "now gives", "Put it back as it was"]
+    words = ["model.name_or_path: ", "adapters of step 1", "now has", "Restore the folder as it was"]
     door.fails(words, stage="export", run=run)
     door.fails(words, stage="evaluate", run=run)
 

@@ -25,7 +25,7 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.rollouts import measures, transformers_engine
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.store import Answer, AnsweredPrompt, SampleStore
-from prefopt_dist.setup import own_answers, rewards
+from prefopt_dist.setup import answer_engines, own_answers, rewards
 from prefopt_dist.training import evaluation
 
 
@@ -136,7 +136,7 @@ def test_nats_and_rewards_of_a_run(world: Path, name: str, sections: dict[str, A
 def test_a_sweep_samples_the_start_once(world: Path) -> None:
     """Three betas: the first run samples the start, the others find its answers in the cache; so does a resume."""
     loads = 0
-    load = own_answers.load_for_sampling
+    load = answer_engines.load_for_sampling
 
     def counted(*arguments: Any, **options: Any) -> Any:
         nonlocal loads
@@ -144,7 +144,7 @@ def test_a_sweep_samples_the_start_once(world: Path) -> None:
         return load(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(own_answers, "load_for_sampling", counted)
+        patch.setattr(answer_engines, "load_for_sampling", counted)
         for beta in (0.05, 0.1, 0.5):
             run = write_run(world, f"beta-{beta}", cache="cache-sweep", loss={"name": "dpo", "beta": beta})
             assert main(["train", str(run)]) == 0
@@ -266,7 +266,7 @@ def test_a_diverged_model_is_exported_and_called_so(world: Path, door: Door) -> 
         return choose(logits, *arguments) if not diverged else torch.full((len(logits),), logits.shape[-1])
 
     diverged: list[int] = []
-    copy = own_answers.copy_for_sampling
+    copy = answer_engines.copy_for_sampling
 
     def copied(*arguments: Any, **options: Any) -> Any:
         diverged.append(1)
@@ -275,7 +275,7 @@ def test_a_diverged_model_is_exported_and_called_so(world: Path, door: Door) -> 
     sums = own_answers.answer_sums
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers_engine, "choose_tokens", nothing)
-        patch.setattr(own_answers, "copy_for_sampling", copied)
+        patch.setattr(answer_engines, "copy_for_sampling", copied)
         patch.setattr(own_answers, "answer_sums", lambda *a: np.nan * sums(*a))
         assert door.ends(write_run(world, "diverged"))[0] == 0
     facts = json.loads((world / "runs" / "diverged" / "run.json").read_text())
@@ -286,7 +286,7 @@ def test_a_diverged_model_is_exported_and_called_so(world: Path, door: Door) -> 
 
 
 def test_a_reward_that_fails_at_the_end_costs_no_export(world: Path, door: Door) -> None:
-    told = rewards.ConfiguredRewards.told
+    told = rewards.ConfiguredRewards.to_scores
 
     def refuses(self: Any, prompt: Any, number: int, values: Any) -> Any:
         if trained:
@@ -294,10 +294,10 @@ def test_a_reward_that_fails_at_the_end_costs_no_export(world: Path, door: Door)
         return told(self, prompt, number, values)
 
     trained: list[int] = []
-    copy = own_answers.copy_for_sampling
+    copy = answer_engines.copy_for_sampling
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rewards.ConfiguredRewards, "told", refuses)
-        patch.setattr(own_answers, "copy_for_sampling", lambda *a, **o: trained.append(1) or copy(*a, **o))
+        patch.setattr(rewards.ConfiguredRewards, "to_scores", refuses)
+        patch.setattr(answer_engines, "copy_for_sampling", lambda *a, **o: trained.append(1) or copy(*a, **o))
         assert door.ends(write_run(world, "refused"))[0] == 0
     folder = world / "runs" / "refused"
     assert json.loads((folder / "run.json").read_text())["answers"]["verdict"] == "not judged"
@@ -326,7 +326,7 @@ def test_other_answers_than_before_are_made_anew(world: Path, door: Door) -> Non
 
 def test_the_training_s_engine_is_gone_when_the_reference_comes(world: Path, door: Door) -> None:
     alive: list[int] = []
-    sums = own_answers.comparing.sums_under
+    sums = own_answers.compare.sums_under
 
     def looked(*arguments: Any) -> Any:
         gc.collect()
@@ -335,7 +335,7 @@ def test_the_training_s_engine_is_gone_when_the_reference_comes(world: Path, doo
         return sums(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(own_answers.comparing, "sums_under", looked)
+        patch.setattr(own_answers.compare, "sums_under", looked)
         sections = EVERY | {"data": {"eval": str(world / "pairs.jsonl")}}
         assert door.ends(write_run(world, "freed", **sections))[0] == 0
     assert alive == [0]

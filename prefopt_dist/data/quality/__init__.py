@@ -1,1 +1,1 @@
-"""What is wrong with tokenised data: findings counted row by row, lengths, a report. Numbers and text, no policy."""
+"""Inspect tokenised data: findings with examples, lengths, the policies of the section inspect, and a report."""

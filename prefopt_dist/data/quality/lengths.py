@@ -1,4 +1,4 @@
-"""Describe how long the rows are: quantiles, a histogram for a terminal, a picture by matplotlib."""
+"""Describe the lengths of rows: quantiles, a histogram for the terminal, and a picture by matplotlib."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prefopt_dist.packages import import_optional
 
 QUANTILES = (5, 50, 95, 100)
 BAR = 40
-"""Characters of the longest bar."""
+"""Number of characters of the longest bar."""
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,19 @@ class Lengths:
     """Lengths of the parts of a data set's rows, in tokens after truncation."""
 
     parts: dict[str, NDArray[np.int64]]
-    """[n] of each: prompt, what is learnt of chosen and rejected (or response), and prompt + longer response"""
+    """[n] for each part: prompt; the learnt tokens of chosen and rejected (or response); sequence, which is the prompt
+    with the longer response"""
 
     @staticmethod
     def of(rows: TokenisedRows) -> Lengths:
-        """Of a data set's rows."""
+        """Return the lengths of a data set's rows."""
         lengths = rows.lengths()
         names = ("prompt", "chosen", "rejected") if rows.kind == "pair" else ("prompt", "response")
         parts = dict(zip(names, np.c_[lengths[:, 0], rows.learnt_lengths()].T, strict=True))
         return Lengths(parts | {"sequence": lengths[:, 0] + lengths[:, 1:].max(axis=1)})
 
     def text(self) -> list[str]:
-        """A table of quantiles and a histogram; a bar shows the sequences."""
+        """Return the lines of a table of quantiles and of a histogram, whose bars are those of the sequences."""
         heads = ["mean", *(f"{q} %" for q in QUANTILES)]
         lines = [_line("tokens", heads)]
         lines += [
@@ -53,7 +54,7 @@ class Lengths:
         return lines
 
     def as_json(self) -> dict[str, Any]:
-        """Means, quantiles and counts; bin k holds the lengths from edges[k] up to edges[k + 1] - 1."""
+        """Return means, quantiles and a histogram, whose bin k has the lengths from edges[k] to edges[k + 1] - 1."""
         edges = self._edges()
         return {
             "edges": edges,
@@ -68,7 +69,7 @@ class Lengths:
         }
 
     def _edges(self) -> list[int]:
-        """Two bins to a doubling: 1, 8, 12, 16, 24, 32, … above the longest."""
+        """Return the edges of the bins, two per doubling, until above the longest: 1, 8, 12, 16, 24, 32, …."""
         edges = [1, 8]
         while edges[-1] <= self.parts["sequence"].max():
             power = 1 << (edges[-1].bit_length() - 1)
@@ -89,19 +90,28 @@ BINS = 40
 
 
 def matplotlib_figure() -> Any:
-    """matplotlib's module of figures, or the user's mistake: asked for before the data are read."""
+    """Import matplotlib.figure, or raise UserError; called before the data are read, so that an error is early."""
     return import_optional("matplotlib.figure", PICTURE_KEY, "a picture of the lengths", "leave inspect.picture out")
 
 
 def draw_lengths(file: Path, sets: Mapping[str, Lengths], max_length: int) -> None:
-    """One row a data set: how long its parts are, and of pairs how much longer the chosen response is."""
-    # Not pyplot, which keeps figures and looks for a display.
+    """Draw a row of charts for each data set: the lengths of its parts and, of pairs, the difference in length.
+
+    Args:
+        file: the picture to write.
+        sets: the lengths by the data set's dotted key.
+        max_length: data.max_length, drawn as a line.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    # Not pyplot, which keeps figures in memory and needs a display.
     figure = matplotlib_figure().Figure(figsize=(11, 3.6 * len(sets)), layout="constrained")
     for axes, (key, lengths) in zip(figure.subplots(len(sets), 2, squeeze=False), sets.items(), strict=True):
-        _picture_parts(axes[0], lengths, max_length)
+        _draw_parts(axes[0], lengths, max_length)
         axes[0].set_title(f"{key}: {len(lengths.parts['sequence']):,} rows")
         if "chosen" in lengths.parts:
-            _length_difference(axes[1], lengths)
+            _draw_difference(axes[1], lengths)
         else:
             axes[1].set_axis_off()
     try:
@@ -110,7 +120,7 @@ def draw_lengths(file: Path, sets: Mapping[str, Lengths], max_length: int) -> No
         raise UserError(f"{PICTURE_KEY}: {file} cannot be written ({e.strerror}). Choose a folder that exists.") from e
 
 
-def _picture_parts(axes: Any, lengths: Lengths, max_length: int) -> None:
+def _draw_parts(axes: Any, lengths: Lengths, max_length: int) -> None:
     edges = np.unique(np.geomspace(1, lengths.parts["sequence"].max() + 1, BINS).astype(int))
     for name, found in lengths.parts.items():
         axes.hist(found, bins=edges, histtype="step", label=name)
@@ -119,10 +129,10 @@ def _picture_parts(axes: Any, lengths: Lengths, max_length: int) -> None:
     axes.legend()
 
 
-def _length_difference(axes: Any, lengths: Lengths) -> None:
+def _draw_difference(axes: Any, lengths: Lengths) -> None:
     difference = lengths.parts["chosen"] - lengths.parts["rejected"]
     reach = max(1, int(np.quantile(abs(difference), 0.99)))
     axes.hist(difference.clip(-reach, reach), bins=BINS)
     axes.axvline(0, color="grey", linestyle=":")
-    axes.set(xlabel="tokens of the chosen response less those of the rejected one", ylabel="pairs")
+    axes.set(xlabel="tokens of the chosen response minus those of the rejected one", ylabel="pairs")
     axes.set_title("chosen − rejected, the outermost 1 % at the edges")

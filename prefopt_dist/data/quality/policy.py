@@ -1,4 +1,4 @@
-"""Apply the policy of each kind of finding (stop, drop, nothing), and say what the kind means for training."""
+"""Apply the policy of each kind of finding (stop, drop or keep), and explain what the kind means for training."""
 
 from __future__ import annotations
 
@@ -12,64 +12,88 @@ from prefopt_dist.data.quality.findings import DataFinding
 from prefopt_dist.errors import UserError
 
 ADVICE: dict[str, tuple[str, str]] = {
-    # Rows that cannot be used, as data/ names them.
-    "not_json": ("no JSON object stands on the line", "write one JSON object a line"),
-    "not_utf8": ("the text is no UTF-8", "write the file again as UTF-8"),
-    "not_an_object": ("the line is JSON, but no object", "write one JSON object a line"),
+    # Rows that cannot be used, by the kinds of BadRow.
+    "not_json": ("the line is not JSON", "write one JSON object per line"),
+    "not_utf8": ("the text is not UTF-8", "write the file again as UTF-8"),
+    "not_an_object": ("the line is JSON, but not an object", "write one JSON object per line"),
     "blank_line": ("an empty line between rows", "remove it"),
-    "missing_field": ("a field of the form is missing or null", "look at what wrote the file, or set data.format"),
-    "wrong_type": (
-        "a value that is no text (or no label)",
-        "look at what wrote the file; do not make text of it blindly",
+    "missing_field": (
+        "a field of the form is missing or null",
+        "check the program that wrote the file, or set data.format",
     ),
-    "bad_message": ("a message without a known role or without text", "mend the messages, or set data.format"),
-    "bad_transcript": ("a transcript that is not Human and Assistant by turns", "mend the row"),
+    "wrong_type": (
+        "a value that is not a text (or not a label)",
+        "check the program that wrote the file before you convert the value to text",
+    ),
+    "bad_message": ("a message without a known role or without text", "correct the messages, or set data.format"),
+    "bad_transcript": ("a transcript in which Human and Assistant do not alternate", "correct the row"),
     "empty_prompt": ("a response to nothing", "leave the row out"),
     "empty_response": (
-        "nothing to learn, or the lesson to say nothing",
-        "find out why a model or a person said nothing",
+        "there is nothing to learn, or the model would learn to answer with nothing",
+        "find out why a model or a person gave an empty response",
     ),
-    "identical_responses": ("no preference: the loss has no gradient", "leave the row out"),
-    "identical_after_cut": ("the responses differ only beyond the cut", "raise data.max_length, or leave the row out"),
-    "prompts_differ": ("the two conversations part before the response", "they are no pair: look at what joined them"),
+    "identical_responses": ("no preference, so the loss has no gradient", "leave the row out"),
+    "identical_after_cut": (
+        "the responses differ only in tokens that are truncated",
+        "raise data.max_length, or leave the row out",
+    ),
+    "prompts_differ": (
+        "the two conversations differ before the last response, so they are not a pair",
+        "check the program that joined them",
+    ),
     "no_common_prompt": (
-        "the two conversations have no beginning in common",
-        "they are no pair: look at what joined them",
+        "the two conversations have no common beginning, so they are not a pair",
+        "check the program that joined them",
     ),
-    "prompt_too_long": ("the prompt cannot be cut to fit", "raise data.max_prompt_length and data.max_length"),
-    "nothing_learnt": ("of a response nothing that the assistant wrote is left", "raise data.max_length"),
-    "doubled_template": ("turn markers inside a turn: it was templated already", "remove the markers from the text"),
-    "end_token_inside": ("the response ends before it ends", "remove the token, or split the turns into messages"),
-    "template_refused": ("the chat template does not take these turns", "mend the turns, or use another template"),
+    "prompt_too_long": ("the prompt cannot be truncated to fit", "raise data.max_prompt_length and data.max_length"),
+    "nothing_learnt": ("no token that the assistant wrote is left of a response", "raise data.max_length"),
+    "doubled_template": (
+        "turn markers inside a turn, so the chat template was already applied",
+        "remove the markers from the text",
+    ),
+    "end_token_inside": (
+        "an end token before the end of the response",
+        "remove the token, or split the turns into messages",
+    ),
+    "template_refused": ("the chat template rejects these turns", "correct the turns, or use another template"),
     "unstable_template": (
-        "the prompt alone is rendered otherwise than before its response, so training and use would differ",
-        "use a template that keeps earlier turns as they are",
+        "the prompt is rendered differently with and without its response, so training and use would differ",
+        "use a template that keeps earlier turns unchanged",
     ),
-    "tie": ("none of the answers is preferred, so the row says nothing", "leave it: such rows are left out"),
+    "tie": ("no answer is preferred, so there is nothing to learn", "nothing to do: such rows are left out"),
     "two_systems": ("a system column beside another system turn", "remove one of them"),
     "no_place_for_system": (
-        "a system column beside a prompt that is rendered turns already",
+        "a system column beside a prompt that is already rendered",
         "write it into the prompt, or remove the column",
     ),
     "mixed_texts": (
-        "some prompts of the source are rendered turns, others plain text",
-        "part the two kinds into two sources, or set data.template",
+        "some prompts of the source are already rendered, others are plain text",
+        "split the two kinds into two sources, or set data.template",
     ),
     "unwritten_part": (
-        "the chat template leaves out what the response says (text, reasoning or calls), so it would not be learnt",
+        "the chat template omits a part of the response (text, reasoning or calls), so it would not be learnt",
         "use a tokenizer whose template writes it, or remove it from the row",
     ),
     # Rows that can be used.
-    "duplicates": ("the same lesson again: it counts twice", "drop them, unless the weight is meant"),
-    "contradictions": ("two rows pull in opposite directions", "drop them, or decide by a further annotation"),
-    "eval_pairs": ("evaluation would measure memory", "drop them from training"),
+    "duplicates": ("the row repeats another one, which counts twice", "drop them, unless the weight is intended"),
+    "contradictions": ("two rows prefer opposite responses", "drop them, or decide by a further annotation"),
+    "eval_pairs": ("the row is also evaluated, which would measure memory", "drop them from training"),
     "eval_prompts": (
         "evaluation is on prompts that were trained on",
         "drop them, or split by prompt instead of by row",
     ),
-    "cut_prompt": ("the model sees the end of the prompt only", "raise data.max_length and data.max_prompt_length"),
-    "cut_response": ("the model does not see how the response ends", "raise data.max_length, or drop them"),
-    "unfair_cut": ("the two responses were cut to different lengths", "report it: this must not happen"),
+    "cut_prompt": (
+        "the prompt is truncated, so the model sees only its end",
+        "raise data.max_length and data.max_prompt_length",
+    ),
+    "cut_response": (
+        "the response is truncated, so the model does not see how it ends",
+        "raise data.max_length, or drop them",
+    ),
+    "unfair_cut": (
+        "the two responses are truncated to different lengths",
+        "report it as a bug: this must not happen",
+    ),
     "missing_bos": ("templated strings without the beginning-of-sequence token; it was added", "keep: it is repaired"),
     "missing_end": (
         "templated strings without the end-of-turn token; it was added",
@@ -79,17 +103,20 @@ ADVICE: dict[str, tuple[str, str]] = {
     "double_end": ("an end token that the template writes too; one was removed", "keep: it is repaired"),
     "stray_special": ("special tokens in the text that the template never writes", "remove them from the text"),
     "other_prompt": (
-        "a token reaches over the end of the prompt, so in use the prompt ends with another one",
-        "set data.thinking=empty where the template opens reasoning; else keep",
+        "a token extends over the end of the prompt, so in use the prompt ends with another token",
+        "set data.thinking=empty where the template opens reasoning; otherwise keep them",
     ),
     "lost_reasoning": (
-        "the chat template leaves out the reasoning of earlier turns, as at generation",
-        "keep: use has the same; or choose a template that keeps it",
+        "the chat template omits the reasoning of earlier turns, as at generation",
+        "keep, since generation does the same; or choose a template that keeps it",
     ),
     # The data set as a whole.
-    "few_rows": ("preferences of few rows are learnt by heart soon", "watch eval/loss; one epoch, a higher loss.beta"),
+    "few_rows": (
+        "the preferences of few rows are soon memorised",
+        "watch eval/loss; train one epoch, with a higher loss.beta",
+    ),
     "length_bias": (
-        "length alone tells much of the preference, and will be learnt",
+        "length alone predicts much of the preference, and will be learnt",
         "balance lengths, or take a loss per token (loss.average=tokens, or loss.name=simpo)",
     ),
     "label_balance": (
@@ -97,14 +124,20 @@ ADVICE: dict[str, tuple[str, str]] = {
         "set loss.desirable_weight and loss.undesirable_weight so that weight × rows is about equal",
     ),
 }
-"""By kind: what it means, what to do."""
+"""For each kind of finding, what it means and what to do."""
 
 MAX_REPORTED_KINDS = 5
-"""Kinds of findings that one message names."""
+"""Largest number of kinds of findings in one message."""
 
 
 def refuse_stops(found: Sequence[DataFinding], policies: Mapping[str, str], key: str) -> None:
-    """Raises UserError where a finding's policy is stop; policies: by the keys of the section inspect."""
+    """Raise UserError if there is a finding whose policy is stop.
+
+    Args:
+        found: the findings of one data set.
+        policies: by the keys of the section inspect.
+        key: the data set's dotted key.
+    """
     stops = [finding for finding in found if finding.count and policies[finding.policy] == "stop"]
     if stops:
         more = [f"and {len(stops) - MAX_REPORTED_KINDS} further kinds"] if len(stops) > MAX_REPORTED_KINDS else []
@@ -112,21 +145,24 @@ def refuse_stops(found: Sequence[DataFinding], policies: Mapping[str, str], key:
 
 
 def rows_to_drop(found: Sequence[DataFinding], policies: Mapping[str, str]) -> list[DroppedRows]:
-    """The rows that are left out, by kind."""
+    """Return the rows that are left out, by kind of finding."""
     return [(f.name, f.rows, f.examples) for f in found if f.count and policies[f.policy] == "drop"]
 
 
 def rows_left(n: int, found: Sequence[DataFinding], policies: Mapping[str, str] | None) -> NDArray[np.bool_]:
-    """[n] the rows that are not left out; policies: None for a set that is left as it is."""
-    left = np.ones(n, dtype=bool)
+    """Return whether each row is kept: bool [n]; policies is None for a set from which no row is left out."""
+    kept = np.ones(n, dtype=bool)
     for _, rows, _ in rows_to_drop(found, policies) if policies is not None else ():
-        left[rows] = False
-    return left
+        kept[rows] = False
+    return kept
 
 
 def _refusal(finding: DataFinding, key: str) -> str:
-    whole = not len(finding.rows)
-    what = finding.examples[0] if whole else f"{finding.count:,} {finding.name}, the first: {finding.examples[0]}"
-    ways = "keep" if whole else "drop or keep"
+    of_set = not len(finding.rows)
+    what = finding.examples[0] if of_set else f"{finding.count:,} {finding.name}, the first: {finding.examples[0]}"
+    other_policies = "keep" if of_set else "drop or keep"
     meaning, remedy = ADVICE[finding.name]
-    return f"inspect.{finding.policy}: stop, but {key} has {what} ({meaning}); {remedy}; or set it to {ways}"
+    return (
+        f"inspect.{finding.policy}: got stop, but {key} has {what} ({meaning}); {remedy}; or set "
+        f"inspect.{finding.policy} to {other_policies}"
+    )

@@ -1,4 +1,4 @@
-"""What was found in one data set, for people and as JSON."""
+"""Report the findings, counts and lengths of one data set, for people and as JSON."""
 
 from __future__ import annotations
 
@@ -14,42 +14,44 @@ from prefopt_dist.data.quality.policy import ADVICE, rows_left
 from prefopt_dist.data.row_counts import DataReport
 
 NAMES_SHOWN = 10
-"""Names of a field that the text shows, the most frequent first."""
+"""Largest number of a field's values in the text, the most frequent first."""
 BAD_ROWS = "data.on_bad_row"
 
 
 @dataclass(frozen=True)
 class ReportedFinding:
-    """A finding as it is told."""
+    """A finding with its policy, as it is reported."""
 
     name: str
     count: int
     policy_key: str | None
-    """The dotted key that decides; None for an evaluation set, which is left as it is"""
+    """Dotted key of the policy; None for an evaluation set, from which no row is dropped"""
     policy: str
+    """`stop`, `drop` or `keep`"""
     examples: tuple[str, ...]
     whole: bool
-    """About the data set, not about single rows"""
+    """Whether it is about the whole data set, not about single rows"""
 
     @property
     def harmless(self) -> bool:
-        """Repaired, with nothing left to do."""
+        """Return whether such rows are repaired, so that nothing is left to do."""
         return self.name in ("missing_bos", "double_bos", "double_end")
 
 
 @dataclass(frozen=True)
 class SetReport:
-    """All that is said of one data set."""
+    """The report of one data set."""
 
     key: str
-    """data.train, data.eval or data.eval.NAME"""
+    """Dotted key of the set: data.train, data.eval or data.eval.NAME"""
     counts: DataReport
-    told: Sequence[ReportedFinding]
-    """Rows that cannot be used, then all that was looked for, also what was not found"""
+    findings: Sequence[ReportedFinding]
+    """Kinds of rows that cannot be used, then all kinds of findings, also those of which there is none"""
     lengths: Lengths
     longer: LongerChosen | None
-    cut_sides: dict[str, int]
-    """Pairs with a cut response, by which: chosen, rejected, both"""
+    """Counts by the longer response; None for rows that are not pairs"""
+    truncated_sides: dict[str, int]
+    """Number of pairs with a truncated response, by side: chosen only, rejected only, both"""
     distinct_prompts: int
 
     @staticmethod
@@ -61,7 +63,16 @@ class SetReport:
         on_bad_row: str,
         distinct_prompts: int,
     ) -> SetReport:
-        """policies: by the keys of the section inspect; None for an evaluation set."""
+        """Assemble the report of one data set.
+
+        Args:
+            key: the set's dotted key.
+            rows: of the set.
+            found: its findings.
+            policies: by the keys of the section inspect; None for an evaluation set.
+            on_bad_row: the value of data.on_bad_row.
+            distinct_prompts: number of different prompts.
+        """
         bad = [
             ReportedFinding(
                 kind,
@@ -88,42 +99,42 @@ class SetReport:
         return SetReport(
             key=key,
             counts=rows.report,
-            told=[*bad, *others],
+            findings=[*bad, *others],
             lengths=Lengths.of(rows),
             longer=longer_chosen(rows, rows_left(rows.n, found, policies)) if pairs else None,
-            cut_sides=_cut_sides(rows) if pairs else {},
+            truncated_sides=_truncated_sides(rows) if pairs else {},
             distinct_prompts=distinct_prompts,
         )
 
     @property
     def verdict(self) -> str:
-        """`stop`: a policy refuses the data; `look`: rows are used that one should look at; `good`."""
-        here = [told for told in self.told if told.count]
-        if any(told.policy == "stop" for told in here):
+        """Return `stop` if a policy refuses the data, `look` if rows to look at are kept, and `good` otherwise."""
+        present = [one for one in self.findings if one.count]
+        if any(one.policy == "stop" for one in present):
             return "stop"
-        return "look" if any(told.policy == "keep" and not told.harmless for told in here) else "good"
+        return "look" if any(one.policy == "keep" and not one.harmless for one in present) else "good"
 
     def text(self) -> str:
-        """The whole of it."""
+        """Return the whole report for people."""
         c = self.counts
         lines = [f"{self.key}: {c.rows:,} rows ({c.form}), {c.used:,} can be used; {self.distinct_prompts:,} prompts"]
-        lines += [line for told in self.told if told.count for line in _finding_lines(told)]
+        lines += [line for one in self.findings if one.count for line in _finding_lines(one)]
         lines += self._figures()
         lines += self.lengths.text()
         return "\n".join([*lines, f"  verdict: {self._verdict_text()}"])
 
     def as_json(self) -> dict[str, Any]:
-        """The same under plain names, kinds that were not found included."""
+        """Return the report as JSON values, with the kinds of findings of which there is none."""
         return {
             "counts": asdict(self.counts),
             "distinct_prompts": self.distinct_prompts,
             "findings": [
-                asdict(told) | dict(zip(("meaning", "remedy"), ADVICE[told.name], strict=True)) for told in self.told
+                asdict(one) | dict(zip(("meaning", "remedy"), ADVICE[one.name], strict=True)) for one in self.findings
             ],
             "longer_chosen": None
             if self.longer is None
             else asdict(self.longer) | {"share": self.longer.share, "accuracy": self.longer.accuracy},
-            "cut_responses": self.cut_sides,
+            "cut_responses": self.truncated_sides,
             "lengths": self.lengths.as_json(),
             "verdict": self.verdict,
         }
@@ -136,21 +147,21 @@ class SetReport:
         for source, columns in self.counts.ignored.items():
             if columns:
                 names = ", ".join(f"{name} {n:,}" for name, n in columns.items())
-                yield f"  columns of {source} of which nothing is made, by rows: {names}"
-        looked_for = {told.name: told for told in self.told}
+                yield f"  columns of {source} that are ignored, with the number of rows: {names}"
+        by_name = {one.name: one for one in self.findings}
         for name in ("length_bias", "label_balance"):
-            if name in looked_for and not looked_for[name].count:
-                yield f"  {looked_for[name].examples[0]}"
-        if any(self.cut_sides.values()):
-            sides = ", ".join(f"{name} {n:,}" for name, n in self.cut_sides.items())
-            fair = "" if looked_for["unfair_cut"].count else "; fair: both responses of each pair had the same budget"
-            yield f"  cut responses: {sides}{fair}"
+            if name in by_name and not by_name[name].count:
+                yield f"  {by_name[name].examples[0]}"
+        if any(self.truncated_sides.values()):
+            sides = ", ".join(f"{name} {n:,}" for name, n in self.truncated_sides.items())
+            fair = "" if by_name["unfair_cut"].count else "; both responses of each pair had the same budget"
+            yield f"  truncated responses: {sides}{fair}"
 
     def _verdict_text(self) -> str:
         by_policy: dict[str, list[str]] = {"stop": [], "drop": [], "keep": []}
-        for told in self.told:
-            if told.count and not (told.policy == "keep" and told.harmless):
-                by_policy[told.policy].append(told.name)
+        for one in self.findings:
+            if one.count and not (one.policy == "keep" and one.harmless):
+                by_policy[one.policy].append(one.name)
         if self.verdict == "stop":
             return f"stop, because of {', '.join(by_policy['stop'])}"
         dropped = f"; left out: {', '.join(by_policy['drop'])}" if by_policy["drop"] else ""
@@ -159,16 +170,16 @@ class SetReport:
         return f"good{dropped}"
 
 
-def _finding_lines(told: ReportedFinding) -> Iterator[str]:
-    meaning, remedy = ADVICE[told.name]
-    policy = told.policy if told.policy_key is None else f"{told.policy_key}={told.policy}"
-    count = "" if told.whole else f"{told.count:,} "
-    yield f"  {count}{told.name} ({policy}): {meaning}"
-    yield from (f"      {example}" for example in told.examples)
+def _finding_lines(finding: ReportedFinding) -> Iterator[str]:
+    meaning, remedy = ADVICE[finding.name]
+    policy = finding.policy if finding.policy_key is None else f"{finding.policy_key}={finding.policy}"
+    count = "" if finding.whole else f"{finding.count:,} "
+    yield f"  {count}{finding.name} ({policy}): {meaning}"
+    yield from (f"      {example}" for example in finding.examples)
     yield f"    → {remedy}"
 
 
-def _cut_sides(rows: TokenisedRows) -> dict[str, int]:
+def _truncated_sides(rows: TokenisedRows) -> dict[str, int]:
     chosen, rejected = rows.flagged("cut_response_0"), rows.flagged("cut_response_1")
     sides = {"chosen only": chosen & ~rejected, "rejected only": rejected & ~chosen, "both": chosen & rejected}
     return {name: int(found.sum()) for name, found in sides.items()}

@@ -1,4 +1,4 @@
-"""Rows as the model sees them: special tokens, where the prompt ends, what is learnt, what was cut or ignored.
+"""Show rows as the model sees them: special tokens, the end of the prompt, learnt tokens, truncated and ignored parts.
 
 Legend: R responses of a row.
 """
@@ -14,7 +14,7 @@ from prefopt_dist.data.dataset import TokenisedRows
 
 NAMES = {"pair": ("chosen", "rejected"), "demonstration": ("response",), "rated": ("response",)}
 OPENS, CLOSES = "⟦", "⟧"
-"""Stand around what is learnt."""
+"""Marks before and after learnt tokens."""
 
 
 @dataclass(frozen=True)
@@ -22,29 +22,29 @@ class ShownRow:
     """One row, ready to be shown; its fields are those of inspect.file."""
 
     set: str
-    """The data set's dotted key"""
+    """Dotted key of the data set"""
     origin: str
-    """file:line"""
+    """FILE:LINE"""
     prompt_ids: list[int]
     responses_ids: list[list[int]]
     """[R][tokens]"""
     learnt: list[list[bool]]
-    """[R][tokens] whether the token is scored and learnt"""
+    """[R][tokens], whether the token is scored and learnt"""
     prompt_text: str
-    """Decoded, special tokens included"""
+    """Decoded prompt, special tokens included"""
     responses_text: list[str]
     cut: list[str]
-    """What truncation shortened: prompt, response_0, response_1"""
+    """Truncated parts: prompt, response_0, response_1"""
     ignored_columns: list[str]
-    """Columns of the row's source of which nothing is made"""
+    """Columns of the row's source that are not used"""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
 def show_rows(key: str, rows: TokenisedRows, tokenizer: PreTrainedTokenizerBase, number: int) -> list[ShownRow]:
-    """The first `number` rows of the set."""
+    """Return the first `number` rows of a data set; key: its dotted key."""
     return [_shown(key, rows, tokenizer, i) for i in range(min(number, rows.n))]
 
 
@@ -72,21 +72,21 @@ def _learnt(rows: TokenisedRows, i: int, k: int) -> list[bool]:
 
 
 def row_text(shown: ShownRow, kind: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The row for a terminal; kind: of the data set."""
-    lines = [f"{shown.set} {shown.origin}, as the model sees it; between {OPENS} and {CLOSES} stands what is learnt"]
-    lines.append(f"  prompt ({len(shown.prompt_ids)} tokens): {_told(shown.prompt_text)}")
+    """Return a row for the terminal; kind: the data set's kind of rows."""
+    lines = [f"{shown.set} {shown.origin}, as the model sees it; tokens between {OPENS} and {CLOSES} are learnt"]
+    lines.append(f"  prompt ({len(shown.prompt_ids)} tokens): {_on_one_line(shown.prompt_text)}")
     for name, ids, learnt in zip(NAMES[kind], shown.responses_ids, shown.learnt, strict=True):
-        text = _told(_marked(tokenizer, ids, learnt))
+        text = _on_one_line(_marked(tokenizer, ids, learnt))
         lines.append(f"  {name} ({len(ids)} tokens, {sum(learnt)} learnt): {text}")
     if shown.cut:
-        lines.append(f"  cut: {', '.join(shown.cut)}")
+        lines.append(f"  truncated: {', '.join(shown.cut)}")
     if shown.ignored_columns:
         lines.append(f"  ignored columns: {', '.join(shown.ignored_columns)}")
     return "\n".join(lines)
 
 
 def _marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], learnt: list[bool]) -> str:
-    """The text with marks around each run of learnt tokens."""
+    """Return the text with marks around each run of learnt tokens."""
     pieces: list[str] = []
     start = 0
     for end in range(1, len(ids) + 1):
@@ -97,8 +97,8 @@ def _marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], learnt: list[boo
     return "".join(pieces)
 
 
-def _told(text: str) -> str:
-    """On one line, so that a line break inside a text is not one between fields."""
+def _on_one_line(text: str) -> str:
+    """Escape line breaks, so that a text stays on one line."""
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\x1b", "\\x1b")
 
 

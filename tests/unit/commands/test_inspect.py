@@ -94,7 +94,7 @@ def test_every_planted_fault_is_found(world: World) -> None:
     assert [example.partition(" ")[2] for example in found["duplicates"]["examples"]] == good
     first, second, *_ = world.origins("contradictions")
     assert found["contradictions"]["examples"][:2] == [f"{first} contradicts {second}", f"{second} contradicts {first}"]
-    assert found["eval_pairs"]["examples"][1].endswith(f"stands in {world.held}:5")
+    assert found["eval_pairs"]["examples"][1].endswith(f"is also in {world.held}:5")
     assert found["eval_prompts"]["examples"][2].endswith(f"has the prompt of {world.held}:4")
     counts = report["data.train"]["counts"]
     assert counts["rows"] == len(world.planted.lines) == counts["used"] + sum(counts["dropped"].values())
@@ -114,7 +114,7 @@ def test_the_text_names_each_finding_with_its_remedy(world: World) -> None:
         assert f"    → {ADVICE[kind][1]}" in said
     assert "verdict: can be used; look first at duplicates, contradictions, eval_pairs" in said
     assert "left out: missing_field, " in said
-    assert "  cut responses: chosen only 1, rejected only 1, both 1; fair: both responses of each pair" in said
+    assert "  truncated responses: chosen only 1, rejected only 1, both 1; both responses of each pair" in said
     assert "  the longer response is chosen in " in said
     for part in ("prompt", "chosen", "rejected", "sequence"):
         assert part in said
