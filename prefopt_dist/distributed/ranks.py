@@ -1,4 +1,4 @@
-"""The process group, decisions that are taken once, and folders that all nodes must share."""
+"""The process group, decisions that are made once for all ranks, and folders that all nodes must share."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from prefopt_dist.monitoring import heartbeat
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
-"""Long enough for what one rank does alone (tokenising, exporting) while the others wait for its word."""
+"""Long enough for the work of one rank alone (tokenising, exporting) while the others wait in a collective."""
 
 
 class OtherRankFailed(RuntimeError):
-    """Another rank has said what is wrong; this one only ends."""
+    """The failure of another rank, which has reported it; this rank only ends."""
 
 
 def start() -> None:
-    """Joins the process group of torchrun, or makes one of a single process where there is no torchrun.
+    """Join the process group of torchrun; without torchrun make a group of one process.
 
-    Raises UserError where the launcher has found GPUs that torch cannot use.
+    Raises:
+        UserError: the launcher has found GPUs that torch cannot use.
     """
     _refuse_unusable_gpus()
     if not torch.cuda.is_available():
@@ -54,7 +55,7 @@ def start() -> None:
     from prefopt_dist.distributed import zero3
 
     zero3.prepare_deepspeed()
-    logging.disable_progress_bar()  # bars of every rank, across each other
+    logging.disable_progress_bar()  # the bars of all ranks would overwrite each other
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -64,27 +65,27 @@ def start() -> None:
 
 
 def _refuse_unusable_gpus() -> None:
-    """Or a job that holds GPUs would compute on the CPU."""
+    """Raise UserError where torch cannot use the job's GPUs; else the job would hold them and compute on the CPU."""
     if not os.environ.get("PREFOPT_WANT_GPUS") or torch.cuda.is_available():
         return
     why = "it is built without CUDA" if torch.version.cuda is None else f"CUDA {torch.version.cuda}, see the driver"
     raise UserError(
-        f"{socket.gethostname()}: this job is to compute on GPUs, and torch {torch.__version__} finds none ({why}). "
+        f"{socket.gethostname()}: this job must compute on GPUs, but torch {torch.__version__} finds none ({why}). "
         "Install a torch that can use them, or hide them with CUDA_VISIBLE_DEVICES= (empty) to compute on the CPU."
     )
 
 
 def end() -> None:
-    """Leaves the process group."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def exit_now(status: int) -> NoReturn:
-    """Ends this process now, with its work done and told.
+    """End this process at once, after its work is done and reported.
 
-    The interpreter's own end destroys C++ threads of torch in no order: about one process in ten that held a
-    gloo group then aborted ("terminate called without an active exception"), and a finished job looked crashed.
+    The interpreter's own end destroys torch's C++ threads in any order. About one in ten processes with a gloo group
+    aborted then ("terminate called without an active exception"), and a finished job looked like a crashed one.
     """
     atexit._run_exitfuncs()  # logging, W&B
     sys.stdout.flush()
@@ -93,41 +94,45 @@ def exit_now(status: int) -> NoReturn:
 
 
 def rank() -> int:
-    """This process's rank."""
+    """Return this process's rank."""
     return dist.get_rank()
 
 
 def world_size() -> int:
-    """The number of ranks."""
+    """Return the number of ranks."""
     return dist.get_world_size()
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """Return the device on which this rank computes."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def all_gather(value: T) -> list[T]:
-    """Every rank's picklable value, by rank, on every rank. Also a barrier."""
+    """Return the picklable values of all ranks, in the order of the ranks (all ranks call it); it is also a barrier."""
     box: list[Any] = [None] * world_size()
     dist.all_gather_object(box, value)
     return box
 
 
-def run_on_rank_zero(what: Callable[[], T]) -> T:
-    """Runs `what`, which holds no collective, on rank 0 alone and gives its result to every rank.
+def run_on_rank_zero(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 alone and return its result on every rank (all ranks call it).
 
-    If it raises, every rank ends.
+    If it raises, every rank raises: AgreedUserError for a UserError, else rank 0 the exception itself and the other
+    ranks OtherRankFailed.
+
+    Args:
+        function: it must not contain a collective; its result must be picklable.
     """
     box: list[Any] = [None, None]
     error: Exception | None = None
     if rank() == 0:
         try:
             with heartbeat.alone():
-                box = [what(), None]
-        except Exception as e:  # told to the others below, then raised again here
+                box = [function(), None]
+        except Exception as e:  # sent to the other ranks below, then raised again here
             error = e
-            box = [None, _told(e)]
+            box = [None, _report(e)]
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         _raise(box[1], error)
@@ -135,34 +140,40 @@ def run_on_rank_zero(what: Callable[[], T]) -> T:
     return result
 
 
-def run_on_all_ranks(what: Callable[[], T]) -> T:
-    """Runs `what`, which holds no collective, on every rank; if it raises on one, every rank ends."""
+def run_on_all_ranks(function: Callable[[], T]) -> T:
+    """Call `function` on every rank and return this rank's result (all ranks call it).
+
+    If it raises on one rank, every rank raises, as in `run_on_rank_zero`.
+
+    Args:
+        function: it must not contain a collective.
+    """
     result: Any = None
     error: Exception | None = None
     try:
         with heartbeat.alone():
-            result = what()
-    except Exception as e:  # told to the others below, then raised again here
+            result = function()
+    except Exception as e:  # sent to the other ranks below, then raised again here
         error = e
-    for r, told in enumerate(all_gather(None if error is None else _told(error))):
-        if told is not None:
-            of_the_user, text = told
-            # What all ranks found alike needs no rank in front.
-            _raise((of_the_user, text if r == 0 else f"rank {r}: {text}"), error)
+    for r, report in enumerate(all_gather(None if error is None else _report(error))):
+        if report is not None:
+            is_user_error, text = report
+            # Rank 0's fault is usually one of all ranks, so its rank is not named.
+            _raise((is_user_error, text if r == 0 else f"rank {r}: {text}"), error)
     answer: T = result
     return answer
 
 
-def _told(error: Exception) -> tuple[bool, str]:
-    """What the other ranks hear of an error: whether it is the user's, and its text."""
-    of_the_user = isinstance(error, UserError)
-    return of_the_user, str(error) if of_the_user else f"{type(error).__name__}: {error}"
+def _report(error: Exception) -> tuple[bool, str]:
+    """Return what the other ranks get to know of an error: whether it is a UserError, and its text."""
+    is_user_error = isinstance(error, UserError)
+    return is_user_error, str(error) if is_user_error else f"{type(error).__name__}: {error}"
 
 
-def _raise(told: tuple[bool, str], own: Exception | None) -> NoReturn:
-    """Every rank raises: a crash of its own as it was, everything else as it was told."""
-    of_the_user, text = told
-    if of_the_user:
+def _raise(report: tuple[bool, str], own: Exception | None) -> NoReturn:
+    """Raise a reported error: a UserError on every rank alike, else this rank's own exception or OtherRankFailed."""
+    is_user_error, text = report
+    if is_user_error:
         raise AgreedUserError(text) from own
     if own is not None:
         raise own
@@ -170,27 +181,33 @@ def _raise(told: tuple[bool, str], own: Exception | None) -> NoReturn:
 
 
 def require_shared_folder(folder: Path, key: str, *, remedy: str) -> None:
-    """All ranks: refuses a folder of which some node has another one of the same name. It must exist on rank 0."""
+    """Raise UserError where a node has a different folder of the same name (all ranks call it).
 
-    def leave() -> Path:
-        mark = folder / f".seen-{secrets.token_hex(4)}"
+    Args:
+        folder: the folder, which must exist on rank 0.
+        key: the configuration key that names it, for the message.
+        remedy: last sentence of the message.
+    """
+
+    def make_marker() -> Path:
+        marker = folder / f".seen-{secrets.token_hex(4)}"
         try:
-            mark.touch()
+            marker.touch()
         except OSError as e:
             raise UserError(f"{key}: {folder} cannot be written ({e.strerror}). {remedy}") from e
-        return mark
+        return marker
 
-    mark = run_on_rank_zero(leave)
+    marker = run_on_rank_zero(make_marker)
     try:
 
-        def look() -> None:
-            if not os.path.exists(mark):
+        def require_marker() -> None:
+            if not os.path.exists(marker):
                 raise UserError(
-                    f"{key}: {folder} on {socket.gethostname()} is not the folder that the first node has: "
+                    f"{key}: {folder} on {socket.gethostname()} is not the folder of the first node; "
                     f"it must be on a disk that all nodes share. {remedy}"
                 )
 
-        run_on_all_ranks(look)
+        run_on_all_ranks(require_marker)
     finally:
         if rank() == 0:
-            mark.unlink(missing_ok=True)
+            marker.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""DeepSpeed's engines for the policy and the reference, and giving an engine's memory back.
+"""DeepSpeed's engines for the policy and the reference, and the release of an engine's memory.
 
-This file and partitions.py are the only ones that lean on DeepSpeed's internals; `TESTED` guards them.
+Only this file and partitions.py use internals of DeepSpeed; `TESTED_VERSIONS` guards them.
 """
 
 from __future__ import annotations
@@ -20,49 +20,55 @@ from torch import nn
 from prefopt_dist.errors import UserError
 
 TESTED_VERSIONS = ("0.19.8",)
-"""Versions whose internals were tried: in `release`, `drop_gradient`, `leaving_out`, `prepare_deepspeed`, and in
+"""Versions whose internals are used and tested: in `release`, `drop_gradient`, `skip_update_if`, `prepare_deepspeed`, and in
 `partitions.fill`."""
 
 
 SMALLEST_BUCKET = 1_000_000
-"""Elements; smaller ones would be many small collectives."""
+"""Elements; smaller buckets would mean many small collectives."""
 
 
 def prepare_deepspeed() -> None:
-    """Before the first collective: the version check, and no compilation of operators on CPU."""
+    """Check DeepSpeed's version and turn off compiled operators on CPU; call it before the first collective."""
     import deepspeed
     import deepspeed.ops
 
     if deepspeed.__version__ not in TESTED_VERSIONS:
         raise UserError(
-            f"deepspeed {deepspeed.__version__} is installed; this package frees and resumes engines through "
-            f"internals that were tried with {', '.join(TESTED_VERSIONS)} only. Install deepspeed=={TESTED_VERSIONS[-1]}."
+            f"deepspeed {deepspeed.__version__} is installed, but this package frees and resumes engines through "
+            f"internals that were tested with {', '.join(TESTED_VERSIONS)} only. "
+            f"Install deepspeed=={TESTED_VERSIONS[-1]}."
         )
     if not torch.cuda.is_available():
-        # Compiles C++ for a minute at every CPU start; gloo does the same work.
+        # It would compile C++ for a minute at every start on CPU, and gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
-    logger.addFilter(_is_news)
-    # DeepSpeed calls collectives by names that torch renames; once a call it would say so.
+    logger.addFilter(_is_unexpected)
+    # DeepSpeed uses deprecated names of torch's collectives; each call would warn.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for warnings about what we do on purpose."""
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    """Return False for a warning about something that is intended."""
     text = record.getMessage()
-    # The scoring module takes a MicroBatch, whose tensors are indices: there is no gradient to find in it.
+    # The scorer takes a MicroBatch, whose tensors are indices without gradient.
     return "unknown inputs or outputs type" not in text
 
 
 def with_bucket_sizes(
     settings: Mapping[str, Any], *, layer: int, hidden: int, trained: int | None = None
 ) -> dict[str, Any]:
-    """The user's settings, with ZeRO's buckets sized by the model where they do not say otherwise.
+    """Return the user's settings, with ZeRO's bucket sizes set by the model's size where the user set none.
 
-    layer: parameters of a decoder layer; hidden: its width; trained: how many of the layer's get a gradient, where not
-    all do. A bucket holds a layer, so that one is on its way
-    while another computes; what is as small as a norm's weight stays whole on every rank.
+    A bucket holds a layer, so that one layer is communicated while another computes. Parameters as small as the weight
+    of a norm stay whole on every rank.
+
+    Args:
+        settings: the user's DeepSpeed configuration.
+        layer: parameters of a decoder layer.
+        hidden: hidden size of the layer.
+        trained: parameters of the layer that get a gradient; None where all do.
     """
     sized = {
         "reduce_bucket_size": max(layer if trained is None else trained, SMALLEST_BUCKET),
@@ -73,7 +79,7 @@ def with_bucket_sizes(
 
 
 def policy_settings(zero: Mapping[str, Any], *, dtype: torch.dtype, max_grad_norm: float | None) -> dict[str, Any]:
-    """DeepSpeed's configuration for the policy: the user's ZeRO settings and what the YAML decides."""
+    """Return DeepSpeed's configuration for the policy: the user's ZeRO settings and those of the run's YAML."""
     return {
         **_settings(zero, dtype),
         # DeepSpeed's own default is 1.0, so it is always set; 0 is off.
@@ -85,7 +91,7 @@ def policy_settings(zero: Mapping[str, Any], *, dtype: torch.dtype, max_grad_nor
 
 
 def reference_settings(zero: Mapping[str, Any], *, dtype: torch.dtype, offload: str) -> dict[str, Any]:
-    """DeepSpeed's configuration for the reference: parameters alone, on the CPU on request."""
+    """Return DeepSpeed's configuration for the reference, which has parameters alone; offload: "cpu" or "none"."""
     settings = _settings(zero, dtype)
     if offload == "cpu":
         settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -93,9 +99,10 @@ def reference_settings(zero: Mapping[str, Any], *, dtype: torch.dtype, offload: 
 
 
 def _settings(zero: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return the settings that both engines need."""
     return {
         **deepcopy(dict(zero)),
-        # Micro-batches are ours: the engine sees one at a time and is told which is a step's last.
+        # This package makes the micro-batches: the engine gets one at a time, with a mark at a step's last one.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "steps_per_print": 2**31,
@@ -104,26 +111,26 @@ def _settings(zero: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def policy_engine(scorer: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-    """A DeepSpeed engine that trains `scorer`."""
+    """Make a DeepSpeed engine that trains `scorer`."""
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings)
-    _trim_heap()  # of what loading took and freed
+    _trim_heap()  # loading has freed much memory
     return engine
 
 
 def reference_engine(scorer: nn.Module, settings: dict[str, Any]) -> Any:
-    """A DeepSpeed engine without optimizer that only scores."""
+    """Make a DeepSpeed engine without optimizer that only scores."""
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=scorer.requires_grad_(False).eval(), config=settings)
     engine.eval()
-    _trim_heap()  # of what loading took and freed
+    _trim_heap()  # loading has freed much memory
     return engine
 
 
 def shard_bytes(module: nn.Module) -> tuple[int, int]:
-    """(bytes of parameters that this rank holds, bytes of the whole model)."""
+    """Return (bytes of parameters that this rank holds, bytes of the whole model)."""
     held = whole = 0
     for p in module.parameters():
         shard = p.ds_tensor if hasattr(p, "ds_tensor") else p
@@ -133,19 +140,19 @@ def shard_bytes(module: nn.Module) -> tuple[int, int]:
 
 
 def trained_parameters(module: nn.Module) -> int:
-    """Of the whole model, however it is sharded."""
+    """Count the trained parameters of the whole model, sharded or not."""
     return sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in module.parameters() if p.requires_grad)
 
 
 GATHERED_AT_ONCE = 50_000_000
-"""Elements that `copy_whole` gathers together, or one larger parameter."""
+"""Largest number of elements that `copy_to_unsharded` gathers at a time; a larger parameter is gathered alone."""
 
 
-def copy_to_unsharded(sharded: nn.Module, whole: nn.Module) -> None:
-    """All ranks: copy every parameter and buffer of a model under ZeRO-3 into a whole one of the same structure."""
+def copy_to_unsharded(sharded: nn.Module, unsharded: nn.Module) -> None:
+    """Copy all parameters and buffers of a model under ZeRO-3 to an unsharded equal model (all ranks call it)."""
     import deepspeed
 
-    into = dict(whole.named_parameters())
+    into = dict(unsharded.named_parameters())
     parameters: dict[str, Any] = dict(sharded.named_parameters())
     assert parameters.keys() == into.keys(), sorted(parameters.keys() ^ into.keys())[:4]
     with torch.no_grad():
@@ -154,12 +161,12 @@ def copy_to_unsharded(sharded: nn.Module, whole: nn.Module) -> None:
                 for name in names:
                     into[name].copy_(parameters[name].data)
         buffers = dict(sharded.named_buffers())  # whole on every rank
-        for name, buffer in whole.named_buffers():
+        for name, buffer in unsharded.named_buffers():
             buffer.copy_(buffers[name])
 
 
 def _in_portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """The names in order, as many together as GATHERED_AT_ONCE allows."""
+    """Yield the names in order, in lists of at most GATHERED_AT_ONCE elements."""
     names: list[str] = []
     elements = 0
     for name, size in sizes.items():
@@ -172,39 +179,42 @@ def _in_portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 def drop_gradient(engine: Any) -> None:
-    """Forgets the gradient that backward passes have added up, as DeepSpeed itself does where it skips an update."""
+    """Drop the gradient that backward passes have accumulated, as DeepSpeed does where it skips an update."""
     engine.optimizer._overflow_clean_up(engine.optimizer.loss_scale)
 
 
 @contextmanager
-def skip_update_if(engine: Any, wrong: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Inside, `engine.step()` leaves out an update whose gradient norm is `wrong`, as it does one that is not finite.
+def skip_update_if(engine: Any, is_wrong: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Let `engine.step()` skip an update whose gradient norm is wrong, as it skips one that is not finite.
 
-    wrong: the norm of the whole gradient before clipping, a scalar equal on all ranks, to a bool scalar beside it.
+    Args:
+        engine: the policy's engine.
+        is_wrong: a function of the norm of the whole gradient before clipping, a scalar that is equal on all ranks; it
+            returns a bool scalar on the same device.
     """
     from deepspeed.runtime.utils import combine_grad_norm_groups
 
     optimizer = engine.optimizer
     norms_of_groups = optimizer._get_norm_groups
 
-    def judged() -> list[torch.Tensor]:
+    def marked_norms() -> list[torch.Tensor]:
         norms = norms_of_groups()
-        leave_out = wrong(combine_grad_norm_groups(norms))
-        # DeepSpeed's own mark of a group without a valid norm, which it looks for on the host in any case.
-        return [torch.where(leave_out, torch.full_like(norm, -1.0), norm) for norm in norms]
+        skip = is_wrong(combine_grad_norm_groups(norms))
+        # -1 is DeepSpeed's mark of a group without a valid norm; it reads the norms on the host in any case.
+        return [torch.where(skip, torch.full_like(norm, -1.0), norm) for norm in norms]
 
-    optimizer._get_norm_groups = judged
+    optimizer._get_norm_groups = marked_norms
     try:
         yield
     finally:
-        del optimizer._get_norm_groups  # the class's own method is back
+        del optimizer._get_norm_groups  # restores the class's own method
 
 
 def release(engine: Any) -> None:
-    """Gives the engine's memory back; the caller drops its own last reference to it afterwards.
+    """Free the engine's memory; the caller then drops its own last reference to the engine.
 
-    `destroy()` removes the hooks and nothing else: DeepSpeed 0.19.8 keeps the module alive on a module-global
-    stack and in class-level caches whose keys hold a coordinator (and so the module).
+    `destroy()` removes the hooks only. DeepSpeed 0.19.8 keeps the module alive in a global stack of its module and in
+    caches of a class, whose keys hold a coordinator and so the module.
     """
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -215,7 +225,7 @@ def release(engine: Any) -> None:
     parameter_offload.FWD_MODULE_STACK[:] = [m for m in parameter_offload.FWD_MODULE_STACK if m is not module]
     for cache in _caches_of(PartitionedParameterCoordinator):
         cache.cache_clear()
-    # Should anybody still hold the module, its tensors are gone all the same.
+    # The tensors are freed even if something still holds the module.
     for p in module.parameters():
         if hasattr(p, "ds_tensor"):
             p.ds_tensor.data = torch.empty(0, dtype=p.dtype)
@@ -228,7 +238,7 @@ def release(engine: Any) -> None:
 
 
 def _caches_of(cls: type) -> Iterator[Any]:
-    """The lru_caches of a class's methods, which a decorator without __wrapped__ hides in its closure."""
+    """Yield the lru_caches of a class's methods, which a decorator without __wrapped__ hides in its closure."""
     for function in vars(cls).values():
         if callable(function) and hasattr(function, "__closure__"):
             for cell in function.__closure__ or ():
@@ -237,7 +247,7 @@ def _caches_of(cls: type) -> Iterator[Any]:
 
 
 def _trim_heap() -> None:
-    """Lets glibc give freed pages back to the system, where there is a glibc."""
+    """Let glibc return freed pages to the system; without glibc do nothing."""
     import ctypes
     import ctypes.util
 

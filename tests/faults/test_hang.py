@@ -52,7 +52,7 @@ def test_a_stopped_rank_ends_the_job_which_then_goes_on(world: World) -> None:
     assert process.returncode == 1, said
     assert took < SECONDS + 30 + 15, f"{took:.0f} s; torchrun kills 30 s after it asked"
     for words in (
-        "hang: no rank has got on",
+        "hang: no rank has made progress",
         "Rank 1 on host",
         "was last seen at ",
         "stopped or gone",
@@ -167,5 +167,5 @@ def test_a_rank_that_waits_for_a_working_one_is_no_hang_and_the_idle_one_is_name
         timeout=patience.QUIET_SECONDS,
     )
     assert done.returncode == 1
-    assert time.monotonic() - began > 3.5, "while rank 1 got on"
+    assert time.monotonic() - began > 3.5, "while rank 1 made progress"
     assert "Rank 1 on host b was last seen at step 30" in done.stderr
