@@ -20,7 +20,7 @@ from torch import nn
 from prefopt_dist.errors import UserError
 
 TESTED_VERSIONS = ("0.19.8",)
-"""Versions whose internals are used and tested: in `release`, `drop_gradient`, `skip_update_if`, `prepare_deepspeed`, and in
+"""Versions whose internals are tested: in `release`, `drop_gradient`, `skip_update_if`, `prepare_deepspeed`, and in
 `partitions.fill`."""
 
 

@@ -226,7 +226,7 @@ def test_stop_and_go_on(world: World, whole: Path) -> None:
 
 
 def test_other_ranks_and_micro_batches(world: World, whole: Path) -> None:
-    """One rank, one large micro-batch, rows of three steps: the same trajectory (design 7.2)."""
+    """One rank, one large micro-batch, rows of three steps: the same trajectory, since the layout does not matter."""
     run = world.run(
         "one-rank",
         train={"global_batch_pairs": G, "micro_batch_tokens": 100_000},
@@ -303,7 +303,7 @@ def test_two_then_one_then_three_ranks(world: World, whole: Path) -> None:
 
 @pytest.mark.slow
 def test_without_sharing(world: World, whole: Path) -> None:
-    """Every response with a prompt of its own, first pass included: the same ten steps (design 7.2)."""
+    """Every response with a prompt of its own, first pass included: the same ten steps, since packing does not matter."""
     settings = {"eval": {"at_start": False, "every_steps": 100, "at_end": False}}
     run = world.run("unshared", cache="cache-unshared", train={"global_batch_pairs": G, "max_steps": 10}, **settings)
     done = patience.run(

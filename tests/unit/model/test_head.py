@@ -46,7 +46,7 @@ def test_block_smaller_than_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_never_all_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 6: no tensor of [scored tokens, vocabulary] is made, forward or backward."""
+    """No tensor of [scored tokens, vocabulary] is made, forward or backward: all logits are never in memory."""
     made: list[int] = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
