@@ -303,7 +303,7 @@ def test_two_then_one_then_three_ranks(world: World, whole: Path) -> None:
 
 @pytest.mark.slow
 def test_without_sharing(world: World, whole: Path) -> None:
-    """Every response with a prompt of its own, first pass included: the same ten steps, since packing does not matter."""
+    """Every response with a prompt of its own, first pass included: the same ten steps: packing does not matter."""
     settings = {"eval": {"at_start": False, "every_steps": 100, "at_end": False}}
     run = world.run("unshared", cache="cache-unshared", train={"global_batch_pairs": G, "max_steps": 10}, **settings)
     done = patience.run(

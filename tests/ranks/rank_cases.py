@@ -46,13 +46,13 @@ from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.load import load_sharded, load_unsharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring import statistics, timers
-from prefopt_dist.monitoring.diagnosis import Diagnosis
 from prefopt_dist.monitoring.timers import StepTimer
 from prefopt_dist.objectives import factory
 from prefopt_dist.reference.step0_check import RoundingTolerance, Step0Check
 from prefopt_dist.setup import prepare_data, prepare_models, prepare_reference
 from prefopt_dist.training import skipped_updates as spikes_of_training
 from prefopt_dist.training import step
+from prefopt_dist.training.diagnosis import Diagnosis
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.skipped_updates import SpikeDetector
@@ -518,7 +518,7 @@ def memory(folder: Path) -> dict:
 
 
 def other_reference_is_refused(folder: Path) -> dict:
-    """The gate: a stored value that is not the start's ends the run on every rank before any update."""
+    """The step-0 check: a stored value that is not the start's ends the run on every rank before any update."""
     config = config_for(folder, "gate", loss={"name": "dpo"})
     models, objective, scored, _ = ready(config)
     engine = make_policy(config, models)
@@ -526,11 +526,15 @@ def other_reference_is_refused(folder: Path) -> dict:
     for name, change in (("right", 0.0), ("wrong", 0.01)):
         reference = scored.reference.clone()
         reference[5, 1] -= change
-        gate = Step0Check(objective, RoundingTolerance.of_model(models.policy.config, torch.float32), ranks.device())
+        step0_check = Step0Check(
+            objective, RoundingTolerance.of_model(models.policy.config, torch.float32), ranks.device()
+        )
         batch = step_batch(ScoredRows(scored.rows, reference), list(range(G)), 2, 150)
-        sums, _ = step.reduce_metrics(step.forward_backward(engine, batch, objective, gate), Request(False, False))
+        sums, _ = step.reduce_metrics(
+            step.forward_backward(engine, batch, objective, step0_check), Request(False, False)
+        )
         try:
-            gate.decide(sums[0] / sums[-1])
+            step0_check.decide(sums[0] / sums[-1])
             found[name] = ["accepted"] * ranks.world_size()
         except UserError as e:
             found[name] = [str(e)]

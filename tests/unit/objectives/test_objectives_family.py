@@ -82,7 +82,7 @@ def test_terms_are_sums_over_units_of_their_own(options: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("options", FAMILY, ids=called)
 def test_closed_form_at_the_start(options: dict[str, Any]) -> None:
-    """Policy and reference equal: each pair has the same loss, which the step-0 gate asks for."""
+    """Policy and reference equal: each pair has the same loss, which the step-0 check requires."""
     objective = made(options)
     sums, _, lengths = drawn(20)
     found = objective(units(objective, sums, sums, lengths))

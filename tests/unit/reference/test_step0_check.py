@@ -28,16 +28,16 @@ def units(off: float, reference: float = -100.0, tokens: int = 1) -> tuple[Terms
 
 
 def decide(off: float, loss: float = math.log(2), *, dtype: torch.dtype = torch.float32, **more: Any) -> None:
-    gate = Step0Check(DPO(0.1), RoundingTolerance.of_model(LlamaConfig(), dtype), torch.device("cpu"))
-    gate.add(*units(0.0))
-    gate.add(*units(off, **more))
+    check = Step0Check(DPO(0.1), RoundingTolerance.of_model(LlamaConfig(), dtype), torch.device("cpu"))
+    check.add(*units(0.0))
+    check.add(*units(off, **more))
     nothing = torch.zeros(0, 2)
-    gate.add(DPO(0.1)(Sequences(nothing, nothing, nothing)), nothing, nothing)
-    gate.decide(loss)
+    check.add(DPO(0.1)(Sequences(nothing, nothing, nothing)), nothing, nothing)
+    check.decide(loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gate_lets_the_start_pass(one_rank: None, dtype: torch.dtype) -> None:
+def test_the_check_lets_the_start_pass(one_rank: None, dtype: torch.dtype) -> None:
     """Up to the tolerance of the dtype, and not beyond it."""
     decide(0.0, dtype=dtype)
     decide(9e-4 if dtype == torch.float32 else 2.2, dtype=dtype)
@@ -61,23 +61,23 @@ def test_a_short_likely_response_in_bfloat16_is_allowed_the_rounding_of_its_logi
 
 
 @pytest.mark.parametrize("off", [1.1e-3, -1.1e-3, 5.0, math.nan, math.inf])
-def test_the_gate_refuses_other_log_probs(one_rank: None, off: float) -> None:
+def test_the_check_refuses_other_log_probs(one_rank: None, off: float) -> None:
     with pytest.raises(UserError, match="stored and live log-probs"):
         decide(off)
 
 
-def test_the_gate_refuses_a_stored_nan(one_rank: None) -> None:
+def test_the_check_refuses_a_stored_nan(one_rank: None) -> None:
     with pytest.raises(UserError, match="stored and live log-probs"):
         decide(0.0, reference=math.nan)
 
 
 @pytest.mark.parametrize("loss", [0.70, 0.68, math.nan, math.inf])
-def test_the_gate_refuses_another_loss(one_rank: None, loss: float) -> None:
+def test_the_check_refuses_another_loss(one_rank: None, loss: float) -> None:
     with pytest.raises(UserError, match=r"must be 0\.693147"):
         decide(0.0, loss)
 
 
-def test_the_gate_of_a_loss_without_a_closed_form(one_rank: None) -> None:
+def test_the_check_of_a_loss_without_a_closed_form(one_rank: None) -> None:
     """Any loss passes for it, where one with a closed form refuses the same number."""
     Step0Check(SFT(), RoundingTolerance.of_model(LlamaConfig(), torch.float32), torch.device("cpu")).decide(3.0)
     with pytest.raises(UserError, match="the loss is 3"):
