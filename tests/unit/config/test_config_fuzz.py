@@ -73,7 +73,7 @@ RUN = "run: {dir: x}\nmodel: {name_or_path: m}\ndata: {train: d}\n"
         ('run: {dir: "\\ud800"}', ["run.dir: got '\\ud800'", "lone surrogates", "remove them"]),
         ('base: "a\\0b"', ["leads nowhere", "correct it"]),
         ('base: "\\ud800"', ["leads nowhere", "surrogates not allowed", "correct it"]),
-        ("base: " + "x" * 5000, ["cannot be read: File name too long"]),
+        ("base: " + "x" * 5000, ["cannot be read (File name too long)"]),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",
 )
