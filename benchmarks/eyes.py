@@ -24,10 +24,10 @@ from benchmarks.world import Task
 from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.config.schema import Health
 from prefopt_dist.data.unit import Unit
-from prefopt_dist.monitoring.diagnosis import Diagnosis
 from prefopt_dist.monitoring.health import RunFacts, Watch
 from prefopt_dist.monitoring.metrics_file import MetricsFile
 from prefopt_dist.objectives import DPO, Sequences
+from prefopt_dist.training.diagnosis import Diagnosis
 
 ROWS, PAIRS = 10_000, 8
 REPEATS = 200

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from prefopt_dist.monitoring.console import say
-from prefopt_dist.monitoring.diagnosis import BIN_EDGES
 from prefopt_dist.monitoring.metrics_file import MetricsFile
+from prefopt_dist.monitoring.statistics import BIN_EDGES
 
 
 class Sample(NamedTuple):

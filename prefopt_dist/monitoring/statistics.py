@@ -24,6 +24,13 @@ Interval = dict[str, float | None]
 """A mean and its 95% confidence interval, under the keys mean, low and high."""
 
 
+_POSITIVE = tuple(10 ** (i / 6) for i in range(-12, 13))
+BIN_EDGES = (*(-edge for edge in reversed(_POSITIVE)), 0.0, *_POSITIVE)
+"""[B − 1] edges of the bins of reward margins, six per decade from 0.01 to 100 on both sides of 0.
+
+A bin contains its lower edge."""
+
+
 def interval(values: NDArray[np.float64]) -> Interval:
     """Return the mean of independent values and its 95% confidence interval, mean ± `Z95` standard errors.
 
@@ -165,3 +172,21 @@ def means(names: Sequence[str], packed: Sequence[float], counted_by: Mapping[str
     by_name = dict(zip(names, sums, strict=True))
     count = {name: by_name[counted_by[name]] if name in counted_by else units for name in names}
     return {name: value / count[name] for name, value in by_name.items() if count[name] > 0}
+
+
+def quantile(counts: Sequence[float], q: float) -> float:
+    """Return the q-quantile of margins from the counts of their [B] bins; NaN where all are zero.
+
+    It is interpolated linearly within a bin; in the two outermost bins it is their only edge.
+    """
+    target, below = q * sum(counts), 0.0
+    for i, count in enumerate(counts):
+        if count and below + count >= target:
+            if i == 0:
+                return BIN_EDGES[0]
+            if i == len(BIN_EDGES):
+                return BIN_EDGES[-1]
+            low, high = BIN_EDGES[i - 1], BIN_EDGES[i]
+            return low + (high - low) * (target - below) / count
+        below += count
+    return math.nan

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 from prefopt_dist.config import mask_secrets
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import say
-from prefopt_dist.monitoring.diagnosis import BIN_EDGES
 from prefopt_dist.monitoring.loggers import Sample
 from prefopt_dist.monitoring.metrics_file import MetricsFile
+from prefopt_dist.monitoring.statistics import BIN_EDGES
 
 if TYPE_CHECKING:
     import wandb

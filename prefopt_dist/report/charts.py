@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from prefopt_dist.monitoring.diagnosis import BIN_EDGES
 from prefopt_dist.monitoring.metrics_file import Row
+from prefopt_dist.monitoring.statistics import BIN_EDGES
 
 POINTS = 400
 """Of a line; longer ones are means over blocks of rows."""

@@ -14,10 +14,10 @@ from prefopt_dist.data.derived import UnpairedRows
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.monitoring.console import Progress
-from prefopt_dist.monitoring.diagnosis import Diagnosis
 from prefopt_dist.monitoring.metrics_file import Row
 from prefopt_dist.monitoring.statistics import Statistics
 from prefopt_dist.objectives import Objective
+from prefopt_dist.training.diagnosis import Diagnosis
 from prefopt_dist.training.reference_point import SplitPairs, with_reference_point
 
 

@@ -21,7 +21,6 @@ from prefopt_dist.config.training import Checkpoint, Optim, Train
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import Progress, say
-from prefopt_dist.monitoring.diagnosis import Diagnosis
 from prefopt_dist.monitoring.health import Watch
 from prefopt_dist.monitoring.loggers import Logger
 from prefopt_dist.monitoring.metrics_file import MetricsFile
@@ -29,6 +28,7 @@ from prefopt_dist.monitoring.statistics import means
 from prefopt_dist.objectives import Objective
 from prefopt_dist.reference.step0_check import RoundingTolerance, Step0Check
 from prefopt_dist.training import evaluation, step
+from prefopt_dist.training.diagnosis import Diagnosis
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.meter import Meter
 from prefopt_dist.training.optimizer import learning_rate

@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from prefopt_dist.batching.batches import Batch
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.monitoring.diagnosis import Diagnosis
 from prefopt_dist.monitoring.statistics import Statistics
 from prefopt_dist.monitoring.timers import StepTimer
 from prefopt_dist.objectives import Objective, Terms
 from prefopt_dist.reference.step0_check import Step0Check
+from prefopt_dist.training.diagnosis import Diagnosis
 from prefopt_dist.training.reference_point import with_reference_point
 from prefopt_dist.training.skipped_updates import SpikeDetector
 from prefopt_dist.training.stop import Request

@@ -174,7 +174,12 @@ def test_a_row_that_cannot_be_used(door: Door, name: str, row: Any, words: list[
 
 def test_a_finding_whose_policy_is_stop(door: Door) -> None:
     data = door.lines("twice.jsonl", PAIR, PAIR | {"prompt": "a dog"}, PAIR)
-    said = ["inspect.duplicates: got stop", "1 duplicates", f"{data}:3 repeats {data}:1", "set inspect.duplicates to drop or keep"]
+    said = [
+        "inspect.duplicates: got stop",
+        "1 duplicates",
+        f"{data}:3 repeats {data}:1",
+        "set inspect.duplicates to drop or keep",
+    ]
     message = door.fails(said, f"data.train={data}", "inspect.duplicates=stop")
     assert door.ends(door.run(), f"data.train={data}", "inspect.duplicates=stop", stage="inspect") == (2, message)
     words = ["inspect.few_rows: got 'drop'", "one of keep, stop"]

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from prefopt_dist.config.schema import Health
-from prefopt_dist.monitoring.diagnosis import BIN_EDGES
 from prefopt_dist.monitoring.health import HealthFinding, RunFacts, findings
 from prefopt_dist.monitoring.metrics_file import Row
+from prefopt_dist.monitoring.statistics import BIN_EDGES
 
 STEPS, G = 100, 64
 

@@ -10,8 +10,8 @@ import worlds
 
 from prefopt_dist.config import load_config, to_yaml
 from prefopt_dist.config.schema import Health
-from prefopt_dist.monitoring.diagnosis import BIN_EDGES
 from prefopt_dist.monitoring.metrics_file import MetricsFile, strict_json
+from prefopt_dist.monitoring.statistics import BIN_EDGES
 from prefopt_dist.monitoring.verdict import verdict
 
 

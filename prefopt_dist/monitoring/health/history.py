@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from prefopt_dist.monitoring.diagnosis import BIN_EDGES
 from prefopt_dist.monitoring.metrics_file import Row
+from prefopt_dist.monitoring.statistics import BIN_EDGES
 
 Level = Literal["warning", "info"]
 

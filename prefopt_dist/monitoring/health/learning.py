@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 from prefopt_dist.config.schema import Health
-from prefopt_dist.monitoring.diagnosis import BIN_EDGES, quantile
 from prefopt_dist.monitoring.health.history import History, mean, pooled_histogram
 from prefopt_dist.monitoring.metrics_file import Row
-from prefopt_dist.monitoring.statistics import standard_error
+from prefopt_dist.monitoring.statistics import BIN_EDGES, quantile, standard_error
 
 FEW_WRONG, LEARNT = 0.1, 0.7
 """The least shares of pairs with a wrong and with a right margin for a comparison of their sizes."""

@@ -14,10 +14,9 @@ import torch
 from prefopt_dist.errors import UserError
 from prefopt_dist.monitoring import console
 from prefopt_dist.monitoring.console import Progress, print_rank_fault, say
-from prefopt_dist.monitoring.diagnosis import BIN_EDGES
 from prefopt_dist.monitoring.loggers import Loggers, Sample, TensorBoardLogger
 from prefopt_dist.monitoring.metrics_file import MetricsFile
-from prefopt_dist.monitoring.statistics import Statistics
+from prefopt_dist.monitoring.statistics import BIN_EDGES, Statistics
 from prefopt_dist.monitoring.wandb_logger import WandbLogger
 
 

@@ -12,8 +12,9 @@ from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.row_counts import DataReport
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.monitoring import timers
-from prefopt_dist.monitoring.diagnosis import BIN_EDGES, Diagnosis, quantile, saturated, source_labels
+from prefopt_dist.monitoring.statistics import BIN_EDGES, quantile
 from prefopt_dist.objectives import DPO, IPO, KTO, ORPO, SFT, Hinge, Mix, MixPart, Objective, Sequences, SimPO, WithSFT
+from prefopt_dist.training.diagnosis import Diagnosis, saturated, source_labels
 
 N = 60
 DRAW = np.random.RandomState(0)

@@ -18,13 +18,9 @@ import torch
 
 from prefopt_dist.batching.micro_batch import MicroBatch
 from prefopt_dist.data import TokenisedRows
+from prefopt_dist.monitoring.statistics import BIN_EDGES, quantile
 from prefopt_dist.objectives import Objective, Sequences, Terms
 
-_POSITIVE = tuple(10 ** (i / 6) for i in range(-12, 13))
-BIN_EDGES = (*(-edge for edge in reversed(_POSITIVE)), 0.0, *_POSITIVE)
-"""[B − 1] edges of the bins of reward margins, six per decade from 0.01 to 100 on both sides of 0.
-
-A bin contains its lower edge."""
 SATURATED = 0.01
 """The slope below which a pair is saturated: ∂L/∂ log π(chosen), as a share of its value at margin 0."""
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
@@ -178,24 +174,6 @@ def source_labels(names: Sequence[str]) -> tuple[str, ...]:
         last if distinct else str(name).strip("/").replace("/", ":")
         for last, name in zip(last_parts, names, strict=True)
     )
-
-
-def quantile(counts: Sequence[float], q: float) -> float:
-    """Return the q-quantile of margins from the counts of their [B] bins; NaN where all are zero.
-
-    It is interpolated linearly within a bin; in the two outermost bins it is their only edge.
-    """
-    target, below = q * sum(counts), 0.0
-    for i, count in enumerate(counts):
-        if count and below + count >= target:
-            if i == 0:
-                return BIN_EDGES[0]
-            if i == len(BIN_EDGES):
-                return BIN_EDGES[-1]
-            low, high = BIN_EDGES[i - 1], BIN_EDGES[i]
-            return low + (high - low) * (target - below) / count
-        below += count
-    return math.nan
 
 
 def _metrics(sums: Mapping[str, float], sources: Sequence[str]) -> dict[str, Any]:
