@@ -1,1 +1,1 @@
-"""One file a stage: read the configuration, put the parts together."""
+"""Commands: one file a stage, which reads the configuration and puts the parts together."""

@@ -1,7 +1,7 @@
-"""`evaluate`: a model or checkpoint, into RUN/evaluation.json.
+"""`evaluate`: measure a model or checkpoint and write RUN/evaluation.json.
 
-On data.eval against the reference by given responses, and on evaluate.prompts against another model by their own
-answers.
+On data.eval it is compared with the reference by given responses, on evaluate.prompts with another model by the
+answers of both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring import statistics
 from prefopt_dist.monitoring.console import say
-from prefopt_dist.monitoring.metrics_file import strict
+from prefopt_dist.monitoring.metrics_file import strict_json
 from prefopt_dist.objectives import Objective, factory
 from prefopt_dist.setup import compare, lifecycle, prepare_data, prepare_models, prepare_reference
 from prefopt_dist.setup.lifecycle import run_folder
@@ -34,8 +34,8 @@ from prefopt_dist.training.evaluation import evaluate
 
 
 def run(config: Config) -> None:
-    """All ranks, of any number. A signal ends it as it ends any process: there is nothing to go on with."""
-    # A model folder needs no run: it is measured against the reference that the configuration names.
+    """Evaluate on any number of ranks (all ranks call it). A signal ends it at once: it has nothing to resume."""
+    # A model folder needs no run: it is compared with the reference that the configuration names.
     with run_folder(config, begins=False, bare=config.evaluate.model is not None) as folder:
         if not config.data.eval and config.evaluate.prompts is None:
             raise AgreedUserError(
@@ -62,7 +62,7 @@ def run(config: Config) -> None:
             )
             found["answers"] = comparison.run()
         if ranks.rank() == 0:
-            write_json(config.run_dir / "evaluation.json", strict(found))  # a model may have diverged
+            write_json(config.run_dir / "evaluation.json", strict_json(found))  # a model may have diverged
             if evaluated.temporary is not None:
                 shutil.rmtree(evaluated.temporary)
         say(f"evaluated {evaluated.name}:")
@@ -73,7 +73,7 @@ def run(config: Config) -> None:
 
 
 def _prepared(config: Config, models: Models) -> tuple[Objective, dict[str, ScoredRows]]:
-    """The given responses of data.eval, scored by the reference."""
+    """Return the data sets of data.eval, scored by the reference."""
     objective = factory.make_objective(config.loss, models.dtype)
     evals = prepare_data.load_evals(config, models, objective)
     reference = prepare_reference.reference_weights(config, models, objective)
@@ -86,7 +86,7 @@ def _prepared(config: Config, models: Models) -> tuple[Objective, dict[str, Scor
 def _on_given(
     config: Config, models: Models, evaluated: _Evaluated, objective: Objective, sets: dict[str, ScoredRows]
 ) -> dict[str, Any]:
-    """The metrics on given responses."""
+    """Return the metrics on given responses."""
     settings = prepare_reference.reference_settings(config, models)
     lm = load_sharded(evaluated.model, dtype=models.dtype, settings=settings)
     if evaluated.adapters is not None:
@@ -100,14 +100,14 @@ def _on_given(
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """What is evaluated."""
+    """The model to evaluate."""
 
     name: str
     model: ModelFolder
     adapters: Path | None = None
-    """The folder of those that stand beside the model"""
+    """Folder of adapters beside the model"""
     temporary: Path | None = None
-    """A folder that was made for this alone"""
+    """Folder made for this evaluation alone"""
 
 
 def _model(config: Config, models: Models, folder: RunFolder) -> _Evaluated:
@@ -131,5 +131,5 @@ def _model(config: Config, models: Models, folder: RunFolder) -> _Evaluated:
 
 
 def _given(key: str, name: str, config: Config) -> ModelFolder:
-    """The checked folder that a key names."""
+    """Return the checked model folder that a key names."""
     return ranks.run_on_all_ranks(lambda: inspect_folder(resolve(name, key), key, config.data.max_length))

@@ -16,11 +16,11 @@ from prefopt_dist.setup.lifecycle import export_checkpoint, run_folder
 from prefopt_dist.training.evaluation import best_step
 
 BEST = "best"
-"""In export.checkpoint: the one that checkpoint.keep_best keeps."""
+"""Value of export.checkpoint: the checkpoint that checkpoint.keep_best keeps"""
 
 
 def run(config: Config) -> None:
-    """One process; more ranks only wait."""
+    """Export in one process; further ranks only wait."""
     with run_folder(config, begins=False) as folder:
         models = prepare_models.load_models(config)
         merged = config.export.merged
@@ -32,7 +32,7 @@ def run(config: Config) -> None:
 
 
 def chosen_checkpoint(config: Config) -> Path:
-    """The checkpoint that the configuration names, or the newest committed one."""
+    """Return the checkpoint that the configuration names, or the newest committed one."""
     if config.export.checkpoint not in (None, BEST):
         return Path(str(config.export.checkpoint))
     found = save.committed(config.run_dir / "checkpoints")
@@ -42,7 +42,7 @@ def chosen_checkpoint(config: Config) -> Path:
 
 
 def _best(config: Config, found: list[Path]) -> Path:
-    """The committed checkpoint that checkpoint.keep_best's metric calls the best."""
+    """Return the committed checkpoint that is best by the metric of checkpoint.keep_best."""
     metric = config.checkpoint.keep_best
     if metric is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""`generate`: prompts → n responses each → reward → pairs, into RUN/pairs.jsonl; resumes by itself."""
+"""`generate`: sample n responses to each prompt, reward them, write pairs to RUN/pairs.jsonl; resumes by itself."""
 
 from __future__ import annotations
 
@@ -24,17 +24,23 @@ from prefopt_dist.setup.prepare_rollouts import RolloutJob
 from prefopt_dist.training.stop import Requests
 
 FACTS = "generation.json"
-"""What RUN/pairs.jsonl was made of and what became of all answers."""
+"""File in the run folder: settings that RUN/pairs.jsonl was made with, and counts of all answers"""
 
 
 def run(config: Config, asked: Requests | None = None, *, served: bool = False) -> bool:
-    """All ranks; whether the pairs are made. asked: as in train.run.
+    """Generate pairs (all ranks call it).
 
-    served: a training on them is done, so they are only checked to be of these settings, and need not be there.
+    Args:
+        config: the resolved configuration.
+        asked: requests to the rounds that this is a part of; None: requests to this run.
+        served: whether a training on the pairs is done; they are then only checked by their settings and may be gone.
+
+    Returns:
+        Whether the pairs are made; False after a request to stop.
     """
-    # The run begins with its training: until then what the pairs do not depend on may change.
+    # A run begins with its training: until then all that the pairs do not depend on may change.
     with run_folder(config, begins=False, bare=True) as folder:
-        ranks.run_on_rank_zero(folder.starts_beside)
+        ranks.run_on_rank_zero(folder.clear_earlier_stop)
         requests = asked or requests_for(config)
         models = prepare_models.load_models(config)
         generate = config.generate
@@ -50,7 +56,7 @@ def run(config: Config, asked: Requests | None = None, *, served: bool = False) 
             what="generate",
         )
         ranks.run_on_rank_zero(lambda: _refuse_others(config, job, served=served))
-        made = ranks.run_on_rank_zero(lambda: _made(config))
+        made = ranks.run_on_rank_zero(lambda: _finished_pairs(config))
         if served or made is not None:  # whatever has become of the answers in the cache
             say(made or "generate: the pairs have been trained on")
             return True
@@ -58,7 +64,7 @@ def run(config: Config, asked: Requests | None = None, *, served: bool = False) 
             job.run(lambda: requests.look().stop)
         except StopRequested:
             if ranks.rank() == 0:
-                folder.stopped(requests.reason(), None, "while generating")
+                folder.write_stopped(requests.reason(), None, "while generating")
                 requests.obeyed()
             say("stopped on request while generating; start again to go on")
             return False
@@ -68,8 +74,8 @@ def run(config: Config, asked: Requests | None = None, *, served: bool = False) 
     return True
 
 
-def _made_of(job: RolloutJob) -> dict[str, Any]:
-    """All that decides the pairs."""
+def _pairs_fingerprint(job: RolloutJob) -> dict[str, Any]:
+    """Return all that decides the pairs."""
     generate = job.config.generate
     return {
         "samples": job.store.folder.name,
@@ -82,15 +88,18 @@ def _made_of(job: RolloutJob) -> dict[str, Any]:
 
 
 def _sampled_by(job: RolloutJob) -> dict[str, Any]:
-    """What the digest of the samples is of, under flat names."""
+    """Return the settings behind the digest of the samples, under flat names."""
     settings = {name: value for name, value in job.store.settings.items() if name not in ("shards", "sampling")}
     return settings | {f"sampling.{name}": value for name, value in job.store.settings["sampling"].items()}
 
 
 def _refuse_others(config: Config, job: RolloutJob, *, served: bool) -> None:
-    """Rank 0: never writes over pairs that were made otherwise, or that are somebody's own.
+    """Raise UserError where pairs exist that were made with other settings or by a person (rank 0).
 
-    served: a training on them is done, so nothing will be written.
+    Args:
+        config: the resolved configuration.
+        job: the rollouts to be made.
+        served: whether a training on the pairs is done, so that nothing will be written.
     """
     file, facts = config.pairs_file, config.run_dir / FACTS
     if not facts.exists():
@@ -98,10 +107,10 @@ def _refuse_others(config: Config, job: RolloutJob, *, served: bool) -> None:
             raise UserError(f"generate.pairs: {file} exists and was not made by this run; name another file")
         return
     before = read_json(facts)
-    changed = differing_keys(before["made_of"], _made_of(job))
+    changed = differing_keys(before["made_of"], _pairs_fingerprint(job))
     if changed:
-        told = differing_keys(before.get("sampled_by", {}), _sampled_by(job))
-        changed = [*told, *(line for line in changed if not line.startswith("samples:"))]
+        sampling = differing_keys(before.get("sampled_by", {}), _sampled_by(job))
+        changed = [*sampling, *(line for line in changed if not line.startswith("samples:"))]
         raise UserError(
             f"generate.pairs: {file} was made with other prompts, weights or settings:\n  "
             + "\n  ".join(changed)
@@ -114,8 +123,8 @@ def _refuse_others(config: Config, job: RolloutJob, *, served: bool) -> None:
         )
 
 
-def _made(config: Config) -> str | None:
-    """Rank 0: what is told of pairs that are there as they were written; None where they are not."""
+def _finished_pairs(config: Config) -> str | None:
+    """Return the summary of pairs that exist as they were written; None where they do not (rank 0)."""
     file = config.run_dir / FACTS
     facts = read_json(file) if file.exists() else None
     if facts is None or not config.pairs_file.exists() or checksum(config.pairs_file) != facts["pairs_blake2b"]:
@@ -124,7 +133,7 @@ def _made(config: Config) -> str | None:
 
 
 def _write_pairs(config: Config, job: RolloutJob) -> str:
-    """Rank 0: the pairs file, and beside it what became of everything; returns that for people."""
+    """Write the pairs and their facts; return a summary for people (rank 0)."""
     found, generate = job.answered(), config.generate
     rule = pairs.PairingRule(generate.pairing, generate.min_margin, job.reward_weights, config.run.seed)
     about = {"model": job.model_key, "sampling": asdict(job.sampling), "rewards": job.scores}
@@ -149,11 +158,12 @@ def _write_pairs(config: Config, job: RolloutJob) -> str:
         },
         "best_of_n": _best(found, job.reward_weights),
         **comparison.summary(found, job.reward_weights),
-        "made_of": _made_of(job),
+        "made_of": _pairs_fingerprint(job),
         "sampled_by": _sampled_by(job),
         "pairs_blake2b": digest,
     }
-    # First what says that the pairs are ours, then the pairs: killed in between, the next start writes them.
+    # First the facts, which say that the pairs are of this run, then the pairs: after a kill in between the next start
+    # writes them.
     write_json(config.run_dir / FACTS, facts)
     if not config.pairs_file.exists() or checksum(config.pairs_file) != digest:
         write_atomic(config.pairs_file, text)
@@ -161,7 +171,7 @@ def _write_pairs(config: Config, job: RolloutJob) -> str:
 
 
 def _best(found: Sequence[AnsweredPrompt], weights: Sequence[float]) -> float:
-    """The mean over prompts of the best answer's reward."""
+    """Return the mean over prompts of the best answer's reward."""
     rewards = [comparison.rewards_of(one, weights) for one in found]
     return float(np.mean([np.nanmax(r) for r in rewards if not np.isnan(r).all()]))
 

@@ -1,4 +1,4 @@
-"""`inspect`: reads and tokenises the data and says what is wrong with it and how long it is; no model weights."""
+"""`inspect`: read and tokenise the data, report what is wrong with it and how long it is; needs no model weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prefopt_dist.setup.prepare_data import TRAIN, all_findings, tokenised_folde
 
 
 def run(config: Config) -> None:
-    """One process, no process group."""
+    """Inspect the data in one process, without a process group."""
     if config.inspect.picture is not None:
         matplotlib_figure()
     tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
@@ -61,7 +61,7 @@ def run(config: Config) -> None:
 
 
 def _read(config: Config, tokenizer: Any) -> dict[str, TokenisedRows]:
-    """All data sets by their dotted key, less the rows that cannot be used: to stop at the first would hide others."""
+    """Return the data sets by dotted key, without unusable rows: stopping at the first one would hide the others."""
     model_key = "model.name_or_path"
     vocabulary = read_config(resolve(config.model.name_or_path, model_key, weights=False), model_key).vocab_size
     sets = {TRAIN: config.data.train, **eval_sets(config)}

@@ -1,4 +1,4 @@
-"""`plan`: what the job needs on a machine, from the model's config.json and the data's lengths; no model weights."""
+"""`plan`: estimate what the job needs, from the model's config.json and the data's lengths; needs no model weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from prefopt_dist.setup.prepare_models import DTYPES, with_model_buckets, zero_s
 
 
 def run(config: Config) -> None:
-    """One process, no process group."""
+    """Plan in one process, without a process group."""
     key = "model.name_or_path"
     folder = resolve(config.model.name_or_path, key, weights=False)
     model = read_config(folder, key)
@@ -74,7 +74,7 @@ def _needs(config: Config, model: PreTrainedConfig) -> Needs:
 
 
 def _sampled(config: Config) -> GenerationSettings | None:
-    """How generate, rounds and evaluate.prompts answer, all of which need rewards; vLLM sees to its memory itself."""
+    """Return how generate, rounds and evaluate.prompts sample; None without rewards, or with vLLM."""
     generate = config.generate
     if not generate.rewards or generate.engine == "vllm":
         return None

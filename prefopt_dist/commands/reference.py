@@ -1,4 +1,4 @@
-"""`reference`: the first pass alone; safe to repeat, to interrupt and to run on another world size."""
+"""`reference`: run the first pass alone; safe to repeat, to interrupt and to run on another world size."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from prefopt_dist.setup.lifecycle import requests_for, run_folder
 
 
 def run(config: Config) -> None:
-    """All ranks."""
+    """Run the first pass (all ranks call it)."""
     with run_folder(config, begins=True) as folder:
         requests = requests_for(config)
         models = prepare_models.load_models(config)
         objective = factory.make_objective(config.loss, models.dtype)
         if not objective.needs_reference:
-            raise AgreedUserError(
-                f"loss.name: {config.loss.name!r} has no reference, so there is no first pass to run."
-            )
+            raise AgreedUserError(f"loss.name: {config.loss.name!r} has no reference, so it needs no first pass.")
         train = prepare_data.load_train(config, models, objective)
         evals = prepare_data.load_evals(config, models, objective)
         reference = prepare_reference.reference_weights(config, models, objective)
@@ -30,7 +28,7 @@ def run(config: Config) -> None:
             )
         except StopRequested:
             if ranks.rank() == 0:
-                folder.stopped(requests.reason(), None, "in the first pass")
+                folder.write_stopped(requests.reason(), None, "in the first pass")
                 requests.obeyed()
             say("stopped on request in the first pass; start again to go on")
             return

@@ -1,4 +1,4 @@
-"""`report`: a page with the curves and the diagnosis of a run, or of several, from their folders alone."""
+"""`report`: write a page with curves and diagnosis of a run, or of several, from their folders alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefopt_dist.report.record import read_run
 
 
 def run(config: Config) -> None:
-    """One process, no process group; the run may go on meanwhile."""
+    """Write the page in one process, without a process group; the run may go on meanwhile."""
     if config.report.compare:
         records = [read_run(Path(path), f"report.compare[{i}]") for i, path in enumerate(config.report.compare)]
         page, default = sweep_page(records), config.run_dir.parent / "report.html"

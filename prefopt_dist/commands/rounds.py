@@ -1,6 +1,6 @@
-"""`rounds`: generate → first pass → train, several times over; each round is a folder of its own, RUN/round-K.
+"""`rounds`: generate, run the first pass and train several times; each round has its own folder, RUN/round-K.
 
-A round that is done is found done, so the same command goes on where it was killed or stopped.
+A finished round is recognised, so the same command goes on where it was killed or stopped.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from prefopt_dist.setup.lifecycle import run_folder
 from prefopt_dist.training.stop import Requests
 
 ROUNDS = "rounds.json"
-"""In the run folder: the comparisons of all rounds."""
+"""File in the run folder: comparisons of all rounds"""
 COMPARISON = "comparison.json"
-"""In a round's folder: its model beside the one before."""
+"""File in a round's folder: its model compared with the one before"""
 
 
-class Asked(Requests):
-    """What all rounds are asked: a round that obeys leaves the request to the rounds, which end by it."""
+class RoundsRequests(Requests):
+    """Requests to all rounds: a round that obeys one leaves it in place, so that the rounds end too."""
 
     def obeyed(self) -> None:
-        """Rank 0 removes SAVE, or each step to come would commit a checkpoint; of STOP see `ended`."""
+        """Remove SAVE, or each later step would commit a checkpoint; STOP stays until `ended` (rank 0)."""
         self.remove({self._save_file})
 
     def ended(self) -> None:
-        """Rank 0 removes the files that were obeyed."""
+        """Remove the files that were obeyed (rank 0)."""
         super().obeyed()
 
 
 def run(config: Config) -> None:
-    """All ranks."""
+    """Run all rounds (all ranks call it)."""
     ranks.run_on_rank_zero(lambda: prepare_rollouts.check_for(config, "rounds"))
     with run_folder(config, begins=True) as folder:
         finished = ranks.run_on_rank_zero(lambda: _finished(config, folder))
@@ -56,7 +56,7 @@ def run(config: Config) -> None:
         ranks.run_on_rank_zero(
             lambda: folder.reopen(config, world_size=ranks.world_size()) if folder.summary() else None
         )
-        asked = Asked(config.run_dir, rank=ranks.rank(), max_hours=config.train.max_hours)
+        asked = RoundsRequests(config.run_dir, rank=ranks.rank(), max_hours=config.train.max_hours)
         asked.catch_signals()
         done: list[dict[str, Any]] = []
         began = time.monotonic()
@@ -68,7 +68,7 @@ def run(config: Config) -> None:
             if number == 1 and ranks.rank() == 0:
                 folder.note_start_step(0)  # from here on there is something to go on with
             found = None
-            if finished_round and _trained(of_round, asked):
+            if finished_round and _train(of_round, asked):
                 found = _compared(config, of_round, first, number, asked)
             if found is None:
                 _stopped(folder, asked, number)
@@ -82,7 +82,7 @@ def run(config: Config) -> None:
 
 
 def _finished(config: Config, folder: RunFolder) -> list[dict[str, Any]] | None:
-    """Rank 0: the comparisons of a run that is done with as many rounds as are asked for now; None: it goes on."""
+    """Return the comparisons of a run that has finished the rounds asked for; None where it goes on (rank 0)."""
     if folder.summary() is None:
         return None
     file = config.run_dir / ROUNDS
@@ -93,10 +93,10 @@ def _finished(config: Config, folder: RunFolder) -> list[dict[str, Any]] | None:
 
 
 def _as_asked(config: Config, first: prepare_models.Models, done: list[dict[str, Any]]) -> bool:
-    """All ranks: whether these comparisons are of the prompts, rewards and settings of now."""
+    """Return whether these comparisons have today's prompts, rewards and settings (all ranks call it)."""
     of_rounds = [round_config(config, one["round"]) for one in done]
     if not ranks.run_on_rank_zero(lambda: all(of_round.export_dir.is_dir() for of_round in of_rounds)):
-        return True  # a model that was removed cannot answer anew
+        return True  # a removed model cannot answer again
     return all(
         _comparison(config, of_round, first).fingerprint == one["made_of"]
         for of_round, one in zip(of_rounds, done, strict=True)
@@ -104,7 +104,13 @@ def _as_asked(config: Config, first: prepare_models.Models, done: list[dict[str,
 
 
 def round_config(config: Config, number: int, hours_gone: float = 0.0) -> Config:
-    """Round `number`'s own run, from 1; hours_gone: of train.max_hours."""
+    """Return the configuration of a round's own run.
+
+    Args:
+        config: of the rounds.
+        number: of the round, from 1.
+        hours_gone: hours of train.max_hours that earlier rounds have used.
+    """
     rounds = _from_here(config.run_dir)
     folder = rounds / f"round-{number}"
     start = config.model.name_or_path if number == 1 else str(rounds / f"round-{number - 1}" / "final")
@@ -116,16 +122,16 @@ def round_config(config: Config, number: int, hours_gone: float = 0.0) -> Config
     name = wandb.name or config.run_dir.name
     return replace(
         config,
-        # Another seed for each round, or it would sample by the same noise; below 2**32 again.
+        # A seed for each round, or all would sample with the same noise; below 2**32.
         run=replace(config.run, dir=str(folder), seed=(config.run.seed + number - 1) % 2**32),
         model=replace(config.model, name_or_path=start, tokenizer=config.tokenizer),
         reference=reference,
         data=replace(config.data, train=(DataSource(str(folder / "pairs.jsonl")),)),
         generate=replace(config.generate, prompts=config.prompt_sources, pairs=None),
         export=replace(config.export, dir=None, checkpoint=None),
-        # What the round is worth, its comparison says, on evaluate.prompts.
+        # The round's comparison judges its model on evaluate.prompts.
         answers=replace(config.answers, number=0),
-        # The rounds' own watch looks after them all.
+        # The rounds' own watchdog covers all of them.
         train=replace(config.train, max_hours=hours and max(hours - hours_gone, 1e-3), hang_minutes=None),
         tracking=replace(
             config.tracking, wandb=replace(wandb, name=f"{name}-round-{number}", group=wandb.group or name)
@@ -134,9 +140,9 @@ def round_config(config: Config, number: int, hours_gone: float = 0.0) -> Config
 
 
 def _from_here(folder: Path) -> Path:
-    """From the working folder, where it lies within that: slurm/submit names it from the root, an image mounts it.
+    """Return a path relative to the working folder where it lies within: slurm/submit and images name it absolutely.
 
-    A round is told from another one by its pairs and its start too, whose paths would differ.
+    A round's identity has the paths of its pairs and its start, which would differ otherwise.
     """
     here = Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
@@ -147,17 +153,17 @@ def _hours_since(began: float) -> float:
 
 
 def _is_done(of_round: Config) -> bool:
-    """Rank 0: whether the round's training ended and its model is there."""
+    """Return whether the round's training has ended and its model exists (rank 0)."""
     return (of_round.run_dir / "DONE").exists() and of_round.export_dir.is_dir()
 
 
-def _trained(of_round: Config, asked: Requests) -> bool:
-    """Whether the round's training ended."""
+def _train(of_round: Config, asked: Requests) -> bool:
+    """Train the round; return whether its training has ended."""
     train.run(of_round, asked)
     return ranks.run_on_rank_zero(lambda: (of_round.run_dir / "DONE").exists())
 
 
-def _stopped(folder: RunFolder, asked: Asked, number: int) -> None:
+def _stopped(folder: RunFolder, asked: RoundsRequests, number: int) -> None:
     if ranks.rank() == 0:
         folder.write_stopped(asked.reason(), None, f"in round {number}")
         asked.ended()
@@ -165,19 +171,19 @@ def _stopped(folder: RunFolder, asked: Asked, number: int) -> None:
 
 
 def _comparison(config: Config, of_round: Config, first: prepare_models.Models) -> Comparison:
-    """The round's model beside the one before and the very first, and its KL from that one."""
+    """Return the comparison of the round's model with the one before and the first, and its KL from the first."""
     policy = _folder(config, of_round.export_dir)
     start = of_round.model.name_or_path
-    # The first may be a hub name.
+    # The first one may be a hub name.
     before = first.policy if start == config.model.name_or_path else _folder(config, Path(start))
-    # By the rounds' own seed, whatever the round: each model's answers are sampled once.
+    # With the rounds' own seed in every round: each model's answers are sampled once.
     return compare.prepare(config, first, policy, before, first.policy, start=first.policy, other="the round before")
 
 
 def _compared(
     config: Config, of_round: Config, first: prepare_models.Models, number: int, asked: Requests
 ) -> dict[str, Any] | None:
-    """What the round's comparison found, made once for the same content; None where a stop was asked."""
+    """Return the result of the round's comparison, made once for the same content; None after a request to stop."""
     file = of_round.run_dir / COMPARISON
     comparison = _comparison(config, of_round, first)
     found: dict[str, Any] | None = ranks.run_on_rank_zero(lambda: read_json(file) if file.exists() else None)
@@ -193,9 +199,9 @@ def _compared(
 
 
 def _prune(before: Config) -> str | None:
-    """Rank 0, when the round after `before` is committed: of its checkpoints the newest and the best one stay.
+    """Remove the checkpoints of a round but the newest and best, once the next round is committed (rank 0).
 
-    Nothing goes on from them: its export does, and is committed. Not while another job looks at that round.
+    The next round begins from the export, which is committed. Nothing is removed while another job reads that round.
     """
     root = before.run_dir / "checkpoints"
     there = save.committed(root)
@@ -220,7 +226,7 @@ def _folder(config: Config, path: Path) -> ModelFolder:
 
 
 def table(done: list[dict[str, Any]]) -> str:
-    """The rounds so far, a line each; round 0 is the start. Intervals of 95 % over prompts."""
+    """Return a table of the rounds so far, a line each; round 0 is the start; intervals of 95 % over prompts."""
     lines = [
         f"answers to {done[0]['prompts']} prompts (evaluate.prompts), {done[0]['samples']} each; "
         "intervals of 95 % over prompts, a difference is paired by prompt",
@@ -242,14 +248,14 @@ def table(done: list[dict[str, Any]]) -> str:
         f"{interval_text(last['policy']['reward'])}, difference {interval_text(last['from_start']['difference'])}, "
         f"win rate {interval_text(last['from_start']['win_rate'])}"
     )
-    # An interval of a single prompt has no ends, and tells of no round.
+    # The interval of a single prompt has no ends.
     if all(one["difference"]["high"] is not None for one in done):
         worse = [str(one["round"]) for one in done if one["difference"]["high"] < 0]
         lines.append(f"significantly worse than the round before: {', '.join(worse) or 'none'}")
     return "\n".join(lines)
 
 
-def _conclude(config: Config, folder: RunFolder, asked: Asked, done: list[dict[str, Any]]) -> None:
+def _conclude(config: Config, folder: RunFolder, asked: RoundsRequests, done: list[dict[str, Any]]) -> None:
     write_json(config.run_dir / ROUNDS, {"rounds": done})
     folder.write_done(table(done))
     asked.ended()

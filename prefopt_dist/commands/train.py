@@ -1,4 +1,4 @@
-"""`train`: the whole job. First pass where rows are missing, training, checkpoints, export; resumes by itself."""
+"""`train`: run the whole job: first pass where rows are missing, training, checkpoints, export; resumes by itself."""
 
 from __future__ import annotations
 
@@ -44,11 +44,16 @@ DATA = (
     "the data files, the tokenizer, (for inspect.eval_…=drop) data.eval, or this version of prefopt_dist, which may "
     "read such rows otherwise (docs/data.md),"
 )
-"""What decides the tokens besides the configuration."""
+"""All that decides the tokens besides the configuration"""
 
 
 def run(config: Config, asked: Requests | None = None) -> None:
-    """All ranks. asked: what the rounds are asked that this run is a part of; None: this run's own."""
+    """Train (all ranks call it).
+
+    Args:
+        config: the resolved configuration.
+        asked: requests to the rounds that this run is a part of; None: requests to this run.
+    """
     with run_folder(config, begins=True) as folder:
         finished = ranks.run_on_rank_zero(folder.summary)
         if finished is not None:
@@ -103,7 +108,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
         if found is not None:
             loaded = load.load(engine, root, found)
             start, state = loaded.step, loaded.state
-            # A kill right after a commit leaves one too many; after the last commit nobody else would remove it.
+            # A kill right after a commit leaves one too many, which after the last commit nothing else would remove.
             ranks.run_on_rank_zero(lambda: save.prune(root, config.checkpoint.keep, best_checkpoint(config)))
             say(f"resuming from {save.folder_name(start)}")
         ranks.run_on_rank_zero(lambda: own_answers.remove_outdated(folder, answers, start))
@@ -182,7 +187,7 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
 
 
 def best_checkpoint(config: Config) -> save.Best:
-    """Rank 0: which checkpoint the evaluations so far call the best."""
+    """Return how to choose the best of some checkpoints by the evaluations so far (rank 0)."""
     metric = config.checkpoint.keep_best
     if metric is None:
         return save.no_best
@@ -191,7 +196,7 @@ def best_checkpoint(config: Config) -> save.Best:
 
 
 def _policy(config: Config, models: Models) -> tuple[Any, activation_checkpointing.ActivationCheckpointing]:
-    """The engine, and what activations may take beside it."""
+    """Return the policy's engine, and which layers are computed again in the backward pass."""
     zero = ranks.run_on_all_ranks(lambda: prepare_models.zero_settings(config.deepspeed.policy, "deepspeed.policy"))
     settings = zero3.policy_settings(
         prepare_models.with_model_buckets(zero, models.policy.config, models.adapter),
@@ -229,7 +234,7 @@ def _policy(config: Config, models: Models) -> tuple[Any, activation_checkpointi
 
 
 def _stop(folder: RunFolder, job: loop.Job, step: int) -> None:
-    """Leaves word that the training was stopped after this step."""
+    """Record that the training was stopped after this step."""
     if job.log is not None:
         folder.write_stopped(job.requests.reason(), step)
         job.requests.obeyed()
