@@ -25,7 +25,7 @@ def is_json_list(stream: IO[bytes]) -> bool:
     start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     stream.seek(0)
     if start.startswith(b"["):
-        # A line that holds a list is a bad row of JSON lines. A list of rows begins with an object, or has no line end.
+        # A line that holds a list is a bad row of JSON lines. A list of rows begins with an object, or is one line.
         return start[1:].lstrip().startswith((b"{", b"]")) or b"\n" not in start.rstrip()
     if not start.startswith(b"{"):
         return False

@@ -1,4 +1,4 @@
-"""Data sets made of another one: without some rows, and single responses beside mismatched ones (KTO)."""
+"""Data sets derived from another one: without some rows, or single responses with mismatched ones (for KTO)."""
 
 from __future__ import annotations
 
@@ -24,22 +24,33 @@ from prefopt_dist.data.row_counts import DataReport
 from prefopt_dist.errors import UserError
 
 ROWS_PER_COPY = 4096
-"""Rows that are copied together."""
+"""Number of rows that are copied at once."""
 
 REPAIRS = ("double_bos", "double_end", "system_dropped", "system_merged")
 DroppedRows = tuple[str, NDArray[np.int64], Sequence[str]]
-"""Kind, indices of the rows, and examples for the report."""
+"""The kind under which rows are dropped, their indices, and examples for the report."""
 
 
-def without_rows(folder: Path, rows: TokenisedRows, left: Sequence[DroppedRows], *, key: str, say: Say) -> Path:
-    """The folder of `rows`, which `folder` holds, less those in `left`; a row of two kinds counts under the first.
+def without_rows(folder: Path, rows: TokenisedRows, drop: Sequence[DroppedRows], *, key: str, say: Say) -> Path:
+    """Return a folder with the rows of `folder` except those to drop.
 
-    It lies beside `folder`; an intact one is used again. Raises UserError where no row would be left.
+    The folder is in the same cache as `folder`; an intact one is used again. A row that is dropped for two reasons
+    counts under the first.
+
+    Args:
+        folder: The folder of the rows.
+        rows: The rows.
+        drop: The rows to drop, by kind.
+        key: The dotted key of the data, for messages.
+        say: Prints a line.
+
+    Raises:
+        UserError: All rows would be dropped.
     """
     keep = np.ones(rows.n, dtype=bool)
     dropped = dict(rows.report.dropped)
     examples = dict(rows.report.examples)
-    for kind, indices, shown in left:
+    for kind, indices, shown in drop:
         fresh = int(np.count_nonzero(keep[indices]))
         keep[indices] = False
         if fresh:
@@ -47,17 +58,17 @@ def without_rows(folder: Path, rows: TokenisedRows, left: Sequence[DroppedRows],
             examples[kind] = tuple(shown)
     if not keep.any():
         raise UserError(
-            f"{key}: no row is left when {', '.join(kind for kind, *_ in left)} are dropped; set one of these keys of "
+            f"{key}: no row is left when {', '.join(kind for kind, *_ in drop)} are dropped; set one of these keys of "
             "the section inspect to keep"
         )
     if keep.all():
         return folder
     state = blake2b(f"without:{folder.name}:{list(dropped)}:".encode(), digest_size=16)
     state.update(np.packbits(keep).tobytes())
-    made = cached_folder(folder.parent.parent, state.hexdigest())
-    if open_intact_rows(made, key, say) is None:
-        build_once(made, lambda building: _write_subset(building, rows, keep, dropped, examples))
-    return made
+    subset = cached_folder(folder.parent.parent, state.hexdigest())
+    if open_intact_rows(subset, key, say) is None:
+        build_once(subset, lambda building: _write_subset(building, rows, keep, dropped, examples))
+    return subset
 
 
 def _write_subset(
@@ -85,7 +96,17 @@ def _write_subset(
 
 
 def _copy_rows(columns: dict[str, ColumnWriter], rows: TokenisedRows, chosen: NDArray[np.int64], end: int) -> int:
-    """Appends the chosen rows; `end` is the token count before them, and the result the one after."""
+    """Append the chosen rows.
+
+    Args:
+        columns: The columns by name.
+        rows: The rows to copy from.
+        chosen: Indices of the rows.
+        end: Number of tokens before these rows.
+
+    Returns:
+        Number of tokens after these rows.
+    """
     parts = 1 + rows.responses
     first, last = rows.offsets[chosen * parts], rows.offsets[(chosen + 1) * parts]
     columns["tokens"].append(np.concatenate([rows.tokens[a:b] for a, b in zip(first, last, strict=True)]))
@@ -131,31 +152,31 @@ def _report_of_subset(
 
 
 PARTNER_SEED = 20240202
-"""Of the permutation that gives each row its partner: one for all runs, so that all share the stored reference."""
+"""Seed of the permutation that gives each row its partner; equal in all runs, so that they share stored references."""
 MISMATCHED = 1
-"""The response of UnpairedRows that belongs to another prompt."""
+"""Index of the response of UnpairedRows that belongs to another prompt."""
 
 
 @dataclass(frozen=True)
 class UnpairedRows(TokenisedRows):
-    """Response 0 is the row's own, rated by `labels`; response 1 that of its partner, mismatched to this prompt.
+    """Rated rows with two responses: 0 is the row's own, rated by `labels`; 1 is its partner's, which is mismatched.
 
     Nothing is copied: prompts and responses are ranges of the tokens on disk.
     """
 
     starts: NDArray[np.int64]
-    """[n, 3] where prompt, own and mismatched response begin in `tokens`"""
+    """[n, 3] where prompt, own response and mismatched response begin in `tokens`"""
     ends: NDArray[np.int64]
-    """[n, 3] and where they end"""
+    """[n, 3] where they end"""
     halves: bool
-    """Split from pairs: rows 2i and 2i + 1 are the chosen and the rejected response of one pair"""
+    """Whether the rows were split from pairs: rows 2i and 2i + 1 are the chosen and the rejected response of a pair"""
 
     def lengths(self) -> NDArray[np.int64]:
-        """[n, 3] tokens of prompt, own and mismatched response."""
+        """Return the number of tokens of prompt, own response and mismatched response [n, 3]."""
         return self.ends - self.starts
 
     def length(self, i: int) -> int:
-        """Tokens of row i: the prompt once, and both responses."""
+        """Return the number of tokens of row i: the prompt once, and both responses."""
         return int((self.ends[i] - self.starts[i]).sum())
 
     def _range(self, i: int, part: int) -> tuple[int, int]:
@@ -163,32 +184,38 @@ class UnpairedRows(TokenisedRows):
 
 
 class PromptTooFrequent(Exception):
-    """More than half of the rows answer the same prompt, so there is no mismatched response for each of them."""
+    """The error where more than half of the rows have the same prompt, so some cannot get a mismatched response."""
 
 
 def build_unpaired_rows(rows: TokenisedRows, longest: int) -> UnpairedRows:
-    """The rated rows, or both halves of each pair, with their partners; at least two. Raises OnePromptRules.
+    """Return the rated rows, or both halves of each pair, with mismatched responses from their partners.
 
-    longest: tokens of a sequence. Prompt and own response keep to it already; a mismatched response is cut to it.
+    Args:
+        rows: Rated rows or pairs; at least two responses in all.
+        longest: Maximal number of tokens of a sequence. Prompt and own response are within it already; mismatched
+            responses are truncated to it.
+
+    Raises:
+        PromptTooFrequent: More than half of the rows have the same prompt.
     """
     bounds = np.stack([rows.offsets[:-1], rows.offsets[1:]], axis=-1).reshape(rows.n, 1 + rows.responses, 2)
     prompts = np.repeat(bounds[:, 0], rows.responses, axis=0)  # [n, 2]
-    own = bounds[:, 1:].reshape(-1, 2)  # row by row, of a pair the chosen first
+    own = bounds[:, 1:].reshape(-1, 2)  # row by row; the chosen response of a pair comes first
     n = len(own)
-    partner = partners(n)
-    mended = exchange_partners(partner, np.repeat(_numbered(rows), rows.responses))
-    mismatched = own[mended]
-    room = longest - (prompts[:, 1] - prompts[:, 0])
-    mismatched[:, 1] = np.minimum(mismatched[:, 1], mismatched[:, 0] + room)
+    first_partner = partners(n)
+    partner = exchange_partners(first_partner, np.repeat(_prompt_numbers(rows), rows.responses))
+    mismatched = own[partner]
+    budget = longest - (prompts[:, 1] - prompts[:, 0])
+    mismatched[:, 1] = np.minimum(mismatched[:, 1], mismatched[:, 0] + budget)
     if rows.learnt is not None:
-        _keep_learnt(mismatched, own[mended][:, 1], rows.learnt)
+        _keep_learnt(mismatched, own[partner][:, 1], rows.learnt)
     parts = np.stack([prompts, own, mismatched], axis=1)  # [n, 3, 2]
     halves = rows.responses == 2
     labels = np.tile(np.array([1, 0], dtype=np.int8), rows.n) if halves else rows.labels
     assert labels is not None
-    exchanged = "" if np.array_equal(mended, partner) else ":exchanged"
-    told = f"{rows.report.digest}:{PARTNER_SEED}:{longest}{exchanged}".encode()
-    bare = UnpairedRows(
+    exchanged = "" if np.array_equal(partner, first_partner) else ":exchanged"
+    content = f"{rows.report.digest}:{PARTNER_SEED}:{longest}{exchanged}".encode()
+    unpaired = UnpairedRows(
         kind="rated",
         n=n,
         responses=2,
@@ -202,34 +229,39 @@ def build_unpaired_rows(rows: TokenisedRows, longest: int) -> UnpairedRows:
         flags=np.repeat(rows.flags, rows.responses),
         source_names=rows.source_names,
         weights=rows.weights,
-        report=replace(rows.report, digest=blake2b(told, digest_size=16).hexdigest()),
+        report=replace(rows.report, digest=blake2b(content, digest_size=16).hexdigest()),
         starts=np.ascontiguousarray(parts[..., 0]),
         ends=np.ascontiguousarray(parts[..., 1]),
         halves=halves,
     )
-    bare.digests[:, 0] = rows.digests.reshape(n, 16)
+    unpaired.digests[:, 0] = rows.digests.reshape(n, 16)
     for i in range(n):
-        digest = sequence_digest(bare.prompt(i), bare.response(i, 1), bare.mask(i, 1))
-        bare.digests[i, 1] = np.frombuffer(digest, dtype=np.uint8)
-    return bare
+        digest = sequence_digest(unpaired.prompt(i), unpaired.response(i, 1), unpaired.mask(i, 1))
+        unpaired.digests[i, 1] = np.frombuffer(digest, dtype=np.uint8)
+    return unpaired
 
 
-def _keep_learnt(cut: NDArray[np.int64], whole: NDArray[np.int64], learnt: NDArray[np.uint8]) -> None:
-    """Moves each cut range that holds nothing learnt to where its first learnt token stands; in place.
+def _keep_learnt(truncated: NDArray[np.int64], full_ends: NDArray[np.int64], learnt: NDArray[np.uint8]) -> None:
+    """Move each truncated range without a learnt token to its response's first learnt token, in place.
 
-    cut: [n, 2] ranges of tokens; whole: [n] where the responses end that were not cut. A mismatched response only has
-    to be some answer that belongs elsewhere, and one of which nothing is scored would measure nothing.
+    A mismatched response may be any part of an answer to another prompt, but without a scored token it would measure
+    nothing.
+
+    Args:
+        truncated: [n, 2] ranges of tokens.
+        full_ends: [n] where the responses end without truncation.
+        learnt: 1 where a token is learnt.
     """
-    for k, (begin, end) in enumerate(cut.tolist()):
+    for k, (begin, end) in enumerate(truncated.tolist()):
         if not learnt[begin:end].any():
-            first = begin + int(np.argmax(learnt[begin : whole[k]]))
-            cut[k] = first, min(first + end - begin, int(whole[k]))
+            first = begin + int(np.argmax(learnt[begin : full_ends[k]]))
+            truncated[k] = first, min(first + end - begin, int(full_ends[k]))
 
 
 def partners(n: int) -> NDArray[np.int64]:
-    """[n] each row's partner, never itself: the next one in a circle of all rows in a seeded order.
+    """Return each row's partner, never itself [n]: the next row in a circle of all rows in a seeded order.
 
-    Every row is the partner of exactly one. RandomState, whose streams no version of numpy changes.
+    Every row is the partner of exactly one row. RandomState is used because no version of numpy changes its streams.
     """
     assert n > 1
     circle = np.random.RandomState(PARTNER_SEED).permutation(n)
@@ -239,22 +271,27 @@ def partners(n: int) -> NDArray[np.int64]:
 
 
 def exchange_partners(partner: NDArray[np.int64], prompt: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[n] the partners, exchanged where one answers the row's own prompt, such as the other half of a pair.
+    """Return the partners, exchanged so that no row has a partner with its own prompt [n].
 
-    prompt: [n], the same number where the prompts are the same. Raises OnePromptRules.
+    Args:
+        partner: [n] each row's partner.
+        prompt: [n] equal numbers for equal prompts, as of the two halves of a pair.
+
+    Raises:
+        PromptTooFrequent: More than half of the rows have the same prompt.
     """
     partner = partner.copy()
     for i in np.flatnonzero(prompt[partner] == prompt).tolist():
-        if prompt[partner[i]] == prompt[i]:  # no exchange before has mended it
+        if prompt[partner[i]] == prompt[i]:  # an earlier exchange may already have changed this row's partner
             fit = (prompt != prompt[i]) & (prompt[partner] != prompt[i])
             j = int(fit.argmax())
-            if not fit[j]:  # there is one as long as a prompt has no more than half of the rows
+            if not fit[j]:  # a fitting row exists unless a prompt has more than half of the rows
                 raise PromptTooFrequent(f"{int((prompt == prompt[i]).sum())} of {len(prompt)}")
             partner[i], partner[j] = partner[j], partner[i]
     return partner
 
 
-def _numbered(rows: TokenisedRows) -> NDArray[np.int64]:
-    """[B] equal numbers for equal prompts, by their digests."""
+def _prompt_numbers(rows: TokenisedRows) -> NDArray[np.int64]:
+    """Return a number for each row's prompt, equal for prompts with equal digests [n of `rows`]."""
     digests = b"".join(blake2b(rows.prompt(i).tobytes(), digest_size=16).digest() for i in range(rows.n))
     return np.unique(np.frombuffer(digests, dtype="V16"), return_inverse=True)[1].astype(np.int64)

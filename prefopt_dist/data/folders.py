@@ -1,8 +1,8 @@
-"""Which files of a folder are meant: its configurations and splits, as hub data sets lay them out.
+"""Select the files of one configuration and one split of a folder that is laid out like a data set of the hub.
 
-The front matter of README.md says it, or else the names of folders and files, as in en/train-00000-of-00002.parquet.
-One configuration and one split are taken: those named, or the only configuration and the split `train`. Anything else
-would mix what its author kept apart, test rows among them.
+The front matter of README.md lists the files, or else the names of folders and files show where they belong, as in
+en/train-00000-of-00002.parquet. The configuration and the split are those named, or else the only configuration and
+the split `train`. Anything else would mix rows that the author separated, such as training and test rows.
 """
 
 from __future__ import annotations
@@ -21,27 +21,37 @@ SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])[\w.]*?(
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 DEFAULT = "default"
 PLAIN_FOLDERS = ("data", ".")
-"""Folders whose names say nothing."""
+"""Folders whose names do not name a configuration or a split."""
 PLAIN_FILES = ("data", "part", "shard", "chunk", "file", "rows", "output")
-"""Numbered files whose names say nothing."""
+"""Names of numbered files that do not name a split."""
 
 
 @dataclass(frozen=True)
 class SplitFile:
-    """One file and what it belongs to."""
+    """One file with its configuration and split."""
 
     file: Path
     configuration: str
     split: str | None
-    """None: nothing says that it belongs to one"""
+    """None: neither README.md nor the file's name names a split"""
 
 
 def select_files(
     folder: Path, files: list[Path], *, name: str | None, split: str | None, key: str, shown: str
 ) -> tuple[Path, ...]:
-    """Those of `files` that are of the configuration `name` and of the split.
+    """Return the files of one configuration and one split.
 
-    Raises UserError with the list where what is asked is not there, or where nothing is asked and there is a choice.
+    Args:
+        folder: The folder.
+        files: All files of the folder.
+        name: The configuration; None: the only one, or `default`.
+        split: The split; None: `train`, or all files of a folder without splits.
+        key: The dotted key that named the folder, for messages.
+        shown: The folder as the user wrote it, for messages.
+
+    Raises:
+        UserError: The configuration or split does not exist, or none is named where there are several; the message
+            lists them.
     """
     parts = [part for part in _declared(folder, files) or _by_names(folder, files)]
     configurations = sorted({part.configuration for part in parts})
@@ -60,14 +70,14 @@ def select_files(
     wanted = split or "train"
     found = tuple(part.file for part in parts if part.split == wanted)
     if not found:
-        lacks = f"has no split {split!r}" if split else "has no split of the name 'train'"
+        lacks = f"has no split {split!r}" if split else "has no split named 'train'"
         has = f"name one of {splits}: {{path: {shown}, split: {splits[0]}}}" if splits else "remove the split"
         raise UserError(f"{key}: {shown!r} {lacks}; {has}")
     return found
 
 
 def _declared(folder: Path, files: list[Path]) -> list[SplitFile]:
-    """What the front matter of README.md says of the files; none where it says nothing."""
+    """Return the files that the front matter of README.md lists; an empty list where it lists none."""
     return [
         SplitFile(file, str(configuration.get("config_name", DEFAULT)), split)
         for configuration in _configurations(folder / "README.md")
@@ -82,13 +92,13 @@ def _configurations(readme: Path) -> list[Mapping[str, Any]]:
         text = readme.read_text(encoding="utf-8", errors="replace")
         head = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
     except (OSError, yaml.YAMLError, IndexError):
-        return []  # a page for people, not ours to judge
+        return []  # README.md is written for people, so an unreadable one is not an error
     found = head.get("configs") if isinstance(head, dict) else None
     return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def _patterns(data_files: Any) -> Iterator[tuple[str, str]]:
-    """Split and glob; files without a split are `train`, as the hub has it."""
+    """Yield split and glob pattern; files without a split belong to `train`, as on the hub."""
     for one in data_files if isinstance(data_files, list) else [data_files]:
         split, paths = (one.get("split", "train"), one.get("path")) if isinstance(one, dict) else ("train", one)
         for path in paths if isinstance(paths, list) else [paths]:

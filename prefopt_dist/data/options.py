@@ -1,4 +1,4 @@
-"""Options of turning texts into tokens, and the fixed date of templates that write one."""
+"""Options for turning texts into tokens, and the fixed date for templates that write the current date."""
 
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -8,68 +8,73 @@ from prefopt_dist.config.data import PairsFrom
 from prefopt_dist.errors import UserError
 
 TEMPLATE_DATE = "2024-07-26"
-"""What a template that writes the day's date gets; the day itself would make other tokens of the same data."""
+"""The date for templates that write the current date; the current date would give other tokens on another day."""
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Each at its default as data read before there was the option, where that was right."""
+    """Options for reading texts. The defaults keep the behaviour from before an option existed, where it was right."""
 
     template_date: str = TEMPLATE_DATE
-    """YYYY-MM-DD"""
+    """The fixed date, as YYYY-MM-DD"""
     learn: Literal["all", "last"] = "all"
-    """Of several assistant turns in a response, which are learnt."""
+    """Which assistant turns of a response are learnt, where there are several"""
 
     system: Literal["keep", "merge", "drop"] = "keep"
-    """What becomes of a system turn that the chat template has no place for."""
+    """What to do with a system turn that the chat template has no place for"""
 
     thinking: Literal["empty", "keep"] | None = None
-    """Answers under a template that opens reasoning; None: as it renders them where that begins with the prompt."""
+    """How to render answers under a template that opens reasoning; None: as the template renders them, where the
+    finished conversation begins with the generation prompt"""
 
     chat_template: str | None = None
-    """A template in place of the tokenizer's."""
+    """A template to use instead of the tokenizer's"""
     template_kwargs: tuple[tuple[str, Any], ...] = ()
-    """Names and values that the chat template gets."""
+    """Names and values passed to the chat template"""
     columns: tuple[tuple[str, str], ...] = ()
-    """Our names of columns, and the dotted paths of theirs."""
+    """The own name of each column, and the dotted path to its value in the data set"""
     pairs_from: PairsFrom | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """For digests."""
+        """Return the options as a dictionary, for digests."""
         return asdict(self)
 
 
 DEFAULT_OPTIONS = TextOptions()
 
 CLOCK_FUNCTION = "strftime_now"
-"""What templates call to get the day's date in a format."""
+"""The function that templates call to format the current date."""
 DIRECTIVES = "aAbBcdHIjmMpSUwWxXyYFDTeh"
-"""Those of strftime that are filled in; others stay as they are."""
+"""The directives of strftime that are replaced; others stay unchanged."""
 UNPADDED = "dHIjmM"
-"""Those that are also known without zeros before them."""
+"""The directives that are also replaced in their form without leading zeros (`%-d`)."""
 
 
 def writes_date(template: str) -> bool:
-    """Whether the template asks for the day's date."""
+    """Return whether the template asks for the current date."""
     return CLOCK_FUNCTION in template
 
 
 def check_date(day: str) -> date:
-    """The day that YYYY-MM-DD names. Raises UserError for what is no date."""
+    """Return the date that YYYY-MM-DD names.
+
+    Raises:
+        UserError: The text is not a date.
+    """
     try:
         return date.fromisoformat(day)
     except ValueError as error:
-        raise UserError(f"data.template_date: {day!r} is no date; write it as YYYY-MM-DD") from error
+        raise UserError(f"data.template_date: {day!r} is not a date; write it as YYYY-MM-DD") from error
 
 
 def fix_date(template: str, day: str) -> str:
-    """The template with a macro in place of the clock that knows one day."""
+    """Return the template with a macro that formats the fixed date, in place of the clock function."""
     fixed = check_date(day)
     if not writes_date(template):
         return template
     known = {f"%{name}": fixed.strftime(f"%{name}") for name in DIRECTIVES}
     known |= {f"%-{name}": str(int(known[f"%{name}"])) for name in UNPADDED}
     filled = "".join(f" | replace('{name}', '{value}')" for name, value in known.items())
-    # A macro of that name stands before the environment's function. Transformers hands functions to no template.
-    # The empty expression keeps a line break at the template's beginning, which a block before it would swallow.
+    # A macro of this name takes precedence over the environment's function; functions cannot be passed to a template.
+    # The empty expression keeps a line break at the template's beginning, which the block would otherwise remove.
     return "{%- macro " + CLOCK_FUNCTION + "(format) -%}{{ format" + filled + " }}{%- endmacro %}{{ '' }}" + template

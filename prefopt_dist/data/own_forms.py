@@ -44,7 +44,7 @@ def _conversations(row: Row) -> Example:
         agrees = given is None or messages_of(given, "prompt") == example.prompt
     if not agrees:
         raise BadRow(
-            "prompts_differ", "the prompt column must be equal to the common beginning of both conversations", given
+            "prompts_differ", "the prompt column must agree with the common beginning of both conversations", given
         )
     return example
 

@@ -215,7 +215,7 @@ def _as_turns(value: str | Messages, role: str) -> Messages:
 def _doubled_template(template: Template, text: str) -> BadRow:
     return BadRow(
         "doubled_template",
-        "text that the template is applied to must not consist of rendered turns already; "
-        f"this one has the template's marker {template.frame.user!r}",
+        "text that the template is applied to must not consist of rendered turns already "
+        f"(the template opens a user turn with {template.frame.user!r})",
         text, "remove the markers, or put them into the prompt too and set data.template=auto",
     )  # fmt: skip

@@ -13,7 +13,7 @@ EXAMPLES_PER_KIND = 3
 ORIGIN_FIELDS = ("source", "dataset", "subset")
 """Fields in which rows often name their origin."""
 MAX_NAMES = 100
-"""Number of distinct values of a field that are counted separately, so that a field of a million URLs needs no memory."""
+"""Number of distinct values of a field that are counted separately, to limit memory where every row has another one."""
 MAX_NAME_LENGTH = 80
 """Number of characters of a value that are kept."""
 OTHERS = "(others)"

@@ -140,7 +140,7 @@ def open_source(source: DataSource, index: int, key: str) -> OpenSource:
         return _open_folder(source, index, key)
     if HUB_NAME.fullmatch(source.path) and not source.path.endswith(FILE_SUFFIXES):
         return _open_hub(source, index, key)
-    raise NotHere(f"{key}: there is no file or folder {source.path!r}; correct the path")
+    raise NotHere(f"{key}: the file or folder {source.path!r} does not exist; correct the path")
 
 
 def _open_saved(source: DataSource, index: int, key: str) -> OpenSource:

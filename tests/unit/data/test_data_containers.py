@@ -69,7 +69,7 @@ def test_patterns(tmp_path: Path) -> None:
     write_csv(tmp_path / "b.csv", ROWS)
     for pattern, split, message in (
         ("c*", None, "no file matches"),
-        ("*", None, r"files of the kinds \['.csv', '.jsonl'\]"),
+        ("*", None, r"files of the types \['.csv', '.jsonl'\]"),
         ("a*", "train", "have no splits"),
     ):
         with pytest.raises(UserError, match=rf"^data\.train: .*{message}"):

@@ -42,7 +42,7 @@ HUB = [f"data/{split}-0000{k}-of-00002.parquet" for split in ("test_a", "train_a
 
 def test_one_split_is_taken(tmp_path: Path) -> None:
     several = write(tmp_path / "hub", *HUB)
-    with pytest.raises(UserError, match=r"no split of the name 'train'; name one of \['test_a', 'train_a', 'tr"):
+    with pytest.raises(UserError, match=r"no split named 'train'; name one of \['test_a', 'train_a', 'tr"):
         taken(several)
     assert taken(several, "train_b") == HUB[4:]
     with pytest.raises(UserError, match=r"no split 'train'; name one of \['test_a'"):
@@ -56,7 +56,7 @@ def test_one_split_is_taken(tmp_path: Path) -> None:
     assert taken(write(tmp_path / "parts", "part-1.parquet", "part-0.parquet")) == ["part-0.parquet", "part-1.parquet"]
     with pytest.raises(UserError, match=r"has no split 'test'; remove the split"):
         taken(tmp_path / "parts", "test")
-    with pytest.raises(UserError, match=r"no split of the name 'train'; name one of \['validation'\]"):
+    with pytest.raises(UserError, match=r"no split named 'train'; name one of \['validation'\]"):
         taken(write(tmp_path / "held", "validation.parquet"))
 
 

@@ -102,7 +102,7 @@ def test_sources_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(os.urandom(2000))[:-9])
     lines(tmp_path / "rows.jsonl", ROWS)
     for name, split, message in (
-        ("missing.jsonl", None, "no file or folder"),
+        ("missing.jsonl", None, "does not exist; correct the path"),
         ("empty.jsonl", None, "holds no row"),
         ("list.json", None, "begins as a JSON list, but is not valid"),
         ("rows.txt", None, "unknown file type"),

@@ -191,7 +191,7 @@ def test_the_date_of_a_template_is_fixed(tmp_path: Path) -> None:
     other = prepare(tmp_path, path, tokenizer=tokenizer, options=TextOptions(template_date="2025-01-03"))
     assert folder != other
     assert tokenizer.decode(open_rows(other).prompt(0)).startswith("03 Jan 2025, 3.1.: Friday 2025-01-03")
-    with pytest.raises(UserError, match=r"^data\.template_date: '2024-13-01' is no date"):
+    with pytest.raises(UserError, match=r"^data\.template_date: '2024-13-01' is not a date"):
         prepare(tmp_path, path, tokenizer=tokenizer, options=TextOptions(template_date="2024-13-01"))
 
 
