@@ -31,10 +31,10 @@ lint: $(STAMP) ## Run ruff, mypy --strict and shellcheck
 	@{ git ls-files '*.sh' slurm; printf '%s\n' launch/run.sh launch/env.sh .ci/run; } | sort -u \
 		| xargs $(BIN)/shellcheck -x
 
-prose: $(STAMP) ## The style of docstrings, comments and messages
+prose: $(STAMP) ## Check the style of docstrings, comments and messages
 	@$(BIN)/python tests/lint/prose.py
 
-test-unit: $(STAMP) ## The quick tests of single modules: tests/unit, one minute and a half
+test-unit: $(STAMP) ## Run the quick tests of single modules, tests/unit (90 seconds)
 	@$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=5 tests/unit
 
 test: lint ## Run lint and the quick tests

@@ -1,10 +1,10 @@
-"""Ends the build of an image whose parts do not fit together: python check_imports.py."""
+"""Import every module, so that the build of an image with incompatible parts fails: python check_imports.py."""
 
 import importlib
 import os
 import pkgutil
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # there is no GPU while an image is built
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # an image is built without a GPU
 
 import deepspeed
 import torch

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# What the image starts: a stage through launch/run.sh, `demo`, or any other command as it stands.
+# Entry point of the image: runs a stage through launch/run.sh, `demo`, or any other command unchanged.
 #
 #   docker run ... prefopt [-n N] STAGE RUN.yaml [section.key=value ...]
 #
-# launch/run.sh takes the place of this script, so that the container's TERM (docker stop) reaches it, and gathers
-# what processes leave behind.
+# launch/run.sh replaces this script as process 1, so that it receives the container's TERM (docker stop) and reaps
+# orphaned processes.
 set -euo pipefail
 {
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 scratch=${TMPDIR:-/tmp}
 if [[ ! -w $scratch ]]; then
-    echo "docker/entrypoint.sh: $scratch is not writable; with --read-only, give --tmpfs $scratch" >&2
+    echo "docker/entrypoint.sh: $scratch is not writable; with --read-only, give --tmpfs $scratch too" >&2
     exit 2
 fi
 case ${1:-} in

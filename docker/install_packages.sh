@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The packages of pyproject.toml in the versions of constraints.txt: install_packages.sh VENV [OPERATOR ...].
+# Installs the packages of pyproject.toml in the versions of constraints.txt: install_packages.sh VENV [OPERATOR ...].
 #
-# DeepSpeed comes last: its operators are compiled against the torch that is there.
+# DeepSpeed comes last, since its operators are compiled against the installed torch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-venv=${1:?where to}
+venv=${1:?the folder of the environment is missing}
 shift
 for operator in "$@"; do
-    [[ $operator =~ ^[A-Z_]+$ ]] || { echo "OPERATORS: '$operator' is no name of DS_BUILD_..." >&2 && exit 2; }
+    [[ $operator =~ ^[A-Z_]+$ ]] || { echo "OPERATORS: got '$operator', must be the part of a name DS_BUILD_... after DS_BUILD_" >&2 && exit 2; }
     export "DS_BUILD_$operator=1"
 done
 python3 -m venv "$venv"
@@ -16,7 +16,7 @@ install=("$venv/bin/python" -m pip install --no-cache-dir --disable-pip-version-
 "${install[@]}" setuptools wheel ninja
 grep -v '^deepspeed' needed.txt >others.txt
 "${install[@]}" -r others.txt
-# What cannot be compiled must end the build, not be left out.
+# With an accelerator named, an operator that cannot be compiled ends the build instead of being left out.
 if command -v nvcc >/dev/null; then
     export DS_ACCELERATOR=cuda
 else

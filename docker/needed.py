@@ -1,4 +1,7 @@
-"""Prints what the image installs: the dependencies of pyproject.toml and its extra lora; python needed.py FILE."""
+"""Print the packages that the image installs: the dependencies of pyproject.toml and its extra lora.
+
+Usage: python needed.py PYPROJECT
+"""
 
 import sys
 import tomllib

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# This node's part of the check before a job: slurm/job.sh starts one a node through srun.
+# Runs this node's part of the check before a job. slurm/job.sh starts it once on each node through srun.
 #
 #   launch/check_node.sh --hosts N1,N2,... --ranks R --head HOST:PORT --folder RUN [--node I]
 #
-# Without --node, SLURM_NODEID says which of the hosts this is. In the environment: PREFOPT_MIN_DISK_GIB,
-# PREFOPT_MIN_SHM_GIB, PREFOPT_MEETING_SECONDS. Ends with 0, with 1 and a line for each fault with its host, or with 2
-# where one of these is no number.
+# Without --node, SLURM_NODEID is the number of this host in the list. Environment variables: PREFOPT_MIN_DISK_GIB,
+# PREFOPT_MIN_SHM_GIB, PREFOPT_MEETING_SECONDS. Exit status: 0; 1 with a line for each fault and its host; 2 if one of
+# these variables is not a number.
 set -euo pipefail
 {
-trap '' TERM USR1 HUP # it is short; whoever started this has heard them
+trap '' TERM USR1 HUP # the check is short, and the script that started it handles these signals
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/env.sh
 source "$repository/launch/env.sh"
 export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
 python=$(choose_python "$repository")
 if ! command -v "$python" >/dev/null; then
-    echo "launch/check_node.sh: $(hostname): no Python at '$python'; set PREFOPT_PYTHON" >&2
+    echo "launch/check_node.sh: $(hostname): there is no Python at '$python'; set PREFOPT_PYTHON" >&2
     exit 2
 fi
-# Without a driver, a job that wants GPUs must be told so: its ranks would compute on the CPU.
+# Do not select the CPU in a job for GPUs: on a node without a driver its ranks would run on the CPU unnoticed.
 if (($(count_gpus) == 0)) && [[ -z ${PREFOPT_WANT_GPUS:-} ]]; then
     export DS_ACCELERATOR=cpu
 fi

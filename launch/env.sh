@@ -1,38 +1,38 @@
 # shellcheck shell=bash
-# The environment of every stage, sourced by launch/run.sh and launch/node.sh. A value that you have set yourself wins.
+# Environment of every stage; launch/run.sh and launch/node.sh source it. Values that you have set are kept.
 
-# The tokenizers library forks badly once its threads run; the ranks parallelise by themselves.
+# Forking is not safe once the tokenizers library has started threads. The ranks run in parallel anyway.
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 
-# No usage reports from a job.
+# Do not send usage reports from a job.
 export HF_HUB_DISABLE_TELEMETRY="${HF_HUB_DISABLE_TELEMETRY:-1}"
 
-# Lines of the ranks appear when they are written, not when a buffer is full.
+# Show the ranks' output at once instead of when a buffer is full.
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
 
-# A crash in native code leaves the Python stack of the rank.
+# Print the Python stack of a rank that crashes in native code.
 export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
 
-# On the CPU activations come and go by the hundred megabytes. glibc would give each block back to the kernel and
-# fault its pages in again: 5 to 10 % of a training step.
+# On the CPU, activations of hundreds of megabytes are allocated and freed in each step. By default glibc returns each
+# block to the kernel, and the page faults of the next allocation take 5 to 10 % of a training step.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1073741824}"
 
-# NCCL says its version once and its warnings; NCCL_DEBUG=INFO shows which network it took. (Not run here.)
+# NCCL prints its version once, and warnings. NCCL_DEBUG=INFO also shows the network that it uses. (Not tested here.)
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
-# What torch does of itself: the flight recorder keeps a rank's last collectives and writes them when one times out, to
-# TORCH_FR_DUMP_TEMP_FILE followed by the rank; slurm/job.sh puts that beside the logs.
+# By default, torch's flight recorder keeps the last collectives of a rank. When one times out it writes them to the file
+# TORCH_FR_DUMP_TEMP_FILE followed by the rank's number; slurm/job.sh sets a path beside the logs.
 #
-# What differs from site to site is yours to set, under Slurm in slurm/site.env: the network (NCCL_SOCKET_IFNAME,
-# GLOO_SOCKET_IFNAME, NCCL_IB_HCA), caches that all nodes see (HF_HOME, PREFOPT_CACHE), nodes without a way to the hub
-# (HF_HUB_OFFLINE=1).
+# Set what differs between sites yourself, under Slurm in slurm/site.env: the network (NCCL_SOCKET_IFNAME,
+# GLOO_SOCKET_IFNAME, NCCL_IB_HCA), caches on a shared file system (HF_HOME, PREFOPT_CACHE), and nodes without access
+# to the hub (HF_HUB_OFFLINE=1).
 
-# How many GPUs there are to use here.
+# Prints the number of GPUs that may be used on this machine.
 count_gpus() {
     if [[ ${DS_ACCELERATOR:-} == cpu ]]; then
         echo 0
     elif [[ ${CUDA_VISIBLE_DEVICES:-} == -* ]]; then
-        echo 0 # -1 hides them all
+        echo 0 # -1 hides all GPUs
     elif [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
         local -a devices
         IFS=, read -r -a devices <<<"$CUDA_VISIBLE_DEVICES"
@@ -44,7 +44,7 @@ count_gpus() {
     fi
 }
 
-# The Python of a checkout ($1): PREFOPT_PYTHON, its .venv, or the one on PATH.
+# Prints the Python of a checkout ($1): PREFOPT_PYTHON, else its .venv, else the one on PATH.
 choose_python() {
     if [[ -n ${PREFOPT_PYTHON:-} ]]; then
         echo "$PREFOPT_PYTHON"
@@ -55,7 +55,7 @@ choose_python() {
     fi
 }
 
-# The cores of this machine, or of this job on it, go to its ranks ($1) in equal parts.
+# Divides the cores of this machine, or of this job on it, equally among its ranks ($1).
 share_cores() {
     if [[ -z ${OMP_NUM_THREADS:-} ]]; then
         local threads=$(($(nproc) / $1))

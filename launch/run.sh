@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# One stage of a run on this machine: all its GPUs, or N CPU ranks.
+# Runs one stage on this machine, with one rank on each of its GPUs, or with N ranks on the CPU.
 #
 #   launch/run.sh [-n N] STAGE RUN.yaml [section.key=value ...]
 #
-# On several machines that see one run folder, the same command on each, with PREFOPT_NODES (how many), PREFOPT_NODE
-# (which one this is, from 0) and PREFOPT_HEAD (HOST:PORT of machine 0) in the environment; -n is then a machine's.
-# A signal to one of them stops all. The user's mistake ends with 2 where rank 0 is, elsewhere with 1.
+# On several machines that share the run folder, start the same command on each, with the environment variables
+# PREFOPT_NODES (number of machines), PREFOPT_NODE (number of this machine, from 0) and PREFOPT_HEAD (HOST:PORT of
+# machine 0). -n is then the number of ranks on each machine. A signal to one of them stops all. A user's mistake ends
+# with 2 on the machine of rank 0 and with 1 on the others.
 #
-# Ends with 0 done, 75 stopped on request (start again), 2 the user's mistake, 1 a crash.
+# Exit status: 0 done, 75 stopped on request (start again to resume), 2 the user's mistake, 1 a crash.
 # To stop reference, train, generate or rounds, send TERM, USR1, HUP or INT (Ctrl-C) to this script: it creates RUN/STOP
 # and waits until the checkpoint is committed. A second INT ends the ranks at once (status 1).
 #
-# The ranks have a session of their own, so that a signal to this script's process group (a scheduler's,
-# or Ctrl-C) reaches them only through RUN/STOP. The price: kill -9 of this script leaves them running;
-# create RUN/STOP by hand then.
+# The ranks run in a session of their own, so a signal to the process group of this script (from a scheduler or from
+# Ctrl-C) reaches them only through RUN/STOP. The drawback: after kill -9 of this script they keep running; create
+# RUN/STOP by hand to stop them.
 set -euo pipefail
-{ # bash reads a script as it goes; in one block it is read whole, so an update under a running job does no harm
+{ # bash reads a script while it runs it; it reads a block at once, so an update does not disturb a running job
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -23,9 +24,9 @@ usage() {
     cat <<'USAGE'
 usage: launch/run.sh [-n N] STAGE RUN.yaml [section.key=value ...]
   STAGE  inspect | plan | reference | train | evaluate | generate | rounds | report | export
-  -n N   ranks on this machine; default: one a GPU, or 2 where there is none
+  -n N   ranks on this machine; default: one per GPU, or 2 on a machine without GPUs
 CUDA_VISIBLE_DEVICES= (empty) runs on the CPU of a machine with GPUs.
-On several machines: PREFOPT_NODES, PREFOPT_NODE and PREFOPT_HEAD=HOST:PORT in the environment.
+On several machines: set PREFOPT_NODES, PREFOPT_NODE and PREFOPT_HEAD=HOST:PORT in the environment.
 USAGE
 }
 
@@ -56,7 +57,7 @@ done
 stage=$1
 arguments=("$@")
 for argument in "${arguments[@]}"; do
-    [[ $argument != -* ]] || mistake "'$argument': options stand before STAGE; overrides are section.key=value"
+    [[ $argument != -* ]] || mistake "got '$argument' after STAGE, must be section.key=value; options stand before STAGE"
 done
 
 nodes=${PREFOPT_NODES:-1}
@@ -74,7 +75,7 @@ fi
 source "$repository/launch/env.sh"
 export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
 python=$(choose_python "$repository")
-command -v "$python" >/dev/null || mistake "no Python at '$python'; run make lint in $repository or set PREFOPT_PYTHON"
+command -v "$python" >/dev/null || mistake "there is no Python at '$python'; run make lint in $repository or set PREFOPT_PYTHON"
 
 gpus=$(count_gpus)
 one_process=no
@@ -82,11 +83,11 @@ case $stage in
     inspect | plan | report | export) one_process=yes ;;
 esac
 if [[ $one_process == yes ]]; then
-    ((nodes == 1)) || mistake "$stage is one process; unset PREFOPT_NODES"
+    ((nodes == 1)) || mistake "$stage runs in one process; unset PREFOPT_NODES"
     ranks=1
 elif ((gpus > 0)); then
     ranks=${ranks:-$gpus}
-    ((ranks <= gpus)) || mistake "-n $ranks: this machine has $gpus GPUs; give at most $gpus"
+    ((ranks <= gpus)) || mistake "-n: got $ranks, must be at most $gpus, since this machine has $gpus GPUs"
 else
     ranks=${ranks:-2}
 fi
@@ -99,10 +100,10 @@ share_cores "$ranks"
 if [[ $one_process == yes ]]; then
     "$python" -m prefopt_dist "${arguments[@]}" &
     job=$!
-    trap 'kill -TERM "$job" 2>/dev/null || true' TERM INT HUP USR1 # or it would outlive this script
+    trap 'kill -TERM "$job" 2>/dev/null || true' TERM INT HUP USR1 # else it would keep running after this script
     status=0
     wait "$job" || status=$?
-    while kill -0 "$job" 2>/dev/null; do # a signal ended the wait, not the job
+    while kill -0 "$job" 2>/dev/null; do # the wait was ended by a signal, not by the end of the job
         status=0
         wait "$job" || status=$?
     done
@@ -110,19 +111,19 @@ if [[ $one_process == yes ]]; then
     exit "$status"
 fi
 
-# Many ranks: validate first, in one process
+# Several ranks: validate the configuration first, in one process
 
-obeys_stop=no # whether the stage looks for RUN/STOP
+obeys_stop=no # whether the stage checks for RUN/STOP
 case $stage in
     reference | train | generate | rounds) obeys_stop=yes ;;
 esac
 job=""
 requests=0
 interrupts=0
-end_by=TERM # what ends the ranks at once
+end_by=TERM # signal that ends the ranks at once
 ((nodes == 1)) || end_by=INT # launch/node.sh ignores TERM
 
-# shellcheck disable=SC2317,SC2329 # traps call it
+# shellcheck disable=SC2317,SC2329 # the traps call it
 on_signal() { # $1: the signal
     requests=$((requests + 1))
     if [[ $1 == INT ]]; then
@@ -130,7 +131,7 @@ on_signal() { # $1: the signal
     fi
     [[ -n $job ]] || return 0
     if [[ $obeys_stop == no ]] || ((interrupts > 1)); then
-        echo "launch/run.sh: $1: ending the ranks" >&2
+        echo "launch/run.sh: $1: ends the ranks" >&2
         kill "-$end_by" "$job" 2>/dev/null || true
     elif ((requests == 1)); then
         echo "launch/run.sh: $1: asked for a stop (RUN/STOP); waiting for the checkpoint" >&2
@@ -154,7 +155,7 @@ if ((status != 0)); then
 fi
 run_dir=${checked##*$'\n'}
 if [[ -z $run_dir ]]; then
-    echo "launch/run.sh: the check named no run folder (a defect of the program)" >&2
+    echo "launch/run.sh: the check printed no run folder; this is a bug, please report it" >&2
     exit 1
 fi
 
@@ -166,7 +167,7 @@ made_stop=no
 # shellcheck disable=SC2317,SC2329 # a trap calls it
 clean_up() {
     rm -f "$PREFOPT_STATUS_FILE"
-    # Only what this script made: the job has ended, and a stale STOP would be a riddle.
+    # Remove only a STOP that this script created: the job has ended, and a stale STOP would confuse the user.
     [[ $made_stop == no ]] || rm -f "$run_dir/STOP"
 }
 trap clean_up EXIT
@@ -175,19 +176,19 @@ echo "launch/run.sh: $stage on $ranks $( ((gpus > 0)) && echo GPU || echo CPU) r
 if ((nodes == 1)); then
     command=("$python" -m torch.distributed.run --standalone --max-restarts 0 --nproc-per-node "$ranks" -m prefopt_dist)
 else
-    echo "launch/run.sh: machine $PREFOPT_NODE of $nodes, which meet at $PREFOPT_HEAD" >&2
+    echo "launch/run.sh: machine $PREFOPT_NODE of $nodes; rendezvous at $PREFOPT_HEAD" >&2
     command=("$repository/launch/node.sh" --nodes "$nodes" --ranks "$ranks" --head "$PREFOPT_HEAD" --job prefopt
         --node "$PREFOPT_NODE")
 fi
 setsid "${command[@]}" "${arguments[@]}" &
 job=$!
-if ((requests > 0)) && [[ $obeys_stop == no ]]; then # a signal between the check and here
+if ((requests > 0)) && [[ $obeys_stop == no ]]; then # a signal arrived after the check
     kill "-$end_by" "$job" 2>/dev/null || true
 fi
 
-# bash runs a trap only between two commands, and a signal just before a long `wait` would lie until the job
-# ends: so short sleeps, and one `wait` at the end for the status. STOP is seen to each time round, because
-# ranks that are still starting remove one as stale.
+# bash runs a trap only between two commands, so a signal just before a long `wait` would be handled only when the job
+# ends. Hence short sleeps, and one `wait` at the end for the status. STOP is created again in every round, because
+# ranks that are still starting remove it as stale.
 while kill -0 "$job" 2>/dev/null; do
     if ((requests > 0)) && [[ $obeys_stop == yes && -d $run_dir && ! -e $run_dir/STOP ]]; then
         touch "$run_dir/STOP" && made_stop=yes
@@ -203,12 +204,12 @@ if ((status == 0)); then
     fi
     exit 0
 fi
-((status != 2)) || exit 2 # launch/node.sh could not even start them
-# torchrun makes every failure a 1; the ranks say what it was.
-said=""
-read -r said <"$PREFOPT_STATUS_FILE" || true
-if [[ $said == 2 ]]; then
-    # Once more, below torchrun's block, where people look.
+((status != 2)) || exit 2 # launch/node.sh could not start the ranks
+# torchrun ends with 1 after every failure; the ranks' own status is in the file.
+ranks_status=""
+read -r ranks_status <"$PREFOPT_STATUS_FILE" || true
+if [[ $ranks_status == 2 ]]; then
+    # Repeat the message below torchrun's block, where users look.
     tail -n +2 "$PREFOPT_STATUS_FILE" >&2
     exit 2
 fi

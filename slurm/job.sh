@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What the three batch scripts do, sourced by them: one srun task a node, the signals, the requeue, the status.
+# Common part of the batch scripts, which source it: one srun task per node, signals, requeue, exit status.
 #
-# USR1 (the time limit comes near) and TERM (scancel) both make RUN/STOP; the ranks agree, commit a checkpoint and
-# end. After USR1 the job puts itself back into the queue under its own id, at most MAX_RESTARTS times.
+# After USR1 (the time limit is near) and TERM (scancel) it creates RUN/STOP; the ranks agree to stop, commit a
+# checkpoint and end. After USR1 the job requeues itself under its own id, at most MAX_RESTARTS times.
 # Exit status: 0 done, 75 stopped on request, 2 the user's mistake, 1 a crash.
 
 fail() { # $1: status, $2: what is wrong
@@ -10,12 +10,13 @@ fail() { # $1: status, $2: what is wrong
     exit "$1"
 }
 
-port_is_free() { # $1: port; on this node, the head of the job
+port_is_free() { # $1: port on this node, which is the head of the job
     ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
 }
 
-# A port by the job's id, so that jobs on one node do not meet; below the range that Linux gives to connections.
-choose_port() { # $1: a number of this start
+# Prints a free port. It depends on the job's id, so that jobs on one node get different ports, and it is below the range
+# of ports that Linux assigns to outgoing connections.
+choose_port() { # $1: a number that identifies this start of the job
     local try port
     for try in {0..19}; do
         port=$((20000 + ($1 + 601 * try) % 12000))
@@ -27,7 +28,7 @@ choose_port() { # $1: a number of this start
     return 1
 }
 
-# Where the other nodes reach the first one.
+# Prints the address at which the other nodes reach the first one.
 head_address() { # $@: the nodes' names
     local -a names=("$@")
     ((${#names[@]} > 0)) || return 1
@@ -40,10 +41,10 @@ head_address() { # $@: the nodes' names
     echo "${address:-${names[0]}}"
 }
 
-# Fills `start`, the one command that begins a step of this job: srun, and the container where there is one.
-build_start() { # $@: further options of srun
+# Sets `start`, the beginning of the command of a job step: srun, and the container if there is one.
+build_start() { # $@: more options of srun
     start=(srun --kill-on-bad-exit=1 --export=ALL "$@" "${PREFOPT_SRUN[@]}")
-    # Since 22.05 srun does not take this from the job.
+    # Since Slurm 22.05 srun does not inherit this from the job.
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || start+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
     local -a mounts=("$WORK_DIR:$WORK_DIR" "${submission%/*/*}:${submission%/*/*}")
     [[ -z ${PREFOPT_CACHE:-} ]] || mounts+=("$PREFOPT_CACHE:$PREFOPT_CACHE")
@@ -53,48 +54,49 @@ build_start() { # $@: further options of srun
     case $PREFOPT_RUNTIME in
         bare) ;;
         pyxis)
-            [[ -n ${PREFOPT_IMAGE:-} ]] || fail 2 "PREFOPT_IMAGE is not set; site.env must name an image for pyxis"
+            [[ -n ${PREFOPT_IMAGE:-} ]] || fail 2 "PREFOPT_IMAGE is not set; PREFOPT_RUNTIME=pyxis needs an image; set it in site.env"
             start+=("--container-image=$PREFOPT_IMAGE" "--container-mounts=$joined" "--container-workdir=$WORK_DIR")
             ;;
         apptainer)
-            [[ -n ${PREFOPT_IMAGE:-} ]] || fail 2 "PREFOPT_IMAGE is not set; site.env must name an image for apptainer"
+            [[ -n ${PREFOPT_IMAGE:-} ]] || fail 2 "PREFOPT_IMAGE is not set; PREFOPT_RUNTIME=apptainer needs an image; set it in site.env"
             start+=(apptainer exec "${PREFOPT_APPTAINER[@]}" --bind "$joined" --pwd "$WORK_DIR" "$PREFOPT_IMAGE")
             ;;
-        *) fail 2 "PREFOPT_RUNTIME is '$PREFOPT_RUNTIME', must be bare, pyxis or apptainer; mend site.env" ;;
+        *) fail 2 "PREFOPT_RUNTIME: got '$PREFOPT_RUNTIME', must be bare, pyxis or apptainer; correct site.env" ;;
     esac
 }
 
-# The machines before the ranks: what they lack, where they differ, how fast they reduce; less than 90 s.
-check_nodes() { # $1: the head, $2: a number for the port, the others: the nodes' names
+# Checks the nodes before the ranks start: what they lack, where they differ, how fast their all-reduce is. It takes less
+# than 90 s.
+check_nodes() { # $1: the head, $2: a number from which the port is chosen, the others: the nodes' names
     local head=$1 names port status=0 job
-    port=$(choose_port "$2") || fail 1 "no free port on $head among 20 of 20000-31999"
+    port=$(choose_port "$2") || fail 1 "no free port on $head: all of 20 ports between 20000 and 31999 are in use"
     shift 2
     names=$(IFS=, && echo "$*")
     build_start "--nodes=$SLURM_NNODES" "--ntasks=$SLURM_NNODES" --ntasks-per-node=1
     "${start[@]}" "$submission/code/launch/check_node.sh" --hosts "$names" --ranks "$RANKS" --head "$head:$port" \
         --folder "$run_dir" &
     job=$!
-    while kill -0 "$job" 2>/dev/null; do # a signal ends a wait, not the step
+    while kill -0 "$job" 2>/dev/null; do # the wait may have been ended by a signal, not by the end of the step
         status=0
         wait "$job" || status=$?
     done
-    [[ $status != 2 || -n $asked ]] || fail 2 "the nodes could not be checked, see above; mend site.env"
-    ((status == 0)) || [[ -n $asked ]] || comes_back || fail 1 "the nodes are not fit for the job; exclude what is named (--exclude in PREFOPT_SBATCH), or PREFOPT_CHECK_NODES=no"
+    [[ $status != 2 || -n $asked ]] || fail 2 "the nodes could not be checked, for the reason above; correct site.env"
+    ((status == 0)) || [[ -n $asked ]] || requeue_if_preempted || fail 1 "the check of the nodes failed, see the lines above; exclude the nodes that are named (--exclude in PREFOPT_SBATCH), or set PREFOPT_CHECK_NODES=no"
 }
 
 on_signal() { # $1: USR1 or TERM
     echo "slurm: $1 at $(date +%T)" >&2
-    # TERM is the stronger: who cancels while the time runs out does not want the job back.
+    # TERM overrides USR1: a user who cancels the job near its time limit does not want it to be requeued.
     [[ $asked == TERM ]] || asked=$1
 }
 
-stopped() { # since this start
-    ls -A -- "$run_dir" >/dev/null 2>&1 || return 1 # a network file system then looks again
+stopped() { # succeeds if the ranks have stopped on request since this start
+    ls -A -- "$run_dir" >/dev/null 2>&1 || return 1 # makes a network file system refresh its cache
     [[ -e $run_dir/STOPPED && $run_dir/STOPPED -nt $status_file ]]
 }
 
 run_job() { # $1: stage, $2: the folder that slurm/submit wrote
-    asked="" # first of all: from here on no signal is lost
+    asked="" # the signal received, if any; set before anything else, so that no signal is lost
     trap 'on_signal USR1' USR1
     trap 'on_signal TERM' TERM
     stage=$1 submission=$2
@@ -110,14 +112,14 @@ run_job() { # $1: stage, $2: the folder that slurm/submit wrote
         [[ -n ${!name:-} ]] || fail 2 "$name is not set; start this with slurm/submit, not by hand"
     done
     export PREFOPT_PYTHON=$JOB_PYTHON
-    export PYTHONSAFEPATH=1 # or a clone in the working directory would come before the copy of the code
+    export PYTHONSAFEPATH=1 # else a clone in the working directory would take precedence over the copy of the code
 
     local restart=${SLURM_RESTART_COUNT:-0} point=${SLURM_ARRAY_TASK_ID:-0}
     run_dir=${RUN_DIRS[point]}
     local logs="$submission/logs/$stage-$SLURM_JOB_ID.$restart"
-    cd "$WORK_DIR" || fail 2 "$WORK_DIR, where it was submitted, is not there on $(hostname)"
+    cd "$WORK_DIR" || fail 2 "the folder $WORK_DIR, in which the job was submitted, does not exist on $(hostname)"
     if declare -F site_setup >/dev/null; then
-        set +u # modules and environments of sites read variables that may be unset
+        set +u # scripts of modules and environments often read unset variables
         site_setup
         set -u
     fi
@@ -134,15 +136,16 @@ run_job() { # $1: stage, $2: the folder that slurm/submit wrote
     else
         local head port
         local -a names
-        [[ $GPUS == 0 ]] || export PREFOPT_WANT_GPUS=1 # no node may compute on its CPU instead
+        [[ $GPUS == 0 ]] || export PREFOPT_WANT_GPUS=1 # a node without GPUs must fail instead of using its CPU
         mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-        head=$(head_address "${names[@]}") || fail 1 "scontrol names no node in '$SLURM_JOB_NODELIST'"
-        port=$(choose_port "$((SLURM_JOB_ID + 37 * restart))") || fail 1 "no free port on $head among 20 of 20000-31999"
+        head=$(head_address "${names[@]}") || fail 1 "scontrol found no node in SLURM_JOB_NODELIST='$SLURM_JOB_NODELIST'"
+        port=$(choose_port "$((SLURM_JOB_ID + 37 * restart))") ||
+            fail 1 "no free port on $head: all of 20 ports between 20000 and 31999 are in use"
         if [[ ${PREFOPT_CHECK_NODES:-yes} == yes && -z $asked ]]; then
             check_nodes "$head" "$((SLURM_JOB_ID + 37 * restart + 7))" "${names[@]}"
         fi
         build_start "--nodes=$SLURM_NNODES" "--ntasks=$SLURM_NNODES" --ntasks-per-node=1 "--output=$logs-node%n.txt"
-        # The rank of a node is read inside the task; here it would be that of the batch shell on every node.
+        # launch/node.sh reads SLURM_NODEID inside the task; here it would be that of the batch shell for every node.
         command=("$code/launch/node.sh" --nodes "$SLURM_NNODES" --ranks "$RANKS" --head "$head:$port"
             --job "prefopt-$SLURM_JOB_ID.$restart" "$stage" "$config")
     fi
@@ -154,12 +157,12 @@ run_job() { # $1: stage, $2: the folder that slurm/submit wrote
         "${start[@]}" "${command[@]}" &
         job=$!
         began=yes
-        # As in launch/run.sh: traps run between commands only, and ranks that still start remove a stale STOP.
+        # As in launch/run.sh: traps run only between commands, and ranks that are starting remove a stale STOP.
         while kill -0 "$job" 2>/dev/null; do
             if [[ -n $asked && $stage != export && -d $run_dir && ! -e $run_dir/STOP ]]; then
                 touch "$run_dir/STOP" && made_stop=yes
             fi
-            sleep 0.5 || true # a signal to the whole job ends the sleep too
+            sleep 0.5 || true # a signal to the whole job also ends the sleep
         done
         wait "$job" || status=$?
         [[ $made_stop == no ]] || rm -f "$run_dir/STOP"
@@ -167,7 +170,8 @@ run_job() { # $1: stage, $2: the folder that slurm/submit wrote
     conclude "$stage" "$status" "$restart" "$began"
 }
 
-# For scontrol: the id of an array's last task is the whole array's as well.
+# Prints the job's name for scontrol. A task of an array is named by array and index, since the id of the last task is
+# also that of the whole array.
 job_name() {
     if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
         echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
@@ -176,74 +180,77 @@ job_name() {
     fi
 }
 
-shown() { # $1: what scontrol shows of this job
+job_field() { # $1: name of a field that scontrol shows for this job
     env -u SLURM_TIME_FORMAT scontrol show job "$(job_name)" | sed -n "s/.*\b$1=\([^ ]*\).*/\1/p" | head -n 1
 }
 
-# In this start, for a job of more priority. Slurm sends TERM to the ranks and would put the job back at the end of the
-# partition's GraceTime; but they stop earlier, and a job that has ended is not put back. So it does that itself.
+# Succeeds if this start was preempted by a job of higher priority. Slurm sends TERM to the ranks and would requeue the
+# job after the partition's GraceTime. But the ranks stop earlier, and Slurm does not requeue a job that has ended, so
+# the job requeues itself.
 preempted() {
     local at since
-    at=$(shown PreemptTime) && since=$(shown StartTime) || return 1
+    at=$(job_field PreemptTime) && since=$(job_field StartTime) || return 1
     [[ $at == [0-9]* && ! $at < $since ]]
 }
 
-# By Slurm itself, which does not wait for the end of the job: a preemption without GraceTime, an operator's requeue.
-is_back() {
+# Succeeds if Slurm has requeued the job itself. It does not wait for the end of the job after a preemption without
+# GraceTime or after an operator's requeue.
+requeued_by_slurm() {
     local restarts
-    restarts=$(shown Restarts) || return 1
+    restarts=$(job_field Restarts) || return 1
     [[ $restarts =~ ^[0-9]+$ ]] && ((restarts > ${SLURM_RESTART_COUNT:-0}))
 }
 
-put_back() { # into the queue, under its own id
-    echo "slurm: back into the queue"
+requeue() { # under the job's own id
+    echo "slurm: requeues the job"
     trap - TERM USR1 # the requeue ends this shell by TERM
     if ! scontrol requeue "$(job_name)"; then
-        is_back || fail 75 "the requeue failed; submit again to go on"
+        requeued_by_slurm || fail 75 "the requeue failed; submit again to resume"
     fi
-    sleep 60 # to end by itself could look like the job's end
+    sleep 60 # if this shell ended by itself, Slurm could take the job as finished
     exit 75
 }
 
-# Fails where somebody has cancelled the job, or nobody but the job itself has ended it.
-comes_back() {
-    if is_back; then
-        echo "slurm: Slurm has put the job back into the queue"
+# Ends this start if the job is requeued after a preemption. Returns 1 if the job was cancelled or ended by itself.
+requeue_if_preempted() {
+    if requeued_by_slurm; then
+        echo "slurm: Slurm has requeued the job"
         exit 75
     fi
     [[ $asked != TERM ]] && preempted || return 1
-    put_back # as often as that happens: it is not this job's doing
+    requeue # preemptions do not count against MAX_RESTARTS, since the job does not cause them
 }
 
-# The ranks' word counts, not srun's status: that is 143 for a crash here and a signal there.
-conclude() { # $1: stage, $2: srun's status, $3: restarts so far, $4: whether there were ranks at all
-    local said=""
-    read -r said <"$status_file" || true
-    if [[ $said == 2 ]]; then
+# Ends the job with its exit status. The status that the ranks wrote counts, not srun's, which is 143 after some crashes
+# and after some signals.
+conclude() { # $1: stage, $2: srun's status, $3: restarts so far, $4: whether ranks were started
+    local ranks_status=""
+    read -r ranks_status <"$status_file" || true
+    if [[ $ranks_status == 2 ]]; then
         tail -n +2 "$status_file" >&2
         exit 2
     fi
     if [[ $1 == export ]]; then
-        [[ $4 == yes ]] || comes_back || exit 75
-        (($2 == 0 || $2 == 2)) || comes_back || fail 1 "export failed with $2; see the logs"
+        [[ $4 == yes ]] || requeue_if_preempted || exit 75
+        (($2 == 0 || $2 == 2)) || requeue_if_preempted || fail 1 "the export failed (status $2); see the logs"
         exit "$2"
     fi
     if [[ $4 == no ]] || stopped; then
         [[ $4 == no ]] || echo "slurm: $(<"$run_dir/STOPPED")"
-        comes_back || true
+        requeue_if_preempted || true
         if [[ $asked != USR1 ]]; then
-            echo "slurm: stopped on request; submit again to go on"
+            echo "slurm: stopped on request; submit again to resume"
             exit 75
         fi
-        # A time limit (the partition's, where submit was given none) that is hardly longer than the grace: every start
-        # would end so.
+        # The time limit (the partition's if submit got none) is hardly longer than the grace period, so every start
+        # would end like this.
         [[ $4 == yes ]] || fail 2 "USR1 came ${SECONDS} s after the start, before there were any ranks; give more --time, or less --grace, and submit again"
         if (($3 >= MAX_RESTARTS)); then
-            echo "slurm: restarted $3 times already, which is the most; submit again to go on" >&2
+            echo "slurm: restarted $3 times, and --max-restarts is $MAX_RESTARTS; submit again to resume" >&2
             exit 75
         fi
-        put_back
+        requeue
     fi
-    (($2 == 0)) || comes_back || fail 1 "$1 failed (srun: $2); see the logs of the nodes"
+    (($2 == 0)) || requeue_if_preempted || fail 1 "$1 failed (status of srun: $2); see the logs of the nodes"
     exit 0
 }

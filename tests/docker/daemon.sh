@@ -1,7 +1,8 @@
 # shellcheck shell=bash
-# A Docker daemon of its own and a stand-in base image, for tests/docker/run.sh. As root, on Debian or Ubuntu.
+# Starts a separate Docker daemon and makes a substitute for the base image, for tests/docker/run.sh. Run it as root on
+# Debian or Ubuntu.
 
-: "${home:?a folder for all of it}" "${python:?}"
+: "${home:?a folder for the daemon and the images}" "${python:?}"
 children=()
 
 install_docker() {
@@ -11,9 +12,9 @@ install_docker() {
     DEBIAN_FRONTEND=noninteractive apt-get install -y -q docker.io debootstrap >>"$home/install.log" 2>&1
 }
 
-start_daemon() { # no bridge and no rules in the machine's firewall; containers use the machine's network
+start_daemon() { # without a bridge and firewall rules; containers use the machine's network
     export DOCKER_HOST=unix://$home/docker.sock DOCKER_CONFIG=$home/config DOCKER_BUILDKIT=1
-    PATH=/usr/bin:/usr/sbin:$PATH # the package's own client, which goes with its daemon
+    PATH=/usr/bin:/usr/sbin:$PATH # use the client of the same package as the daemon
     dockerd --data-root "$home/data" --exec-root "$home/exec" --pidfile "$home/docker.pid" \
         --iptables=false --bridge=none -H "$DOCKER_HOST" >"$home/dockerd.log" 2>&1 &
     children+=($!)
@@ -21,12 +22,12 @@ start_daemon() { # no bridge and no rules in the machine's firewall; containers 
         if docker info >/dev/null 2>&1; then return; fi
         sleep 0.5
     done
-    echo "dockerd did not come up:" >&2
+    echo "dockerd did not start:" >&2
     tail -n 5 "$home/dockerd.log" >&2
     return 1
 }
 
-# Debian with Python 3.11, from the mirror that apt uses here: there may be no registry of images.
+# Makes a Debian image with Python 3.11 from the mirror that apt uses here, since there may be no image registry.
 make_base() { # $1: its name
     local mirror
     docker image inspect "$1" >/dev/null 2>&1 && return
@@ -38,7 +39,8 @@ make_base() { # $1: its name
     tar -C "$home/rootfs" -c . | docker import - "$1" >/dev/null
 }
 
-# The wheels of constraints.txt by this machine's pip, behind a password: the image's build knows no other index.
+# Downloads the wheels of constraints.txt with this machine's pip and serves them behind a password. The build of the
+# image has no other package index.
 serve_wheels() { # $1: the password; writes $home/pip.conf
     local port=""
     "$python" docker/needed.py pyproject.toml >"$home/needed.txt"
@@ -54,17 +56,17 @@ serve_wheels() { # $1: the password; writes $home/pip.conf
     printf '[global]\nno-index = true\nfind-links = http://me:%s@127.0.0.1:%s/\n' "$1" "$port" >"$home/pip.conf"
 }
 
-stop_daemon() { # and the containers in it
+stop_daemon() { # ends the containers and the daemon
     local ids pid
     if [[ -n ${DOCKER_HOST:-} ]]; then
         ids=$(docker ps -q 2>/dev/null) || ids=""
-        # shellcheck disable=SC2086 # one word a container
+        # shellcheck disable=SC2086 # one word per container
         [[ -z $ids ]] || docker kill $ids >/dev/null 2>&1 || true
     fi
     for ((pid = ${#children[@]} - 1; pid >= 0; pid--)); do
         kill "${children[pid]}" 2>/dev/null || true
     done
     wait "${children[@]}" 2>/dev/null || true
-    # The daemon leaves its name space mounted, which could not be removed.
+    # The daemon leaves its name space mounted, and the folder could not be removed.
     findmnt --raw --noheadings --output TARGET | { grep "^$home/" || true; } | sort -r | xargs --no-run-if-empty umount --lazy || true
 }

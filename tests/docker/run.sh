@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# docker/ on a real Docker daemon: the image is built and trains the demo on two CPU ranks.
+# Tests docker/ on a real Docker daemon: builds the image and trains the demo in it on two CPU ranks.
 #
 #   tests/docker/run.sh [--home FOLDER]
 #
-# As root on Debian or Ubuntu, after make lint (it uses .venv, of Python 3.11): installs docker.io and debootstrap where they
-# are missing, starts a daemon of its own with a socket and a data folder of its own, builds a base image from Debian's
-# packages and the image on it, and ends what it started. 5 GB in a temporary folder; --home keeps them for the next
-# time, which then takes half as long.
+# Run it as root on Debian or Ubuntu, after make lint (it uses .venv with Python 3.11). It installs docker.io and
+# debootstrap if they are missing, starts a separate daemon with its own socket and data folder, builds a base image from
+# Debian's packages and the image on top of it, and ends the daemon afterwards. It needs 5 GB in a temporary folder;
+# --home FOLDER keeps them, and the next run takes half as long.
 # shellcheck disable=SC2317,SC2329 # check, wait_for and a trap call the functions
 set -euo pipefail
 {
@@ -14,7 +14,7 @@ repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 cd "$repository"
 kept=""
 case ${1:-} in
-    --home) kept=${2:?a folder} ;;
+    --home) kept=${2:?--home needs a folder} ;;
     "") ;;
     *) echo "tests/docker/run.sh: unknown argument '$1'" >&2 && exit 2 ;;
 esac
@@ -35,7 +35,7 @@ chmod 755 "$home"
 
 # shellcheck source=tests/docker/daemon.sh
 source tests/docker/daemon.sh
-jobs=$(mktemp -d) # the runs
+jobs=$(mktemp -d) # folder of the runs
 chmod 755 "$jobs"
 finish() {
     local status=$?
@@ -49,41 +49,41 @@ finish() {
 }
 trap finish EXIT
 
-check() { # $1: what, the others: a command that must succeed
+check() { # $1: what is checked, the others: a command that must succeed
     local what=$1
     shift
-    "$@" || { echo "not so: $what ($*)" >&2 && exit 1; }
+    "$@" || { echo "FAILED: $what ($*)" >&2 && exit 1; }
     echo "$what"
 }
 is() { [[ $1 == "$2" ]]; }
 missing() { [[ ! -e $1 ]]; }
 committed() { compgen -G "$1/checkpoints/step-*" >/dev/null; }
 at_step() { [[ -e $1/metrics.jsonl ]] && grep -q "\"step\": $2," "$1/metrics.jsonl"; }
-wait_for() { # $1: seconds, the others: a command that will succeed
+wait_for() { # $1: seconds, the others: a command that must succeed within that time
     local deadline=$((SECONDS + $1))
     shift
     until "$@"; do
-        ((SECONDS < deadline)) || { echo "waited in vain for: $*" >&2 && exit 1; }
+        ((SECONDS < deadline)) || { echo "timed out while waiting for: $*" >&2 && exit 1; }
         sleep 0.5
     done
 }
-status_of() { # $1: container; once it has ended
+status_of() { # $1: container; waits for its end and prints its exit status
     docker wait "$1" 2>/dev/null
 }
-start() { # $1: name, the others: docker run's; never --rm, so that logs and status can be asked for
+start() { # $1: name, the others: arguments of docker run; without --rm, so that logs and status can be read later
     local name=$1
     shift
-    docker rm --force "$name" >/dev/null 2>&1 || true # of an earlier test in the same --home
+    docker rm --force "$name" >/dev/null 2>&1 || true # left by an earlier test in the same --home
     docker run -d --name "$name" --network=host --ipc=host --stop-timeout 600 -e WANDB_API_KEY -e HF_TOKEN \
         -e OMP_NUM_THREADS=1 "$@" >/dev/null
 }
-refused() { # $1: the word of the message, the others: docker run's; status 2
-    local word=$1 said status=0
+refused() { # $1: words of the message, the others: arguments of docker run; succeeds if it ends with status 2
+    local words=$1 output status=0
     shift
-    said=$(docker run --rm --network=host "$@" 2>&1) || status=$?
-    [[ $status == 2 && $said == *"$word"* ]] || { echo "$said (status $status)" >&2 && return 1; }
+    output=$(docker run --rm --network=host "$@" 2>&1) || status=$?
+    [[ $status == 2 && $output == *"$words"* ]] || { echo "$output (status $status)" >&2 && return 1; }
 }
-found() { # $1: text, the others: a command; whether it is in what the command prints
+found() { # $1: text, the others: a command; succeeds if the command prints the text
     local text=$1
     shift
     [[ $("$@" 2>&1 | grep -acF -- "$text") != 0 ]]
@@ -99,7 +99,7 @@ make_base prefopt-test-base
 serve_wheels "pip-$secret"
 echo "a daemon, a base and wheels after $((SECONDS - began)) s"
 
-# The image. The context is a copy with secrets in files that a clone may hold.
+# The image. The build context is a copy of the repository, with secrets in files that a clone may contain.
 
 rm -rf "$jobs/context"
 mkdir "$jobs/context"
@@ -129,9 +129,9 @@ check "no arguments: refused" refused "STAGE and RUN.yaml are missing" prefopt
 check "no such run: refused" refused "nowhere.yaml" prefopt train nowhere.yaml
 check "nothing to write to: refused" refused "give --tmpfs /tmp" --read-only prefopt train run.yaml
 check "a wrong machine: refused" refused "PREFOPT_NODE: got '2'" -e PREFOPT_NODES=2 -e PREFOPT_NODE=2 prefopt train r.yaml
-check "another command runs as it stands" docker run --rm --network=host prefopt python -c 'import prefopt_dist'
+check "another command runs unchanged" docker run --rm --network=host prefopt python -c 'import prefopt_dist'
 
-# The demo: stopped in the middle of its second half, ended by another user on a read-only root
+# The demo: stopped during its second training, completed by another user on a read-only root
 
 mkdir "$jobs/runs"
 chown 10001:10001 "$jobs/runs"
@@ -151,15 +151,16 @@ start second "${demo[@]}" --user 4242:4343 --read-only --tmpfs /tmp --cap-drop A
     prefopt demo
 ended=$(status_of second)
 docker logs second >"$jobs/second.log" 2>&1
-check "a second docker run ends the run, as any user, on a read-only root" is "$ended" 0
+check "a second docker run completes the run, as another user, on a read-only root" is "$ended" 0
 check "DONE" test -e "$jobs/runs/demo/dpo/DONE"
 check "on two ranks" grep -q '"world_size": 2' "$jobs/runs/demo/dpo/run.json"
-check "it went on" grep -q "resuming from step-" "$jobs/second.log"
+check "it resumed" grep -q "resuming from step-" "$jobs/second.log"
 sed -n '/ Answers to /,/reward margin/p' "$jobs/second.log"
 
-# Two machines that are one: each container a node with one rank
+# Two nodes on one machine: each container is a node with one rank
 
-# Equal host names and, often, equal process numbers: what launch/node.sh must not let torchrun take for one node.
+# They have equal host names and, often, equal process ids, and launch/node.sh must prevent that torchrun takes them for
+# one node.
 for node in 0 1; do
     start "node$node" -v "$jobs/runs:/job/runs" --user 4242:4343 --workdir /job -e PREFOPT_NODES=2 \
         -e "PREFOPT_NODE=$node" -e PREFOPT_HEAD=127.0.0.1:29411 prefopt \
@@ -175,9 +176,9 @@ done
 check "two nodes: a committed checkpoint" committed "$jobs/runs/nodes"
 check "two nodes: two ranks" grep -q '"world_size": 2' "$jobs/runs/nodes/run.json"
 
-# Secrets: the same search finds what is there
+# Secrets. The first check shows that the search finds text that is there.
 
-check "a line of the code is in the layers" found "Ends the build of an image whose parts" docker save prefopt
+check "a line of the code is in the layers" found "so that the build of an image with incompatible parts fails" docker save prefopt
 check "no secret in the layers" not_found "$secret" docker save prefopt
 check "no secret in the image's configuration" not_found "$secret" docker image inspect prefopt
 check "no secret in its history" not_found "$secret" docker history --no-trunc prefopt

@@ -1,4 +1,4 @@
-"""Serves a folder to pip, for those who know the password: python serve_wheels.py FOLDER PASSWORD; prints the port."""
+"""Serve a folder to pip behind a password and print the port: python serve_wheels.py FOLDER PASSWORD."""
 
 import base64
 import functools
@@ -10,10 +10,10 @@ AUTHORIZATION = "Basic " + base64.b64encode(f"me:{password}".encode()).decode()
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files by GET."""
+    """Request handler that serves files by GET to clients with the password."""
 
     def do_GET(self) -> None:
-        """401 without the password."""
+        """Serve a file, or answer 401 without the password."""
         if self.headers["Authorization"] == AUTHORIZATION:
             super().do_GET()
             return

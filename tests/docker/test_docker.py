@@ -65,7 +65,7 @@ def test_an_operator_of_no_such_name(tmp_path: Path, name: str) -> None:
 
 
 def test_no_folder_to_install_into() -> None:
-    assert "where to" in run("bash", DOCKER / "install_packages.sh").stderr
+    assert "the folder of the environment is missing" in run("bash", DOCKER / "install_packages.sh").stderr
 
 
 def test_a_python_that_is_too_old(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# A Slurm of two nodes on this machine, for tests/slurm/run.sh. As root, on Debian or Ubuntu.
+# Starts a Slurm cluster of two nodes on this machine, for tests/slurm/run.sh. Run it as root on Debian or Ubuntu.
 
-: "${home:?a folder for all of it}" "${python:?}"
+: "${home:?a folder for the cluster}" "${python:?}"
 children=()
 
 install_slurm() {
@@ -22,7 +22,7 @@ start_cluster() { # in $home
     chmod 700 "$home/munge"
     chmod 400 "$home/munge/key"
     chown -R munge:munge "$home/munge"
-    # The socket's folder must let everybody in; the rest is munge's own.
+    # All users must be able to enter the socket's folder; the other files are private to munge.
     install -d -o munge -g munge -m 755 "$home/munge-socket"
     runuser -u munge -- /usr/sbin/munged --foreground --force --key-file="$home/munge/key" \
         --socket="$home/munge-socket/socket" --pid-file="$home/munge/pid" --log-file="$home/munge/log" \
@@ -73,12 +73,12 @@ CONF
         [[ $(sinfo -h -t idle -o %D 2>/dev/null) != 2 ]] || return 0
         sleep 0.5
     done
-    echo "the two nodes did not come up:" >&2
+    echo "the two nodes did not start:" >&2
     tail -n 5 "$home"/*.log "$home"/*.out >&2
     return 1
 }
 
-stop_cluster() { # what start_cluster started, and the jobs in it
+stop_cluster() { # ends the jobs, and what start_cluster started
     local ids pid
     if [[ -n ${SLURM_CONF:-} ]]; then
         ids=$(squeue -h -o %i 2>/dev/null | tr '\n' ' ') || ids=""
@@ -86,7 +86,7 @@ stop_cluster() { # what start_cluster started, and the jobs in it
         [[ -z $ids ]] || scancel $ids 2>/dev/null || true
         # shellcheck disable=SC2086
         [[ -z $ids ]] || scancel --full --signal=KILL $ids 2>/dev/null || true
-        for _ in {1..40}; do # or their last processes would outlive the daemons
+        for _ in {1..40}; do # else their last processes would outlive the daemons
             [[ -n $(squeue -h 2>/dev/null) ]] || break
             sleep 0.5
         done
@@ -94,7 +94,7 @@ stop_cluster() { # what start_cluster started, and the jobs in it
     for ((pid = ${#children[@]} - 1; pid >= 0; pid--)); do
         kill "${children[pid]}" 2>/dev/null || true
     done
-    # A slurmd whose slurmctld is gone may wait for it.
+    # A slurmd may wait for a slurmctld that has ended.
     (sleep 15 && kill -KILL "${children[@]}") >/dev/null 2>&1 &
     wait "${children[@]}" 2>/dev/null || true
     kill "$!" 2>/dev/null || true

@@ -1,4 +1,4 @@
-"""Model, pairs and runs for tests/slurm/run.sh: python make_world.py FOLDER."""
+"""Write model, pairs and runs for tests/slurm/run.sh: python make_world.py FOLDER."""
 
 import sys
 from pathlib import Path

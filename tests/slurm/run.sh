@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# slurm/ on a real Slurm of two nodes on this machine, with a tiny model and one CPU rank a node.
+# Tests slurm/ on a real Slurm of two nodes on this machine, with a tiny model and one CPU rank per node.
 #
 #   tests/slurm/run.sh [--short] [CASE ...]
 #
-# As root on Debian or Ubuntu: installs slurm-wlm and munge where they are missing, starts munge, slurmctld and two
-# slurmd on ports of 127.0.0.1 in a temporary folder, and ends what it started. --short: the chain with one requeue, and
-# a plain scancel. KEEP=1 keeps the folder.
+# Run it as root on Debian or Ubuntu. It installs slurm-wlm and munge if they are missing, starts munge, slurmctld and
+# two slurmd on ports of 127.0.0.1 in a temporary folder, and ends them afterwards. --short runs the chain of jobs with
+# one requeue, and a plain scancel. KEEP=1 keeps the folder.
 # shellcheck disable=SC2317,SC2329 # check, wait_for and a trap call the functions
 set -euo pipefail
 {
@@ -28,11 +28,11 @@ python=$(choose_python "$repository")
 python=$(command -v "$python")
 export PREFOPT_PYTHON=$python CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 PYTHONPATH=$repository
 export WANDB_API_KEY=planted-$RANDOM-$RANDOM HF_TOKEN=hf_planted-$RANDOM-$RANDOM
-export PREFOPT_CHECK_NODES=no # but where it is what is tried
+export PREFOPT_CHECK_NODES=no # except in the cases that test the check
 faults=$repository:$repository/tests/slurm/fault
 unset PREFOPT_CACHE PREFOPT_SITE WANDB_MODE
 home=$(mktemp -d)
-chmod 755 "$home" # munge has a user of its own
+chmod 755 "$home" # munge runs as a user of its own
 
 # shellcheck source=tests/slurm/cluster.sh
 source tests/slurm/cluster.sh
@@ -50,14 +50,14 @@ install_slurm
 start_cluster
 "$python" tests/slurm/make_world.py "$home"
 
-check() { # $1: what, the others: a command that must succeed
+check() { # $1: what is checked, the others: a command that must succeed
     local what=$1
     shift
-    "$@" || { echo "$case: not so: $what ($*)" >&2 && exit 1; }
+    "$@" || { echo "$case: FAILED: $what ($*)" >&2 && exit 1; }
     echo "$case: $what"
 }
 
-state() { # of job $1; also once it has ended
+state() { # prints the state of job $1, also after its end
     scontrol show job "$1" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' | head -n 1
 }
 
@@ -65,16 +65,16 @@ field() { # $1: job, $2: field
     scontrol show job "$1" | sed -n "s/.*\b$2=\([^ ]*\).*/\1/p" | head -n 1
 }
 
-wait_for() { # $1: seconds, the others: a command that will succeed
+wait_for() { # $1: seconds, the others: a command that must succeed within that time
     local deadline=$((SECONDS + $1))
     shift
     until "$@"; do
-        ((SECONDS < deadline)) || { echo "$case: waited in vain for: $*" >&2 && squeue >&2 && exit 1; }
+        ((SECONDS < deadline)) || { echo "$case: timed out while waiting for: $*" >&2 && squeue >&2 && exit 1; }
         sleep 0.5
     done
 }
 
-ended() { # jobs
+ended() { # succeeds if these jobs have ended
     local id
     for id in "$@"; do
         case $(state "$id") in PENDING | RUNNING | COMPLETING | CONFIGURING | SUSPENDED) return 1 ;; esac
@@ -87,7 +87,7 @@ is() { [[ $1 == "$2" ]]; }
 is_not() { [[ $1 != "$2" ]]; }
 at_step() { [[ -e $1/metrics.jsonl ]] && grep -q "\"step\": $2," "$1/metrics.jsonl"; }
 steps() { grep '"kind": "train"' "$1/metrics.jsonl" | grep -o '"step": [0-9]*'; }
-no_secret() { # in the files of these folders
+no_secret() { # succeeds if the files of these folders contain no secret
     ! grep -rqF -e "$WANDB_API_KEY" -e "$HF_TOKEN" -- "$@"
 }
 missing() { [[ ! -e $1 ]]; }
@@ -97,22 +97,22 @@ waits_again() { is_field "$1" Restarts "${2:-1}" && is "$(state "$1")" PENDING; 
 
 no_steps() { ! pgrep -f "^slurmstepd: \\[$1\\." >/dev/null; }
 
-again() { # $1: a job that has put itself back, $2: how often so far (1)
+again() { # $1: a job that has requeued itself, $2: how often so far (1)
     wait_for 90 waits_again "$@"
-    check "job $1 is back in the queue under its id" is_field "$1" Restarts "${2:-1}"
-    # Slurm lets a requeued job wait for two minutes, so that the end of its first start is not taken for that of the
-    # second. Here one can see when nothing of it is left. And one interruption is enough.
+    check "job $1 is in the queue again under its id" is_field "$1" Restarts "${2:-1}"
+    # Slurm delays a requeued job by two minutes, so that the end of its first start is not taken for the end of the
+    # second. Here the end of all its steps can be seen, so it may start at once, without a time limit.
     wait_for 60 no_steps "$(field "$1" JobId)"
     sleep 3
     scontrol update "JobId=$1" StartTime=now TimeLimit=UNLIMITED
 }
 
-submit() { # $@: slurm/submit's; sets reference, train and export to the jobs
-    local said
-    said=$(slurm/submit "$@" --nodes 2)
-    reference=$(sed -n 's/^reference: job //p' <<<"$said")
-    train=$(sed -n 's/^train: job //p' <<<"$said")
-    export=$(sed -n 's/^export: job //p' <<<"$said")
+submit() { # $@: arguments of slurm/submit; sets reference, train and export to the ids of the jobs
+    local output
+    output=$(slurm/submit "$@" --nodes 2)
+    reference=$(sed -n 's/^reference: job //p' <<<"$output")
+    train=$(sed -n 's/^train: job //p' <<<"$output")
+    export=$(sed -n 's/^export: job //p' <<<"$output")
 }
 
 same_end() {
@@ -130,7 +130,7 @@ assert mine == theirs, "the rows differ"
 PYTHON
 }
 
-scored() { # distinct sequences in a store, and how often one stands twice
+scored() { # succeeds if the store in $1 has every sequence once; prints their number
     "$python" - "$1" <<'PYTHON'
 import sys
 from pathlib import Path
@@ -147,7 +147,7 @@ for case in "${cases[@]}"; do
     case $case in
         through)
             PREFOPT_CHECK_NODES=yes submit "$home/through.yaml"
-            # The training waits for the first pass; this clone, in the working directory, has no such line.
+            # The training still waits for the first pass. The clone in the working directory does not print this line.
             sed -i '1a print("of the copy")' "$home/through.submit/1/code/prefopt_dist/monitoring/console.py"
             wait_for 240 ended "$reference" "$train" "$export"
             for job in "$reference" "$train" "$export"; do
@@ -155,14 +155,15 @@ for case in "${cases[@]}"; do
             done
             check "DONE" test -e "$home/through/DONE"
             check "two ranks" grep -q '"world_size": 2' "$home/through/run.json"
-            check "the nodes were looked at" grep -q "nodes: 2 well; all-reduce" "$home/through.submit/1/logs/train-$train.txt"
+            check "the nodes were checked" grep -q "nodes: 2 passed the check; all-reduce" \
+                "$home/through.submit/1/logs/train-$train.txt"
             check "a log of each node" test -e "$home/through.submit/1/logs/train-$train.0-node1.txt"
             check "the copy of the code runs" grep -q "of the copy" "$home/through.submit/1/logs/train-$train.0-node0.txt"
             check "the first pass scored once" scored "$home/cache"
             check "no secret in the run, its submission and the logs" no_secret "$home/through" "$home/through.submit"
             ;;
         requeued)
-            # The signal that Slurm sends before the time limit, sent by hand: the limit itself takes two minutes.
+            # Send by hand the signal that Slurm sends before the time limit, since the shortest limit is two minutes.
             PREFOPT_CHECK_NODES=yes PREFOPT_TEST_FAULT=slow-updates PYTHONPATH=$faults submit "$home/requeued.yaml"
             wait_for 240 at_step "$home/requeued" 5
             scancel --batch --signal=USR1 "$train"
@@ -170,7 +171,7 @@ for case in "${cases[@]}"; do
             echo "$case: $(<"$home/requeued/STOPPED")"
             again "$train"
             wait_for 240 ended "$train" "$export"
-            check "the nodes were looked at" grep -q "nodes: 2 well" "$home/requeued.submit/1/logs/train-$train.txt"
+            check "the nodes were checked" grep -q "nodes: 2 passed" "$home/requeued.submit/1/logs/train-$train.txt"
             check "the training is completed" is "$(state "$train")" COMPLETED
             check "the export is completed" is "$(state "$export")" COMPLETED
             check "a first pass and two starts" is "$(grep -c '"world_size": 2' "$home/requeued/run.json")" 3
@@ -185,7 +186,7 @@ for case in "${cases[@]}"; do
             wait_for 90 test -e "$home/preempted/STOPPED"
             echo "$case: $(<"$home/preempted/STOPPED")"
             again "$train"
-            check "the urgent job came in" is_not "$(state "$urgent")" PENDING
+            check "the urgent job has started" is_not "$(state "$urgent")" PENDING
             wait_for 240 ended "$train" "$export" "$urgent"
             check "the training is completed" is "$(state "$train")" COMPLETED
             check "the export is completed" is "$(state "$export")" COMPLETED
@@ -205,7 +206,7 @@ for case in "${cases[@]}"; do
             [[ $case == cancelled ]] || check "the job ends with 75" is "$(field "$train" ExitCode)" 75:0
             ;;
         limited)
-            # Slowed down, so that the limit strikes in the middle on any machine; not after the restart.
+            # The first start is slowed down, so that it reaches the limit in the middle on any machine.
             PREFOPT_TEST_FAULT=slow PYTHONPATH=$faults submit "$home/limited.yaml" --time 2 --grace 60
             wait_for 300 test -e "$home/limited/STOPPED"
             echo "$case: $(<"$home/limited/STOPPED")"
@@ -257,7 +258,7 @@ for case in "${cases[@]}"; do
             wait_for 60 test -e "$home/swept-beta0.3/STOPPED"
             again "${train}_2"
             wait_for 400 ended "$reference" "$train" "$export"
-            check "it alone came back" is "$(for task in 0 1 2; do field "${train}_$task" Restarts; done | xargs)" "0 0 1"
+            check "only this task was requeued" is "$(for task in 0 1 2; do field "${train}_$task" Restarts; done | xargs)" "0 0 1"
             for beta in 0.05 0.1 0.3; do
                 check "beta $beta is done" test -e "$home/swept-beta$beta/DONE"
                 check "beta $beta scored nothing" grep -q '"sequences_scored": 0' "$home/swept-beta$beta/run.json"

@@ -100,12 +100,12 @@ def site(tmp_path: Path) -> Site:
     ("arguments", "word"),
     [
         ([], "RUN.yaml is missing"),
-        (["r.yaml", "--nodes"], "--nodes wants a value"),
+        (["r.yaml", "--nodes"], "--nodes needs a value"),
         (["r.yaml", "--nodes", "0"], "--nodes: got '0'"),
         (["r.yaml", "--gpus-per-node", "two"], "'two'"),
-        (["r.yaml", "--gpus-per-node", "2", "--ranks-per-node", "2"], "one rank a GPU"),
+        (["r.yaml", "--gpus-per-node", "2", "--ranks-per-node", "2"], "one rank per GPU"),
         (["r.yaml", "--grace", "5m"], "'5m'"),
-        (["r.yaml", "--time", "5"], "--time: got '5', must be a minute longer at least than --grace (300 s)"),
+        (["r.yaml", "--time", "5"], "--time: got '5', must be at least a minute longer than --grace (300 s)"),
         (["r.yaml", "--time", "5:59"], "--time: got '5:59'"),
         (["r.yaml", "--time", "0-0:05:09"], "--time: got '0-0:05:09'"),
         (["r.yaml", "--time", "1:00:00", "--grace", "3600"], "--time: got '1:00:00'"),
@@ -113,9 +113,9 @@ def site(tmp_path: Path) -> Site:
         (["r.yaml", "--sweep", "beta"], "--sweep: got 'beta'"),
         (["r.yaml", "--sweep", "loss.beta="], "--sweep: got"),
         (["r.yaml", "--sweep", "loss.beta=0.1,,0.2"], "empty value"),
-        (["r.yaml", "--sweep", "loss.beta=0.1,0.1"], "0.1 stands twice"),
+        (["r.yaml", "--sweep", "loss.beta=0.1,0.1"], "0.1 is listed twice"),
         (["r.yaml", "--sweep", "loss.beta=$(id)"], "--sweep: got"),
-        (["r.yaml", "--sweep", "run.dir=a,b"], "run.dir names the run itself"),
+        (["r.yaml", "--sweep", "run.dir=a,b"], "run.dir cannot be swept"),
     ],
 )
 def test_bad_usage_asks_nobody(site: Site, arguments: list[str], word: str) -> None:
@@ -136,7 +136,7 @@ def test_bad_sites(site: Site) -> None:
     assert (done.returncode, "/nowhere/site.env" in done.stderr) == (2, True)
     for text, word in (
         ("PREFOPT_RUNTIME=docker", "'docker'"),
-        ("PREFOPT_RUNTIME=pyxis", "wants PREFOPT_IMAGE"),
+        ("PREFOPT_RUNTIME=pyxis", "needs PREFOPT_IMAGE"),
     ):
         (site.folder / "site.env").write_text(text + "\n")
         done = site.submit("r.yaml")
@@ -215,7 +215,7 @@ def test_a_submission_that_has_no_place(site: Site) -> None:
     site.base.parent.mkdir()
     site.base.with_name("mine.submit").write_text("somebody's own")
     done = site.submit("r.yaml")
-    assert (done.returncode, "mine.submit cannot be made" in done.stderr) == (2, True)
+    assert (done.returncode, "mine.submit cannot be created" in done.stderr) == (2, True)
     assert site.lines("submitted") == []
 
 
@@ -320,7 +320,7 @@ def test_a_job_starts_one_task_a_node(site: Site) -> None:
 def test_the_nodes_are_checked_before_a_job(site: Site) -> None:
     done = site.job(FAKE_NODES="echo nodes: n2: why; exit 1")
     assert (done.returncode, "nodes: n2: why" in done.stdout) == (1, True)
-    assert "exclude what is named" in done.stderr
+    assert "exclude the nodes that are named" in done.stderr
     [checked] = site.lines("checked")
     assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 " in checked
     assert f"--hosts n1,n2 --ranks 1 --head 10.0.0.7:20014 --folder {site.base}" in checked
@@ -336,7 +336,7 @@ def test_the_nodes_are_checked_before_a_job(site: Site) -> None:
 
 def test_a_check_that_cannot_be_made_is_a_mistake(site: Site) -> None:
     done = site.job(FAKE_NODES="echo PREFOPT_MIN_DISK_GIB: is no number >&2; exit 2")
-    assert (done.returncode, "mend site.env" in done.stderr, site.lines("srun")) == (2, True, [])
+    assert (done.returncode, "correct site.env" in done.stderr, site.lines("srun")) == (2, True, [])
 
 
 def test_the_site_s_own_setup_may_read_what_is_not_set(site: Site) -> None:
@@ -433,7 +433,7 @@ def test_a_job_that_slurm_itself_has_put_back(site: Site, asked: str) -> None:
     more = {"FAKE_PREEMPTED": f"Restarts=3 {PREEMPTED}", "SLURM_RESTART_COUNT": "2"}
     for work in (ASK.format(asked) + STOPPED, ASK.format(asked) + "exit 143"):
         done = site.job(FAKE_JOB=work, **more)
-        assert (done.returncode, "Slurm has put the job back" in done.stdout) == (75, True)
+        assert (done.returncode, "Slurm has requeued the job" in done.stdout) == (75, True)
     assert REQUEUE not in site.lines("scontrol")
 
 
@@ -509,7 +509,10 @@ TWO_NODES = ["--nodes", "2", "--ranks"]
         ([*TWO_NODES, "1", "--head", "h:1", "--node", "2"], "got '2', must be this node's number, 0 to 1"),
         ([*TWO_NODES, "1", "--head", "h:1", "--node", "1"], "--job"),
         ([*TWO_NODES, "1", "--head", "h:1", "--node", "1", "--job", "j", "train"], "RUN.yaml"),
-        ([*TWO_NODES, "9", "--head", "h:1", "--node", "1", "--job", "j", "train", "r.yaml"], "9 ranks a node, but 2"),
+        (
+            [*TWO_NODES, "9", "--head", "h:1", "--node", "1", "--job", "j", "train", "r.yaml"],
+            "9 ranks per node, but this node has 2",
+        ),
     ],
 )
 def test_bad_usage_of_a_node(site: Site, arguments: list[str], word: str) -> None:

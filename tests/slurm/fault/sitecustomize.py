@@ -1,11 +1,14 @@
-"""On PYTHONPATH in two of the tests. PREFOPT_TEST_FAULT=raise: rank 1 raises at its third update;
-slow: a job's first start takes its time in the first pass and in the training; slow-updates: in the training."""
+"""Faults for the tests, with this folder on PYTHONPATH, chosen by PREFOPT_TEST_FAULT.
+
+`raise`: rank 1 raises at its third update. `slow`: a job's first start is slow in the first pass and in the training.
+`slow-updates`: it is slow only in the training.
+"""
 
 import os
 import time
 from collections.abc import Callable
 
-PASS_SECONDS = 10.0  # a micro-batch
+PASS_SECONDS = 10.0  # per micro-batch
 UPDATE_SECONDS = 0.5
 
 
