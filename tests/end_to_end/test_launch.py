@@ -26,7 +26,7 @@ if [[ ${*: -1} == --check ]]; then
     echo "$FAKE/run"
     exit 0
 fi
-if [[ $* == *nodes.address* ]]; then
+if [[ $* == *preflight.rendezvous* ]]; then
     echo 10.0.0.9
     exit "${FAKE_ADDRESS:-0}"
 fi
@@ -345,7 +345,7 @@ def script(name: str, *arguments: str, path: str) -> subprocess.CompletedProcess
     [
         ("tests/slurm/run.sh", ["thorough"], "unknown case 'thorough'"),
         ("tests/docker/run.sh", ["--keep"], "unknown argument '--keep'"),
-        ("tests/docker/run.sh", ["--home"], "a folder"),
+        ("tests/docker/run.sh", ["--home"], "--home needs a folder"),
     ],
 )
 def test_tests_of_the_system_refuse_what_they_do_not_know(name: str, arguments: list[str], words: str) -> None:

@@ -21,7 +21,7 @@ case "$*" in
         printf '  policy: deepspeed_configs/policy_zero3.json\\n  reference: mine.json\\n# %s\\n' "$*"
         printf 'plan:\\n  gpu: %s\\n' "$FAKE_GPU" ;;
     "-m prefopt_dist plan "*) eval "$FAKE_PLAN" ;;
-    *nodes.address*) echo 10.0.0.9 ;;
+    *preflight.rendezvous*) echo 10.0.0.9 ;;
     -*) cat >/dev/null; echo "$FAKE_REFERENCE"; echo "$FAKE/runs/mine" ;;
 esac
 """
@@ -335,7 +335,7 @@ def test_the_nodes_are_checked_before_a_job(site: Site) -> None:
 
 
 def test_a_check_that_cannot_be_made_is_a_mistake(site: Site) -> None:
-    done = site.job(FAKE_NODES="echo PREFOPT_MIN_DISK_GIB: is no number >&2; exit 2")
+    done = site.job(FAKE_NODES="echo PREFOPT_MIN_DISK_GIB: is not a number >&2; exit 2")
     assert (done.returncode, "correct site.env" in done.stderr, site.lines("srun")) == (2, True, [])
 
 
