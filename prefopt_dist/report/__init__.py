@@ -1,1 +1,1 @@
-"""A page about a run, or about several side by side, made from their folders alone."""
+"""The report: an HTML page about one run or several runs side by side, made from their folders alone."""

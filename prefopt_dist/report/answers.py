@@ -1,4 +1,4 @@
-"""What a page says of the model's own answers."""
+"""The section of the page about the model's own answers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from prefopt_dist.report.charts import Chart, band, line
 from prefopt_dist.report.record import Record
 
 SHOWN = 8
-"""Prompts with their answers."""
+"""The number of prompts that are shown with their answers."""
 FEWEST_POINTS = 3
-"""Of a curve: the start and the end alone are in the table."""
+"""The fewest points of a curve: the start and the end alone are in the table."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A row of the table: a value of each model, or one of both together."""
+    """A row of the table: a value for each model, or one value about both."""
 
     name: str
     start: str = "–"
@@ -28,7 +28,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Section:
-    """All that stands in it."""
+    """The content of the section."""
 
     intro: str
     measures: list[Measure]
@@ -37,7 +37,7 @@ class Section:
 
 
 def section(record: Record) -> Section | None:
-    """The section of a run; None where neither model has answered."""
+    """Return the section about a run, or None where neither model has answered."""
     if not record.answers and not record.samples:
         return None
     return Section(_intro(record), _measures(record), record.samples[:SHOWN], _charts(record))
@@ -48,51 +48,66 @@ def _intro(record: Record) -> str:
         return "The same prompts, answered before and after training."
     row = record.answered or record.answers[-1]
     left_out = (record.judged or {}).get("left_out", 0)
-    told = f"{row['answers/prompts']} prompts{f' ({left_out} more were left out)' if left_out else ''}"
+    prompts = f"{row['answers/prompts']} prompts{f' ({left_out} more were left out)' if left_out else ''}"
     if record.answered is None:
-        return f"The start's answers to {told}; the trained model answers them at the end."
-    return f"Answers to {told}, the start's and those of step {row['step']}; in brackets intervals of 95 %."
+        return f"The start's answers to {prompts}; the trained model answers them at the end."
+    return (
+        f"Answers to {prompts}, by the start and by the model of step {row['step']}; 95% confidence intervals are in "
+        "brackets."
+    )
 
 
 def _measures(record: Record) -> list[Measure]:
+    """Return the rows of the table that have a value."""
     row = record.answered or {}
-    start = {f"answers/start/{name.removeprefix('answers/')}": value for name, value in _first(record).items()} | row
+    start_row = {f"answers/start/{name.removeprefix('answers/')}": value for name, value in _start_row(record).items()}
+    start = start_row | row
     judged = record.judged or {}
-    found = [
-        Measure("reward", _of(start, "start/reward", judged.get("start")), _of(row, "reward", judged)),
-        Measure("difference of the rewards, prompt by prompt", both=_of(row, "reward_difference")),
-        Measure("win rate against the start", both=_of(row, "win_rate")),
-        Measure("KL from the reference, nats an answer", both=_of(row, "kl")),
-        Measure("KL from the reference, nats a token", both=_of(row, "kl_per_token")),
+    measures = [
+        Measure("reward", _value(start, "start/reward", judged.get("start")), _value(row, "reward", judged)),
+        Measure("difference of the rewards, prompt by prompt", both=_value(row, "reward_difference")),
+        Measure("win rate against the start", both=_value(row, "win_rate")),
+        Measure("KL from the reference, nats per answer", both=_value(row, "kl")),
+        Measure("KL from the reference, nats per token", both=_value(row, "kl_per_token")),
         Measure(
-            "nats a token of the answers, by the reference",
-            _of(start, "start/reference_nats"),
-            _of(row, "reference_nats"),
+            "nats per token of the answers under the reference",
+            _value(start, "start/reference_nats"),
+            _value(row, "reference_nats"),
         ),
-        Measure("nats a token of the chosen responses, by it", both=_of(row, "chosen/reference_nats")),
-        Measure("nats a token of the answers, by the model", trained=_of(row, "nats")),
-        Measure("tokens an answer", _of(start, "start/length"), _of(row, "length")),
+        Measure(
+            "nats per token of the chosen responses under the reference", both=_value(row, "chosen/reference_nats")
+        ),
+        Measure("nats per token of the answers under the model", trained=_value(row, "nats")),
+        Measure("tokens per answer", _value(start, "start/length"), _value(row, "length")),
     ]
     shares = (("ended", "answers that end"), ("repeated_4grams", "repeated 4-grams"), ("distinct", "different answers"))
-    found += [Measure(label, _share(start, f"start/{name}"), _share(row, name)) for name, label in shares]
-    return [m for m in found if {m.both or "–", m.start, m.trained} != {"–"}]
+    measures += [Measure(label, _share(start, f"start/{name}"), _share(row, name)) for name, label in shares]
+    return [m for m in measures if {m.both or "–", m.start, m.trained} != {"–"}]
 
 
-def _first(record: Record) -> Mapping[str, Any]:
-    """The start's own row, for a run that has no other yet."""
+def _start_row(record: Record) -> Mapping[str, Any]:
+    """Return the start's own row, whose values later rows repeat, or an empty mapping where there is none."""
     return next((row for row in record.answers if "answers/nats" not in row), {})
 
 
-def _of(row: Mapping[str, Any], name: str, judged: Any = None) -> str:
-    """A value with its interval, which a row has under the same name and run.json under the last part of it."""
+def _value(row: Mapping[str, Any], name: str, judged: Any = None) -> str:
+    """Return a value with its interval as text.
+
+    Args:
+        row: a row of answers, which may have the interval under `…_low` and `…_high`.
+        name: the metric's name without the part `answers/`.
+        judged: an entry of run.json that may have the interval under the last part of the name.
+    """
     value = row.get(f"answers/{name}")
     if value is None:
         return "–"
     low, high = (row.get(f"answers/{name}_{end}") for end in ("low", "high"))
-    told = judged.get(name.rpartition("/")[2]) if isinstance(judged, Mapping) else None
-    if low is None and isinstance(told, Mapping):
-        low, high = told.get("low"), told.get("high")
-    return _shown(value) if low is None or high is None else f"{_shown(value)} ({_shown(low)} to {_shown(high)})"
+    entry = judged.get(name.rpartition("/")[2]) if isinstance(judged, Mapping) else None
+    if low is None and isinstance(entry, Mapping):
+        low, high = entry.get("low"), entry.get("high")
+    if low is None or high is None:
+        return _number(value)
+    return f"{_number(value)} ({_number(low)} to {_number(high)})"
 
 
 def _share(row: Mapping[str, Any], name: str) -> str:
@@ -100,8 +115,8 @@ def _share(row: Mapping[str, Any], name: str) -> str:
     return "–" if value is None else f"{value:.0%}"
 
 
-def _shown(value: float | str) -> str:
-    """Three decimals, fewer of what is large; run.json has what is not finite by its word."""
+def _number(value: float | str) -> str:
+    """Return a number with three decimals, or one from 10 on; run.json has numbers that are not finite as strings."""
     value = float(value)
     if not math.isfinite(value):
         return str(value)
@@ -109,15 +124,17 @@ def _shown(value: float | str) -> str:
 
 
 def _charts(record: Record) -> list[str]:
-    """Reward, KL and length over the steps, where the model has answered on its way."""
-    rows, start = record.answers, _first(record)
+    """Return the charts of reward, KL and length over the steps, where the model has answered during training too."""
+    rows, start = record.answers, _start_row(record)
     if len(rows) < FEWEST_POINTS:
         return []
     kl = band("KL", rows, "answers/kl", "answers/kl_low", "answers/kl_high", 1)
     kl = [replace(part, points=True) for part in kl]
-    of = (
+    curves = (
         ("Reward of the answers", "reward", line("reward", rows, "answers/reward", 0, points=True), "reward"),
-        ("KL from the reference", "nats an answer", kl or line("KL", rows, "answers/kl", 1, points=True), ""),
+        ("KL from the reference", "nats per answer", kl or line("KL", rows, "answers/kl", 1, points=True), ""),
         ("Length of the answers", "tokens", line("tokens", rows, "answers/length", 2, points=True), "length"),
     )
-    return [Chart(title, y, lines, level=start.get(f"answers/{name}")).svg() for title, y, lines, name in of if lines]
+    return [
+        Chart(title, y, lines, level=start.get(f"answers/{name}")).svg() for title, y, lines, name in curves if lines
+    ]

@@ -1,4 +1,4 @@
-"""Charts as SVG that follows the page: its colours are the page's variables, so one picture serves light and dark."""
+"""Charts as SVG, whose colours are variables of the page, so that one picture serves its light and dark modes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from prefopt_dist.monitoring.metrics_file import Row
 from prefopt_dist.monitoring.statistics import BIN_EDGES
 
 POINTS = 400
-"""Of a line; longer ones are means over blocks of rows."""
+"""The most points of a line; a longer one is drawn as means over blocks of rows."""
 SERIES = 8
-"""Colours that the page has"""
+"""The number of the page's colours for lines."""
 DASHES = ("-", "--", ":", "-.")
 INK, GRID = "#010101", "#020202"
 COLOURS = tuple(f"#03030{i}" for i in range(SERIES))
-"""Stand-ins, which `_svg` exchanges for the page's variables."""
+"""Placeholders, which `_svg` replaces by the page's variables."""
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "prefopt_dist",
@@ -56,7 +56,7 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Line:
-    """One curve, or points without a line."""
+    """A curve, with or without marked points."""
 
     label: str
     x: Sequence[float]
@@ -64,12 +64,12 @@ class Line:
     colour: int
     points: bool = False
     band: tuple[Sequence[float], Sequence[float]] | None = None
-    """Lower and upper edge of an area"""
+    """The lower and upper edges of a shaded area."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn, before it is drawn."""
+    """The content of a chart."""
 
     title: str
     y: str
@@ -77,12 +77,12 @@ class Chart:
     x: str = "step"
     log: bool = False
     level: float | None = None
-    """A horizontal line, such as the loss of the start"""
+    """The value of a horizontal line, such as the loss at the start."""
     restarts: Sequence[int] = field(default_factory=tuple)
-    """Steps at which the run was started again"""
+    """The steps at which the run was restarted."""
 
     def svg(self) -> str:
-        """The picture, with its title as the text for who cannot see it."""
+        """Return the chart as SVG; its title is also the alternative text for screen readers."""
         with plt.rc_context(STYLE):
             figure, axes = _figure()
             for line in self.lines:
@@ -93,7 +93,7 @@ class Chart:
                 axes.axvline(step, color=GRID, linewidth=1.0, linestyle="--")
             if self.log:
                 axes.set_yscale("log")
-                # Its own labels are formulas, which the style leaves as they are written.
+                # Matplotlib's default labels are formulas, which this style does not render.
                 axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.yaxis.set_minor_formatter("{x:g}")
@@ -104,36 +104,49 @@ class Chart:
 
 
 def line(label: str, rows: Sequence[Row], metric: str, colour: int, *, points: bool = False) -> list[Line]:
-    """The metric over the steps of the rows that have it; none where no row has."""
+    """Return the metric over the steps of the rows in which it is finite; an empty list where there are none.
+
+    Args:
+        label: the text in the legend.
+        rows: rows of metrics.
+        metric: name of the metric.
+        colour: number of the colour; beyond `SERIES` the dashes differ.
+        points: whether the points are marked.
+    """
     xy = [(row["step"], row[metric]) for row in rows if metric in row and math.isfinite(row[metric])]
     if not xy:
         return []
-    x, y = _thinned([float(a) for a, _ in xy]), _thinned([b for _, b in xy])
+    x, y = _block_means([float(a) for a, _ in xy]), _block_means([b for _, b in xy])
     return [Line(label, x, y, colour, points=points)]
 
 
 def band(label: str, rows: Sequence[Row], metric: str, low: str, high: str, colour: int) -> list[Line]:
-    """The metric with an area between two others."""
-    have = [row for row in rows if all(name in row and math.isfinite(row[name]) for name in (metric, low, high))]
-    if not have:
+    """Return the metric as in `line`, with an area between the metrics `low` and `high`."""
+    finite = [row for row in rows if all(name in row and math.isfinite(row[name]) for name in (metric, low, high))]
+    if not finite:
         return []
-    x = _thinned([float(row["step"]) for row in have])
-    middle, lower, upper = (_thinned([row[name] for row in have]) for name in (metric, low, high))
+    x = _block_means([float(row["step"]) for row in finite])
+    middle, lower, upper = (_block_means([row[name] for row in finite]) for name in (metric, low, high))
     return [Line(label, x, middle, colour, band=(lower, upper))]
 
 
 def histogram(title: str, counts: Sequence[tuple[str, Sequence[int]]]) -> str:
-    """Margins by their bins, as shares of the pairs; the axis is even near 0 and logarithmic beyond."""
+    """Return a histogram of margins as SVG, in shares of the pairs; the x axis is linear near 0 and logarithmic beyond.
+
+    Args:
+        title: the title.
+        counts: label and counts of the [B] bins of each series.
+    """
     with plt.rc_context(STYLE):
         figure, axes = _figure()
-        for colour, (label, of_bins) in enumerate(counts):
-            total = sum(of_bins)
+        for colour, (label, bins) in enumerate(counts):
+            total = sum(bins)
             edges = (2 * BIN_EDGES[0], *BIN_EDGES, 2 * BIN_EDGES[-1])
-            axes.stairs([c / total for c in of_bins], edges, fill=True, alpha=0.45, color=COLOURS[colour], label=label)
+            axes.stairs([c / total for c in bins], edges, fill=True, alpha=0.45, color=COLOURS[colour], label=label)
         axes.set_xscale("symlog", linthresh=0.1)
         axes.set_xticks([-10, -1, -0.1, 0, 0.1, 1, 10], ["−10", "−1", "−0.1", "0", "0.1", "1", "10"])
         axes.minorticks_off()
-        used = [abs(edge) for _, of_bins in counts for edge, c in zip(BIN_EDGES, of_bins[1:], strict=True) if c]
+        used = [abs(edge) for _, bins in counts for edge, c in zip(BIN_EDGES, bins[1:], strict=True) if c]
         widest = max([0.1, *used]) * 2
         axes.set_xlim(-widest, widest)
         axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
@@ -143,7 +156,13 @@ def histogram(title: str, counts: Sequence[tuple[str, Sequence[int]]]) -> str:
 
 
 def time_line(title: str, tracks: Sequence[tuple[str, Sequence[int]]], last: int) -> str:
-    """What happened at which step; one track a kind."""
+    """Return a chart of events over the steps as SVG.
+
+    Args:
+        title: the title.
+        tracks: name and steps of each kind of event, which is drawn in a row of its own.
+        last: the last step.
+    """
     with plt.rc_context(STYLE):
         figure, axes = _figure(height=0.9 + 0.28 * len(tracks))
         for i, (_, steps) in enumerate(tracks):
@@ -164,35 +183,40 @@ def _figure(height: float = 2.9) -> tuple[Figure, Axes]:
 
 def _draw(axes: Axes, line: Line) -> None:
     colour = COLOURS[line.colour % SERIES]
-    style = DASHES[line.colour // SERIES % len(DASHES)]  # more runs than colours are told apart by their dashes
+    style = DASHES[line.colour // SERIES % len(DASHES)]  # with more runs than colours the dashes distinguish them
+    label = _legend_label(line.label)
     if line.points:
-        axes.plot(line.x, line.y, marker="o", markersize=3.5, linewidth=0.8, color=colour, label=_shown(line.label))
+        axes.plot(line.x, line.y, marker="o", markersize=3.5, linewidth=0.8, color=colour, label=label)
     else:
-        axes.plot(line.x, line.y, linestyle=style, color=colour, label=_shown(line.label))
+        axes.plot(line.x, line.y, linestyle=style, color=colour, label=label)
     if line.band is not None:
         axes.fill_between(line.x, *line.band, color=colour, alpha=0.2, linewidth=0)
 
 
-def _shown(label: str) -> str:
-    """Matplotlib leaves a label that begins with an underscore out of the legend; one of no width is before it then."""
+def _legend_label(label: str) -> str:
+    """Return a label that Matplotlib shows in the legend.
+
+    It omits a label that begins with an underscore, so a character without width is put before it.
+    """
     return f"\u200b{label}" if label.startswith("_") else label
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Below the axes, where it covers no curve; as many columns as the longest label lets in."""
+    """Draw the legend below the axes, where it covers no curve, in as many columns as the longest label allows."""
     handles, labels = axes.get_legend_handles_labels()
     columns = max(1, min(len(labels), 3, 60 // (max(map(len, labels)) + 6)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
-def _thinned(values: list[float]) -> list[float]:
-    """At most POINTS means over blocks of equal size."""
+def _block_means(values: list[float]) -> list[float]:
+    """Return at most `POINTS` means over successive blocks of equal size; the last one may be smaller."""
     size = -(-len(values) // POINTS)
     blocks = [values[i : i + size] for i in range(0, len(values), size)]
     return [sum(block) / len(block) for block in blocks]
 
 
 def _svg(figure: Figure, title: str) -> str:
+    """Return the figure as an SVG element without a fixed size, in the page's colours, and close it."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""What a run folder says of its run; read while the run goes on or after it."""
+"""The content of a run folder for the report, which is read during or after the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prefopt_dist.monitoring.metrics_file import MetricsFile, Row
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint that is still there."""
+    """A committed checkpoint that still exists."""
 
     step: int
     committed: str
@@ -29,63 +29,66 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Record:
-    """A run folder, read once."""
+    """The content of a run folder at one time."""
 
     path: Path
     facts: dict[str, Any]
-    """run.json"""
+    """The content of run.json."""
     config: dict[str, Any]
     config_text: str
-    """config.yaml, whose secrets are masked already"""
+    """The text of config.yaml, in which secrets are masked."""
     rows: list[Row]
     checkpoints: list[Checkpoint]
     state: str
-    """In a few words: done, stopped and why, or where it is"""
+    """A short text: done, stopped with the reason, or the progress."""
     done: bool
-    found: list[HealthFinding]
+    findings: list[HealthFinding]
     active: set[str]
-    """Ids of the rules that have not recovered"""
+    """The ids of the rules that have not recovered."""
     evaluation: dict[str, Any] | None
-    """evaluation.json"""
+    """The content of evaluation.json."""
     inspection: dict[str, Any] | None
-    """inspection.json"""
+    """The content of inspection.json."""
     samples: list[dict[str, Any]]
-    """answers.jsonl: prompts and their answers before and after, with rewards where there are any"""
+    """The content of answers.jsonl: prompts with their answers before and after training, and rewards if any."""
 
     @property
     def name(self) -> str:
-        """The folder's name."""
+        """Return the folder's name."""
         return self.path.resolve().name
 
     @property
     def train(self) -> list[Row]:
-        """The rows of training."""
+        """Return the rows of training."""
         return [row for row in self.rows if row["kind"] == "train"]
 
     @property
     def evals(self) -> list[Row]:
-        """The rows of evaluation."""
+        """Return the rows of evaluation."""
         return [row for row in self.rows if row["kind"] == "eval"]
 
     @property
     def answers(self) -> list[Row]:
-        """The rows of answers, the start's own first."""
+        """Return the rows of answers, the start's own row first."""
         return [row for row in self.rows if row["kind"] == "answers"]
 
     @property
     def answered(self) -> Row | None:
-        """The newest row that tells the policy's answers from the start's."""
+        """Return the newest row that has the policy's answers beside the start's, or None."""
         return next((row for row in reversed(self.answers) if "answers/nats" in row), None)
 
     @property
     def judged(self) -> dict[str, Any] | None:
-        """What run.json says of the answers; of a run that goes on again it is not true any more."""
-        found: dict[str, Any] | None = self.facts.get("answers") if self.done else None
-        return found if found is not None and "verdict" in found else None
+        """Return the entry `answers` of run.json with the verdict, or None.
+
+        It is None too for a run that was continued after its verdict, which is about another model then.
+        """
+        entry: dict[str, Any] | None = self.facts.get("answers") if self.done else None
+        return entry if entry is not None and "verdict" in entry else None
 
     @property
     def eval_sets(self) -> list[str]:
-        """Names of the evaluated sets; '' for the unnamed one."""
+        """Return the names of the evaluated sets, '' for the unnamed one."""
         sets: dict[str, None] = {}
         for row in self.evals:
             for name in row:
@@ -95,15 +98,23 @@ class Record:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps that the run was to have; None where it never came to training."""
-        told = self.facts.get("training")
-        return None if told is None else int(told["total_steps"])
+        """Return the number of steps of the whole run; None where it has not begun training."""
+        training = self.facts.get("training")
+        return None if training is None else int(training["total_steps"])
 
 
 def read_run(path: Path, key: str) -> Record:
-    """Reads a run folder; key: of the configuration, for the user's mistake."""
+    """Read a run folder.
+
+    Args:
+        path: the folder.
+        key: the key of the configuration that names it, for the message of an error.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
     if not (path / "run.json").exists():
-        raise UserError(f"{key}: {path} holds no run. Give the folder of one.")
+        raise UserError(f"{key}: {path} holds no run (it has no run.json). Name the folder of a run.")
     facts: dict[str, Any] = read_json(path / "run.json")
     config_text = (path / "config.yaml").read_text()
     config: dict[str, Any] = yaml.safe_load(config_text)
@@ -122,30 +133,30 @@ def read_run(path: Path, key: str) -> Record:
         checkpoints=_checkpoints(path / "checkpoints"),
         state=_state(path, rows, done),
         done=done,
-        found=found,
+        findings=found,
         active=active,
-        evaluation=_optional(path / "evaluation.json"),
-        inspection=_optional(path / "inspection.json"),
-        samples=_lines(path / "answers.jsonl"),
+        evaluation=_read_json_if_any(path / "evaluation.json"),
+        inspection=_read_json_if_any(path / "inspection.json"),
+        samples=_read_json_lines(path / "answers.jsonl"),
     )
 
 
-def _optional(file: Path) -> dict[str, Any] | None:
+def _read_json_if_any(file: Path) -> dict[str, Any] | None:
     return read_json(file) if file.exists() else None
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    # Not splitlines: it parts at other characters too, such as U+2028 within an answer.
+def _read_json_lines(file: Path) -> list[dict[str, Any]]:
+    # Not `splitlines`, which also splits at other characters, such as U+2028 within an answer.
     return [json.loads(line) for line in file.read_text().split("\n") if line] if file.exists() else []
 
 
 def _checkpoints(root: Path) -> list[Checkpoint]:
-    found = []
+    checkpoints = []
     for folder in sorted(root.glob("step-????????")):
-        with suppress(FileNotFoundError):  # the run goes on, and removes older ones
+        with suppress(FileNotFoundError):  # a running job may remove a checkpoint meanwhile
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            found.append(Checkpoint(int(folder.name[5:]), _time(folder.stat().st_mtime), size / 2**30))
-    return found
+            checkpoints.append(Checkpoint(int(folder.name[5:]), _time(folder.stat().st_mtime), size / 2**30))
+    return checkpoints
 
 
 def _state(path: Path, rows: list[Row], done: bool) -> str:
@@ -154,8 +165,8 @@ def _state(path: Path, rows: list[Row], done: bool) -> str:
     if (path / "STOPPED").exists():
         return f"stopped: {(path / 'STOPPED').read_text().strip()}"
     if not rows:
-        return "not yet in training"
-    return f"not finished: its last row was written at {_time((path / 'metrics.jsonl').stat().st_mtime)}"
+        return "training has not begun"
+    return f"not finished: its last row of metrics was written at {_time((path / 'metrics.jsonl').stat().st_mtime)}"
 
 
 def _time(seconds: float) -> str:

@@ -33,10 +33,10 @@ COLOURS = """
 """
 
 
-Y_NAMES = {"loss", "share of pairs", "reward", "nats a token", "norm", "tokens a second", "seconds a row", "GiB"}
+Y_NAMES = {"loss", "share of pairs", "reward", "nats per token", "norm", "tokens per second", "seconds per row", "GiB"}
 
 
-Y_NAMES |= {"share of the pairs", "event", "nats an answer", "tokens"}
+Y_NAMES |= {"share of the pairs", "event", "nats per answer", "tokens"}
 
 
 X_NAMES = {"step", "reward margin (logarithmic beyond ±0.1)"}

@@ -23,7 +23,7 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     (run / "answers.jsonl").write_text(json.dumps({"prompt": "Say <hi>", "before": "no", "after": "hi & ho"}) + "\n")
     text = page(run)
     plain = text.replace("\u200b", "")
-    assert "Not well: one warning stands. The chosen responses are losing their probability." in text
+    assert "Not healthy: one warning is active. The chosen responses are losing their probability." in text
     for said in (
         "chosen-falls",
         "Raise loss.beta",
@@ -47,12 +47,12 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
         "Rewards",
         "Margins of the pairs",
         "Log-probs per token",
-        "Log-probs against the reference's",
+        "Log-ratios to the reference per token",
         "Gradient norm before clipping",
         "Throughput",
-        "Where the time goes",
+        "Time by part of the step",
         "Memory of a rank",
-        "Time line",
+        "Events",
     ]
     assert not re.search(r"#0[123]0[123]0\d", text), "a stand-in of a colour is left"
     assert "mathdefault" not in text, "a label is a formula, as it is written"
@@ -66,7 +66,7 @@ def test_a_run_without_findings_and_one_that_has_not_begun(tmp_path: Path) -> No
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # while the run writes
     text = page(run)
-    assert "No rule has a warning. Whether the answers are better is seen at the end." in text
+    assert "No rule has a warning. Whether the answers are better is judged at the end of the run." in text
     assert "step 20 of 60" in text
     (run / "metrics.jsonl").unlink()
     assert "Nothing to judge yet" in page(run)
@@ -76,8 +76,8 @@ def test_a_warning_that_is_over_is_no_verdict(tmp_path: Path) -> None:
     run = write_run_folder(tmp_path / "slow", steps=60)
     slow_until(run, 30)
     record = read_run(run, "run.dir")
-    assert [f.id for f in record.found if f.level == "warning"] == ["slow-rank"]
-    assert banner(record)["text"].startswith("It has recovered")
+    assert [f.id for f in record.findings if f.level == "warning"] == ["slow-rank"]
+    assert banner(record)["text"].startswith("The run has recovered")
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:
@@ -86,10 +86,10 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
         for i, beta in enumerate((0.1, 0.3, 0.5))
     ]
     text = page(runs[0], f"report.compare=[{', '.join(map(str, runs))}]")
-    assert "They differ in: loss.beta." in text
+    assert "The runs differ in: loss.beta." in text
     assert "chosen-falls" in text
     assert len(re.findall(r"<title>", text)) == 9
-    assert "its answers are" not in text
+    assert "verdict on the answers" not in text
     for run, word in zip(runs, ("better", "collapsed"), strict=False):
         add_answers(run, word)
     text = page(runs[0], f"report.compare=[{', '.join(map(str, runs))}]")

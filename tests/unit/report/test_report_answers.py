@@ -33,7 +33,7 @@ def test_the_banner_says_the_verdict_first(tmp_path: Path, word: str, ill: bool)
     moods = {"better": "good", "no difference to be seen": "open", "not judged": "open"}
     ill_moods = moods | {"better": "open", "no difference to be seen": "poor", "not judged": "poor"}
     assert found["mood"] == (ill_moods if ill else moods).get(word, "poor")
-    assert ("ne warning stands: The chosen responses are losing" in found["text"]) == ill
+    assert ("ne warning is active: The chosen responses are losing" in found["text"]) == ill
     assert ("No rule has a warning." in found["text"]) == (not ill and word in moods)
     # What the verdict says already is said once.
     assert "The model has collapsed" not in found["text"]
@@ -52,7 +52,7 @@ def test_what_is_over_is_no_recovery_of_bad_answers(tmp_path: Path, word: str, m
     found = banner(read_run(run, "run.dir"))
     assert found["mood"] == mood
     assert "recovered" not in found["text"]
-    assert found["text"].endswith("Every warning below is over.") == (word != "collapsed")
+    assert found["text"].endswith("No warning is active any more.") == (word != "collapsed")
 
 
 def test_the_models_own_answers(tmp_path: Path) -> None:
@@ -60,16 +60,16 @@ def test_the_models_own_answers(tmp_path: Path) -> None:
     run = write_run_folder(tmp_path / "run", steps=60)
     add_answers(run, "better", on_its_way=(20, 40))
     text = page(run)
-    assert text.index("The model's own answers") < text.index("<h2>In numbers") < text.index("<h2>Curves")
+    assert text.index("The model's own answers") < text.index("<h2>First and last values") < text.index("<h2>Curves")
     rows = dict(re.findall(r"<tr><td>([^<]*)</td>(<td class=\"(?:n|both)\".*?)</tr>", text))
     cells = {name: re.findall(r">([^<]+)</td>", told) for name, told in rows.items()}
     assert cells["reward"] == ["0.731 (0.690 to 0.770)", "0.812 (0.772 to 0.852)"]
     assert cells["difference of the rewards, prompt by prompt"] == ["0.081 (0.046 to 0.130)"]
     assert cells["win rate against the start"] == ["0.581 (0.546 to 0.630)"]
-    assert cells["KL from the reference, nats an answer"] == ["4.200 (3.600 to 4.800)"]
-    assert cells["nats a token of the answers, by the reference"] == ["0.120", "0.310"]
-    assert cells["nats a token of the chosen responses, by it"] == ["0.090"]
-    assert cells["nats a token of the answers, by the model"] == ["–", "0.190"]
+    assert cells["KL from the reference, nats per answer"] == ["4.200 (3.600 to 4.800)"]
+    assert cells["nats per token of the answers under the reference"] == ["0.120", "0.310"]
+    assert cells["nats per token of the chosen responses under the reference"] == ["0.090"]
+    assert cells["nats per token of the answers under the model"] == ["–", "0.190"]
     assert cells["answers that end"] == ["98%", "97%"]
     assert text.count("before training · reward 0.25") == text.count("after training · reward 1") == 8
     assert "See you at &lt;ten&gt;." in text
@@ -90,7 +90,7 @@ def test_answers_of_a_start_alone_and_without_rewards(tmp_path: Path) -> None:
     MetricsFile(run / "metrics.jsonl").truncate_to(20)
     text = html.unescape(page(run))
     assert "The start's answers to 64 prompts; the trained model answers them at the end." in text
-    assert '<td>tokens an answer</td><td class="n">31.4</td><td class="n">–</td>' in text
+    assert '<td>tokens per answer</td><td class="n">31.4</td><td class="n">–</td>' in text
 
 
 def test_a_model_that_has_diverged_has_its_page(tmp_path: Path) -> None:
@@ -108,4 +108,4 @@ def test_a_model_that_has_diverged_has_its_page(tmp_path: Path) -> None:
     text = page(run)
     assert "(an empty answer)" in text
     assert "reward NaN" in text
-    assert "not finite, it has diverged" in text
+    assert "not finite: the model has diverged" in text
