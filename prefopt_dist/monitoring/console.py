@@ -1,5 +1,6 @@
 """Messages and progress for users, printed by rank 0 for all ranks."""
 
+import logging
 import os
 import sys
 import time
@@ -11,10 +12,36 @@ import tqdm
 from prefopt_dist.monitoring import heartbeat
 
 
-def say(text: str) -> None:
-    """Print `text` on rank 0 and flush it; on the other ranks do nothing."""
+class _Console(logging.Handler):
+    """Writes a message to today's standard output: plain on a terminal, with time, level and rank in a file."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if sys.stdout.isatty() else _prefix(record.levelname, record.created)
+        print(prefix + record.getMessage(), flush=True)
+
+
+LOG = logging.getLogger("prefopt")
+"""The package's logger; a program that calls the package may give it other handlers."""
+LOG.setLevel(logging.INFO)
+LOG.addHandler(_Console())
+LOG.propagate = False
+
+
+def say(text: str, level: int = logging.INFO) -> None:
+    """Log a message on rank 0; on the other ranks do nothing."""
+    if _rank() == 0:
+        LOG.log(level, "%s", text)
+
+
+def show(text: str) -> None:
+    """Print a stage's result, such as a table, without time and rank (rank 0)."""
     if _rank() == 0:
         print(text, flush=True)
+
+
+def _prefix(level: str, moment: float) -> str:
+    """Return time, level and rank, which begin a line in a file."""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(moment))} {level} rank {_rank()}: "
 
 
 def format_bytes(size: float) -> str:
@@ -111,7 +138,7 @@ class Progress:
             line += f", {_format_duration(elapsed / worked * (self._total - self._done))} left"
         if self._text:
             line += f"  {self._text}"
-        print(line, file=sys.stderr, flush=True)
+        print(_prefix("INFO", time.time()) + line, file=sys.stderr, flush=True)
         self._shown_at, self._shown_done = now, self._done
 
 
@@ -129,7 +156,8 @@ def row_reporter(label: str) -> Callable[[int, int | None], None]:
             shown = now
             of_total = "" if total is None else f" of {total:,}"
             elapsed = _format_duration(now - started)
-            print(f"{label}  {rows:,}{of_total} rows  {elapsed} elapsed", file=sys.stderr, flush=True)
+            line = f"{label}  {rows:,}{of_total} rows  {elapsed} elapsed"
+            print(("" if sys.stderr.isatty() else _prefix("INFO", time.time())) + line, file=sys.stderr, flush=True)
 
     return report
 

@@ -23,7 +23,7 @@ class StepTimer:
         self._measured: list[tuple[str, Any, Any]] = []
 
     @contextmanager
-    def lap(self, what: str) -> Iterator[None]:
+    def measure(self, what: str) -> Iterator[None]:
         """Add the time inside to the part `what`."""
         began = self._mark()
         yield

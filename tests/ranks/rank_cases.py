@@ -694,16 +694,16 @@ def collectives_and_host_reads(folder: Path) -> dict:
     engine = make_policy(config, models)
     cost = forward_cost(models.policy.config)
     diagnosis = Diagnosis(objective, scored.rows, ranks.device())
-    found, micro_batches, laps = [], [], StepTimer(ranks.device())
+    found, micro_batches, timer = [], [], StepTimer(ranks.device())
     with Prefetcher(lambda i: step_batch(scored, range(G * i, G * i + G), 2, 150, cost), range(2)) as batches:
         for index in range(2):
             with pytest.MonkeyPatch.context() as patch:
                 counts = Counts(patch)
                 batch = batches.take(index)
-                packed = step.forward_backward(engine, batch, objective, None, diagnosis, laps)
+                packed = step.forward_backward(engine, batch, objective, None, diagnosis, timer)
                 own = packed.new_tensor(timers.rank_work_slots(ranks.rank(), ranks.world_size(), 0.5, batch.own_flop))
                 step.reduce_metrics(torch.cat([packed, diagnosis.take(), own]), Request(False, False))
-                laps.take()
+                timer.take()
                 step.optimizer_step(engine, 1e-3, SpikeDetector(10.0, [1e9] * 16) if index else None)
             micro_batches.append(len(batch))
             found.append(counts.found)

@@ -112,7 +112,7 @@ def no_learning(history: History, thresholds: Health) -> str | None:
         return None
     return (
         f"After {history.progress:.0%} of the steps the log-probs differ from the reference's by {chosen:.1g} (chosen) "
-        f"and {rejected:.1g} (rejected) nats a token (threshold {UNMOVED_NATS:g})"
+        f"and {rejected:.1g} (rejected) nats per token (threshold {UNMOVED_NATS:g})"
     )
 
 

@@ -71,7 +71,7 @@ def slow_rank(history: History, thresholds: Health) -> str | None:
     slow = [row for row, is_slow in zip(rows, waited, strict=True) if is_slow]
     own, others = (median(row[f"perf/{who}_seconds"] for row in slow) for who in ("slowest_rank", "other_ranks"))
     return (
-        f"Rank {slowest} works {own:.3g} s a step where the others work {others:.3g} s, in {len(slow)} of "
+        f"Rank {slowest} works {own:.3g} s per step and the others {others:.3g} s, in {len(slow)} of "
         f"{len(rows)} rows (threshold {thresholds.slow_rank:g} times)"
     )
 

@@ -9,18 +9,18 @@ import torch
 from prefopt_dist.monitoring.timers import StepTimer
 
 
-def test_laps_add_up_and_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_add_up_and_start_again_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 11.0, 20.0, 24.0, 30.0, 32.0, 50.0, 51.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    laps = StepTimer(torch.device("cpu"))
+    timer = StepTimer(torch.device("cpu"))
     for what in ("forward", "backward", "forward"):
-        with laps.lap(what):
+        with timer.measure(what):
             pass
-    assert laps.take() == {"forward": 3.0, "backward": 4.0}
-    with laps.lap("forward"):
+    assert timer.take() == {"forward": 3.0, "backward": 4.0}
+    with timer.measure("forward"):
         pass
-    assert laps.take() == {"forward": 1.0}
-    assert laps.take() == {}
+    assert timer.take() == {"forward": 1.0}
+    assert timer.take() == {}
 
 
 def test_on_a_gpu_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,9 +40,9 @@ def test_on_a_gpu_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
             return 500.0 * (end.at - self.at)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    laps = StepTimer(torch.device("cuda"))
+    timer = StepTimer(torch.device("cuda"))
     for what in ("forward", "backward", "forward"):
-        with laps.lap(what):
+        with timer.measure(what):
             pass
-    assert laps.take() == {"forward": 1.0, "backward": 0.5}
+    assert timer.take() == {"forward": 1.0, "backward": 0.5}
     assert Event.recorded == 6
