@@ -52,9 +52,9 @@ def forward_backward(
     weight = ranks.world_size() / batch.units
     for j, (micro_batch, reference) in enumerate(batch):
         engine.set_gradient_accumulation_boundary(j == len(batch) - 1)
-        with timer.lap("forward"):
+        with timer.measure("forward"):
             terms: Terms = engine(micro_batch, objective, reference)
-        with timer.lap("backward"):
+        with timer.measure("backward"):
             engine.backward(terms.loss * weight)
         statistics.add(terms.statistics, terms.statistics.new_full((), len(micro_batch.rows)))
         if diagnosis is not None:
