@@ -1,4 +1,4 @@
-"""Preference data: accepted forms, templates, tokenising, the rows on disk."""
+"""Preference data: accepted forms, chat templates, tokenisation and the tokenised rows on disk."""
 
 from prefopt_dist.data.dataset import DamagedRows, TokenisedRows, open_rows, sequence_digest
 from prefopt_dist.data.prepare import prepare_rows

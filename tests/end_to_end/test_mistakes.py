@@ -122,7 +122,7 @@ def test_a_tokenizer_without_an_end(door: Door) -> None:
 def test_a_tokenizer_of_another_vocabulary(door: Door) -> None:
     small_tokenizer(CHATML).save_pretrained(door.path("other"))
     tokens = len(small_tokenizer(CHATML))
-    words = ["model.tokenizer: ", f"it has {tokens} tokens", "vocab_size is 300", "give the tokenizer of the model"]
+    words = ["model.tokenizer: ", f"it has {tokens} tokens", "vocab_size is 300", "give the model's own tokenizer"]
     door.fails(words, f"model.tokenizer={door.path('other')}", early=True)
 
 
@@ -214,7 +214,7 @@ def test_an_empty_data_file(door: Door, name: str, content: bytes) -> None:
 
 def test_a_missing_data_file(door: Door) -> None:
     for key in ("data.train", "data.eval"):
-        door.fails([f"{key}: ", door.path("no.jsonl"), "there is no file", "correct"], f"{key}={door.path('no.jsonl')}")
+        door.fails([f"{key}: ", door.path("no.jsonl"), "does not exist", "correct"], f"{key}={door.path('no.jsonl')}")
         words = [f"{key}: ", door.path("no.jsonl"), "does not exist", "Give a file"]
         door.fails(words, f"{key}={door.path('no.jsonl')}", "--check")
 
