@@ -143,6 +143,6 @@ def policy(task: Task, model: Any, dtype: torch.dtype) -> Any:
         activation_memory(model.config, dtype),
         activation_checkpointing.available_bytes(lm, settings["zero_optimization"]),
     )
-    here = activation_checkpointing.choose(memory, wish="auto", tokens=task.micro_batch_tokens, available=available)
+    here = activation_checkpointing.choose(memory, mode="auto", tokens=task.micro_batch_tokens, available=available)
     activation_checkpointing.apply(lm, here.checkpointed)
     return engine

@@ -224,7 +224,7 @@ def _policy(config: Config, models: Models) -> tuple[Any, activation_checkpointi
         say(f"lora: {zero3.trained_parameters(scorer):,} parameters are trained, the others are frozen")
     here = activation_checkpointing.choose(
         activation_memory(models.policy.config, models.dtype, models.adapter),
-        wish=config.model.checkpointing,
+        mode=config.model.checkpointing,
         tokens=config.train.micro_batch_tokens,
         available=activation_checkpointing.available_bytes(lm, settings["zero_optimization"]),
     )

@@ -186,7 +186,7 @@ class Watchdog:
         free = [r for r, s in enumerate(self._states) if not s.waits]
         return min(silent or free or range(len(self._states)), key=lambda r: self._states[r].progress_at)
 
-    def _text(self) -> str:
+    def _message(self) -> str:
         """Return the message about the hang."""
         cause = self._probable_cause()
         state = self._states[cause]
@@ -205,7 +205,7 @@ class Watchdog:
 
     def _end_job(self) -> NoReturn:
         """Report the hang with this rank's stack, and end this process."""
-        text = self._text()
+        text = self._message()
         print_rank_fault(text)
         with suppress(OSError, ValueError):  # stderr may be closed or not a file
             faulthandler.dump_traceback(sys.__stderr__ or 2)

@@ -149,7 +149,12 @@ GATHERED_AT_ONCE = 50_000_000
 
 
 def copy_to_unsharded(sharded: nn.Module, unsharded: nn.Module) -> None:
-    """Copy all parameters and buffers of a model under ZeRO-3 to an unsharded equal model (all ranks call it)."""
+    """Copy all parameters and buffers of a model under ZeRO-3 to an unsharded one (all ranks call it).
+
+    Args:
+        sharded: the model under ZeRO-3.
+        unsharded: a model of the same structure, whole on every rank.
+    """
     import deepspeed
 
     into = dict(unsharded.named_parameters())
@@ -213,8 +218,8 @@ def skip_update_if(engine: Any, is_wrong: Callable[[torch.Tensor], torch.Tensor]
 def release(engine: Any) -> None:
     """Free the engine's memory; the caller then drops its own last reference to the engine.
 
-    `destroy()` removes the hooks only. DeepSpeed 0.19.8 keeps the module alive in a global stack of its module and in
-    caches of a class, whose keys hold a coordinator and so the module.
+    `destroy()` removes the hooks only. DeepSpeed 0.19.8 keeps the module alive in a global stack, and in class-level
+    caches whose keys hold a coordinator and so the module.
     """
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator

@@ -51,13 +51,13 @@ class ActivationCheckpointing:
 
 
 def choose(
-    memory: ActivationMemory, *, wish: Literal["auto", "none", "all"], tokens: int, available: int
+    memory: ActivationMemory, *, mode: Literal["auto", "none", "all"], tokens: int, available: int
 ) -> ActivationCheckpointing:
     """Choose how many layers are recomputed, the same number on every rank (all ranks call it).
 
     Args:
         memory: bytes of activations of this model.
-        wish: train.activation_checkpointing.
+        mode: model.checkpointing of the configuration.
         tokens: tokens of the largest micro-batch.
         available: bytes free on this rank once the engine exists (see `available_bytes`).
 
@@ -65,7 +65,7 @@ def choose(
         AgreedUserError: a full micro-batch does not fit even with every layer recomputed.
     """
     least = min(ranks.all_gather(available))
-    checkpointed = {"none": 0, "all": memory.layers, "auto": memory.fewest_checkpointed(tokens, least)}[wish]
+    checkpointed = {"none": 0, "all": memory.layers, "auto": memory.fewest_checkpointed(tokens, least)}[mode]
     if checkpointed is None:
         raise AgreedUserError(
             f"train.micro_batch_tokens: {tokens} tokens need about {format_bytes(memory.bytes(tokens, memory.layers))} "

@@ -66,7 +66,7 @@ def attach_saved(lm: PreTrainedModel, folder: Path) -> None:
     peft = _peft()
     peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(folder), lm)
     saved = {_in_model(name): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
-    _fill(lm, saved)
+    _load_weights(lm, saved)
 
 
 def save(folder: Path, adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
@@ -93,12 +93,13 @@ def merged_weights(base: ModelFolder, adapter: Adapter, weights: Mapping[str, to
     """
     lm = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
     tuner = _peft().LoraModel(lm, _settings(adapter), _NAME)
-    _fill(lm, weights)
+    _load_weights(lm, weights)
     merged: dict[str, torch.Tensor] = tuner.merge_and_unload().state_dict()
     return merged
 
 
-def _fill(lm: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+def _load_weights(lm: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Load the adapters' weights into a model with adapters; raise RuntimeError where the names do not match."""
     # Not strict, because the base model's own weights are not among them.
     result = lm.load_state_dict(dict(weights), strict=False)
     lacking = [name for name in result.missing_keys if ".lora_" in name]
@@ -109,15 +110,18 @@ def _fill(lm: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def _in_file(name: str) -> str:
+    """Return the name in peft's files of a parameter with this name in the model."""
     return _IN_FILES + name.replace(f".{_NAME}.", ".")
 
 
 def _in_model(name: str) -> str:
+    """Return the name in the model of a parameter with this name in peft's files."""
     layer, matrix, rest = name.removeprefix(_IN_FILES).rsplit(".", 2)
     return f"{layer}.{matrix}.{_NAME}.{rest}"
 
 
 def _settings(adapter: Adapter) -> Any:
+    """Return peft's configuration of the adapters."""
     return _peft().LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,

@@ -66,7 +66,7 @@ def shared_prefix_attention(
     assert dropout == 0.0
     if gathered is not None and softcap is None and varlen_supported(query):
         return varlen_attention(query, key, value, gathered, scaling, sliding_window), None
-    parts = [_segment(query, key, value, s, scaling, sliding_window, softcap) for s in segments]
+    parts = [_segment_attention(query, key, value, s, scaling, sliding_window, softcap) for s in segments]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -130,7 +130,7 @@ def varlen_attention(
     return out[None]
 
 
-def _segment(
+def _segment_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -164,7 +164,7 @@ def _segment(
     windowed = window is not None and window < prefix + own
     if softcap is None and not prefix and not windowed:
         return F.scaled_dot_product_attention(
-            q, _repeated(k, repeat), _repeated(v, repeat), is_causal=True, scale=scaling
+            q, _repeat_heads(k, repeat), _repeat_heads(v, repeat), is_causal=True, scale=scaling
         )
     # Lower-right causal: query i stands at position prefix + i of its sequence.
     mask = torch.ones(own, prefix + own, dtype=torch.bool, device=q.device).tril(prefix)
@@ -173,13 +173,13 @@ def _segment(
         mask = mask.triu(prefix - window + 1)
     if softcap is None:
         return F.scaled_dot_product_attention(
-            q, _repeated(k, repeat), _repeated(v, repeat), attn_mask=mask, scale=scaling
+            q, _repeat_heads(k, repeat), _repeat_heads(v, repeat), attn_mask=mask, scale=scaling
         )
     # One group of heads at a time, and each is computed again in the backward pass: so that the scores of one group
     # only are in memory.
     groups = [
         checkpoint(
-            _capped,
+            _capped_attention,
             q_group,
             k[:, j, None],
             v[:, j, None],
@@ -194,12 +194,12 @@ def _segment(
     return torch.cat(groups, dim=1)
 
 
-def _repeated(x: torch.Tensor, repeat: int) -> torch.Tensor:
+def _repeat_heads(x: torch.Tensor, repeat: int) -> torch.Tensor:
     """Repeat each key-value head for all of its query heads: [1, J, k, d] → [1, J · repeat, k, d]."""
     return x if repeat == 1 else x[:, :, None].expand(-1, -1, repeat, -1, -1).flatten(1, 2)
 
 
-def _capped(
+def _capped_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float, cap: float
 ) -> torch.Tensor:
     """Compute softmax(c·tanh(q kᵀ·scaling/c)) v for one group of heads.

@@ -109,7 +109,7 @@ class ActivationMemory:
 
 def activation_memory(config: PreTrainedConfig, dtype: torch.dtype, adapter: Adapter | None = None) -> ActivationMemory:
     """Count the memory on models of one and of two layers of this configuration, with adapters if given."""
-    one, two = (_kept(meta_model(config, layers, dtype, adapter)) for layers in (1, 2))
+    one, two = (_kept_bytes(meta_model(config, layers, dtype, adapter)) for layers in (1, 2))
     size = torch.empty((), dtype=dtype).element_size()
     hidden = config.hidden_size * size
     capped = config.to_dict().get("final_logit_softcapping") is not None
@@ -203,7 +203,7 @@ def meta_model(
     return model
 
 
-def _kept(model: PreTrainedModel) -> int:
+def _kept_bytes(model: PreTrainedModel) -> int:
     """Count the bytes that autograd keeps in a forward pass of `_TOKENS` tokens, without the weights."""
     # With frozen weights the first layer's input would have no gradient, and the layer would keep less than the others.
     model.get_input_embeddings().requires_grad_(True)

@@ -20,7 +20,7 @@ from prefopt_dist.model.folder import ModelFolder
 
 
 def load_tokenizer(path: Path, key: str) -> Any:
-    """Load the fast tokenizer of a model folder; raise UserError under the configuration key `key`."""
+    """Load the fast tokenizer of a model folder; `key` is the configuration key that a UserError names."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as e:  # the tokenizers library raises plain Exceptions

@@ -167,7 +167,7 @@ def _score_missing(
 
 
 def _look_up(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int, budget: int) -> _Work:
-    """Return what the store lacks, and who scores it (rank 0 alone calls it).
+    """Return the micro-batches that score what the store lacks (rank 0 alone calls it).
 
     Micro-batches of saved plans are used where they fit into the budget; a new plan is saved for the rest.
 

@@ -127,18 +127,18 @@ def test_as_few_layers_as_fit() -> None:
     assert MEMORY.bytes(most, 4) <= 50_000 < MEMORY.bytes(most + 1, 4)
 
 
-@pytest.mark.parametrize(("wish", "layers"), [("auto", 2), ("none", 0), ("all", 4)])
-def test_the_rank_with_least_decides(monkeypatch: pytest.MonkeyPatch, wish: str, layers: int) -> None:
-    monkeypatch.setattr(activation_checkpointing.ranks, "gather", lambda mine: [mine, MEMORY.bytes(1000, 2)])
-    found = activation_checkpointing.choose(MEMORY, wish=wish, tokens=1000, available=10**9)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("mode", "layers"), [("auto", 2), ("none", 0), ("all", 4)])
+def test_the_rank_with_least_decides(monkeypatch: pytest.MonkeyPatch, mode: str, layers: int) -> None:
+    monkeypatch.setattr(activation_checkpointing.ranks, "all_gather", lambda mine: [mine, MEMORY.bytes(1000, 2)])
+    found = activation_checkpointing.choose(MEMORY, mode=mode, tokens=1000, available=10**9)  # type: ignore[arg-type]
     assert found.checkpointed == layers
     assert f"{layers} of 4 layers" in found.text()
 
 
 def test_what_cannot_fit_is_refused_with_what_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_checkpointing.ranks, "gather", lambda mine: [mine])
+    monkeypatch.setattr(activation_checkpointing.ranks, "all_gather", lambda mine: [mine])
     with pytest.raises(UserError, match=r"train\.micro_batch_tokens: 1000 tokens .* at most 342"):
-        activation_checkpointing.choose(MEMORY, wish="auto", tokens=1000, available=50_000)
+        activation_checkpointing.choose(MEMORY, mode="auto", tokens=1000, available=50_000)
 
 
 def test_some_layers(monkeypatch: pytest.MonkeyPatch) -> None:
