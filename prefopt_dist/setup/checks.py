@@ -113,8 +113,8 @@ def adapter_of(lora: Lora | None, model: PreTrainedConfig, base: str) -> Adapter
     for name in names:
         if name not in layers:
             raise UserError(
-                f"lora.target_modules: the decoder of this {model.model_type} model has no linear layer {name!r}; "
-                f"{suggest_names(name, layers)}"
+                f"lora.target_modules: got {name!r}, but the decoder of this {model.model_type} model has no linear "
+                f"layer of that name; {suggest_names(name, layers)}"
             )
     smallest = min(names, key=layers.__getitem__)
     if lora.r > layers[smallest]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -122,7 +123,7 @@ def _open_watch(config: Config, folder: RunFolder, metrics: MetricsFile, loggers
         reported.extend((f.id, f.step) for f in new)
         folder.note(health=[f.as_json() for f in found], health_told=reported)
         for finding in new:
-            say(finding.text())
+            say(finding.text(), logging.WARNING if finding.level == "warning" else logging.INFO)
             if finding.level == "warning":
                 loggers.alert(finding.title, finding.text())
 

@@ -137,7 +137,7 @@ def _refuse_other_folders(model: ModelFolder, dtype: torch.dtype, digests: list[
         raise AgreedUserError(
             f"{model.key}: {model.path} on {shorten(where)} is not the folder that {first} (rank 0) has: other "
             f"content in {shorten(', '.join(sorted(names)))}. Scores are stored under the weights' digest, so all "
-            f"nodes must have the same folder: copy that of {first} to the others, or use a disk that all nodes share."
+            f"nodes must have the same: copy {first}'s folder to the others, or use a disk that all nodes share."
         )
 
 

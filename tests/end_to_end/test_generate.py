@@ -393,7 +393,7 @@ def mistakes(world: Path) -> list[tuple[list[str], list[str], str, bool]]:
     if not two.exists():
         write_reward(two, outputs=2)
     return [
-        (["generate.rewards: none", "give [{"], ["generate.rewards=[]"], "generate", True),
+        (["generate.rewards: not set", "give [{"], ["generate.rewards=[]"], "generate", True),
         (["generate.n: got 1, must be at least 2"], ["generate.n=1"], "generate", True),
         (
             ["generate.rewards[0].function", "'rewards_for_tests' has no", "letters?"],
@@ -416,7 +416,7 @@ def mistakes(world: Path) -> list[tuple[list[str], list[str], str, bool]]:
         ),
         (["generate.rewards: an entry has function None"], ["generate.rewards=[{weight: 2.0}]"], "generate", True),
         (["generate.prompts", "nowhere.jsonl", "does not exist"], ["generate.prompts=nowhere.jsonl"], "generate", True),
-        (["evaluate.prompts: not set", "name prompts"], [], "rounds", True),
+        (["evaluate.prompts: not set", "give prompts"], [], "rounds", True),
         (
             ["reference.name_or_path", "rounds.reference=start", "rounds.reference=first"],
             [f"evaluate.prompts={world / 'new.jsonl'}", f"reference.name_or_path={world / 'model'}"],

@@ -8,6 +8,7 @@ import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import answers_cases
@@ -123,7 +124,7 @@ def test_nats_and_rewards_of_a_run(world: Path, name: str, sections: dict[str, A
     assert len(written) == NUMBER
     apart = np.array([one["reward_after"] - one["reward_before"] for one in written])
     assert last["answers/reward_difference"] == near(apart.mean())
-    half = 1.96 * apart.std(ddof=1) / NUMBER**0.5
+    half = NormalDist().inv_cdf(0.975) * apart.std(ddof=1) / NUMBER**0.5
     assert last["answers/reward_difference_low"] == near(apart.mean() - half)
     won = (apart > 0) + 0.5 * (apart == 0)
     assert last["answers/win_rate"] == near(won.mean())

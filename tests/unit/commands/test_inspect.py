@@ -133,10 +133,10 @@ def test_a_stop_alone_ends_with_two(world: World) -> None:
 
     for name, kinds in (("duplicates", "3 duplicates"), ("cut", "2 cut_prompt"), ("few_rows", "fewer than 10,000")):
         status, said, message = world.inspect("data.on_bad_row=drop", f"inspect.{name}=stop")
-        assert (status, f"error: inspect.{name}: stop" in message, kinds in message) == (2, True, True)
+        assert (status, f"error: inspect.{name}: got stop" in message, kinds in message) == (2, True, True)
         assert "verdict: stop, because of " in said
         assert len(message.splitlines()) <= 2
-        with pytest.raises(UserError, match=rf"^inspect\.{name}: stop"):
+        with pytest.raises(UserError, match=rf"^inspect\.{name}: got stop"):
             world.train_rows(f"inspect.{name}=stop")
     # Looked for and not there.
     assert world.inspect("data.on_bad_row=drop", "inspect.length_bias=stop", "inspect.label_balance=stop")[0] == 0
@@ -180,7 +180,7 @@ def test_a_set_as_a_whole_is_what_the_drops_leave(world: World, monkeypatch: pyt
     assert world.inspect(*few)[0] == 0
     status, _, message = world.inspect(*few, "inspect.duplicates=drop")
     assert (status, f"{every - 3:,} rows, fewer than {every - 2:,}" in message) == (2, True)
-    with pytest.raises(UserError, match=r"^inspect\.few_rows: stop"):
+    with pytest.raises(UserError, match=r"^inspect\.few_rows: got stop"):
         world.train_rows("inspect.few_rows=stop", "inspect.duplicates=drop")
 
     again = planted.pair("what is long?", chosen="grass grass", rejected="grass")
