@@ -1,1 +1,1 @@
-"""What a step costs: this package beside TRL's DPOTrainer, and both beside the floor in operations."""
+"""Benchmarks: the cost of a step beside TRL's DPOTrainer and beside the least number of operations, and others."""

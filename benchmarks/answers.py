@@ -1,8 +1,8 @@
-"""What 64 answers of the start and of the trained model cost beside a run: python -m benchmarks.answers
+"""Cost of 64 answers of the start and of the trained model in a run: python -m benchmarks.answers.
 
 The run is the demo's (after `make demo`: its SFT model, its pairs), in one process, with a cache of its own, so that
-nothing is found done. Of its rows of answers `perf/answers_seconds` is the time of sampling, of the rewards and of the
-reference's scoring at the end; beside it stands what `plan` says for this machine.
+nothing is reused. `perf/answers_seconds` of its rows of answers is the time of sampling, rewards and the reference's
+scoring at the end. It is compared with the estimate of `plan` for this machine.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def measure(demo: Path, folder: Path) -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """For people."""
+    """Return the result as text."""
     spent = found["answers_seconds"]
     return (
         f"a run of {found['run_seconds']:.0f} s, of which {spent['start']:.1f} s for the start's {found['prompts']} "
@@ -63,7 +63,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measures once, prints and saves it."""
+    """Measure once, print the result and save it."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="python -m benchmarks.answers", description=__doc__.splitlines()[0])
     parser.add_argument(

@@ -1,7 +1,7 @@
-"""What checkpoints cost: python -m benchmarks.checkpoint [--shape small] [--ranks 2] [--other-ranks 1]
+"""Cost of checkpoints: python -m benchmarks.checkpoint [--shape small] [--ranks 2] [--other-ranks 1].
 
-The stall of a save, the load, the conversion to another number of ranks and the load from it: in seconds, in
-optimizer steps, and beside writing and reading as many bytes plainly on the same disk.
+It measures the time for which a save stops the training, the load, the conversion to another number of ranks and the
+load of the converted form: in seconds, in optimizer steps, and beside a plain write of as many bytes to the same disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHUNK = 16 << 20
 
 
 def main() -> None:
-    """Starts both phases, or is one of them."""
+    """Start both phases, or run one of them."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--shape", choices=SHAPES, default="small")
     options.add_argument("--ranks", type=int, default=2)
@@ -56,7 +56,7 @@ def _start(phase: str, ranks: int, folder: Path) -> None:
 
 
 def _phase(phase: str, folder: Path) -> None:
-    """On every rank; rank 0 writes <phase>.json."""
+    """Run a phase (all ranks call it); rank 0 writes <phase>.json."""
     from benchmarks import ours
     from prefopt_dist.checkpoint import load, save
     from prefopt_dist.distributed import ranks
@@ -65,7 +65,7 @@ def _phase(phase: str, folder: Path) -> None:
     ranks.start()
     task, root = load_task(folder), folder / "checkpoints"
     model = inspect_folder(folder / "model", "model")
-    engine = ours.policy(task, model, getattr(__import__("torch"), task.dtype))
+    engine = ours.policy_engine(task, model, getattr(__import__("torch"), task.dtype))
     found: dict[str, Any] = {}
 
     def timed(name: str, what: Callable[[], Any]) -> None:
@@ -99,7 +99,7 @@ def _phase(phase: str, folder: Path) -> None:
 
 
 def _steps(engine: Any, task: Task, timed: Callable[[str, Callable[[], Any]], None]) -> None:
-    """The seconds of a step, after one that is not timed."""
+    """Measure the seconds of a step; only the last of three counts."""
     import torch
 
     from benchmarks import ours
@@ -121,7 +121,7 @@ def _steps(engine: Any, task: Task, timed: Callable[[str, Callable[[], Any]], No
 
 
 def _write(file: Path, size: int) -> None:
-    """As many bytes in large blocks, made durable."""
+    """Write `size` bytes in large blocks, with fsync."""
     block = os.urandom(CHUNK)
     with file.open("wb") as f:
         for start in range(0, size, CHUNK):
@@ -131,7 +131,7 @@ def _write(file: Path, size: int) -> None:
 
 
 def table(found: dict[str, dict[str, float]], ranks: int, other: int) -> str:
-    """Markdown: seconds, steps, and times the plain write of as many bytes."""
+    """Return the results as Markdown: seconds, steps, and multiples of a plain write of as many bytes."""
     write, convert = found["write"], found["convert"]
     plain = write["plain write"] / write["bytes"]
     lines = [

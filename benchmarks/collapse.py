@@ -1,14 +1,14 @@
-"""Train in many ways, some of which wreck the model, and see whether the job says so: python -m benchmarks.collapse
+"""Train in many ways, some of which wreck the model, and check that the job reports it: python -m benchmarks.collapse.
 
-The job has no reward here: it judges by the log-probs of 64 answers of the start and of the trained model, and before
-half of the run by the chosen responses' log-probs alone. Whether a run is wrecked the world's true reward says, of
-answers to 400 prompts that nobody trained on: it fell beyond the 95 % interval of the difference paired by prompt, and
-under half of the answers are whole letters. Each seed has data and random weights of its own; thresholds were found on
-seeds of 1000 and above.
+The job has no reward here: it judges by the log-probs of 64 answers of the start and of the trained model, and in the
+first half of the run only by the log-probs of the chosen responses. The true reward of the answers to 400 prompts that
+are in no training data decides whether a run is wrecked: the reward fell, with the whole 95 % interval of the
+difference (paired by prompt) below 0, and under half of the answers are whole letters. Each seed has its own data and
+random weights; the thresholds were found on seeds of 1000 and above.
 
 Worlds: `letters`, of the tests (tests/helpers/letters.py), and `demo`, whose SFT model and pairs are those of
-`python -m prefopt_dist.demo --seed N --folder FOLDER/demo-N`, made here where they are missing. What is found of a run
-is FOLDER/WORLD-SEED/ways/WAY.json; what is there is not made again. One process, no GPU.
+`python -m prefopt_dist.demo --seed N --folder FOLDER/demo-N`, made here where they are missing. The result of a run is
+FOLDER/WORLD-SEED/ways/WAY.json; a result that exists is not computed again. One process, no GPU.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ RESULTS = Path(__file__).parent / "results"
 SEEN, NEW_TOKENS = 64, 96
 """Prompts that the job answers, and tokens of an answer."""
 QUIET = ["checkpoint.every_steps=null", "tracking.wandb.mode=disabled", "train.micro_batch_tokens=1024"]
-"""Quicker on one thread; another layout is the same run."""
+"""Settings that are faster on one thread; the layout does not change the result."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,13 @@ class Way:
     """One way to train."""
 
     settings: tuple[str, ...]
-    """Over the recipe of DPO in this world"""
+    """Overrides of the world's DPO recipe"""
     start: str = "sft"
-    """sft; narrow (SFT on letters of one tone alone) or model (random weights), which the letters' world has"""
+    """Start of the training: sft; in the world `letters` also narrow (SFT on letters of one tone) or model (random
+    weights)"""
     data: str = "train"
     due: str = ""
-    """wrecks, where that is its purpose; else it is healthy"""
+    """Expected outcome: `wrecks`, or empty for a healthy run"""
 
 
 ONE, SFT_TERM = "train.epochs=1", "loss.sft_weight=1"
@@ -72,7 +73,7 @@ LETTERS_DPO = {
     "optim": {"learning_rate": 1.5e-4},
     "train": {"epochs": 2, "global_batch_pairs": 32},
 }
-"""What was once the demo's recipe."""
+"""An earlier recipe of the demo, which wrecks the model."""
 LETTERS_SFT = ("loss.name=sft", "optim.learning_rate=4e-3", "optim.schedule=cosine", "train.epochs=3")
 LETTERS_LORA = ("lora.r=8", "lora.alpha=16", "optim.learning_rate=2e-3", ONE)
 LETTERS = {
@@ -93,28 +94,28 @@ DEMO: dict[str, Way] = {
 
 @dataclass(frozen=True)
 class Start:
-    """What a way begins with."""
+    """The files that a way of training starts with."""
 
     model: Path
     data: Path
     recipe: Path
-    """Of DPO in this world"""
+    """Recipe of DPO in this world"""
     unseen: Path
 
 
 @dataclass(frozen=True)
 class World:
-    """What a world can do."""
+    """A synthetic task: its ways of training, its data and its true reward."""
 
     ways: dict[str, Way]
     start: Callable[[Path, int, Way], Start]
-    """Makes what is missing of a seed in a folder"""
+    """Function that makes the files of a seed in a folder where they are missing"""
     score: Callable[[str, str, dict[str, Any]], float]
     whole: Callable[[str, str], bool]
 
 
 def start_of_letters(here: Path, seed: int, way: Way) -> Start:
-    """Writes the letters of a seed and trains the start; narrow.jsonl: demonstrations in the casual tone alone."""
+    """Write the letters of a seed and train the start; narrow.jsonl has only demonstrations in the casual tone."""
     data = here / "world"
     if not (data / "model" / "tokenizer_config.json").exists():
         letters.write_world(data, train=2400, evaluation=400, demonstrations=2400, unseen=400, seed=seed)
@@ -131,7 +132,7 @@ def start_of_letters(here: Path, seed: int, way: Way) -> Start:
 
 
 def start_of_demo(here: Path, seed: int, way: Way) -> Start:
-    """Makes the demo's world, SFT model and pairs of a seed."""
+    """Make the demo's data, SFT model and pairs of a seed where they are missing."""
     if not (here / "world" / "model" / "tokenizer_config.json").exists():
         parts.make_world(here, seed)
     sft = parts.config_of("sft", here, seed, *QUIET)
@@ -145,7 +146,7 @@ def start_of_demo(here: Path, seed: int, way: Way) -> Start:
 
 
 def whole_of_letters(prompt: str, answer: str) -> bool:
-    """A whole letter of either tone."""
+    """Return whether the answer is a whole letter of either tone."""
     to, name, event = prompt.removeprefix("Write to my ").removesuffix(".").replace(" that ", " ", 1).split(" ", 2)
     both = letters.FORMAL + letters.CASUAL
     return any(answer == text.format(to=to, name=name, event=event) for text in both)
@@ -158,12 +159,12 @@ WORLDS = {
 
 
 def _train(run_dir: Path, recipe: Path, settings: Sequence[str]) -> Path:
-    """Trains where that is not done, without a reward; returns the folder of the whole model."""
+    """Train without a reward unless that is done; return the folder of the whole model."""
     fixed = [f"run.dir={run_dir}", f"run.cache={run_dir.parent / 'cache'}", "data.eval=null", *QUIET]
     config = load_config(recipe, [*settings, *fixed, "generate.rewards=[]"]).with_cache()
     train.run(config)
     if not (run_dir / "DONE").exists():
-        raise UserError(f"{run_dir} was stopped; the same command goes on")
+        raise UserError(f"{run_dir} was stopped; run the same command to resume")
     if config.lora is None:
         return run_dir / "final"
     merged = run_dir / "merged"
@@ -205,8 +206,8 @@ def truth(world: World, policy: Path, start: Path, unseen: Path, seed: int) -> d
     }
 
 
-def one_run(world: World, here: Path, seed: int, name: str) -> dict[str, Any]:
-    """Return what the job said of a way, beside the truth."""
+def run_way(world: World, here: Path, seed: int, name: str) -> dict[str, Any]:
+    """Return what the job reports about a way of training, beside the true reward."""
     way, began = world.ways[name], time.monotonic()
     start = world.start(here, seed, way)
     run_dir = here / "ways" / name
@@ -214,17 +215,17 @@ def one_run(world: World, here: Path, seed: int, name: str) -> dict[str, Any]:
     settings += [f"answers.prompts={start.unseen}", f"answers.number={SEEN}", f"answers.max_new_tokens={NEW_TOKENS}"]
     final = _train(run_dir, start.recipe, settings)
     facts = read_json(run_dir / "run.json")
-    told = {finding["id"]: finding["step"] for finding in reversed(facts["health"])}
+    reported = {finding["id"]: finding["step"] for finding in reversed(facts["health"])}
     steps = facts["training"]["total_steps"]
     last = [row for row in MetricsFile(run_dir / "metrics.jsonl").rows() if row["kind"] == "answers"][-1]
-    early = told.get("likelihood-displaced")
+    early = reported.get("likelihood-displaced")
     return {
         "way": name,
         "seed": seed,
         "due": way.due,
         **truth(world, final, start.model, start.unseen, seed),
         "verdict": facts["answers"]["verdict"],
-        "collapsed": "answers-collapsed" in told,
+        "collapsed": "answers-collapsed" in reported,
         "displaced_at": None if early is None else early / steps,
         "measures": {k.removeprefix("answers/"): v for k, v in last.items() if k.startswith("answers/")},
         "seconds": time.monotonic() - began,
@@ -232,7 +233,7 @@ def one_run(world: World, here: Path, seed: int, name: str) -> dict[str, Any]:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """As Markdown, a line a run."""
+    """Return the results as Markdown, one line per run."""
     lines = [
         "| way | seed | true reward | whole | wrecked | verdict | displaced at "
         "| reference's nats on start, chosen, policy | own |",
@@ -251,7 +252,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def summary(found: Sequence[dict[str, Any]]) -> str:
-    """As Markdown, a line a way."""
+    """Return the results as Markdown, one line per way."""
     lines = [
         "| way | runs | wrecked by the true reward | of them collapsed | displaced before half | true reward | whole |",
         "| --- | ---: | ---: | ---: | ---: | --- | ---: |",
@@ -274,18 +275,19 @@ def summary(found: Sequence[dict[str, Any]]) -> str:
 
 
 def faults(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the runs of which the job said something else than the truth."""
-    told = []
+    """Return a line for each run in which the job's report differs from the true reward."""
+    messages = []
     for f in found:
         if f["wrecked"] != f["collapsed"]:
-            told.append(f"{f['way']}, seed {f['seed']}: wrecked {f['wrecked']}, collapsed {f['collapsed']}")
+            messages.append(f"{f['way']}, seed {f['seed']}: wrecked {f['wrecked']}, collapsed {f['collapsed']}")
         if not f["due"] and f["displaced_at"] is not None:
-            told.append(f"{f['way']}, seed {f['seed']}: healthy, but likelihood-displaced at {f['displaced_at']:.0%}")
-    return told
+            at = f"{f['displaced_at']:.0%}"
+            messages.append(f"{f['way']}, seed {f['seed']}: healthy, but likelihood-displaced at {at}")
+    return messages
 
 
 def main() -> int:
-    """Makes what is missing, prints and saves the tables; 1 where the job and the truth differ."""
+    """Run what is missing, print and save the tables; return 1 where the job's report and the true reward differ."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="python -m benchmarks.collapse", description=__doc__.splitlines()[0])
     parser.add_argument("--world", choices=WORLDS, default="letters")
@@ -304,7 +306,7 @@ def main() -> int:
                 here = options.folder / f"{options.world}-{seed}"
                 file = here / "ways" / f"{name}.json"
                 if not file.exists():
-                    write_json(file, one_run(world, here, seed, name))
+                    write_json(file, run_way(world, here, seed, name))
                 found.append(read_json(file))
                 print(table(found[-1:]).splitlines()[-1], flush=True)
     except UserError as e:

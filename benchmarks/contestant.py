@@ -11,7 +11,7 @@ from benchmarks.world import Task, load_task, write_model
 
 
 def main(name: str, folder: Path) -> None:
-    """Runs the contestant `name` on the task in `folder`."""
+    """Run the contestant `name` on the task in `folder` and write FOLDER/NAME.json."""
     task = load_task(folder)
     if task.device == "cpu":
         import torch

@@ -1,7 +1,7 @@
-"""`evaluate` beside TRL's on the same models and rows: python -m benchmarks.evaluation
+"""Compare `evaluate` with TRL's evaluation on the same models and rows: python -m benchmarks.evaluation.
 
-A random small policy against another random one as the reference, float32 on one CPU thread. Ours is the stage itself,
-with two budgets of tokens; TRL's is `DPOTrainer.evaluate`. Ends with 1 where accuracy or margins differ.
+Policy and reference are two small random models, float32 on one CPU thread. Ours is the stage itself, with two token
+budgets; TRL's is `DPOTrainer.evaluate`. The exit status is 1 where accuracy or margins differ.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ LENGTHS = Mix(Lengths(12, 0.5, 4, 30), Lengths(14, 0.7, 2, 40))
 PAIRS, BATCH = 96, 8
 BETA = 0.1
 TOLERANCE = 1e-4
-"""Of a margin, relative: float32 models in other packings."""
+"""Relative difference of a value that float32 with another packing explains."""
 
 
 def main() -> int:
-    """Both evaluations, side by side."""
+    """Print both evaluations side by side; return 1 where they differ."""
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for seed, which in enumerate(("policy", "reference")):
             write_model(folder / which, SHAPE, "float32", seed)
         pairs = draw_pairs(LENGTHS, PAIRS, SHAPE.vocabulary)
-        # The peer puts an end token behind a response that has none; ours are drawn with one.
+        # TRL appends an end token to a response without one; our responses are drawn with one.
         rows = [
             {"prompt": text(p) + " ", "chosen": text(c[:-1]) + " ", "rejected": text(r[:-1]) + " "} for p, c, r in pairs
         ]

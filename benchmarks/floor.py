@@ -1,4 +1,4 @@
-"""The fewest operations that a DPO step can do, and the shapes of models that are measured.
+"""The least number of operations of a DPO step (the floor), and the shapes of the models that are measured.
 
 Legend: N parameters of the layers' matrices, V vocabulary, d hidden, L layers, a width of all query heads,
 P, C, R tokens of prompt, chosen and rejected; T = P + C + R − 2 distinct input tokens of a pair.
@@ -14,7 +14,7 @@ from prefopt_dist.batching.layout import TRAINING_PASSES, Cost
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama."""
+    """The sizes of a Llama model."""
 
     vocabulary: int
     hidden: int
@@ -25,23 +25,23 @@ class Shape:
     head_size: int
     tied: bool = False
     pairs: int = 8
-    """Pairs of a step unless told otherwise"""
+    """Pairs of a step by default"""
 
     @property
     def attention_width(self) -> int:
-        """a"""
+        """Return a."""
         return self.heads * self.head_size
 
     @property
     def backbone(self) -> int:
-        """N"""
+        """Return N."""
         keys = self.key_value_heads * self.head_size
         attention = 2 * self.hidden * self.attention_width + 2 * self.hidden * keys
         return self.layers * (attention + 3 * self.hidden * self.mlp)
 
     @property
     def cost(self) -> Cost:
-        """As model/cost.py has it for a model folder, without the norms' vectors."""
+        """Return the cost as model/cost.py computes it for a model folder, without the vectors of the norms."""
         return Cost(
             per_token=2.0 * self.backbone,
             per_attended=4.0 * self.layers * self.attention_width,
@@ -50,13 +50,13 @@ class Shape:
 
     @property
     def head_share(self) -> float:
-        """V·d/N; 0.075 for an 8B Llama 3.1."""
+        """Return V·d/N; it is 0.075 for an 8B Llama 3.1."""
         return self.vocabulary * self.hidden / self.backbone
 
 
 SHAPES = {
-    # The head weighs what an 8B model's does, and attention a few per cent: a small hidden size beside a large
-    # vocabulary would measure the head alone. So either the vocabulary is small too, or the layers are wide.
+    # The head has the same share as in an 8B model, and attention a few per cent. With a small hidden size and a large
+    # vocabulary the head would dominate, so either the vocabulary is small too, or the layers are wide.
     "small": Shape(1408, 512, 1792, 3, 4, 2, 64),
     "small-32k": Shape(32_000, 128, 8192, 17, 2, 1, 64, pairs=2),
     "small-128k": Shape(128_256, 128, 16_384, 34, 2, 1, 64, pairs=2),
@@ -67,20 +67,20 @@ SHAPES = {
 
 
 def forward_flop(shape: Shape, prompt: int, chosen: int, rejected: int) -> float:
-    """2N·T + attention + 2Vd·(C + R) of one pair: every distinct token through the layers once."""
+    """Return the FLOP of one pair, every distinct token through the layers once: 2N·T + attention + 2Vd·(C + R)."""
     return shape.cost.of_lengths(prompt, (chosen, rejected), prompt + chosen + rejected - 2)
 
 
 def first_pass_flop(shape: Shape, lengths: Iterable[tuple[int, int, int]]) -> float:
-    """Of scoring these pairs once."""
+    """Return the FLOP of scoring these pairs once."""
     return sum(forward_flop(shape, *pair) for pair in lengths)
 
 
 def step_flop(shape: Shape, lengths: Iterable[tuple[int, int, int]]) -> float:
-    """Of a training step on these pairs: forward, and twice as much backward."""
+    """Return the FLOP of a training step on these pairs: forward, and twice as much backward."""
     return TRAINING_PASSES * first_pass_flop(shape, lengths)
 
 
 def distinct_tokens(lengths: Iterable[tuple[int, int, int]]) -> int:
-    """Σ T"""
+    """Return Σ T, the distinct input tokens of these pairs."""
     return sum(sum(pair) - 2 for pair in lengths)

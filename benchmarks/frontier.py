@@ -1,9 +1,10 @@
-"""Reward against KL for several beta, after figure 2 of the DPO paper: python -m benchmarks.frontier
+"""Reward against KL for several values of beta, as in figure 2 of the DPO paper: python -m benchmarks.frontier.
 
-The task is the demo's world of letters, whose true reward a program can tell; so one can see what each nat of KL from
-the start buys. The start (the demo's SFT model, `make demo`) answers 1,200 prompts four times, a noisy judge's best and
-worst answers are the pairs, one first pass scores them for all, and DPO trains on them as long for each beta. Reward
-and KL are of answers to 400 prompts of the world that are in no file of the demo. One process, no GPU.
+The task is the demo's, whose true reward is computed by a program, so the reward gained per nat of KL from the start
+can be measured. The start (the demo's SFT model, `make demo`) answers 1,200 prompts four times. The best and the worst
+answer by a noisy judge form a pair. One first pass scores the pairs for all betas, and DPO trains on them equally long
+for each beta. Reward and KL are measured on answers to 400 prompts that are in none of the demo's files. One process,
+no GPU.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ RESULTS = Path(__file__).parent / "results"
 BETAS = (0.05, 0.1, 0.5, 1.0, 5.0)
 RECIPE = "launch/recipes/demo_rounds.yaml"
 FRESH = 400
-"""Prompts that reward and KL are of."""
+"""Number of prompts on which reward and KL are measured."""
 TRUE = 'generate.rewards=[{"function": "prefopt_dist.demo.reward:score"}]'
-"""Judges the answers; the recipe's own reward made the pairs."""
+"""Override for the reward that the answers are measured by; the recipe's own reward makes the pairs."""
 
 
 def write_fresh(file: Path) -> None:
-    """The prompts that follow those of the demo's files in the world's stream, in which none stands twice."""
+    """Write the prompts that follow those of the demo's files in the task's stream, in which all are different."""
     used = DEMONSTRATIONS + PROMPTS + HELD_OUT + UNSEEN
     rows = [{"prompt": task.prompt} for task in islice(tasks(seed=0), used, used + FRESH)]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -44,16 +45,16 @@ def write_fresh(file: Path) -> None:
 
 
 def loss_of(beta: float, sft_per_beta: float) -> list[str]:
-    """Overrides of the recipe."""
+    """Return the overrides of the recipe for this beta."""
     return [f"loss.beta={beta}", f"loss.sft_weight={sft_per_beta * beta}"]
 
 
 def run_all(
     recipe: str, folder: Path, betas: Sequence[float], sft_per_beta: float, settings: Sequence[str]
 ) -> dict[str, Any]:
-    """Pairs once, then each beta's training and evaluation; what is done already is found done.
+    """Make the pairs once, then train and evaluate for each beta; what is done already is reused.
 
-    settings: overrides of the recipe for all of them.
+    settings: overrides of the recipe for all betas.
     """
     fresh = folder / "fresh.jsonl"
     write_fresh(fresh)
@@ -70,7 +71,7 @@ def run_all(
     common.append(f"generate.prompts={prompts}")
     pairs = load_config(recipe, [*common, f"run.dir={folder / 'pairs'}"])
     if not generate.run(pairs):
-        raise UserError("stopped while generating; the same command goes on")
+        raise UserError("stopped while generating; run the same command to resume")
     points = {}
     for beta in betas:
         of_beta = [TRUE, f"run.dir={folder / f'beta-{beta:g}'}", *loss_of(beta, sft_per_beta)]
@@ -90,7 +91,7 @@ def run_all(
 def _point(config: Config) -> dict[str, Any]:
     train.run(config)
     if not (config.run_dir / "DONE").exists():
-        raise UserError(f"{config.run_dir} was stopped; the same command goes on")
+        raise UserError(f"{config.run_dir} was stopped; run the same command to resume")
     evaluate.run(config)
     answers = read_json(config.run_dir / "evaluation.json")["answers"]
     scored = read_json(config.run_dir / "run.json")["reference"]
@@ -108,7 +109,7 @@ def _point(config: Config) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """As Markdown; intervals of 95 % over prompts."""
+    """Return the results as Markdown, with 95 % intervals over prompts."""
     lines = [
         "| beta | KL from the start, nats | true reward | win rate against the start | sequences scored |",
         "| ---: | --- | --- | --- | ---: |",
@@ -121,7 +122,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def faults(found: dict[str, Any]) -> list[str]:
-    """What is not as it must be: KL rises each time beta falls, and only the first beta needed the first pass."""
+    """Return the violations of: KL rises each time beta falls, and only the first beta needs the first pass."""
     points = sorted(found["points"], key=lambda p: -p["beta"])
     told = [
         f"KL does not rise from beta {a['beta']:g} ({interval_text(a['kl'])}) "
@@ -137,7 +138,7 @@ def faults(found: dict[str, Any]) -> list[str]:
 
 
 def plot(found: dict[str, Any], file: Path) -> None:
-    """Reward over KL, a point for each beta."""
+    """Plot the reward against KL, with a point for each beta."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -169,7 +170,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
 
 
 def main() -> int:
-    """Runs what is missing, prints the table, saves JSON and plot; 1 where the figures are not as they must be."""
+    """Run what is missing, print the table, save JSON and plot; return 1 where `faults` finds a violation."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="python -m benchmarks.frontier", description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default=RECIPE, help="a recipe of rounds: model, prompts, rewards, optimiser")

@@ -1,7 +1,8 @@
-"""`inspect` on many synthetic pairs: python -m benchmarks.inspect --pairs 1000000 (or --rows: without tokenising)
+"""Time and memory of `inspect` on many synthetic pairs: python -m benchmarks.inspect --pairs 1000000.
 
-Writes the pairs, tokenises them as every stage does, then looks for the findings: the time of both parts, and the
-memory of a process of its own for each. Faults are planted at a known rate, and must be found to the last one.
+It writes the pairs, tokenises them as every stage does and looks for findings, and measures the time of both parts and
+the memory, each in a process of its own. Faults are planted at a known rate, and all of them must be found. With --rows
+it makes tokenised pairs directly.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from typing import Any
 
 WORDS = "the a red green blue cat dog bird tree house runs sings sleeps over under near old new big small".split()
 EVERY = 1000
-"""Of so many pairs one repeats an earlier one, one contradicts an earlier one, and one has an empty response."""
+"""Of this many pairs one repeats an earlier one, one contradicts an earlier one, and one has an empty response."""
 EVAL = 1000
-"""Evaluation pairs, each of which training has too."""
+"""Number of evaluation pairs, all of which are in the training data too."""
 
 
 def write_pairs(folder: Path, pairs: int, words: int, seed: int = 0) -> Counter[str]:
-    """train.jsonl and eval.jsonl; responses are of 1 to 2·words − 1 words. Returns the rows of each kind of fault."""
+    """Write train.jsonl and eval.jsonl, with texts of 1 to 2·words − 1 words; return the rows of each kind of fault."""
     draw = random.Random(seed)
 
     def text() -> str:
@@ -55,7 +56,7 @@ def write_pairs(folder: Path, pairs: int, words: int, seed: int = 0) -> Counter[
 
 
 def write_run(folder: Path) -> None:
-    """A tokenizer trained on such text, a model's configuration, a run."""
+    """Write a tokenizer trained on such text, a model's configuration and a run."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -85,8 +86,8 @@ def write_run(folder: Path) -> None:
     (folder / "run.yaml").write_text(json.dumps(run))
 
 
-def measured(folder: Path) -> dict[str, Any]:
-    """One call of the stage in a process of its own: seconds in all and of tokenising, memory in MiB."""
+def measure_stage(folder: Path) -> dict[str, Any]:
+    """Call the stage in a process of its own; return the seconds in total and of its parts, and memory in MiB."""
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.inspect", "--stage", str(folder / "run.yaml")],
@@ -96,8 +97,8 @@ def measured(folder: Path) -> dict[str, Any]:
     return {"seconds": time.monotonic() - began} | found
 
 
-def stage(run: str) -> None:
-    """Runs the stage and prints what its parts took, and the process's peak memory."""
+def run_stage(run: str) -> None:
+    """Run the stage; print the time of its parts and the process's peak memory."""
     from prefopt_dist.cli import main as door
     from prefopt_dist.commands import inspect
 
@@ -105,14 +106,14 @@ def stage(run: str) -> None:
     worked: Counter[str] = Counter()
     for name in ("prepared", "find"):
         _time(inspect, name, took, worked)
-    with Watch() as watch:
+    with MemoryWatch() as watch:
         status = door(["inspect", run])
     assert status == 0
     print(json.dumps({"parts": took, "cpu": worked, "mib_at_start": watch.at_start, "mib_at_most": watch.at_most}))
 
 
 def write_rows(folder: Path, n: int, seed: int = 0) -> Counter[str]:
-    """A folder of n tokenised pairs of random tokens and digests; every thousandth is repeated and contradicted."""
+    """Write n tokenised pairs of random tokens and digests; every thousandth is repeated and contradicted."""
     import numpy as np
 
     from prefopt_dist.data.dataset import COLUMNS, ColumnWriter, content_digest, write_manifest
@@ -141,15 +142,15 @@ def write_rows(folder: Path, n: int, seed: int = 0) -> Counter[str]:
     return Counter(duplicates=len(digests[1::EVERY]), contradictions=3 * len(digests[2::EVERY]))
 
 
-def look(folder: str) -> None:
-    """Finds what is in tokenised rows, with the rows themselves as evaluation set: the most that there can be to do."""
+def measure_findings(folder: str) -> None:
+    """Look for findings in tokenised rows, with the same rows as evaluation set, which is the most work possible."""
     from prefopt_dist.data import open_rows
     from prefopt_dist.data.quality.findings import group_equal, prompt_keys, row_findings, set_findings
     from prefopt_dist.data.quality.policy import rows_left
     from prefopt_dist.data.quality.report import SetReport
 
     rows = open_rows(Path(folder), checksums=False)
-    with Watch() as watch:
+    with MemoryWatch() as watch:
         began, working = time.monotonic(), time.process_time()
         found = [*row_findings(rows, {"data.eval": rows}), *set_findings(rows, (1.0, 1.0), rows_left(rows.n, [], None))]
         prompts = len(group_equal(prompt_keys(rows)).first)
@@ -162,10 +163,10 @@ def look(folder: str) -> None:
     )
 
 
-class Watch:
-    """The most memory within a block, looked at twenty times a second."""
+class MemoryWatch:
+    """Context that measures the peak memory of its block twenty times a second."""
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> MemoryWatch:
         self.at_start = self.at_most = anonymous_mib()
         self._ended = threading.Event()
         self._watcher = threading.Thread(target=self._look)
@@ -182,7 +183,7 @@ class Watch:
 
 
 def _time(module: Any, name: str, took: Counter[str], worked: Counter[str]) -> None:
-    """Adds up the seconds by the clock and of the processor: the second do not depend on who else is at work."""
+    """Add up a function's seconds by the clock and of CPU time, which other processes do not change."""
     function = vars(module)[name]
 
     def timed(*arguments: Any) -> Any:
@@ -196,13 +197,13 @@ def _time(module: Any, name: str, took: Counter[str], worked: Counter[str]) -> N
 
 
 def anonymous_mib() -> float:
-    """This process's memory without mapped files, which the kernel takes back when it needs to."""
+    """Return this process's memory in MiB without mapped files, which the kernel can free at any time."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 1024
 
 
 def main() -> None:
-    """Prints a table of two calls: the first tokenises, the second finds the rows tokenised."""
+    """Print a table of two calls: the first tokenises the rows, the second reuses the tokenised rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--words", type=int, default=12, help="mean words of a prompt or response")
@@ -211,15 +212,15 @@ def main() -> None:
     parser.add_argument("--look", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.stage is not None:
-        stage(asked.stage)
+        run_stage(asked.stage)
         return
     if asked.look is not None:
-        look(asked.look)
+        measure_findings(asked.look)
         return
     if asked.rows is not None:
         with tempfile.TemporaryDirectory(prefix="prefopt-inspect-") as made:
             print(f"planted: {dict(write_rows(Path(made) / 'rows', asked.rows))}", flush=True)
-            # A process of its own: the memory of what made the rows is not that of what looks at them.
+            # A process of its own, so that the memory for making the rows is not counted.
             subprocess.run([sys.executable, "-m", "benchmarks.inspect", "--look", f"{made}/rows"], check=True)
         return
     with tempfile.TemporaryDirectory(prefix="prefopt-inspect-") as made:
@@ -231,19 +232,19 @@ def main() -> None:
             f"{asked.pairs:,} pairs of {size / asked.pairs:.0f} bytes, {planted.total():,} planted faults", flush=True
         )
         for what in ("first call", "again"):
-            told = measured(folder)
-            parts, cpu = told["parts"], told["cpu"]
+            result = measure_stage(folder)
+            parts, cpu = result["parts"], result["cpu"]
             print(
-                f"{what:11s} {told['seconds']:7.1f} s in all; reading and tokenising {parts['prepared']:.1f} s "
+                f"{what:11s} {result['seconds']:7.1f} s in total; reading and tokenising {parts['prepared']:.1f} s "
                 f"({asked.pairs / parts['prepared']:,.0f} pairs/s; {cpu['prepared']:.1f} s of processor), "
                 f"findings {parts['find']:.1f} s ({cpu['find']:.1f} s of processor); "
-                f"memory {told['mib_at_start']:.0f} MiB at the start, {told['mib_at_most']:.0f} MiB at most",
+                f"memory {result['mib_at_start']:.0f} MiB at the start, {result['mib_at_most']:.0f} MiB at most",
                 flush=True,
             )
         report = json.loads((folder / "report.json").read_text())["data.train"]
         found = {f["name"]: f["count"] for f in report["findings"] if f["count"] and f["name"] != "few_rows"}
         assert found == planted, (found, planted)
-        print(f"found: {', '.join(f'{count:,} {name}' for name, count in sorted(found.items()))}, all that was planted")
+        print(f"found: {', '.join(f'{count:,} {name}' for name, count in sorted(found.items()))}, all planted faults")
 
 
 if __name__ == "__main__":

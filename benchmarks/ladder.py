@@ -1,7 +1,7 @@
-"""The way from a padded step to ours, rung by rung, in plain torch on one process without an engine.
+"""The optimisations between a padded step and ours, one by one, in plain torch in one process without an engine.
 
-Every rung computes the same loss from the same stored reference, except the first, which has the reference in
-memory. A rung adds one thing to the rung before it.
+Every rung computes the same loss from the same stored reference log-probs, except the first, which has the reference
+model in memory. Each rung adds one optimisation to the rung before it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RUNGS = {
 
 
 def run(task: Task, folder: Path, rung: str) -> dict[str, Any]:
-    """The task's steps on one rung."""
+    """Run the task's steps on one rung; return losses, times and memory."""
     torch.manual_seed(0)
     plain = rung in ("padded", "stored")
     device, dtype = torch.device(task.device), getattr(torch, task.dtype)
@@ -88,7 +88,7 @@ def _ids(tokens: list[int]) -> Any:
 
 
 def _padded(lm: Any, step: list[Unit], device: torch.device) -> torch.Tensor:
-    """[U, 2]: 2U rows [prompt, response, padding]."""
+    """Return log-prob sums [U, 2] from 2U padded rows [prompt, response, padding]."""
     rows = [(u.prompt, u.responses[k]) for k in range(2) for u in step]
     longest = max(len(p) + len(r) for p, r in rows)
     ids, mask, scored = (torch.zeros(len(rows), longest, dtype=torch.int64) for _ in range(3))
@@ -104,7 +104,7 @@ def _padded(lm: Any, step: list[Unit], device: torch.device) -> torch.Tensor:
 
 
 def _with_logits(lm: Any, batch: MicroBatch) -> torch.Tensor:
-    """float64 [Q] from the logits of the whole packed row."""
+    """Return log-prob sums, float64 [Q], from the logits of the whole packed row."""
     logits = lm(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,

@@ -1,4 +1,4 @@
-"""Time, memory and speed of the machine at hand."""
+"""Time, memory and speed of this machine."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 SINGLE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 """On the CPU every contestant has one thread, so that CPU seconds can be compared."""
 ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1073741824"}
-"""As launch/env.sh has it; the peer gets it too, or page faults would be compared."""
+"""The setting of launch/env.sh; TRL gets it too, else the comparison would be one of page faults."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A moment."""
+    """A moment in CPU and wall time."""
 
     cpu: float
     """CPU seconds of this process, all its threads"""
@@ -26,7 +26,7 @@ class Mark:
 
     @staticmethod
     def now() -> Mark:
-        """After what the device still has to do."""
+        """Return the present moment, after the device has finished its work."""
         import torch
 
         if torch.cuda.is_available():
@@ -34,7 +34,7 @@ class Mark:
         return Mark(time.process_time(), time.perf_counter())
 
     def since(self, earlier: Mark) -> dict[str, float]:
-        """Seconds between the two."""
+        """Return the seconds between the two moments."""
         return {"cpu": self.cpu - earlier.cpu, "wall": self.wall - earlier.wall}
 
 
@@ -47,7 +47,7 @@ def _status(name: str) -> int | None:
 
 
 def resident_now() -> int:
-    """Bytes resident; on CUDA bytes allocated on the device."""
+    """Return the resident bytes; on CUDA the bytes allocated on the device."""
     import torch
 
     if torch.cuda.is_available():
@@ -56,7 +56,7 @@ def resident_now() -> int:
 
 
 def start_peak() -> int:
-    """Forgets the peak so far, where the system can; returns the baseline."""
+    """Reset the peak where the system allows it; return the present memory as the baseline."""
     import torch
 
     if torch.cuda.is_available():
@@ -67,7 +67,7 @@ def start_peak() -> int:
 
 
 def peak() -> int:
-    """Bytes at most since `start_peak`."""
+    """Return the peak bytes since `start_peak`."""
     import torch
 
     if torch.cuda.is_available():
@@ -81,9 +81,9 @@ def _maximum() -> int:
 
 
 def matrix_rate(device: str, size: int | None = None) -> float:
-    """FLOP per second of a large square matrix product: CPU seconds in float32, or wall seconds in bfloat16 on CUDA.
+    """Measure the FLOP/s of a large square matrix product: CPU seconds in float32; on CUDA wall seconds in bfloat16.
 
-    The best of several, since whatever else the machine does can only slow it down.
+    The best of several counts, since other work on the machine can only slow it down.
     """
     import torch
 
@@ -101,7 +101,7 @@ def matrix_rate(device: str, size: int | None = None) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Facts about the machine and the versions; no names and no paths."""
+    """Return facts about the machine and the versions, without names and paths."""
     from importlib.metadata import PackageNotFoundError, version
 
     import torch

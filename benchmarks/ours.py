@@ -31,7 +31,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "deepspeed_configs"
 
 
 def tokenised(task: Task) -> TokenisedRows:
-    """The pairs as a data set in memory."""
+    """Return the task's pairs as a data set in memory."""
     pairs = task.drawn()
     parts = [np.array(part, dtype=np.int32) for pair in pairs for part in pair]
     digests = [[np.frombuffer(sequence_digest(p, r), np.uint8) for r in (c, j)] for p, c, j in pairs]
@@ -55,15 +55,15 @@ def tokenised(task: Task) -> TokenisedRows:
 
 
 def run(task: Task, folder: Path) -> dict[str, Any]:
-    """The reference's first pass, then the steps; what both took, and the loss of each step."""
+    """Run the reference's first pass and the steps; return their times and the loss of each step."""
     ranks.start()
     model = inspect_folder(folder / "model", "model")
     rows = tokenised(task)
     dtype = getattr(torch, task.dtype)
     baseline = meter.start_peak()
-    reference, took = score(task, folder, model, rows, dtype)
+    reference, took = score_reference(task, folder, model, rows, dtype)
     first_peak = meter.peak()
-    engine = policy(task, model, dtype)
+    engine = policy_engine(task, model, dtype)
     data, objective = ScoredRows(rows, reference), DPO(task.beta)
     losses, times, micro_batches = [], [], []
     cost, steps = forward_cost(model.config), range(task.warm_up + task.steps)
@@ -91,10 +91,10 @@ def run(task: Task, folder: Path) -> dict[str, Any]:
     }
 
 
-def stepper(task: Task, folder: Path, budget: int) -> Callable[[int], None]:
-    """Makes the k-th step of the task as the loop does, against a reference of zeros; for a profile."""
+def make_stepper(task: Task, folder: Path, budget: int) -> Callable[[int], None]:
+    """Return a function that runs the task's k-th step as the training loop does, with zeros as reference log-probs."""
     model, rows = inspect_folder(folder, "model"), tokenised(task)
-    engine = policy(task, model, getattr(torch, task.dtype))
+    engine = policy_engine(task, model, getattr(torch, task.dtype))
     data, objective = ScoredRows(rows, torch.zeros(rows.n, 2, dtype=torch.float64)), DPO(task.beta)
     cost = forward_cost(model.config)
 
@@ -106,12 +106,12 @@ def stepper(task: Task, folder: Path, budget: int) -> Callable[[int], None]:
     return one
 
 
-def score(
+def score_reference(
     task: Task, folder: Path, model: Any, rows: TokenisedRows, dtype: torch.dtype
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """float64 [n, 2] of the reference, and the seconds of scoring: planning, computing and committing.
+    """Return the reference's log-prob sums, float64 [n, 2], and the seconds of planning, computing and committing.
 
-    As `run_first_pass`, less loading and the spot checks, which do not grow with the data.
+    Unlike `run_first_pass` it leaves out loading and the spot checks, which do not grow with the data.
     """
     settings = zero3.reference_settings(
         with_model_buckets(zero_settings(str(CONFIGS / "reference_zero3.json"), "deepspeed.reference"), model.config),
@@ -128,8 +128,8 @@ def score(
     return first_pass._collect(store, [rows], 2)[0], took
 
 
-def policy(task: Task, model: Any, dtype: torch.dtype) -> Any:
-    """The engine as the training stage makes it."""
+def policy_engine(task: Task, model: Any, dtype: torch.dtype) -> Any:
+    """Return the policy's engine as the training stage makes it."""
     settings = zero3.policy_settings(
         with_model_buckets(zero_settings(str(CONFIGS / "policy_zero3.json"), "deepspeed.policy"), model.config),
         dtype=dtype,

@@ -1,12 +1,12 @@
-"""Preference pairs by their lengths alone: four mixes, drawn the same way everywhere.
+"""Random preference pairs with given distributions of lengths: four mixes, drawn in the same way on every machine.
 
-A length is lognormal, clipped, with the location chosen so that the mean after clipping is the mix's. The n
-draws are the quantiles (i + ½)/n in an order from the seed, so that a few dozen pairs have the mean and the
-spread of many thousands. Prompt, chosen and rejected lengths of a pair are independent. Tokens are uniform
-over the vocabulary: no two prompts are equal, and the responses of a pair have no common beginning to speak of.
+A length is lognormal and clipped, and its location is chosen so that the mean after clipping is the mix's. The n draws
+are the quantiles (i + ½)/n in a random order, so that a few dozen pairs have the mean and the spread of many thousands.
+The lengths of prompt, chosen and rejected response are independent. Tokens are uniform over the vocabulary, so no two
+prompts are equal, and the responses of a pair share nearly no prefix.
 
-What a padded batch costs is decided by its longest row, and that depends on which lengths meet. So the steps that
-are timed take, of SHUFFLES orders, the one whose padding is nearest to that of MANY pairs of the same mix.
+The longest row decides the cost of a padded batch, and it depends on which lengths are in the same batch. So the timed
+steps take, of SHUFFLES orders, the one whose padding is nearest to that of MANY pairs of the same mix.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from functools import cache
 from statistics import NormalDist
 
 FIRST_TOKEN = 3
-"""Ids below are special (unknown, padding, end)."""
+"""First id of an ordinary token; ids below it are special (unknown, padding, end)."""
 END = 2
 MANY = 8192
-"""Pairs that stand for the whole mix"""
+"""Number of pairs that represent the whole mix."""
 SHUFFLES = 200
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """One lognormal length, clipped to [least, most]."""
+    """A lognormal distribution of lengths, clipped to [least, most]."""
 
     mean: float
     sigma: float
-    """of the logarithm; 0 makes all lengths equal"""
+    """Standard deviation of the logarithm; 0 makes all lengths equal"""
     least: int
     most: int
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Lengths of prompts and of responses, end token included."""
+    """The lengths of prompts and of responses, end token included."""
 
     prompt: Lengths
     response: Lengths
@@ -49,18 +49,18 @@ MIXES = {
     "ultrafeedback-like": Mix(Lengths(190, 0.9, 12, 1000), Lengths(305, 0.6, 12, 1000)),
     "hh-like": Mix(Lengths(205, 0.6, 20, 800), Lengths(75, 0.7, 6, 400)),
     "long": Mix(Lengths(1600, 0.35, 600, 3000), Lengths(255, 0.5, 40, 600)),
-    # No padding to save and the responses as long as the prompt: what is left is the prompt computed once.
+    # Without padding to save; the only gain left is that the prompt, as long as a response, is computed once.
     "uniform": Mix(Lengths(256, 0, 256, 256), Lengths(256, 0, 256, 256)),
 }
 
-Lens = tuple[int, int, int]
+PairLengths = tuple[int, int, int]
 """Tokens of prompt, chosen and rejected."""
 Pair = tuple[list[int], list[int], list[int]]
 """Ids of prompt, chosen and rejected."""
 
 
-def draw_lengths(mix: Mix, n: int, seed: int = 0) -> list[Lens]:
-    """n pairs' lengths."""
+def draw_lengths(mix: Mix, n: int, seed: int = 0) -> list[PairLengths]:
+    """Draw the lengths of n pairs."""
     draw = random.Random(seed)
     return list(
         zip(_draw(mix.prompt, n, draw), _draw(mix.response, n, draw), _draw(mix.response, n, draw), strict=True)
@@ -87,8 +87,8 @@ def _quantiles(lengths: Lengths, n: int) -> tuple[int, ...]:
     return tuple(round(x) for x in at(mu))
 
 
-def padding(lengths: Sequence[Lens], batch: int) -> float:
-    """Tokens of padded batches of `batch` pairs, prompt and response a row, over the distinct tokens in them."""
+def padding(lengths: Sequence[PairLengths], batch: int) -> float:
+    """Return the tokens of padded batches, divided by the distinct tokens; each row is a prompt with a response."""
     padded = 0
     for start in range(0, len(lengths), batch):
         rows = lengths[start : start + batch]
@@ -98,23 +98,23 @@ def padding(lengths: Sequence[Lens], batch: int) -> float:
 
 @cache
 def usual_padding(mix: Mix, batch: int) -> float:
-    """Of MANY pairs of the mix in random order."""
+    """Return the padding of MANY pairs of the mix in random order."""
     return padding(draw_lengths(mix, MANY), batch)
 
 
-def representative(mix: Mix, batches: int, batch: int, seed: int = 0) -> list[Lens]:
-    """Batches whose padding is nearest to the mix's, of SHUFFLES draws from `seed` on."""
+def representative(mix: Mix, batches: int, batch: int, seed: int = 0) -> list[PairLengths]:
+    """Return the lengths of batches whose padding is nearest to the mix's, of SHUFFLES draws from `seed` on."""
     draws = (draw_lengths(mix, batches * batch, SHUFFLES * seed + k) for k in range(SHUFFLES))
     return min(draws, key=lambda lengths: abs(padding(lengths, batch) - usual_padding(mix, batch)))
 
 
 def draw_pairs(mix: Mix, n: int, vocabulary: int, seed: int = 0) -> list[Pair]:
-    """n pairs of token ids (prompt, chosen, rejected); both responses end with the end token."""
+    """Draw n pairs of token ids (prompt, chosen, rejected); both responses end with the end token."""
     return draw_tokens(draw_lengths(mix, n, seed), vocabulary, seed)
 
 
-def draw_tokens(lengths: Sequence[Lens], vocabulary: int, seed: int = 0) -> list[Pair]:
-    """Pairs of these lengths."""
+def draw_tokens(lengths: Sequence[PairLengths], vocabulary: int, seed: int = 0) -> list[Pair]:
+    """Draw pairs of these lengths."""
     draw = random.Random(seed + 1)
 
     def tokens(count: int) -> list[int]:

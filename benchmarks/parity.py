@@ -1,9 +1,9 @@
-"""Each loss beside TRL's on the same small model and rows: python -m benchmarks.parity
+"""Compare each loss with TRL's on the same small model and rows: python -m benchmarks.parity.
 
 Float32 on one CPU thread; the reference is another model than the policy. A row of the table is one loss: the mean over
-the rows, ours and TRL's, their relative difference, and that of the whole gradient, ‖Δ‖/‖g‖. Ends with 1 where one is
-beyond the tolerance. Where TRL means something else (see docs/losses.md), what is compared is the term that both have,
-and the table says which.
+the rows, ours and TRL's, their relative difference, and that of the whole gradient, ‖Δ‖/‖g‖. The exit status is 1 where
+a difference is larger than the tolerance. Where TRL's loss is defined differently (see docs/losses.md), the table names
+the common term that is compared.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from prefopt_dist.objectives import KTO, SFT, Sequences
 from prefopt_dist.objectives.factory import make_objective
 
 LOSS_TOLERANCE = 2e-5
-"""Relative; what float32 models differ by in log-probs, times what a loss makes of it."""
+"""Tolerated relative difference of a loss: that of float32 log-probs, as the loss amplifies it."""
 GRADIENT_TOLERANCE = 2e-4
-"""Of the whole gradient, ‖Δ‖/‖g‖."""
+"""Tolerated relative difference of the whole gradient, ‖Δ‖/‖g‖."""
 SHAPE = Shape(vocabulary=211, hidden=48, mlp=96, layers=2, heads=4, key_value_heads=2, head_size=12, tied=True)
 LENGTHS = Mix(Lengths(12, 0.5, 4, 30), Lengths(14, 0.7, 2, 40))
 PAIRS = 12
@@ -64,19 +64,19 @@ class Case:
     ours: str
     """Name of the loss"""
     theirs: str
-    """What TRL calls it"""
+    """Name of the loss in TRL"""
     options: dict[str, Any]
-    """Ours, as under `loss:`"""
+    """Our options, as under `loss:`"""
     peer: Callable[[Any, Rows], Value]
-    """The same by TRL, of a `benchmarks.parity_peer.Peer`"""
+    """Function that computes the same with TRL, given a `benchmarks.parity_peer.Peer`"""
     less_sft: bool = False
     """Whether ours is compared without its SFT term"""
     only: str = ""
-    """Which term is compared, where not the whole"""
+    """Name of the term that is compared; empty for the whole loss"""
 
 
 def cases() -> list[Case]:
-    """Every loss that TRL has too."""
+    """Return a case for every loss that TRL has too."""
     smoothing, alpha = 0.1, 0.3
 
     def smoothed(peer: Any, rows: Rows) -> Value:
@@ -138,7 +138,7 @@ def cases() -> list[Case]:
 
 
 def main() -> int:
-    """The command."""
+    """Run the comparison in a temporary folder; return the exit status."""
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -146,11 +146,11 @@ def main() -> int:
 
 
 def compare(folder: Path) -> int:
-    """Prints the table; 1 where a line is beyond the tolerance."""
+    """Print the table; return 1 where a line exceeds the tolerance."""
     from benchmarks.parity_peer import Peer, version
 
     for seed, name in enumerate(("policy", "reference")):
-        write_apart(folder / name, seed)
+        write_spread_model(folder / name, seed)
     rows = draw_pairs(LENGTHS, PAIRS, SHAPE.vocabulary, seed=5)
     ours, theirs = Ours(folder), Peer(folder)
     print(f"{PAIRS} pairs; TRL {version()}; float32\n")
@@ -160,18 +160,18 @@ def compare(folder: Path) -> int:
     for case in cases():
         name = "mix" if "of" in case.options else case.ours.split(",")[0]
         mine = ours.pairs({"name": name, **case.options}, rows, less_sft=case.less_sft)
-        failed |= line(case.ours, case.theirs, case.only or "loss", mine, case.peer(theirs, rows))
+        failed |= print_line(case.ours, case.theirs, case.only or "loss", mine, case.peer(theirs, rows))
     rated = [(p, c if i % 3 else r, i % 3 != 0) for i, (p, c, r) in enumerate(rows)]
     options = {"name": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.4}
     kl, value = theirs.kto(rated, 0.1, 1.4)
     z0, mine = ours.kto(options, rated)
-    failed |= line("kto", "KTO", "loss, z₀ of TRL's partners", mine, value)
-    failed |= line("kto", "KTO", "z₀ alone", Value(z0, {}), Value(kl, {}))
+    failed |= print_line("kto", "KTO", "loss, z₀ of TRL's partners", mine, value)
+    failed |= print_line("kto", "KTO", "z₀ alone", Value(z0, {}), Value(kl, {}))
     return int(failed)
 
 
-def line(ours: str, theirs: str, what: str, mine: Value, value: Value) -> bool:
-    """Prints one line; whether it is beyond the tolerance."""
+def print_line(ours: str, theirs: str, what: str, mine: Value, value: Value) -> bool:
+    """Print one line; return whether it exceeds the tolerance."""
     loss = abs(mine.loss - value.loss) / max(abs(value.loss), 1e-30)
     slope = 0.0
     if mine.gradient:
@@ -188,8 +188,8 @@ def line(ours: str, theirs: str, what: str, mine: Value, value: Value) -> bool:
     return bad
 
 
-def write_apart(folder: Path, seed: int) -> None:
-    """A model whose log-probs lie wide apart, so that no loss is near its start."""
+def write_spread_model(folder: Path, seed: int) -> None:
+    """Write a model whose log-probs differ widely, so that every loss is far from its value at the start."""
     from safetensors.torch import load_file, save_file
 
     write_model(folder, SHAPE, "float32", seed)
@@ -209,7 +209,7 @@ class Ours:
         self.policy, self.reference = policy.train(), reference.eval()
 
     def pairs(self, options: dict[str, Any], rows: Rows, *, less_sft: bool) -> Value:
-        """The mean loss of the pairs, without −log π per token of the chosen response where `less_sft`."""
+        """Return the mean loss of the pairs, without −log π per token of the chosen response where `less_sft`."""
         objective = make_objective(_loss(options), torch.float32)
         units = [
             Unit(i, np.array(p, np.int32), (np.array(c, np.int32), np.array(r, np.int32)))
@@ -224,7 +224,7 @@ class Ours:
         return self._value(loss / len(rows))
 
     def kto(self, options: dict[str, Any], rated: list[tuple[list[int], list[int], bool]]) -> tuple[float, Value]:
-        """z₀ and the mean loss of rated rows; a row's mismatched response is that of the row before it, as in TRL."""
+        """Return z₀ and the mean loss of rated rows; a row's mismatched response is the previous row's, as in TRL."""
         objective = make_objective(_loss(options), torch.float32)
         assert isinstance(objective, KTO)
 
@@ -255,7 +255,7 @@ class Ours:
 
 
 def _loss(options: dict[str, Any]) -> Any:
-    """By the configuration's own way."""
+    """Return the options as the configuration builds them."""
     needed = {"run": {"dir": "x"}, "model": {"name_or_path": "x"}, "data": {"train": "x"}}
     return build_config({**needed, "loss": options}).loss
 

@@ -1,4 +1,4 @@
-"""TRL's trainers on given rows: their own tokenising, collating and loss, one batch, no step."""
+"""TRL's losses on given rows, with TRL's own tokenising, collating and loss, as one batch without a step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.world import text
 
 
 def version() -> str:
-    """TRL's."""
+    """Return TRL's version."""
     return _version("trl")
 
 
@@ -39,7 +39,7 @@ class Peer:
         }
 
     def dpo(self, rows: Rows, loss_type: list[str], beta: float, **options: Any) -> Value:
-        """DPOTrainer's loss of the pairs as one batch."""
+        """Return DPOTrainer's loss of the pairs as one batch."""
         config = DPOConfig(loss_type=loss_type, beta=beta, **options, **self.common)
         trainer = DPOTrainer(
             model=self._model("policy"),
@@ -51,13 +51,13 @@ class Peer:
         return _value(trainer, trainer.compute_loss(trainer.model, _batch(trainer)))
 
     def simpo(self, rows: Rows, beta: float, gamma: float) -> Value:
-        """CPOTrainer's SimPO without its likelihood term."""
+        """Return CPOTrainer's SimPO loss without its likelihood term."""
         config = CPOConfig(loss_type="simpo", beta=beta, simpo_gamma=gamma, cpo_alpha=0.0, **self.common)
         trainer = self._reference_free(CPOTrainer, config, rows)
         return _value(trainer, trainer.compute_loss(trainer.model, _batch(trainer)))
 
     def orpo(self, rows: Rows, beta: float) -> Value:
-        """ORPOTrainer's loss less its likelihood term, which is of prompt and response."""
+        """Return ORPOTrainer's loss without its likelihood term, which is over prompt and response."""
         trainer = self._reference_free(ORPOTrainer, ORPOConfig(beta=beta, **self.common), rows)
         chosen, rejected = trainer.concatenated_forward(trainer.model, _batch(trainer))[:2]
         weighted, *_ = trainer.odds_ratio_loss(chosen, rejected)
@@ -66,7 +66,7 @@ class Peer:
     def kto(
         self, rated: list[tuple[list[int], list[int], bool]], beta: float, undesirable_weight: float
     ) -> tuple[float, Value]:
-        """KTOTrainer's reference point and loss of the rows as one batch."""
+        """Return KTOTrainer's reference point and loss of the rows as one batch."""
         rows = Dataset.from_list(
             [{"prompt": text(p) + " ", "completion": text(c), "label": label} for p, c, label in rated]
         )
@@ -83,7 +83,7 @@ class Peer:
             train_dataset=rows,
             processing_class=self.tokenizer,
         )
-        trainer.model.train()  # whose metrics have a place of their own; there is no dropout
+        trainer.model.train()  # its metrics are read below; the model has no dropout
         value = _value(trainer, trainer.compute_loss(trainer.model, _batch(trainer)))
         return trainer._metrics["train"]["kl"][-1], value
 

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on the task, as it comes or tuned. Only what would make another step is set by hand."""
+"""TRL's DPOTrainer on the task, with its defaults or tuned; only settings that would change the step are set."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Marks(TrainerCallback):
 
 
 class _Trainer(DPOTrainer):
-    """Takes the pairs in the order of the data; remembers each step's loss and what the first pass took."""
+    """A trainer that takes the pairs in the data's order and records each step's loss and the first pass's time."""
 
     first_pass: dict[str, float] | None = None
 
@@ -48,7 +48,7 @@ class _Trainer(DPOTrainer):
 
 
 def run(task: Task, folder: Path, tuned: bool) -> dict[str, Any]:
-    """Trains on the task; what it took, and the loss of each step."""
+    """Train on the task; return times, memory and the loss of each step."""
     data = Dataset.from_list(
         [{"prompt": text(p) + " ", "chosen": text(c), "rejected": text(r)} for p, c, r in task.drawn()]
     )

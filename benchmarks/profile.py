@@ -1,7 +1,7 @@
-"""Where a step's time goes: python -m benchmarks.profile [--mix hh-like] [--micro-batch-tokens 8192] [--shape small]
+"""Profile of a step: python -m benchmarks.profile [--mix hh-like] [--micro-batch-tokens 8192] [--shape small].
 
-Ours alone, on one thread, under the engine as `train` has it: the share of each kind of operation in a profiled step,
-and of the steps before it the time against the floor's operations at the speed of a large matrix product.
+It runs our steps on one thread under the engine as in `train`, and prints the share of each kind of operation in a
+profiled step, and the time of the steps before it beside the floor's operations at the speed of a matrix product.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ KINDS = {
     "optimizer": ("_fused_adam",),
     "collectives": ("c10d",),
 }
-"""By the beginning of a name without `aten::`; products by the whole name. Other operators are `elementwise, sums`."""
+"""Kinds of operators by the beginning of the name without `aten::`, matrix products by the whole name; all other
+operators are `elementwise, sums`."""
 
 
-def kind(name: str) -> str:
-    """Of an operator, or of a node of autograd or the engine."""
+def operator_kind(name: str) -> str:
+    """Return the kind of an operator, or of a node of autograd or the engine."""
     short = name.removeprefix("aten::")
     if short in KINDS["matrix products"]:
         return "matrix products"
@@ -41,7 +42,7 @@ def kind(name: str) -> str:
 
 
 def main() -> None:
-    """The command; starts itself again with one thread and the allocator's settings."""
+    """Print the profile, in a process that is restarted with one thread and the allocator's settings."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--mix", choices=MIXES, default="hh-like")
     options.add_argument("--micro-batch-tokens", type=int, default=8192)
@@ -64,7 +65,7 @@ def _run(task: Task, budget: int) -> None:
     ranks.start()
     with tempfile.TemporaryDirectory() as name:
         write_model(Path(name), task.shape, task.dtype, task.seed)
-        one = ours.stepper(task, Path(name), budget)
+        one = ours.make_stepper(task, Path(name), budget)
     rate = meter.matrix_rate("cpu")
     one(0)
     lengths = [(len(p), len(c), len(r)) for p, c, r in task.drawn()][task.pairs :]
@@ -80,7 +81,7 @@ def _run(task: Task, budget: int) -> None:
     shares: Counter[str] = Counter()
     events: Any = found.key_averages()
     for event in events:
-        shares[kind(event.key)] += event.self_cpu_time_total
+        shares[operator_kind(event.key)] += event.self_cpu_time_total
     for of_kind, microseconds in shares.most_common():
         print(f"  {of_kind:20s} {microseconds / sum(shares.values()):6.1%}")
     ranks.end()

@@ -1,9 +1,9 @@
-"""The demo's recipes on several seeds: python -m benchmarks.recipes --seeds 0 1 2 3 4
+"""Results of the demo's recipes on several seeds: python -m benchmarks.recipes --seeds 0 1 2 3 4.
 
-Each seed has data and random weights of its own. Its SFT model, its pairs and its controls (SFT on the chosen answers,
-the best of three learning rates) are made once and shared by all recipes; each recipe's model is judged by the true
-reward of its answers to 400 prompts that nobody trained on. Settings were chosen on other seeds (1000 and above). One
-process; what is done already is found done, so the same command goes on.
+Each seed has its own data and random weights. Its SFT model, its pairs and its controls (SFT on the chosen answers, the
+best of three learning rates) are made once and shared by all recipes. Each recipe's model is judged by the true reward
+of its answers to 400 prompts that are in no training data. The settings were chosen on other seeds (1000 and above). It
+is one process; what is done already is reused, so the same command resumes.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from prefopt_dist.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 QUIET = ("tracking.wandb.mode=disabled", "train.micro_batch_tokens=1024")
-"""Quicker on one thread; another layout is the same run."""
+"""Settings that are faster on one thread; the layout does not change the result."""
 
 
 def shared(folder: Path, seed: int) -> None:
-    """Makes a seed's world, SFT model, pairs and controls."""
+    """Make a seed's data, SFT model, pairs and controls where they are missing."""
     if not (folder / "world" / "model" / "tokenizer_config.json").is_file():
         parts.make_world(folder, seed)
     _trained(parts.config_of("sft", folder, seed, *QUIET).run_dir, "sft", folder, seed)
     if not generate.run(parts.config_of("pairs", folder, seed, *QUIET)):
-        raise UserError("stopped while generating; the same command goes on")
+        raise UserError("stopped while generating; run the same command to resume")
     parts.split_pairs(folder)
     for rate in parts.CONTROL_RATES:
         if not judge_control(folder, seed, rate):
-            raise UserError("a control was stopped; the same command goes on")
+            raise UserError("a control was stopped; run the same command to resume")
 
 
 def _trained(run_dir: Path, recipe: str, folder: Path, seed: int) -> None:
@@ -47,11 +47,11 @@ def _trained(run_dir: Path, recipe: str, folder: Path, seed: int) -> None:
     stage = rounds if recipe == "rounds" else train
     stage.run(parts.config_of(recipe, folder, seed, *QUIET))
     if not (run_dir / "DONE").exists():
-        raise UserError(f"{run_dir} was stopped; the same command goes on")
+        raise UserError(f"{run_dir} was stopped; run the same command to resume")
 
 
-def one(root: Path, seed: int, recipe: str) -> dict[str, Any]:
-    """The result of a recipe on a seed, made once."""
+def recipe_result(root: Path, seed: int, recipe: str) -> dict[str, Any]:
+    """Return the result of a recipe on a seed; compute it where it is missing."""
     folder = root / f"seed-{seed}"
     file = folder / f"result-{recipe}.json"
     if not file.exists():
@@ -65,7 +65,7 @@ def one(root: Path, seed: int, recipe: str) -> dict[str, Any]:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """As Markdown."""
+    """Return the results as Markdown, one line per recipe and seed."""
     lines = [
         "| recipe | seed | reward before | control | after | difference, 95 % | beyond the control, 95 % | win rate "
         "| KL, nats | accuracy | whole letters | verdict |",
@@ -84,7 +84,10 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def pooled(found: Sequence[dict[str, Any]]) -> str:
-    """As Markdown, a line a recipe: over its seeds, differences paired by prompt, each seed as many prompts."""
+    """Return the results as Markdown, one line per recipe over its seeds, with differences paired by prompt.
+
+    Every seed has the same number of prompts.
+    """
     lines = [
         "| recipe | seeds | better than the start | reward before → after | control | beyond the control, 95 % "
         "| KL, nats | whole letters |",
@@ -97,7 +100,7 @@ def pooled(found: Sequence[dict[str, Any]]) -> str:
             return sum(map(of, rows)) / len(rows)
 
         beyond = mean(lambda r: r["control_difference"]["mean"])
-        # The seeds' prompts are different ones: variances add up.
+        # The prompts of different seeds are independent, so their variances add up.
         half = mean(lambda r: (r["control_difference"]["high"] - r["control_difference"]["mean"]) ** 2) ** 0.5
         half /= len(mine) ** 0.5
         lines.append(
@@ -111,7 +114,7 @@ def pooled(found: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Runs what is missing, prints and saves the table; 1 where a recipe has not made the model better."""
+    """Run what is missing, print and save the table; return 1 where a recipe has not made the model better."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recipes", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -124,7 +127,7 @@ def main() -> int:
     try:
         for seed in options.seeds:
             for recipe in options.recipes:
-                found.append(one(options.folder, seed, recipe))
+                found.append(recipe_result(options.folder, seed, recipe))
                 print(f"\n{table(found[-1:])}\n", flush=True)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

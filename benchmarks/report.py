@@ -1,4 +1,4 @@
-"""From the contestants' results to a table, a JSON file and a plot."""
+"""Table, summary and plot of the contestants' results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.pairs import MIXES, padding, usual_padding
 from benchmarks.world import Task
 
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-"""Relative; every contestant must take the same steps before its time means anything."""
+"""Tolerated relative difference of a loss; the times are comparable only if all contestants take the same steps."""
 
 NAMES = {
     "ours": "ours",
@@ -26,7 +26,11 @@ COLUMNS = (
 
 
 def check_losses(results: dict[str, dict[str, Any]], dtype: str) -> float:
-    """The worst relative difference from ours at any step; AssertionError beyond the tolerance."""
+    """Return the largest relative difference from our losses at any step.
+
+    Raises:
+        AssertionError: a difference exceeds the tolerance, or the numbers of steps differ.
+    """
     ours, worst = results["ours"]["losses"], 0.0
     for name, found in results.items():
         assert len(found["losses"]) == len(ours), f"{name} made {len(found['losses'])} steps, ours {len(ours)}"
@@ -38,12 +42,12 @@ def check_losses(results: dict[str, dict[str, Any]], dtype: str) -> float:
 
 
 def summarise(task: Task, results: dict[str, dict[str, Any]], rate: float) -> dict[str, Any]:
-    """What the table shows of one mix; call `check_losses` first."""
+    """Return the values that the table shows for one mix; call `check_losses` first."""
     lengths = [(len(p), len(c), len(r)) for p, c, r in task.drawn()]
     timed = lengths[task.warm_up * task.pairs :]
     floor = step_flop(task.shape, timed) / len(timed)
     floor_pass = first_pass_flop(task.shape, lengths) / len(lengths)
-    # On the CPU one thread's own seconds, which other processes cannot stretch; on CUDA the clock.
+    # On the CPU the thread's CPU seconds count, which do not depend on other processes; on CUDA wall time.
     clock = "cpu" if task.device == "cpu" else "wall"
     rows: dict[str, Any] = {}
     for name, found in results.items():
@@ -74,7 +78,7 @@ def summarise(task: Task, results: dict[str, dict[str, Any]], rate: float) -> di
 
 
 def ratios(rows: dict[str, Any], name: str, what: str) -> str:
-    """How many times as many pairs a second as each peer that was measured; what: `step` or `epoch`."""
+    """Return the ratios of pairs per second to each peer that was measured; what: `step` or `epoch`."""
 
     def seconds(row: dict[str, Any]) -> float:
         return 1 / row["pairs_per_second"] if what == "step" else row["epoch_seconds_per_pair"]
@@ -83,10 +87,11 @@ def ratios(rows: dict[str, Any], name: str, what: str) -> str:
 
 
 def table(mix: str, summary: dict[str, Any]) -> str:
-    """One mix as Markdown.
+    """Return the table of one mix as Markdown.
 
-    Times in CPU seconds of one thread (on CUDA by the clock); memory above what the imports take; an epoch has
-    the first pass of those that have one; efficiency is the floor's operations over time and matrix speed.
+    Times are CPU seconds of one thread (on CUDA wall time). Memory is what is used beyond the imports. An epoch
+    includes the first pass where there is one. Efficiency is the floor's operations divided by time and by the speed of
+    a matrix product.
     """
     lines = [
         f"### {mix}: {summary['tokens_per_pair']:.0f} distinct tokens and {summary['floor_gflop_per_pair']:.1f} GFLOP "
@@ -116,7 +121,7 @@ def table(mix: str, summary: dict[str, Any]) -> str:
 
 
 def ladder_table(rungs: dict[str, str], summary: dict[str, Any]) -> str:
-    """The rungs as Markdown."""
+    """Return the rungs as Markdown."""
     lines = ["| rung | s/step | peak | faster than the first |", "| --- | ---: | ---: | ---: |"]
     first = summary["rows"][next(iter(rungs))]["step_seconds"]
     for name, what in {**rungs, "ours": "… under the ZeRO-3 engine, with its metrics: ours"}.items():
@@ -129,7 +134,7 @@ def ladder_table(rungs: dict[str, str], summary: dict[str, Any]) -> str:
 
 
 def plot(mixes: dict[str, dict[str, Any]], title: str, file: Path) -> None:
-    """Pairs per second of each contestant on each mix, with what the floor would allow."""
+    """Plot the pairs per second of each contestant on each mix, and the limit that the floor sets."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,7 +1,7 @@
-"""Ours beside TRL's DPOTrainer, measured in one run: python -m benchmarks.step [--cuda] [--ladder]
+"""Speed of our step beside TRL's DPOTrainer, measured in one run: python -m benchmarks.step [--cuda] [--ladder].
 
-Each contestant runs in a process of its own on the same model, pairs and steps. The losses of all steps are
-compared before any time is printed.
+Each contestant runs in a process of its own on the same model, pairs and steps. The losses of all steps are compared
+before any time is printed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from benchmarks.world import Task, save_task
 RESULTS = Path(__file__).resolve().parent / "results"
 SMALL_MICRO_BATCH = 2048
 STEPS = {"ultrafeedback-like": 4, "hh-like": 6, "long": 2, "uniform": 2}
-"""Timed, unless told otherwise: as many as half an hour allows."""
+"""Timed steps by default: as many as half an hour allows."""
 
 
 def main() -> None:
-    """The command."""
+    """Measure, print and save the comparison."""
     options = _arguments()
     shape = SHAPES[options.shape]
     if options.layers:
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def ladder(task: Task) -> dict[str, Any]:
-    """Measures and prints the rungs."""
+    """Measure and print the rungs; return their summary."""
     from benchmarks.ladder import RUNGS as rungs
 
     machine, results = measure(task, [*rungs, "ours"])
@@ -74,7 +74,7 @@ def ladder(task: Task) -> dict[str, Any]:
 
 
 def measure(task: Task, contestants: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Facts of the machine with its matrix rate, and each contestant's result."""
+    """Return facts about the machine, with its speed of matrix products, and each contestant's result."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_task(folder, task)
@@ -88,12 +88,12 @@ def measure(task: Task, contestants: list[str]) -> tuple[dict[str, Any], dict[st
 
 
 def _process(contestant: str, folder: Path, task: Task) -> dict[str, Any]:
-    """Runs one contestant; whatever it prints is shown only where it fails."""
+    """Run one contestant; its output is printed only if it fails."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(
         p for p in (str(RESULTS.parent.parent), os.environ.get("PYTHONPATH")) if p
     )
-    # A store or a cache of an earlier contestant would spare this one its first pass.
+    # With the store or cache of an earlier contestant, this one would skip its first pass.
     environment |= {"HF_DATASETS_CACHE": str(folder / f"cache-{contestant}"), "HF_HUB_OFFLINE": "1"}
     for left in folder.glob("store/*"):
         left.unlink()
@@ -113,10 +113,10 @@ def _process(contestant: str, folder: Path, task: Task) -> dict[str, Any]:
 
 
 def save(found: dict[str, Any], name: str) -> None:
-    """results/NAME.json, and the plot where matplotlib is installed.
+    """Write results/NAME.json, and the plot where matplotlib is installed.
 
-    Mixes that were measured before with the same model, task and versions on the same machine stay, so that one can
-    be measured again, or all of them one by one.
+    Results of other mixes are kept where they were measured with the same model, task and versions on the same machine,
+    so that the mixes can be measured one by one.
     """
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
@@ -163,7 +163,7 @@ def _title(found: dict[str, Any]) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default=None, help="small on the CPU, 1b on CUDA")
-    parser.add_argument("--layers", type=int, help="another depth: what fits")
+    parser.add_argument("--layers", type=int, help="number of layers, to fit the memory")
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--mix", nargs="+", choices=MIXES, default=list(MIXES))
     parser.add_argument("--contestants", nargs="+", default=["ours", "ours-small", "trl-tuned", "trl"])
@@ -173,7 +173,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cuda", dest="device", action="store_const", const="cuda", help="--device cuda")
-    parser.add_argument("--ladder", action="store_true", help="also the way there, on the first mix")
+    parser.add_argument("--ladder", action="store_true", help="also measure each optimisation, on the first mix")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json and NAME.svg")
     options = parser.parse_args()
     options.shape = options.shape or ("small" if options.device == "cpu" else "1b")

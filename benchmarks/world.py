@@ -13,16 +13,16 @@ from benchmarks.pairs import MIXES, Pair, draw_tokens, representative
 
 @dataclass(frozen=True)
 class Task:
-    """What is measured; the same for every contestant."""
+    """The task that is measured; it is the same for every contestant."""
 
     shape: Shape
     mix: str
     pairs: int
-    """G, pairs of a step"""
+    """G: number of pairs of a step"""
     steps: int
-    """Timed steps"""
+    """Number of timed steps"""
     warm_up: int
-    """Steps before them, whose losses are compared too"""
+    """Number of steps before the timed ones; their losses are compared too"""
     device: str
     """cpu or cuda"""
     seed: int
@@ -33,20 +33,20 @@ class Task:
 
     @property
     def dtype(self) -> str:
-        """float32 on the CPU, bfloat16 on CUDA."""
+        """Return the dtype's name: float32 on the CPU, bfloat16 on CUDA."""
         return "float32" if self.device == "cpu" else "bfloat16"
 
     @property
     def n(self) -> int:
-        """Pairs in all."""
+        """Return the total number of pairs."""
         return self.pairs * (self.warm_up + self.steps)
 
     def rows(self, step: int) -> range:
-        """The pairs of a step, in the order of the data."""
+        """Return the pairs of a step, in the order of the data."""
         return range(step * self.pairs, (step + 1) * self.pairs)
 
     def drawn(self) -> list[Pair]:
-        """The pairs' token ids; the warm-up's and the timed steps' lengths are each like the mix's."""
+        """Return the pairs' token ids; the lengths of warm-up and timed steps each represent the mix."""
         mix = MIXES[self.mix]
         timed = representative(mix, self.steps, self.pairs, self.seed)
         before = representative(mix, self.warm_up, self.pairs, self.seed) if self.warm_up else []
@@ -54,18 +54,18 @@ class Task:
 
 
 def save_task(folder: Path, task: Task) -> None:
-    """Writes task.json."""
+    """Write task.json."""
     (folder / "task.json").write_text(json.dumps(asdict(task)))
 
 
 def load_task(folder: Path) -> Task:
-    """Reads task.json."""
+    """Read task.json."""
     body: dict[str, Any] = json.loads((folder / "task.json").read_text())
     return Task(**body | {"shape": Shape(**body["shape"])})
 
 
 def write_model(folder: Path, shape: Shape, dtype: str, seed: int) -> None:
-    """A random Llama and a tokenizer whose words are the token ids."""
+    """Write a random Llama and a tokenizer whose words are the token ids."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -95,5 +95,5 @@ def write_model(folder: Path, shape: Shape, dtype: str, seed: int) -> None:
 
 
 def text(ids: list[int]) -> str:
-    """What the tokenizer turns into these ids again."""
+    """Return the text that the tokenizer turns into these ids."""
     return " ".join("</s>" if i == 2 else str(i) for i in ids)

@@ -162,26 +162,26 @@ def test_unequal_losses_are_no_comparison(losses: list[float]) -> None:
 @pytest.mark.parametrize(("world", "steps"), [(8, 8), (64, 2)])
 def test_ranks_wait_little(mix: str, world: int, steps: int) -> None:
     """Under 2 % with 8 pairs a rank."""
-    assert imbalance.lost(draw_lengths(MIXES[mix], world * 8 * steps, seed=1), world, 8) < 0.02
+    assert imbalance.lost_time(draw_lengths(MIXES[mix], world * 8 * steps, seed=1), world, 8) < 0.02
 
 
 def test_parity_finds_what_is_not_equal(capsys: pytest.CaptureFixture[str]) -> None:
     """A loss or a gradient beyond the tolerance, or none at all; a whole run needs TRL and is not tested."""
     value = parity.Value(0.5, {"w": torch.tensor([3.0, 4.0]).double()})
-    assert not parity.line("dpo", "DPO", "loss", value, value)
+    assert not parity.print_line("dpo", "DPO", "loss", value, value)
     for other in (
         parity.Value(0.5001, value.gradient),
         parity.Value(math.nan, value.gradient),
         parity.Value(0.5, {"w": torch.tensor([3.0, 4.1]).double()}),
         parity.Value(0.5, {"w": torch.tensor([-3.0, -4.0]).double()}),
     ):
-        assert parity.line("dpo", "DPO", "loss", other, value)
+        assert parity.print_line("dpo", "DPO", "loss", other, value)
     assert capsys.readouterr().out.count("BEYOND") == 4
 
 
 def test_parity_measures_ours_by_hand(tmp_path) -> None:
     """Where policy and reference are one model: ln 2, and z0 = 0."""
-    parity.write_apart(tmp_path / "policy", 0)
+    parity.write_spread_model(tmp_path / "policy", 0)
     shutil.copytree(tmp_path / "policy", tmp_path / "reference")
     ours = parity.Ours(tmp_path)
     rows = draw_pairs(parity.LENGTHS, 4, parity.SHAPE.vocabulary)
@@ -205,7 +205,7 @@ def test_parity_measures_ours_by_hand(tmp_path) -> None:
     ],
 )
 def test_operations_have_their_kind(name: str, expected: str) -> None:
-    assert profile.kind(name) == expected
+    assert profile.operator_kind(name) == expected
 
 
 def frontier_of(kls: dict[float, float], scored: tuple[int, ...]) -> dict[str, Any]:

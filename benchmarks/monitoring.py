@@ -1,8 +1,8 @@
-"""What the diagnosis and the health rules cost a step: python -m benchmarks.eyes
+"""Cost of the diagnosis and the health rules per step: python -m benchmarks.monitoring.
 
-CPU seconds of their own, on one thread, for a step of the benchmark: the sums of each micro-batch, a row's numbers,
-and the rules over a run that has 10,000 rows behind it. What they take of a step is said against the step's own time
-in benchmarks/results/cpu.json. The collectives and host reads of a step are counted in tests/ranks/test_ranks.py.
+It measures their CPU seconds on one thread for a step of the benchmark: the sums of each micro-batch, the numbers of a
+row, and the rules in a run with 10,000 rows. Their share is relative to the step's time in benchmarks/results/cpu.json.
+The tests on several ranks count the collectives and host reads of a step.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "cpu.json"
 
 
 def main() -> int:
-    """Prints the table."""
+    """Print the table; return 1 where the share is 1 % or more."""
     torch.set_num_threads(1)
     shape = Shape(vocabulary=512, hidden=8, mlp=8, layers=1, heads=1, key_value_heads=1, head_size=8, tied=True)
     task = Task(shape, "ultrafeedback-like", PAIRS, 1, 0, "cpu", 0)
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def _seconds(what: Callable[[], Any]) -> float:
-    """CPU seconds of one call."""
+    """Return the CPU seconds of one call."""
     what()
     began = time.process_time()
     for _ in range(REPEATS):
@@ -74,7 +74,7 @@ def _seconds(what: Callable[[], Any]) -> float:
 
 
 def _rules(found: dict[str, Any]) -> float:
-    """CPU seconds of following one row more, at the end of a long run."""
+    """Return the CPU seconds of the rules for one more row at the end of a long run."""
     draw = np.random.RandomState(0)
     with tempfile.TemporaryDirectory() as folder:
         metrics = MetricsFile(Path(folder) / "metrics.jsonl")
@@ -99,11 +99,11 @@ def _rules(found: dict[str, Any]) -> float:
 
 
 def _steps() -> list[tuple[str, float, int]]:
-    """Name, CPU seconds and micro-batches of the steps that were measured."""
+    """Return name, CPU seconds and number of micro-batches of the steps that were measured."""
     found = []
     for mix, result in json.loads(RESULTS.read_text())["mixes"].items():
         for which, budget in (("ours", 8192), ("ours-small", 2048)):
-            # One more than fits, since groups do not fill a micro-batch.
+            # One more than the tokens need, since groups do not fill a micro-batch.
             micro_batches = int(PAIRS * result["tokens_per_pair"] / budget) + 2
             found.append((f"{mix}, {budget} tokens", result["rows"][which]["step_seconds"], micro_batches))
     return found
