@@ -45,10 +45,10 @@ def answer_sums(engine: Any, units: Sequence[Unit], budget: int, what: str) -> N
         # Each rank runs the same number of passes, some with an empty micro-batch, since the engine's gathers are
         # collective.
         for turn in range(0, len(micro_batches), world):
-            here = micro_batches[turn + rank] if turn + rank < len(micro_batches) else []
-            batch = pack(here, responses_per_unit=1)
+            share = micro_batches[turn + rank] if turn + rank < len(micro_batches) else []
+            batch = pack(share, responses_per_unit=1)
             sums = engine(batch.to(ranks.device())).cpu()[batch.units[:, 0]]
-            mine |= dict(zip((u.row for u in here), sums.tolist(), strict=True))
+            mine |= dict(zip((u.row for u in share), sums.tolist(), strict=True))
             progress.update(min(world, len(micro_batches) - turn))
     sums_by_row = {row: value for part in ranks.all_gather(mine) for row, value in part.items()}
     return np.array([sums_by_row[u.row] for u in units])

@@ -96,14 +96,14 @@ class ClassifierReward:
         self._longest = config.to_dict().get("max_position_embeddings")
 
     @torch.inference_mode()
-    def score(self, asked: Sequence[tuple[Prompt, str]]) -> list[float | RewardFailure]:
+    def score(self, responses: Sequence[tuple[Prompt, str]]) -> list[float | RewardFailure]:
         """Score responses as in `Reward`, in batches of similar length with at most `batch_tokens` padded tokens.
 
         A response that exceeds `batch_tokens` is a batch by itself.
         """
-        found: list[float | RewardFailure] = [RewardFailure("was not computed")] * len(asked)
+        found: list[float | RewardFailure] = [RewardFailure("was not computed")] * len(responses)
         lines: list[tuple[int, list[int]]] = []
-        for i, (prompt, response) in enumerate(asked):
+        for i, (prompt, response) in enumerate(responses):
             ids = self._ids(prompt, response)
             if isinstance(ids, RewardFailure):
                 found[i] = ids
@@ -160,7 +160,7 @@ class RewardFailure:
 class Reward(Protocol):
     """A reward that scores responses; each rank holds an unsharded copy."""
 
-    def score(self, asked: Sequence[tuple[Prompt, str]]) -> list[float | RewardFailure]:
+    def score(self, responses: Sequence[tuple[Prompt, str]]) -> list[float | RewardFailure]:
         """Return for each prompt and response, in order, a finite number or the failure."""
         ...
 
@@ -179,9 +179,9 @@ class FunctionReward:
     def __init__(self, function: Callable[[Any, str, dict[str, Any]], Any]) -> None:
         self._function = function
 
-    def score(self, asked: Sequence[tuple[Prompt, str]]) -> list[float | RewardFailure]:
+    def score(self, responses: Sequence[tuple[Prompt, str]]) -> list[float | RewardFailure]:
         """Score responses one by one, as in `Reward`."""
-        return [self._score(prompt, response) for prompt, response in asked]
+        return [self._score(prompt, response) for prompt, response in responses]
 
     def _score(self, prompt: Prompt, response: str) -> float | RewardFailure:
         try:

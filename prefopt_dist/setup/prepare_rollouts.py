@@ -262,13 +262,13 @@ def prepare(
     data = config.data
     rewards = configured_rewards(config, models)
     tokeniser = tokeniser_of(config, models.tokenizer)
-    held = hash_weights(model, models.dtype, config.cache_dir)
+    hashed = hash_weights(model, models.dtype, config.cache_dir)
     sampling = Sampling(
         n=n,
         temperature=temperature,
         top_p=top_p,
         max_new_tokens=config.generate.max_new_tokens,
-        seed=seed_of_model(config.run.seed, held.key) if own_draws else config.run.seed,
+        seed=seed_of_model(config.run.seed, hashed.key) if own_draws else config.run.seed,
         stop_ids=ranks.run_on_all_ranks(lambda: stop_ids_of(tokeniser.template, model.path)),
     )
 
@@ -283,7 +283,7 @@ def prepare(
         )
         say(f"{key}: {prompts.text()}")
         settings = {
-            "model": held.key,
+            "model": hashed.key,
             "prompts": prompts.digest(),
             "engine": config.generate.engine,
             **sampling_fingerprint(config, models, sampling),
@@ -296,9 +296,9 @@ def prepare(
     require_shared_folder(folder, "run.cache", remedy="Set run.cache to one that is.")
 
     def open_engine() -> Engine:
-        return ranks.run_on_all_ranks(lambda: _engine(config, models, model, lambda: refuse_if_changed(held.states)))
+        return ranks.run_on_all_ranks(lambda: _engine(config, models, model, lambda: refuse_if_changed(hashed.states)))
 
-    return RolloutJob(what, SampleStore(folder), rewards, sampling, tokeniser, open_engine, model, held.key)
+    return RolloutJob(what, SampleStore(folder), rewards, sampling, tokeniser, open_engine, model, hashed.key)
 
 
 def sampling_fingerprint(config: Config, models: Models, sampling: Sampling) -> dict[str, Any]:

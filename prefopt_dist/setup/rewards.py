@@ -126,6 +126,6 @@ def _identity(
     if not isinstance(part, RewardFolder):
         assert source.function is not None
         return dict(ranks.run_on_rank_zero(lambda: function_identity(str(source.function))))
-    held = hash_weights(part.model, models.dtype, config.cache_dir)
+    hashed = hash_weights(part.model, models.dtype, config.cache_dir)
     text = hashlib.blake2b(tokenizer_content(part.tokenizer), digest_size=16).hexdigest()
-    return {"model": held.key, "tokenizer": text, "pad": part.model.config.pad_token_id}
+    return {"model": hashed.key, "tokenizer": text, "pad": part.model.config.pad_token_id}
