@@ -4,8 +4,8 @@
 #
 #   launch/node.sh --nodes N --ranks R --head HOST:PORT --job NAME [--node I] STAGE RUN.yaml [section.key=value ...]
 #
-# All nodes get the same arguments except --node, the number of this node: 0 is the head. Without --node, SLURM_NODEID is
-# used. The ranks write a user's mistake into PREFOPT_STATUS_FILE, which must be in a folder that all nodes share.
+# All nodes get the same arguments except --node, the number of this node: 0 is the head. Without --node, SLURM_NODEID
+# is used. The ranks write a user's mistake into PREFOPT_STATUS_FILE, which must be in a folder that all nodes share.
 # Exit status: 0 if the ranks ended normally (done, or stopped on request), 2 if these arguments or this node are not
 # right, else 1.
 set -euo pipefail

@@ -14,8 +14,8 @@ port_is_free() { # $1: port on this node, which is the head of the job
     ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
 }
 
-# Prints a free port. It depends on the job's id, so that jobs on one node get different ports, and it is below the range
-# of ports that Linux assigns to outgoing connections.
+# Prints a free port. It depends on the job's id, so that jobs on one node get different ports, and it is below the
+# range of ports that Linux assigns to outgoing connections.
 choose_port() { # $1: a number that identifies this start of the job
     local try port
     for try in {0..19}; do

@@ -4,8 +4,8 @@
 #   tests/docker/run.sh [--home FOLDER]
 #
 # Run it as root on Debian or Ubuntu, after make lint (it uses .venv with Python 3.11). It installs docker.io and
-# debootstrap if they are missing, starts a separate daemon with its own socket and data folder, builds a base image from
-# Debian's packages and the image on top of it, and ends the daemon afterwards. It needs 5 GB in a temporary folder;
+# debootstrap if they are missing, starts a separate daemon with its own socket and data folder, builds a base image
+# from Debian's packages and the image on top of it, and ends the daemon afterwards. It needs 5 GB in a temporary folder;
 # --home FOLDER keeps them, and the next run takes half as long.
 # shellcheck disable=SC2317,SC2329 # check, wait_for and a trap call the functions
 set -euo pipefail
