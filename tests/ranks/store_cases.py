@@ -365,7 +365,7 @@ def a_model_on_the_nodes_own_disks(folder: Path) -> dict[str, Any]:
         try:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(socket, "gethostname", lambda: name)
-                patch.setattr(prepare_models, "cached_digest", noted)
+                patch.setattr(prepare_reference, "cached_digest", noted)
                 count = scored(config)
         except UserError as e:
             message = f"{type(e).__name__}: {e}"
