@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,14 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for variable in [name for name in os.environ if name.startswith("WANDB_") or name == "RANK"]:
         monkeypatch.delenv(variable)
     monkeypatch.setenv("HOME", str(tmp_path))  # no key of whoever runs the tests
+
+
+def _messages(text: str) -> list[str]:
+    """Return the messages without what begins each line in a file: time, level and rank."""
+    prefix = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO rank 0: ")
+    lines = text.splitlines()
+    assert all(prefix.match(line) for line in lines), text
+    return [prefix.sub("", line, count=1) for line in lines]
 
 
 def _row(file: MetricsFile, step: int, kind: str = "train", **metrics: float) -> None:
@@ -157,7 +166,7 @@ def test_environment_overrides_mode_and_names(
     logger = _logger(tmp_path, MetricsFile(tmp_path / "m"), mode="online")
     logger.sync()
     logger.finish()
-    assert capsys.readouterr().out == "W&B: WANDB_MODE=disabled overrides tracking.wandb.mode=online\n"
+    assert _messages(capsys.readouterr().out) == ["W&B: WANDB_MODE=disabled overrides tracking.wandb.mode=online"]
     monkeypatch.setenv("WANDB_MODE", "of")
     _logger(tmp_path, MetricsFile(tmp_path / "m"), mode="online").finish()
     assert "disabled, as WANDB_MODE=of" in capsys.readouterr().out
@@ -457,7 +466,7 @@ def test_progress_lines_count_this_start_only(
         for _ in range(20):
             now[0] += 3.0
             bar.update(1, "loss 0.6123")
-    lines = capsys.readouterr().err.splitlines()
+    lines = _messages(capsys.readouterr().err)
     assert lines[0] == "train  101/800 steps (12%)  0:03 elapsed, 34:57 left  loss 0.6123"
     assert lines[1] == "train  105/800 steps (13%)  0:15 elapsed, 34:45 left  loss 0.6123"
     assert lines[-1] == "train  120/800 steps (15%)  1:00 elapsed, 34:00 left  loss 0.6123"
@@ -467,7 +476,7 @@ def test_progress_lines_count_this_start_only(
     with Progress(2, "score", "rows", rank=0) as short:
         short.update()
         short.update()
-    lines = capsys.readouterr().err.splitlines()
+    lines = _messages(capsys.readouterr().err)
     assert lines == ["score  1/2 rows (50%)  0:00 elapsed, 0:00 left", "score  2/2 rows (100%)  0:00 elapsed"]
 
 
@@ -486,7 +495,8 @@ def test_rank_0_speaks_and_any_rank_tells_its_fault(
     say("two")
     print_rank_fault("a\nb")
     out, err = capsys.readouterr()
-    assert (out, err) == ("one\n", "[rank 3] a\n[rank 3] b\n")
+    assert _messages(out) == ["one"]
+    assert err == "[rank 3] a\n[rank 3] b\n"
 
 
 def test_rows_are_told_every_ten_seconds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -496,7 +506,7 @@ def test_rows_are_told_every_ten_seconds(monkeypatch: pytest.MonkeyPatch, capsys
     for at, rows in ((109.0, 1000), (111.0, 2000), (112.0, 3000), (180.0, 123_456)):
         now[0] = at
         tell(rows, None)
-    assert capsys.readouterr().err.splitlines() == [
+    assert _messages(capsys.readouterr().err) == [
         "data.train: tokenising  2,000 rows  0:11 elapsed",
         "data.train: tokenising  123,456 rows  1:20 elapsed",
     ]

@@ -52,5 +52,5 @@ def test_a_reference_of_another_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^reference\.name_or_path: .* has another tokenizer: \d+ of \d+ ids"):
         checks.check_reference_tokenizer(tokenizer, reference)
     reference.config.vocab_size = 10
-    with pytest.raises(UserError, match=r"^reference\.name_or_path: .* has 10 tokens, but the tokenizer makes ids up"):
+    with pytest.raises(UserError, match=r"^reference\.name_or_path: .* has 10 tokens, but the tokenizer has ids up"):
         checks.check_reference_tokenizer(tokenizer, reference)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prefopt_dist.commands.rounds import Asked
+from prefopt_dist.commands.rounds import RoundsRequests
 from prefopt_dist.training.stop import Request, Requests
 
 
@@ -48,7 +48,7 @@ def test_files_are_rank_0_s_to_see(tmp_path: Path, files: list[str], wanted: tup
 
 
 def test_a_round_that_saves_leaves_the_stop_to_the_rounds(tmp_path: Path) -> None:
-    asked = Asked(tmp_path, rank=0, max_hours=None)
+    asked = RoundsRequests(tmp_path, rank=0, max_hours=None)
     (tmp_path / "SAVE").touch()
     assert asked.look() == (False, True)
     asked.obeyed()
