@@ -24,7 +24,7 @@ from prefopt_dist.model.folder import ModelFolder, inspect_folder, resolve
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring import statistics
-from prefopt_dist.monitoring.console import say
+from prefopt_dist.monitoring.console import say, show
 from prefopt_dist.monitoring.metrics_file import strict_json
 from prefopt_dist.objectives import Objective, factory
 from prefopt_dist.setup import compare, lifecycle, prepare_data, prepare_models, prepare_reference
@@ -65,11 +65,11 @@ def run(config: Config) -> None:
             write_json(config.run_dir / "evaluation.json", strict_json(found))  # a model may have diverged
             if evaluated.temporary is not None:
                 shutil.rmtree(evaluated.temporary)
-        say(f"evaluated {evaluated.name}:")
+        show(f"evaluated {evaluated.name}:")
         if prepared is not None:
-            say(statistics.evaluation_text(found))
+            show(statistics.evaluation_text(found))
         if "answers" in found:
-            say(compare.compared_text(found["answers"], evaluated.name, config.evaluate.against or "the reference"))
+            show(compare.compared_text(found["answers"], evaluated.name, config.evaluate.against or "the reference"))
 
 
 def _prepared(config: Config, models: Models) -> tuple[Objective, dict[str, ScoredRows]]:

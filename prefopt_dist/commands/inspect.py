@@ -18,7 +18,7 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.files import write_json
 from prefopt_dist.model.folder import read_config, resolve
 from prefopt_dist.model.load import load_tokenizer
-from prefopt_dist.monitoring.console import say
+from prefopt_dist.monitoring.console import say, show
 from prefopt_dist.setup.checks import eval_sets
 from prefopt_dist.setup.prepare_data import TRAIN, all_findings, tokenised_folder
 
@@ -48,11 +48,11 @@ def run(config: Config) -> None:
         for key, rows in sets.items()
     }
     for report in reports.values():
-        say(report.text())
+        show(report.text())
     shown = {key: show_rows(key, rows, tokenizer, config.inspect.show) for key, rows in sets.items()}
     for key, some in shown.items():
         for one in some:
-            say(row_text(one, sets[key].kind, tokenizer))
+            show(row_text(one, sets[key].kind, tokenizer))
     _write(config, reports, [one for some in shown.values() for one in some])
     for rows in sets.values():
         if config.data.on_bad_row == "stop" and rows.report.first_fault is not None:

@@ -15,7 +15,7 @@ from prefopt_dist.files import write_json
 from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.folder import check_config, read_config, resolve
 from prefopt_dist.model.load import load_tokenizer
-from prefopt_dist.monitoring.console import say
+from prefopt_dist.monitoring.console import say, show
 from prefopt_dist.objectives import Objective
 from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.planning import work
@@ -44,7 +44,7 @@ def run(config: Config) -> None:
     needs = _needs(config, model)
     fits = fits_with_offloading(needs, machine)
     report = _report(config, machine, needs, fits, work_to_do, cost)
-    say(report.text())
+    show(report.text())
     check_fit(needs, machine, fits)
     if config.plan.file is not None:
         _write(Path(config.plan.file), report.as_json())

@@ -19,7 +19,7 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import StopRequested, UserError
 from prefopt_dist.files import FileLock, read_json, write_json
 from prefopt_dist.model.folder import ModelFolder, inspect_folder
-from prefopt_dist.monitoring.console import say
+from prefopt_dist.monitoring.console import say, show
 from prefopt_dist.monitoring.statistics import interval_text
 from prefopt_dist.setup import compare, prepare_models, prepare_rollouts
 from prefopt_dist.setup.compare import Comparison
@@ -76,7 +76,7 @@ def run(config: Config) -> None:
             done.append(found)
             if number > 1 and (removed := ranks.run_on_rank_zero(partial(_prune, round_config(config, number - 1)))):
                 say(removed)
-            say(table(done))
+            show(table(done))
         ranks.run_on_rank_zero(lambda: _conclude(config, folder, asked, done))
         say(f"done: {config.rounds.count} rounds; the model is {round_config(config, config.rounds.count).export_dir}")
 
