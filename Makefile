@@ -9,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test test-unit test-all faults lint prose parity benchmark
+.PHONY: help demo test test-unit test-all faults lint parity benchmark
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -24,15 +24,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Train a small model with SFT and DPO on two CPU ranks (four minutes); SEED=0
 	@$(BIN)/python -m prefopt_dist.demo --seed $(or $(SEED),0)
 
-lint: $(STAMP) ## Run ruff, mypy --strict and shellcheck
+lint: $(STAMP) ## Run ruff, mypy --strict, shellcheck and the check of prose
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy --no-error-summary prefopt_dist
+	@$(BIN)/python tests/lint/prose.py
 	@{ git ls-files '*.sh' slurm; printf '%s\n' launch/run.sh launch/env.sh .ci/run; } | sort -u \
 		| xargs $(BIN)/shellcheck -x
-
-prose: $(STAMP) ## Check the style of docstrings, comments and messages
-	@$(BIN)/python tests/lint/prose.py
 
 test-unit: $(STAMP) ## Run the quick tests of single modules, tests/unit (90 seconds)
 	@$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=5 tests/unit

@@ -24,6 +24,8 @@ FIRST = re.compile(
 )
 
 
+KEY = re.compile(r"""["']\w+["']""")
+"""A string of one word: a key or a name, not prose"""
 TEXT = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}  # the last since 3.12
 
 
@@ -37,7 +39,7 @@ def faults(path: Path) -> list[str]:
             if doc and (FIRST.match(doc) or not doc[:1].isalpha()):
                 found.append(f"{path}:{node.lineno}: {node.name}: docstring begins with {doc.split()[0]!r}, not a verb")
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type in TEXT:
+        if token.type in TEXT and not KEY.fullmatch(token.string):
             for match in WORDS.finditer(token.string):
                 line = token.start[0] + token.string[: match.start()].count("\n")
                 found.append(f"{path}:{line}: {match[0]!r}")

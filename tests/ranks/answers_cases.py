@@ -19,6 +19,7 @@ from prefopt_dist.commands import train
 from prefopt_dist.config import load_config
 from prefopt_dist.distributed import ranks
 from prefopt_dist.files import checksum, read_json
+from prefopt_dist.setup import answer_engines
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUMBER = 40
@@ -73,13 +74,13 @@ def whole(folder: Path) -> dict[str, Any]:
 
 def sharded(folder: Path) -> dict[str, Any]:
     """The same run where no rank has room for a whole copy."""
-    free = train.own_answers.free_bytes
-    train.own_answers.free_bytes = lambda: 0
+    free = answer_engines.free_bytes
+    answer_engines.free_bytes = lambda: 0
     try:
         config = load_config(ranks.run_on_rank_zero(lambda: write_run(folder, "sharded", cache="cache-sharded")))
         train.run(config)
     finally:
-        train.own_answers.free_bytes = free
+        answer_engines.free_bytes = free
     return {
         "start": samples(folder / "cache-sharded" / "samples"),
         "policy": samples(config.run_dir / "answers"),
