@@ -1,5 +1,5 @@
-# make demo and make test first build the environment; they build it again only if pyproject.toml or constraints.txt
-# has changed.
+# make demo and make test first build the environment; they build it again only if pyproject.toml, setup.py or
+# constraints.txt has changed.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -15,7 +15,7 @@ help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
 
 # The stamp is written last, so that an interrupted installation is repeated.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "building .venv (takes some minutes)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -18,6 +18,12 @@ SCRIPTS = {"launch": "launch/run.sh", "submit": "slurm/submit"}
 """Scripts that the command `prefopt` runs, by their subcommand"""
 
 
+def path_here(path: Path) -> str:
+    """Return a path relative to the working folder, where it lies within, for people to read."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
 def run_script(name: str, arguments: Sequence[str]) -> NoReturn:
     """Replace this process by a script of SCRIPTS, which then uses this Python."""
     os.environ.setdefault("PREFOPT_PYTHON", sys.executable)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from prefopt_dist import shipped
 from prefopt_dist.demo import parts, result
 from prefopt_dist.demo.jobs import JobFailed, run_concurrently, run_stage
 from prefopt_dist.files import read_json, write_json
@@ -32,7 +33,6 @@ def main() -> int:
     )
     parser.add_argument("--recipe", choices=RECIPES, default="demo", help="recipe that follows the SFT (default demo)")
     options = parser.parse_args()
-    os.chdir(parts.REPOSITORY)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     began = time.monotonic()
     try:
@@ -61,8 +61,7 @@ def _run(folder: Path, seed: int, recipe: str) -> None:
 
 
 def _command(recipe: str, folder: Path, seed: int) -> tuple[str, list[str]]:
-    file = parts.recipe_file(recipe).relative_to(parts.REPOSITORY)
-    return str(file), parts.overrides(recipe, folder, seed)
+    return shipped.path_here(parts.recipe_file(recipe)), parts.overrides(recipe, folder, seed)
 
 
 if __name__ == "__main__":

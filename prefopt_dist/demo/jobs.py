@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from prefopt_dist import shipped
+
 
 class JobFailed(Exception):
     """Error that a job of the demo ended with a non-zero status, which ends the demo too."""
@@ -29,7 +31,7 @@ def run_stage(stage: str, recipe: str, overrides: Sequence[str]) -> None:
     Raises:
         JobFailed: the stage ended with a non-zero status.
     """
-    command = ["launch/run.sh", "-n", "2", stage, recipe, *overrides]
+    command = [shipped.path_here(shipped.ROOT / shipped.SCRIPTS["launch"]), "-n", "2", stage, recipe, *overrides]
     print(f"\ndemo: {' '.join(command)}", flush=True)
     run_concurrently([command])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from prefopt_dist import shipped
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.demo.reward import is_whole
 from prefopt_dist.demo.world import write_model, write_world
@@ -17,7 +18,6 @@ from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.setup import compare, prepare_models
 from prefopt_dist.setup.own_answers import FILE
 
-REPOSITORY = Path(__file__).parents[2]
 DEFAULT_FOLDER = "runs/demo"
 """Folder that the recipes name."""
 DEMONSTRATIONS, PROMPTS, HELD_OUT, UNSEEN = 2200, 1600, 200, 400
@@ -34,7 +34,7 @@ def make_world(folder: Path, seed: int) -> None:
 
 def recipe_file(name: str) -> Path:
     """Return the path of a recipe by its name, such as `demo` or `ipo`."""
-    return REPOSITORY / "launch" / "recipes" / (f"{name}.yaml" if name == "demo" else f"demo_{name}.yaml")
+    return shipped.ROOT / "launch" / "recipes" / (f"{name}.yaml" if name == "demo" else f"demo_{name}.yaml")
 
 
 def overrides(name: str, folder: Path, seed: int) -> list[str]:
