@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -99,16 +100,16 @@ class History:
         return []
 
     def pairs(self, rows: Sequence[Row]) -> int:
-        """Return the number of pairs of the given last training rows."""
+        """Return the number of pairs of the given training rows, which follow each other."""
         if not rows:
             return 0
-        first = len(self.train) - len(rows)
+        first = bisect_left(self.train, rows[0]["step"], key=lambda row: row["step"])
         before = self.train[first - 1]["pairs_seen"] if first > 0 else 0
         seen: int = rows[-1]["pairs_seen"] - before
         return seen
 
     def distinct_pairs(self, rows: Sequence[Row]) -> int:
-        """Return the number of different pairs of the given last training rows.
+        """Return the number of different pairs of the given training rows, which follow each other.
 
         A pair counts once, because further epochs add no evidence.
         """

@@ -123,6 +123,16 @@ def test_the_same_pairs_again_are_no_more_evidence() -> None:
     assert found(run(lambda step: stuck | {"epoch": float(step)})) == []
 
 
+def test_the_first_rows_count_their_own_pairs() -> None:
+    """Flipped labels show in the run's first rows, however long it has gone on since."""
+    history = History(FACTS)
+    for row in run(lambda step: {}):
+        history.add(row)
+    first = history.first()
+    assert (history.pairs(first), history.distinct_pairs(first)) == (G * len(first), G * len(first))
+    assert history.pairs(history.train[50:60]) == 10 * G
+
+
 def test_hard_pairs_are_no_wrong_labels() -> None:
     """A quarter of the margins below 0 as a bell curve has them, and as flipped labels do."""
     bell = [NormalDist(0.67, 1).inv_cdf((i + 0.5) / 256) for i in range(256)]
