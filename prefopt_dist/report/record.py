@@ -19,7 +19,7 @@ from prefopt_dist.monitoring.metrics_file import MetricsFile, Row
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointFolder:
     """A committed checkpoint that still exists."""
 
     step: int
@@ -38,7 +38,7 @@ class Record:
     config_text: str
     """The text of config.yaml, in which secrets are masked."""
     rows: list[Row]
-    checkpoints: list[Checkpoint]
+    checkpoints: list[CheckpointFolder]
     state: str
     """A short text: done, stopped with the reason, or the progress."""
     done: bool
@@ -150,12 +150,12 @@ def _read_json_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().split("\n") if line] if file.exists() else []
 
 
-def _checkpoints(root: Path) -> list[Checkpoint]:
+def _checkpoints(root: Path) -> list[CheckpointFolder]:
     checkpoints = []
     for folder in sorted(root.glob("step-????????")):
         with suppress(FileNotFoundError):  # a running job may remove a checkpoint meanwhile
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            checkpoints.append(Checkpoint(int(folder.name[5:]), _time(folder.stat().st_mtime), size / 2**30))
+            checkpoints.append(CheckpointFolder(int(folder.name[5:]), _time(folder.stat().st_mtime), size / 2**30))
     return checkpoints
 
 

@@ -53,3 +53,12 @@ def test_imports_go_one_way() -> None:
 
 def test_the_page_shows_the_same_lines() -> None:
     assert f"```\n{LAYERS}\n```" in (REPOSITORY / "docs" / "architecture.md").read_text()
+
+
+def test_no_two_classes_have_one_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(str(path.relative_to(REPOSITORY)))
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
