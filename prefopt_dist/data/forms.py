@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from prefopt_dist.data.example import BadRow, Example, Message
+from prefopt_dist.data.example import BadRow, Example, Message, Messages
 from prefopt_dist.data.external_forms import EXTERNAL_FORMS, detect_external_form
 from prefopt_dist.data.fields import (
     TRANSCRIPT_TURN,
@@ -127,13 +127,14 @@ def read_form(form: str, row: Row, learn: str = "last") -> Example:
     Raises:
         BadRow: The row does not have this form, a text is blank, or the two responses are identical.
     """
-    reading = TrackedRow(row)
+    reading, given = TrackedRow(row), form
     columns: Row = reading
     if form in EXTERNAL_FORMS:
         for name in EXTERNAL_FORMS[form].columns:
             field_of(reading, name)
         columns, form = EXTERNAL_FORMS[form].read(reading), EXTERNAL_FORMS[form].becomes
     example = OWN_FORMS[form](columns)
+    _check_prompt_end(example.prompt, form, given)
     if learn == "all" and form == "demonstration" and columns.get("messages") is not None:
         example = _from_first_answer(example)
     example = _with_system(example, reading)
@@ -158,12 +159,14 @@ def read_prompt(row: Row) -> Example:
         BadRow: The row has no prompt, or a blank one.
     """
     form, given = _form_of(row), row
+    given_form = form
     if form is not None and form in EXTERNAL_FORMS:
         row, form = EXTERNAL_FORMS[form].read(row), EXTERNAL_FORMS[form].becomes
     if form in ("conversations", "transcripts", "implicit_prompt"):
         prompt = OWN_FORMS[form](row).prompt
     elif row.get("prompt") is not None:
         prompt = text_or_messages(row, "prompt")
+        _check_prompt_end(prompt, form, given_form)
     elif row.get("messages") is not None:
         turns = messages_of(row["messages"], "messages")
         prompt = turns[:-1] if turns[-1].role == "assistant" else turns
@@ -180,6 +183,27 @@ def kind_of(form: str) -> str:
     """Return the kind of rows that the form has: `pair`, `demonstration` or `rated`."""
     form = EXTERNAL_FORMS[form].becomes if form in EXTERNAL_FORMS else form
     return form if form in ("demonstration", "rated") else "pair"
+
+
+def _check_prompt_end(prompt: str | Messages, form: str | None, given: str | None) -> None:
+    """Check that messages given apart from the response do not end with an answer already.
+
+    A conversation that is split into prompt and response is as its turns are: two answers may follow each other in it.
+
+    Args:
+        prompt: The prompt that was read.
+        form: The own form that it was read from; None: a row with a prompt alone.
+        given: The form of the row.
+
+    Raises:
+        BadRow: `answered_prompt`.
+    """
+    if form not in ("pair", "rated") or isinstance(prompt, str) or not prompt or prompt[-1].role != "assistant":
+        return
+    name = EXTERNAL_FORMS[given].columns[0] if given is not None and given in EXTERNAL_FORMS else "prompt"
+    rule = f"the prompt in {name} must end with a question or a tool's result, not with an assistant turn"
+    remedy = "remove this turn if it is the answer, which belongs to the responses"
+    raise BadRow("answered_prompt", rule, prompt[-1].content, remedy)
 
 
 def _from_first_answer(example: Example) -> Example:

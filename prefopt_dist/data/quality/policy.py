@@ -28,6 +28,10 @@ ADVICE: dict[str, tuple[str, str]] = {
     "bad_message": ("a message without a known role or without text", "correct the messages, or set data.format"),
     "bad_transcript": ("a transcript in which Human and Assistant do not alternate", "correct the row"),
     "empty_prompt": ("a response to nothing", "leave the row out"),
+    "answered_prompt": (
+        "the prompt ends with an answer, so the model would learn to answer twice",
+        "leave the answer to chosen and rejected, or to the rated response",
+    ),
     "empty_response": (
         "there is nothing to learn, or the model would learn to answer with nothing",
         "find out why a model or a person gave an empty response",

@@ -12,7 +12,7 @@ from prefopt_dist.config.data import Form
 from prefopt_dist.data import open_rows
 from prefopt_dist.data.example import BadRow
 from prefopt_dist.data.external_forms import EXTERNAL_FORMS
-from prefopt_dist.data.forms import FORMS, detect_form, read_form
+from prefopt_dist.data.forms import FORMS, detect_form, read_form, read_prompt
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.errors import UserError
@@ -148,6 +148,34 @@ def test_bad_rows_of_the_field(row: dict[str, Any], kind: str) -> None:
     with pytest.raises(BadRow) as caught:
         read_form(detect_form([row], "data.format"), row)
     assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("conversations", {"conversations": [*HUMAN, gpt(GOOD)], "chosen": gpt(GOOD), "rejected": gpt(BAD)}),
+        ("conversations", {"conversations": [*HUMAN, gpt(GOOD), gpt(BAD)], "label": True}),
+        ("messages", {"messages": [*ASKED, *YES], "chosen": YES, "rejected": NO}),
+        ("messages", {"messages": [*ASKED, *NO, *YES], "rejected_response": BAD}),
+        ("input", {"input": {"messages": [*ASKED, *YES]}, "preferred_output": YES, "non_preferred_output": NO}),
+        ("context", {"context": [*ASKED, *YES], "completions": [{"rank": k, "completion": a}
+                                                                for k, a in enumerate((YES, NO))]}),
+    ],
+)  # fmt: skip
+def test_a_prompt_must_not_end_with_an_answer(name: str, row: dict[str, Any]) -> None:
+    """The answer would stand twice: in the prompt and as the response."""
+    with pytest.raises(BadRow, match="answered_prompt") as caught:
+        read_form(detect_form([row], "data.format"), row)
+    message = caught.value.message("r.jsonl:1")
+    assert f"the prompt in {name} must end with a question" in message
+    assert "remove this turn if it is the answer" in message
+    with pytest.raises(BadRow, match="answered_prompt"):
+        read_prompt(row)
+
+
+def test_a_whole_conversation_may_have_two_answers_in_a_row() -> None:
+    row = {"chosen": [*ASKED, *NO, *YES], "rejected": [*ASKED, *NO, *NO]}
+    assert [turn.role for turn in read_form("conversations", row).prompt] == ["user", "assistant"]  # type: ignore[union-attr]
 
 
 def test_turns_before_and_tools() -> None:

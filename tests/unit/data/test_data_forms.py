@@ -79,6 +79,8 @@ LATER = turn("user", "again")
         ("pair", PAIR | {"prompt": " \n"}, "empty_prompt"),
         ("pair", PAIR | {"prompt": [turn("user", " ")]}, "empty_prompt"),
         ("pair", PAIR | {"prompt": []}, "empty_prompt"),
+        ("pair", PAIR | {"prompt": [USER, YES]}, "answered_prompt"),
+        ("pair", PAIR | {"prompt": [USER, YES], "system": "be kind"}, "answered_prompt"),
         ("pair", PAIR | {"rejected": "\t"}, "empty_response"),
         ("pair", PAIR | {"rejected": []}, "empty_response"),
         ("pair", PAIR | {"rejected": [turn("assistant", "")]}, "empty_response"),
@@ -114,6 +116,7 @@ LATER = turn("user", "again")
         ("demonstration", {"prompt": "q"}, "missing_field"),
         ("rated", {"prompt": "q", "completion": "yes", "label": 2}, "wrong_type"),
         ("rated", {"prompt": "q", "completion": "yes"}, "missing_field"),
+        ("rated", {"prompt": [USER, YES], "completion": [NO], "label": True}, "answered_prompt"),
     ],
 )
 def test_bad_rows(form: str, row: dict[str, Any], kind: str) -> None:
