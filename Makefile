@@ -1,5 +1,5 @@
-# make demo and make test first build the environment; they build it again only if pyproject.toml, setup.py or
-# constraints.txt has changed.
+# make install builds the environment, as make demo, make test and others do first. They build it again only if
+# pyproject.toml, setup.py or constraints.txt has changed.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -9,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test test-unit test-all faults lint parity benchmark
+.PHONY: help install demo test test-unit test-all faults lint parity benchmark
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -20,6 +20,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
+
+install: $(STAMP) ## Build the environment .venv alone
 
 demo: $(STAMP) ## Train a small model with SFT and DPO on two CPU ranks (four minutes); SEED=0
 	@$(BIN)/python -m prefopt_dist.demo --seed $(or $(SEED),0)

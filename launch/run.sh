@@ -75,7 +75,7 @@ fi
 source "$repository/launch/env.sh"
 export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
 python=$(choose_python "$repository")
-command -v "$python" >/dev/null || mistake "there is no Python at '$python'; run make lint in $repository or set PREFOPT_PYTHON"
+command -v "$python" >/dev/null || mistake "there is no Python at '$python'; run make install in $repository or set PREFOPT_PYTHON"
 
 gpus=$(count_gpus)
 one_process=no

@@ -3,7 +3,7 @@
 #
 #   tests/docker/run.sh [--home FOLDER]
 #
-# Run it as root on Debian or Ubuntu, after make lint (it uses .venv with Python 3.11). It installs docker.io and
+# Run it as root on Debian or Ubuntu, after make install (it uses .venv with Python 3.11). It installs docker.io and
 # debootstrap if they are missing, starts a separate daemon with its own socket and data folder, builds a base image
 # from Debian's packages and the image on top of it, and ends the daemon afterwards. It needs 5 GB in a temporary folder;
 # --home FOLDER keeps them, and the next run takes half as long.
