@@ -160,12 +160,16 @@ class DeepSpeed:
 
 @dataclass(frozen=True)
 class Export:
-    """The stage `export` and the export at the end of `train`, which write a Hugging Face folder."""
+    """The stage `export` and the export at the end of `train`, which write a Hugging Face folder.
+
+    At its end `train` exports the checkpoint of its last step. `dir`, `dtype` and `merged` hold for both.
+    """
 
     dir: Text | None = None
     """Folder to write; null: `final` in the run folder."""
     checkpoint: Text | None = None
-    """Checkpoint to export; null: the newest; `best`: the best by the metric `checkpoint.keep_best`."""
+    """Checkpoint that the stage `export` takes; null: the newest; `best`: the best by the metric
+    `checkpoint.keep_best`."""
     dtype: Dtype | None = None
     """Dtype of the written weights; null: `model.dtype`."""
     merged: bool = False
