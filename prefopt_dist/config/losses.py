@@ -153,7 +153,7 @@ LOSSES: dict[str, type[PairLoss | KTOLoss]] = {
     "kto": KTOLoss,
     "sft": SFTLoss,
 }
-"""Every loss by name. To add one: a dataclass here; its mathematics and a case of factory.py in objectives/."""
+"""Every loss by name, in the order of a mix's parts. docs/architecture.md lists the steps to add one."""
 MIX = "mix"
 """The name of a weighted sum of losses."""
 NOT_MIXED = {

@@ -11,6 +11,7 @@ import pytest
 import torch
 from loss_family import FAMILY, called, made
 
+from prefopt_dist.config.losses import LOSSES
 from prefopt_dist.objectives import IPO, ORPO, Hinge, Objective, Sequences, SimPO, WithSFT
 from prefopt_dist.objectives.reference_free import CERTAIN, log1mexp, log_odds
 
@@ -34,6 +35,11 @@ def slope(loss: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
 
 def units(objective: Objective, sums: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor) -> Sequences:
     return Sequences(sums, lengths, reference if objective.needs_reference else None)
+
+
+def test_the_family_has_every_loss_on_pairs() -> None:
+    """KTO and SFT have tests of their own, test_kto.py and test_objectives.py; a mix is no entry of LOSSES."""
+    assert {options["name"] for options in FAMILY} == LOSSES.keys() - {"kto", "sft"} | {"mix"}
 
 
 @pytest.mark.parametrize("options", FAMILY, ids=called)
