@@ -187,7 +187,7 @@ def test_an_evaluation_of_kto_compares_the_halves_of_a_pair(world: tuple[int, Pa
                 assert metrics[f"eval/{name}"] == pytest.approx(exact, rel=1e-4, abs=1e-5), name
 
 
-def test_gate(world: tuple[int, Path]) -> None:
+def test_step0_check_refuses_another_reference(world: tuple[int, Path]) -> None:
     result = found(world, "other_reference_is_refused")
     assert set(result["right"]) == {"accepted"}
     assert len(result["wrong"]) == world[0]
