@@ -196,7 +196,7 @@ def best_checkpoint(config: Config) -> save.Best:
 
 
 def _policy(config: Config, models: Models) -> tuple[Any, activation_checkpointing.ActivationCheckpointing]:
-    """Return the policy's engine, and which layers are computed again in the backward pass."""
+    """Return the policy's engine, and which layers are recomputed in the backward pass."""
     zero = ranks.run_on_all_ranks(lambda: prepare_models.zero_settings(config.deepspeed.policy, "deepspeed.policy"))
     settings = zero3.policy_settings(
         prepare_models.with_model_buckets(zero, models.policy.config, models.adapter),

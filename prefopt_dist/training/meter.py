@@ -67,7 +67,7 @@ class MetricsAccumulator:
     def performance(self, peak: float | None) -> dict[str, float]:
         """Return the metrics `perf/…`.
 
-        MFU counts the operations that the steps needed: layers computed again do not raise it.
+        MFU counts the operations that the steps needed: recomputed layers do not raise it.
 
         Args:
             peak: operations per second of all ranks' devices at their best; None where that is not known.

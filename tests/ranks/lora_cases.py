@@ -62,7 +62,7 @@ def lora(folder: Path) -> dict[str, Any]:
 
 
 def lora_gemma2(folder: Path) -> dict[str, Any]:
-    """Caps, windows and a tied head, all layers computed again."""
+    """Caps, windows and a tied head, all layers recomputed."""
     common: dict[str, Any] = {"make_engine": filled_policy, "exact_start": exact_start, "lora": LORA}
     model = {"checkpointing": "all"}
     return rank_cases.equality(folder, "lora-gemma2", 150, rank_cases.DPO, of="gemma2", steps=2, model=model, **common)

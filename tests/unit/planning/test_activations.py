@@ -142,7 +142,7 @@ def test_what_cannot_fit_is_refused_with_what_can(monkeypatch: pytest.MonkeyPatc
 
 
 def test_some_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient is the same with none, some and all layers computed again."""
+    """The gradient is the same with no, some and all layers recomputed."""
     from transformers import LlamaForCausalLM
 
     gradients = []
