@@ -117,7 +117,7 @@ class IPO(Objective):
     The paper does not say how length counts. Per token (the default) each response's log-ratio is
     divided by its tokens, as its authors advised later: a sum grows with the length, so one target 1/(2β) in nats
     would ask much of a pair of short responses and little of long ones, and a squared error would let the
-    longest pairs rule the gradient. Where policy and reference are equal, h = 0 and L = 1/(2β)².
+    longest pairs rule the gradient. Where policy and reference are equal, h = 0 and L = (1/(2β))².
     """
 
     beta: float
