@@ -202,7 +202,8 @@ def test_a_checkpoint_of_another_kind_of_run(door: Door, whole: Path) -> None:
     )
     assert main(["train", str(plain), "train.max_hours=1e-9"]) == 0
     theirs = newest(whole.parent / "sft")
-    words = [f"export.checkpoint: {theirs} holds a whole model", "this run's checkpoints hold adapters", "Name one"]
+    words = [f"export.checkpoint: {theirs} holds a whole model", "this run's checkpoints hold adapters"]
+    words.append("Give a checkpoint of this run")
     door.fails(words, f"export.checkpoint={theirs}", stage="export", run=with_adapters)
     words = [f"export.checkpoint: {newest(whole)} holds adapters", "this run's checkpoints hold whole models"]
     door.fails(words, f"export.checkpoint={newest(whole)}", stage="export", run=plain)
@@ -212,7 +213,7 @@ def test_a_checkpoint_of_another_kind_of_run(door: Door, whole: Path) -> None:
     ("overrides", "words"),
     [
         (["lora.target_modules=[lm_head]"], ["lora.target_modules: got 'lm_head'", "no linear layer", "known here: "]),
-        (["lora.target_modules=[q_prj]"], ["lora.target_modules: 'q_prj'", "did you mean q_proj"]),
+        (["lora.target_modules=[q_prj]"], ["lora.target_modules: got 'q_prj'", "did you mean q_proj"]),
         (["lora.target_modules=[]"], ["lora.target_modules: got []", "leave it out for all"]),
         (["lora.r=17"], ["lora.r: got 17", "at most 16", "k_proj", "lower it"]),
         (["lora.r=0"], ["lora.r: got 0", "at least 1"]),

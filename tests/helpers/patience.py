@@ -5,10 +5,11 @@ Signs of progress are files, or folders with all files in them. Heartbeats are n
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,13 +39,19 @@ class Progress:
 
     def _look(self) -> set[tuple[str, int, int]]:
         found = set()
-        for sign in self.signs:
-            for file in (sign, *sign.rglob("*")) if sign.is_dir() else (sign,):
-                with suppress(OSError):  # it is not there yet, or was replaced meanwhile
-                    if ".heartbeats" not in file.parts:
-                        stat = file.stat()
-                        found.add((str(file), stat.st_size, stat.st_mtime_ns))
+        for file in self._files():
+            with suppress(OSError):  # it does not exist yet, or was replaced meanwhile
+                stat = file.stat()
+                found.add((str(file), stat.st_size, stat.st_mtime_ns))
         return found
+
+    def _files(self) -> Iterator[Path]:
+        for sign in self.signs:
+            yield sign
+            # os.walk goes on where a folder is removed under it; Path.rglob raises.
+            for folder, folders, files in os.walk(sign):
+                folders[:] = [name for name in folders if name != ".heartbeats"]
+                yield from (Path(folder, name) for name in (*folders, *files))
 
 
 def kill_tree(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
