@@ -107,8 +107,11 @@ def _describe_full_disk(fault: Exception, config: Config) -> str | None:
 
 def _check(config: Config, stage: str) -> None:
     if stage not in SINGLE_PROCESS_STAGES:
+        from prefopt_dist.distributed import numerics
         from prefopt_dist.setup import prepare_models, prepare_rollouts
 
+        if config.train.deterministic:
+            numerics.check_deterministic_environment()
         prepare_models.check(config, prepare_rollouts.sources_of(config, stage))
         prepare_rollouts.check_for(config, stage)
     print(config.run_dir)
@@ -121,7 +124,7 @@ def _run(config: Config, stage: str) -> None:
         return
     from prefopt_dist.distributed import ranks
 
-    ranks.start()
+    ranks.start(deterministic=config.train.deterministic)
     try:
         module.run(ranks.run_on_rank_zero(config.with_cache))
     except ranks.OtherRankFailed as e:

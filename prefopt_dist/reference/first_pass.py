@@ -238,7 +238,8 @@ def _score(
                     )
                     continue
                 digest = place.digest(sets)
-                # A micro-batch that is stored in part is computed whole, to get the same bits; stored values stay.
+                # A micro-batch that is stored in part is computed whole, to get the same bits (on the CPU, and on a
+                # GPU under train.deterministic); stored values stay.
                 if digest in own:
                     pending[digest] = score
             uncommitted += 1
