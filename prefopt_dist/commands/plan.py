@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def run(config: Config) -> None:
     machine = planned_machine(config.plan)
     cost = forward_cost(model)
     work_to_do = _work(config, model, cost)
-    needs = _needs(config, model)
+    needs = _needs(config, model, work_to_do.keys_per_token)
     fits = fits_with_offloading(needs, machine)
     report = _report(config, machine, needs, fits, work_to_do, cost)
     show(report.text())
@@ -51,7 +52,8 @@ def run(config: Config) -> None:
         say(f"written: {config.plan.file}")
 
 
-def _needs(config: Config, model: PreTrainedConfig) -> Needs:
+def _needs(config: Config, model: PreTrainedConfig, keys_per_token: float) -> Needs:
+    """Return what the job needs; keys_per_token: gathered keys per token of a micro-batch."""
     dtype = DTYPES[config.model.dtype]
     objective = make_objective(config.loss, dtype)
     adapter = adapter_of(config.lora, model, config.model.name_or_path)
@@ -61,8 +63,9 @@ def _needs(config: Config, model: PreTrainedConfig) -> Needs:
     for_reference = ZeroSettings.of(reference, dtype.itemsize)
     if config.reference.offload == "cpu":
         for_reference = for_reference.offloading(False, True)
+    sizes = model_sizes(model, dtype, for_policy.persistence, adapter)
     return Needs(
-        sizes=model_sizes(model, dtype, for_policy.persistence, adapter),
+        sizes=replace(sizes, activations=replace(sizes.activations, keys_per_token=keys_per_token)),
         policy=for_policy,
         reference=for_reference,
         tokens=config.train.micro_batch_tokens,

@@ -56,4 +56,4 @@ def use_deterministic_algorithms() -> None:
     os.environ |= DETERMINISTIC_ENVIRONMENT
     torch.use_deterministic_algorithms(True)
     # Otherwise each new tensor is filled before its first use, which takes time and changes no result.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
