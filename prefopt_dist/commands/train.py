@@ -17,7 +17,7 @@ from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.template import template_name
-from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.distributed import out_of_memory, ranks, zero3
 from prefopt_dist.errors import AgreedUserError, StopRequested
 from prefopt_dist.model import activation_checkpointing
 from prefopt_dist.model.adapter import attach
@@ -109,7 +109,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
         if base is not None:
             ranks.run_on_all_ranks(partial(refuse_if_changed, base.states))
         if ranks.rank() == 0:
-            folder.note(memory=here.as_run_json())
+            folder.note(memory=here.as_run_json() | {"keys_per_token": keys})
         state: dict[str, Any] | None = None
         start = 0
         if found is not None:
@@ -202,6 +202,7 @@ def best_checkpoint(config: Config) -> save.Best:
     return lambda steps: best_step(rows, metric, steps)
 
 
+@out_of_memory.phase("loading of the policy")
 def _policy(
     config: Config, models: Models, keys_per_token: float
 ) -> tuple[Any, activation_checkpointing.ActivationCheckpointing]:

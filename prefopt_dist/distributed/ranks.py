@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from prefopt_dist.distributed import numerics
+from prefopt_dist.distributed import job_end, numerics
 from prefopt_dist.errors import AgreedUserError, UserError
 from prefopt_dist.monitoring import heartbeat
 
@@ -69,6 +69,7 @@ def start(*, deterministic: bool = False) -> None:
     deepspeed.init_distributed(
         dist_backend="nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False
     )
+    job_end.watch()
 
 
 def _refuse_unusable_gpus() -> None:
@@ -85,6 +86,7 @@ def _refuse_unusable_gpus() -> None:
 def end() -> None:
     """Leave the process group."""
     if dist.is_initialized():
+        job_end.unwatch()
         dist.destroy_process_group()
 
 
