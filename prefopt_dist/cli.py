@@ -102,7 +102,7 @@ def _ran_out_of_memory(fault: Exception) -> bool:
         return False
     from prefopt_dist.distributed import job_end, out_of_memory
 
-    if not out_of_memory.is_out_of_memory(fault):
+    if not out_of_memory.reported() and not out_of_memory.is_out_of_memory(fault):
         return False
     out_of_memory.report(fault)
     job_end.give_notice()
@@ -137,7 +137,7 @@ def _run(config: Config, stage: str) -> None:
     if stage in SINGLE_PROCESS_STAGES:
         module.run(config)
         return
-    from prefopt_dist.distributed import out_of_memory, ranks
+    from prefopt_dist.distributed import job_end, out_of_memory, ranks
     from prefopt_dist.setup import memory_advice
 
     ranks.start(deterministic=config.train.deterministic)
@@ -145,7 +145,7 @@ def _run(config: Config, stage: str) -> None:
     try:
         module.run(ranks.run_on_rank_zero(config.with_cache))
     except ranks.OtherRankFailed as e:
-        raise SystemExit(1) from e
+        raise SystemExit(job_end.asked_status() or 1) from e
     # Not after a crash: with NCCL it would wait for collectives that never come, which would hide the traceback.
     ranks.end()
 

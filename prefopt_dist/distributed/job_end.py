@@ -57,7 +57,7 @@ _watch: _Watch | None = None
 def watch() -> None:
     """Begin to look for the word of another rank; call it once the process group exists."""
     global _watch
-    if dist.get_world_size() > 1:
+    if _watch is None and dist.get_world_size() > 1:
         store: Any = distributed_c10d._get_default_store()
         _watch = _Watch(store.clone())  # a connection of its own: on the other one a rank may wait
 
@@ -92,6 +92,13 @@ def ask(status: int, message: str) -> bool:
     force.daemon = True
     force.start()
     return first
+
+
+def asked_status() -> int | None:
+    """Return the exit status that another rank has asked for; None where none has."""
+    if _watch is None or not _watch.store.check([ASKED]):
+        return None
+    return int(_watch.store.get(ASKED).split(b"\n")[0])
 
 
 def give_notice() -> None:

@@ -1,4 +1,4 @@
-"""Memory that runs out: it is known by its exception, told once with its phase, and ends all ranks."""
+"""Memory that runs out: it is known by its exception, reported once with its phase, and ends all ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from prefopt_dist.distributed import job_end
+from prefopt_dist.distributed import job_end, ranks
 from prefopt_dist.files import write_status
 from prefopt_dist.monitoring.console import print_rank_fault
 
@@ -60,7 +60,14 @@ def is_out_of_memory(fault: BaseException) -> bool:
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
+    if any(isinstance(f, ranks.OtherRankFailed) for f in chain):
+        return False  # that rank reports it
     return any(isinstance(f, torch.OutOfMemoryError) or any(words in str(f) for words in _WORDS) for f in chain)
+
+
+def reported() -> bool:
+    """Return whether this rank has reported it; what fails afterwards, as the other ranks end, is not worth a word."""
+    return _reported
 
 
 def report(fault: BaseException) -> None:

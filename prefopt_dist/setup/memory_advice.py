@@ -98,7 +98,7 @@ def _remedies(config: Config, stage: str, phase: str) -> list[str]:
         if config.model.checkpointing != "all":
             found.append(f"model.checkpointing=all (now {config.model.checkpointing})")
         return [*found, *_offload(config), more_ranks]
-    if phase in ("first pass", "evaluation"):
+    if phase in ("first pass", "evaluation", "scoring of the answers"):
         found = [
             f"reference.micro_batch_tokens={_half(config.reference_micro_batch_tokens)} (the longest row must fit)"
         ]

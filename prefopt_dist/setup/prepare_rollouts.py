@@ -189,6 +189,7 @@ class RolloutJob:
         heartbeat.beat("loading the model that answers")
         engine = self.open_engine()
 
+        @out_of_memory.phase("sampling")
         def one(number: int) -> None:
             prompts = self.store.prompts(number)
             sampled = engine.sample(prompts, self.sampling)
@@ -207,13 +208,14 @@ class RolloutJob:
         finally:
             engine.close()
 
-    @out_of_memory.phase("scoring of the answers")
+    @out_of_memory.phase("scoring by the rewards")
     def _score(self, todo: list[int], stop_asked: Callable[[], bool]) -> None:
         heartbeat.beat("loading the rewards")
         rewards = ranks.run_on_all_ranks(lambda: self.rewards.open(self.tokeniser.template))
         assert self.scores is not None
         name = self.scores
 
+        @out_of_memory.phase("scoring by the rewards")
         def one(number: int) -> None:
             prompts, answers = self.store.prompts(number), self.store.answers(number)
             texts = [(p, a.text) for p, of_prompt in zip(prompts, answers, strict=True) for a in of_prompt]

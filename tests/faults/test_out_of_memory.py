@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import subprocess
 import time
 from pathlib import Path
 
 import campaign
+import patience
 import pytest
 import worlds
 from campaign import World
@@ -82,3 +85,35 @@ def test_both_ranks_end_at_once_with_one_message(world: World, fault: Fault) -> 
     )
     kept = [p.name for p in sorted((world.folder / name / "run" / "checkpoints").glob("step-*"))]
     assert kept == (["step-00000003"] if fault.stage in ("training step", "checkpoint") else [])
+
+
+@pytest.mark.slow
+def test_both_machines_end_at_once(world: World) -> None:
+    """Two launchers with a rank each: the one whose rank lives on ends with 2 and the same message."""
+    name, port = "machines", free_port()
+    (world.folder / name).mkdir()
+    environment = campaign.environment(world.folder / name, [STEP])
+    jobs, logs = [], [world.folder / name / f"{node}.log" for node in (0, 1)]
+    for node, log in enumerate(logs):
+        more = {"PREFOPT_NODES": "2", "PREFOPT_NODE": str(node), "PREFOPT_HEAD": f"127.0.0.1:{port}"}
+        with log.open("w") as file:
+            command = ["launch/run.sh", "-n", "1", "train", str(world.run(name))]
+            jobs.append(
+                subprocess.Popen(
+                    command, env=environment | more, cwd=campaign.REPOSITORY, stdout=file, stderr=subprocess.STDOUT
+                )
+            )
+    statuses = [patience.wait_for_end(job, world.folder / name) for job in jobs]
+    seconds = time.time() - (world.folder / name / "notes.jsonl").stat().st_mtime
+    said = [log.read_text() for log in logs]
+    print(f"two machines: {seconds:.1f} s from the fault to the end of both")
+    assert statuses == [2, 2], said
+    assert seconds < 30
+    assert all("error: out of memory in the training step, on rank 1 of host" in text.splitlines()[-4] for text in said)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
