@@ -17,6 +17,12 @@ export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
 # block to the kernel, and the page faults of the next allocation take 5 to 10 % of a training step.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1073741824}"
 
+# On a GPU, torch's allocator grows its blocks instead of leaving holes between them, unless you have configured it
+# yourself. (Not run on a GPU.)
+if [[ -z ${PYTORCH_ALLOC_CONF+set} && -z ${PYTORCH_CUDA_ALLOC_CONF+set} ]]; then
+    export PYTORCH_ALLOC_CONF=expandable_segments:True
+fi
+
 # NCCL prints its version once, and warnings. NCCL_DEBUG=INFO also shows the network that it uses. (Not tested here.)
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 

@@ -6,7 +6,7 @@
 # On several machines that share the run folder, start the same command on each, with the environment variables
 # PREFOPT_NODES (number of machines), PREFOPT_NODE (number of this machine, from 0) and PREFOPT_HEAD (HOST:PORT of
 # machine 0). -n is then the number of ranks on each machine. A signal to one of them stops all. A user's mistake ends
-# with 2 on the machine of rank 0 and with 1 on the others.
+# with 2 on the machine of rank 0 and with 1 on the others; memory that runs out ends with 2 on all.
 #
 # Exit status: 0 done, 75 stopped on request (start again to resume), 2 the user's mistake, 1 a crash.
 # To stop reference, train, generate or rounds, send TERM, USR1, HUP or INT (Ctrl-C) to this script: it creates RUN/STOP

@@ -7,7 +7,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from prefopt_dist import files, shipped
@@ -63,35 +62,51 @@ def main(arguments: Sequence[str]) -> int:
         elif given.check:
             _check(config, given.stage)
         else:
-            return _run_reporting_full_disks(config, given.stage)
+            return _run_reporting_resources(config, given.stage)
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
             message = f"error: {mask_secrets(str(e))}"
             print(message, file=sys.stderr, flush=True)
-            _write_status(USER_MISTAKE, message)
+            files.write_status(USER_MISTAKE, message)
         elif not isinstance(e, AgreedUserError):  # the other ranks do not know of it
             print_rank_fault(f"error: {mask_secrets(str(e))}")
         return USER_MISTAKE
     return 0
 
 
-def _run_reporting_full_disks(config: Config, stage: str) -> int:
-    """Run the stage and return the exit status; a full disk is the user's mistake (status 2).
+def _run_reporting_resources(config: Config, stage: str) -> int:
+    """Run the stage and return the exit status; a full disk and memory that runs out are the user's mistake (status 2).
 
-    Only the user can free space, and a launcher that starts a crashed job again would not help.
+    Only the user can free space or choose other settings, and a launcher that starts a crashed job again would not
+    help.
     """
     try:
         _run(config, stage)
     except UserError:
         raise
     except Exception as e:
+        if _ran_out_of_memory(e):
+            return USER_MISTAKE
         message = _describe_full_disk(e, config)
         if message is None:
             raise
         print_rank_fault(message)
-        _write_status(USER_MISTAKE, message)  # by any rank: the others do not know of it
+        files.write_status(USER_MISTAKE, message)  # by any rank: the others do not know of it
         return USER_MISTAKE
     return 0
+
+
+def _ran_out_of_memory(fault: Exception) -> bool:
+    """Return whether memory ran out; then it is reported, and all ranks are asked to end."""
+    if "prefopt_dist.distributed.ranks" not in sys.modules:
+        return False
+    from prefopt_dist.distributed import job_end, out_of_memory
+
+    if not out_of_memory.reported() and not out_of_memory.is_out_of_memory(fault):
+        return False
+    out_of_memory.report(fault)
+    job_end.give_notice()
+    return True
 
 
 def _describe_full_disk(fault: Exception, config: Config) -> str | None:
@@ -107,8 +122,11 @@ def _describe_full_disk(fault: Exception, config: Config) -> str | None:
 
 def _check(config: Config, stage: str) -> None:
     if stage not in SINGLE_PROCESS_STAGES:
+        from prefopt_dist.distributed import numerics
         from prefopt_dist.setup import prepare_models, prepare_rollouts
 
+        if config.train.deterministic:
+            numerics.check_deterministic_environment()
         prepare_models.check(config, prepare_rollouts.sources_of(config, stage))
         prepare_rollouts.check_for(config, stage)
     print(config.run_dir)
@@ -119,13 +137,15 @@ def _run(config: Config, stage: str) -> None:
     if stage in SINGLE_PROCESS_STAGES:
         module.run(config)
         return
-    from prefopt_dist.distributed import ranks
+    from prefopt_dist.distributed import job_end, out_of_memory, ranks
+    from prefopt_dist.setup import memory_advice
 
-    ranks.start()
+    ranks.start(deterministic=config.train.deterministic)
+    out_of_memory.describe_with(lambda phase, fault: mask_secrets(memory_advice.describe(config, stage, phase, fault)))
     try:
         module.run(ranks.run_on_rank_zero(config.with_cache))
     except ranks.OtherRankFailed as e:
-        raise SystemExit(1) from e
+        raise SystemExit(job_end.asked_status() or 1) from e
     # Not after a crash: with NCCL it would wait for collectives that never come, which would hide the traceback.
     ranks.end()
 
@@ -135,17 +155,6 @@ def _exit(status: int) -> NoReturn:
     if "prefopt_dist.distributed.ranks" in sys.modules:
         sys.modules["prefopt_dist.distributed.ranks"].exit_now(status)
     sys.exit(status)
-
-
-def _write_status(status: int, message: str) -> None:
-    """Write status and message to $PREFOPT_STATUS_FILE for the launcher.
-
-    torchrun turns every status into 1 and hides the message under its own report.
-    """
-    file = os.environ.get("PREFOPT_STATUS_FILE")
-    if file:
-        # An argument that is not UTF-8 has lone surrogates, and so has the message that shows it.
-        Path(file).write_text(f"{status}\n{message}\n", encoding="utf-8", errors="backslashreplace")
 
 
 def run() -> NoReturn:

@@ -140,6 +140,22 @@ class FileLock:
             self._descriptor = None
 
 
+def write_status(status: int, message: str, *, replace: bool = True) -> None:
+    """Write status and message to $PREFOPT_STATUS_FILE for the launcher.
+
+    torchrun turns every status into 1 and hides the message under its own report.
+
+    Args:
+        status: exit status of the job.
+        message: text that the launcher repeats.
+        replace: whether it replaces what is there.
+    """
+    name = os.environ.get("PREFOPT_STATUS_FILE")
+    if name and (replace or not Path(name).exists() or not Path(name).stat().st_size):
+        # An argument that is not UTF-8 has lone surrogates, and so has the message that shows it.
+        Path(name).write_text(f"{status}\n{message}\n", encoding="utf-8", errors="backslashreplace")
+
+
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 _FULL_DISK_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "no room for")
 """Texts by which libraries report a full disk in exceptions of their own."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt_dist.batching.micro_batch import packed_tokens
+from prefopt_dist.batching.micro_batch import gathered_keys, packed_tokens
 from prefopt_dist.data.unit import Unit, keyed_responses
 
 MAX_SWAPS = 2000
@@ -86,6 +86,22 @@ def group_by_prompt(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
             part.append(u)
         groups.append(part)
     return groups
+
+
+def most_keys_per_token(units: Sequence[Unit], budget: int) -> float:
+    """Return the most gathered keys per token that a full micro-batch of these units can have; at least 1.
+
+    It is a bound: the groups with most keys a token fill the budget, the last one in part.
+    """
+    counts = [(packed_tokens(group), gathered_keys(group)) for group in group_by_prompt(units, budget)]
+    counts.sort(key=lambda count: count[1] / count[0], reverse=True)
+    tokens = keys = 0.0
+    for group_tokens, group_keys in counts:
+        share = min(1.0, (budget - tokens) / group_tokens)
+        tokens, keys = tokens + share * group_tokens, keys + share * group_keys
+        if tokens >= budget:
+            break
+    return keys / tokens
 
 
 def fill_micro_batches(units: Sequence[Unit], budget: int) -> list[list[Unit]]:

@@ -166,6 +166,19 @@ def packed_tokens(units: Sequence[Unit]) -> int:
     return total
 
 
+def gathered_keys(units: Sequence[Unit]) -> int:
+    """Count the keys that variable-length attention gathers for the row that `pack(units)` makes.
+
+    Each response that is a segment of its own gathers its prompt and shared beginning once more.
+    """
+    total = 0
+    for prompt, responses in _responses_by_prompt(units).values():
+        first, *others = (response.tokens for response in responses.values())
+        total += len(prompt) + len(first) - 1
+        total += sum(len(prompt) + len(r) - 1 for r in others if len(r) - 1 > _shared_prefix(first, r))
+    return total
+
+
 def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
     """Pack units into one row.
 

@@ -59,7 +59,9 @@ def find_newest(root: Path) -> Manifest | None:
 def load(engine: Any, root: Path, manifest: Manifest) -> Loaded:
     """Load the checkpoint of `find_newest` into the engine and restore this rank's random states (all ranks call it).
 
-    With the number of ranks that wrote it the run resumes bit for bit. Another number of ranks loads a converted form.
+    With the number of ranks that wrote it the state is that of the checkpoint bit for bit; so are the next steps on the
+    CPU, and on equal GPUs under `train.deterministic` (not run on a GPU). Another number of ranks loads a converted
+    form.
 
     Args:
         engine: the DeepSpeed engine.

@@ -21,15 +21,14 @@ from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.planning import work
 from prefopt_dist.planning.fit import Needs, check_fit, fits_with_offloading
 from prefopt_dist.planning.machine import Machine, planned_machine
-from prefopt_dist.planning.memory import GenerationSettings, ZeroSettings
 from prefopt_dist.planning.report import PlanReport
 from prefopt_dist.planning.rollouts import AnswersPlan, plan_answers
-from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.planning.work import disk_needed
 from prefopt_dist.setup.answer_engines import sampling_plan
-from prefopt_dist.setup.checks import adapter_of, eval_sets
+from prefopt_dist.setup.checks import eval_sets
+from prefopt_dist.setup.memory_needs import job_needs
 from prefopt_dist.setup.prepare_data import TRAIN, rows_for_loss, tokenised_folder, tokenised_train_folder
-from prefopt_dist.setup.prepare_models import DTYPES, with_model_buckets, zero_settings
+from prefopt_dist.setup.prepare_models import DTYPES
 
 
 def run(config: Config) -> None:
@@ -41,7 +40,7 @@ def run(config: Config) -> None:
     machine = planned_machine(config.plan)
     cost = forward_cost(model)
     work_to_do = _work(config, model, cost)
-    needs = _needs(config, model)
+    needs = job_needs(config, model, work_to_do.keys_per_token)
     fits = fits_with_offloading(needs, machine)
     report = _report(config, machine, needs, fits, work_to_do, cost)
     show(report.text())
@@ -49,42 +48,6 @@ def run(config: Config) -> None:
     if config.plan.file is not None:
         _write(Path(config.plan.file), report.as_json())
         say(f"written: {config.plan.file}")
-
-
-def _needs(config: Config, model: PreTrainedConfig) -> Needs:
-    dtype = DTYPES[config.model.dtype]
-    objective = make_objective(config.loss, dtype)
-    adapter = adapter_of(config.lora, model, config.model.name_or_path)
-    policy = with_model_buckets(zero_settings(config.deepspeed.policy, "deepspeed.policy"), model, adapter)
-    reference = with_model_buckets(zero_settings(config.deepspeed.reference, "deepspeed.reference"), model)
-    for_policy = ZeroSettings.of(policy, dtype.itemsize)
-    for_reference = ZeroSettings.of(reference, dtype.itemsize)
-    if config.reference.offload == "cpu":
-        for_reference = for_reference.offloading(False, True)
-    return Needs(
-        sizes=model_sizes(model, dtype, for_policy.persistence, adapter),
-        policy=for_policy,
-        reference=for_reference,
-        tokens=config.train.micro_batch_tokens,
-        reference_tokens=config.reference_micro_batch_tokens if objective.needs_reference else None,
-        checkpointing=config.model.checkpointing,
-        reference_follows=config.reference.micro_batch_tokens is None,
-        generation=_sampled(config),
-    )
-
-
-def _sampled(config: Config) -> GenerationSettings | None:
-    """Return how generate, rounds and evaluate.prompts sample; None without rewards, or with vLLM."""
-    generate = config.generate
-    if not generate.rewards or generate.engine == "vllm":
-        return None
-    return GenerationSettings(
-        batch_tokens=generate.batch_tokens,
-        prompt_tokens=max(1, config.data.max_length - generate.max_new_tokens),
-        new_tokens=generate.max_new_tokens,
-        n=generate.n if config.evaluate.prompts is None else min(generate.n, config.evaluate.samples),
-        uses_top_p=generate.top_p < 1,
-    )
 
 
 def _work(config: Config, model: PreTrainedConfig, cost: Cost) -> work.Work:

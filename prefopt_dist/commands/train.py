@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.template import template_name
-from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.distributed import out_of_memory, ranks, zero3
 from prefopt_dist.errors import AgreedUserError, StopRequested
 from prefopt_dist.model import activation_checkpointing
 from prefopt_dist.model.adapter import attach
@@ -29,6 +30,7 @@ from prefopt_dist.monitoring.metrics_file import MetricsFile
 from prefopt_dist.objectives import factory
 from prefopt_dist.objectives.factory import described
 from prefopt_dist.planning.machine import device_peak
+from prefopt_dist.planning.work import most_keys_per_token
 from prefopt_dist.reference.step0_check import RoundingTolerance
 from prefopt_dist.setup import own_answers, prepare_data, prepare_models, prepare_reference
 from prefopt_dist.setup.lifecycle import finish, open_log, requests_for, run_folder
@@ -98,11 +100,16 @@ def run(config: Config, asked: Requests | None = None) -> None:
                 reference=None if first_pass is None else first_pass.as_run_json(),
             )
 
-        engine, here = _policy(config, models)
+        keys = ranks.run_on_rank_zero(
+            partial(
+                most_keys_per_token, train, order, total_steps, objective.responses, config.train.micro_batch_tokens
+            )
+        )
+        engine, here = _policy(config, models, keys)
         if base is not None:
             ranks.run_on_all_ranks(partial(refuse_if_changed, base.states))
         if ranks.rank() == 0:
-            folder.note(memory=here.as_run_json())
+            folder.note(memory=here.as_run_json() | {"keys_per_token": keys})
         state: dict[str, Any] | None = None
         start = 0
         if found is not None:
@@ -195,8 +202,17 @@ def best_checkpoint(config: Config) -> save.Best:
     return lambda steps: best_step(rows, metric, steps)
 
 
-def _policy(config: Config, models: Models) -> tuple[Any, activation_checkpointing.ActivationCheckpointing]:
-    """Return the policy's engine, and which layers are recomputed in the backward pass."""
+@out_of_memory.phase("loading of the policy")
+def _policy(
+    config: Config, models: Models, keys_per_token: float
+) -> tuple[Any, activation_checkpointing.ActivationCheckpointing]:
+    """Return the policy's engine, and which layers are recomputed in the backward pass.
+
+    Args:
+        config: the configuration.
+        models: of the run.
+        keys_per_token: most gathered keys per token of a micro-batch.
+    """
     zero = ranks.run_on_all_ranks(lambda: prepare_models.zero_settings(config.deepspeed.policy, "deepspeed.policy"))
     settings = zero3.policy_settings(
         prepare_models.with_model_buckets(zero, models.policy.config, models.adapter),
@@ -222,12 +238,13 @@ def _policy(config: Config, models: Models) -> tuple[Any, activation_checkpointi
     say(f"policy: each rank holds {format_bytes(held)} of {format_bytes(whole)} of parameters")
     if models.adapter is not None:
         say(f"lora: {zero3.trained_parameters(scorer):,} parameters are trained, the others are frozen")
-    here = activation_checkpointing.choose(
-        activation_memory(models.policy.config, models.dtype, models.adapter),
-        mode=config.model.checkpointing,
-        tokens=config.train.micro_batch_tokens,
-        available=activation_checkpointing.available_bytes(lm, settings["zero_optimization"]),
-    )
+    memory = activation_memory(models.policy.config, models.dtype, models.adapter)
+    memory = replace(memory, keys_per_token=keys_per_token)
+    tokens = config.train.micro_batch_tokens
+    available = activation_checkpointing.available_bytes(lm, settings["zero_optimization"])
+    if torch.cuda.is_available():
+        available = max(0, available - memory.flash_backward(tokens))
+    here = activation_checkpointing.choose(memory, mode=config.model.checkpointing, tokens=tokens, available=available)
     activation_checkpointing.apply(lm, here.checkpointed)
     say(here.text())
     return engine, here

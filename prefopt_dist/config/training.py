@@ -100,6 +100,9 @@ class Train:
     """G: pairs in an optimizer step over all ranks; with `kto`, rated responses."""
     micro_batch_tokens: Count = 8192
     """Packed tokens in one forward and backward pass of one rank. It changes memory and speed, not the result."""
+    deterministic: bool = False
+    """Whether a GPU computes with deterministic algorithms alone, which are slower. Then a resumed run ends with the
+    same bits on equal GPUs, versions and numbers of ranks (not run on a GPU). On the CPU it always does."""
     on_spike: Literal["none", "skip", "stop"] = "none"
     """An update whose gradient norm is far above the previous ones is made (`none`), is skipped (`skip`), or ends the
     run (`stop`)."""

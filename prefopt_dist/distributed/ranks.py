@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from prefopt_dist.distributed import job_end, numerics
 from prefopt_dist.errors import AgreedUserError, UserError
 from prefopt_dist.monitoring import heartbeat
 
@@ -28,13 +29,19 @@ class OtherRankFailed(RuntimeError):
     """The failure of another rank, which has reported it; this rank only ends."""
 
 
-def start() -> None:
+def start(*, deterministic: bool = False) -> None:
     """Join the process group of torchrun; without torchrun make a group of one process.
 
+    Args:
+        deterministic: `train.deterministic` of the configuration.
+
     Raises:
-        UserError: the launcher has found GPUs that torch cannot use.
+        UserError: the launcher has found GPUs that torch cannot use, or the environment contradicts `deterministic`.
     """
     _refuse_unusable_gpus()
+    numerics.use_full_float32()
+    if deterministic:
+        numerics.use_deterministic_algorithms()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
@@ -62,6 +69,7 @@ def start() -> None:
     deepspeed.init_distributed(
         dist_backend="nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False
     )
+    job_end.watch()
 
 
 def _refuse_unusable_gpus() -> None:
@@ -78,6 +86,7 @@ def _refuse_unusable_gpus() -> None:
 def end() -> None:
     """Leave the process group."""
     if dist.is_initialized():
+        job_end.unwatch()
         dist.destroy_process_group()
 
 

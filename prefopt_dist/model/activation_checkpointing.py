@@ -19,7 +19,10 @@ from prefopt_dist.model.cost import ActivationMemory
 from prefopt_dist.monitoring.console import format_bytes
 
 RESERVED_SHARE = 0.1
-"""Share of the device's memory left for the allocator's fragments and the workspace of libraries."""
+"""Share of a device's memory left for the allocator's fragments and the workspace of libraries: of the whole memory of
+a GPU, of the free memory of a host."""
+LEAST_RESERVED = 4 * 2**30
+"""Bytes of a GPU that are left at least."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def available_bytes(lm: PreTrainedModel, zero: Mapping[str, Any]) -> int:
     largest_module = max(sum(map(_elements, m.parameters(recurse=False))) for m in lm.modules())
     gathered = min(sum(parameters), max(largest_module, int(zero.get("stage3_max_live_parameters", 1e9))))
     buckets = int(zero.get("reduce_bucket_size", 5e8)) + int(zero.get("stage3_prefetch_bucket_size", 5e7))
-    reserved = size * (gathered + min(2 * sum(parameters), buckets))
+    reserved: int = size * (gathered + min(2 * sum(parameters), buckets))
     # The head's gradient is float32 until it is rounded once, with one block's product or the rounded gradient beside
     # it. The gradient of experts is whole before it is partitioned. Frozen parameters have no gradient.
     trained = [p for p in lm.parameters() if p.requires_grad]
@@ -110,7 +113,7 @@ def available_bytes(lm: PreTrainedModel, zero: Mapping[str, Any]) -> int:
     if not (offloaded and torch.cuda.is_available()):
         held = (p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in trained)
         reserved += 8 * sum(held)
-    return int(max(0.0, (1 - RESERVED_SHARE) * free_bytes() - reserved))
+    return max(0, usable_bytes() - reserved)
 
 
 def _elements(parameter: nn.Parameter) -> int:
@@ -118,12 +121,25 @@ def _elements(parameter: nn.Parameter) -> int:
     return int(parameter.ds_numel) if hasattr(parameter, "ds_numel") else parameter.numel()
 
 
-def free_bytes() -> int:
-    """Return the bytes that this rank may still allocate: on its GPU, or its share of the machine's free memory."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # else memory that the allocator caches would count as used
-        return int(torch.cuda.mem_get_info()[0])
-    return host_bytes()
+def usable(free: int, total: int | None) -> int:
+    """Return the bytes that may be planned with.
+
+    Args:
+        free: bytes that are free.
+        total: bytes of the GPU; None for memory of a host.
+    """
+    if total is None:
+        return int((1 - RESERVED_SHARE) * free)
+    return max(0, free - max(int(RESERVED_SHARE * total), LEAST_RESERVED))
+
+
+def usable_bytes() -> int:
+    """Return the bytes that this rank may still plan with on the device on which it computes."""
+    if not torch.cuda.is_available():
+        return usable(host_bytes(), None)
+    torch.cuda.empty_cache()  # else memory that the allocator caches would count as used
+    free, total = torch.cuda.mem_get_info()
+    return usable(free, total)
 
 
 def host_bytes() -> int:

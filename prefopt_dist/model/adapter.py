@@ -1,7 +1,8 @@
 """LoRA by peft: small trained matrices beside frozen linear layers (Hu et al. 2021, arXiv:2106.09685).
 
 y = W x + s · B A x. A [r, in] is random and B [out, r] is zero at the start, so that the start equals the base model
-bit for bit. s = α/r, or α/√r (rank-stabilised, Kalajdzievski 2023, arXiv:2312.03732).
+bit for bit, on any device: B A x is 0 exactly. s = α/r, or α/√r (rank-stabilised, Kalajdzievski 2023,
+arXiv:2312.03732).
 
 The layers are replaced in place: the language model object and its output head stay the same, and its own
 parameters keep their values; `base_layer.` is inserted into their names.

@@ -24,6 +24,8 @@ NAME = "prefopt_shared_prefix"
 
 VARLEN_TAKES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """False for torch 2.11, whose kernel needs as many key heads as query heads."""
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+"""Dtypes that the flash kernel takes."""
 VARLEN_HEAD_SIZES = range(8, 257, 8)
 """Head sizes that the flash kernel takes; it also needs a GPU of compute capability 8 (Ampere) or more."""
 
@@ -74,7 +76,7 @@ def varlen_supported(query: torch.Tensor) -> bool:
     """Return whether the flash kernel takes these queries."""
     return (
         query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.dtype in FLASH_DTYPES
         and query.shape[-1] in VARLEN_HEAD_SIZES
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )

@@ -13,6 +13,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from prefopt_dist.batching.layout import Cost
 from prefopt_dist.model.adapter import Adapter, attach
+from prefopt_dist.model.attention import FLASH_DTYPES, VARLEN_HEAD_SIZES, VARLEN_TAKES_GROUPED_HEADS
 from prefopt_dist.model.head import MAX_LOGITS_PER_BLOCK
 
 
@@ -79,12 +80,34 @@ class ActivationMemory:
     per_logit: int
     """Bytes of a logit in the head's block: the logit, which becomes its gradient; a copy in the model's dtype; the
     derivative of a cap."""
+    per_token_kv: int = 0
+    """Bytes of a token's keys and values in a layer, which `per_token_layer` includes."""
+    per_gathered_key: int = 0
+    """Bytes of a gathered key and its value in a layer; they are kept instead of those that they are gathered from."""
+    keys_per_token: float = 1.0
+    """Most gathered keys per token of a micro-batch: 1 without shared prompts, near n for a long prompt of n short
+    responses (`most_keys_per_token` of batching/layout.py)."""
+    flash_per_token: int = 0
+    """Bytes for each token of what the flash kernel's backward pass allocates: dQ summed in float32."""
+    flash_per_key: int = 0
+    """Bytes for each gathered key of the same: dK and dV of every query head, before those of a group are summed."""
+
+    @property
+    def per_token_whole_layer(self) -> float:
+        """Return the bytes for each token and layer without checkpointing, gathered keys and values included."""
+        gathers = self.keys_per_token > 1 or self.per_gathered_key > self.per_token_kv
+        gathered = self.per_gathered_key * self.keys_per_token - self.per_token_kv
+        return self.per_token_layer + (gathered if gathers else 0.0)
+
+    def flash_backward(self, tokens: int) -> int:
+        """Return the bytes that the flash kernel's backward pass allocates for a layer: a formula, not measured."""
+        return int(tokens * (self.flash_per_token + self.flash_per_key * self.keys_per_token))
 
     def bytes(self, tokens: int, checkpointed: int) -> int:
         """Return the peak of a micro-batch of `tokens` with `checkpointed` layers recomputed in the backward pass."""
-        kept = (self.layers - checkpointed) * self.per_token_layer + checkpointed * self.per_token_checkpoint
+        kept = (self.layers - checkpointed) * self.per_token_whole_layer + checkpointed * self.per_token_checkpoint
         # One layer at a time is recomputed, all of it, and gradients of its own size are in memory then.
-        recomputed = self.per_token_layer if checkpointed else 0.0
+        recomputed = self.per_token_whole_layer if checkpointed else 0.0
         return int(tokens * (kept + recomputed + self.per_token_ends)) + self.block(tokens)
 
     def block(self, tokens: int) -> int:
@@ -112,7 +135,12 @@ def activation_memory(config: PreTrainedConfig, dtype: torch.dtype, adapter: Ada
     one, two = (_kept_bytes(meta_model(config, layers, dtype, adapter)) for layers in (1, 2))
     size = torch.empty((), dtype=dtype).element_size()
     hidden = config.hidden_size * size
-    capped = config.to_dict().get("final_logit_softcapping") is not None
+    numbers = config.to_dict()
+    capped = numbers.get("final_logit_softcapping") is not None
+    heads = numbers["num_attention_heads"]
+    key_heads = numbers.get("num_key_value_heads") or heads
+    head_size = numbers.get("head_dim") or config.hidden_size // heads
+    flash = dtype in FLASH_DTYPES and head_size in VARLEN_HEAD_SIZES
     return ActivationMemory(
         layers=config.num_hidden_layers,
         per_token_layer=(two - one) / _TOKENS,
@@ -120,6 +148,11 @@ def activation_memory(config: PreTrainedConfig, dtype: torch.dtype, adapter: Ada
         per_token_ends=(2 * one - two) / _TOKENS + 3 * hidden,
         vocabulary=config.vocab_size,
         per_logit=4 + size + (4 if capped else 0),
+        per_token_kv=2 * key_heads * head_size * size,
+        # Where the kernel takes no grouped heads, the keys are repeated for every query head.
+        per_gathered_key=2 * (key_heads if VARLEN_TAKES_GROUPED_HEADS or not flash else heads) * head_size * size,
+        flash_per_token=4 * heads * head_size if flash else 0,
+        flash_per_key=2 * heads * head_size * size if flash and key_heads < heads else 0,
     )
 
 

@@ -161,6 +161,20 @@ def memory_now() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # without Linux only the maximum so far is known
 
 
+def allocator_metrics() -> dict[str, float]:
+    """Return what torch's allocator holds of this rank's GPU now, and how often it freed its cache; none on a CPU.
+
+    Each retry stalls the device: the allocator found no block, freed its cache and tried again.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "perf/memory_allocated_gib": torch.cuda.memory_allocated() / 2**30,
+        "perf/memory_reserved_gib": torch.cuda.memory_reserved() / 2**30,
+        "perf/allocator_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0),
+    }
+
+
 def peak_memory() -> int:
     """Return the most bytes allocated so far on the device, or resident where the process computes on the CPU."""
     if torch.cuda.is_available():

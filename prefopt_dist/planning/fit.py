@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from prefopt_dist.errors import UserError
-from prefopt_dist.model.activation_checkpointing import RESERVED_SHARE
 from prefopt_dist.monitoring.console import format_bytes
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.machine import Machine
@@ -51,7 +50,7 @@ class Fit:
     """Layers that are recomputed in the backward pass; None where the job does not fit"""
     phases: tuple[Phase, ...]
     available: int
-    """Bytes of the device that may be used: all but a tenth, which stays free"""
+    """Bytes of the device that may be used; the rest stays free"""
 
     @property
     def fits(self) -> bool:
@@ -81,7 +80,7 @@ def find_fit(needs: Needs, machine: Machine, ranks: int | None = None, name: str
         name: name of the settings in the report.
     """
     place = Placement(ranks or machine.ranks, machine.is_gpu)
-    available = int((1 - RESERVED_SHARE) * machine.memory)
+    available = machine.usable
     sizes, layers = needs.sizes, needs.sizes.activations.layers
     fixed = [memory.loading_phase(sizes, place)]
     if needs.reference_tokens is not None:
@@ -91,7 +90,8 @@ def find_fit(needs: Needs, machine: Machine, ranks: int | None = None, name: str
 
     def phases(checkpointed: int) -> tuple[Phase, ...]:
         arguments = (sizes, needs.policy, place, needs.tokens, checkpointed)
-        return (memory.backward_phase(*arguments), memory.update_phase(*arguments), *fixed)
+        found = (memory.backward_phase(*arguments), memory.update_phase(*arguments), *fixed)
+        return tuple(replace(phase, parts=(*memory.libraries(place, needs.policy), *phase.parts)) for phase in found)
 
     candidates = {"none": [0], "all": [layers], "auto": list(range(layers + 1))}[needs.checkpointing]
     for checkpointed in candidates:

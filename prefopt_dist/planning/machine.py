@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from prefopt_dist.config import Plan
-from prefopt_dist.model.activation_checkpointing import free_bytes
+from prefopt_dist.model.activation_checkpointing import host_bytes, usable
 
 GPUS = {
     "h200": (141e9, 989e12),
@@ -60,6 +60,11 @@ class Machine:
         """Return the number of ranks of all nodes."""
         return self.nodes * self.ranks_a_node
 
+    @property
+    def usable(self) -> int:
+        """Return the bytes of a rank's memory that a plan may use; the rest stays free."""
+        return usable(self.memory, self.memory if self.is_gpu else None)
+
     def text(self) -> str:
         """Return a description such as `1 node of 8 GPUs (h200)`."""
         unit = "GPU" if self.is_gpu else "CPU rank"
@@ -72,7 +77,7 @@ def planned_machine(plan: Plan) -> Machine:
     name = plan.gpu or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
         ranks = plan.gpus_per_node or CPU_RANKS
-        return Machine("cpu", plan.nodes, ranks, free_bytes() // ranks, _product_speed() / ranks, CPU_EFFICIENCY, False)
+        return Machine("cpu", plan.nodes, ranks, host_bytes() // ranks, _product_speed() / ranks, CPU_EFFICIENCY, False)
     if name == "cuda":
         found = torch.cuda.get_device_properties(0)
         ranks = plan.gpus_per_node or torch.cuda.device_count()

@@ -28,6 +28,17 @@ MASTER_BYTES = 4
 MOMENTS_BYTES = 8
 """Bytes of AdamW's two float32 moments"""
 
+CONTEXT_BYTES = 512 * 2**20
+"""Bytes of a GPU that a process takes before its first tensor: the CUDA context, the kernels that it loads, and
+cuBLAS's workspace (32 MiB, CUBLAS_WORKSPACE_CONFIG). A round figure as remembered, not measured."""
+NCCL_CHANNELS = 32
+"""Channels of a communicator, a bound for one node with NVLink (16 rings, doubled by `graph/connect.cc`)."""
+NCCL_CONNECTIONS = 3
+"""Connections of a channel whose buffers are on this rank's GPU: the ring's, and the tree's from parent and child."""
+NCCL_CONNECTION_BYTES = 8 * 512 * 8 * 16 + 120 * 640 * 8 * 8 + (4 << 20)
+"""Bytes of a connection's buffers for NCCL's three protocols, LL, LL128 and Simple: DEFAULT_LL_BUFFSIZE,
+DEFAULT_LL128_BUFFSIZE and DEFAULT_BUFFSIZE of `src/init.cc`."""
+
 # On the CPU a process keeps more memory than its tensors: glibc returns blocks below 32 MiB only from the end of the
 # heap, and it does not always reuse a freed block for an aligned one. The factors for this are not derived but fitted
 # to the peaks of tests/ranks/plan_cases.py, which differ by up to a sixth between equal runs.
@@ -163,7 +174,7 @@ def loading_phase(sizes: ModelSizes, place: Placement) -> Phase:
 def first_pass_phase(sizes: ModelSizes, zero: ZeroSettings, place: Placement, tokens: int) -> Phase:
     """Return the memory while the reference scores a micro-batch: one layer at a time, and the head's block."""
     memory = sizes.activations
-    layer = tokens * (memory.per_token_layer + _repeated_kv(sizes, place))
+    layer = tokens * (memory.per_token_whole_layer + _repeated_kv(sizes, place))
     return Phase(
         "first pass",
         (
@@ -258,8 +269,32 @@ def backward_phase(sizes: ModelSizes, zero: ZeroSettings, place: Placement, toke
         (
             *backward_without_activations(sizes, zero, place),
             MemoryPart("activations", activation_bytes(sizes, place, tokens, checkpointed), "model/cost.py"),
+            *_flash_backward(sizes, place, tokens),
         ),
     )
+
+
+def _flash_backward(sizes: ModelSizes, place: Placement, tokens: int) -> tuple[MemoryPart, ...]:
+    """Return what the flash kernel allocates in its backward pass, of one layer; nothing where it does not run."""
+    allocated = sizes.activations.flash_backward(tokens) if place.is_gpu else 0
+    return (MemoryPart("attention's backward", allocated, "4·H·head_dim·T for dQ, 2·s·H·head_dim·keys"),) * (
+        allocated > 0
+    )
+
+
+def libraries(place: Placement, zero: ZeroSettings) -> tuple[MemoryPart, ...]:
+    """Return what CUDA and NCCL take of a GPU in every phase; hpZ needs a second communicator."""
+    if not place.is_gpu:
+        return ()
+    context = MemoryPart("CUDA context", CONTEXT_BYTES, "a round figure, not measured")
+    if place.ranks == 1:
+        return (context,)
+    communicators = 2 if zero.secondary > 1 else 1
+    buffers = communicators * NCCL_CHANNELS * NCCL_CONNECTIONS * NCCL_CONNECTION_BYTES
+    how = (
+        f"at most; {communicators}·{NCCL_CHANNELS} channels·{NCCL_CONNECTIONS}·(LL + LL128 + Simple), nccl/src/init.cc"
+    )
+    return (context, MemoryPart("NCCL's buffers", buffers, how))
 
 
 def backward_without_activations(sizes: ModelSizes, zero: ZeroSettings, place: Placement) -> tuple[MemoryPart, ...]:

@@ -97,7 +97,9 @@ class PlanReport:
             lines.append(
                 f"  {f.name:22} {format_bytes(f.device):>10} {host:>15}    {layers if f.fits else 'does not fit'}"
             )
-        return [*lines, f"  a rank may use {format_bytes(self.fits[0].available)}: a tenth stays free"]
+        available = self.fits[0].available
+        kept_free = format_bytes(self.machine.memory - available)
+        return [*lines, f"  a rank may use {format_bytes(available)}; {kept_free} stay free"]
 
     def _work(self) -> list[str]:
         w = self.work

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prefopt_dist.model.activation_checkpointing import RESERVED_SHARE
 from prefopt_dist.monitoring.console import format_bytes
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.machine import Machine
@@ -41,7 +40,7 @@ class AnswersPlan:
     policy: Phase
     """Memory while the trained model answers"""
     available: int
-    """Bytes of a rank's device that may be used: all but a tenth, which stays free"""
+    """Bytes of a rank's device that may be used; the rest stays free"""
     seconds: float | None
     """Seconds of both models' answers and their scoring; None where the device's speed is not known"""
 
@@ -85,8 +84,8 @@ def plan_answers(
     place = Placement(machine.ranks, machine.is_gpu)
     copy: Sequence[MemoryPart] = memory.generation_phase(sizes, place, asked).parts
     beside = [part for part in copy if not part.on_host]  # the copy is of the live engine: nothing is loaded
-    policy = Phase(ANSWERS, (*memory.training_states(sizes, zero, place), *beside))
-    available = int((1 - RESERVED_SHARE) * machine.memory)
+    policy = Phase(ANSWERS, (*memory.libraries(place, zero), *memory.training_states(sizes, zero, place), *beside))
+    available = machine.usable
     gathered = policy.device > available
     return AnswersPlan(
         prompts, asked.new_tokens, policy, available, _seconds(sizes, machine, asked, prompts, gathered, between)

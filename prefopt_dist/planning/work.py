@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prefopt_dist.batching import layout
 from prefopt_dist.batching.layout import FROZEN_PASSES, TRAINING_PASSES, Cost, group_by_prompt, tokens_and_cost
+from prefopt_dist.batching.micro_batch import gathered_keys
 from prefopt_dist.batching.order import Order
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
@@ -45,6 +47,8 @@ class Work:
     """Sequences that the reference store will hold; None where they are not known"""
     evaluation_flop: float
     """FLOP of all evaluations"""
+    keys_per_token: float = 1.0
+    """Most gathered keys per token of a micro-batch of training, in the steps that were read"""
 
 
 def work_from_rows(
@@ -65,6 +69,7 @@ def work_from_rows(
     steps = order.total_steps(config.train.epochs, config.train.max_steps)
     sampled_steps = min(steps, order.steps_per_epoch, max(1, MAX_ROWS // per_step))
     tokens = flop = ahead = 0.0
+    keys_per_token = most_keys_per_token(train, order, sampled_steps, responses, config.train.micro_batch_tokens)
 
     def forward(rows: TokenisedRows, indices: Iterable[int], first: int) -> tuple[int, float]:
         units = [rows.unit(i, range(first, first + responses)) for i in indices]
@@ -93,7 +98,27 @@ def work_from_rows(
         first_pass_flop=scored_flop,
         sequences=sequences if scored else None,
         evaluation_flop=_evaluations(config, steps) * evaluated,
+        keys_per_token=keys_per_token,
     )
+
+
+def most_keys_per_token(train: TokenisedRows, order: Order, steps: int, responses: int, budget: int) -> float:
+    """Return the most gathered keys per token that a micro-batch can have, by the rows of the first steps.
+
+    Args:
+        train: the training rows.
+        order: their order.
+        steps: number of steps that may be read; no more than MAX_ROWS rows are.
+        responses: responses of a unit.
+        budget: tokens of a micro-batch.
+    """
+    found = 1.0
+    for index in range(min(steps, order.steps_per_epoch)):
+        rows = order.step(index).rows.tolist()
+        if index and (index + 1) * len(rows) > MAX_ROWS:
+            break
+        found = max(found, layout.most_keys_per_token([train.unit(i, range(responses)) for i in rows], budget))
+    return found
 
 
 def worst_case_work(config: Config, cost: Cost, objective: Objective) -> Work:
@@ -115,6 +140,7 @@ def worst_case_work(config: Config, cost: Cost, objective: Objective) -> Work:
         first_pass_flop=0.0,
         sequences=None,
         evaluation_flop=0.0,
+        keys_per_token=gathered_keys([unit]) / tokens,
     )
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.distributed import out_of_memory, ranks, zero3
 from prefopt_dist.distributed.ranks import require_shared_folder
 from prefopt_dist.errors import AgreedUserError, StopRequested, UserError
 from prefopt_dist.files import remove_stale
@@ -137,6 +137,7 @@ def _all_stored(store: ReferenceStore, sets: Sequence[TokenisedRows], responses:
     return len(places) if all(digest in scores for digest in places) else None
 
 
+@out_of_memory.phase("first pass")
 def _score_missing(
     model: ModelFolder,
     store: ReferenceStore,
@@ -238,7 +239,8 @@ def _score(
                     )
                     continue
                 digest = place.digest(sets)
-                # A micro-batch that is stored in part is computed whole, to get the same bits; stored values stay.
+                # A micro-batch that is stored in part is computed whole, to get the same bits (on the CPU, and on a
+                # GPU under train.deterministic); stored values stay.
                 if digest in own:
                     pending[digest] = score
             uncommitted += 1

@@ -1,8 +1,9 @@
 """The plan of the first pass: which sequences are computed together in a micro-batch.
 
 A sequence's log-prob differs in its last bits when it is packed differently. An interrupted pass must end with the
-same bits as an uninterrupted one. So the micro-batches are fixed at the first start, saved beside the shards, and
-always computed whole; a micro-batch is done when all its sequences are in the store.
+same bits as an uninterrupted one (on the CPU, and on a GPU under train.deterministic). So the micro-batches are fixed
+at the first start, saved beside the shards, and always computed whole; a micro-batch is done when all its sequences
+are in the store.
 
 A start with a smaller budget, for example after running out of memory, skips the saved micro-batches that exceed it.
 Their missing sequences get a new plan, and their stored values stay, since the value of any packing is valid.

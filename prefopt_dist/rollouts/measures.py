@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from prefopt_dist.batching.layout import fill_micro_batches
 from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.data.unit import Unit
-from prefopt_dist.distributed import ranks
+from prefopt_dist.distributed import out_of_memory, ranks
 from prefopt_dist.monitoring.console import Progress
 from prefopt_dist.monitoring.statistics import Interval
 from prefopt_dist.rollouts import comparison
@@ -29,6 +29,7 @@ def units_of(found: Sequence[AnsweredPrompt]) -> list[Unit]:
     ]
 
 
+@out_of_memory.phase("scoring of the answers")
 def answer_sums(engine: Any, units: Sequence[Unit], budget: int, what: str) -> NDArray[np.float64]:
     """Return Σ log π(answer | prompt) of each unit: float64 [units], in nats, on every rank (all ranks call it).
 

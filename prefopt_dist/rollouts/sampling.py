@@ -143,11 +143,30 @@ def choose_tokens(logits: torch.Tensor, u: torch.Tensor, temperature: float, top
     probabilities = torch.softmax(logits.float() / temperature, -1).double()
     if top_p < 1:
         probabilities = _nucleus(probabilities, top_p)
-    cumulative = probabilities.cumsum(-1)
+    cumulative = _cumulative(probabilities)
     total = cumulative[:, -1:]
     # u · total may round up to total, which would choose a token beyond the last one.
     target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def _cumulative(probabilities: torch.Tensor) -> torch.Tensor:
+    """Return the cumulative sums of float64 [B, V]; under `train.deterministic` on CUDA in whole units.
+
+    torch has no deterministic cumulative sum of floating-point numbers on CUDA, and raises there.
+    """
+    if probabilities.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return cumulative_in_units(probabilities)
+    return probabilities.cumsum(-1)
+
+
+def cumulative_in_units(probabilities: torch.Tensor) -> torch.Tensor:
+    """Return the cumulative sums of float64 [B, V] in units of 2⁻⁶²: whole numbers, whose sums have no order.
+
+    The entries are in [0, 1] and a line sums to 1 within float32's rounding, so that no sum exceeds 2⁶³.
+    """
+    units = (probabilities * 2.0**62).long().cumsum(-1).double()
+    return units * 2.0**-62 + 0.0 * probabilities.sum(-1, keepdim=True)  # the last term is NaN where a line is
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -156,6 +175,6 @@ def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     The nucleus is the smallest set of most likely tokens whose probabilities sum to at least top_p.
     """
     descending, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    before = descending.cumsum(-1) - descending
+    before = _cumulative(descending) - descending
     kept = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(-1, order, before < top_p)
     return probabilities * kept

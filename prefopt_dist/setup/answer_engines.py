@@ -6,7 +6,7 @@ from typing import Any
 
 from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.model.activation_checkpointing import RESERVED_SHARE, free_bytes, host_bytes
+from prefopt_dist.model.activation_checkpointing import host_bytes, usable, usable_bytes
 from prefopt_dist.model.fingerprint import refuse_if_changed
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
@@ -80,9 +80,9 @@ def _copy_fits(config: Config, models: Models, who: str, *, loads: bool = False)
     sizes = model_sizes(models.policy.config, models.dtype, 0, models.adapter)
     place = Placement(ranks.world_size(), ranks.device().type == "cuda")
     phase = memory.generation_phase(sizes, place, sampling_plan(config))
-    need, free = phase.device, int((1 - RESERVED_SHARE) * min(ranks.all_gather(free_bytes())))
+    need, free = phase.device, min(ranks.all_gather(usable_bytes()))
     if loads and place.is_gpu and need <= free:
-        need, free = phase.host, int((1 - RESERVED_SHARE) * min(ranks.all_gather(host_bytes())))
+        need, free = phase.host, min(ranks.all_gather(usable(host_bytes(), None)))
     if need > free:
         say(
             f"answers: {who} answers under ZeRO-3, which is slower since it gathers the model for every token: an "

@@ -15,7 +15,7 @@ from typing import Any
 from prefopt_dist.config import Config, DataSource
 from prefopt_dist.data.prepare import tokenizer_content
 from prefopt_dist.data.tokenise import Tokeniser
-from prefopt_dist.distributed import ranks
+from prefopt_dist.distributed import out_of_memory, ranks
 from prefopt_dist.distributed.ranks import require_shared_folder
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.fingerprint import refuse_if_changed
@@ -184,10 +184,12 @@ class RolloutJob:
         if todo:
             work(todo, stop_asked)
 
+    @out_of_memory.phase("sampling")
     def _sample(self, todo: list[int], stop_asked: Callable[[], bool]) -> None:
         heartbeat.beat("loading the model that answers")
         engine = self.open_engine()
 
+        @out_of_memory.phase("sampling")
         def one(number: int) -> None:
             prompts = self.store.prompts(number)
             sampled = engine.sample(prompts, self.sampling)
@@ -206,12 +208,14 @@ class RolloutJob:
         finally:
             engine.close()
 
+    @out_of_memory.phase("scoring by the rewards")
     def _score(self, todo: list[int], stop_asked: Callable[[], bool]) -> None:
         heartbeat.beat("loading the rewards")
         rewards = ranks.run_on_all_ranks(lambda: self.rewards.open(self.tokeniser.template))
         assert self.scores is not None
         name = self.scores
 
+        @out_of_memory.phase("scoring by the rewards")
         def one(number: int) -> None:
             prompts, answers = self.store.prompts(number), self.store.answers(number)
             texts = [(p, a.text) for p, of_prompt in zip(prompts, answers, strict=True) for a in of_prompt]

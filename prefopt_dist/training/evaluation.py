@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from prefopt_dist.batching.batches import ScoredRows, evaluation_batch
 from prefopt_dist.data.derived import UnpairedRows
-from prefopt_dist.distributed import ranks
+from prefopt_dist.distributed import out_of_memory, ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.monitoring.console import Progress
 from prefopt_dist.monitoring.metrics_file import Row
@@ -21,6 +21,7 @@ from prefopt_dist.training.diagnosis import Diagnosis
 from prefopt_dist.training.reference_point import SplitPairs, with_reference_point
 
 
+@out_of_memory.phase("evaluation")
 def evaluate(engine: Any, objective: Objective, sets: Mapping[str, ScoredRows], budget: int) -> dict[str, Any]:
     """Evaluate data sets (all ranks call it); one collective per set.
 

@@ -18,7 +18,7 @@ from prefopt_dist.batching.order import Order, Position
 from prefopt_dist.checkpoint import export, save
 from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config.training import Checkpoint, Optim, Train
-from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.distributed import out_of_memory, ranks, zero3
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import Progress, say
 from prefopt_dist.monitoring.health import Watch
@@ -217,6 +217,7 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
     return None
 
 
+@out_of_memory.phase("training step")
 def train_step(job: Job, index: int, batch: Batch, step0_check: Step0Check | None) -> StepResult:
     """Make one update with the step's G pairs and accumulate its metrics (all ranks call it)."""
     packed = step.forward_backward(job.engine, batch, job.objective, step0_check, job.diagnosis, job.meter.timer)
@@ -369,6 +370,7 @@ def _best(job: Job, steps: Collection[int]) -> int | None:
     return found
 
 
+@out_of_memory.phase("checkpoint")
 def _save(job: Job, done: int) -> None:
     began = time.perf_counter()
     heartbeat.beat(f"the checkpoint of step {done}")

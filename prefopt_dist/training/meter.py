@@ -78,6 +78,7 @@ class MetricsAccumulator:
             "perf/pairs_per_second": self.sums[-1] / seconds,
             "perf/step_seconds": seconds / self.steps,
             "perf/peak_memory_gib": timers.peak_memory() / 2**30,
+            **timers.allocator_metrics(),
             **{f"perf/{what}_seconds": spent for what, spent in self.seconds.items()},
             **timers.rank_work_metrics(self.ranks),
         }

@@ -362,3 +362,21 @@ def test_continuous_integration_says_what_it_leaves_out(tmp_path: Path, make: st
     done = script(".ci/run", path=str(tmp_path))  # there is no apt-get
     assert done.returncode == status
     assert ("NOT RUN: tests/slurm/run.sh --short" in done.stderr) == (status == 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, ["expandable_segments:True", None]),
+        ({"PYTORCH_ALLOC_CONF": ""}, ["", None]),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, ["max_split_size_mb:64", None]),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, [None, "backend:native"]),
+    ],
+)
+def test_the_allocator_is_configured_unless_the_user_did(given: dict[str, str], found: list[str | None]) -> None:
+    names = ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"]
+    environment = {k: v for k, v in os.environ.items() if k not in names} | given
+    command = ["bash", "-euo", "pipefail", "-c", "source launch/env.sh; env -0"]
+    printed = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    after = dict(line.split("=", 1) for line in printed.stdout.split("\0") if line)
+    assert [after.get(name) for name in names] == found

@@ -82,7 +82,7 @@ class Fault:
 
     stage: str
     who: str
-    """self, other, all"""
+    """self, other, all; memory: nobody, but the rank runs out of memory"""
     at: int = 0
     target: str = ""
     call: int = 1

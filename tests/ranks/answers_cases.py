@@ -74,13 +74,13 @@ def whole(folder: Path) -> dict[str, Any]:
 
 def sharded(folder: Path) -> dict[str, Any]:
     """The same run where no rank has room for a whole copy."""
-    free = answer_engines.free_bytes
-    answer_engines.free_bytes = lambda: 0
+    usable = answer_engines.usable_bytes
+    answer_engines.usable_bytes = lambda: 0
     try:
         config = load_config(ranks.run_on_rank_zero(lambda: write_run(folder, "sharded", cache="cache-sharded")))
         train.run(config)
     finally:
-        answer_engines.free_bytes = free
+        answer_engines.usable_bytes = usable
     return {
         "start": samples(folder / "cache-sharded" / "samples"),
         "policy": samples(config.run_dir / "answers"),

@@ -2,8 +2,9 @@
 
 PREFOPT_FAULTS are the plans: [{"target": "module:Class.function", "call": n, "before": bool, "at": rank, "who": …}];
 when rank `at` makes its n-th call of the function, `who` dies by SIGKILL, before the call or after it: "self" that
-rank, "other" the other ranks (where there is none, itself), "all" the ranks, torchrun and the launcher. The first plan
-to be reached strikes. `at` counts round where there are fewer ranks.
+rank, "other" the other ranks (where there is none, itself), "all" the ranks, torchrun and the launcher; with "memory"
+nobody dies, but that rank runs out of memory. The first plan to be reached strikes. `at` counts round where there are
+fewer ranks.
 PREFOPT_FAULT_NOTES is a file that gets a line before the kill, PREFOPT_TRAIL one that gets a line a step and rank:
 the rows of the update just made and the number of ranks. PREFOPT_STOP, {"step": k, "file": RUN/STOP}, asks for a stop
 in step k, so that the job ends with the checkpoint of step k. PREFOPT_JUMPING_CLOCK sets the wall clock to and fro.
@@ -65,6 +66,10 @@ def _planted(function, plan):
 
     def strike():
         _note(os.environ["PREFOPT_FAULT_NOTES"], rank=os.environ["RANK"], plan=plan)
+        if plan["who"] == "memory":
+            import torch
+
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. (planted)")
         _kill(plan["who"])
 
     return wrapper

@@ -1,7 +1,10 @@
 """The estimate of activations against what autograd really keeps, and the choice that rests on it."""
 
 import copy
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -14,7 +17,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.batching.layout import most_keys_per_token
+from prefopt_dist.batching.micro_batch import gathered_keys, pack, packed_tokens
 from prefopt_dist.config import Lora
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import zero3
@@ -31,6 +35,7 @@ from prefopt_dist.model.cost import (
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.setup.checks import adapter_of
 
+GIB = 2**30
 SHAPE = {
     "vocab_size": 300,
     "hidden_size": 64,
@@ -101,6 +106,135 @@ def test_the_estimate_with_adapters(name: str, checkpointed: int) -> None:
     ends = tokens * memory.per_token_ends
     # The first layer's input has no gradient, so that it keeps less than the others, by which it is counted.
     assert 0.85 * (estimate - ends) <= kept(config, checkpointed, tokens, adapter) <= 1.1 * estimate
+
+
+class _Kernel(torch.autograd.Function):
+    """What the flash kernel keeps: its operands, its result, and a float32 for each head and query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+
+def kept_of_units(config: PreTrainedConfig, units: list[Unit], checkpointed: int) -> tuple[int, int]:
+    """Bytes that a real forward pass keeps, weights, micro-batch and the head's block apart; tokens of the row."""
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention.NAME)
+    lm.train()
+    activation_checkpointing.apply(lm, checkpointed)
+    micro_batch = pack(units, 2)
+    tensors = [t for t in [*vars(micro_batch).values(), *vars(micro_batch.gathered).values()] if torch.is_tensor(t)]
+    own = {t.untyped_storage().data_ptr() for t in [*lm.parameters(), *lm.buffers(), *tensors]}
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        lm.base_model(
+            input_ids=micro_batch.input_ids,
+            position_ids=micro_batch.position_ids,
+            segments=micro_batch.segments,
+            gathered=micro_batch.gathered,
+            use_cache=False,
+        )
+    return sum(s.nbytes() for s in found.values()), micro_batch.tokens
+
+
+def units_of_one_prompt(prompt: int, response: int, pairs: int, first: int = 0) -> list[Unit]:
+    """Pairs of one prompt, whose responses begin with different tokens."""
+    ids = np.arange(1 + first, 1 + first + prompt, dtype=np.int32) % 290
+    texts = [np.r_[i % 290, np.arange(response - 1)].astype(np.int32) % 290 for i in range(2 * pairs)]
+    return [Unit(first + i, ids, (texts[2 * i], texts[2 * i + 1])) for i in range(pairs)]
+
+
+GROUPED = LlamaConfig(**SHAPE | {"num_key_value_heads": 2})
+BATCHES = {
+    "24 pairs of one long prompt": units_of_one_prompt(200, 6, 24),
+    "24 pairs of one short prompt": units_of_one_prompt(20, 30, 24),
+    "one pair": units_of_one_prompt(150, 150, 1),
+    "8 pairs of 8 prompts": [u for i in range(8) for u in units_of_one_prompt(40, 20, 1, first=50 * i)],
+    "two prompts of 8 pairs": [u for i in range(2) for u in units_of_one_prompt(100, 10, 8, first=100 * i)],
+}
+
+
+@pytest.mark.parametrize("checkpointed", [0, 3])
+@pytest.mark.parametrize("config", [CONFIGS["llama"], GROUPED], ids=["heads", "grouped heads"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_gathered_keys_and_values_are_counted(
+    batch: str, config: PreTrainedConfig, checkpointed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's operands are real, its numbers are not: within 10 % of what autograd keeps, for each shape."""
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        out: torch.Tensor = _Kernel.apply(q, k, v)  # type: ignore[no-untyped-call]
+        return out
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "varlen_supported", lambda _: True)
+    units = BATCHES[batch]
+    measured, tokens = kept_of_units(config, units, checkpointed)
+    memory = activation_memory(config, torch.float32)
+    ratio = most_keys_per_token(units, tokens)
+    assert ratio == pytest.approx(len(pack(units, 2).gathered.keys) / tokens)
+    memory = replace(memory, keys_per_token=ratio)
+    head = 3 * config.hidden_size * 4 * tokens  # what reaches the head is not among what is kept here
+    again = tokens * memory.per_token_whole_layer if checkpointed else 0
+    estimate = memory.bytes(tokens, checkpointed) - memory.block(tokens) - again - head
+    print(f"{batch}: {ratio:.2f} keys a token, {measured:,} bytes kept, {estimate / measured - 1:+.1%} estimated")
+    assert estimate == pytest.approx(measured, rel=0.1)
+
+
+def test_a_long_prompt_of_many_pairs_keeps_more_than_its_tokens_say() -> None:
+    units = BATCHES["24 pairs of one long prompt"]
+    memory = activation_memory(CONFIGS["llama"], torch.float32)
+    tokens = packed_tokens(units)
+    ratio = most_keys_per_token(units, 8192)
+    assert (tokens, gathered_keys(units)) == (200 + 48 * 5, 48 * 205)
+    assert ratio == gathered_keys(units) / tokens
+    more = replace(memory, keys_per_token=ratio).bytes(tokens, 0) - memory.bytes(tokens, 0)
+    assert more == 6 * 2 * 64 * 4 * (gathered_keys(units) - tokens)
+    half = most_keys_per_token([*units, *BATCHES["one pair"]], 2 * tokens)
+    assert 1 < half < ratio, "a full micro-batch has other pairs too"
+    assert most_keys_per_token([*units, *BATCHES["one pair"]], tokens) == pytest.approx(ratio)
+
+
+def test_the_flash_kernel_s_backward_by_hand() -> None:
+    """Llama 8B, 8,192 tokens: dQ in float32 for 32 heads of 128, dK and dV in bfloat16 for 32 heads instead of 8."""
+    shape = {"hidden_size": 4096, "intermediate_size": 14_336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    memory = activation_memory(LlamaConfig(**SHAPE | shape), torch.bfloat16)
+    assert memory.flash_backward(8192) == 8192 * 4 * 4096 + 8192 * 2 * 2 * 4096
+    assert replace(memory, keys_per_token=1.5).flash_backward(8192) == 8192 * 4 * 4096 + 12288 * 2 * 2 * 4096
+    assert activation_memory(LlamaConfig(**SHAPE | shape), torch.float32).flash_backward(8192) == 0, "not its dtype"
+
+
+class FakeGPU:
+    """torch.cuda of a device of which `free` of `total` bytes are free."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int, total: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, total))
+
+
+@pytest.mark.parametrize(("total", "reserved"), [(80 * GIB, 8 * GIB), (24 * GIB, 4 * GIB)])
+def test_a_share_of_the_whole_gpu_stays_free(monkeypatch: pytest.MonkeyPatch, total: int, reserved: int) -> None:
+    """However little is free: a tenth of the total, and 4 GiB at least; never below 0."""
+    FakeGPU(monkeypatch, 12 * GIB, total)
+    assert activation_checkpointing.usable_bytes() == 12 * GIB - reserved
+    FakeGPU(monkeypatch, GIB, total)
+    assert activation_checkpointing.usable_bytes() == 0
+
+
+def test_a_tenth_of_the_free_memory_of_a_host_stays_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activation_checkpointing, "host_bytes", lambda: 10 * GIB)
+    assert activation_checkpointing.usable_bytes() == 9 * GIB
 
 
 def test_by_hand() -> None:

@@ -31,7 +31,15 @@ from prefopt_dist.monitoring.statistics import interval
 from prefopt_dist.rollouts import comparison, pairs
 from prefopt_dist.rollouts.prompts import Prompt, read_prompts
 from prefopt_dist.rollouts.rewards import ClassifierReward, FunctionReward, RewardFailure, find_function, inspect_reward
-from prefopt_dist.rollouts.sampling import Sampling, choose_tokens, pad_lines, seed_of_model, stop_ids_of, uniforms
+from prefopt_dist.rollouts.sampling import (
+    Sampling,
+    choose_tokens,
+    cumulative_in_units,
+    pad_lines,
+    seed_of_model,
+    stop_ids_of,
+    uniforms,
+)
 from prefopt_dist.rollouts.store import Answer, AnsweredPrompt, SampleStore, answers_of
 from prefopt_dist.rollouts.transformers_engine import TransformersEngine, batches, load_for_sampling
 
@@ -102,6 +110,19 @@ def test_the_ends_of_the_interval_choose_a_token_that_has_probability() -> None:
     logits[:, 2:4] = torch.tensor([0.3, 0.1])
     last = float(np.nextafter(1.0, 0.0))
     assert choose_tokens(logits, torch.tensor([0.0, last], dtype=torch.float64), 1.0, 1.0).tolist() == [2, 3]
+
+
+def test_cumulative_sums_in_whole_units() -> None:
+    """Those of train.deterministic on CUDA: the same sums within float64's rounding, in order, NaN where a line is."""
+    logits = torch.randn(5, 4000, generator=torch.Generator().manual_seed(0)) * 5
+    logits[1, :3] = torch.tensor([100.0, -torch.inf, 100.0])
+    probabilities = torch.softmax(logits, -1).double()
+    sums = cumulative_in_units(probabilities)
+    assert torch.allclose(sums, probabilities.cumsum(-1), rtol=0, atol=1e-14)
+    assert (sums.diff(dim=-1) >= 0).all()
+    assert sums[1, 0] == sums[1, 1] == 0.5, "a token without probability has no share"
+    probabilities[3, 7] = torch.nan
+    assert cumulative_in_units(probabilities).isnan().any(-1).tolist() == [False, False, False, True, False]
 
 
 @pytest.mark.parametrize(("said", "more"), [(None, []), (7, [7]), ([7, 9], [7, 9])])

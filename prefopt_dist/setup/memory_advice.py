@@ -1,0 +1,125 @@
+"""The message of a job whose memory ran out: the phase, the estimate beside the peak, and which setting to change."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedConfig
+
+from prefopt_dist.config import Config
+from prefopt_dist.distributed import ranks
+from prefopt_dist.files import read_json
+from prefopt_dist.model.folder import read_config, resolve
+from prefopt_dist.monitoring.console import format_bytes
+from prefopt_dist.monitoring.timers import peak_memory
+from prefopt_dist.planning import memory
+from prefopt_dist.planning.memory import Phase, Placement
+from prefopt_dist.setup.answer_engines import sampling_plan
+from prefopt_dist.setup.memory_needs import job_needs
+from prefopt_dist.setup.prepare_models import zero_settings
+
+SAMPLING_STAGES = ("generate", "rounds", "evaluate")
+"""Stages that sample batches of `generate.batch_tokens`."""
+
+
+def describe(config: Config, stage: str, phase: str, fault: str) -> str:
+    """Return the message (the rank whose memory ran out calls it).
+
+    Args:
+        config: the configuration.
+        stage: the stage that runs.
+        phase: the work in which it happened.
+        fault: the first line of the exception.
+    """
+    try:
+        estimate = format_bytes(_estimate(config, phase))
+    except Exception as e:  # the message must come, whatever else is wrong
+        estimate = f"unknown ({type(e).__name__}: {e})"
+    remedies = "; ".join(_remedies(config, stage, phase))
+    return (
+        f"out of memory in the {phase}, on rank {ranks.rank()} of host {socket.gethostname()}: {fault}\n"
+        f"The plan's estimate is {estimate}, the peak so far {format_bytes(peak_memory())}{_of_device()}. "
+        f"All ranks end.\n"
+        f"Change one of these: {remedies}.\n"
+        "Committed checkpoints and stored scores are safe: start again with the same command and the change."
+    )
+
+
+def _of_device() -> str:
+    """Return the memory of this rank's GPU as text, with what is free and what fragments hold."""
+    if not torch.cuda.is_available():
+        return " (resident, libraries included)"
+    free, total = torch.cuda.mem_get_info()
+    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return f" of {format_bytes(total)} ({format_bytes(free)} are free, the allocator holds {format_bytes(held)} unused)"
+
+
+def _estimate(config: Config, phase: str) -> int:
+    """Return the plan's bytes of the phase on one rank of this job.
+
+    Raises:
+        LookupError: the plan has no such phase.
+    """
+    key = "model.name_or_path"
+    model: PreTrainedConfig = read_config(resolve(config.model.name_or_path, key, weights=False), key)
+    needs = job_needs(config, model, 1.0)
+    sizes, place = needs.sizes, Placement(ranks.world_size(), ranks.device().type == "cuda")
+    found: Phase
+    if phase == "training step":
+        checkpointed, keys = _chosen(config)
+        sizes = replace(sizes, activations=replace(sizes.activations, keys_per_token=keys))
+        found = memory.backward_phase(sizes, needs.policy, place, needs.tokens, checkpointed)
+    elif phase == "first pass":
+        found = memory.first_pass_phase(sizes, needs.reference, place, config.reference_micro_batch_tokens)
+    elif phase == "evaluation":
+        scoring = memory.first_pass_phase(sizes, needs.policy, place, config.reference_micro_batch_tokens)
+        states = memory.training_states(sizes, needs.policy, place)
+        found = Phase(phase, (*states, *(part for part in scoring.parts if part.name != "parameters")))
+    elif phase == "sampling":
+        found = memory.generation_phase(sizes, place, needs.generation or sampling_plan(config))
+    else:
+        raise LookupError("the plan has no such phase")
+    return found.device + sum(part.bytes for part in memory.libraries(place, needs.policy))
+
+
+def _chosen(config: Config) -> tuple[int, float]:
+    """Return what this start has chosen: recomputed layers, and gathered keys per token."""
+    chosen = read_json(config.run_dir / "run.json")["memory"]
+    return chosen["checkpointed_layers"], chosen["keys_per_token"]
+
+
+def _remedies(config: Config, stage: str, phase: str) -> list[str]:
+    """Return the changes that need less memory in the phase, each with its value; the one that costs least first."""
+    more_ranks = "more ranks" if phase != "sampling" else "GPUs with more memory"
+    if phase == "training step":
+        found = [f"train.micro_batch_tokens={_half(config.train.micro_batch_tokens)} (the longest row must fit)"]
+        if config.model.checkpointing != "all":
+            found.append(f"model.checkpointing=all (now {config.model.checkpointing})")
+        return [*found, *_offload(config), more_ranks]
+    if phase in ("first pass", "evaluation", "scoring of the answers"):
+        found = [
+            f"reference.micro_batch_tokens={_half(config.reference_micro_batch_tokens)} (the longest row must fit)"
+        ]
+        if phase == "first pass" and config.reference.offload == "none":
+            found.append("reference.offload=cpu")
+        return [*found, *(_offload(config) if phase == "evaluation" and stage != "evaluate" else []), more_ranks]
+    if phase == "sampling":
+        if stage in SAMPLING_STAGES:
+            return [f"generate.batch_tokens={_half(config.generate.batch_tokens)}", more_ranks]
+        tokens = _half(config.max_answer_tokens)
+        return [f"answers.max_new_tokens={tokens}", "answers.number=0 (no answers and no verdict)", more_ranks]
+    return [*_offload(config), more_ranks]
+
+
+def _offload(config: Config) -> list[str]:
+    """Return the offloading that deepspeed.policy does not have yet."""
+    zero = zero_settings(config.deepspeed.policy, "deepspeed.policy").get("zero_optimization", {})
+    names = ("offload_optimizer", "offload_param")
+    missing = [name for name in names if (zero.get(name) or {}).get("device") != "cpu"]
+    return [f"{name} (device cpu) in {config.deepspeed.policy}" for name in missing[:1]]
+
+
+def _half(tokens: int) -> int:
+    return max(1, tokens // 2)

@@ -1,0 +1,97 @@
+"""Memory that runs out: what is taken for it, the phase that it is told with, and the changes that are named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import worlds
+
+from prefopt_dist.config import load_config
+from prefopt_dist.distributed import out_of_memory, ranks
+from prefopt_dist.setup import memory_advice
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
+    """Phase and first line of each report."""
+    found: list[tuple[str, str]] = []
+    monkeypatch.delenv("PREFOPT_STATUS_FILE", raising=False)
+    monkeypatch.setattr(out_of_memory, "_describe", None)
+    out_of_memory.describe_with(lambda phase, fault: found.append((phase, fault)) or "said")  # type: ignore[func-returns-value]
+    yield found
+    out_of_memory.describe_with("{}: {}".format)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_what_is_taken_for_it(fault: Exception) -> None:
+    assert out_of_memory.is_out_of_memory(fault)
+    other = ValueError("something else")
+    assert not out_of_memory.is_out_of_memory(other)
+    other.__cause__ = fault
+    assert out_of_memory.is_out_of_memory(other), "it led to the other one"
+    elsewhere = ranks.OtherRankFailed(f"rank 1: OutOfMemoryError: {fault}")
+    assert not out_of_memory.is_out_of_memory(elsewhere), "the other rank reports it"
+
+
+def test_the_innermost_phase_is_told_once(
+    told: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREFOPT_STATUS_FILE", str(tmp_path / "status"))
+
+    @out_of_memory.phase("inner")
+    def inner() -> None:
+        raise torch.OutOfMemoryError("no room\nmore lines")
+
+    @out_of_memory.phase("outer")
+    def outer() -> None:
+        with out_of_memory.phase("earlier"):
+            pass
+        inner()
+
+    with pytest.raises(torch.OutOfMemoryError):
+        outer()
+    assert out_of_memory.reported()
+    assert told == [("inner", "no room")]
+    assert capsys.readouterr().err == "[rank 0] error: said\n"
+    assert (tmp_path / "status").read_text() == "2\nerror: said\n"
+
+
+def test_other_faults_are_not_told(told: list[tuple[str, str]]) -> None:
+    with pytest.raises(RuntimeError), out_of_memory.phase("work"):
+        raise RuntimeError("shape mismatch")
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "phase", "overrides", "first", "not_named"),
+    [
+        ("train", "training step", [], ["train.micro_batch_tokens=256", "model.checkpointing=all"], "reference."),
+        ("train", "training step", ["model.checkpointing=all"], ["train.micro_batch_tokens=256"], "checkpointing"),
+        ("train", "first pass", [], ["reference.micro_batch_tokens=512", "reference.offload=cpu"], "checkpointing"),
+        ("train", "first pass", ["reference.offload=cpu"], ["reference.micro_batch_tokens=512"], "offload=cpu"),
+        ("train", "evaluation", ["reference.micro_batch_tokens=300"], ["reference.micro_batch_tokens=150"], "train."),
+        ("evaluate", "evaluation", [], ["reference.micro_batch_tokens=512"], "offload_optimizer"),
+        ("generate", "sampling", ["generate.batch_tokens=100"], ["generate.batch_tokens=50"], "answers"),
+        ("train", "sampling", ["answers.max_new_tokens=40"], ["answers.max_new_tokens=20", "answers.number=0"], "gen"),
+        ("train", "the start", [], ["offload_optimizer (device cpu)"], "tokens"),
+    ],
+)
+def test_the_changes_that_are_named(
+    tmp_path: Path, stage: str, phase: str, overrides: list[str], first: list[str], not_named: str
+) -> None:
+    run = tmp_path / "run.yaml"
+    worlds.write_run(run, tmp_path / "model", tmp_path / "pairs.jsonl", tmp_path / "run")
+    named = memory_advice._remedies(load_config(run, overrides), stage, phase)
+    assert all(change.startswith(wanted) for change, wanted in zip(named, first, strict=False)), named
+    assert not [change for change in named if not_named in change]
