@@ -14,7 +14,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Variables of the shell that would go over what a test has configured: W&B's mode, the job's cache, a rank.
 for name in [name for name in os.environ if name.startswith(("WANDB_", "PREFOPT_")) or name in ("RANK", "WORLD_SIZE")]:
-    del os.environ[name]
+    if name != "PREFOPT_TEST_DEVICE":  # of tests/gpu
+        del os.environ[name]
 
 LONG = (
     *("test_ranks", "test_end_to_end", "test_campaign", "test_own_answers", "test_generate", "test_store_attacks"),
