@@ -176,9 +176,7 @@ def _memory(found: list[Record]) -> str:
 
 def _speed(found: list[Record]) -> str:
     cases = _of(found, "speed")
-    rows = [r for r in cases if "tokens_per_second" in r and not r["case"].startswith("before the profile")]
-    if not rows:  # the profile failed or was cut off: the steps before it were measured
-        rows = [r for r in cases if "tokens_per_second" in r]
+    rows = [r for r in cases if "tokens_per_second" in r]
     if not rows:
         return ""
 
@@ -186,7 +184,7 @@ def _speed(found: list[Record]) -> str:
         return f"{record[key]:.1%}" if record.get(key) is not None else "—"
 
     head = ["1B, pairs like UltraFeedback's", "tokens/s", "pairs/s", "MFU", "share of a matrix product's speed"]
-    head += ["GPU idle", "peak GiB"]
+    head += ["peak GiB"]
     table = _table(
         head,
         (
@@ -196,13 +194,12 @@ def _speed(found: list[Record]) -> str:
                 f"{r['pairs_per_second']:.1f}",
                 share(r, "mfu"),
                 share(r, "share_of_matrix_product"),
-                share(r, "idle"),
                 f"{r['peak_memory'] / GIB:.1f}" if "peak_memory" in r else "—",
             ]
             for r in rows
         ),
     )
-    profiles = [_profile(r) for r in rows if "shares" in r]
+    profiles = [_profile(r) for r in cases if "shares" in r]
     return "\n\n".join([table, *profiles])
 
 
@@ -214,7 +211,8 @@ def _profile(record: Record) -> str:
         ["kernel", "share", "calls"],
         ([f"`{k['name'].replace('|', '/')}`", percent(k["share"]), str(k["calls"])] for k in record["top"]),
     )
-    return f"Of the kernels' time: {kinds}.\n\n{top}"
+    idle = "unknown" if record.get("idle") is None else percent(record["idle"])
+    return f"{record['case']}: the GPU's idle share {idle}; of the kernels' time: {kinds}.\n\n{top}"
 
 
 def main() -> None:

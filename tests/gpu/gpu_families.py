@@ -80,4 +80,5 @@ def run(place: Place, results: Results) -> None:
                     right = all(found[n] <= TIMES * found[f"cpu_{n}"] + MORE for n in ("sums", "gradients"))
                 # The last bit of a router's score may choose another expert: then the numbers say nothing.
                 right = right or (experts and bool(grads.isfinite().all() and sums.isfinite().all()))
-                found["ok"] = right and sync is None
+                # torch has a kernel for the products of experts in bfloat16 alone; in float32 it reads their sizes.
+                found["ok"] = right and (sync is None or (experts and dtype == torch.float32))

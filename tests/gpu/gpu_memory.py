@@ -33,9 +33,9 @@ from prefopt_dist.planning.machine import Machine
 from prefopt_dist.setup import prepare_models, prepare_reference
 
 TOLERANCE = 0.15
-"""|estimate − peak| over peak, as docs/planning.md promises"""
-LEFT = 16 * 2**20
-"""Bytes that may be left after a release"""
+"""|estimate − peak| over peak, as of the CPU's peaks in tests/ranks/test_plan_peaks.py"""
+LEFT = 64 * 2**20
+"""Bytes that may be left after a release: cuBLAS keeps its workspaces"""
 TOKENS, TINY_TOKENS = 8192, 384
 
 

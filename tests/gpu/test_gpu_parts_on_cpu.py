@@ -68,6 +68,20 @@ def test_a_part_that_takes_too_long_is_ended_and_says_so(tmp_path: Path) -> None
     assert "its time" in found[-1]["why"]
 
 
+@pytest.mark.slow
+def test_without_a_gpu_each_part_says_what_it_would_run() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(Path(gpu_parts.__file__).parent)],
+        env=gpu_parts.environment("cpu"),
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stdout
+    for part in gpu_parts.PARTS.values():
+        assert f"of {part.gpus} GPUs are here; would run: {part.what}" in done.stdout
+
+
 def test_busy_time_is_of_the_union() -> None:
     kernels = [gpu_speed.Kernel("a", s, e) for s, e in ((5, 8), (0, 2), (1, 3), (6, 7), (8, 9))]
     assert gpu_speed.busy(kernels) == 3 + 4

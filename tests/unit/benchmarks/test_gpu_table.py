@@ -46,14 +46,19 @@ def test_what_was_measured_before_an_early_end_is_shown(tmp_path: Path) -> None:
     assert "- memory beside the plan, end: ended after 100 s, its time" in text
 
 
-def test_the_steps_before_a_profile_that_failed_are_shown(tmp_path: Path) -> None:
+def test_speed_and_profile(tmp_path: Path) -> None:
     speed = {"tokens_per_second": 51_234.5, "pairs_per_second": 64.0, "mfu": 0.41, "share_of_matrix_product": 0.5}
+    profile = {"idle": 0.125, "shares": {"attention": 1.0}, "top": [{"name": "a|b", "share": 1.0, "calls": 3}]}
     file = write(
         tmp_path / "results.jsonl",
         ("machine", "machine", None, MACHINE),
-        ("speed", "before the profile, 16384", None, speed | {"peak_memory": 40 * 2**30}),
+        ("speed", "steps of 64 pairs", None, speed | {"peak_memory": 40 * 2**30}),
+        ("speed", "profile of a step", None, profile),
     )
-    assert "| before the profile, 16384 | 51,234 | 64.0 | 41.0% | 50.0% | — | 40.0 |" in gpu_table.page(file)
+    text = gpu_table.page(file)
+    assert "| steps of 64 pairs | 51,234 | 64.0 | 41.0% | 50.0% | 40.0 |" in text
+    assert "profile of a step: the GPU's idle share 12.5%; of the kernels' time: attention 100.0%." in text
+    assert "| `a/b` | 100.0% | 3 |" in text
 
 
 def test_only_the_last_run_counts(tmp_path: Path) -> None:
