@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -60,12 +60,13 @@ def scored(
     return sums, grads, sync
 
 
-def run(place: Place, results: Results) -> None:
+def run(place: Place, results: Results, names: Iterable[str] | None = None) -> None:
+    """Compare the models `names`, by default all, or few in a typing check."""
     torch.backends.cuda.matmul.allow_tf32 = False
     host = Place(torch.device("cpu"), place.tiny, place.scratch)
     units = pairs()
     batch, reference = pack(units, 2), references(units)
-    for name in FEW if place.tiny else MODELS:
+    for name in names or (FEW if place.tiny else MODELS):
         experts = "num_experts_per_tok" in make(name).config.to_dict()
         exact = scored(name, batch, reference, torch.float32, host)
         for dtype in (torch.float32, torch.bfloat16):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,11 @@ def distance(got: torch.Tensor, exact: torch.Tensor) -> float:
     """‖Δ‖/‖exact‖."""
     exact = exact.double()
     return float((got.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+def within(errors: Iterable[float], tolerance: float) -> bool:
+    """Whether every error is within the tolerance; nan is not, which `max` could hide."""
+    return all(error <= tolerance for error in errors)
 
 
 def synchronize(place: Place) -> None:

@@ -179,7 +179,7 @@ def compare(run: Path, twin: Path) -> dict[str, Any]:
         "tensors": len(mine),
         "different_tensors": len(different),
         "largest_weight_difference": far,
-        "largest_loss_difference": max(losses),
+        "largest_loss_difference": max(losses) if all(map(math.isfinite, losses)) else math.inf,
         "first_step_with_another_loss": min((s for s in a if a[s]["train/loss"] != b[s]["train/loss"]), default=None),
         "same_steps_and_pairs": [(s, a[s]["pairs_seen"]) for s in a] == [(s, b[s]["pairs_seen"]) for s in b],
     }

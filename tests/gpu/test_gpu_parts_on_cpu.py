@@ -82,6 +82,12 @@ def test_without_a_gpu_each_part_says_what_it_would_run() -> None:
         assert f"of {part.gpus} GPUs are here; would run: {part.what}" in done.stdout
 
 
+def test_nan_is_not_within_a_tolerance() -> None:
+    assert gpu_results.within([0.1, 0.2], 0.2)
+    assert not gpu_results.within([0.1, float("nan")], 0.2)
+    assert not gpu_results.within([float("nan"), 0.1], 0.2)
+
+
 def test_busy_time_is_of_the_union() -> None:
     kernels = [gpu_speed.Kernel("a", s, e) for s, e in ((5, 8), (0, 2), (1, 3), (6, 7), (8, 9))]
     assert gpu_speed.busy(kernels) == 3 + 4
