@@ -9,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo test test-unit test-all faults lint parity benchmark
+.PHONY: help install demo test test-unit test-all test-gpu faults lint parity benchmark
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -38,10 +38,13 @@ test-unit: $(STAMP) ## Run the quick tests of single modules, tests/unit (90 sec
 	@$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=5 tests/unit
 
 test: lint ## Run lint and the quick tests
-	@$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 test-all: lint ## Run lint and all tests
-	@$(BIN)/python -m pytest -q --durations=15
+	@$(BIN)/python -m pytest -q -m "not gpu" --durations=15
+
+test-gpu: $(STAMP) ## Run the tests on this machine's GPU (8 minutes); without one, say what they would run
+	@$(BIN)/python -m pytest -q -m gpu tests/gpu
 
 faults: $(STAMP) ## Kill a small job KILLS times (100) and compare the result; SEED=0, RANKS=2 or 2,1,3; resumes if stopped
 	@$(BIN)/python tests/faults/campaign.py --kills $(or $(KILLS),100) --seed $(or $(SEED),0) --ranks $(or $(RANKS),2)

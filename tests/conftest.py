@@ -14,12 +14,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Variables of the shell that would go over what a test has configured: W&B's mode, the job's cache, a rank.
 for name in [name for name in os.environ if name.startswith(("WANDB_", "PREFOPT_")) or name in ("RANK", "WORLD_SIZE")]:
-    del os.environ[name]
+    if name != "PREFOPT_TEST_DEVICE":  # of tests/gpu
+        del os.environ[name]
 
 LONG = (
     *("test_ranks", "test_end_to_end", "test_campaign", "test_own_answers", "test_generate", "test_store_attacks"),
     *("test_universal", "test_scorer", "test_report_answers", "test_flop", "test_head_loss", "test_report"),
-    *("test_generation", "test_reference_store", "test_health", "test_plan", "test_config_fuzz", "test_data_fuzz"),
+    *("test_gpu_parts_on_cpu", "test_generation", "test_reference_store", "test_health", "test_plan"),
+    *("test_config_fuzz", "test_data_fuzz"),
 )
 """Files that take long, the longest first: begun last, one of them would keep one worker busy and the other idle."""
 
