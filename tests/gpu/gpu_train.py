@@ -25,7 +25,6 @@ from places import REPOSITORY
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-"""Whether this version of the package has `train.deterministic`"""
 LONGEST = 150.0
 """Seconds that one job may take"""
 
