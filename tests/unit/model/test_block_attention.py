@@ -89,7 +89,7 @@ def test_equals_plain_float64(
     size: str, key_heads: int, window: int | None, cap: float | None, with_sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block_attention, "CPU_BLOCKS", SIZES[size])
-    batch = pack(pairs()[:9], 2)
+    batch = pack(pairs()[:4], 2)
     given = operands(batch, key_heads)
     exact_given = [x.detach().double().requires_grad_() for x in given]
     found, exact = (
@@ -125,13 +125,17 @@ def test_a_row_s_neighbours_stay_out_of_padding() -> None:
     found = block_attention.block_attention(q, k, v, batch.segments, 0.3, None, 3.0)
     assert torch.equal(found[:, mine], clean[:, mine])
     (d_k,) = torch.autograd.grad(found[:, mine].sum(), k)
-    assert not d_k[:, :, mine].isnan().any()
+    others = torch.ones(batch.tokens, dtype=torch.bool)
+    for s in batch.segments:
+        others[s.start : s.end] = s.prefix_start != bad.prefix_start
+    assert others.sum() > 50
+    assert not d_k[:, :, others].isnan().any()
 
 
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("size", [GPU_BLOCKS, CPU_BLOCKS])
 def test_tiles_cover_the_row_and_blocks_fit(size: BlockSize, window: int | None) -> None:
-    bytes, batch = BlockBytes(score=BYTES_PER_SCORE * 16, key=8 * 8 * 512), packed("ultrafeedback-like", 16)
+    bytes, batch = BlockBytes(score=BYTES_PER_SCORE * 16, key=8 * 2 * 128), packed("ultrafeedback-like", 16)
     tiles = block_attention.tiles(batch.segments, window, bytes, size)
     queries = sorted(i for t in tiles for i in range(t.start, t.start + t.queries))
     assert queries == list(range(batch.tokens))
@@ -194,19 +198,20 @@ class Peak(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("cap", [None, 50.0])
 def test_the_peak_is_within_the_bytes_of_a_block(dtype: torch.dtype, cap: float | None) -> None:
-    """One long sequence of 24,576 tokens, whose scores would take 36 GiB, on the meta device."""
-    segments = (Segment(0, 0, 0, 24_576),)
+    """One long sequence of 8,192 tokens, whose scores would take 4 GiB, on the meta device."""
+    segments = (Segment(0, 0, 0, 8_192),)
     with torch.device("meta"):
         q, k, v = (
-            torch.empty(1, 24_576, heads, 64, dtype=dtype).transpose(1, 2).requires_grad_() for heads in (16, 8, 8)
+            torch.empty(1, 8_192, heads, 64, dtype=dtype).transpose(1, 2).requires_grad_() for heads in (16, 8, 8)
         )
-    operand = q.numel() * 4
+    operands = (q.numel() + k.numel() + v.numel()) * 4
     with Peak() as found:
         out = block_attention.block_attention(q, k, v, segments, 0.1, None, cap)
         torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
     print(f"{dtype}, {cap}: {found.peak / 2**20:.0f} MiB")
-    # Besides a block: out, its gradient, those of q, k and v, in float32 for k and v.
-    assert found.peak <= GPU_BLOCKS.bytes + 5 * operand
+    # Besides a block: the result, its gradient (each as large as q), the gradients of q, k and v in two dtypes, and the
+    # indices of the plan.
+    assert found.peak <= GPU_BLOCKS.bytes + 3 * operands
 
 
 def test_same_bits_on_two_threads() -> None:
