@@ -140,7 +140,7 @@ def block_attention(
 ) -> torch.Tensor:
     """Compute softmax(c·tanh(q kᵀ·scaling/c)) v of each segment, lower-right causal.
 
-    Products are in the model's dtype; the cap and the softmax between them are in float32.
+    The cap and the softmax are in float32; products are in the model's dtype, those of the scores on a CPU in float32.
 
     Args:
         query: [1, H, T, d].
@@ -365,7 +365,7 @@ class _Row:
             d_o.view(n, self.plan.heads, queries, -1).masked_fill_(block.padded, 0)
         p, tanh, lost = self._probabilities(block, q, k)
         found.v.index_add_(0, keys, _flat(torch.bmm(p.to(v.dtype).mT, d_o).float()))
-        d_p = torch.bmm(d_o, v.mT).float()
+        d_p = _float_product(d_o, v.mT, 1.0)
         d_scores = torch._softmax_backward_data(d_p, p, -1, torch.float32)
         if found.sinks is not None and lost is not None:
             d_sink = (p * d_p).sum(-1, keepdim=True) * lost
@@ -384,7 +384,7 @@ class _Row:
 
     def _probabilities(self, block: ScoreBlock, q: torch.Tensor, k: torch.Tensor) -> _Probabilities:
         n, queries, _ = block.shape
-        scores = _product(q, k.mT, self.scaling if self.cap is None else self.scaling / self.cap).float()
+        scores = _float_product(q, k.mT, self.scaling if self.cap is None else self.scaling / self.cap)
         tanh = None
         if self.cap is not None:
             tanh = scores.tanh_()
@@ -410,6 +410,17 @@ class _Probabilities(NamedTuple):
 def _product(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
     """Compute a b · factor in one operation."""
     return torch.baddbmm(a.new_empty(()).expand(len(a), a.shape[1], b.shape[2]), a, b, beta=0, alpha=factor)
+
+
+def _float_product(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
+    """Compute a b · factor in float32.
+
+    A CPU computes it from float32 operands, at no loss of speed. A GPU's tensor cores take operands of 16 bits, and the
+    result is rounded to their dtype, as in transformers' own eager attention.
+    """
+    if a.device.type == "cpu":
+        a, b = a.float(), b.float()
+    return _product(a, b, factor).float()
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
