@@ -287,7 +287,7 @@ class _BlockAttention(torch.autograd.Function):
         scaling: float,
         cap: float | None,
     ) -> torch.Tensor:
-        row = _Row(_rows(query), _rows(key), _rows(value), sinks, plan, scaling, cap)
+        row = _RowOperands(_rows(query), _rows(key), _rows(value), sinks, plan, scaling, cap)
         size = row.v.shape[1]
         out = query.new_empty(len(row.q) + plan.heads, size)  # the last rows take what padded queries write
         for block in plan.blocks:
@@ -300,7 +300,7 @@ class _BlockAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, sinks = ctx.saved_tensors
-        row = _Row(_rows(query), _rows(key), _rows(value), sinks, ctx.plan, ctx.scaling, ctx.cap)
+        row = _RowOperands(_rows(query), _rows(key), _rows(value), sinks, ctx.plan, ctx.scaling, ctx.cap)
         found = _RowGradients.zero(row)
         for block in ctx.plan.blocks:
             row.differentiate(block, grad.reshape(len(row.q), -1), found)
@@ -326,7 +326,7 @@ class _RowGradients(NamedTuple):
     """float32 [H]."""
 
     @staticmethod
-    def zero(row: _Row) -> _RowGradients:
+    def zero(row: _RowOperands) -> _RowGradients:
         """Return zeros; those of queries are not initialised."""
         q = row.q.new_empty(len(row.q) + row.plan.heads, row.q.shape[1])
         k, v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (row.k, row.v))
@@ -334,7 +334,7 @@ class _RowGradients(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Row:
+class _RowOperands:
     """The operands of a row: q [T · H, d], k [T · J, d], v [T · J, e].
 
     Block by block they are gathered to [n · J, r · q, d], [n · J, k, d] and [n · J, k, e], where r query heads share
