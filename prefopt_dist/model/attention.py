@@ -1,7 +1,8 @@
 """Attention over a packed row in which several responses share one prompt.
 
 It is registered with transformers under `NAME`. Since no mask function is registered under this name, transformers
-builds no mask. The row's segments reach the function as a keyword argument of the model's call.
+builds no mask. The row's segments reach the function as a keyword argument of the model's call. What a layer asks for
+(`LayerNeeds`) decides which kernel computes it (`KERNELS`).
 
 Legend: T tokens of the row, H query heads, J key-value heads, d size of a head, q queries and k keys of a segment.
 """
@@ -9,18 +10,24 @@ Legend: T tokens of the row, H query heads, J key-value heads, d size of a head,
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from prefopt_dist.batching.micro_batch import Gathered, Segment
+from prefopt_dist.errors import UserError
+from prefopt_dist.model.block_attention import block_attention
 
 NAME = "prefopt_shared_prefix"
+
+HARMLESS = ("position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states")
+"""Arguments that models pass on to the attention, and that change no number of it."""
 
 VARLEN_TAKES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """False for torch 2.11, whose kernel needs as many key heads as query heads."""
@@ -28,6 +35,63 @@ FLASH_DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes that the flash kernel takes."""
 VARLEN_HEAD_SIZES = range(8, 257, 8)
 """Head sizes that the flash kernel takes; it also needs a GPU of compute capability 8 (Ampere) or more."""
+
+MOST_KEYS_IN_BLOCKS = 512
+"""On a CPU rows whose queries have more keys than this, on average, are computed segment by segment. With fewer, blocks
+were 1.2 to 5 times as fast on one thread; with 800 keys and more, slower."""
+
+
+@dataclass(frozen=True)
+class LayerNeeds:
+    """What the attention of a layer needs from its kernel."""
+
+    head_size: int
+    """Size of a head of queries and keys."""
+    value_size: int
+    """Size of a head of values."""
+    window: int | None
+    """A token sees itself and the window - 1 tokens before it in its own sequence; None: all of them."""
+    cap: float | None
+    """c of c·tanh(score/c); None: the scores as they are."""
+    sinks: bool
+    """Whether each head has a further score whose probability is lost."""
+
+    def text(self) -> str:
+        """Name what is special, for a message."""
+        found = ["no window" if self.window is None else f"window {self.window}"]
+        if self.cap is not None:
+            found.append(f"cap {self.cap:g}")
+        return ", ".join(found + ["sinks"] * self.sinks)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a kernel computes with."""
+
+    query: torch.Tensor
+    """[1, H, T, d]."""
+    key: torch.Tensor
+    """[1, J, T, d]."""
+    value: torch.Tensor
+    """[1, J, T, d], or another size of head."""
+    segments: tuple[Segment, ...]
+    """The segments of the row."""
+    gathered: Gathered | None
+    """The segments for the flash kernel, on the device of the query."""
+    scaling: float
+    """Factor of the scores."""
+    sinks: torch.Tensor | None
+    """[H]: the further score of each head."""
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """A way to compute attention."""
+
+    name: str
+    takes: Callable[[LayerNeeds, torch.dtype, torch.device], bool]
+    compute: Callable[[Operands, LayerNeeds], torch.Tensor]
+    """Compute [1, T, H, d], d of the values."""
 
 
 def shared_prefix_attention(
@@ -41,45 +105,112 @@ def shared_prefix_attention(
     segments: tuple[Segment, ...],
     gathered: Gathered | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
+    s_aux: torch.Tensor | None = None,
+    **given: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute lower-right causal attention of each segment; a mask over the whole row is never made.
 
     Args:
-        module: the attention layer, which is not used.
+        module: the attention layer, for messages.
         query: [1, H, T, d].
         key: [1, J, T, d].
-        value: [1, J, T, d].
+        value: [1, J, T, d], or another size of head.
         attention_mask: None.
         scaling: factor of the scores.
         segments: the segments of the row.
-        gathered: the segments for one variable-length call, which is made where the kernel supports it.
+        gathered: the segments for one variable-length call.
         dropout: 0.
-        sliding_window: a token sees itself and the window - 1 tokens before it in its own sequence.
-        softcap: c of c·tanh(score/c).
+        s_aux: [H], transformers' name of the sinks: a further score of each head, whose probability is lost.
+        given: the layer's further arguments: what it needs (`needs_of_call`), or what changes nothing (`HARMLESS`).
 
     Returns:
         ([1, T, H, d], None).
+
+    Raises:
+        UserError: the model passes an argument that is not known here.
     """
     # A mask or dropout would mean that transformers computes something else than the packed row needs: a bug of ours.
     assert attention_mask is None, "a packed row takes no attention mask"
     assert dropout == 0.0
-    if gathered is not None and softcap is None and varlen_supported(query):
-        return varlen_attention(query, key, value, gathered, scaling, sliding_window), None
-    parts = [_segment_attention(query, key, value, s, scaling, sliding_window, softcap) for s in segments]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    needs = needs_of_call(module, query, value, given | {"s_aux": s_aux})
+    kernel = choose_kernel(needs, query.dtype, query.device)
+    return kernel.compute(Operands(query, key, value, segments, gathered, scaling, s_aux), needs), None
 
 
-def varlen_supported(query: torch.Tensor) -> bool:
-    """Return whether the flash kernel takes these queries."""
-    return (
-        query.is_cuda
-        and query.dtype in FLASH_DTYPES
-        and query.shape[-1] in VARLEN_HEAD_SIZES
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+def needs_of_call(module: Any, query: torch.Tensor, value: torch.Tensor, given: dict[str, Any]) -> LayerNeeds:
+    """Return what a layer needs by the arguments that it passes to the attention function.
+
+    Args:
+        module: the attention layer, for messages.
+        query: [1, H, T, d].
+        value: [1, J, T, d], or another size of head.
+        given: the named arguments: `sliding_window`, `softcap`, `s_aux`, and those that change nothing.
+
+    Raises:
+        UserError: an argument is not known, so that it might change the numbers; None asks for nothing.
+    """
+    known = {"sliding_window", "softcap", "s_aux", *HARMLESS}
+    unknown = sorted(name for name, asked in given.items() if asked is not None and name not in known)
+    if unknown:
+        raise UserError(
+            f"model.name_or_path: the family {module.config.model_type} passes {', '.join(unknown)} to its attention, "
+            "which is not computed here, so that the numbers would not be the model's own. Give a model of another "
+            "family."
+        )
+    return LayerNeeds(
+        query.shape[-1],
+        value.shape[-1],
+        window=given.get("sliding_window"),
+        cap=given.get("softcap"),
+        sinks=given.get("s_aux") is not None,
     )
+
+
+def choose_kernel(needs: LayerNeeds, dtype: torch.dtype, device: torch.device) -> AttentionKernel:
+    """Return the first kernel that takes such a layer; the last one takes all."""
+    return next(kernel for kernel in KERNELS if kernel.takes(needs, dtype, device))
+
+
+def varlen_supported(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether the flash kernel runs on this device, for heads of this size and dtype."""
+    return (
+        device.type == "cuda"
+        and dtype in FLASH_DTYPES
+        and head_size in VARLEN_HEAD_SIZES
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def _varlen_takes(needs: LayerNeeds, dtype: torch.dtype, device: torch.device) -> bool:
+    plain = needs.cap is None and not needs.sinks and needs.value_size == needs.head_size
+    return plain and varlen_supported(needs.head_size, dtype, device)
+
+
+def _varlen(x: Operands, needs: LayerNeeds) -> torch.Tensor:
+    assert x.gathered is not None
+    return varlen_attention(x.query, x.key, x.value, x.gathered, x.scaling, needs.window)
+
+
+def _cpu_takes(needs: LayerNeeds, dtype: torch.dtype, device: torch.device) -> bool:
+    return device.type == "cpu" and needs.cap is None and not needs.sinks
+
+
+def _blocks_or_segments(x: Operands, needs: LayerNeeds) -> torch.Tensor:
+    if keys_per_query(x.segments, needs.window) <= MOST_KEYS_IN_BLOCKS:
+        return _blocks(x, needs)
+    return segment_attention(x.query, x.key, x.value, x.segments, x.scaling, needs.window)
+
+
+def _blocks(x: Operands, needs: LayerNeeds) -> torch.Tensor:
+    return block_attention(x.query, x.key, x.value, x.segments, x.scaling, needs.window, needs.cap, x.sinks)
+
+
+KERNELS = (
+    AttentionKernel("flash attention of variable length", _varlen_takes, _varlen),
+    AttentionKernel("blocks of short segments, a call for each long one", _cpu_takes, _blocks_or_segments),
+    AttentionKernel("blocks of segments", lambda *_: True, _blocks),
+)
+"""The kernels in order of preference."""
 
 
 def varlen_attention(
@@ -101,7 +232,7 @@ def varlen_attention(
         value: [1, J, T, d].
         gathered: the segments, on the device of the query.
         scaling: factor of the scores.
-        window: as `sliding_window` of `shared_prefix_attention`.
+        window: as in `LayerNeeds`.
 
     Returns:
         [1, T, H, d].
@@ -132,29 +263,41 @@ def varlen_attention(
     return out[None]
 
 
-def _segment_attention(
+def keys_per_query(segments: tuple[Segment, ...], window: int | None) -> float:
+    """Return the mean length of the keys of the segment of a query, at most the window."""
+    lengths = [(s.end - s.start, s.prefix_end - s.prefix_start + s.end - s.start) for s in segments]
+    return sum(q * (k if window is None else min(k, window)) for q, k in lengths) / sum(q for q, _ in lengths)
+
+
+def segment_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    s: Segment,
+    segments: tuple[Segment, ...],
     scaling: float,
     window: int | None,
-    softcap: float | None,
 ) -> torch.Tensor:
-    """Compute the attention of one segment: its queries over its prefix and itself.
+    """Compute the attention of each segment in a call of its own.
 
     Args:
         query: [1, H, T, d].
         key: [1, J, T, d].
-        value: [1, J, T, d].
-        s: the segment.
+        value: [1, J, T, d], or another size of head.
+        segments: the segments of the row.
         scaling: factor of the scores.
-        window: as `sliding_window` of `shared_prefix_attention`.
-        softcap: c of c·tanh(score/c).
+        window: as in `LayerNeeds`.
 
     Returns:
-        [1, H, s.end - s.start, d].
+        [1, T, H, d], d of the values.
     """
+    parts = [_one_segment(query, key, value, s, scaling, window) for s in segments]
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+def _one_segment(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, s: Segment, scaling: float, window: int | None
+) -> torch.Tensor:
+    """Compute the attention of one segment, its queries over its prefix and itself: [1, H, s.end - s.start, d]."""
     prefix, own = s.prefix_end - s.prefix_start, s.end - s.start
 
     def keys_of(x: torch.Tensor) -> torch.Tensor:
@@ -163,65 +306,21 @@ def _segment_attention(
 
     q, k, v = query[:, :, s.start : s.end], keys_of(key), keys_of(value)
     repeat = q.shape[1] // k.shape[1]
+    k, v = _repeat_heads(k, repeat), _repeat_heads(v, repeat)
     windowed = window is not None and window < prefix + own
-    if softcap is None and not prefix and not windowed:
-        return F.scaled_dot_product_attention(
-            q, _repeat_heads(k, repeat), _repeat_heads(v, repeat), is_causal=True, scale=scaling
-        )
+    if not prefix and not windowed:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
     # Lower-right causal: query i stands at position prefix + i of its sequence.
     mask = torch.ones(own, prefix + own, dtype=torch.bool, device=q.device).tril(prefix)
     if windowed:
         assert window is not None
         mask = mask.triu(prefix - window + 1)
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            q, _repeat_heads(k, repeat), _repeat_heads(v, repeat), attn_mask=mask, scale=scaling
-        )
-    # One group of heads at a time, and each is computed again in the backward pass: so that the scores of one group
-    # only are in memory.
-    groups = [
-        checkpoint(
-            _capped_attention,
-            q_group,
-            k[:, j, None],
-            v[:, j, None],
-            mask,
-            scaling,
-            softcap,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for j, q_group in enumerate(q.chunk(k.shape[1], dim=1))
-    ]
-    return torch.cat(groups, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
 
 
 def _repeat_heads(x: torch.Tensor, repeat: int) -> torch.Tensor:
     """Repeat each key-value head for all of its query heads: [1, J, k, d] → [1, J · repeat, k, d]."""
     return x if repeat == 1 else x[:, :, None].expand(-1, -1, repeat, -1, -1).flatten(1, 2)
-
-
-def _capped_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float, cap: float
-) -> torch.Tensor:
-    """Compute softmax(c·tanh(q kᵀ·scaling/c)) v for one group of heads.
-
-    The two products are in the model's dtype; the cap and the softmax between them are in float32.
-
-    Args:
-        q: [1, h, q, d].
-        k: [1, 1, k, d].
-        v: [1, 1, k, d].
-        mask: bool [q, k], True where a query sees a key.
-        scaling: factor of the scores.
-        cap: c.
-
-    Returns:
-        [1, h, q, d].
-    """
-    scores = (q @ k.transpose(-1, -2)).float() * scaling
-    scores = (torch.tanh(scores / cap) * cap).masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1).to(v.dtype) @ v
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)

@@ -23,6 +23,7 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.cost import adapter_parameters, layer_parameters
 from prefopt_dist.model.folder import ModelFolder, inspect_folder, resolve
+from prefopt_dist.model.layer_kernels import kernels_text
 from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.objectives.factory import make_objective
@@ -143,7 +144,16 @@ def load_models(config: Config) -> Models:
     say(f"policy: {_described(models.policy)}, computed in {config.model.dtype}")
     if config.reference.name_or_path is not None:
         say(f"reference: {_described(models.reference)}")
+    say(f"attention: {ranks.run_on_rank_zero(partial(_kernels, models))}")
     return models
+
+
+def _kernels(models: Models) -> str:
+    """Name the attention kernels, after a check that each argument of the models' attention is known."""
+    own, reference = (
+        kernels_text(model.config, models.dtype, ranks.device()) for model in (models.policy, models.reference)
+    )
+    return own if own == reference else f"{own}; of the reference: {reference}"
 
 
 def _described(model: ModelFolder) -> str:

@@ -76,21 +76,25 @@ def put_in_place(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(attention, "varlen_attn", counted)
     monkeypatch.setattr(attention, "VARLEN_TAKES_GROUPED_HEADS", "enable_gqa" in inspect.signature(kernel).parameters)
-    monkeypatch.setattr(attention, "varlen_supported", lambda _: True)
+    monkeypatch.setattr(attention, "varlen_supported", lambda *_: True)
     return calls
 
 
+@pytest.mark.parametrize("keys_in_blocks", [0, 512])
 @pytest.mark.parametrize(
     ("name", "kernel"), [(n, plain_varlen) for n in MODELS] + [(n, plain_varlen_without_groups) for n in WITHOUT_GROUPS]
 )
-def test_one_call_equals_a_call_a_segment(name: str, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_call_equals_the_kernels_of_the_cpu(
+    name: str, kernel: Kernel, keys_in_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "MOST_KEYS_IN_BLOCKS", keys_in_blocks)
     stand_in = put_in_place(kernel, monkeypatch)
     units = pairs()
     batch = pack(units, 2)
     found = []
     for by_segments in (False, True):
         if by_segments:
-            monkeypatch.setattr(attention, "varlen_supported", lambda _: False)
+            monkeypatch.setattr(attention, "varlen_supported", lambda *_: False)
         lm = make(name)
         terms = Scorer(lm)(batch, DPO(0.3), references(units))
         terms.loss.backward()
@@ -112,7 +116,7 @@ def test_without_shared_prompts_nothing_is_gathered(monkeypatch: pytest.MonkeyPa
     scorer = Scorer(make("llama-tied"))
     with torch.no_grad():
         sums = scorer(batch)
-        monkeypatch.setattr(attention, "varlen_supported", lambda _: False)
+        monkeypatch.setattr(attention, "varlen_supported", lambda *_: False)
         assert apart(sums, scorer(batch)) <= 1e-6
 
 
@@ -153,20 +157,13 @@ def test_the_installed_function_takes_our_arguments(
 
 
 def test_where_the_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGPU:
-        is_cuda = True
-        device = torch.device("cuda", 0)
-
-        def __init__(self, dtype: torch.dtype, head: int) -> None:
-            self.dtype, self.shape = dtype, (1, 4, 50, head)
-
-    can: Callable[..., bool] = attention.varlen_supported
+    can, gpu = attention.varlen_supported, torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert can(OnGPU(torch.bfloat16, 128))
-    assert can(OnGPU(torch.float16, 256))
-    assert not can(OnGPU(torch.float32, 128))
-    assert not can(OnGPU(torch.bfloat16, 264))
-    assert not can(OnGPU(torch.bfloat16, 20))
-    assert not can(torch.empty(1, 4, 50, 128, dtype=torch.bfloat16))
+    assert can(128, torch.bfloat16, gpu)
+    assert can(256, torch.float16, gpu)
+    assert not can(128, torch.float32, gpu)
+    assert not can(264, torch.bfloat16, gpu)
+    assert not can(20, torch.bfloat16, gpu)
+    assert not can(128, torch.bfloat16, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert not can(OnGPU(torch.bfloat16, 128))
+    assert not can(128, torch.bfloat16, gpu)

@@ -177,7 +177,7 @@ def test_gathered_keys_and_values_are_counted(
         return out
 
     monkeypatch.setattr(attention, "varlen_attn", kernel)
-    monkeypatch.setattr(attention, "varlen_supported", lambda _: True)
+    monkeypatch.setattr(attention, "varlen_supported", lambda *_: True)
     units = BATCHES[batch]
     measured, tokens = kept_of_units(config, units, checkpointed)
     memory = activation_memory(config, torch.float32)
