@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import meter
 from benchmarks.pairs import MIXES, draw_lengths
 from prefopt_dist.batching.micro_batch import MicroBatch, pack
-from prefopt_dist.commands import plan, train
+from prefopt_dist.commands import train
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import zero3
@@ -31,6 +31,7 @@ from prefopt_dist.planning import memory
 from prefopt_dist.planning.fit import find_fit
 from prefopt_dist.planning.machine import Machine
 from prefopt_dist.setup import prepare_models, prepare_reference
+from prefopt_dist.setup.memory_needs import job_needs
 
 TOLERANCE = 0.15
 """|estimate − peak| over peak, as of the CPU's peaks in tests/ranks/test_plan_peaks.py"""
@@ -153,9 +154,10 @@ def run(place: Place, results: Results) -> None:
         training(place, results, folder, checkpointing, offload)
 
 
-def estimated(place: Place, config: Config, model: Any, tokens: int) -> dict[str, int]:
-    """The plan's bytes for a micro-batch of so many tokens, by phase, and those of its activations alone."""
-    wanted = replace(plan._needs(config, model), tokens=tokens)
+def estimated(place: Place, config: Config, model: Any, micro: MicroBatch) -> dict[str, int]:
+    """The plan's bytes for a micro-batch, by phase, and those of its activations alone."""
+    keys, tokens = len(micro.gathered.keys), micro.tokens
+    wanted = replace(job_needs(config, model, max(1.0, keys / tokens)), tokens=tokens)
     fit = find_fit(wanted, Machine("here", 1, 1, 2**50, None, 1.0, place.cuda))
     layers = wanted.sizes.activations.layers if wanted.checkpointing == "all" else 0
     on = memory.Placement(1, place.cuda)
@@ -168,7 +170,7 @@ def training(place: Place, results: Results, folder: Path, checkpointing: str, o
     config = config_for(place, folder, checkpointing, offload)
     models = prepare_models.load_models(config)
     measure = Measure(place)
-    engine, _ = train._policy(config, models)
+    engine, _ = train._policy(config, models, 1.0)
     objective = DPO(0.1)
     chosen = list(batches(place).items())[: 1 if offload else 2 if place.tiny else None]
     how = f"checkpointing {checkpointing}" + (", optimizer offloaded" if offload else "")
@@ -185,7 +187,7 @@ def training(place: Place, results: Results, folder: Path, checkpointing: str, o
             backward = measure.peak()
             engine.step()
             del terms
-            plans = estimated(place, config, models.policy.config, micro.tokens)
+            plans = estimated(place, config, models.policy.config, micro)
             planned = max(plans["training: backward"], plans["training: update"])
             deviation = planned / measure.peak() - 1
             found |= {
@@ -221,7 +223,7 @@ def release(place: Place, results: Results, folder: Path) -> None:
         with torch.no_grad():
             engine(micro)
         peak = measure.peak()
-        plans = estimated(place, replace_reference_tokens(config, micro.tokens), models.policy.config, micro.tokens)
+        plans = estimated(place, replace_reference_tokens(config, micro.tokens), models.policy.config, micro)
         zero3.release(engine)
         del engine
         left = measure.now()
