@@ -43,7 +43,7 @@ def filled_policy(config: Config, models: prepare_models.Models) -> Any:
 
     train.attach = attach_filled
     try:
-        return train._policy(config, models)[0]
+        return train._policy(config, models, 1.0)[0]
     finally:
         train.attach = attach
 
@@ -108,7 +108,7 @@ def lora_resume(folder: Path) -> dict[str, Any]:
     config = rank_cases.config_for(folder, "lora-resume", lora=LORA)
     models, objective, scored, _ = rank_cases.ready(config)
     root = folder / f"lora-checkpoints-{ranks.world_size()}"
-    engine = train._policy(config, models)[0]
+    engine = train._policy(config, models, 1.0)[0]
     start = weights(engine)
     losses = [update(engine, objective, scored, i) for i in range(2)]
     save.save(engine, root, step=2, state={"window": {}}, facts={}, keep=2)
@@ -117,7 +117,7 @@ def lora_resume(folder: Path) -> dict[str, Any]:
     trained = zero3.trained_parameters(engine.module)
     optimized = sum(m.numel() for m in engine.optimizer.fp32_partitioned_groups_flat)
     zero3.release(engine)
-    engine = train._policy(config, models)[0]
+    engine = train._policy(config, models, 1.0)[0]
     manifest = load.find_newest(root)
     assert manifest is not None
     loaded = load.load(engine, root, manifest)

@@ -140,7 +140,7 @@ def passed(file: Path, which: str) -> dict[str, Any]:
         peak.mark("pass")
         zero3.release(engine)
         return peak.result()
-    engine, _ = train._policy(config, models)
+    engine, _ = train._policy(config, models, 1.0)
     peak.mark("load")
     objective = DPO(0.1, 0.0, 1e-6)
     micro = batch(TOKENS)

@@ -81,7 +81,7 @@ def ready(config: Config) -> tuple[prepare_models.Models, Any, ScoredRows, str |
 
 def make_policy(config: Config, models: prepare_models.Models) -> Any:
     """The engine, by the job's own way."""
-    return train._policy(config, models)[0]
+    return train._policy(config, models, 1.0)[0]
 
 
 def equality(

@@ -74,7 +74,7 @@ def ready(config: Config) -> tuple[Any, Any, ScoredRows]:
     rows = prepare_data.load_train(config, models, objective)
     reference = prepare_reference.reference_weights(config, models, objective)
     (scored,), _ = prepare_reference.score_reference(config, models, objective, [rows], reference, lambda: False)
-    return train._policy(config, models)[0], objective, scored
+    return train._policy(config, models, 1.0)[0], objective, scored
 
 
 def update(engine: Any, objective: Any, scored: ScoredRows, index: int) -> float:
@@ -322,7 +322,7 @@ def large_config(folder: Path) -> Config:
 
 
 def large_written(folder: Path) -> dict[str, Any]:
-    engine, _ = train._policy(large_config(folder), prepare_models.load_models(large_config(folder)))
+    engine, _ = train._policy(large_config(folder), prepare_models.load_models(large_config(folder)), 1.0)
     engine.optimizer.initialize_optimizer_states()
     for master in engine.optimizer.fp32_partitioned_groups_flat:
         state = engine.optimizer.optimizer.state[master]
@@ -367,7 +367,7 @@ def large_resumed(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with most_memory(found, "converting"):
         resharding.prepare(root / "step-00000001", manifest)
-    engine, _ = train._policy(large_config(folder), prepare_models.load_models(large_config(folder)))
+    engine, _ = train._policy(large_config(folder), prepare_models.load_models(large_config(folder)), 1.0)
     found["elements"] = sum(p.ds_numel for p in engine.module.parameters())
     load.load(engine, root, manifest)  # Adam's moments are made here where they are not there yet
     with most_memory(found, "loading"):
