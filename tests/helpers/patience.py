@@ -40,6 +40,8 @@ class Progress:
     def _look(self) -> set[tuple[str, int, int]]:
         found = set()
         for file in self._files():
+            if ".heartbeats" in file.parts:
+                continue
             with suppress(OSError):  # it does not exist yet, or was replaced meanwhile
                 stat = file.stat()
                 found.add((str(file), stat.st_size, stat.st_mtime_ns))
@@ -50,7 +52,6 @@ class Progress:
             yield sign
             # os.walk goes on where a folder is removed under it; Path.rglob raises.
             for folder, folders, files in os.walk(sign):
-                folders[:] = [name for name in folders if name != ".heartbeats"]
                 yield from (Path(folder, name) for name in (*folders, *files))
 
 
