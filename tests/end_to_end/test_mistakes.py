@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +32,7 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.files import FileLock
 from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.objectives import DPO, SFT
-from prefopt_dist.setup import checks, prepare_data, prepare_reference
+from prefopt_dist.setup import checks, prepare_data
 
 PAIR = {"prompt": "the cat", "chosen_response": "sings", "rejected_response": "sleeps"}
 CHOSEN = {"prompt": "the cat", "chosen": "sings", "rejected": "sleeps"}
@@ -547,18 +546,3 @@ def test_through_the_launcher(door: Door) -> None:
     assert done.stderr.rstrip().splitlines()[-1].startswith(f"error: {data}:2: not_an_object")
     assert done.stderr.count("error: ") == 2
     assert {path for path in tree(door.folder) if not path.startswith("cache")} == before.keys()
-
-
-def test_a_run_checks_its_reference_at_step_0(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check is made by the run itself: stored values that are not the start's end it before an update."""
-    score = prepare_reference.run_first_pass
-
-    def half_a_nat_more(**given: Any) -> Any:
-        done = score(**given)
-        return replace(done, sums=[sums + 0.5 for sums in done.sums])
-
-    monkeypatch.setattr(prepare_reference, "run_first_pass", half_a_nat_more)
-    status, said = door.ends(door.run("another-reference"))
-    assert status == 2
-    assert "step 0: stored and live log-probs of a sequence differ by up to 0.5" in said
-    assert not (door.folder / "runs" / "another-reference" / "final").exists()
