@@ -18,7 +18,7 @@ SetPolicy = Literal["keep", "stop"]
 
 @dataclass(frozen=True)
 class Inspect:
-    """What each kind of finding in `data.train` leads to, and the output of the stage `inspect`.
+    """Policies for each kind of finding in `data.train`, and the output of the stage `inspect`.
 
     `keep` uses the rows, `drop` leaves them out, `stop` ends with an error. The policies hold in every stage that reads
     `data.train`; evaluation sets are inspected too, but keep all their rows. `data.on_bad_row` is the policy for rows
@@ -93,7 +93,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class PairsFrom:
-    """How a row with several scored answers becomes a pair."""
+    """Rule by which a row with several scored answers becomes a pair."""
 
     responses: Text
     """Dotted path to the list of answers; it may lead through a list of objects, such as `completions.text`."""

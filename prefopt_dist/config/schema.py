@@ -289,7 +289,7 @@ class Config:
     rounds: Rounds = field(default_factory=Rounds)
     """The stage `rounds`."""
     inspect: Inspect = field(default_factory=Inspect)
-    """What findings in the data lead to, and the stage `inspect`."""
+    """Policies for findings in the data, and the stage `inspect`."""
 
     def __post_init__(self) -> None:
         if self.answers.max_new_tokens is not None and self.answers.max_new_tokens >= self.data.max_length:

@@ -43,7 +43,7 @@ were 1.2 to 5 times as fast on one thread; with 800 keys and more, slower."""
 
 @dataclass(frozen=True)
 class LayerNeeds:
-    """What the attention of a layer needs from its kernel."""
+    """Needs of a layer's attention, by which its kernel is chosen."""
 
     head_size: int
     """Size of a head of queries and keys."""
@@ -66,7 +66,7 @@ class LayerNeeds:
 
 @dataclass(frozen=True)
 class Operands:
-    """What a kernel computes with."""
+    """Operands of a kernel."""
 
     query: torch.Tensor
     """[1, H, T, d]."""

@@ -31,7 +31,7 @@ BYTES_PER_KEY_NUMBER = 8
 
 @dataclass(frozen=True)
 class BlockSize:
-    """How large tiles and blocks are on a kind of device."""
+    """Sizes of tiles and blocks on a kind of device."""
 
     bytes: int
     """Most bytes of a block's temporary tensors, where twice those of one tile's keys are not more."""
