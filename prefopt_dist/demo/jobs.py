@@ -42,13 +42,24 @@ def run_concurrently(commands: Sequence[Sequence[str]]) -> None:
     Raises:
         JobFailed: one of them ended with a non-zero status.
     """
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PREFOPT_PYTHON": sys.executable}
+    own = {"CUDA_VISIBLE_DEVICES": "", "PREFOPT_PYTHON": sys.executable, "OMP_NUM_THREADS": str(threads_per_process())}
+    environment = os.environ | own
     started = [subprocess.Popen(list(command), env=environment) for command in commands]
     with _forward_signal(signal.SIGTERM, started):
         statuses = [job.wait() for job in started]
     failed = [status for status in statuses if status != 0]
     if failed:
         raise JobFailed(failed[0] if failed[0] > 0 else 1)
+
+
+def threads_per_process() -> int:
+    """Return the threads of each of two processes: half of the cores, or fewer where OMP_NUM_THREADS says so.
+
+    More threads than cores would make the demo twice as slow.
+    """
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(given)) if given.isdecimal() and int(given) > 0 else share
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 
 from prefopt_dist.config import load_config
 from prefopt_dist.config.losses import SFTLoss
-from prefopt_dist.demo import parts, result
+from prefopt_dist.demo import jobs, parts, result
 from prefopt_dist.demo.__main__ import RECIPES
 from prefopt_dist.demo.reward import JUDGE_NOISE, is_whole, judge, score
 from prefopt_dist.demo.world import CASUAL, FORMAL, Task, letter, perfect, tasks, write_model, write_world
@@ -198,3 +198,12 @@ def test_the_result(tmp_path: Path) -> None:
     told = result.text(found, tmp_path, 100.0)
     assert "0.500 → 0.800" in told
     assert FORMAL_LETTER in told
+
+
+@pytest.mark.parametrize(("given", "threads"), [(None, 2), ("1", 1), ("8", 2), ("2,4", 2)])
+def test_two_processes_share_the_cores(given: str | None, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda _: set(range(4)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert jobs.threads_per_process() == threads
