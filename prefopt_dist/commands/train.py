@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from prefopt_dist.batching.batches import ScoredRows
 from prefopt_dist.batching.layout import FROZEN_PASSES, TRAINING_PASSES
 from prefopt_dist.batching.order import Order
 from prefopt_dist.checkpoint import load, save
@@ -27,7 +28,7 @@ from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.monitoring.metrics_file import MetricsFile
-from prefopt_dist.objectives import factory
+from prefopt_dist.objectives import Objective, factory
 from prefopt_dist.objectives.factory import described
 from prefopt_dist.planning.machine import device_peak
 from prefopt_dist.planning.work import most_keys_per_token
@@ -36,7 +37,7 @@ from prefopt_dist.setup import own_answers, prepare_data, prepare_models, prepar
 from prefopt_dist.setup.lifecycle import finish, open_log, requests_for, run_folder
 from prefopt_dist.setup.own_answers import NotAnswered, OwnAnswers
 from prefopt_dist.setup.prepare_models import Models
-from prefopt_dist.setup.prepare_reference import adapter_base
+from prefopt_dist.setup.prepare_reference import HashedWeights, adapter_base
 from prefopt_dist.training import loop
 from prefopt_dist.training.evaluation import best_step
 from prefopt_dist.training.optimizer import adamw
@@ -47,6 +48,38 @@ DATA = (
     "read such rows otherwise (docs/data.md),"
 )
 """All that decides the tokens besides the configuration"""
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Models, data and checkpoint that a start found."""
+
+    models: Models
+    objective: Objective
+    train: TokenisedRows
+    evals: dict[str, TokenisedRows]
+    """Evaluation sets by name"""
+    order: Order
+    total_steps: int
+    reference: HashedWeights | None
+    """None for a loss without a reference"""
+    base: HashedWeights | None
+    """The frozen weights of a run with adapters"""
+    facts: dict[str, Any]
+    """What a resume must find unchanged"""
+    checkpoint: Manifest | None
+    """The newest sound checkpoint"""
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What the start says of data and prompts."""
+
+    train: ScoredRows
+    evals: dict[str, ScoredRows]
+    answers: OwnAnswers | NotAnswered
+    seconds: float
+    """Time of the start's answers"""
 
 
 def run(config: Config, asked: Requests | None = None) -> None:
@@ -62,99 +95,127 @@ def run(config: Config, asked: Requests | None = None) -> None:
             say(f"{config.run_dir} is done:\n{finished}")
             return
         requests = asked or requests_for(config)
-        models = prepare_models.load_models(config)
-        objective = factory.make_objective(config.loss, models.dtype)
-        train = prepare_data.load_train(config, models, objective)
-        evals = prepare_data.load_evals(config, models, objective)
-        order, total_steps = _plan_steps(config, train)
-        reference = prepare_reference.reference_weights(config, models, objective)
-        facts = {"reference_key": reference and reference.key, "data_digest": train.report.digest}
-        base = adapter_base(config, models)
-        if base is not None:
-            facts["base_key"] = base.key
-        root = config.run_dir / "checkpoints"
-        found = load.find_newest(root)
-        _check_resume(config, found, facts)  # before the first pass, which may take hours
-        where = "in the first pass"
-        try:
-            (scored, *others), first_pass = prepare_reference.score_reference(
-                config, models, objective, [train, *evals.values()], reference, lambda: requests.look().stop
-            )
-            where, began = "while the start answers", time.perf_counter()
-            answers = own_answers.prepare(config, models, next(iter(evals.values()), train))
-            if isinstance(answers, OwnAnswers):
-                answers.start.run(lambda: requests.look().stop)
-            seconds = {"perf/answers_seconds": time.perf_counter() - began}
-        except StopRequested:
-            if ranks.rank() == 0:
-                folder.write_stopped(requests.reason(), None, where)
-                requests.obeyed()
-            say(f"stopped on request {where}; start again to go on")
+        inputs = _load_inputs(config)
+        start = _score_and_answer(config, folder, inputs, requests)
+        if start is None:
             return
-        if isinstance(answers, NotAnswered):
-            say(f"answers: none, so the run ends without a verdict on them: {answers.reason}")
-        if ranks.rank() == 0:
-            folder.note(
-                data=prepare_data.data_facts(train, evals),
-                chat_template=template_name(models.tokenizer, config.data.template, config.data.chat_template),
-                reference=None if first_pass is None else first_pass.as_run_json(),
-            )
-
-        keys = ranks.run_on_rank_zero(
-            partial(
-                most_keys_per_token, train, order, total_steps, objective.responses, config.train.micro_batch_tokens
-            )
-        )
-        engine, here = _policy(config, models, keys)
-        if base is not None:
-            ranks.run_on_all_ranks(partial(refuse_if_changed, base.states))
-        if ranks.rank() == 0:
-            folder.note(memory=here.as_run_json() | {"keys_per_token": keys})
-        state: dict[str, Any] | None = None
-        start = 0
-        if found is not None:
-            loaded = load.load(engine, root, found)
-            start, state = loaded.step, loaded.state
-            # A kill right after a commit leaves one too many, which after the last commit nothing else would remove.
-            ranks.run_on_rank_zero(lambda: save.prune(root, config.checkpoint.keep, best_checkpoint(config)))
-            say(f"resuming from {save.folder_name(start)}")
-        ranks.run_on_rank_zero(lambda: own_answers.remove_outdated(folder, answers, start))
-        in_between = None
-        if isinstance(answers, OwnAnswers) and config.answers_every_steps is not None:
-            in_between = partial(answers.intermediate_metrics, engine)
-        job = loop.Job(
-            engine=engine,
-            objective=objective,
-            rounding=RoundingTolerance.of_model(models.policy.config, models.dtype),
-            train=scored,
-            eval_sets=dict(zip(evals, others, strict=True)),
-            order=order,
-            total_steps=total_steps,
-            intervals=_intervals(config),
-            optim=config.optim,
-            options=config.train,
-            checkpoint=config.checkpoint,
-            evaluation_tokens=config.reference_micro_batch_tokens,
-            run_dir=config.run_dir,
-            requests=requests,
-            cost=forward_cost(models.policy.config),
-            passes=TRAINING_PASSES if models.adapter is None else FROZEN_PASSES,
-            peak=device_peak(),
-            reference_is_start=objective.needs_reference and models.reference_is_start,
-            facts=facts,
-            log=open_log(config, folder, start, total_steps, objective) if ranks.rank() == 0 else None,
-            answer=in_between,
-        )
-        if job.log is not None and start == 0 and isinstance(answers, OwnAnswers):
-            job.log.write("answers", 0, None, answers.start_metrics() | seconds)
-        say(_what_comes(config, order, start, total_steps))
-        stopped_at = loop.train(job, start, state)
-        del engine, in_between
+        job, state = _make_job(config, folder, inputs, start, requests)
+        first = 0 if inputs.checkpoint is None else inputs.checkpoint.step
+        if job.log is not None and first == 0 and isinstance(start.answers, OwnAnswers):
+            seconds = {"perf/answers_seconds": start.seconds}
+            job.log.write("answers", 0, None, start.answers.start_metrics() | seconds)
+        say(_what_comes(config, job.order, first, job.total_steps))
+        stopped_at = loop.train(job, first, state)
         if stopped_at is not None:
             zero3.release(job.engine)
             _stop(folder, job, stopped_at)
             return
-        finish(config, folder, models, job, answers)
+        finish(config, folder, inputs.models, job, start.answers)
+
+
+def _load_inputs(config: Config) -> _Inputs:
+    """Load all but the policy, and refuse a checkpoint of another run before the first pass, which may take hours."""
+    models = prepare_models.load_models(config)
+    objective = factory.make_objective(config.loss, models.dtype)
+    train = prepare_data.load_train(config, models, objective)
+    evals = prepare_data.load_evals(config, models, objective)
+    order, total_steps = _plan_steps(config, train)
+    reference = prepare_reference.reference_weights(config, models, objective)
+    facts = {"reference_key": reference and reference.key, "data_digest": train.report.digest}
+    base = adapter_base(config, models)
+    if base is not None:
+        facts["base_key"] = base.key
+    found = load.find_newest(config.run_dir / "checkpoints")
+    _check_resume(config, found, facts)
+    return _Inputs(models, objective, train, evals, order, total_steps, reference, base, facts, found)
+
+
+def _score_and_answer(config: Config, folder: RunFolder, inputs: _Inputs, requests: Requests) -> _Start | None:
+    """Run the first pass where rows are missing, and let the start answer; None after a request to stop (all ranks)."""
+
+    def stop_asked() -> bool:
+        return requests.look().stop
+
+    models, evals = inputs.models, inputs.evals
+    where = "in the first pass"
+    try:
+        (scored, *others), first_pass = prepare_reference.score_reference(
+            config, models, inputs.objective, [inputs.train, *evals.values()], inputs.reference, stop_asked
+        )
+        where, began = "while the start answers", time.perf_counter()
+        answers = own_answers.prepare(config, models, next(iter(evals.values()), inputs.train))
+        if isinstance(answers, OwnAnswers):
+            answers.start.run(stop_asked)
+        seconds = time.perf_counter() - began
+    except StopRequested:
+        if ranks.rank() == 0:
+            folder.write_stopped(requests.reason(), None, where)
+            requests.obeyed()
+        say(f"stopped on request {where}; start again to go on")
+        return None
+    if isinstance(answers, NotAnswered):
+        say(f"answers: none, so the run ends without a verdict on them: {answers.reason}")
+    if ranks.rank() == 0:
+        folder.note(
+            data=prepare_data.data_facts(inputs.train, evals),
+            chat_template=template_name(models.tokenizer, config.data.template, config.data.chat_template),
+            reference=None if first_pass is None else first_pass.as_run_json(),
+        )
+    return _Start(scored, dict(zip(evals, others, strict=True)), answers, seconds)
+
+
+def _make_job(
+    config: Config, folder: RunFolder, inputs: _Inputs, start: _Start, requests: Requests
+) -> tuple[loop.Job, dict[str, Any] | None]:
+    """Load the policy, and the checkpoint where there is one; return the job and the checkpoint's state (all ranks).
+
+    Nobody but the job holds the engine, so that its end can free the engine's memory.
+    """
+    models, objective, answers = inputs.models, inputs.objective, start.answers
+    read_keys = partial(most_keys_per_token, inputs.train, inputs.order, inputs.total_steps, objective.responses)
+    keys = ranks.run_on_rank_zero(lambda: read_keys(config.train.micro_batch_tokens))
+    engine, here = _policy(config, models, keys)
+    if inputs.base is not None:
+        ranks.run_on_all_ranks(partial(refuse_if_changed, inputs.base.states))
+    if ranks.rank() == 0:
+        folder.note(memory=here.as_run_json() | {"keys_per_token": keys})
+    state: dict[str, Any] | None = None
+    first = 0
+    if inputs.checkpoint is not None:
+        root = config.run_dir / "checkpoints"
+        loaded = load.load(engine, root, inputs.checkpoint)
+        first, state = loaded.step, loaded.state
+        # A kill right after a commit leaves one too many, which after the last commit nothing else would remove.
+        ranks.run_on_rank_zero(lambda: save.prune(root, config.checkpoint.keep, best_checkpoint(config)))
+        say(f"resuming from {save.folder_name(first)}")
+    ranks.run_on_rank_zero(lambda: own_answers.remove_outdated(folder, answers, first))
+    in_between = None
+    if isinstance(answers, OwnAnswers) and config.answers_every_steps is not None:
+        in_between = partial(answers.intermediate_metrics, engine)
+    job = loop.Job(
+        engine=engine,
+        objective=objective,
+        rounding=RoundingTolerance.of_model(models.policy.config, models.dtype),
+        train=start.train,
+        eval_sets=start.evals,
+        order=inputs.order,
+        total_steps=inputs.total_steps,
+        intervals=_intervals(config),
+        optim=config.optim,
+        options=config.train,
+        checkpoint=config.checkpoint,
+        evaluation_tokens=config.reference_micro_batch_tokens,
+        run_dir=config.run_dir,
+        requests=requests,
+        cost=forward_cost(models.policy.config),
+        passes=TRAINING_PASSES if models.adapter is None else FROZEN_PASSES,
+        peak=device_peak(),
+        reference_is_start=objective.needs_reference and models.reference_is_start,
+        facts=inputs.facts,
+        log=open_log(config, folder, first, inputs.total_steps, objective) if ranks.rank() == 0 else None,
+        answer=in_between,
+    )
+    return job, state
 
 
 def _plan_steps(config: Config, rows: TokenisedRows) -> tuple[Order, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,22 +10,10 @@ from pathlib import Path
 
 import pytest
 from places import REPOSITORY
+from run_folders import small_config
 
 from prefopt_dist.checkpoint.run_folder import RunFolder
-from prefopt_dist.config import Config, load_config
 from prefopt_dist.errors import UserError
-
-
-def config(tmp_path: Path, *overrides: str) -> Config:
-    text = {
-        "run": {"dir": str(tmp_path / "run"), "seed": 3},
-        "model": {"name_or_path": "some/model"},
-        "data": {"train": [{"path": "a.jsonl", "weight": 0.5}, "b.jsonl"], "eval": {"x": "c.jsonl"}},
-        "optim": {"learning_rate": 5e-7},
-    }
-    file = tmp_path / "run.yaml"
-    file.write_text(json.dumps(text))
-    return load_config(file, overrides)
 
 
 @pytest.fixture
@@ -50,7 +37,7 @@ sys.stdin.readline()
 
 def test_one_job_at_a_time(tmp_path: Path, folder: RunFolder) -> None:
     """A second process is refused with the holder's name; when the holder is killed the folder is free."""
-    config(tmp_path)
+    small_config(tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder.path), str(tmp_path / "run.yaml")],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
@@ -64,7 +51,7 @@ def test_one_job_at_a_time(tmp_path: Path, folder: RunFolder) -> None:
         before = (folder.path / "run.json").read_bytes()
         (folder.path / "STOP").touch()
         with pytest.raises(UserError) as caught:
-            folder.open(config(tmp_path), world_size=1)
+            folder.open(small_config(tmp_path), world_size=1)
         message = str(caught.value)
         assert f"process {process.pid}" in message
         assert os.uname().nodename in message
@@ -75,7 +62,7 @@ def test_one_job_at_a_time(tmp_path: Path, folder: RunFolder) -> None:
         process.kill()
         process.wait(30)
     again = RunFolder(folder.path)
-    again.open(config(tmp_path), world_size=1)
+    again.open(small_config(tmp_path), world_size=1)
     assert f"process {os.getpid()}" in (folder.path / ".lock").read_text()
     assert str(process.pid) not in (folder.path / ".lock").read_text().split("process ")[1].split(",")[0]
     again.close()

@@ -11,7 +11,6 @@ import pytest
 import wandb_reader
 
 from prefopt_dist.monitoring.metrics_file import MetricsFile
-from prefopt_dist.monitoring.wandb_logger import WandbLogger
 
 
 @pytest.fixture(autouse=True)
@@ -23,21 +22,6 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def _row(file: MetricsFile, step: int, kind: str = "train", **metrics: float) -> None:
     file.append(kind, step, step / 10, step * 4, {f"{kind}/loss": 1 / (step + 1), **metrics})
-
-
-def _logger(run: Path, metrics: MetricsFile, mode: str = "offline") -> WandbLogger:
-    config = {"loss": {"name": "dpo", "beta": 0.1}}
-    return WandbLogger(
-        mode=mode,
-        project="prefopt",
-        name="n",
-        group="g",
-        tags=("t",),
-        run_id="abc123",
-        folder=run,
-        config=config,
-        metrics=metrics,
-    )
 
 
 _KILLED = """
@@ -73,7 +57,7 @@ def test_offline_the_newest_folder_holds_every_row_once_after_a_kill(tmp_path: P
     metrics = MetricsFile(run / "metrics.jsonl")
     metrics.truncate_to(300)  # the checkpoint's step
     (run / "wandb" / "offline-run-20200101_000000-other").mkdir()  # not of this run: stays
-    logger = _logger(run, metrics)
+    logger = wandb_reader.logger(run, metrics)
     for step in range(301, 421):
         _row(metrics, step)
         logger.sync()

@@ -8,11 +8,24 @@ from typing import Any
 
 import worlds
 
-from prefopt_dist.config import load_config, to_yaml
+from prefopt_dist.config import Config, load_config, to_yaml
 from prefopt_dist.config.schema import Health
 from prefopt_dist.monitoring.metrics_file import MetricsFile, strict_json
 from prefopt_dist.monitoring.statistics import BIN_EDGES
 from prefopt_dist.monitoring.verdict import verdict
+
+
+def small_config(tmp_path: Path, *overrides: str) -> Config:
+    """Return the configuration of a run in tmp_path/run, which names two sources of data and a named evaluation set."""
+    text = {
+        "run": {"dir": str(tmp_path / "run"), "seed": 3},
+        "model": {"name_or_path": "some/model"},
+        "data": {"train": [{"path": "a.jsonl", "weight": 0.5}, "b.jsonl"], "eval": {"x": "c.jsonl"}},
+        "optim": {"learning_rate": 5e-7},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(text))
+    return load_config(file, overrides)
 
 
 def write_run_folder(

@@ -6,6 +6,25 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from prefopt_dist.monitoring.metrics_file import MetricsFile
+from prefopt_dist.monitoring.wandb_logger import WandbLogger
+
+
+def logger(run: Path, metrics: MetricsFile, mode: str = "offline") -> WandbLogger:
+    """Return a logger of a run with made-up names."""
+    config = {"loss": {"name": "dpo", "beta": 0.1}}
+    return WandbLogger(
+        mode=mode,
+        project="prefopt",
+        name="n",
+        group="g",
+        tags=("t",),
+        run_id="abc123",
+        folder=run,
+        config=config,
+        metrics=metrics,
+    )
+
 
 def records(path: Path) -> Iterator[Any]:
     """Records of a .wandb file: LevelDB's log format, blocks of 32 KiB, crc32, u16 length, u8 type, data."""

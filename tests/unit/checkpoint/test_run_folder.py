@@ -11,22 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_folders import small_config
 
 from prefopt_dist.checkpoint.run_folder import LIBRARIES, RunFolder
-from prefopt_dist.config import Config, identity, load_config
+from prefopt_dist.config import identity, load_config
 from prefopt_dist.errors import UserError
-
-
-def config(tmp_path: Path, *overrides: str) -> Config:
-    text = {
-        "run": {"dir": str(tmp_path / "run"), "seed": 3},
-        "model": {"name_or_path": "some/model"},
-        "data": {"train": [{"path": "a.jsonl", "weight": 0.5}, "b.jsonl"], "eval": {"x": "c.jsonl"}},
-        "optim": {"learning_rate": 5e-7},
-    }
-    file = tmp_path / "run.yaml"
-    file.write_text(json.dumps(text))
-    return load_config(file, overrides)
 
 
 @pytest.fixture
@@ -37,10 +26,10 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
 
 
 def test_a_first_start(tmp_path: Path, folder: RunFolder) -> None:
-    folder.open(config(tmp_path), world_size=2)
+    folder.open(small_config(tmp_path), world_size=2)
     said = json.loads((folder.path / "run.json").read_text())
     assert said.keys() == {"run_id", "wandb_id", "identity", "starts", "data", "reference", "versions"}
-    assert said["identity"] == json.loads(json.dumps(identity(config(tmp_path))))
+    assert said["identity"] == json.loads(json.dumps(identity(small_config(tmp_path))))
     assert said["versions"].keys() == {*LIBRARIES, "python"}
     assert (
         said["versions"]["torch"] == torch.__version__.split("+")[0] or said["versions"]["torch"] == torch.__version__
@@ -52,13 +41,13 @@ def test_a_first_start(tmp_path: Path, folder: RunFolder) -> None:
     assert start["step"] is None
     assert datetime.fromisoformat(start["time"]).tzinfo is not None
     assert dict(folder.facts) == said
-    assert load_config(folder.path / "config.yaml") == config(tmp_path)
+    assert load_config(folder.path / "config.yaml") == small_config(tmp_path)
     assert folder.metrics == folder.path / "metrics.jsonl"
     assert folder.summary() is None
 
 
 def test_a_second_start_goes_on(tmp_path: Path, folder: RunFolder) -> None:
-    folder.open(config(tmp_path), world_size=2)
+    folder.open(small_config(tmp_path), world_size=2)
     folder.note_start_step(0)
     folder.note(reference={"key": "k", "sequences_scored": 1, "sequences_reused": 0})
     folder.write_stopped("asked by the file STOP", 7)
@@ -70,7 +59,7 @@ def test_a_second_start_goes_on(tmp_path: Path, folder: RunFolder) -> None:
     assert "step 7" in text
 
     again = RunFolder(folder.path)
-    again.open(config(tmp_path, "train.micro_batch_tokens=99", "run.cache=elsewhere"), world_size=3)
+    again.open(small_config(tmp_path, "train.micro_batch_tokens=99", "run.cache=elsewhere"), world_size=3)
     again.note_start_step(7)
     said = json.loads((folder.path / "run.json").read_text())
     assert [(s["world_size"], s["step"]) for s in said["starts"]] == [(2, 0), (3, 7)]
@@ -98,7 +87,7 @@ def test_a_second_start_goes_on(tmp_path: Path, folder: RunFolder) -> None:
 def test_another_run_is_refused_with_its_keys(
     tmp_path: Path, folder: RunFolder, overrides: list[str], lines: list[str]
 ) -> None:
-    folder.open(config(tmp_path), world_size=1)
+    folder.open(small_config(tmp_path), world_size=1)
     folder.close()
     before = {p.name: p.read_bytes() for p in folder.path.iterdir()}
     for attempt in (
@@ -106,7 +95,7 @@ def test_another_run_is_refused_with_its_keys(
         lambda it, c: it.open(c, world_size=1),
     ):
         with pytest.raises(UserError) as caught:
-            attempt(RunFolder(folder.path), config(tmp_path, *overrides))
+            attempt(RunFolder(folder.path), small_config(tmp_path, *overrides))
         message = str(caught.value)
         assert str(folder.path) in message
         assert all(line in message for line in lines)
@@ -115,21 +104,21 @@ def test_another_run_is_refused_with_its_keys(
 
 
 def test_what_may_change_between_starts(tmp_path: Path, folder: RunFolder) -> None:
-    folder.open(config(tmp_path), world_size=1)
+    folder.open(small_config(tmp_path), world_size=1)
     free = ["train.max_hours=2", "eval.every_steps=7", "checkpoint.keep=3", "tracking.wandb.mode=disabled"]
     free += ["model.checkpointing=all", "reference.offload=cpu", "data.eval=other.jsonl", "tracking.log_every_steps=2"]
-    RunFolder(folder.path).check_identity(config(tmp_path, *free))
+    RunFolder(folder.path).check_identity(small_config(tmp_path, *free))
 
 
 def test_identity_of_an_absent_folder(tmp_path: Path, folder: RunFolder) -> None:
-    folder.check_identity(config(tmp_path))
+    folder.check_identity(small_config(tmp_path))
     assert not folder.path.exists()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        RunFolder(tmp_path / "file" / "run").open(config(tmp_path), world_size=1)
+        RunFolder(tmp_path / "file" / "run").open(small_config(tmp_path), world_size=1)
 
 
 def descriptors() -> list[str]:
@@ -142,11 +131,11 @@ def descriptors() -> list[str]:
 
 
 def test_a_refused_lock_leaves_no_descriptor(tmp_path: Path, folder: RunFolder) -> None:
-    folder.open(config(tmp_path), world_size=1)
+    folder.open(small_config(tmp_path), world_size=1)
     refused = [RunFolder(folder.path) for _ in range(3)]
     for it in refused:
         with pytest.raises(UserError, match="held by another job"):
-            it.open(config(tmp_path), world_size=1)
+            it.open(small_config(tmp_path), world_size=1)
     open_locks = [name for name in descriptors() if name == str(folder.path / ".lock")]
     for it in refused:
         it.close()
@@ -155,7 +144,7 @@ def test_a_refused_lock_leaves_no_descriptor(tmp_path: Path, folder: RunFolder) 
 
 def test_two_first_starts_of_other_runs(tmp_path: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run begins and ends between this one's look and its lock."""
-    mine, theirs = config(tmp_path), config(tmp_path, "run.seed=4")
+    mine, theirs = small_config(tmp_path), small_config(tmp_path, "run.seed=4")
     take = RunFolder._take_lock
 
     def slow(self: RunFolder) -> None:
@@ -171,13 +160,13 @@ def test_two_first_starts_of_other_runs(tmp_path: Path, folder: RunFolder, monke
 
 
 def test_done(tmp_path: Path, folder: RunFolder) -> None:
-    folder.open(config(tmp_path), world_size=1)
+    folder.open(small_config(tmp_path), world_size=1)
     folder.write_done("it went well\n  loss 0.1")
     assert folder.summary() == "it went well\n  loss 0.1"
 
 
 def test_stopped_in_the_first_pass(tmp_path: Path, folder: RunFolder) -> None:
-    folder.open(config(tmp_path), world_size=1)
+    folder.open(small_config(tmp_path), world_size=1)
     folder.write_stopped("asked by SIGTERM", None, "in the first pass")
     assert "asked by SIGTERM; stopped in the first pass" in (folder.path / "STOPPED").read_text()
 
@@ -186,4 +175,4 @@ def test_a_run_json_that_is_none_names_itself(tmp_path: Path, folder: RunFolder)
     folder.path.mkdir()
     (folder.path / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run\.json:1"):
-        folder.open(config(tmp_path), world_size=1)
+        folder.open(small_config(tmp_path), world_size=1)

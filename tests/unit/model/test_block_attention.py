@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,19 +18,13 @@ from prefopt_dist.model.block_attention import BYTES_PER_SCORE, CPU_BLOCKS, GPU_
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = {
     "one block": GPU_BLOCKS,
     "many blocks": BlockSize(bytes=BYTES_PER_SCORE * 4 * 30 * 20, queries=4, padding=BYTES_PER_SCORE * 4 * 40),
     "a query a block": BlockSize(bytes=1, queries=1, padding=0),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def plain(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,16 +19,10 @@ from prefopt_dist.model import head
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import KTO, SFT, Objective, Sequences
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BLOCKS = [1, 25, 60, 10**6]
 """Rows of a block: fewer than any prompt's states; one or several prompts and none of the largest; all."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def backward_pass(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb_reader
 
 from prefopt_dist.errors import UserError
 from prefopt_dist.monitoring import console
@@ -18,7 +19,6 @@ from prefopt_dist.monitoring.console import Progress, print_rank_fault, say
 from prefopt_dist.monitoring.loggers import Loggers, Sample, TensorBoardLogger
 from prefopt_dist.monitoring.metrics_file import MetricsFile
 from prefopt_dist.monitoring.statistics import BIN_EDGES, Statistics
-from prefopt_dist.monitoring.wandb_logger import WandbLogger
 
 
 @pytest.fixture(autouse=True)
@@ -143,32 +143,17 @@ def test_a_cursor_reads_each_row_once(tmp_path: Path) -> None:
 # --- Weights & Biases
 
 
-def _logger(run: Path, metrics: MetricsFile, mode: str = "offline") -> WandbLogger:
-    config = {"loss": {"name": "dpo", "beta": 0.1}}
-    return WandbLogger(
-        mode=mode,
-        project="prefopt",
-        name="n",
-        group="g",
-        tags=("t",),
-        run_id="abc123",
-        folder=run,
-        config=config,
-        metrics=metrics,
-    )
-
-
 def test_environment_overrides_mode_and_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises
-    logger = _logger(tmp_path, MetricsFile(tmp_path / "m"), mode="online")
+    logger = wandb_reader.logger(tmp_path, MetricsFile(tmp_path / "m"), mode="online")
     logger.sync()
     logger.finish()
     assert _messages(capsys.readouterr().out) == ["W&B: WANDB_MODE=disabled overrides tracking.wandb.mode=online"]
     monkeypatch.setenv("WANDB_MODE", "of")
-    _logger(tmp_path, MetricsFile(tmp_path / "m"), mode="online").finish()
+    wandb_reader.logger(tmp_path, MetricsFile(tmp_path / "m"), mode="online").finish()
     assert "disabled, as WANDB_MODE=of" in capsys.readouterr().out
 
 
@@ -236,7 +221,7 @@ def test_online_resumes_behind_what_the_server_has(tmp_path: Path, monkeypatch: 
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     for step in (1, 2, 3):
         _row(metrics, step)
-    logger = _logger(tmp_path, metrics, "online")
+    logger = wandb_reader.logger(tmp_path, metrics, "online")
     _row(metrics, 4)
     logger.sync()
     logger.finish()
@@ -258,7 +243,7 @@ def test_alerts_histograms_and_the_summary_reach_wandb(tmp_path: Path, monkeypat
     metrics.append("train", 1, 0.1, 8, {"train/loss": 0.1, "train/rewards/margins_histogram": counts})
     for step, loss, accuracy in ((0, 0.7, 0.4), (10, 0.5, 0.6), (20, 0.6, 0.8)):
         metrics.append("eval", step, 0.1, 8, {"eval/loss": loss, "eval/x/rewards/accuracies": accuracy})
-    logger = _logger(tmp_path, metrics, "online")
+    logger = wandb_reader.logger(tmp_path, metrics, "online")
     logger.alert("a title", "a text")
     # A reward is no evaluation's; and `loss` at the end of a name makes none.
     metrics.append("answers", 20, 0.1, 8, {"answers/reward": 0.5, "answers/rewards/margins": 9.0})
@@ -288,7 +273,7 @@ def test_alerts_histograms_and_the_summary_reach_wandb(tmp_path: Path, monkeypat
 def test_samples_with_rewards_have_their_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = _FakeRun(0, "")
     _fake(monkeypatch, run, "")
-    logger = _logger(tmp_path, MetricsFile(tmp_path / "metrics.jsonl"), "online")
+    logger = wandb_reader.logger(tmp_path, MetricsFile(tmp_path / "metrics.jsonl"), "online")
     logger.samples([Sample("a", "b", "c", 0.5, 1.0), Sample("d", "e", "f")])
     logger.finish()
     table = run.sent[-1][1]["samples"]
@@ -324,7 +309,7 @@ def test_a_warning_of_an_earlier_start_reaches_who_begins_anew(tmp_path: Path, m
         run = _FakeRun(0, "")
         _fake(monkeypatch, run, "")
         metrics = MetricsFile(tmp_path / "metrics.jsonl")
-        logger = _logger(tmp_path, metrics, mode)
+        logger = wandb_reader.logger(tmp_path, metrics, mode)
         logger.alert("old", "a", again=True)
         logger.alert("new", "b")
         logger.finish()
@@ -338,7 +323,7 @@ def test_the_best_evaluation_is_a_number(tmp_path: Path, monkeypatch: pytest.Mon
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     for step, loss in enumerate((math.nan, 0.5, 0.4, math.nan)):
         metrics.append("eval", step, 0.1, 8, {"eval/loss": loss})
-    _logger(tmp_path, metrics, "online").finish()
+    wandb_reader.logger(tmp_path, metrics, "online").finish()
     assert run.summary["best/eval/loss"] == 0.4
 
 
@@ -389,7 +374,7 @@ def test_a_failing_wandb_is_said_once_and_stops_nothing(
     if broken == "import":
         monkeypatch.setitem(sys.modules, "wandb", None)
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
-    logger = _logger(tmp_path, metrics, "online")
+    logger = wandb_reader.logger(tmp_path, metrics, "online")
     for step in (1, 2, 3):
         _row(metrics, step)
         logger.sync()
@@ -413,7 +398,7 @@ def test_a_failing_wandb_tells_no_key(
     monkeypatch.setattr(run, "log", refuse)
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     _row(metrics, 1)
-    _logger(tmp_path, metrics, "online").finish()
+    wandb_reader.logger(tmp_path, metrics, "online").finish()
     out = capsys.readouterr().out
     assert "401 for https://***@proxy.example and ***" in out
     assert "0123456789" not in out
@@ -431,7 +416,7 @@ def test_a_hanging_wandb_holds_up_nothing(
     for name in ("_INIT_SECONDS", "_FINISH_SECONDS", "_GRACE_SECONDS"):
         monkeypatch.setattr(wandb_logger, name, 0.05)
     started = time.monotonic()
-    logger = _logger(tmp_path, MetricsFile(tmp_path / "metrics.jsonl"), "online")
+    logger = wandb_reader.logger(tmp_path, MetricsFile(tmp_path / "metrics.jsonl"), "online")
     logger.sync()
     logger.finish()
     assert time.monotonic() - started < 5

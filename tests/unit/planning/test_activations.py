@@ -1,7 +1,9 @@
 """The estimate of activations against what autograd really keeps, and the choice that rests on it."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,21 @@ CONFIGS = {
 }
 
 
+def bytes_kept(own: set[int], forward: Callable[[], object]) -> int:
+    """Bytes of the storages that a forward pass keeps for the backward pass, without those at `own` addresses."""
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        forward()
+    return sum(s.nbytes() for s in found.values())
+
+
 def kept(config: PreTrainedConfig, checkpointed: int, tokens: int, adapter: Adapter | None = None) -> int:
     """Bytes that a real forward pass over one unshared sequence keeps, weights and the head's block apart."""
     from transformers import AutoModelForCausalLM
@@ -67,18 +84,9 @@ def kept(config: PreTrainedConfig, checkpointed: int, tokens: int, adapter: Adap
     scorer = Scorer(lm).train()
     activation_checkpointing.apply(lm, checkpointed)
     own = {p.untyped_storage().data_ptr() for p in [*lm.parameters(), *lm.buffers()]}
-    found: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage
-        return tensor
-
     ids = torch.randint(1, 300, (tokens,), generator=torch.Generator().manual_seed(0)).numpy().astype("int32")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        scorer(pack([Unit(0, ids[: tokens // 2], (ids[tokens // 2 :],))], 1))
-    return sum(s.nbytes() for s in found.values())
+    micro_batch = pack([Unit(0, ids[: tokens // 2], (ids[tokens // 2 :],))], 1)
+    return bytes_kept(own, lambda: scorer(micro_batch))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -128,23 +136,15 @@ def kept_of_units(config: PreTrainedConfig, units: list[Unit], checkpointed: int
     micro_batch = pack(units, 2)
     tensors = [t for t in [*vars(micro_batch).values(), *vars(micro_batch.gathered).values()] if torch.is_tensor(t)]
     own = {t.untyped_storage().data_ptr() for t in [*lm.parameters(), *lm.buffers(), *tensors]}
-    found: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        lm.base_model(
-            input_ids=micro_batch.input_ids,
-            position_ids=micro_batch.position_ids,
-            segments=micro_batch.segments,
-            gathered=micro_batch.gathered,
-            use_cache=False,
-        )
-    return sum(s.nbytes() for s in found.values()), micro_batch.tokens
+    forward = partial(
+        lm.base_model,
+        input_ids=micro_batch.input_ids,
+        position_ids=micro_batch.position_ids,
+        segments=micro_batch.segments,
+        gathered=micro_batch.gathered,
+        use_cache=False,
+    )
+    return bytes_kept(own, forward), micro_batch.tokens
 
 
 def units_of_one_prompt(prompt: int, response: int, pairs: int, first: int = 0) -> list[Unit]:
