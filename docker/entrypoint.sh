@@ -17,7 +17,7 @@ case ${1:-} in
     "" | -* | inspect | plan | reference | train | evaluate | generate | rounds | report | export)
         exec "$root/launch/run.sh" "$@"
         ;;
-    demo) PYTHONPATH=$root exec "$PREFOPT_PYTHON" -m prefopt_dist.demo ;;
+    demo) PYTHONPATH=$root exec "$PREFOPT_PYTHON" -m prefopt_dist.demo "${@:2}" ;;
     *) PYTHONPATH=$root exec "$@" ;;
 esac
 }

@@ -135,7 +135,7 @@ check "another command runs unchanged" docker run --rm --network=host prefopt py
 
 mkdir "$jobs/runs"
 chown 10001:10001 "$jobs/runs"
-demo=(-v "$jobs/runs:/opt/prefopt/runs")
+demo=(-v "$jobs/runs:/job/runs")
 start first "${demo[@]}" prefopt demo
 wait_for 400 at_step "$jobs/runs/demo/dpo" 10
 began=$SECONDS

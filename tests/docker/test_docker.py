@@ -44,6 +44,8 @@ def test_what_the_entrypoint_starts(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, f"{REPOSITORY} -m prefopt_dist inspect r.yaml a.b=c d\n")
     done = run(DOCKER / "entrypoint.sh", "demo", PREFOPT_PYTHON=python)
     assert (done.returncode, done.stdout) == (3, f"{REPOSITORY} -m prefopt_dist.demo\n")
+    done = run(DOCKER / "entrypoint.sh", "demo", "--seed", "1", "--folder", "a b", PREFOPT_PYTHON=python)
+    assert (done.returncode, done.stdout) == (3, f"{REPOSITORY} -m prefopt_dist.demo --seed 1 --folder a b\n")
     done = run(DOCKER / "entrypoint.sh", "bash", "-c", "echo $PYTHONPATH; exit 7")
     assert (done.returncode, done.stdout) == (7, f"{REPOSITORY}\n")
     assert run(DOCKER / "entrypoint.sh", "no-such-command").returncode == 127
