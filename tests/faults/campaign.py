@@ -36,8 +36,11 @@ from typing import Any
 import psutil
 
 HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
-sys.path[:0] = [str(REPOSITORY), str(HERE.parent / "helpers"), str(HERE)]
+sys.path[:0] = [str(HERE.parent / "helpers"), str(HERE)]
+
+from places import REPOSITORY  # noqa: E402
+
+sys.path.insert(0, str(REPOSITORY))
 
 import patience  # noqa: E402
 import verdict  # noqa: E402

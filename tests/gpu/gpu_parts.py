@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from places import PYTHONPATH, REPOSITORY
+
 RESULTS, LOG, TABLE = "results.jsonl", "log.txt", "table.md"
 """All files that a run leaves."""
 
@@ -79,13 +81,11 @@ LEAST_SECONDS = 20.0
 
 
 def results_folder() -> Path:
-    return Path(os.environ.get("OUT") or Path(__file__).parents[2] / "runs" / "gpu")
+    return Path(os.environ.get("OUT") or REPOSITORY / "runs" / "gpu")
 
 
 def environment(device: str) -> dict[str, str]:
     """The environment of a part's process."""
-    from places import PYTHONPATH
-
     found = os.environ | {
         "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(Path(__file__).parent)]),
         "PYTHONUNBUFFERED": "1",
@@ -115,7 +115,7 @@ def run_part(name: str, device: str, size: str, out: Path, scratch: Path, limit:
         log.write(f"\n===== {name}\n")
         log.flush()
         process = subprocess.Popen(
-            command, env=environment(device), cwd=Path(__file__).parents[2], stdout=log, stderr=subprocess.STDOUT
+            command, env=environment(device), cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT
         )
         try:
             status: int | None = process.wait(min(part.seconds, limit))
@@ -137,7 +137,7 @@ def begin(out: Path, device: str) -> None:
     subprocess.run(
         [sys.executable, __file__, "machine", "--device", device, "--out", str(out), "--scratch", str(out)],
         env=environment(device),
-        cwd=Path(__file__).parents[2],
+        cwd=REPOSITORY,
         check=True,
     )
 

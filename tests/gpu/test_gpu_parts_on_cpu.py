@@ -10,6 +10,7 @@ import gpu_parts
 import gpu_results
 import gpu_speed
 import pytest
+from places import REPOSITORY
 
 ONE_DEVICE = [name for name, part in gpu_parts.PARTS.items() if part.gpus == 1]
 
@@ -75,7 +76,7 @@ def test_without_a_gpu_each_part_says_what_it_would_run() -> None:
         env=gpu_parts.environment("cpu"),
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=REPOSITORY,
     )
     assert done.returncode == 0, done.stdout
     for part in gpu_parts.PARTS.values():

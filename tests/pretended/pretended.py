@@ -16,6 +16,8 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+from places import REPOSITORY
+
 HERE = Path(__file__).parent
 SOURCES = ("accelerator.cpp", "device.cpp")
 
@@ -33,7 +35,7 @@ def build() -> Path:
     digest = hashlib.sha256(f"{torch.__version__} {sys.version}".encode())
     for name in SOURCES:
         digest.update((HERE / name).read_bytes())
-    folder = HERE.parents[1] / "build" / f"pretended-{digest.hexdigest()[:12]}"
+    folder = REPOSITORY / "build" / f"pretended-{digest.hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -12,6 +12,7 @@ import gpu_results
 import pretended
 import pytest
 from models_for_tests import MODELS
+from places import REPOSITORY
 
 
 @pytest.mark.slow
@@ -27,7 +28,7 @@ def test_parts_of_a_gpu_on_a_pretended_one(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=REPOSITORY,
     )
     assert done.returncode == 0, done.stdout[-6000:]
     records = gpu_results.records(tmp_path / "results.jsonl")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
+import pytest
+from places import REPOSITORY
+
 PACKAGE = REPOSITORY / "prefopt_dist"
 LAYERS = """
 errors
@@ -26,15 +27,41 @@ cli  demo
 """.strip()
 
 
-def imports_of(path: Path) -> set[str]:
-    """Return the folders and top-level modules of the package that a file imports anywhere."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module is not None:
-            names = node.module.split(".")
-            if names[0] == "prefopt_dist":
-                found |= {names[1]} if len(names) > 1 else {alias.name for alias in node.names}
-    return found
+def imports_of(text: str, place: str) -> set[str]:
+    """Return the folders and top-level modules of the package that a file imports anywhere.
+
+    Args:
+        text: the file's content.
+        place: its path below the package, such as `data/rows.py`.
+    """
+    inside = ["prefopt_dist", *place.split("/")[:-1]]
+    imported: list[list[str]] = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            imported += [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = inside[: len(inside) + 1 - node.level] if node.level else []
+            base += node.module.split(".") if node.module else []
+            imported += [[*base, alias.name] for alias in node.names]
+    return {names[1] for names in imported if names[0] == "prefopt_dist" and len(names) > 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("from prefopt_dist.model.head import loss", {"model"}),
+        ("from prefopt_dist import files, errors", {"files", "errors"}),
+        ("import torch, prefopt_dist.model.head as head", {"model"}),
+        ("def f():\n    import prefopt_dist.training", {"training"}),
+        ("from . import rows", {"data"}),
+        ("from .rows import Row", {"data"}),
+        ("from .. import files", {"files"}),
+        ("from ..model.head import loss", {"model"}),
+        ("import prefopt_dist, prefopt_other.model\nfrom torch import files", set()),
+    ],
+)
+def test_every_form_of_import_is_seen(text: str, found: set[str]) -> None:
+    assert imports_of(text, "data/forms.py") == found
 
 
 def test_imports_go_one_way() -> None:
@@ -45,7 +72,8 @@ def test_imports_go_one_way() -> None:
         if folder in ("__init__", "__main__"):
             continue
         assert folder in level, f"{folder} has no line in LAYERS"
-        for other in imports_of(path) - {folder, "__version__"}:
+        place = path.relative_to(PACKAGE).as_posix()
+        for other in imports_of(path.read_text(), place) - {folder, "__version__"}:
             if level[other] >= level[folder]:
                 wrong.append(f"{path.relative_to(REPOSITORY)} imports {other}")
     assert not wrong

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import REPOSITORY
 
 from prefopt_dist.config import load_config, to_dict
 from prefopt_dist.config.load import identity, identity_keys
 from prefopt_dist.config.losses import LOSSES
 from prefopt_dist.config.reference_page import _field_texts, main, render
 
-PAGE = Path(__file__).parents[3] / "docs" / "configuration.md"
+PAGE = REPOSITORY / "docs" / "configuration.md"
 FILE = """\
 run: {dir: runs/a}
 model: {name_or_path: m}
