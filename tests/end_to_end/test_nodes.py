@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 import patience
 import pytest
 from places import REPOSITORY
+from ports import free_port
 
 from prefopt_dist.preflight import __main__ as nodes
 from prefopt_dist.preflight import machine
@@ -22,13 +22,6 @@ from prefopt_dist.preflight.machine import Requirements
 from prefopt_dist.preflight.rendezvous import Rendezvous
 
 HOSTS = ("n1", "n2")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 def start(folder: Path, of_second: Mapping[str, str]) -> list[subprocess.CompletedProcess[str]]:

@@ -88,19 +88,27 @@ class World:
         world = cls(folder, schedule)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "model" / "model.safetensors").exists():
-            worlds.write_model(folder / "model", seed=1, scale=2.0)
-            worlds.write_pairs(folder / "pairs.jsonl", PAIRS)
-            worlds.write_pairs(folder / "eval.jsonl", 23, seed=1)
+            world.write_data()
         if not (world.whole / "run" / "DONE").exists():
             shutil.rmtree(world.whole, ignore_errors=True)
             seconds = []
             for segment in schedule:
                 began = time.monotonic()
                 start = Start(world, "whole", [])
-                assert start.wait() == world.status_of(segment), start.said()
+                try:
+                    status = start.wait()
+                finally:
+                    start.end()
+                assert status == world.status_of(segment), start.said()
                 seconds.append(time.monotonic() - began)
             (world.whole / "seconds").write_text(json.dumps(seconds))
         return world
+
+    def write_data(self) -> None:
+        """Write the model and the pairs of all lives."""
+        worlds.write_model(self.folder / "model", seed=1, scale=2.0)
+        worlds.write_pairs(self.folder / "pairs.jsonl", PAIRS)
+        worlds.write_pairs(self.folder / "eval.jsonl", 23, seed=1)
 
     def now(self, name: str) -> int:
         """The segment in which the next start of a life is."""
@@ -174,7 +182,7 @@ class Start:
                 self.seen.setdefault(process.pid, process)
 
     def wait(self, seconds: float = math.inf) -> int | None:
-        """Return the status, or None when the seconds are over or nothing gets on any more."""
+        """Return the status, or None when the seconds are over or nothing makes progress."""
         deadline = time.monotonic() + seconds
         progress = patience.Progress(self.log, self.folder / "run", self.folder / "cache")
         while self.process.poll() is None:
@@ -204,6 +212,16 @@ class Start:
         for process in victims:
             process.kill() if process.is_running() else None
         return bool(victims)
+
+    def end(self) -> None:
+        """Kill what is left of the job, which has a session of its own and would go on."""
+        if self.process.poll() is None:  # later its number may be another's
+            self.look()
+        for process in self.seen.values():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.kill()
+        self.process.wait()
 
     def struck(self) -> dict[str, Any] | None:
         """The plan that struck, if one did."""
@@ -247,11 +265,11 @@ def live(world: World, name: str, faults: list[Fault], record: Callable[[dict[st
         moment = moments[-1] if moments and (number % 3 == 1 or not planted) else None
         try:
             status, by_clock = start.ends(moment, usual[at])
-        except BaseException:  # the campaign is stopped: its job has a session of its own and would go on
-            start.kill(Fault("", "all"))
+        except BaseException:  # the campaign is stopped
+            start.end()
             raise
         if status is None:
-            start.kill(Fault("", "all"))
+            start.end()
             raise SystemExit(f"{name}: start {number} made no progress for {PATIENCE:.0f} s\n{start.said()}")
         plan = start.struck()
         death = Fault(**plan) if plan else moment if by_clock else None

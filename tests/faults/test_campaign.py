@@ -1,6 +1,8 @@
 """The campaign's short form: four deaths of one job at its tenderest points; the long ones are `make faults`."""
 
 import json
+import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +36,19 @@ def test_four_deaths_on_two_ranks_and_one(tmp_path: Path) -> None:
     table = campaign.table([*deaths, {"life": "life", "verdict": found}])
     assert "| 4 | 4 | 1 | 1 | 1 | 0 | 0 |" in table
     print(table)
+
+
+def test_a_start_is_ended_with_all_its_processes() -> None:
+    start = campaign.Start.__new__(campaign.Start)
+    start.process = subprocess.Popen(["setsid", "-w", "bash", "-c", "sleep 600 & echo; wait"], stdout=subprocess.PIPE)
+    start.seen = {}
+    assert start.process.stdout is not None
+    start.process.stdout.readline()
+    start.end()
+    assert start.process.returncode == -signal.SIGKILL
+    assert start.seen
+    assert start.orphans() == []
+    start.end()  # again: nothing
 
 
 def small_life(folder: Path) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import campaign
 import patience
 import pytest
-import worlds
 from campaign import World
 from points import Fault
+from ports import free_port
 
 P = "prefopt_dist."
 STEP = Fault("training step", "memory", at=1, target=P + "training.step:forward_backward", call=5)
@@ -49,18 +49,17 @@ class Answering(World):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = Answering(tmp_path_factory.mktemp("world"))
-    worlds.write_model(world.folder / "model", seed=1, scale=2.0)
-    worlds.write_pairs(world.folder / "pairs.jsonl", campaign.PAIRS)
-    worlds.write_pairs(world.folder / "eval.jsonl", 23, seed=1)
+    world.write_data()
     return world
 
 
 @pytest.mark.parametrize(
     "fault", [STEP, *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)], ids=lambda f: f.stage
 )
-def test_both_ranks_end_at_once_with_one_message(world: World, fault: Fault) -> None:
+def test_both_ranks_end_at_once_with_one_message(world: World, fault: Fault, request: pytest.FixtureRequest) -> None:
     name = fault.stage.replace(" ", "-")
     start = campaign.Start(world, name, [fault])
+    request.addfinalizer(start.end)  # a job that hangs would go on
     status = start.wait()
     ended = time.time()
     said = start.log.read_text()
@@ -88,7 +87,7 @@ def test_both_ranks_end_at_once_with_one_message(world: World, fault: Fault) -> 
 
 
 @pytest.mark.slow
-def test_both_machines_end_at_once(world: World) -> None:
+def test_both_machines_end_at_once(world: World, request: pytest.FixtureRequest) -> None:
     """Two launchers with a rank each: the one whose rank lives on ends with 2 and the same message."""
     name, port = "machines", free_port()
     (world.folder / name).mkdir()
@@ -103,6 +102,7 @@ def test_both_machines_end_at_once(world: World) -> None:
                     command, env=environment | more, cwd=campaign.REPOSITORY, stdout=file, stderr=subprocess.STDOUT
                 )
             )
+        request.addfinalizer(partial(patience.kill_tree, jobs[-1]))
     statuses = [patience.wait_for_end(job, world.folder / name) for job in jobs]
     seconds = time.time() - (world.folder / name / "notes.jsonl").stat().st_mtime
     said = [log.read_text() for log in logs]
@@ -110,10 +110,3 @@ def test_both_machines_end_at_once(world: World) -> None:
     assert statuses == [2, 2], said
     assert seconds < 30
     assert all("error: out of memory in the training step, on rank 1 of host" in text.splitlines()[-4] for text in said)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port

@@ -18,9 +18,9 @@ from prefopt_dist.cli import main
 from prefopt_dist.distributed import ranks
 
 LINES = 8
+"""What 'one message of a few lines' means."""
 HEARTBEATS = ".heartbeats"
 """Left after a crash, which here is a thread that raises: they tell who was where."""
-"""What 'one message of a few lines' means."""
 
 
 @contextmanager

@@ -31,7 +31,7 @@ ENVIRONMENT = os.environ | {
 
 @dataclass(frozen=True)
 class World:
-    """Model and data that all runs of this file share."""
+    """Model and data that all runs of a test file share."""
 
     folder: Path
 

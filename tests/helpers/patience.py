@@ -56,7 +56,9 @@ class Progress:
 
 
 def kill_tree(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
-    """Kill a process and all processes that it started."""
+    """Kill a process that runs, and all processes that it started."""
+    if process.poll() is not None:  # its number may be another's
+        return
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
