@@ -157,7 +157,7 @@ def _memory(found: list[Record]) -> str:
     def deviation(record: Record) -> str:
         return "—" if record["deviation"] is None else f"{record['deviation']:+.0%}"
 
-    head = ["memory, GiB", "peak", "planned", "plan − peak", "kept by forward", "planned", "reserved peak"]
+    head = ["memory, GiB", "peak", "planned", "plan − peak", "kept by forward", "planned activations", "reserved peak"]
     table = _table(
         head,
         (

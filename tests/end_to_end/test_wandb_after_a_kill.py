@@ -36,7 +36,10 @@ logger = WandbLogger(mode="offline", project="prefopt", name=None, group=None, t
 for step in range(1, 401):
     metrics.append("train", step, step / 10, step * 4, {"train/loss": 1 / step})
     logger.sync()
+until = time.monotonic() + 400
 while not list(run.glob("wandb/offline-run-*/run-*.wandb")):
+    if time.monotonic() > until:
+        sys.exit("no .wandb file within 400 s")
     time.sleep(0.05)
 time.sleep(1)
 print("fed", flush=True)

@@ -67,7 +67,7 @@ run() { # $1: the folder
         "$venv/bin/python" "${pip[0]}/pip" install --quiet --no-index --no-deps --ignore-installed "${wheels[@]}"
         touch "$venv/.installed"
     fi
-    PREFOPT_PYTHON=$PWD/$venv/bin/python exec "$venv/bin/python" -m pytest -q -m gpu tests/gpu
+    exec "$venv/bin/python" -m pytest -q -m gpu tests/gpu
 }
 
 command=${1:-}

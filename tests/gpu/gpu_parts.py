@@ -20,6 +20,8 @@ from typing import Any
 
 from places import PYTHONPATH, REPOSITORY
 
+from benchmarks.gpu_table import last_run
+
 RESULTS, LOG, TABLE = "results.jsonl", "log.txt", "table.md"
 """All files that a run leaves."""
 
@@ -128,7 +130,7 @@ def run_part(name: str, device: str, size: str, out: Path, scratch: Path, limit:
     results = gpu_results.Results(out / RESULTS, name)
     why = None if status == 0 else f"ended after {took:.0f} s, its time" if status is None else f"ended with {status}"
     results.add("end", status == 0, seconds=took, why=why)
-    return [record for record in gpu_results.records(out / RESULTS) if record["part"] == name]
+    return [record for record in last_run(out / RESULTS) if record["part"] == name]
 
 
 def begin(out: Path, device: str) -> None:

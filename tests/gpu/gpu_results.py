@@ -72,13 +72,6 @@ def short(value: Any) -> Any:
     return [short(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def records(file: Path) -> list[dict[str, Any]]:
-    """The records of the last run that the file has: runs begin with a record of the part `machine`."""
-    found: list[dict[str, Any]] = [json.loads(line) for line in file.read_text().splitlines()]
-    starts = [i for i, record in enumerate(found) if record["part"] == "machine"]
-    return found[starts[-1] :] if starts else found
-
-
 def distance(got: torch.Tensor, exact: torch.Tensor) -> float:
     """‖Δ‖/‖exact‖."""
     exact = exact.double()

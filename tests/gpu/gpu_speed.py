@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ def run(place: Place, results: Results) -> None:
     for budget in BUDGETS[1:] if place.tiny else BUDGETS:
         engine = None
         with results.case(f"steps of {task.pairs} pairs, micro-batches of {budget} tokens") as found:
-            engine = ours.policy_engine(replace_budget(task, budget), model, dtype)
+            engine = ours.policy_engine(replace(task, micro_batch_tokens=budget), model, dtype)
             found |= timed(engine, task, data, budget, forward_cost(model.config))
             found |= speeds(task, lengths[WARM_UP * task.pairs :], found["seconds_a_step"], peak, rate)
             found["ok"] = None
@@ -176,10 +176,6 @@ def profiled_step(engine: Any, task: Task, data: ScoredRows, budget: int, place:
         one_step(engine, task, batch)
         wall = meter.Mark.now().since(start)["wall"]
     return profile_of(profiled, place, wall, unprofiled) | {"unprofiled_seconds": unprofiled}
-
-
-def replace_budget(task: Task, budget: int) -> Task:
-    return Task(**{name: getattr(task, name) for name in task.__dataclass_fields__} | {"micro_batch_tokens": budget})
 
 
 def speeds(

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 LONGEST = 150.0
-"""Seconds that one job may take"""
+"""Seconds that one job may take: a fixed time, not one without progress, since a part has minutes"""
 
 
 class Job(Protocol):
@@ -85,8 +85,10 @@ class Forked:
         return self._ended
 
     def kill(self) -> None:
-        os.kill(self._pid, signal.SIGKILL)
-        os.waitpid(self._pid, 0)
+        if self.status() is None:
+            os.kill(self._pid, signal.SIGKILL)
+            _, ended = os.waitpid(self._pid, 0)
+            self._ended = os.waitstatus_to_exitcode(ended)
 
 
 class World:

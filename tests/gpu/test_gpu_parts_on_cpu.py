@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gpu_parts
 import gpu_results
 import gpu_speed
+import gpu_train
 import pytest
 from places import REPOSITORY
+
+from benchmarks.gpu_table import last_run
+from prefopt_dist import cli
 
 ONE_DEVICE = [name for name, part in gpu_parts.PARTS.items() if part.gpus == 1]
 
@@ -31,7 +37,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_part_runs_and_nothing_fails(results: Path) -> None:
-    found = gpu_results.records(results / gpu_parts.RESULTS)
+    found = last_run(results / gpu_parts.RESULTS)
     assert [r for r in found if r["ok"] is False] == []
     assert {r["part"] for r in found if r["case"] == "end"} == set(ONE_DEVICE)
     for name, least in {"kernel": 12, "families": 7, "train": 4, "memory": 12, "speed": 5}.items():
@@ -50,7 +56,7 @@ def test_a_later_run_hides_an_earlier_one(tmp_path: Path) -> None:
     for day in ("one", "two"):
         gpu_results.Results(file, "machine").add("machine", None, day=day)
         gpu_results.Results(file, "kernel").add(day, day == "two")
-    assert [r["case"] for r in gpu_results.records(file)] == ["machine", "two"]
+    assert [r["case"] for r in last_run(file)] == ["machine", "two"]
 
 
 def test_a_failing_case_is_a_record_and_no_end(tmp_path: Path) -> None:
@@ -58,7 +64,7 @@ def test_a_failing_case_is_a_record_and_no_end(tmp_path: Path) -> None:
     with results.case("wrong") as found:
         found["x"] = 1 / 3
         raise ValueError("no")
-    (record,) = gpu_results.records(results.file)
+    (record,) = last_run(results.file)
     assert (record["ok"], record["x"], record["error"]) == (False, 0.333333, "ValueError: no")
 
 
@@ -81,6 +87,20 @@ def test_without_a_gpu_each_part_says_what_it_would_run() -> None:
     assert done.returncode == 0, done.stdout
     for part in gpu_parts.PARTS.values():
         assert f"of {part.gpus} GPUs are here; would run: {part.what}" in done.stdout
+
+
+@pytest.mark.parametrize(("status", "ended"), [(3, 3), (None, -signal.SIGKILL)])
+def test_a_forked_job_is_killed_only_while_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int | None, ended: int
+) -> None:
+    monkeypatch.setattr(cli, "main", lambda _: time.sleep(600) if status is None else status)
+    job = gpu_train.Forked(tmp_path / "run.yaml", 1, tmp_path / "log")
+    until = time.monotonic() + 60
+    while status is not None and job.status() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    job.kill()
+    assert job.status() == ended
+    job.kill()  # again: nothing
 
 
 def test_nan_is_not_within_a_tolerance() -> None:

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import gpu_parts
-import gpu_results
 import pretended
 import pytest
 from models_for_tests import MODELS
 from places import REPOSITORY
+
+from benchmarks.gpu_table import last_run
 
 
 @pytest.mark.slow
@@ -31,7 +32,7 @@ def test_parts_of_a_gpu_on_a_pretended_one(tmp_path: Path) -> None:
         cwd=REPOSITORY,
     )
     assert done.returncode == 0, done.stdout[-6000:]
-    records = gpu_results.records(tmp_path / "results.jsonl")
+    records = last_run(tmp_path / "results.jsonl")
     assert [r for r in records if r["ok"] is False] == []
     families = [r for r in records if r["part"] == "families"]
     assert len(families) == 2 * len(MODELS)

@@ -519,7 +519,7 @@ def memory(folder: Path) -> dict:
 
 def other_reference_is_refused(folder: Path) -> dict:
     """The step-0 check: a stored value that is not the start's ends the run on every rank before any update."""
-    config = config_for(folder, "gate", loss={"name": "dpo"})
+    config = config_for(folder, "step0-check", loss={"name": "dpo"})
     models, objective, scored, _ = ready(config)
     engine = make_policy(config, models)
     found = {}
@@ -627,10 +627,10 @@ def errors_reach_all(folder: Path) -> dict:
     last = ranks.world_size() - 1
     found = {}
     for name, attempt in {
-        "decide-user": lambda: ranks.run_on_rank_zero(lambda: fail(0, UserError("mine"))),
-        "decide-crash": lambda: ranks.run_on_rank_zero(lambda: fail(0, KeyError("mine"))),
-        "together-user": lambda: ranks.run_on_all_ranks(lambda: fail(last, UserError("mine"))),
-        "together-crash": lambda: ranks.run_on_all_ranks(lambda: fail(last, KeyError("mine"))),
+        "rank-zero-user": lambda: ranks.run_on_rank_zero(lambda: fail(0, UserError("mine"))),
+        "rank-zero-crash": lambda: ranks.run_on_rank_zero(lambda: fail(0, KeyError("mine"))),
+        "all-ranks-user": lambda: ranks.run_on_all_ranks(lambda: fail(last, UserError("mine"))),
+        "all-ranks-crash": lambda: ranks.run_on_all_ranks(lambda: fail(last, KeyError("mine"))),
     }.items():
         try:
             attempt()

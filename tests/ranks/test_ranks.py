@@ -196,12 +196,12 @@ def test_step0_check_refuses_another_reference(world: tuple[int, Path]) -> None:
 
 def test_errors_reach_all_ranks(world: tuple[int, Path]) -> None:
     n, result = world[0], found(world, "errors_reach_all")
-    assert result["decide-user"] == ["AgreedUserError: mine"] * n
-    assert result["decide-crash"][0] == "KeyError: 'mine'"
-    assert all(said.startswith("OtherRankFailed") for said in result["decide-crash"][1:])
-    assert result["together-user"] == ["AgreedUserError: mine" if n == 1 else "AgreedUserError: rank 1: mine"] * n
-    assert result["together-crash"][-1] == "KeyError: 'mine'"
-    assert all(said.startswith("OtherRankFailed: rank 1") for said in result["together-crash"][:-1])
+    assert result["rank-zero-user"] == ["AgreedUserError: mine"] * n
+    assert result["rank-zero-crash"][0] == "KeyError: 'mine'"
+    assert all(said.startswith("OtherRankFailed") for said in result["rank-zero-crash"][1:])
+    assert result["all-ranks-user"] == ["AgreedUserError: mine" if n == 1 else "AgreedUserError: rank 1: mine"] * n
+    assert result["all-ranks-crash"][-1] == "KeyError: 'mine'"
+    assert all(said.startswith("OtherRankFailed: rank 1") for said in result["all-ranks-crash"][:-1])
 
 
 def test_a_pair_alone_scores_as_in_a_pack(world: tuple[int, Path]) -> None:

@@ -126,11 +126,11 @@ def test_a_waiting_job_obeys_stop(folder: Path) -> None:
 
 
 def test_every_micro_batch_fits_the_budget(folder: Path) -> None:
-    """The spot check's and the probe's too, or what ran well at first could run out of memory later."""
+    """The spot check's and the export check's too, or what ran well at first could run out of memory later."""
     f = found(folder, "every_micro_batch_fits_the_budget")
     assert f["before"][0] > 0, "there must be stored rows to check"
-    assert f["probe"] > f["budget"], "the probe's rows together must exceed the budget"
+    assert f["export check"] > f["budget"], "the export check's rows together must exceed the budget"
     first, second = f["computed"]
-    for kind in ("spot check", "probe", "other"):
+    for kind in ("spot check", "export check", "other"):
         assert len(first[kind]) == len(second[kind]) > 1, kind
         assert max(first[kind] + second[kind]) <= f["budget"], kind

@@ -42,6 +42,9 @@ def test_what_was_measured_before_an_early_end_is_shown(tmp_path: Path) -> None:
     assert "| memory beside the plan | 1 | 0 | 1 | ended early |" in text
     assert "| speed | not run |  |  |  |" in text
     assert "dq 5.0e-01" in text
+    assert (
+        "| memory, GiB | peak | planned | plan − peak | kept by forward | planned activations | reserved peak |" in text
+    )
     assert "| training: 24 pairs | 2.00 | 1.00 | -50% | — | — | — |" in text
     assert "- memory beside the plan, end: ended after 100 s, its time" in text
 
