@@ -17,6 +17,16 @@ class NotHere(UserError):
     """A path or name that does not exist on this machine; a plan for another machine may ignore it."""
 
 
+def causes(fault: BaseException) -> list[BaseException]:
+    """Return the exception and those that led to it, the last one first."""
+    chain: list[BaseException] = []
+    link: BaseException | None = fault
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return chain
+
+
 def shorten(text: str) -> str:
     """Return the text, or its beginning and "..." where it has more than 80 characters, for a message."""
     return text if len(text) <= 80 else text[:77] + "..."

@@ -15,12 +15,12 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import UserError, causes
 
-_CHUNK_BYTES = 4 << 20
 _STALE_SECONDS = 24 * 3600
 
 
@@ -69,11 +69,8 @@ def remove_stale(folder: Path, pattern: str) -> None:
 
 def checksum(path: Path) -> str:
     """Return the BLAKE2b-128 of the file's content in hexadecimal; it reads in chunks, so any size fits in memory."""
-    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
 def write_json(path: Path, obj: Any) -> None:
@@ -172,10 +169,7 @@ def explain_disk_error(fault: BaseException, folders: Iterable[tuple[str, Path]]
         fault: the exception; its causes are examined too.
         folders: dotted key and path of each folder that the job writes to.
     """
-    chain, link = [], fault
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__  # type: ignore[assignment]
+    chain = causes(fault)
     full = [(key, folder) for key, folder in folders if _free_space(folder) < _FULL_BYTES]
     text = " ".join(str(f) for f in chain)
     certain = any(isinstance(f, OSError) and f.errno in _DISK_ERRORS for f in chain) or any(

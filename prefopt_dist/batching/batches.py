@@ -20,7 +20,7 @@ from prefopt_dist.batching.layout import (
     lay_out,
     tokens_and_cost,
 )
-from prefopt_dist.batching.micro_batch import MicroBatch, pack, packed_tokens
+from prefopt_dist.batching.micro_batch import MicroBatch, pack
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, UnpairedRows
 from prefopt_dist.data.unit import Unit
@@ -55,8 +55,8 @@ class Batch:
         self._packed: list[tuple[MicroBatch, torch.Tensor | None]] | None = None
         self.units = sum(len(units) for by_rank in layout for units in by_rank)
         """Number of units on all ranks."""
-        self.tokens = sum(packed_tokens(units) for by_rank in layout for units in by_rank)
-        """Number of distinct input tokens on all ranks."""
+        self.tokens = 0
+        """Number of distinct input tokens of a step on all ranks; an evaluation does not count them."""
         self.flop = 0.0
         """FLOP of a training step on them, of all ranks; 0 where no cost was given."""
         self.own_flop = 0.0
@@ -155,8 +155,9 @@ def step_batch(
     def laid_out(first: int, passes: int) -> Batch:
         units = data.units(rows, responses, first)
         batch = Batch(data, lay_out(units, ranks.world_size(), budget, cost), responses, first)
+        batch.tokens, forward = tokens_and_cost(group_by_prompt(units, budget), cost or Cost())
         if cost is not None:
-            batch.flop = passes * tokens_and_cost(group_by_prompt(units, budget), cost)[1]
+            batch.flop = passes * forward
             batch.own_flop = passes * tokens_and_cost(group_by_prompt(batch.own_units, budget), cost)[1]
         return batch
 

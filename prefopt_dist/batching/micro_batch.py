@@ -17,14 +17,16 @@ token of each of its responses, by one row of logits for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from prefopt_dist.data.unit import Response, ResponseKey, Tokens, Unit, keyed_responses
+
+Fields = TypeVar("Fields", "MicroBatch", "Gathered")
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,6 @@ class Gathered:
     """Largest number of queries of a segment."""
     max_seqlen_k: int
     """Largest number of keys of a segment."""
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Gathered:
-        """Return a copy with `change` applied to every tensor."""
-        changed: dict[str, Any] = {n: change(getattr(self, n)) for n in ("keys", "cu_seqlens_q", "cu_seqlens_k")}
-        return replace(self, **changed)
 
 
 def gather(segments: Sequence[Segment]) -> Gathered:
@@ -135,9 +132,21 @@ class MicroBatch:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        names = ("input_ids", "position_ids", "source", "target", "scored", "counts", "units", "desirable", "by_prompt")
-        changed: dict[str, Any] = {n: change(getattr(self, n)) for n in names}
-        return replace(self, gathered=self.gathered.map(change), **changed)
+        return replace(_with_tensors(self, change), gathered=_with_tensors(self.gathered, change))
+
+
+def _with_tensors(of: Fields, change: Callable[[torch.Tensor], torch.Tensor]) -> Fields:
+    """Return a copy of a dataclass with `change` applied to every field that is a tensor."""
+    values = {field.name: getattr(of, field.name) for field in fields(of)}
+    changed: dict[str, Any] = {name: change(x) for name, x in values.items() if isinstance(x, torch.Tensor)}
+    return replace(of, **changed)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the host to the device; the host does not wait."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _responses_by_prompt(units: Sequence[Unit]) -> dict[bytes, tuple[Tokens, dict[ResponseKey, Response]]]:

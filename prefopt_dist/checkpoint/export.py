@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -270,8 +271,6 @@ def export_check_batches(probe: dict[str, Any]) -> tuple[list[MicroBatch], torch
     Returns:
         The micro-batches, and the log-probs as float64 [U, R].
     """
-    import numpy as np
-
     units = [
         Unit(i, np.array(p, dtype=np.int32), tuple(np.array(r, dtype=np.int32) for r in rs))
         for i, (p, rs) in enumerate(zip(probe["prompts"], probe["responses"], strict=True))

@@ -112,11 +112,12 @@ def _newest(root: Path) -> tuple[Path, Manifest] | None:
 def _damage(folder: Path, manifest: Manifest) -> str:
     """Return what is wrong with the checkpoint's files, or an empty string (all ranks call it).
 
-    This rank checks the files that it will read or, of a checkpoint of another number of ranks, its share of all files.
+    This rank checks the files that it will read (rank 0 also those of no rank) or, of a checkpoint of another number of
+    ranks, its share of all files: together the ranks check every file once.
     """
     if manifest.world_size != ranks.world_size():
         return resharding.check_share(folder, manifest)
-    names = [n for n in manifest.files if owner_rank(n) in (ranks.rank(), 0)]
+    names = [n for n in manifest.files if owner_rank(n) == ranks.rank()]
     # A disk error while reading does not prove damage: it ends the job, and nothing is set aside.
     return ranks.run_on_all_ranks(lambda: find_damage(folder, manifest, names))
 

@@ -116,9 +116,6 @@ def remove(folder: Path) -> None:
     shutil.rmtree(renamed)
 
 
-_CHUNK_BYTES = 4 << 20
-
-
 class ChecksummedFile:
     """A new file that computes its checksum while it is written; torch.save accepts it as a file.
 
@@ -169,8 +166,5 @@ class ChecksummedFile:
 
 def file_checksum(path: Path) -> str:
     """Return the checksum of an existing file, as in the manifest."""
-    checksum = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            checksum.update(chunk)
-    return checksum.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

@@ -68,7 +68,7 @@ def save(
     facts: dict[str, Any],
     keep: int,
     best: Best = no_best,
-) -> Path:
+) -> None:
     """Commit the checkpoint `root/step-…` and prune the older ones (all ranks call it).
 
     Args:
@@ -79,9 +79,6 @@ def save(
         facts: facts for the manifest; rank 0's are used.
         keep: the number of newest checkpoints to keep.
         best: names another one to keep; rank 0's is used.
-
-    Returns:
-        The checkpoint's folder.
 
     Raises:
         CheckpointNotCommitted: on all ranks, when one of them cannot write.
@@ -116,7 +113,6 @@ def save(
         prune(root, keep, best)
 
     ranks.run_on_rank_zero(commit)
-    return root / name
 
 
 def _report(files: dict[str, dict[str, Any]], errors: list[str]) -> tuple[dict[str, dict[str, Any]], str]:

@@ -174,11 +174,11 @@ def _make_job(
     models, objective, answers = inputs.models, inputs.objective, start.answers
     read_keys = partial(most_keys_per_token, inputs.train, inputs.order, inputs.total_steps, objective.responses)
     keys = ranks.run_on_rank_zero(lambda: read_keys(config.train.micro_batch_tokens))
-    engine, here = _policy(config, models, keys)
+    engine, checkpointing = _policy(config, models, keys)
     if inputs.base is not None:
         ranks.run_on_all_ranks(partial(refuse_if_changed, inputs.base.states))
     if ranks.rank() == 0:
-        folder.note(memory=here.as_run_json() | {"keys_per_token": keys})
+        folder.note(memory=checkpointing.as_run_json() | {"keys_per_token": keys})
     state: dict[str, Any] | None = None
     first = 0
     if inputs.checkpoint is not None:
@@ -305,10 +305,12 @@ def _policy(
     available = activation_checkpointing.available_bytes(lm, settings["zero_optimization"])
     if torch.cuda.is_available():
         available = max(0, available - memory.flash_backward(tokens))
-    here = activation_checkpointing.choose(memory, mode=config.model.checkpointing, tokens=tokens, available=available)
-    activation_checkpointing.apply(lm, here.checkpointed)
-    say(here.text())
-    return engine, here
+    checkpointing = activation_checkpointing.choose(
+        memory, mode=config.model.checkpointing, tokens=tokens, available=available
+    )
+    activation_checkpointing.apply(lm, checkpointing.checkpointed)
+    say(checkpointing.text())
+    return engine, checkpointing
 
 
 def _stop(folder: RunFolder, job: loop.Job, step: int) -> None:

@@ -41,11 +41,11 @@ class _Watch:
     def _look(self) -> None:
         while not self.stop.wait(POLL_SECONDS):
             try:
-                asked = self.store.check([ASKED])
+                asked = self.store.get(ASKED) if self.store.check([ASKED]) else None
             except RuntimeError:  # the store is gone with its host, and the group with it
                 return
-            if asked and not self.asks:
-                status, _, message = self.store.get(ASKED).decode(errors="replace").partition("\n")
+            if asked is not None and not self.asks:
+                status, _, message = asked.decode(errors="replace").partition("\n")
                 with suppress(OSError):  # on another node than the one that asked, this file is another one
                     write_status(int(status), message, replace=False)
                 os._exit(int(status))
@@ -83,11 +83,15 @@ def ask(status: int, message: str) -> bool:
     if _watch is None:
         return True
     _watch.asks = True
-    first: bool = _watch.store.add(COUNT, 1) == 1
+    try:
+        first: bool = _watch.store.add(COUNT, 1) == 1
+    except RuntimeError:  # the store is gone with its host; this rank's message must not be lost
+        first = True
     with suppress(ValueError):  # where this is not the main thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's answer to the end of another rank
     if first:
-        _watch.store.set(ASKED, f"{status}\n{message}")
+        with suppress(RuntimeError):
+            _watch.store.set(ASKED, f"{status}\n{message}")
     force = threading.Timer(UNWIND_SECONDS, os._exit, [status])
     force.daemon = True
     force.start()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from prefopt_dist.distributed import job_end, ranks
+from prefopt_dist.errors import causes
 from prefopt_dist.files import write_status
 from prefopt_dist.monitoring.console import print_rank_fault
 
@@ -25,7 +26,7 @@ Describe = Callable[[str, str], str]
 """Returns the message for users from the phase and from the exception's first line."""
 
 _describe: Describe = "out of memory in the phase {}: {}".format
-_phase = "the start"
+_phase = "start"
 _reported = False
 
 
@@ -55,14 +56,11 @@ def phase(name: str) -> Iterator[None]:
 
 def is_out_of_memory(fault: BaseException) -> bool:
     """Return whether this exception, or one that led to it, says that memory ran out."""
-    chain: list[BaseException] = []
-    link: BaseException | None = fault
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
+    chain = causes(fault)
     if any(isinstance(f, ranks.OtherRankFailed) for f in chain):
         return False  # that rank reports it
-    return any(isinstance(f, torch.OutOfMemoryError) or any(words in str(f) for words in _WORDS) for f in chain)
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return any(isinstance(f, kinds) or any(words in str(f) for words in _WORDS) for f in chain)
 
 
 def reported() -> bool:

@@ -26,6 +26,8 @@ from prefopt_dist.model.block_attention import block_attention
 
 NAME = "prefopt_shared_prefix"
 
+CHOOSING = ("sliding_window", "softcap", "s_aux")
+"""Arguments of the attention that say what a layer needs."""
 HARMLESS = ("position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states")
 """Arguments that models pass on to the attention, and that change no number of it."""
 
@@ -144,13 +146,12 @@ def needs_of_call(module: Any, query: torch.Tensor, value: torch.Tensor, given: 
         module: the attention layer, for messages.
         query: [1, H, T, d].
         value: [1, J, T, d], or another size of head.
-        given: the named arguments: `sliding_window`, `softcap`, `s_aux`, and those that change nothing.
+        given: the named arguments: those of `CHOOSING`, and those that change nothing.
 
     Raises:
         UserError: an argument is not known, so that it might change the numbers; None asks for nothing.
     """
-    known = {"sliding_window", "softcap", "s_aux", *HARMLESS}
-    unknown = sorted(name for name, asked in given.items() if asked is not None and name not in known)
+    unknown = sorted(name for name, asked in given.items() if asked is not None and name not in (*CHOOSING, *HARMLESS))
     if unknown:
         raise UserError(
             f"model.name_or_path: the family {module.config.model_type} passes {', '.join(unknown)} to its attention, "
@@ -171,19 +172,30 @@ def choose_kernel(needs: LayerNeeds, dtype: torch.dtype, device: torch.device) -
     return next(kernel for kernel in KERNELS if kernel.takes(needs, dtype, device))
 
 
+def flash_takes(needs: LayerNeeds, dtype: torch.dtype) -> bool:
+    """Return whether the flash kernel computes such a layer, on a GPU that has it."""
+    return _is_plain(needs) and _has_flash_form(needs.head_size, dtype)
+
+
+def _is_plain(needs: LayerNeeds) -> bool:
+    return needs.cap is None and not needs.sinks and needs.value_size == needs.head_size
+
+
+def _has_flash_form(head_size: int, dtype: torch.dtype) -> bool:
+    return dtype in FLASH_DTYPES and head_size in VARLEN_HEAD_SIZES
+
+
 def varlen_supported(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether the flash kernel runs on this device, for heads of this size and dtype."""
     return (
         device.type == "cuda"
-        and dtype in FLASH_DTYPES
-        and head_size in VARLEN_HEAD_SIZES
+        and _has_flash_form(head_size, dtype)
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 
 def _varlen_takes(needs: LayerNeeds, dtype: torch.dtype, device: torch.device) -> bool:
-    plain = needs.cap is None and not needs.sinks and needs.value_size == needs.head_size
-    return plain and varlen_supported(needs.head_size, dtype, device)
+    return _is_plain(needs) and varlen_supported(needs.head_size, dtype, device)
 
 
 def _varlen(x: Operands, needs: LayerNeeds) -> torch.Tensor:

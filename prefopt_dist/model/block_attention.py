@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
-from prefopt_dist.batching.micro_batch import Segment
+from prefopt_dist.batching.micro_batch import Segment, to_device
 
 BYTES_PER_SCORE = 20
 """Bytes of a block's temporary tensors for each of its scores, at the peak of the backward pass: tanh, probability,
@@ -33,7 +33,7 @@ BYTES_PER_KEY_NUMBER = 8
 class BlockSize:
     """Sizes of tiles and blocks on a kind of device."""
 
-    bytes: int
+    most_bytes: int
     """Most bytes of a block's temporary tensors, where twice those of one tile's keys are not more."""
     queries: int
     """Most queries of a tile."""
@@ -41,11 +41,11 @@ class BlockSize:
     """Most bytes of a block that padding may take; so many cost less time than another block."""
 
 
-GPU_BLOCKS = BlockSize(bytes=512 * 2**20, queries=128, padding=128 * 2**20)
+GPU_BLOCKS = BlockSize(most_bytes=512 * 2**20, queries=128, padding=128 * 2**20)
 """At 512 MiB an operation on a block's float32 scores moves 200 MB, at the 3 TB/s of an H100's memory in 70 µs, several
 times a launch (calculated, not run on a GPU). It is less than the head's block of logits takes, which is in every
 estimate of memory and lives at other times."""
-CPU_BLOCKS = BlockSize(bytes=8 * 2**20, queries=128, padding=2**20)
+CPU_BLOCKS = BlockSize(most_bytes=8 * 2**20, queries=128, padding=2**20)
 """A block's scores stay in a core's caches: on one thread 8 MiB was as fast as 4 and 16, and faster than 64."""
 
 
@@ -171,14 +171,14 @@ def block_attention(
     return out
 
 
-def tiles(segments: Iterable[Segment], window: int | None, bytes: BlockBytes, size: BlockSize) -> list[Tile]:
+def tiles(segments: Iterable[Segment], window: int | None, sizes: BlockBytes, size: BlockSize) -> list[Tile]:
     """Cut segments into tiles, each of which fits a block with all heads."""
     found: list[Tile] = []
     for s in segments:
         prefix, own = s.prefix_end - s.prefix_start, s.end - s.start
         reach = prefix + own if window is None else min(prefix + own, window + size.queries)
         # As many queries that their scores take as much as the keys that they share, if need be beyond the bound.
-        fit = min(size.queries, max((size.bytes // reach - bytes.key) // bytes.score, bytes.key // bytes.score, 1))
+        fit = min(size.queries, max((size.most_bytes // reach - sizes.key) // sizes.score, sizes.key // sizes.score, 1))
         for a in range(0, own, fit):
             b = min(a + fit, own)
             first = 0 if window is None else max(0, prefix + a - window + 1)
@@ -194,16 +194,16 @@ def tiles(segments: Iterable[Segment], window: int | None, bytes: BlockBytes, si
     return found
 
 
-def grouped(found: Sequence[Tile], bytes: BlockBytes, size: BlockSize) -> list[list[Tile]]:
-    """Group tiles of near shapes into blocks, padding included within `size.bytes`."""
+def grouped(found: Sequence[Tile], sizes: BlockBytes, size: BlockSize) -> list[list[Tile]]:
+    """Group tiles of near shapes into blocks, padding included within `size.most_bytes`."""
     groups: list[list[Tile]] = []
     queries = used = 0
     for tile in sorted(found, key=lambda t: (-t.keys, -t.queries)):
-        own = bytes.padded(1, tile.queries, tile.keys)
+        own = sizes.padded(1, tile.queries, tile.keys)
         if groups:
             # The first tile has the most keys.
-            padded = bytes.padded(len(groups[-1]) + 1, max(queries, tile.queries), groups[-1][0].keys)
-            if padded <= size.bytes and padded - used - own <= size.padding:
+            padded = sizes.padded(len(groups[-1]) + 1, max(queries, tile.queries), groups[-1][0].keys)
+            if padded <= size.most_bytes and padded - used - own <= size.padding:
                 groups[-1].append(tile)
                 queries, used = max(queries, tile.queries), used + own
                 continue
@@ -220,11 +220,11 @@ def _plan(
     window: int | None,
     heads: int,
     key_heads: int,
-    bytes: BlockBytes,
+    sizes: BlockBytes,
     size: BlockSize,
     device: torch.device,
 ) -> RowPlan:
-    groups = grouped(tiles(segments, window, bytes, size), bytes, size)
+    groups = grouped(tiles(segments, window, sizes, size), sizes, size)
     tokens = segments[-1].end
     with torch.inference_mode(False):
         numbers = torch.arange(key_heads, device=device)[:, None]
@@ -246,16 +246,16 @@ def _block(
 
     def by_head(rows: NDArray[np.int64]) -> torch.Tensor:
         flat = rows[:, None, :] * heads + np.arange(heads)[:, None]
-        return _on(torch.from_numpy(flat.reshape(-1)), device)
+        return to_device(torch.from_numpy(flat.reshape(-1)), device)
 
     return ScoreBlock(
         shape=(n, q, k),
         read=by_head(read),
         write=by_head(write),
-        first_keys=_on(torch.from_numpy(keys * key_heads)[:, None], device),
-        positions=_on(torch.from_numpy(positions.astype(np.int32)).view(n, 1, q, 1), device),
+        first_keys=to_device(torch.from_numpy(keys * key_heads)[:, None], device),
+        positions=to_device(torch.from_numpy(positions.astype(np.int32)).view(n, 1, q, 1), device),
         numbers=torch.arange(k, dtype=torch.int32, device=device),
-        padded=_on(torch.from_numpy(column >= counts).view(n, 1, q, 1), device) if q > counts.min() else None,
+        padded=to_device(torch.from_numpy(column >= counts).view(n, 1, q, 1), device) if q > counts.min() else None,
         window=window if windowed else None,
     )
 
@@ -264,13 +264,6 @@ def _key_rows(tile: Tile, length: int) -> NDArray[np.int64]:
     """Return the rows of a tile's keys, the last one repeated to `length`."""
     rows = np.r_[tile.prefix[0] : tile.prefix[1], tile.own[0] : tile.own[1]]
     return np.pad(rows, (0, length - len(rows)), mode="edge")
-
-
-def _on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor to the device; the host does not wait."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -302,8 +295,9 @@ class _BlockAttention(torch.autograd.Function):
         query, key, value, sinks = ctx.saved_tensors
         row = _RowOperands(_rows(query), _rows(key), _rows(value), sinks, ctx.plan, ctx.scaling, ctx.cap)
         found = _RowGradients.zero(row)
+        d_out = grad.reshape(len(row.q), -1)
         for block in ctx.plan.blocks:
-            row.differentiate(block, grad.reshape(len(row.q), -1), found)
+            row.differentiate(block, d_out, found)
         return (
             _like(found.q[: len(row.q)], query),
             _like(found.k.to(key.dtype), key),

@@ -13,7 +13,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from prefopt_dist.batching.layout import Cost
 from prefopt_dist.model.adapter import Adapter, attach
-from prefopt_dist.model.attention import FLASH_DTYPES, VARLEN_HEAD_SIZES, VARLEN_TAKES_GROUPED_HEADS
+from prefopt_dist.model.attention import CHOOSING, VARLEN_TAKES_GROUPED_HEADS, LayerNeeds, flash_takes, needs_of_call
 from prefopt_dist.model.head import MAX_LOGITS_PER_BLOCK
 
 
@@ -132,6 +132,7 @@ class ActivationMemory:
 
 def activation_memory(config: PreTrainedConfig, dtype: torch.dtype, adapter: Adapter | None = None) -> ActivationMemory:
     """Count the memory on models of one and of two layers of this configuration, with adapters if given."""
+    _counted.clear()
     one, two = (_kept_bytes(meta_model(config, layers, dtype, adapter)) for layers in (1, 2))
     size = torch.empty((), dtype=dtype).element_size()
     hidden = config.hidden_size * size
@@ -140,7 +141,7 @@ def activation_memory(config: PreTrainedConfig, dtype: torch.dtype, adapter: Ada
     heads = numbers["num_attention_heads"]
     key_heads = numbers.get("num_key_value_heads") or heads
     head_size = numbers.get("head_dim") or config.hidden_size // heads
-    flash = dtype in FLASH_DTYPES and head_size in VARLEN_HEAD_SIZES
+    flash = any(flash_takes(needs, dtype) for needs in _counted)
     return ActivationMemory(
         layers=config.num_hidden_layers,
         per_token_layer=(two - one) / _TOKENS,
@@ -170,9 +171,20 @@ class _Attention(torch.autograd.Function):
         raise AssertionError("only the forward pass is counted")
 
 
+_counted: list[LayerNeeds] = []
+"""Needs of the layers of the last model that was counted."""
+
+
 def _counted_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **_: Any
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **given: Any,
 ) -> tuple[torch.Tensor, None]:
+    # An argument that is not known is refused where the model is loaded, not where it is only counted.
+    _counted.append(needs_of_call(module, query, value, {name: given.get(name) for name in CHOOSING}))
     out: torch.Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2).contiguous(), None
 

@@ -44,21 +44,22 @@ def load_sharded(folder: ModelFolder, *, dtype: torch.dtype, settings: dict[str,
     """
     # transformers sees this object through a weak reference, so it must live until the model is loaded.
     zero3 = HfDeepSpeedConfig(settings)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder.path, config=without_dropout(folder.config), dtype=dtype, attn_implementation=attention.NAME
-    )
+    model = _load(folder, dtype)
     del zero3
-    assert isinstance(model, PreTrainedModel)
     return model
 
 
 def load_unsharded(folder: ModelFolder, *, dtype: torch.dtype) -> PreTrainedModel:
     """Load the unsharded model on the CPU, in eval mode, with the same attention and no dropout."""
+    return _load(folder, dtype).eval()
+
+
+def _load(folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         folder.path, config=without_dropout(folder.config), dtype=dtype, attn_implementation=attention.NAME
     )
     assert isinstance(model, PreTrainedModel)
-    return model.eval()
+    return model
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:

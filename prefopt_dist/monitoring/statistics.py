@@ -137,14 +137,14 @@ class Statistics:
         self._names = tuple(names)
         self._sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)  # [K+1], the units last
 
-    def add(self, values: torch.Tensor, units: torch.Tensor) -> None:
+    def add(self, values: torch.Tensor, units: int) -> None:
         """Add a micro-batch.
 
         Args:
             values: float64 [K] sums over its units, in the order of the names.
-            units: float64 [], the number of its units.
+            units: the number of its units.
         """
-        assert values.dtype == units.dtype == torch.float64
+        assert values.dtype == torch.float64
         assert values.shape == (len(self._names),)
         self._sums[:-1] += values.detach()
         self._sums[-1] += units
@@ -152,10 +152,6 @@ class Statistics:
     def packed(self) -> torch.Tensor:
         """Return a copy of the sums, float64 [K+1], for the caller to sum over the ranks."""
         return self._sums.clone()
-
-    def means(self, packed_host: Sequence[float], counted_by: Mapping[str, str] | None = None) -> dict[str, float]:
-        """Return the function `means` of [K+1] packed sums that were summed over the ranks and read on the host."""
-        return means(self._names, packed_host, counted_by or {})
 
 
 def means(names: Sequence[str], packed: Sequence[float], counted_by: Mapping[str, str]) -> dict[str, float]:

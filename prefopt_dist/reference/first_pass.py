@@ -114,27 +114,32 @@ def run_first_pass(
     """
     ranks.run_on_rank_zero(store.make_folder)
     require_shared_folder(store.folder, "reference.store", remedy="Set reference.store or run.cache to one that is.")
-    scored, reused = 0, ranks.run_on_rank_zero(lambda: _all_stored(store, sets, responses))
-    if reused is None:
-        with scoring_lock(store.folder, plan_name(sets, responses), stop_asked):
-            # A plan is made only while holding the lock. Another job may have scored everything while this one waited.
-            work = ranks.run_on_rank_zero(lambda: _look_up(store, sets, responses, budget))
-            if work.micro_batches:
-                _score_missing(model, store, check_loaded, sets, dtype, settings, budget, work, stop_asked)
-            scored, reused = work.missing, work.reused
-    if not scored:
-        say(f"reference: all {reused} sequences are in the store")
+    stored = ranks.run_on_rank_zero(lambda: _all_stored(store, sets, responses))
+    if stored is not None:
+        return stored
+    with scoring_lock(store.folder, plan_name(sets, responses), stop_asked):
+        # A plan is made only while holding the lock. Another job may have scored everything while this one waited.
+        work = ranks.run_on_rank_zero(lambda: _look_up(store, sets, responses, budget))
+        if work.micro_batches:
+            _score_missing(model, store, check_loaded, sets, dtype, settings, budget, work, stop_asked)
+    if not work.missing:
+        _say_all_stored(work.reused)
     sums = ranks.run_on_rank_zero(lambda: _collect(store, sets, responses))
-    return FirstPass(key=store.folder.name, sums=sums, scored=scored, reused=reused)
+    return FirstPass(key=store.folder.name, sums=sums, scored=work.missing, reused=work.reused)
 
 
-def _all_stored(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int) -> int | None:
-    """Return how many sequences are needed if the store has all of them, else None (rank 0 alone calls it)."""
+def _all_stored(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int) -> FirstPass | None:
+    """Return the values of all sequences if the store has them, else None (rank 0 alone calls it)."""
     places = sequences_needed(sets, responses)
-    scores, messages = store.read()
-    for message in messages:
-        say(message)
-    return len(places) if all(digest in scores for digest in places) else None
+    scores = store.read()
+    if not all(digest in scores for digest in places):
+        return None
+    _say_all_stored(len(places))
+    return FirstPass(store.folder.name, _aligned_sets(scores, sets, responses), scored=0, reused=len(places))
+
+
+def _say_all_stored(reused: int) -> None:
+    say(f"reference: all {reused} sequences are in the store")
 
 
 @out_of_memory.phase("first pass")
@@ -180,9 +185,7 @@ def _look_up(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: in
     """
     places = sequences_needed(sets, responses)
     remove_stale(store.folder, ".*.tmp")
-    scores, messages = store.read()
-    for message in messages:
-        say(message)
+    scores = store.read()
     missing = {d: p for d, p in places.items() if d not in scores}
     name = plan_name(sets, responses)
     to_compute: ScoringPlan = []
@@ -264,7 +267,7 @@ def _score(
 
 def _first_scored(work: _Work, store: ReferenceStore, sets: Sequence[TokenisedRows]) -> list[tuple[Location, Score]]:
     """Return a few of the sequences scored now, with their stored values (rank 0 alone calls it)."""
-    scores, _ = store.read()
+    scores = store.read()
     return [(p, scores[d]) for p in work.micro_batches[-1][:SPOT_CHECK] if (d := p.digest(sets)) in scores]
 
 
@@ -311,12 +314,14 @@ def _spot_check(
 
 def _collect(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int) -> list[torch.Tensor]:
     """Return the values of each data set, all present, finite and of the right length (rank 0 alone calls it)."""
-    scores, messages = store.read()
-    for message in messages:
-        say(message)
+    scores = store.read()
     lacking = sum(d not in scores for d in sequences_needed(sets, responses))
     if lacking:
         raise UserError(f"reference: {store.folder} lost {lacking} sequences while this job started. Start again.")
+    return _aligned_sets(scores, sets, responses)
+
+
+def _aligned_sets(scores: dict[bytes, Score], sets: Sequence[TokenisedRows], responses: int) -> list[torch.Tensor]:
     return [torch.from_numpy(_aligned(scores, rows, responses)) for rows in sets]
 
 

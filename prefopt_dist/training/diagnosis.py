@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from prefopt_dist.batching.micro_batch import MicroBatch
+from prefopt_dist.batching.micro_batch import MicroBatch, to_device
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.monitoring.statistics import BIN_EDGES, quantile
 from prefopt_dist.objectives import Objective, Sequences, Terms
@@ -133,8 +133,7 @@ class Diagnosis:
     def _source_sums(self, terms: Terms, micro_batch: MicroBatch) -> list[torch.Tensor]:
         """Return the number of pairs, the correct ones among them and the sum of margins of each source."""
         won, margin = (terms.per_unit[:, self._columns[f"rewards/{name}"]] for name in ("accuracies", "margins"))
-        source = torch.from_numpy(self._source[list(micro_batch.rows)].astype("int64"))
-        source = source.to(won.device, non_blocking=True)
+        source = to_device(torch.from_numpy(self._source[list(micro_batch.rows)].astype("int64")), won.device)
         sums = []
         for i in range(len(self._sources)):
             selected = source == i

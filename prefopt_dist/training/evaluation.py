@@ -15,7 +15,7 @@ from prefopt_dist.distributed import out_of_memory, ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.monitoring.console import Progress
 from prefopt_dist.monitoring.metrics_file import Row
-from prefopt_dist.monitoring.statistics import Statistics
+from prefopt_dist.monitoring.statistics import Statistics, means
 from prefopt_dist.objectives import Objective
 from prefopt_dist.training.diagnosis import Diagnosis
 from prefopt_dist.training.reference_point import SplitPairs, with_reference_point
@@ -44,26 +44,26 @@ def evaluate(engine: Any, objective: Objective, sets: Mapping[str, ScoredRows], 
         diagnosis = Diagnosis(objective, data.rows, ranks.device())
         batch = evaluation_batch(data, objective.responses, budget)
         what = f"eval {name}".rstrip()
-        here = with_reference_point(engine, batch, objective)
+        loss = with_reference_point(engine, batch, objective)
         split_pairs = None
         if isinstance(data.rows, UnpairedRows) and data.rows.halves:
-            split_pairs = SplitPairs(data.rows.n, here, ranks.device())
+            split_pairs = SplitPairs(data.rows.n, loss, ranks.device())
         with torch.no_grad(), Progress(len(batch), what, "micro-batches", ranks.rank()) as progress:
             for micro_batch, reference in batch:
-                terms = engine(micro_batch, here, reference)
+                terms = engine(micro_batch, loss, reference)
                 if split_pairs is not None:
                     split_pairs.add(micro_batch.rows, terms.per_unit)
-                statistics.add(terms.statistics, terms.statistics.new_full((), len(micro_batch.rows)))
-                diagnosis.add(here, terms, micro_batch, reference)
+                statistics.add(terms.statistics, len(micro_batch.rows))
+                diagnosis.add(loss, terms, micro_batch, reference)
                 progress.update()
         packed = torch.cat([statistics.packed(), diagnosis.take()])
         dist.all_reduce(packed)
         everything, k = packed.tolist(), len(objective.metrics) + 1
         prefix = f"eval/{name}/" if name else "eval/"
-        means = statistics.means(everything[:k], objective.counted_by) | diagnosis.metrics(everything[k:])
+        of_set = means(objective.metrics, everything[:k], objective.counted_by) | diagnosis.metrics(everything[k:])
         if split_pairs is not None:
-            means |= split_pairs.metrics()
-        found |= {prefix + metric: value for metric, value in means.items()} | {f"{prefix}rows": batch.units}
+            of_set |= split_pairs.metrics()
+        found |= {prefix + metric: value for metric, value in of_set.items()} | {f"{prefix}rows": batch.units}
     engine.module.train(was_training)
     return found
 

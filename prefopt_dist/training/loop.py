@@ -187,7 +187,8 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
     ):
         for index in steps:
             job.meter.begin_step()
-            batch = batches.take(index)
+            with out_of_memory.phase("training step"):  # the thread that packs it may have run out
+                batch = batches.take(index)
             job.meter.end_part("data")
             result = train_step(job, index, batch, step0_check)
             step0_check = None
@@ -203,6 +204,8 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
                 last = True  # the row of answers is then the end's, which has what the reference says of them too
                 if job.meter.accumulated.steps:
                     _write_row(job, done, result)
+                if every.evaluate_at_end and not evaluated:
+                    _evaluate(job, done)  # before the checkpoint, which keeps the rows up to its step
             elif answers and job.log is not None:
                 job.log.write("answers", done, job.order.step(index), answers)
             if _is_due(done, every.save) or last or result.request.stop or result.request.save:
@@ -275,11 +278,11 @@ def _write_row(job: Job, done: int, result: StepResult) -> None:
     if accumulated.sums[-1]:  # no pairs where every step was skipped
         found = means(job.objective.metrics, accumulated.sums, job.objective.counted_by)
         found |= job.diagnosis.metrics(accumulated.diagnosis)
-    job.log.metrics.append(
+    assert not job.log.metrics.has("train", done), f"step {done} has a row already"
+    job.log.write(
         "train",
         done,
-        position.epoch_fraction,
-        position.rows_seen,
+        position,
         {f"train/{name}": value for name, value in found.items()}
         | {
             "train/learning_rate": result.rate,
@@ -289,13 +292,13 @@ def _write_row(job: Job, done: int, result: StepResult) -> None:
         }
         | accumulated.performance(None if job.peak is None else job.peak * ranks.world_size()),
     )
-    job.log.follow()
 
 
 def _evaluate(job: Job, done: int) -> None:
     """Evaluate and write the row, unless an earlier start did."""
-    written = ranks.run_on_rank_zero(lambda: job.log is not None and job.log.metrics.has("eval", done))
-    if not job.eval_sets or written:
+    if not job.eval_sets:
+        return
+    if ranks.run_on_rank_zero(lambda: job.log is not None and job.log.metrics.has("eval", done)):
         return
     began = time.perf_counter()
     found = evaluate(job.engine, job.objective, job.eval_sets, job.evaluation_tokens)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from prefopt_dist.batching.batches import Batch
+from prefopt_dist.batching.micro_batch import to_device
 from prefopt_dist.distributed import ranks
 from prefopt_dist.monitoring import timers
 from prefopt_dist.monitoring.timers import CommunicationTimer, StepTimer
@@ -125,7 +126,8 @@ class Meter:
         on_gpu = torch.cuda.is_available()
         worked = time.perf_counter() - self._began - (self.communication.seconds - self._waited)
         seconds = self._parts["data"] if on_gpu else worked
-        return like.new_tensor(timers.rank_work_slots(ranks.rank(), ranks.world_size(), seconds, flop))
+        slots = timers.rank_work_slots(ranks.rank(), ranks.world_size(), seconds, flop)
+        return to_device(torch.tensor(slots, dtype=torch.float64), like.device)
 
     def end_step(self, sums: list[float], diagnosis: list[float], work: list[float], batch: Batch) -> None:
         """Accumulate a step's global sums and the times of its parts."""

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from prefopt_dist.batching.batches import Batch
+from prefopt_dist.batching.micro_batch import to_device
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.monitoring.statistics import Statistics
 from prefopt_dist.monitoring.timers import StepTimer
@@ -56,7 +57,7 @@ def forward_backward(
             terms: Terms = engine(micro_batch, objective, reference)
         with timer.measure("backward"):
             engine.backward(terms.loss * weight)
-        statistics.add(terms.statistics, terms.statistics.new_full((), len(micro_batch.rows)))
+        statistics.add(terms.statistics, len(micro_batch.rows))
         if diagnosis is not None:
             diagnosis.add(objective, terms, micro_batch, reference)
         if step0_check is not None and reference is not None:
@@ -74,7 +75,7 @@ def reduce_metrics(packed: torch.Tensor, request: Request) -> tuple[list[float],
     Returns:
         The [N] global sums, and what any rank has been asked.
     """
-    flags = packed.new_tensor([float(request.stop), float(request.save)])
+    flags = to_device(torch.tensor([request.stop, request.save], dtype=packed.dtype), packed.device)
     everything = torch.cat([packed, flags])
     dist.all_reduce(everything)
     *sums, stop, save = everything.tolist()

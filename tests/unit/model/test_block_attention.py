@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = {
     "one block": GPU_BLOCKS,
-    "many blocks": BlockSize(bytes=BYTES_PER_SCORE * 4 * 30 * 20, queries=4, padding=BYTES_PER_SCORE * 4 * 40),
-    "a query a block": BlockSize(bytes=1, queries=1, padding=0),
+    "many blocks": BlockSize(most_bytes=BYTES_PER_SCORE * 4 * 30 * 20, queries=4, padding=BYTES_PER_SCORE * 4 * 40),
+    "a query a block": BlockSize(most_bytes=1, queries=1, padding=0),
 }
 
 
@@ -144,7 +144,7 @@ def test_tiles_cover_the_row_and_blocks_fit(size: BlockSize, window: int | None)
     for b in blocks:
         q, k = max(t.queries for t in b), max(t.keys for t in b)
         padded = len(b) * (16 * q * k * BYTES_PER_SCORE + k * bytes.key)
-        assert padded <= size.bytes
+        assert padded <= size.most_bytes
         assert padded - sum(t.keys * (16 * t.queries * BYTES_PER_SCORE + bytes.key) for t in b) <= size.padding
 
 
@@ -204,7 +204,7 @@ def test_the_peak_is_within_the_bytes_of_a_block(dtype: torch.dtype, cap: float 
     print(f"{dtype}, {cap}: {found.peak / 2**20:.0f} MiB")
     # Besides a block: the result, its gradient (each as large as q), the gradients of q, k and v in two dtypes, and the
     # indices of the plan.
-    assert found.peak <= GPU_BLOCKS.bytes + 3 * operands
+    assert found.peak <= GPU_BLOCKS.most_bytes + 3 * operands
 
 
 def test_same_bits_on_two_threads() -> None:
