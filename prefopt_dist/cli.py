@@ -137,11 +137,11 @@ def _run(config: Config, stage: str) -> None:
     if stage in SINGLE_PROCESS_STAGES:
         module.run(config)
         return
-    from prefopt_dist.distributed import job_end, out_of_memory, ranks
+    from prefopt_dist.distributed import job_end, ranks
     from prefopt_dist.setup import memory_advice
 
     ranks.start(deterministic=config.train.deterministic)
-    out_of_memory.describe_with(lambda phase, fault: mask_secrets(memory_advice.describe(config, stage, phase, fault)))
+    memory_advice.use(config, stage)
     try:
         module.run(ranks.run_on_rank_zero(config.with_cache))
     except ranks.OtherRankFailed as e:

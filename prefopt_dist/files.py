@@ -73,6 +73,16 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
+def digest(content: bytes | str) -> str:
+    """Return the BLAKE2b-128 of the content in hexadecimal; text counts as UTF-8."""
+    return hashlib.blake2b(content.encode() if isinstance(content, str) else content, digest_size=16).hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """Return the digest of a JSON value, in which the order of keys does not count."""
+    return digest(json.dumps(value, sort_keys=True))
+
+
 def write_json(path: Path, obj: Any) -> None:
     """Write `obj` as indented strict JSON (a NaN is an error), by `write_atomic`."""
     write_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -28,6 +28,11 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def committed(root: Path) -> list[Path]:
     """Return the folders of the committed checkpoints, oldest first."""
     return sorted(root.glob("step-????????"))
@@ -48,7 +53,7 @@ def prune(root: Path, keep: int, best: Best = no_best) -> None:
     Rank 0 calls it when the newest checkpoint is known to be intact.
     """
     folders = committed(root)
-    best_step = best([int(folder.name.removeprefix("step-")) for folder in folders])
+    best_step = best([step_of(folder) for folder in folders])
     for old in folders[:-keep]:
         if best_step is None or old.name != folder_name(best_step):
             remove(old)

@@ -78,7 +78,7 @@ def _prepared(config: Config, models: Models) -> tuple[Objective, dict[str, Scor
     evals = prepare_data.load_evals(config, models, objective)
     reference = prepare_reference.reference_weights(config, models, objective)
     scored, _ = prepare_reference.score_reference(
-        config, models, objective, list(evals.values()), reference, stop_asked=lambda: False
+        config, models, list(evals.values()), reference, stop_asked=lambda: False
     )
     return objective, dict(zip(evals, scored, strict=True))
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefopt_dist.checkpoint import save
-from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.monitoring.console import say
-from prefopt_dist.monitoring.metrics_file import MetricsFile
 from prefopt_dist.setup import prepare_models
-from prefopt_dist.setup.lifecycle import export_checkpoint, run_folder
-from prefopt_dist.training.evaluation import best_step
+from prefopt_dist.setup.lifecycle import best_checkpoint, export_checkpoint, run_folder
 
 BEST = "best"
 """Value of export.checkpoint: the checkpoint that checkpoint.keep_best keeps"""
@@ -49,8 +46,8 @@ def _best(config: Config, found: list[Path]) -> Path:
             f"export.checkpoint: got {BEST!r}, but checkpoint.keep_best is null, so nothing says what is better; set "
             "it to a metric such as eval/loss or answers/reward"
         )
-    steps = {int(path.name.removeprefix("step-")): path for path in found}
-    step = best_step(MetricsFile(RunFolder(config.run_dir).metrics).rows(), metric, steps.keys())
+    steps = {save.step_of(path): path for path in found}
+    step = best_checkpoint(config)(steps.keys())
     if step is None:
         raise UserError(
             f"export.checkpoint: got {BEST!r}, but no committed checkpoint's step has {metric}; name a checkpoint"

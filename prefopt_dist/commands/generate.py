@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +12,7 @@ import numpy as np
 from prefopt_dist.config import Config, differing_keys
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import StopRequested, UserError
-from prefopt_dist.files import checksum, read_json, write_atomic, write_json
+from prefopt_dist.files import checksum, digest, read_json, write_atomic, write_json
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.monitoring.statistics import interval_text
 from prefopt_dist.rollouts import comparison, pairs
@@ -146,7 +145,7 @@ def _write_pairs(config: Config, job: RolloutJob) -> str:
             "(generate.max_new_tokens), or lower generate.min_margin."
         )
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    pairs_digest = digest(text)
     facts = {
         "pairs": len(rows),
         "prompts": len(found),
@@ -160,12 +159,12 @@ def _write_pairs(config: Config, job: RolloutJob) -> str:
         **comparison.summary(found, job.reward_weights),
         "made_of": _pairs_fingerprint(job),
         "sampled_by": _sampled_by(job),
-        "pairs_blake2b": digest,
+        "pairs_blake2b": pairs_digest,
     }
     # First the facts, which say that the pairs are of this run, then the pairs: after a kill in between the next start
     # writes them.
     write_json(config.run_dir / FACTS, facts)
-    if not config.pairs_file.exists() or checksum(config.pairs_file) != digest:
+    if not config.pairs_file.exists() or checksum(config.pairs_file) != pairs_digest:
         write_atomic(config.pairs_file, text)
     return _text(config, facts)
 

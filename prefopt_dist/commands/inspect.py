@@ -8,8 +8,8 @@ from typing import Any
 
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows, open_rows
+from prefopt_dist.data.equal_rows import group_equal, prompt_keys
 from prefopt_dist.data.prepare import stop_error
-from prefopt_dist.data.quality.findings import group_equal, prompt_keys
 from prefopt_dist.data.quality.lengths import draw_lengths, matplotlib_figure
 from prefopt_dist.data.quality.policy import refuse_stops
 from prefopt_dist.data.quality.report import SetReport

@@ -24,7 +24,7 @@ def run(config: Config) -> None:
         reference = prepare_reference.reference_weights(config, models, objective)
         try:
             _, done = prepare_reference.score_reference(
-                config, models, objective, [train, *evals.values()], reference, lambda: requests.look().stop
+                config, models, [train, *evals.values()], reference, lambda: requests.look().stop
             )
         except StopRequested:
             if ranks.rank() == 0:

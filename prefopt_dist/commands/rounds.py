@@ -20,10 +20,11 @@ from prefopt_dist.errors import StopRequested, UserError
 from prefopt_dist.files import FileLock, read_json, write_json
 from prefopt_dist.model.folder import ModelFolder, inspect_folder
 from prefopt_dist.monitoring.console import say, show
+from prefopt_dist.monitoring.metrics_file import from_strict_json, strict_json
 from prefopt_dist.monitoring.statistics import interval_text
-from prefopt_dist.setup import compare, prepare_models, prepare_rollouts
+from prefopt_dist.setup import compare, memory_advice, prepare_models, prepare_rollouts
 from prefopt_dist.setup.compare import Comparison
-from prefopt_dist.setup.lifecycle import run_folder
+from prefopt_dist.setup.lifecycle import best_checkpoint, run_folder
 from prefopt_dist.training.stop import Requests
 
 ROUNDS = "rounds.json"
@@ -62,6 +63,7 @@ def run(config: Config) -> None:
         began = time.monotonic()
         for number in range(1, config.rounds.count + 1):
             of_round = round_config(config, number, hours_gone=ranks.run_on_rank_zero(lambda: _hours_since(began)))
+            memory_advice.use(of_round, "rounds")
             say(f"\nround {number} of {config.rounds.count}: {of_round.run_dir}, from {of_round.model.name_or_path}")
             served = ranks.run_on_rank_zero(partial(_is_done, of_round))
             finished_round = generate.run(of_round, asked, served=served)
@@ -186,14 +188,14 @@ def _compared(
     """Return the result of the round's comparison, made once for the same content; None after a request to stop."""
     file = of_round.run_dir / COMPARISON
     comparison = _comparison(config, of_round, first)
-    found: dict[str, Any] | None = ranks.run_on_rank_zero(lambda: read_json(file) if file.exists() else None)
+    found = ranks.run_on_rank_zero(lambda: from_strict_json(read_json(file)) if file.exists() else None)
     if found is None or found["made_of"] != comparison.fingerprint:
         try:
             compared = comparison.run(lambda: asked.look().stop)
         except StopRequested:
             return None
         found = {"round": number, "pairs": _pairs(of_round), "made_of": comparison.fingerprint, **compared}
-        content = found
+        content = strict_json(found)  # a model may have diverged
         ranks.run_on_rank_zero(lambda: write_json(file, content))
     return found
 
@@ -209,7 +211,7 @@ def _prune(before: Config) -> str | None:
     if len(there) < 2 or lock.acquire() is not None:
         return None
     try:
-        save.prune(root, 1, train.best_checkpoint(before))
+        save.prune(root, 1, best_checkpoint(before))
     finally:
         lock.release()
     stay = save.committed(root)
@@ -256,6 +258,6 @@ def table(done: list[dict[str, Any]]) -> str:
 
 
 def _conclude(config: Config, folder: RunFolder, asked: RoundsRequests, done: list[dict[str, Any]]) -> None:
-    write_json(config.run_dir / ROUNDS, {"rounds": done})
+    write_json(config.run_dir / ROUNDS, {"rounds": [strict_json(one) for one in done]})
     folder.write_done(table(done))
     asked.ended()

@@ -27,19 +27,17 @@ from prefopt_dist.model.fingerprint import refuse_if_changed
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring.console import format_bytes, say
-from prefopt_dist.monitoring.metrics_file import MetricsFile
 from prefopt_dist.objectives import Objective, factory
 from prefopt_dist.objectives.factory import described
 from prefopt_dist.planning.machine import device_peak
 from prefopt_dist.planning.work import most_keys_per_token
 from prefopt_dist.reference.step0_check import RoundingTolerance
 from prefopt_dist.setup import own_answers, prepare_data, prepare_models, prepare_reference
-from prefopt_dist.setup.lifecycle import finish, open_log, requests_for, run_folder
+from prefopt_dist.setup.lifecycle import best_checkpoint, finish, open_log, requests_for, run_folder
 from prefopt_dist.setup.own_answers import NotAnswered, OwnAnswers
 from prefopt_dist.setup.prepare_models import Models
 from prefopt_dist.setup.prepare_reference import HashedWeights, adapter_base
 from prefopt_dist.training import loop
-from prefopt_dist.training.evaluation import best_step
 from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.stop import Requests
 
@@ -140,7 +138,7 @@ def _score_and_answer(config: Config, folder: RunFolder, inputs: _Inputs, reques
     where = "in the first pass"
     try:
         (scored, *others), first_pass = prepare_reference.score_reference(
-            config, models, inputs.objective, [inputs.train, *evals.values()], inputs.reference, stop_asked
+            config, models, [inputs.train, *evals.values()], inputs.reference, stop_asked
         )
         where, began = "while the start answers", time.perf_counter()
         answers = own_answers.prepare(config, models, next(iter(evals.values()), inputs.train))
@@ -252,15 +250,6 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
                 f"{key}: this run began with {name} {found.facts[name]}, and {what} now give {facts[name]}. "
                 "Put them back as they were, or start a new run."
             )
-
-
-def best_checkpoint(config: Config) -> save.Best:
-    """Return how to choose the best of some checkpoints by the evaluations so far (rank 0)."""
-    metric = config.checkpoint.keep_best
-    if metric is None:
-        return save.no_best
-    rows = MetricsFile(RunFolder(config.run_dir).metrics).rows()
-    return lambda steps: best_step(rows, metric, steps)
 
 
 @out_of_memory.phase("loading of the policy")

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from prefopt_dist.data.row_counts import DataReport
 from prefopt_dist.data.unit import Unit
-from prefopt_dist.files import checksum, write_json
+from prefopt_dist.files import checksum, json_digest, write_json
 
 SCHEMA = 4
 """Version of the folder's layout and of the meaning of the tokens."""
@@ -149,11 +149,6 @@ class TokenisedRows:
         lengths: NDArray[np.int64] = np.diff(self.offsets).reshape(self.n, 1 + self.responses)
         return lengths
 
-    def length(self, i: int) -> int:
-        """Return the number of tokens of row i: the prompt once, and every response."""
-        first = i * (1 + self.responses)
-        return int(self.offsets[first + 1 + self.responses] - self.offsets[first])
-
     def origin(self, i: int) -> str:
         """Return `file:line` of row i."""
         return f"{self.source_names[self.source[i]]}:{self.line[i]}"
@@ -247,7 +242,7 @@ def write_manifest(
         "weights": list(weights),
         "report": asdict(report),
     }
-    write_json(folder / MANIFEST, {"body": body, "blake2b": _body_digest(body)})
+    write_json(folder / MANIFEST, {"body": body, "blake2b": json_digest(body)})
 
 
 def open_rows(folder: Path, checksums: bool = True) -> TokenisedRows:
@@ -286,16 +281,12 @@ def open_rows(folder: Path, checksums: bool = True) -> TokenisedRows:
     )
 
 
-def _body_digest(body: dict[str, Any]) -> str:
-    return blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
         body: dict[str, Any] = manifest["body"]
-        intact = manifest["blake2b"] == _body_digest(body)
+        intact = manifest["blake2b"] == json_digest(body)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedRows(f"{path} cannot be read ({error})") from error
     if not intact:

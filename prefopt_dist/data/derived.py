@@ -20,8 +20,10 @@ from prefopt_dist.data.dataset import (
     sequence_digest,
     write_manifest,
 )
+from prefopt_dist.data.equal_rows import group_equal, prompt_keys
 from prefopt_dist.data.row_counts import DataReport
 from prefopt_dist.errors import UserError
+from prefopt_dist.files import digest
 
 ROWS_PER_COPY = 4096
 """Number of rows that are copied at once."""
@@ -175,10 +177,6 @@ class UnpairedRows(TokenisedRows):
         """Return the number of tokens of prompt, own response and mismatched response [n, 3]."""
         return self.ends - self.starts
 
-    def length(self, i: int) -> int:
-        """Return the number of tokens of row i: the prompt once, and both responses."""
-        return int((self.ends[i] - self.starts[i]).sum())
-
     def _range(self, i: int, part: int) -> tuple[int, int]:
         return int(self.starts[i, part]), int(self.ends[i, part])
 
@@ -203,7 +201,7 @@ def build_unpaired_rows(rows: TokenisedRows, longest: int) -> UnpairedRows:
     own = bounds[:, 1:].reshape(-1, 2)  # row by row; the chosen response of a pair comes first
     n = len(own)
     first_partner = partners(n)
-    partner = exchange_partners(first_partner, np.repeat(_prompt_numbers(rows), rows.responses))
+    partner = exchange_partners(first_partner, np.repeat(group_equal(prompt_keys(rows)).of, rows.responses))
     mismatched = own[partner]
     budget = longest - (prompts[:, 1] - prompts[:, 0])
     mismatched[:, 1] = np.minimum(mismatched[:, 1], mismatched[:, 0] + budget)
@@ -229,15 +227,15 @@ def build_unpaired_rows(rows: TokenisedRows, longest: int) -> UnpairedRows:
         flags=np.repeat(rows.flags, rows.responses),
         source_names=rows.source_names,
         weights=rows.weights,
-        report=replace(rows.report, digest=blake2b(content, digest_size=16).hexdigest()),
+        report=replace(rows.report, digest=digest(content)),
         starts=np.ascontiguousarray(parts[..., 0]),
         ends=np.ascontiguousarray(parts[..., 1]),
         halves=halves,
     )
     unpaired.digests[:, 0] = rows.digests.reshape(n, 16)
     for i in range(n):
-        digest = sequence_digest(unpaired.prompt(i), unpaired.response(i, 1), unpaired.mask(i, 1))
-        unpaired.digests[i, 1] = np.frombuffer(digest, dtype=np.uint8)
+        sequence = sequence_digest(unpaired.prompt(i), unpaired.response(i, 1), unpaired.mask(i, 1))
+        unpaired.digests[i, 1] = np.frombuffer(sequence, dtype=np.uint8)
     return unpaired
 
 
@@ -289,9 +287,3 @@ def exchange_partners(partner: NDArray[np.int64], prompt: NDArray[np.int64]) -> 
                 raise PromptTooFrequent(f"{int((prompt == prompt[i]).sum())} of {len(prompt)}")
             partner[i], partner[j] = partner[j], partner[i]
     return partner
-
-
-def _prompt_numbers(rows: TokenisedRows) -> NDArray[np.int64]:
-    """Return a number for each row's prompt, equal for prompts with equal digests [n of `rows`]."""
-    digests = b"".join(blake2b(rows.prompt(i).tobytes(), digest_size=16).digest() for i in range(rows.n))
-    return np.unique(np.frombuffer(digests, dtype="V16"), return_inverse=True)[1].astype(np.int64)

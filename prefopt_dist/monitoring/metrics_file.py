@@ -8,7 +8,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,26 +71,22 @@ class MetricsFile:
 
         Rows of `step` itself stay, of every kind. Returns the number of rows dropped.
         """
-        rows, _ = self.rows_after(0)
-        kept = [row for row in rows if row["step"] <= step]
+        return self._keep(lambda row: bool(row["step"] <= step))
+
+    def drop(self, kind: str) -> int:
+        """Remove all rows of a kind from the file and return their number (called before a logger reads the file)."""
+        return self._keep(lambda row: bool(row["kind"] != kind))
+
+    def _keep(self, wanted: Callable[[Row], bool]) -> int:
+        """Drop the rows that are not wanted, and a torn last line, and return the number of rows dropped."""
+        rows = self.rows()
+        kept = [row for row in rows if wanted(row)]
         content = b"".join(_line(row) for row in kept)
         if self._path.exists() and self._path.read_bytes() != content:
             self.close()  # the descriptor belongs to the file that is replaced now
             write_atomic(self._path, content)
         self._size = len(content)
         self._known = {(row["kind"], row["step"]) for row in kept}
-        return len(rows) - len(kept)
-
-    def drop(self, kind: str) -> int:
-        """Remove all rows of a kind from the file and return their number (called before a logger reads the file)."""
-        rows, _ = self.rows_after(0)
-        kept = [row for row in rows if row["kind"] != kind]
-        if len(kept) < len(rows):
-            self.close()
-            content = b"".join(_line(row) for row in kept)
-            write_atomic(self._path, content)
-            self._size = len(content)
-            self._known = {(row["kind"], row["step"]) for row in kept}
         return len(rows) - len(kept)
 
     def rows(self) -> list[Row]:
@@ -118,7 +114,7 @@ class MetricsFile:
                     f"{self._path}: line {number + 1} after byte {offset} is not JSON ({fault}). "
                     "The file was changed by hand or the disk is damaged. Correct or remove that line."
                 ) from fault
-            rows.append({key: float(value) if value in _NOT_FINITE else value for key, value in row.items()})
+            rows.append(from_strict_json(row))
         return rows, offset + sum(len(line) + 1 for line in lines)
 
     def close(self) -> None:
@@ -128,20 +124,21 @@ class MetricsFile:
             self._descriptor = None
 
 
-def strict_json(row: Row) -> Row:
-    """Return a row, or other metrics by name, for strict JSON: numbers that are not finite become strings."""
-    return {key: _json_number(value) if isinstance(value, float) else value for key, value in row.items()}
+def strict_json(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row or other facts, nested or not, for strict JSON: numbers that are not finite become strings."""
+    return _converted(facts, lambda value: _json_number(value) if isinstance(value, float) else value)
 
 
-def strict_json_nested(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return nested facts for strict JSON: numbers that are not finite become strings."""
+def from_strict_json(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts that `strict_json` was given, with their numbers."""
+    return _converted(facts, lambda value: float(value) if value in _NOT_FINITE else value)
 
-    def convert(value: Any) -> Any:
-        if isinstance(value, dict):
-            return strict_json_nested(value)
-        return _json_number(value) if isinstance(value, float) else value
 
-    return {key: convert(value) for key, value in facts.items()}
+def _converted(facts: Mapping[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return the facts with every value converted, also those of dictionaries among them."""
+    return {
+        key: _converted(value, convert) if isinstance(value, dict) else convert(value) for key, value in facts.items()
+    }
 
 
 def _line(row: Row) -> bytes:

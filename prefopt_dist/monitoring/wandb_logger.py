@@ -96,7 +96,6 @@ class WandbLogger:
         self._wake = threading.Event()
         self._ending = False
         self._failed = False
-        self._exit_code = 0
         self._patience = _INIT_SECONDS + _FINISH_SECONDS + _GRACE_SECONDS
         # A daemon thread, because a crash of the training must not wait for it.
         self._thread = threading.Thread(target=self._work, name="wandb-logger", daemon=True)
@@ -129,11 +128,10 @@ class WandbLogger:
         """Put the verdict into the summary, by which W&B sorts and filters runs (called before `finish`)."""
         self._verdict = {"verdict": word, "verdict_text": text}
 
-    def finish(self, exit_code: int = 0) -> None:
+    def finish(self) -> None:
         """Send what is left and close the W&B run; give up with a message where W&B does not answer."""
         if self._mode == "disabled" or self._ending:
             return
-        self._exit_code = exit_code
         self._ending = True
         self._wake.set()
         deadline = time.monotonic() + self._patience
@@ -148,7 +146,7 @@ class WandbLogger:
             run = self._open()
             self._follow(run)
             run.summary.update(self._summary())
-            run.finish(exit_code=self._exit_code)
+            run.finish(exit_code=0)
         except BaseException as fault:  # only W&B runs in this thread, and none of its errors may end the training
             self._report_failure(f"{type(fault).__name__}: {(str(fault).splitlines() or ['no message'])[0]}")
 

@@ -277,9 +277,9 @@ def backward_phase(sizes: ModelSizes, zero: ZeroSettings, place: Placement, toke
 def _flash_backward(sizes: ModelSizes, place: Placement, tokens: int) -> tuple[MemoryPart, ...]:
     """Return what the flash kernel allocates in its backward pass, of one layer; nothing where it does not run."""
     allocated = sizes.activations.flash_backward(tokens) if place.is_gpu else 0
-    return (MemoryPart("attention's backward", allocated, "4·H·head_dim·T for dQ, 2·s·H·head_dim·keys"),) * (
-        allocated > 0
-    )
+    if not allocated:
+        return ()
+    return (MemoryPart("attention's backward", allocated, "4·H·head_dim·T for dQ, 2·s·H·head_dim·keys"),)
 
 
 def libraries(place: Placement, zero: ZeroSettings) -> tuple[MemoryPart, ...]:

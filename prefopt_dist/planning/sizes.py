@@ -20,8 +20,6 @@ class ModelSizes:
     """N: number of parameters, adapters included"""
     trained: int
     """Nₜ: number of trained parameters: all of them, or the adapters'"""
-    layer: int
-    """Number of parameters of one layer"""
     head: int
     """V·d: number of parameters of the output head"""
     largest_parameter: int
@@ -70,7 +68,7 @@ def model_sizes(
         total: int = first + (layers - 1) * (both - first)
         return total
 
-    item = torch.empty((), dtype=dtype).element_size()
+    item = dtype.itemsize
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else dtype
     numbers = config.to_dict()
     heads = numbers["num_attention_heads"]
@@ -79,13 +77,12 @@ def model_sizes(
     return ModelSizes(
         parameters=extrapolate(torch.Tensor.numel),
         trained=extrapolate(lambda p: p.numel() if p.requires_grad else 0),
-        layer=sum(p.numel() for p in two) - sum(p.numel() for p in one),
         head=config.vocab_size * config.hidden_size,
         largest_parameter=max(p.numel() for p in two),
         largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in models[1].modules()),
         persistent=extrapolate(lambda p: p.numel() if p.numel() <= persistence_threshold else 0),
         dtype_bytes=item,
-        file_dtype_bytes=torch.empty((), dtype=stored).element_size(),
+        file_dtype_bytes=stored.itemsize,
         repeated_kv_bytes=2 * (heads - key_heads) * size * item,
         cached_kv_bytes=2 * key_heads * size * item,
         activations=activation_memory(config, dtype, adapter),

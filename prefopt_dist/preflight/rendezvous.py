@@ -81,13 +81,6 @@ def _resolves(name: str) -> bool:
     return not any(ipaddress.ip_address(str(at[0]).partition("%")[0]).is_loopback for *_, at in found)
 
 
-if __name__ == "__main__":
-    try:
-        print(choose_address(sys.argv[1], int(sys.argv[2]), "".join(sys.argv[3:])))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-
 LEAVE_SECONDS = 5.0
 """Seconds for which the head waits for the others before it closes its store."""
 
@@ -168,3 +161,11 @@ class Rendezvous:
         self.answer("heard", {})
         if self.node == 0:
             self.answers("heard", LEAVE_SECONDS)
+
+
+if __name__ == "__main__":
+    try:
+        print(choose_address(sys.argv[1], int(sys.argv[2]), "".join(sys.argv[3:])))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -62,9 +62,8 @@ def _measures(record: Record) -> list[Measure]:
     row = record.answered or {}
     start_row = {f"answers/start/{name.removeprefix('answers/')}": value for name, value in _start_row(record).items()}
     start = start_row | row
-    judged = record.judged or {}
     measures = [
-        Measure("reward", _value(start, "start/reward", judged.get("start")), _value(row, "reward", judged)),
+        Measure("reward", _value(start, "start/reward"), _value(row, "reward")),
         Measure("difference of the rewards, prompt by prompt", both=_value(row, "reward_difference")),
         Measure("win rate against the start", both=_value(row, "win_rate")),
         Measure("KL from the reference, nats per answer", both=_value(row, "kl")),
@@ -90,21 +89,17 @@ def _start_row(record: Record) -> Mapping[str, Any]:
     return next((row for row in record.answers if "answers/nats" not in row), {})
 
 
-def _value(row: Mapping[str, Any], name: str, judged: Any = None) -> str:
+def _value(row: Mapping[str, Any], name: str) -> str:
     """Return a value with its interval as text.
 
     Args:
         row: a row of answers, which may have the interval under `…_low` and `…_high`.
         name: the metric's name without the part `answers/`.
-        judged: an entry of run.json that may have the interval under the last part of the name.
     """
     value = row.get(f"answers/{name}")
     if value is None:
         return "–"
     low, high = (row.get(f"answers/{name}_{end}") for end in ("low", "high"))
-    entry = judged.get(name.rpartition("/")[2]) if isinstance(judged, Mapping) else None
-    if low is None and isinstance(entry, Mapping):
-        low, high = entry.get("low"), entry.get("high")
     if low is None or high is None:
         return _number(value)
     return f"{_number(value)} ({_number(low)} to {_number(high)})"

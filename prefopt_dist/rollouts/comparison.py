@@ -77,15 +77,10 @@ def compare_rewards(
         The intervals win_rate and difference, and in mine and theirs each model's mean reward. All of them are over the
         prompts for which both models have a reward.
     """
-    win_rates, differences, means = [], [], []
-    for a, b in zip(mine, theirs, strict=True):
-        assert a.prompt.ids == b.prompt.ids
-        of_mine, of_theirs = (r[~np.isnan(r)] for r in (rewards_of(a, weights), rewards_of(b, weights)))
-        if len(of_mine) and len(of_theirs):
-            win_rates.append(win_rate(of_mine, of_theirs))
-            differences.append(float(of_mine.mean() - of_theirs.mean()))
-            means.append((float(of_mine.mean()), float(of_theirs.mean())))
-    means_of_mine, means_of_theirs = np.array(means).reshape(-1, 2).T
+    compared = _rewards_compared(mine, theirs, weights)
+    win_rates = [win_rate(a, b) for a, b in compared]
+    differences = [float(a.mean() - b.mean()) for a, b in compared]
+    means_of_mine, means_of_theirs = np.array([(a.mean(), b.mean()) for a, b in compared]).reshape(-1, 2).T
     return {
         "win_rate": interval(np.array(win_rates)),
         "difference": interval(np.array(differences)),
@@ -96,10 +91,20 @@ def compare_rewards(
 
 def number_compared(mine: Sequence[AnsweredPrompt], theirs: Sequence[AnsweredPrompt], weights: Sequence[float]) -> int:
     """Return the number of prompts for which both models have a reward."""
-    return sum(
-        not (np.isnan(rewards_of(a, weights)).all() or np.isnan(rewards_of(b, weights)).all())
-        for a, b in zip(mine, theirs, strict=True)
-    )
+    return len(_rewards_compared(mine, theirs, weights))
+
+
+def _rewards_compared(
+    mine: Sequence[AnsweredPrompt], theirs: Sequence[AnsweredPrompt], weights: Sequence[float]
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Return both models' rewards, float64 [answers with a reward], of each prompt for which both have one."""
+    found = []
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.prompt.ids == b.prompt.ids
+        of_mine, of_theirs = (r[~np.isnan(r)] for r in (rewards_of(a, weights), rewards_of(b, weights)))
+        if len(of_mine) and len(of_theirs):
+            found.append((of_mine, of_theirs))
+    return found
 
 
 def kl(found: Sequence[AnsweredPrompt], policy: NDArray[np.float64], reference: NDArray[np.float64]) -> Interval:

@@ -22,7 +22,7 @@ from prefopt_dist.files import checksum
 from prefopt_dist.model.folder import ModelFolder, read_config, resolve, weight_files
 from prefopt_dist.model.load import load_tokenizer, without_dropout
 from prefopt_dist.rollouts.prompts import Prompt
-from prefopt_dist.rollouts.sampling import free_memory, pad_lines
+from prefopt_dist.rollouts.sampling import free_memory, has_soft_cap, pad_lines
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,11 @@ class ClassifierReward:
         self, folder: RewardFolder, *, template: Template, dtype: torch.dtype, device: torch.device, batch_tokens: int
     ) -> None:
         config = without_dropout(folder.model.config)
-        capped = config.to_dict().get("attn_logit_softcapping") is not None  # sdpa ignores the cap
         model, info = AutoModelForSequenceClassification.from_pretrained(
             folder.model.path,
             config=config,
             dtype=dtype,
-            attn_implementation="eager" if capped else None,
+            attn_implementation="eager" if has_soft_cap(config) else None,
             output_loading_info=True,
         )
         missing = sorted(info["missing_keys"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedConfig
 
 from prefopt_dist.data.template import Template
+from prefopt_dist.model.folder import read_generation_config
 from prefopt_dist.rollouts.prompts import Prompt
 
 Ids = list[int]
@@ -99,6 +100,11 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def has_soft_cap(config: PreTrainedConfig) -> bool:
+    """Return whether the attention of a model, such as Gemma 2, has a soft cap, which transformers' sdpa ignores."""
+    return config.to_dict().get("attn_logit_softcapping") is not None
+
+
 @dataclass(frozen=True)
 class Sampling:
     """The settings that determine the responses, together with model and prompt."""
@@ -114,13 +120,22 @@ class Sampling:
     """Ids of the tokens that end a response; a response that has ended includes its stop token as the last one"""
 
 
-def stop_ids_of(template: Template, folder: Path) -> tuple[int, ...]:
-    """Return the ids that end an answer: the template's, eos, and those of the folder's generation_config.json."""
+def stop_ids_of(template: Template, folder: Path, key: str) -> tuple[int, ...]:
+    """Return the ids that end an answer: the template's, eos, and those of the folder's generation_config.json.
+
+    Args:
+        template: of the prompts.
+        folder: of the model.
+        key: the dotted key that names the folder.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     tokenizer = template.tokenizer
     found = {tokenizer.convert_tokens_to_ids(end) for end in (*template.end_tokens, template.plain_end_token)}
-    file = folder / "generation_config.json"
-    if file.is_file():
-        eos = json.loads(file.read_text()).get("eos_token_id")
+    generation = read_generation_config(folder, key)
+    if generation is not None:
+        eos = generation.eos_token_id
         found |= {eos} if isinstance(eos, int) else set(eos or ())
     return tuple(sorted(found))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 from prefopt_dist.data.example import BadRow
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.errors import UserError
-from prefopt_dist.files import read_json, remove_stale, write_atomic, write_json
+from prefopt_dist.files import digest, json_digest, read_json, remove_stale, write_atomic, write_json
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.sampling import Ids
 
@@ -192,17 +191,12 @@ class SampleStore:
 
 def scores_name(identities: Sequence[dict[str, Any]]) -> str:
     """Return the name under which a store keeps the scores of these rewards."""
-    return "scores-" + digest_of([dict(i) for i in identities])[:16]
-
-
-def digest_of(content: Any) -> str:
-    """Return a digest of a JSON value, 32 hexadecimal digits."""
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return "scores-" + json_digest([dict(i) for i in identities])[:16]
 
 
 def _write_lines(path: Path, rows: Iterable[Any], nan: bool = False) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=nan) + "\n" for row in rows)
-    write_atomic(path, text + json.dumps({"check": _digest(text)}) + "\n")
+    write_atomic(path, text + json.dumps({"check": digest(text)}) + "\n")
 
 
 def _read_lines(path: Path) -> list[Any] | None:
@@ -210,12 +204,7 @@ def _read_lines(path: Path) -> list[Any] | None:
     text = path.read_bytes()
     body, _, last = text.removesuffix(b"\n").rpartition(b"\n")
     body += b"\n" if body else b""
-    if last != json.dumps({"check": _digest(body)}).encode():
+    if last != json.dumps({"check": digest(body)}).encode():
         return None
     # Not splitlines, which also splits at other characters, such as U+2028 within a string.
     return [json.loads(line) for line in body.split(b"\n")[:-1]]
-
-
-def _digest(text: str | bytes) -> str:
-    content = text.encode() if isinstance(text, str) else text
-    return hashlib.blake2b(content, digest_size=16).hexdigest()

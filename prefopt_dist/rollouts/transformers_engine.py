@@ -20,7 +20,7 @@ from prefopt_dist.model.adapter import Adapter, attach
 from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.model.load import without_dropout
 from prefopt_dist.rollouts.prompts import Prompt
-from prefopt_dist.rollouts.sampling import Ids, Sampling, choose_tokens, free_memory, pad_lines, uniforms
+from prefopt_dist.rollouts.sampling import Ids, Sampling, choose_tokens, free_memory, has_soft_cap, pad_lines, uniforms
 
 Row = tuple[int, int]
 """Index of a prompt and number of a response to it."""
@@ -63,8 +63,7 @@ def copy_for_sampling(
 
 def sampling_attention(config: PreTrainedConfig) -> str:
     """Return the name of the attention that computes the model exactly while it samples."""
-    # transformers' sdpa ignores the softcap of Gemma 2's attention.
-    return "eager" if config.to_dict().get("attn_logit_softcapping") is not None else "sdpa"
+    return "eager" if has_soft_cap(config) else "sdpa"
 
 
 class TransformersEngine:

@@ -136,6 +136,15 @@ def _open_watch(config: Config, folder: RunFolder, metrics: MetricsFile, loggers
     return watch
 
 
+def best_checkpoint(config: Config) -> save.Best:
+    """Return how to choose the best of some checkpoints by the evaluations so far (rank 0)."""
+    metric = config.checkpoint.keep_best
+    if metric is None:
+        return save.no_best
+    rows = MetricsFile(RunFolder(config.run_dir).metrics).rows()
+    return lambda steps: best_step(rows, metric, steps)
+
+
 def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, answers: OwnAnswers | NotAnswered) -> None:
     """Finish a run after its last checkpoint: answer, release the engine, judge, export and write DONE.
 
@@ -173,8 +182,8 @@ def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, ans
             log.loggers.samples(answers.samples(policy))
         log.loggers.verdict(judgement.word, judgement.text)
         if (metric := config.checkpoint.keep_best) is not None:  # the final answers came after the last checkpoint
-            steps = [int(path.name.removeprefix("step-")) for path in save.committed(source.parent)]
-            folder.note(best={"metric": metric, "step": best_step(log.metrics.rows(), metric, steps)})
+            steps = [save.step_of(path) for path in save.committed(source.parent)]
+            folder.note(best={"metric": metric, "step": best_checkpoint(config)(steps)})
         summary = _summary(config, log.metrics.rows(), job.total_steps, exported, judgement.text)
         folder.note(memory=folder.facts["memory"] | {"peak_bytes": peak_memory()})
         folder.write_done(summary)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedConfig
 
-from prefopt_dist.config import Config
-from prefopt_dist.distributed import ranks
+from prefopt_dist.config import Config, mask_secrets
+from prefopt_dist.distributed import out_of_memory, ranks
 from prefopt_dist.files import read_json
 from prefopt_dist.model.folder import read_config, resolve
 from prefopt_dist.monitoring.console import format_bytes
@@ -22,6 +22,18 @@ from prefopt_dist.setup.prepare_models import zero_settings
 
 SAMPLING_STAGES = ("generate", "rounds", "evaluate")
 """Stages that sample batches of `generate.batch_tokens`."""
+MORE_RANKS, MORE_MEMORY = "more ranks", "GPUs with more memory"
+"""Changes that help every phase of a sharded model, and of a model that is whole on each rank."""
+
+
+def use(config: Config, stage: str) -> None:
+    """Describe memory that runs out from now on by this configuration, whose secrets are masked.
+
+    Args:
+        config: the configuration; in rounds, that of the round, whose folder has what its training has chosen.
+        stage: the stage that runs.
+    """
+    out_of_memory.describe_with(lambda phase, fault: mask_secrets(describe(config, stage, phase, fault)))
 
 
 def describe(config: Config, stage: str, phase: str, fault: str) -> str:
@@ -33,11 +45,15 @@ def describe(config: Config, stage: str, phase: str, fault: str) -> str:
         phase: the work in which it happened.
         fault: the first line of the exception.
     """
+    # The message must come, whatever else is wrong.
     try:
-        estimate = format_bytes(_estimate(config, phase))
-    except Exception as e:  # the message must come, whatever else is wrong
+        estimate = format_bytes(_estimate(config, stage, phase))
+    except Exception as e:
         estimate = f"unknown ({type(e).__name__}: {e})"
-    remedies = "; ".join(_remedies(config, stage, phase))
+    try:
+        remedies = "; ".join(_remedies(config, stage, phase))
+    except Exception as e:
+        remedies = f"{MORE_RANKS} (other changes are unknown, {type(e).__name__}: {e})"
     return (
         f"out of memory in the {phase}, on rank {ranks.rank()} of host {socket.gethostname()}: {fault}\n"
         f"The plan's estimate is {estimate}, the peak so far {format_bytes(peak_memory())}{_of_device()}. "
@@ -56,8 +72,8 @@ def _of_device() -> str:
     return f" of {format_bytes(total)} ({format_bytes(free)} are free, the allocator holds {format_bytes(held)} unused)"
 
 
-def _estimate(config: Config, phase: str) -> int:
-    """Return the plan's bytes of the phase on one rank of this job.
+def _estimate(config: Config, stage: str, phase: str) -> int:
+    """Return the plan's bytes of the phase of a stage on one rank of this job.
 
     Raises:
         LookupError: the plan has no such phase.
@@ -71,14 +87,17 @@ def _estimate(config: Config, phase: str) -> int:
         checkpointed, keys = _chosen(config)
         sizes = replace(sizes, activations=replace(sizes.activations, keys_per_token=keys))
         found = memory.backward_phase(sizes, needs.policy, place, needs.tokens, checkpointed)
-    elif phase == "first pass":
+    elif phase == "first pass" or (phase, stage) == ("evaluation", "evaluate"):  # by an engine that only scores
         found = memory.first_pass_phase(sizes, needs.reference, place, config.reference_micro_batch_tokens)
     elif phase == "evaluation":
         scoring = memory.first_pass_phase(sizes, needs.policy, place, config.reference_micro_batch_tokens)
         states = memory.training_states(sizes, needs.policy, place)
         found = Phase(phase, (*states, *(part for part in scoring.parts if part.name != "parameters")))
     elif phase == "sampling":
-        found = memory.generation_phase(sizes, place, needs.generation or sampling_plan(config))
+        asked = needs.generation if stage in SAMPLING_STAGES else sampling_plan(config)
+        if asked is None:
+            raise LookupError(f"the plan has no sampling by {config.generate.engine}")
+        found = memory.generation_phase(sizes, place, asked)
     else:
         raise LookupError("the plan has no such phase")
     return found.device + sum(part.bytes for part in memory.libraries(place, needs.policy))
@@ -92,25 +111,26 @@ def _chosen(config: Config) -> tuple[int, float]:
 
 def _remedies(config: Config, stage: str, phase: str) -> list[str]:
     """Return the changes that need less memory in the phase, each with its value; the one that costs least first."""
-    more_ranks = "more ranks" if phase != "sampling" else "GPUs with more memory"
     if phase == "training step":
         found = [f"train.micro_batch_tokens={_half(config.train.micro_batch_tokens)} (the longest row must fit)"]
         if config.model.checkpointing != "all":
             found.append(f"model.checkpointing=all (now {config.model.checkpointing})")
-        return [*found, *_offload(config), more_ranks]
+        return [*found, *_offload(config), MORE_RANKS]
     if phase in ("first pass", "evaluation", "scoring of the answers"):
         found = [
             f"reference.micro_batch_tokens={_half(config.reference_micro_batch_tokens)} (the longest row must fit)"
         ]
         if phase == "first pass" and config.reference.offload == "none":
             found.append("reference.offload=cpu")
-        return [*found, *(_offload(config) if phase == "evaluation" and stage != "evaluate" else []), more_ranks]
+        return [*found, *(_offload(config) if phase == "evaluation" and stage != "evaluate" else []), MORE_RANKS]
     if phase == "sampling":
         if stage in SAMPLING_STAGES:
-            return [f"generate.batch_tokens={_half(config.generate.batch_tokens)}", more_ranks]
+            return [f"generate.batch_tokens={_half(config.generate.batch_tokens)}", MORE_MEMORY]
         tokens = _half(config.max_answer_tokens)
-        return [f"answers.max_new_tokens={tokens}", "answers.number=0 (no answers and no verdict)", more_ranks]
-    return [*_offload(config), more_ranks]
+        return [f"answers.max_new_tokens={tokens}", "answers.number=0 (no answers and no verdict)", MORE_MEMORY]
+    if phase == "scoring by the rewards":
+        return [f"generate.batch_tokens={_half(config.generate.batch_tokens)}", MORE_MEMORY]
+    return [*_offload(config), MORE_RANKS]
 
 
 def _offload(config: Config) -> list[str]:

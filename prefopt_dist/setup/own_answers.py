@@ -23,23 +23,23 @@ from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import ranks
 from prefopt_dist.distributed.ranks import require_shared_folder
 from prefopt_dist.errors import AgreedUserError
-from prefopt_dist.files import write_atomic
+from prefopt_dist.files import json_digest, write_atomic
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.monitoring.loggers import Sample
-from prefopt_dist.monitoring.metrics_file import MetricsFile, strict_json_nested
+from prefopt_dist.monitoring.metrics_file import MetricsFile, strict_json
 from prefopt_dist.planning.rollouts import SHARD_PROMPTS
 from prefopt_dist.rollouts import comparison, measures
 from prefopt_dist.rollouts.measures import answer_sums, units_of
 from prefopt_dist.rollouts.prompts import TOO_LONG, Prompts, first_prompts
 from prefopt_dist.rollouts.sampling import Engine, Sampling, seed_of_model, stop_ids_of
-from prefopt_dist.rollouts.store import AnsweredPrompt, SampleStore, digest_of
+from prefopt_dist.rollouts.store import AnsweredPrompt, SampleStore
 from prefopt_dist.setup import compare
 from prefopt_dist.setup.answer_engines import policy_engine, start_engine
 from prefopt_dist.setup.prepare_data import tokeniser_of
 from prefopt_dist.setup.prepare_models import Models
 from prefopt_dist.setup.prepare_reference import hash_weights
-from prefopt_dist.setup.prepare_rollouts import RolloutJob, sampling_fingerprint
+from prefopt_dist.setup.prepare_rollouts import RolloutJob, plan_samples, sampling_fingerprint
 from prefopt_dist.setup.rewards import configured_rewards
 
 FOLDER = "answers"
@@ -111,9 +111,8 @@ class OwnAnswers:
                 "shard": SHARD_PROMPTS,
                 **sampling_fingerprint(config, models, sampling),
             }
-            store = SampleStore(config.run_dir / FOLDER / f"{step_prefix(step)}{digest_of(settings)[:16]}")
-            store.make_plan(self.prompts.all, settings, SHARD_PROMPTS)
-            return store.folder
+            parent, prefix = config.run_dir / FOLDER, step_prefix(step)
+            return plan_samples(parent, self.prompts, settings, prefix=prefix, shard_prompts=SHARD_PROMPTS).folder
 
         folder = ranks.run_on_rank_zero(plan)
 
@@ -155,7 +154,7 @@ class OwnAnswers:
     def fingerprint(self) -> str:
         """Return a digest of all that determines the metrics of given weights."""
         generate = self.config.generate
-        return digest_of(
+        return json_digest(
             {
                 "prompts": self.prompts.digest(),
                 "sampling": asdict(self.start.sampling),
@@ -194,9 +193,11 @@ class OwnAnswers:
     def samples(self, policy: PolicyAnswers) -> list[Sample]:
         """Return every prompt with both answers, and write them to the run folder (rank 0 calls it)."""
         found = []
-        scored = not policy.job.store.missing(self.start.scores)[0] if self.start.scores else False
-        answers = policy.job.answered() if scored else policy.job.store.answered(None)
-        for after, before in zip(answers, self.start.answered(), strict=True):
+        # From the stores, which keep a failed reward as its reason: the run is done, and such a sample has no reward.
+        start, trained = self.start.store, policy.job.store
+        scores = self.start.scores
+        scored = scores is not None and not trained.missing(scores)[0]
+        for after, before in zip(trained.answered(scores if scored else None), start.answered(scores), strict=True):
             old, new = (_reward(one, self.start.reward_weights) for one in (before, after))
             prompt = _as_text(after.prompt.prompt)
             found.append(Sample(prompt, before.answers[0].text, after.answers[0].text, old, new))
@@ -262,7 +263,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
         top_p=1.0,  # all tokens, as the KL is over all of them
         max_new_tokens=config.max_answer_tokens,
         seed=seed_of_model(config.run.seed, hashed.key),
-        stop_ids=ranks.run_on_all_ranks(lambda: stop_ids_of(tokeniser.template, models.policy.path)),
+        stop_ids=ranks.run_on_all_ranks(lambda: stop_ids_of(tokeniser.template, models.policy.path, models.policy.key)),
     )
     key, sources = config.answered_sources
 
@@ -284,9 +285,8 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
             "shard": SHARD_PROMPTS,
             **sampling_fingerprint(config, models, sampling),
         }
-        store = SampleStore(config.cache_dir / "samples" / digest_of(determining))
-        store.make_plan(prompts.all, determining, SHARD_PROMPTS)
-        return prompts, store.folder
+        parent = config.cache_dir / "samples"
+        return prompts, plan_samples(parent, prompts, determining, shard_prompts=SHARD_PROMPTS).folder
 
     prompts, folder = ranks.run_on_rank_zero(plan)
     if folder is None:
@@ -362,4 +362,4 @@ def as_run_json(own: OwnAnswers, row: dict[str, Any]) -> dict[str, Any]:
         block["start"]["reward"] = interval("reward", "start/")
         block["difference"] = interval("reward_difference")
         block["win_rate"] = interval("win_rate")
-    return strict_json_nested(block)
+    return strict_json(block)

@@ -28,6 +28,8 @@ from prefopt_dist.setup import checks
 from prefopt_dist.setup.checks import eval_sets
 from prefopt_dist.setup.prepare_models import Models
 
+TRAIN = "data.train"
+
 
 def load_train(config: Config, models: Models, objective: Objective) -> TokenisedRows:
     """Tokenise the training set on rank 0, map it on all ranks and check it (all ranks call it)."""
@@ -37,32 +39,42 @@ def load_train(config: Config, models: Models, objective: Objective) -> Tokenise
             "('### user:' and '### assistant:' as headings); the export includes it"
         )
     say(f"data: reading {', '.join(s.path for s in config.data.train)}")
-    train = _open(lambda: tokenised_train_folder(config, models.tokenizer, models.policy.config.vocab_size))
-    say(f"data.train: {train.report.text()}")
-    for shown in show_rows("data.train", train, models.tokenizer, 1):
-        say(row_text(shown, train.kind, models.tokenizer))
-    _check_beside_models(models, train, objective, "data.train")
-    check_rows(train, objective, "data.train")
-    train = rows_for_loss(config, train, "data.train")
-    ranks.run_on_rank_zero(lambda: checks.check_lengths(config, train, objective, "data.train", trained=True))
-    return train
+    make = partial(tokenised_train_folder, config, models.tokenizer, models.policy.config.vocab_size)
+    return _load_set(config, models, objective, make, TRAIN)
 
 
 def load_evals(config: Config, models: Models, objective: Objective) -> dict[str, TokenisedRows]:
     """Tokenise the evaluation sets on rank 0, map and check them; return them by name (all ranks call it)."""
     evals = {}
     for name, (key, sources) in zip(config.data.eval or {}, eval_sets(config).items(), strict=True):
-        evals[name] = _open(
-            partial(tokenised_folder, config, models.tokenizer, models.policy.config.vocab_size, sources, key)
-        )
-        say(f"{key}: {evals[name].report.text()}")
-        _check_beside_models(models, evals[name], objective, key)
-        check_rows(evals[name], objective, key)
-        evals[name] = rows_for_loss(config, evals[name], key)
-        ranks.run_on_rank_zero(partial(checks.check_lengths, config, evals[name], objective, key, trained=False))
+        make = partial(tokenised_folder, config, models.tokenizer, models.policy.config.vocab_size, sources, key)
+        evals[name] = _load_set(config, models, objective, make, key)
     if not evals:
         say("data.eval is not set, so nothing is evaluated")
     return evals
+
+
+def _load_set(
+    config: Config, models: Models, objective: Objective, make: Callable[[], Path], key: str
+) -> TokenisedRows:
+    """Make a data set on rank 0, map it on all ranks, check it and return it as the loss reads it (all ranks call it).
+
+    Args:
+        config: the configuration.
+        models: of the run.
+        objective: of the training.
+        make: tokenises the data set and returns its folder.
+        key: the data set's dotted key; of the training set a row is shown.
+    """
+    rows = _open(make)
+    say(f"{key}: {rows.report.text()}")
+    for shown in show_rows(key, rows, models.tokenizer, 1) if key == TRAIN else ():
+        say(row_text(shown, rows.kind, models.tokenizer))
+    _check_beside_models(models, rows, objective, key)
+    check_rows(rows, objective, key)
+    for_loss = rows_for_loss(config, rows, key)
+    ranks.run_on_rank_zero(lambda: checks.check_lengths(config, for_loss, objective, key, trained=key == TRAIN))
+    return for_loss
 
 
 def _check_beside_models(models: Models, rows: TokenisedRows, objective: Objective, key: str) -> None:
@@ -140,9 +152,6 @@ def rows_for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRow
             f"{key}: {found} rows answer the same prompt, but the loss kto compares each row with a response to "
             "another prompt, so no prompt may have more than half of the rows. Give rows of more prompts."
         ) from None
-
-
-TRAIN = "data.train"
 
 
 def text_options(config: Config) -> TextOptions:

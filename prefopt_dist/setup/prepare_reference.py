@@ -38,7 +38,6 @@ class HashedWeights:
 def score_reference(
     config: Config,
     models: Models,
-    objective: Objective,
     sets: Sequence[TokenisedRows],
     reference: HashedWeights | None,
     stop_asked: Callable[[], bool],
@@ -48,7 +47,6 @@ def score_reference(
     Args:
         config: the configuration.
         models: of the run.
-        objective: of the training.
         sets: the data sets.
         reference: the reference's weights; None for a loss without reference.
         stop_asked: whether this rank was asked to stop.

@@ -5,7 +5,6 @@ One process calls the checks; all ranks call the other functions, together.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,16 +17,17 @@ from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.distributed import out_of_memory, ranks
 from prefopt_dist.distributed.ranks import require_shared_folder
 from prefopt_dist.errors import UserError
+from prefopt_dist.files import digest, json_digest
 from prefopt_dist.model.fingerprint import refuse_if_changed
 from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.reference.store import scoring_lock
 from prefopt_dist.rollouts import vllm_engine
-from prefopt_dist.rollouts.prompts import read_prompts
+from prefopt_dist.rollouts.prompts import Prompts, read_prompts
 from prefopt_dist.rollouts.sampling import Engine, Sampling, seed_of_model, stop_ids_of
 from prefopt_dist.rollouts.shards import in_lockstep, over_shards
-from prefopt_dist.rollouts.store import AnsweredPrompt, SampleStore, answers_of, digest_of
+from prefopt_dist.rollouts.store import SHARD_PROMPTS, AnsweredPrompt, SampleStore, answers_of
 from prefopt_dist.rollouts.transformers_engine import TransformersEngine, load_for_sampling
 from prefopt_dist.setup.checks import eval_sets, selection_metrics
 from prefopt_dist.setup.prepare_data import TRAIN, tokeniser_of
@@ -39,13 +39,18 @@ from prefopt_dist.training.evaluation import ANSWERS
 
 def sources_of(config: Config, stage: str) -> list[tuple[str, Sequence[DataSource]]] | None:
     """Return the sources that a stage reads with their dotted keys, or None where these are those of the data alone."""
-    prompts = [("data.train" if config.generate.prompts is None else "generate.prompts", config.prompt_sources)]
-    answered = [] if config.evaluate.prompts is None else [("evaluate.prompts", config.evaluate.prompts)]
+    prompts = [(TRAIN if config.generate.prompts is None else "generate.prompts", config.prompt_sources)]
+    judged = [] if config.evaluate.prompts is None else [("evaluate.prompts", config.evaluate.prompts)]
+    evals = eval_sets(config).items()
     if stage == "generate":
         return [*prompts]
+    if stage == "rounds":
+        return [*prompts, *evals, *judged]
+    if stage == "evaluate":
+        return [*evals, *judged]
     if stage == "train" and config.answers.number and config.answers.prompts is not None:
-        return [(TRAIN, config.data.train), *eval_sets(config).items(), ("answers.prompts", config.answers.prompts)]
-    return [*prompts, *answered] if stage == "rounds" else None
+        return [(TRAIN, config.data.train), *evals, ("answers.prompts", config.answers.prompts)]
+    return None
 
 
 def check_for(config: Config, stage: str) -> None:
@@ -273,7 +278,7 @@ def prepare(
         top_p=top_p,
         max_new_tokens=config.generate.max_new_tokens,
         seed=seed_of_model(config.run.seed, hashed.key) if own_draws else config.run.seed,
-        stop_ids=ranks.run_on_all_ranks(lambda: stop_ids_of(tokeniser.template, model.path)),
+        stop_ids=ranks.run_on_all_ranks(lambda: stop_ids_of(tokeniser.template, model.path, model.key)),
     )
 
     def plan() -> Path:
@@ -292,9 +297,7 @@ def prepare(
             "engine": config.generate.engine,
             **sampling_fingerprint(config, models, sampling),
         }
-        store = SampleStore(config.cache_dir / "samples" / digest_of(settings))
-        store.make_plan(prompts.all, settings)
-        return store.folder
+        return plan_samples(config.cache_dir / "samples", prompts, settings).folder
 
     folder = ranks.run_on_rank_zero(plan)
     require_shared_folder(folder, "run.cache", remedy="Set run.cache to one that is.")
@@ -305,10 +308,28 @@ def prepare(
     return RolloutJob(what, SampleStore(folder), rewards, sampling, tokeniser, open_engine, model, hashed.key)
 
 
+def plan_samples(
+    parent: Path, prompts: Prompts, settings: dict[str, Any], *, prefix: str = "", shard_prompts: int = SHARD_PROMPTS
+) -> SampleStore:
+    """Write the plan of a store of samples, unless it is there, and return the store (rank 0 calls it).
+
+    Args:
+        parent: the folder of the stores.
+        prompts: to be answered.
+        settings: all that determines the answers; the store is named by their digest.
+        prefix: a beginning of the name; the digest after it is cut to half.
+        shard_prompts: number of prompts in a shard.
+    """
+    name = json_digest(settings)
+    store = SampleStore(parent / (prefix + name[:16] if prefix else name))
+    store.make_plan(prompts.all, settings, shard_prompts)
+    return store
+
+
 def sampling_fingerprint(config: Config, models: Models, sampling: Sampling) -> dict[str, Any]:
     """Return what determines the answers besides model and prompts, as a store keeps it."""
     return {
-        "tokenizer": hashlib.blake2b(tokenizer_content(models.tokenizer), digest_size=16).hexdigest(),
+        "tokenizer": digest(tokenizer_content(models.tokenizer)),
         "template": config.data.template,
         "max_length": config.data.max_length,
         "sampling": json.loads(json.dumps(asdict(sampling))),

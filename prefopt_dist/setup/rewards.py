@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from prefopt_dist.data.prepare import tokenizer_content
 from prefopt_dist.data.template import Template
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
+from prefopt_dist.files import digest
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.rewards import (
     ClassifierReward,
@@ -127,5 +127,5 @@ def _identity(
         assert source.function is not None
         return dict(ranks.run_on_rank_zero(lambda: function_identity(str(source.function))))
     hashed = hash_weights(part.model, models.dtype, config.cache_dir)
-    text = hashlib.blake2b(tokenizer_content(part.tokenizer), digest_size=16).hexdigest()
+    text = digest(tokenizer_content(part.tokenizer))
     return {"model": hashed.key, "tokenizer": text, "pad": part.model.config.pad_token_id}

@@ -78,7 +78,7 @@ def answers_row(
     """A row of answers, as its kind of model has it; start: the row of step 0."""
     base = {"answers/prompts": 64}
     of_start = {"length": 31.4, "ended": 0.98, "repeated_4grams": 0.01, "distinct": 1.0} | (
-        {"reward": 0.731} if rewards else {}
+        {"reward": 0.731, "reward_low": 0.69, "reward_high": 0.77} if rewards else {}
     )
     keys = {"kind": "answers", "step": 0 if start else step, "epoch": 1.0, "pairs_seen": 32 * step}
     if start:
@@ -104,6 +104,8 @@ def answers_row(
         row |= {
             "answers/compared": 64,
             "answers/reward": 0.731 + apart,
+            "answers/reward_low": 0.691 + apart,
+            "answers/reward_high": 0.771 + apart,
             "answers/reward_difference": apart,
             "answers/reward_difference_low": low,
             "answers/reward_difference_high": high,

@@ -75,7 +75,7 @@ def ready(config: Config) -> tuple[prepare_models.Models, Any, ScoredRows, str |
     objective = factory.make_objective(config.loss, models.dtype)
     rows = prepare_data.load_train(config, models, objective)
     reference = prepare_reference.reference_weights(config, models, objective)
-    (scored,), _ = prepare_reference.score_reference(config, models, objective, [rows], reference, lambda: False)
+    (scored,), _ = prepare_reference.score_reference(config, models, [rows], reference, lambda: False)
     return models, objective, scored, reference and reference.key
 
 

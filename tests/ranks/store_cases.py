@@ -99,7 +99,7 @@ def worst(config: Config) -> float:
     objective = factory.make_objective(config.loss, models.dtype)
     rows = prepare_data.load_train(config, models, objective)
     weights = prepare_reference.reference_weights(config, models, objective)
-    (taken,), done = prepare_reference.score_reference(config, models, objective, [rows], weights, lambda: False)
+    (taken,), done = prepare_reference.score_reference(config, models, [rows], weights, lambda: False)
     assert done is not None
     assert done.scored == 0
     assert taken.reference is not None
@@ -205,7 +205,7 @@ def weights_that_change_while_they_are_read(folder: Path) -> dict[str, Any]:
 
     ranks.run_on_rank_zero(swap)
     try:
-        prepare_reference.score_reference(config, models, objective, [rows], before, lambda: False)
+        prepare_reference.score_reference(config, models, [rows], before, lambda: False)
     except UserError as e:
         return {"message": str(e), "shards": len(shards(config))}
     return {"message": "", "shards": len(shards(config))}

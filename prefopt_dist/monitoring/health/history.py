@@ -60,11 +60,7 @@ class RunFacts:
 
     def as_json(self) -> dict[str, Any]:
         """Return the facts for run.json."""
-        return {
-            "total_steps": self.total_steps,
-            "log_every_steps": self.log_every_steps,
-            "start_loss": self.start_loss,
-        }
+        return asdict(self)
 
 
 class History:

@@ -38,7 +38,7 @@ def test_rows_on_disk(tmp_path: Path) -> None:
         ]
         for row in ROWS
     ]
-    assert [rows.length(i) for i in range(3)] == [sum(map(len, parts)) for parts in contents(rows)]
+    assert rows.lengths().sum(axis=1).tolist() == [sum(map(len, parts)) for parts in contents(rows)]
     assert rows.origin(2) == f"{path}:3"
     assert rows.digests[1, 0].tobytes() == sequence_digest(rows.prompt(1), rows.response(1, 0))
     assert [array.dtype for array in (rows.tokens, rows.offsets, rows.digests, rows.source, rows.line)] == [

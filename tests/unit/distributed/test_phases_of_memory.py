@@ -84,7 +84,9 @@ def test_other_faults_are_not_told(told: list[tuple[str, str]]) -> None:
         ("evaluate", "evaluation", [], ["reference.micro_batch_tokens=512"], "offload_optimizer"),
         ("generate", "sampling", ["generate.batch_tokens=100"], ["generate.batch_tokens=50"], "answers"),
         ("train", "sampling", ["answers.max_new_tokens=40"], ["answers.max_new_tokens=20", "answers.number=0"], "gen"),
-        ("train", "the start", [], ["offload_optimizer (device cpu)"], "tokens"),
+        ("generate", "scoring by the rewards", [], ["generate.batch_tokens=", "GPUs with more memory"], "offload"),
+        ("train", "scoring by the rewards", [], ["generate.batch_tokens=", "GPUs with more memory"], "ranks"),
+        ("train", "start", [], ["offload_optimizer (device cpu)"], "tokens"),
     ],
 )
 def test_the_changes_that_are_named(
@@ -96,3 +98,37 @@ def test_the_changes_that_are_named(
     assert len(named) >= len(first), named
     assert all(change.startswith(wanted) for change, wanted in zip(named[: len(first)], first, strict=True)), named
     assert not [change for change in named if not_named in change]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run's YAML beside its model, and two ranks."""
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
+    monkeypatch.setattr(ranks, "device", lambda: torch.device("cpu"))
+    worlds.write_model(tmp_path / "model")
+    worlds.write_run(tmp_path / "run.yaml", tmp_path / "model", tmp_path / "pairs.jsonl", tmp_path / "run")
+    return tmp_path / "run.yaml"
+
+
+def test_the_estimate_is_that_of_the_stage(run: Path) -> None:
+    """A training samples by the section answers, whatever generate says; an evaluation alone has no optimizer."""
+    rewarded = "generate.rewards=[{function: rewards_for_tests:letters}]"
+
+    def estimate(stage: str, phase: str, *overrides: str) -> int:
+        return memory_advice._estimate(load_config(run, overrides), stage, phase)
+
+    much = "generate.batch_tokens=100000"
+    assert estimate("train", "sampling", rewarded, much) == estimate("train", "sampling")
+    assert estimate("generate", "sampling", rewarded, much) > estimate("generate", "sampling", rewarded)
+    assert estimate("evaluate", "evaluation") == estimate("train", "first pass") < estimate("train", "evaluation")
+    with pytest.raises(LookupError, match="vllm"):
+        estimate("generate", "sampling", rewarded, "generate.engine=vllm")
+
+
+def test_the_message_comes_whatever_cannot_be_read(run: Path, tmp_path: Path) -> None:
+    gone = load_config(run, [f"deepspeed.policy={tmp_path / 'gone.json'}"])
+    said = memory_advice.describe(gone, "train", "training step", "CUDA out of memory")
+    assert "out of memory in the training step, on rank 0" in said
+    assert "The plan's estimate is unknown (UserError: " in said
+    assert "Change one of these: more ranks (other changes are unknown, UserError: " in said

@@ -170,7 +170,8 @@ def test_rated_rows_meet_a_partner_s_response(tmp_path: Path) -> None:
         assert rows.origin(i) == base.origin(i)
         for k in (0, 1):
             assert rows.digests[i, k].tobytes() == sequence_digest(rows.prompt(i), rows.response(i, k))
-    assert rows.lengths().sum(1).tolist() == [rows.length(i) for i in range(4)]
+    parts = [(rows.prompt(i), rows.response(i, 0), rows.response(i, 1)) for i in range(4)]
+    assert rows.lengths().tolist() == [[len(part) for part in row] for row in parts]
     assert rows.report.digest != base.report.digest  # the first pass plans by it
 
 

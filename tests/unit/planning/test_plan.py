@@ -67,7 +67,7 @@ def test_a_tiny_model_by_hand() -> None:
     sizes = model_sizes(SMALL, torch.bfloat16, 8)
     layer = 64 + 32 + 32 + 64 + 3 * 8 * 16 + 2 * 8
     n, small = 2 * 100 * 8 + 3 * layer + 8, 7 * 8
-    assert (sizes.parameters, sizes.layer, sizes.head, sizes.persistent) == (n, layer, 800, small)
+    assert (sizes.parameters, sizes.head, sizes.persistent) == (n, 800, small)
     assert sizes.repeated_kv_bytes == 2 * (4 - 2) * 2 * 2
     zero = replace(ZeroSettings.of(POLICY, 2), reduce_bucket=1000, max_live=900, prefetch=300)
     mine = (n - small) // 2 + small

@@ -130,8 +130,14 @@ def test_an_answer_ends_by_the_template_and_by_what_the_folder_says(tmp_path: Pa
     tokenizer = small_tokenizer(CHATML)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
     end = {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id}
-    assert stop_ids_of(read_template(tokenizer, "auto"), tmp_path) == tuple(sorted({*end, *more}))
-    assert stop_ids_of(read_template(tokenizer, "auto"), tmp_path / "none") == tuple(sorted(end))
+    assert stop_ids_of(read_template(tokenizer, "auto"), tmp_path, "evaluate.model") == tuple(sorted({*end, *more}))
+    assert stop_ids_of(read_template(tokenizer, "auto"), tmp_path / "none", "evaluate.model") == tuple(sorted(end))
+
+
+def test_a_generation_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"^evaluate\.model: .*generation_config\.json cannot be read"):
+        stop_ids_of(read_template(small_tokenizer(CHATML), "auto"), tmp_path, "evaluate.model")
 
 
 # The engine
