@@ -18,7 +18,7 @@ from prefopt_dist.monitoring import console
 from prefopt_dist.monitoring.console import Progress, print_rank_fault, say
 from prefopt_dist.monitoring.loggers import Loggers, Sample, TensorBoardLogger
 from prefopt_dist.monitoring.metrics_file import MetricsFile
-from prefopt_dist.monitoring.statistics import BIN_EDGES, Statistics
+from prefopt_dist.monitoring.statistics import BIN_EDGES, Statistics, means
 
 
 @pytest.fixture(autouse=True)
@@ -430,13 +430,13 @@ def test_means_are_exact_over_unequal_ranks() -> None:
     ranks = [Statistics(("loss", "margin"), torch.device("cpu")) for _ in range(2)]
 
     def add(rank: int, loss: float, margin: float, units: int) -> None:
-        ranks[rank].add(torch.tensor([loss, margin], dtype=torch.float64), torch.tensor(units, dtype=torch.float64))
+        ranks[rank].add(torch.tensor([loss, margin], dtype=torch.float64), units)
 
     add(0, 3.0, 30.0, 3)
     add(0, 4.0, 10.0, 1)
     add(1, 1.0, 2.0, 1)
     reduced = (ranks[0].packed() + ranks[1].packed()).tolist()
-    assert ranks[0].means(reduced) == {"loss": 8 / 5, "margin": 42 / 5}
+    assert means(("loss", "margin"), reduced, {}) == {"loss": 8 / 5, "margin": 42 / 5}
     packed = ranks[0].packed()
     packed.zero_()
     assert ranks[0].packed().tolist() == [7.0, 40.0, 4.0]  # a copy was given
