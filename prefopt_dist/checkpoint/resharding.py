@@ -16,7 +16,6 @@ import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from prefopt_dist.checkpoint.manifest import (
     remove,
     share_of_rank,
 )
+from prefopt_dist.checkpoint.shards import Piece, read_pieces, read_shard
 from prefopt_dist.distributed import partitions, ranks
 from prefopt_dist.distributed.partitions import MASTER, STATES
 from prefopt_dist.errors import UserError
@@ -42,20 +42,6 @@ PREFIX = "universal-"
 STAGING = ".converting"
 CHUNK = 4 << 20
 """The number of elements that are in memory at once while a parameter is written."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The position of a parameter in the checkpoint's shards."""
-
-    sub_group: int
-    offset: int
-    """The offset in the sub-group's flat tensor, the same for every rank."""
-    part: int
-    """The number of elements of each rank's part; the last parts may extend beyond n."""
-    n: int
-    step: int
-    """Adam's step count."""
 
 
 @dataclass(frozen=True)
@@ -187,35 +173,11 @@ def _convert(source: Path, manifest: Manifest, target: Path) -> Manifest:
     return ranks.run_on_rank_zero(commit)
 
 
-def _shard(source: Path, rank: int, what: str) -> Any:
-    """Return the content of a rank's file; its tensors are mapped, so that only the parts that are used are read.
-
-    Args:
-        source: the checkpoint's folder.
-        rank: the rank that wrote the file.
-        what: model or optim.
-    """
-    (file,) = source.glob(f"*zero_pp_rank_{rank}_mp_rank_00_{what}_states.pt")
-    # Without weights_only, because DeepSpeed pickles objects of its own. The file's checksum has been verified.
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
-
-
 def _plan(source: Path, manifest: Manifest) -> ReshardingPlan:
     """Return the position of each parameter, from the files of the checkpoint's rank 0 (rank 0 calls it)."""
-    model = _shard(source, 0, "model")
-    optimizer = _shard(source, 0, "optim")["optimizer_state_dict"]
-    assert not model["frozen_param_shapes"], "only trained parameters are converted"
+    model, optimizer = read_shard(source, 0, "model"), read_shard(source, 0, "optim")["optimizer_state_dict"]
     assert not model["buffer_names"], "buffers are not converted"
-    adam = optimizer["optimizer_state_dict"]["state"]
-    pieces = {}
-    for index, shapes in enumerate(model["param_shapes"]):
-        offset = 0
-        for name, shape in shapes.items():
-            n = prod(shape)
-            part = -(-n // manifest.world_size)
-            pieces[name] = Piece(index, offset, part, n, int(adam[index]["step"]) if index in adam else 0)
-            offset += part
-        assert offset == optimizer["fp32_flat_groups"][index].numel(), f"sub-group {index} has another size"
+    pieces = read_pieces(model, optimizer, manifest.world_size)
     return ReshardingPlan(
         pieces,
         {
@@ -231,7 +193,7 @@ def _plan(source: Path, manifest: Manifest) -> ReshardingPlan:
 
 def _write_share(source: Path, world_size: int, plan: ReshardingPlan, staging: Path) -> dict[str, dict[str, Any]]:
     """Write this rank's share of the parameters and return {bytes, xxh3} of each file by its name."""
-    shards = [_flat_states(_shard(source, rank, "optim")) for rank in range(world_size)]
+    shards = [_flat_states(read_shard(source, rank, "optim")) for rank in range(world_size)]
     mine = share_of_rank({name: piece.n for name, piece in plan.pieces.items()}, ranks.rank(), ranks.world_size())
     report = {}
     with Progress(len(mine), f"converting on rank 0 of {ranks.world_size()}", "parameters", ranks.rank()) as progress:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,7 @@ from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import AgreedUserError
 from prefopt_dist.files import write_json
-from prefopt_dist.model.adapter import attach_saved
 from prefopt_dist.model.folder import ModelFolder, inspect_folder, resolve
-from prefopt_dist.model.load import load_sharded
-from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring import statistics
 from prefopt_dist.monitoring.console import say, show
 from prefopt_dist.monitoring.metrics_file import strict_json
@@ -87,11 +83,7 @@ def _on_given(
     config: Config, models: Models, evaluated: _Evaluated, objective: Objective, sets: dict[str, ScoredRows]
 ) -> dict[str, Any]:
     """Return the metrics on given responses."""
-    settings = prepare_reference.reference_settings(config, models)
-    lm = load_sharded(evaluated.model, dtype=models.dtype, settings=settings)
-    if evaluated.adapters is not None:
-        ranks.run_on_all_ranks(partial(attach_saved, lm, evaluated.adapters))
-    engine = zero3.reference_engine(Scorer(lm), settings)
+    engine = prepare_reference.scoring_engine(config, models, evaluated.model, evaluated.adapters)
     found = evaluate(engine, objective, sets, config.reference_micro_batch_tokens)
     zero3.release(engine)
     del engine
@@ -120,10 +112,7 @@ def _model(config: Config, models: Models, folder: RunFolder) -> _Evaluated:
     # An engine that answers takes whole models.
     merged = models.adapter is not None and config.evaluate.prompts is not None
 
-    def exported() -> str:
-        return lifecycle.export_checkpoint(config, models, source, folder, target=target, merged=merged)
-
-    say(ranks.run_on_rank_zero(exported))
+    say(lifecycle.export_checkpoint(config, models, source, folder, target=target, merged=merged))
     if models.adapter is not None and not merged:
         return _Evaluated(source.name, models.policy, adapters=target, temporary=target)
     model = ranks.run_on_all_ranks(lambda: inspect_folder(target, "run.dir", config.data.max_length))

@@ -1,4 +1,4 @@
-"""`export`: export a checkpoint to a Hugging Face folder, verified by loading it back. One process."""
+"""`export`: export a checkpoint to a Hugging Face folder, verified by loading it back."""
 
 from __future__ import annotations
 
@@ -17,15 +17,11 @@ BEST = "best"
 
 
 def run(config: Config) -> None:
-    """Export in one process; further ranks only wait."""
+    """Export on all ranks, each its share of the files."""
     with run_folder(config, begins=False) as folder:
         models = prepare_models.load_models(config)
-        merged = config.export.merged
-        say(
-            ranks.run_on_rank_zero(
-                lambda: export_checkpoint(config, models, chosen_checkpoint(config), folder, merged=merged)
-            )
-        )
+        source = ranks.run_on_rank_zero(lambda: chosen_checkpoint(config))
+        say(export_checkpoint(config, models, source, folder, merged=config.export.merged))
 
 
 def chosen_checkpoint(config: Config) -> Path:

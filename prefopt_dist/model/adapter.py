@@ -72,7 +72,7 @@ def attach_saved(lm: PreTrainedModel, folder: Path) -> None:
 
 def save(folder: Path, adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
     """Write an adapter folder that peft loads; `weights` has the names that they have in the language model."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file({_in_file(name): t for name, t in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
     settings = _settings(adapter)
     settings.inference_mode = True

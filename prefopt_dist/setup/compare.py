@@ -14,8 +14,6 @@ from prefopt_dist.config import Config
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.model.folder import ModelFolder
-from prefopt_dist.model.load import load_sharded
-from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring.metrics_file import Row
 from prefopt_dist.monitoring.statistics import interval_text
 from prefopt_dist.monitoring.verdict import verdict
@@ -172,8 +170,7 @@ def sums_under(
         units: the same on all ranks.
         budget: packed tokens of a micro-batch.
     """
-    settings = prepare_reference.reference_settings(config, models)
-    engine = zero3.reference_engine(Scorer(load_sharded(model, dtype=models.dtype, settings=settings)), settings)
+    engine = prepare_reference.scoring_engine(config, models, model)
     try:
         return answer_sums(engine, units, budget, "log-probs of answers")
     finally:

@@ -9,8 +9,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prefopt_dist.checkpoint import save
-from prefopt_dist.checkpoint.export import export, model_card
+from prefopt_dist.checkpoint.export import Exported, export, model_card
 from prefopt_dist.checkpoint.manifest import read_manifest
 from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config, mask_secrets, to_dict
@@ -20,20 +22,21 @@ from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.distributed.ranks import require_shared_folder
 from prefopt_dist.distributed.watchdog import Watchdog
 from prefopt_dist.errors import StopRequested, UserError
+from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.monitoring.health import HealthFinding, RunFacts, Watch
 from prefopt_dist.monitoring.loggers import Logger, Loggers, TensorBoardLogger
 from prefopt_dist.monitoring.metrics_file import MetricsFile, Row
 from prefopt_dist.monitoring.timers import peak_memory
-from prefopt_dist.monitoring.verdict import not_judged, verdict
+from prefopt_dist.monitoring.verdict import Verdict, not_judged, verdict
 from prefopt_dist.monitoring.wandb_logger import WandbLogger
 from prefopt_dist.objectives import Objective
 from prefopt_dist.setup import own_answers
 from prefopt_dist.setup.own_answers import NotAnswered, OwnAnswers, PolicyAnswers
 from prefopt_dist.setup.prepare_data import text_options
 from prefopt_dist.setup.prepare_models import DTYPES, Models
-from prefopt_dist.setup.prepare_reference import refuse_other_base
+from prefopt_dist.setup.prepare_reference import refuse_other_base, scoring_engine
 from prefopt_dist.training import loop
 from prefopt_dist.training.evaluation import best_step
 from prefopt_dist.training.loop import Log
@@ -166,9 +169,7 @@ def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, ans
         _stop(folder, job)
         return
 
-    def conclude() -> str:
-        log = job.log
-        assert log is not None
+    def judge() -> Verdict:
         if isinstance(answers, NotAnswered):
             judgement, block = not_judged(answers.reason), {}
         else:
@@ -176,8 +177,15 @@ def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, ans
             judgement = verdict(row, config.health, str(config.export_dir))
             block = own_answers.as_run_json(answers, row)
         folder.note(answers={**block, "verdict": judgement.word, "verdict_text": judgement.text})
-        source = config.run_dir / "checkpoints" / save.folder_name(job.total_steps)
-        exported = export_checkpoint(config, models, source, folder, merged=config.export.merged)
+        return judgement
+
+    judgement = ranks.run_on_rank_zero(judge)
+    source = config.run_dir / "checkpoints" / save.folder_name(job.total_steps)
+    exported = export_checkpoint(config, models, source, folder, merged=config.export.merged)
+
+    def conclude() -> str:
+        log = job.log
+        assert log is not None
         if isinstance(answers, OwnAnswers) and policy is not None:
             log.loggers.samples(answers.samples(policy))
         log.loggers.verdict(judgement.word, judgement.text)
@@ -259,7 +267,7 @@ def _summary(config: Config, rows: list[dict[str, Any]], steps: int, exported: s
 def export_checkpoint(
     config: Config, models: Models, source: Path, folder: RunFolder, *, target: Path | None = None, merged: bool
 ) -> str:
-    """Export a checkpoint and return a line that reports it.
+    """Export a checkpoint and return a line that reports it (all ranks call it).
 
     Args:
         config: the configuration.
@@ -271,29 +279,40 @@ def export_checkpoint(
     """
     target = target or config.export_dir
     heartbeat.beat("the export")
-    manifest = read_manifest(source)
-    if manifest is not None:
+
+    def step() -> int:
+        manifest = read_manifest(source)
+        if manifest is None:
+            return 0  # and the export refuses it
         refuse_other_base(config, models, manifest)
-    options = text_options(config)
-    worst = export(
-        source,
-        model=models.policy,
-        adapter=models.adapter,
-        merged=merged,
-        tokenizer=models.tokenizer,
-        chat_template=_trained_template(models.tokenizer, config.data.template, options),
-        ends=response_end_ids(read_template(models.tokenizer, config.data.template, options)),
-        trained_dtype=models.dtype,
-        dtype=DTYPES[config.export.dtype or config.model.dtype],
-        target=target,
-        card=model_card(
-            base=config.model.name_or_path,
-            loss=to_dict(config)["loss"],
-            step=manifest.step if manifest else 0,
-            run_id=folder.facts["run_id"],
-            adapter=models.adapter is not None and not merged,
-        ),
-    )
+        return manifest.step
+
+    of_step = ranks.run_on_rank_zero(step)
+
+    def describe() -> Exported:
+        options = text_options(config)
+        return Exported(
+            model=models.policy,
+            adapter=models.adapter,
+            merged=merged,
+            tokenizer=models.tokenizer,
+            chat_template=_trained_template(models.tokenizer, config.data.template, options),
+            ends=response_end_ids(read_template(models.tokenizer, config.data.template, options)),
+            trained_dtype=models.dtype,
+            dtype=DTYPES[config.export.dtype or config.model.dtype],
+            card=model_card(
+                base=config.model.name_or_path,
+                loss=to_dict(config)["loss"],
+                step=of_step,
+                run_id=folder.facts["run_id"] if ranks.rank() == 0 else "",  # rank 0 alone writes the card
+                adapter=models.adapter is not None and not merged,
+            ),
+        )
+
+    def load_for_check(model: ModelFolder, adapters: Path | None, dtype: torch.dtype) -> Any:
+        return scoring_engine(config, models, model, adapters, dtype)
+
+    worst = export(source, ranks.run_on_all_ranks(describe), target, load_for_check)
     what = "" if models.adapter is None else " with its adapters merged in" if merged else "'s adapters"
     return (
         f"exported {source.name}{what} to {target}; loaded back, its log-probs differ by at most {worst:.1e} of their "

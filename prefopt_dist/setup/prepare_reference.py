@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import AgreedUserError, UserError, shorten
+from prefopt_dist.model.adapter import attach_saved
 from prefopt_dist.model.fingerprint import FileState, cached_digest, reference_key, refuse_if_changed
 from prefopt_dist.model.folder import ModelFolder
+from prefopt_dist.model.load import load_sharded
+from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.objectives import Objective
@@ -71,12 +75,41 @@ def score_reference(
     return [ScoredRows(rows, sums) for rows, sums in zip(sets, done.sums, strict=True)], done
 
 
-def reference_settings(config: Config, models: Models) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of an engine that only scores (all ranks call it)."""
+def reference_settings(config: Config, models: Models, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of an engine that only scores (all ranks call it).
+
+    Args:
+        config: the configuration.
+        models: of the run.
+        dtype: of the weights; None for that of the training.
+    """
     zero = ranks.run_on_all_ranks(lambda: zero_settings(config.deepspeed.reference, "deepspeed.reference"))
     return zero3.reference_settings(
-        with_model_buckets(zero, models.reference.config), dtype=models.dtype, offload=config.reference.offload
+        with_model_buckets(zero, models.reference.config), dtype=dtype or models.dtype, offload=config.reference.offload
     )
+
+
+def scoring_engine(
+    config: Config,
+    models: Models,
+    model: ModelFolder,
+    adapters: Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Load a model into an engine that only scores, for the caller to release (all ranks call it).
+
+    Args:
+        config: the configuration.
+        models: of the run, for the settings.
+        model: the folder to load.
+        adapters: a folder of adapters beside the model.
+        dtype: of the weights; None for that of the training.
+    """
+    settings = reference_settings(config, models, dtype)
+    lm = load_sharded(model, dtype=dtype or models.dtype, settings=settings)
+    if adapters is not None:
+        ranks.run_on_all_ranks(partial(attach_saved, lm, adapters))
+    return zero3.reference_engine(Scorer(lm), settings)
 
 
 def reference_weights(config: Config, models: Models, objective: Objective) -> HashedWeights | None:

@@ -15,7 +15,7 @@ import torch
 from prefopt_dist.batching.batches import Batch, Prefetcher, ScoredRows, step_batch
 from prefopt_dist.batching.layout import Cost
 from prefopt_dist.batching.order import Order, Position
-from prefopt_dist.checkpoint import export, save
+from prefopt_dist.checkpoint import export_check, save
 from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config.training import Checkpoint, Optim, Train
 from prefopt_dist.distributed import out_of_memory, ranks, zero3
@@ -377,7 +377,7 @@ def _best(job: Job, steps: Collection[int]) -> int | None:
 def _save(job: Job, done: int) -> None:
     began = time.perf_counter()
     heartbeat.beat(f"the checkpoint of step {done}")
-    facts = job.facts | {"probe": export.record_export_check(job.engine, job.train, job.objective.responses)}
+    facts = job.facts | {"probe": export_check.record_export_check(job.engine, job.train, job.objective.responses)}
     if job.log is not None:
         job.log.metrics.sync()  # a checkpoint stands for the rows up to its step
     save.save(

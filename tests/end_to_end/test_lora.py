@@ -18,7 +18,7 @@ from door import Door, one_process_group
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Phi3Config
 
-from prefopt_dist.checkpoint import export
+from prefopt_dist.checkpoint import export_check
 from prefopt_dist.checkpoint.manifest import read_manifest
 from prefopt_dist.cli import main
 from prefopt_dist.config import Lora
@@ -78,7 +78,7 @@ def whole(door: Door) -> Path:
 
 def logps(lm: Any, manifest: Any) -> torch.Tensor:
     """float64 [U, R] of the checkpoint's probe."""
-    batches, _ = export.export_check_batches(manifest.facts["probe"])
+    batches, _ = export_check.export_check_batches(manifest.facts["probe"])
     scorer = Scorer(lm)
     with torch.no_grad():
         return torch.cat([scorer(batch)[batch.units] for batch in batches])

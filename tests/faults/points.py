@@ -53,8 +53,9 @@ POINTS = (
     Point("evaluation", P + "training.evaluation:evaluate", 1),
     Point("checkpoint, before the rename", P + "checkpoint.save:Manifest.text", 1, one=True),
     Point("pruning", P + "checkpoint.save:remove", 1, one=True),
-    Point("export", P + "checkpoint.export:_write", 1, one=True),
-    Point("export", P + "checkpoint.export:_verify", 1, one=True),
+    Point("export", P + "checkpoint.export:_write", 1),
+    Point("export", P + "checkpoint.export_weights:_write_part", 1, one=True),
+    Point("export", P + "checkpoint.export_check:verify", 1),
     Point("export", P + "checkpoint.export:fsync_folder", 1, one=True),
     Point("export", P + "checkpoint.run_folder:RunFolder.write_done", 1, "before", one=True),
 )

@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM
 
 from prefopt_dist.batching.batches import ScoredRows
 from prefopt_dist.batching.micro_batch import MicroBatch, packed_tokens
-from prefopt_dist.checkpoint import export
+from prefopt_dist.checkpoint import export_check
 from prefopt_dist.commands import reference, train
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.distributed import ranks
@@ -424,7 +424,7 @@ def every_micro_batch_fits_the_budget(folder: Path) -> dict[str, Any]:
         "reference": {"micro_batch_tokens": budget},
     }
     subset = {"train": str(folder / "subset.jsonl")}
-    found: dict[str, Any] = {"budget": budget, "export check": packed_tokens(units[: export.EXPORT_CHECK_ROWS])}
+    found: dict[str, Any] = {"budget": budget, "export check": packed_tokens(units[: export_check.EXPORT_CHECK_ROWS])}
     found["before"] = scored(config_for(folder, "fits-first", cache="fits", data=subset, **parts))
     config = config_for(folder, "fits", cache="fits", **parts)
     computed: dict[str, list[int]] = {}
@@ -449,8 +449,8 @@ def every_micro_batch_fits_the_budget(folder: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scorer, "forward", noted)
         patch.setattr(first_pass, "_spot_check", under("spot check", first_pass._spot_check))
-        patch.setattr(export, "record_export_check", under("export check", export.record_export_check))
-        patch.setattr(export, "_verify", under("export", export._verify))  # rank 0's, on the CPU
+        patch.setattr(export_check, "record_export_check", under("export check", export_check.record_export_check))
+        patch.setattr(export_check, "verify", under("export", export_check.verify))
         train.run(config)
     return found | {"computed": ranks.all_gather(computed)}
 

@@ -131,6 +131,6 @@ def test_every_micro_batch_fits_the_budget(folder: Path) -> None:
     assert f["before"][0] > 0, "there must be stored rows to check"
     assert f["export check"] > f["budget"], "the export check's rows together must exceed the budget"
     first, second = f["computed"]
-    for kind in ("spot check", "export check", "other"):
+    for kind in ("spot check", "export check", "export", "other"):
         assert len(first[kind]) == len(second[kind]) > 1, kind
         assert max(first[kind] + second[kind]) <= f["budget"], kind

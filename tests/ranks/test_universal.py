@@ -8,14 +8,15 @@ import pytest
 import universal_cases
 
 SETTINGS = list(universal_cases.SETTINGS)
-OTHERS = ["resumed", "damaged_forms", "damaged_checkpoints", "interrupted_conversion"]
+OTHERS = ["exported", "resumed", "damaged_forms", "damaged_checkpoints", "interrupted_conversion"]
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("universal")
-    case_runner.run_cases("universal_cases.py", 2, folder, ["written", "damaged_checkpoints"])
+    case_runner.run_cases("universal_cases.py", 2, folder, ["written", "exported", "damaged_checkpoints"])
     case_runner.found(folder, "written")
+    (folder / "exported.json").rename(folder / "exported-by-2.json")  # other numbers of ranks run the case too
     return folder
 
 
@@ -36,7 +37,7 @@ def test_every_number_comes_back(world: tuple[int, dict[str, Any]], name: str) -
     assert result["half"]
     assert (result["step"], result["global_steps"]) == (2, 3)
     assert result["state"]
-    assert result["facts"] == {"reference_key": "r"}
+    assert result["facts"]["reference_key"] == "r"
     in_bfloat16 = name == "bfloat16"
     loss, expected = result["loss"]
     assert loss == pytest.approx(expected, rel=1e-3 if in_bfloat16 else 1e-6)
@@ -103,12 +104,33 @@ def test_an_interrupted_conversion_counts_as_none(world: tuple[int, dict[str, An
     assert result["end"] == ["step-00000002", "universal-step-00000002"]
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_ranks_share_the_writing_of_an_export(written: Path, world: tuple[int, dict[str, Any]], name: str) -> None:
+    """Each file by one rank, each tensor bit for bit the checkpoint's; the folder is checked by loading it back."""
+    for n, found in ((2, case_runner.found(written, "exported-by-2")), (world[0], world[1]["exported"])):
+        result = found[name]
+        assert result["wrong"] == result["left"] == []
+        if name == "lora":  # small, so rank 0 writes it
+            assert result["files"] == ["adapter_model.safetensors"]
+            continue
+        assert sorted(file for files in result["wrote"] for file in files) == result["files"]
+        assert len(result["files"]) >= 3
+        assert min(map(len, result["wrote"])) > 0
+        assert len(result["wrote"]) == n
+        assert result["bytes"] - 2000 * len(result["files"]) < result["size"] < result["bytes"]
+
+
 @pytest.mark.slow
 def test_memory_of_a_large_model(tmp_path: Path) -> None:
     """A form of more than 1 GB, made and loaded by three ranks: each needs a few chunks beside what it holds."""
     case_runner.run_cases("universal_cases.py", 2, tmp_path, ["large_written"])
     case_runner.found(tmp_path, "large_written")
     case_runner.run_cases("universal_cases.py", 3, tmp_path, ["large_resumed"])
+    case_runner.run_cases("universal_cases.py", 2, tmp_path, ["large_exported"])
+    written = case_runner.found(tmp_path, "large_exported")
+    print(written)
+    assert written["bytes"] > 200e6
+    assert max(written["writing"]) < written["largest"] + 20e6
     result = case_runner.found(tmp_path, "large_resumed")
     print(result)
     assert 12 * result["elements"] > 1e9

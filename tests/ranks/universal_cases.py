@@ -13,23 +13,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import case_runner
 import torch
 import worlds
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from prefopt_dist.batching.batches import ScoredRows, step_batch
-from prefopt_dist.checkpoint import load, resharding, save
+from prefopt_dist.checkpoint import export_check, export_weights, load, resharding, save
 from prefopt_dist.checkpoint.manifest import read_manifest, remove
+from prefopt_dist.checkpoint.shards import MasterWeights
 from prefopt_dist.commands import train
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.distributed import partitions, ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.objectives import factory
-from prefopt_dist.setup import prepare_data, prepare_models, prepare_reference
+from prefopt_dist.setup import lifecycle, prepare_data, prepare_models, prepare_reference
 from prefopt_dist.training import step
 from prefopt_dist.training.stop import Request
 
@@ -104,11 +106,12 @@ def written(folder: Path) -> dict[str, Any]:
     """Two updates, a checkpoint, one update more; and what was there at both moments."""
     found = {}
     for name in SETTINGS:
-        engine, objective, scored = ready(config_of(folder, name))
+        config = config_of(folder, name)
+        engine, objective, scored = ready(config)
         for index in range(UPDATES):
             update(engine, objective, scored, index)
         root = folder / f"checkpoints-{name}"
-        save.save(engine, root, step=UPDATES, state=STATE, facts={"reference_key": "r"}, keep=2)
+        save.save(engine, root, step=UPDATES, state=STATE, facts=facts_of(config, engine, scored), keep=2)
         saved = contents(engine)
         loss = update(engine, objective, scored, UPDATES)
         after = contents(engine)
@@ -117,6 +120,13 @@ def written(folder: Path) -> dict[str, Any]:
             torch.save({"saved": saved, "after": after, "loss": loss}, folder / f"{name}.pt")
         found[name] = loss
     return found
+
+
+def facts_of(config: Config, engine: Any, scored: ScoredRows) -> dict[str, Any]:
+    """What a manifest says of the run, as far as exports need it."""
+    base = prepare_reference.adapter_base(config, prepare_models.load_models(config))
+    facts = {"reference_key": "r", "probe": export_check.record_export_check(engine, scored, 2)}
+    return facts | ({} if base is None else {"base_key": base.key})
 
 
 @contextmanager
@@ -196,6 +206,63 @@ def resumed(folder: Path) -> dict[str, Any]:
         found[name]["after_the_next"] = sorted(p.name for p in root.iterdir())
         zero3.release(engine)
     return found
+
+
+def exported(folder: Path) -> dict[str, Any]:
+    """The checkpoints of two ranks as model folders in several files, written by all ranks and loaded back by them."""
+    found = {}
+    for name in SETTINGS:
+        config = config_of(folder, name)
+        models = prepare_models.load_models(config)
+        source = folder / f"checkpoints-{name}" / "step-00000002"
+        target = folder / f"exported-{name}-{ranks.world_size()}"
+        wrote: list[str] = []
+        with small_parts(wrote):
+            lifecycle.export_checkpoint(config, models, source, RunFacts(), target=target, merged=False)
+        files = sorted(path.name for path in target.glob("*.safetensors"))
+        found[name] = {"files": files, "wrote": ranks.all_gather(wrote), "size": 0, "left": []}
+        found[name]["wrong"] = ranks.run_on_rank_zero(lambda name=name, target=target: different(folder, name, target))
+        index = target / "model.safetensors.index.json"
+        if index.exists():
+            found[name]["size"] = json.loads(index.read_text())["metadata"]["total_size"]
+        found[name]["bytes"] = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+        found[name]["left"] = sorted(path.name for path in folder.glob(".exported*"))
+    return found
+
+
+class RunFacts:
+    """As much of a run folder as an export reads."""
+
+    facts: ClassVar[dict[str, Any]] = {"run_id": "r"}
+
+
+@contextmanager
+def small_parts(wrote: list[str]) -> Iterator[None]:
+    """Inside, an export has files of few layers, and the names of this rank's are added to `wrote`."""
+    write, most = export_weights._write_part, export_weights.PART_BYTES
+
+    def noted(tensors: Any, lm: Any, folder: Path, name: str, *, first: bool) -> Any:
+        wrote.append(name)
+        return write(tensors, lm, folder, name, first=first)
+
+    export_weights._write_part, export_weights.PART_BYTES = noted, 20_000
+    try:
+        yield
+    finally:
+        export_weights._write_part, export_weights.PART_BYTES = write, most
+
+
+def different(folder: Path, name: str, target: Path) -> list[str]:
+    """The exported tensors that are not bit for bit those of the checkpoint (rank 0)."""
+    saved = torch.load(folder / f"{name}.pt")["saved"]
+    saved = {n.removeprefix("lm.").removesuffix("/fp32"): t for n, t in saved.items() if n.endswith("/fp32")}
+    if name == "lora":
+        held = load_file(target / "adapter_model.safetensors")
+        held = {n.removeprefix("base_model.model.").replace(".weight", ".default.weight"): t for n, t in held.items()}
+    else:
+        held = AutoModelForCausalLM.from_pretrained(target, dtype="auto").state_dict()
+    wrong = [n for n, t in saved.items() if not torch.equal(held[n], t.to(held[n].dtype))]
+    return wrong + sorted(held.keys() - saved.keys() - {"lm_head.weight"})
 
 
 def flip(file: Path, draw: random.Random) -> None:
@@ -357,6 +424,23 @@ def most_memory(found: dict[str, Any], name: str) -> Iterator[None]:
     done.set()
     thread.join()
     found[name] = ranks.all_gather(max(most[1], own()) - most[0])
+
+
+def large_exported(folder: Path) -> dict[str, Any]:
+    """What writing the model's files adds to each rank's memory, beside the float32 whole that one rank once held."""
+    found: dict[str, Any] = {}
+    weights = MasterWeights(folder / "large" / "step-00000001", 2)
+    lm = export_weights.empty_model(prepare_models.load_models(large_config(folder)).policy, torch.bfloat16, [])
+    target = folder / "large-exported"
+    ranks.run_on_rank_zero(lambda: target.mkdir() and None)
+    most, export_weights.PART_BYTES = export_weights.PART_BYTES, 30_000_000
+    with most_memory(found, "writing"):
+        export_weights.write_share(weights, lm, torch.bfloat16, target, range(ranks.world_size()))
+    export_weights.PART_BYTES = most
+    ranks.all_gather(None)
+    found["largest"] = max(path.stat().st_size for path in target.glob("*.safetensors"))
+    found["bytes"] = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    return found
 
 
 def large_resumed(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,140 @@
+"""Check of an exported folder: loaded back, it must compute the log-probs that the trained policy had.
+
+The policy's log-probs of a few rows are kept in each checkpoint's manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prefopt_dist.batching.batches import ScoredRows
+from prefopt_dist.batching.micro_batch import MicroBatch, pack
+from prefopt_dist.checkpoint.manifest import Manifest
+from prefopt_dist.data.unit import Unit
+from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.model import adapter as adapters
+from prefopt_dist.model.folder import ModelFolder, inspect_folder
+from prefopt_dist.model.load import load_unsharded
+from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.reference.step0_check import RoundingTolerance
+
+LoadSharded = Callable[[ModelFolder, Path | None, torch.dtype], Any]
+"""Loads a model folder, and a folder of adapters beside it, into an engine that only scores (all ranks call it)."""
+
+EXPORT_CHECK_ROWS = 4
+"""The number of rows on which the exported model is compared with the trained policy."""
+
+
+def record_export_check(engine: Any, data: ScoredRows, responses: int) -> dict[str, Any]:
+    """Score the first rows of the data set for the checkpoint's manifest (all ranks call it).
+
+    Each row is a micro-batch of its own, because only single rows are known to fit into the token budget.
+
+    Args:
+        engine: the DeepSpeed engine.
+        data: the data set.
+        responses: the number of responses of a unit.
+
+    Returns:
+        Token ids of the prompts and responses, and the log-probs of the responses, as plain values.
+    """
+    units = data.units(range(min(EXPORT_CHECK_ROWS, data.rows.n)), responses)
+    was_training = engine.module.training
+    engine.module.eval()
+    sums = _score(engine, [pack([unit], responses) for unit in units], ranks.device())
+    engine.module.train(was_training)
+    return {
+        "prompts": [u.prompt.tolist() for u in units],
+        "responses": [[r.tolist() for r in u.responses] for u in units],
+        "sums": sums.tolist(),
+    }
+
+
+def export_check_batches(probe: dict[str, Any]) -> tuple[list[MicroBatch], torch.Tensor]:
+    """Return the micro-batches of the export check, one row in each and on the CPU, and the policy's log-probs.
+
+    Args:
+        probe: the result of `record_export_check`.
+
+    Returns:
+        The micro-batches, and the log-probs as float64 [U, R].
+    """
+    units = [
+        Unit(i, np.array(p, dtype=np.int32), tuple(np.array(r, dtype=np.int32) for r in rs))
+        for i, (p, rs) in enumerate(zip(probe["prompts"], probe["responses"], strict=True))
+    ]
+    return [pack([unit], len(unit.responses)) for unit in units], torch.tensor(probe["sums"], dtype=torch.float64)
+
+
+def verify(
+    folder: Path,
+    base: ModelFolder | None,
+    manifest: Manifest,
+    dtype: torch.dtype,
+    trained: torch.dtype,
+    load_sharded: LoadSharded | None,
+) -> float:
+    """Load the exported folder as a user would and compare its log-probs with the trained policy's (all ranks call it).
+
+    Args:
+        folder: the exported folder.
+        base: the base model of a folder that holds adapters only; None for a whole model.
+        manifest: the checkpoint's manifest, which has the rows of the export check and the policy's log-probs.
+        dtype: the dtype of the exported weights.
+        trained: the dtype of the forward pass in training.
+        load_sharded: loads the folder on all ranks; None has rank 0 load the whole model.
+
+    Returns:
+        The largest relative difference.
+
+    Raises:
+        RuntimeError: the log-probs differ by more than rounding explains.
+    """
+    batches, expected = export_check_batches(manifest.facts["probe"])
+    # Two more than the last position: positions begin at 0, and the last token of a response is not an input.
+    longest = max(int(batch.position_ids.max()) for batch in batches) + 2
+
+    def inspect() -> ModelFolder:
+        return base or inspect_folder(folder, "export.dir", longest)
+
+    def score_whole() -> torch.Tensor:
+        lm = load_unsharded(inspect(), dtype=dtype)
+        if base is not None:
+            adapters.load_with_peft(lm, folder)
+        return _score(Scorer(lm), batches, torch.device("cpu"))
+
+    if load_sharded is None:
+        sums = ranks.run_on_rank_zero(score_whole)
+    else:
+        engine = load_sharded(ranks.run_on_all_ranks(inspect), None if base is None else folder, dtype)
+        try:
+            sums = _score(engine, batches, ranks.device())
+        finally:
+            zero3.release(engine)
+            del engine
+    tokens = torch.cat([batch.counts[batch.units] for batch in batches])
+    coarser = torch.bfloat16 if torch.bfloat16 in (dtype, trained) else dtype
+
+    def compare() -> float:
+        rounding = RoundingTolerance.of_model(inspect().config, coarser)
+        times = float(rounding.ratio(sums, expected, tokens).max())
+        difference = float(((sums - expected).abs() / expected.abs().clamp(min=1.0)).max())
+        if times > 1:
+            raise RuntimeError(
+                f"the exported model's log-probs differ from the trained policy's by {difference:.2e} of their value, "
+                f"which is {times:.3g} times what rounding explains in {coarser}; nothing was exported"
+            )
+        return difference
+
+    return ranks.run_on_rank_zero(compare)  # one decision
+
+
+def _score(scorer: Any, batches: list[MicroBatch], device: torch.device) -> torch.Tensor:
+    """Return the log-probs of the rows' responses, float64 [U, R] on the CPU."""
+    with torch.no_grad():
+        return torch.cat([scorer(batch.to(device)).cpu()[batch.units] for batch in batches])

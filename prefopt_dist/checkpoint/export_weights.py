@@ -1,0 +1,191 @@
+"""Writing of a model's weights as safetensors: each rank writes its share of the files, part by part.
+
+A part is some layers of the model. transformers' save_pretrained writes it, which gives the tensors the names and the
+shapes of published files and needs whole layers for that. A rank holds one part at a time in host memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from prefopt_dist.checkpoint.manifest import share_of_rank
+from prefopt_dist.distributed import ranks
+from prefopt_dist.model.folder import ModelFolder, read_generation_config
+from prefopt_dist.monitoring.console import Progress
+
+PART_BYTES = 5_000_000_000
+"""Bytes of a file of weights, if no single layer has more: what a rank holds in host memory while it writes."""
+_LAYER = re.compile(r"(.*?\.\d+)\.")
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """What the index says of a file of weights."""
+
+    tensors: list[str]
+    """Names of its tensors"""
+    parameters: int
+    bytes: int
+
+
+class Weights(Protocol):
+    """Whole tensors of a model by their names, read when they are asked for."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor."""
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor in this dtype, in host memory."""
+
+
+class WeightsInMemory:
+    """Tensors that are in host memory already."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Hold the tensors."""
+        self._tensors = tensors
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor."""
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor in this dtype."""
+        return self._tensors[name].to(dtype)
+
+
+def write_share(
+    weights: Weights, lm: PreTrainedModel, dtype: torch.dtype, folder: Path, writers: Sequence[int]
+) -> dict[str, WrittenFile]:
+    """Write this rank's files of weights into the folder, and with the first one the model's configuration.
+
+    Args:
+        weights: all weights of the model; a rank that writes nothing reads nothing.
+        lm: the model without weights, see `empty_model`.
+        dtype: the dtype of the files.
+        folder: an existing folder.
+        writers: the ranks that write, the same on all.
+
+    Returns:
+        What `index` needs to know of each file of this rank, by the file's name.
+    """
+    if ranks.rank() not in writers:
+        return {}
+    names = _stored_names(weights, lm)
+    parts = split_in_parts({name: prod(shape) * dtype.itemsize for name, shape in names.items()})
+    sizes = {str(i): sum(prod(names[name]) for name in part) for i, part in enumerate(parts)}
+    mine = share_of_rank(sizes, writers.index(ranks.rank()), len(writers))
+    written = {}
+    with Progress(len(mine), "writing the model's files", "files", ranks.rank()) as progress:
+        for i in map(int, mine):
+            name = SAFE_WEIGHTS_NAME if len(parts) == 1 else f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
+            written[name] = _write_part({n: weights.read(n, dtype) for n in parts[i]}, lm, folder, name, first=i == 0)
+            progress.update()
+    return written
+
+
+def write_index(folder: Path, written: Mapping[str, WrittenFile]) -> None:
+    """Write the index of several files of weights; a single file needs none (rank 0 calls it)."""
+    if len(written) < 2:
+        return
+    total = {
+        "total_parameters": sum(file.parameters for file in written.values()),
+        "total_size": sum(file.bytes for file in written.values()),
+    }
+    weight_map = {tensor: name for name, file in written.items() for tensor in file.tensors}
+    index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def empty_model(model: ModelFolder, dtype: torch.dtype, ends: Sequence[int]) -> PreTrainedModel:
+    """Return the model without weights, with the configuration and the generation settings to write.
+
+    Args:
+        model: the folder that training started from.
+        dtype: the dtype of the exported weights.
+        ends: tokens at which the model was taught to stop.
+    """
+    with torch.device("meta"):
+        lm: PreTrainedModel = AutoModelForCausalLM.from_config(model.config)
+    lm.to(dtype)
+    # In a process group transformers lets rank 0 alone write, but here each rank has a part of its own.
+    lm.should_save_on_this_rank = lambda is_main_process: True
+    lm.generation_config = read_generation_config(model.path, model.key) or lm.generation_config
+    known = lm.generation_config.eos_token_id
+    stops = list(dict.fromkeys([*([known] if isinstance(known, int) else known or []), *ends]))
+    if set(ends) - {known if isinstance(known, int) else None}:
+        # A base model has only an end of text: without the learnt end of turn its answers would not end.
+        lm.generation_config.eos_token_id = stops
+    return lm
+
+
+def split_in_parts(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Divide tensors into parts of at most `PART_BYTES`, whole layers in their order.
+
+    Args:
+        sizes: bytes of each tensor by its name, in the model's order.
+    """
+    layers: dict[str, list[str]] = {}
+    for name in sizes:
+        found = _LAYER.match(name)
+        layers.setdefault(found[1] if found else name, []).append(name)
+    parts: list[list[str]] = []
+    used = 0
+    for names in layers.values():
+        size = sum(sizes[name] for name in names)
+        if not parts or used + size > PART_BYTES:
+            parts.append([])
+            used = 0
+        parts[-1] += names
+        used += size
+    return parts
+
+
+def _stored_names(weights: Weights, lm: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor to write, in the model's order.
+
+    Raises:
+        RuntimeError: a tensor is missing, unknown or of another shape.
+    """
+    found, expected = weights.shapes(), {name: tuple(t.shape) for name, t in lm.state_dict().items()}
+    tied = lm.all_tied_weights_keys if lm.config.tie_word_embeddings else {}
+    lacking = sorted(name for name in expected if name not in found and name not in tied)
+    wrong = sorted(name for name, shape in found.items() if expected.get(name) != shape)
+    if lacking or wrong:
+        raise RuntimeError(
+            f"the checkpoint's weights are not those of the model: {lacking[:4]} are missing, {wrong[:4]} are unknown "
+            "or have another shape; nothing was exported"
+        )
+    return {name: shape for name, shape in expected.items() if name in found and name not in tied}
+
+
+def _write_part(
+    tensors: dict[str, torch.Tensor], lm: PreTrainedModel, folder: Path, name: str, *, first: bool
+) -> WrittenFile:
+    """Write a file of weights; the first one brings the model's configuration."""
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    part = folder / f".{name}.part"
+    lm.save_pretrained(part, state_dict=tensors, max_shard_size=2 * size + 1)  # so that it is one file
+    (part / SAFE_WEIGHTS_NAME).rename(folder / name)
+    if first:
+        for file in part.iterdir():
+            file.rename(folder / file.name)
+    shutil.rmtree(part)
+    with (folder / name).open("rb") as to_sync:
+        os.fsync(to_sync.fileno())
+    with safe_open(folder / name, framework="pt") as stored:
+        return WrittenFile(list(stored.keys()), parameters, size)
