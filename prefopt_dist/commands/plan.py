@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from prefopt_dist.batching.layout import Cost
+from prefopt_dist.checkpoint.export_weights import PART_BYTES
 from prefopt_dist.config import Config
 from prefopt_dist.data import open_rows
 from prefopt_dist.errors import NotHere, UserError
@@ -19,6 +20,7 @@ from prefopt_dist.monitoring.console import say, show
 from prefopt_dist.objectives import Objective
 from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.planning import work
+from prefopt_dist.planning.export import export_plan
 from prefopt_dist.planning.fit import Needs, check_fit, fits_with_offloading
 from prefopt_dist.planning.machine import Machine, planned_machine
 from prefopt_dist.planning.report import PlanReport
@@ -82,7 +84,8 @@ def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], tod
     def seconds(flop: float) -> float | None:
         return None if speed is None else flop / speed
 
-    written = DTYPES[config.export.dtype or config.model.dtype].itemsize
+    written, merged = DTYPES[config.export.dtype or config.model.dtype].itemsize, config.export.merged
+    disk = disk_needed(needs.sizes, config.checkpoint.keep, written, todo.sequences, merged=merged)
     return PlanReport(
         machine=machine,
         sizes=needs.sizes,
@@ -93,7 +96,8 @@ def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], tod
         first_pass_seconds=seconds(todo.first_pass_flop),
         evaluation_seconds=seconds(todo.evaluation_flop),
         answers=_answers(config, machine, needs, todo.steps),
-        disk=disk_needed(needs.sizes, config.checkpoint.keep, written, todo.sequences, merged=config.export.merged),
+        disk=disk,
+        export=export_plan(needs.sizes, disk, machine, export_item=written, part=PART_BYTES, merged=merged),
     )
 
 

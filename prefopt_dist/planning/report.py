@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prefopt_dist.monitoring.console import format_bytes
+from prefopt_dist.planning.export import ExportPlan
 from prefopt_dist.planning.fit import Fit
 from prefopt_dist.planning.machine import Machine
 from prefopt_dist.planning.memory import GENERATION, Phase
@@ -30,6 +31,7 @@ class PlanReport:
     first_pass_seconds: float | None
     evaluation_seconds: float | None
     disk: Disk
+    export: ExportPlan
     answers: AnswersPlan | None = None
     """Plan of the run's own answers; None where the run has none"""
 
@@ -77,6 +79,7 @@ class PlanReport:
             },
             "answers": None if self.answers is None else asdict(self.answers) | {"fits": self.answers.fits},
             "disk_bytes": asdict(self.disk),
+            "export": asdict(self.export),
         }
 
     def _head(self) -> list[str]:
@@ -126,7 +129,8 @@ class PlanReport:
         return [
             f"disk: {format_bytes(d.checkpoints)} of checkpoints at most ({format_bytes(d.checkpoint)} each), "
             f"{format_bytes(d.conversion)} more to resume with another number of ranks, "
-            f"export {format_bytes(d.export)}{store}"
+            f"export {format_bytes(d.export)}{store}",
+            self.export.text(),
         ]
 
 

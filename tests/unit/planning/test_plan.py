@@ -14,6 +14,7 @@ from prefopt_dist.cli import main
 from prefopt_dist.config import Lora, Plan, load_deepspeed_json
 from prefopt_dist.errors import UserError
 from prefopt_dist.planning import memory
+from prefopt_dist.planning.export import export_plan
 from prefopt_dist.planning.fit import Fit, Needs, check_fit, find_fit, fits_with_offloading
 from prefopt_dist.planning.machine import GPUS, Machine, known_gpu, planned_machine
 from prefopt_dist.planning.memory import GenerationSettings, Phase, Placement, ZeroSettings
@@ -179,6 +180,21 @@ def test_disk_by_hand() -> None:
     n = sizes.parameters
     assert (found.checkpoint, found.checkpoints, found.conversion) == (12 * n, 36 * n, 12 * n)
     assert (found.export, found.store) == (2 * n, 40_000)
+
+
+def test_an_export_by_hand() -> None:
+    """Checksums of 12 bytes a parameter and master weights of 4, over the nodes; every node loads the folder back."""
+    sizes = needs_of("70B").sizes
+    n, disk = sizes.parameters, disk_needed(sizes, 2, 2, None)
+    found = export_plan(sizes, disk, h200(8), export_item=2, part=5_000_000_000, merged=False)
+    assert (found.read, found.written, found.host, found.shared) == (16 * n + 8 * 2 * n, 2 * n, 5_000_000_000, True)
+    assert found.seconds == pytest.approx((18 / 8 + 2) * n / 1e9)
+    assert export_plan(sizes, disk, h200(1), export_item=2, part=1, merged=False).host == 2 * sizes.largest_module
+    needs = with_adapters("8B", r=16)
+    for merged, size in ((False, needs.sizes.trained), (True, needs.sizes.parameters)):
+        disk = disk_needed(needs.sizes, 2, 2, None, merged=merged)
+        found = export_plan(needs.sizes, disk, h200(1), export_item=2, part=1, merged=merged)
+        assert (found.host, found.shared) == (6 * size, False)
 
 
 def with_adapters(name: str, **options: Any) -> Needs:
