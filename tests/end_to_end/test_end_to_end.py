@@ -225,6 +225,7 @@ def test_stop_and_go_on(world: World, whole: Path) -> None:
     assert (folder / "run.json").stat().st_mtime_ns >= before
 
 
+@pytest.mark.slow
 def test_other_ranks_and_micro_batches(world: World, whole: Path) -> None:
     """One rank, one large micro-batch, rows of three steps: the same trajectory, since the layout does not matter."""
     run = world.run(

@@ -30,7 +30,7 @@ TWO_ONLY += ["family", "kto_one_micro_batch", "whole_runs"]
 TWO_ONLY += ["lora_gemma2", "lora_resume"]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["1 rank", "2 ranks"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """Runs all cases once for each world size."""
     n = request.param

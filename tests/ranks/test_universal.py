@@ -20,7 +20,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["1 rank", "3 ranks"])
+@pytest.fixture(scope="module", params=[1, pytest.param(3, marks=pytest.mark.slow)], ids=["1 rank", "3 ranks"])
 def world(request: pytest.FixtureRequest, written: Path) -> tuple[int, dict[str, Any]]:
     """What the cases found on another number of ranks."""
     n = request.param
