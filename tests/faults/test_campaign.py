@@ -24,6 +24,23 @@ DEATHS = [
     Fault("conversion, writing", "all", target=P + "checkpoint.resharding:_write", call=7, before=False, segment=1),
 ]
 
+IN_THE_EXPORT = [
+    Fault("export", "self", at=1, target=P + "checkpoint.export:_write"),
+    Fault("export", "self", target=P + "checkpoint.export_weights:_write_part", before=False),
+    Fault("export", "self", at=1, target=P + "checkpoint.export_check:verify"),
+    Fault("export", "all", target=P + "checkpoint.export:fsync_folder"),
+]
+
+
+@pytest.mark.slow
+def test_an_export_shared_by_two_ranks_survives_the_death_of_either(tmp_path: Path) -> None:
+    """Before, in and after the writing, and while the folder is loaded back."""
+    world = World.make(tmp_path, (Segment(2, STEPS),))
+    deaths: list[dict[str, object]] = []
+    found = campaign.live(world, "life", IN_THE_EXPORT, deaths.append)
+    assert [d["stage"] for d in deaths] == ["export"] * 4
+    assert verdict.faults(found) == []
+
 
 def test_four_deaths_on_two_ranks_and_one(tmp_path: Path) -> None:
     """The third death is right after the last checkpoint of two ranks, so the fourth is in its conversion."""
