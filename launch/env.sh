@@ -26,9 +26,6 @@ fi
 # NCCL prints its version once, and warnings. NCCL_DEBUG=INFO also shows the network that it uses. (Not tested here.)
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
-# By default, torch's flight recorder keeps the last collectives of a rank. When one times out, it writes them to the
-# file TORCH_FR_DUMP_TEMP_FILE followed by the rank's number; slurm/job.sh sets a path beside the logs.
-#
 # Set what differs between sites yourself, under Slurm in slurm/site.env: the network (NCCL_SOCKET_IFNAME,
 # GLOO_SOCKET_IFNAME, NCCL_IB_HCA), caches on a shared file system (HF_HOME, PREFOPT_CACHE), and nodes without access
 # to the hub (HF_HUB_OFFLINE=1).

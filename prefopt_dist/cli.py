@@ -140,7 +140,7 @@ def _run(config: Config, stage: str) -> None:
     from prefopt_dist.distributed import job_end, ranks
     from prefopt_dist.setup import memory_advice
 
-    ranks.start(deterministic=config.train.deterministic)
+    ranks.start(deterministic=config.train.deterministic, run_dir=config.run_dir)
     memory_advice.use(config, stage)
     try:
         module.run(ranks.run_on_rank_zero(config.with_cache))

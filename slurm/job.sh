@@ -127,7 +127,6 @@ run_job() { # $1: stage, $2: the folder that slurm/submit wrote
     status_file=$logs.status
     : >"$status_file"
     export PREFOPT_STATUS_FILE=$status_file
-    export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$logs-collectives-rank-}
     local code="$submission/code" config="$submission/run-$point.yaml"
     local -a start command
     if [[ $stage == export ]]; then

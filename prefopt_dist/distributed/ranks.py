@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from prefopt_dist.distributed import job_end, numerics
+from prefopt_dist.distributed import flight_recorder, job_end, numerics
 from prefopt_dist.errors import AgreedUserError, UserError
 from prefopt_dist.monitoring import heartbeat
 
@@ -29,11 +29,12 @@ class OtherRankFailed(RuntimeError):
     """The failure of another rank, which has reported it; this rank only ends."""
 
 
-def start(*, deterministic: bool = False) -> None:
+def start(*, deterministic: bool = False, run_dir: Path | None = None) -> None:
     """Join the process group of torchrun; without torchrun make a group of one process.
 
     Args:
         deterministic: `train.deterministic` of the configuration.
+        run_dir: folder of the run, where NCCL's time-outs leave a trace; None without a run.
 
     Raises:
         UserError: the launcher has found GPUs that torch cannot use, or the environment contradicts `deterministic`.
@@ -42,6 +43,8 @@ def start(*, deterministic: bool = False) -> None:
     numerics.use_full_float32()
     if deterministic:
         numerics.use_deterministic_algorithms()
+    if run_dir is not None:
+        flight_recorder.set_environment(run_dir)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:

@@ -2,7 +2,8 @@
 
 Each rank reports its progress in `RUN/.heartbeats/rank-N.json`. A rank may wait for another one as long as some rank
 makes progress. When none has made progress for `train.hang_minutes`, every rank that still can writes its stack to
-stderr and to `RUN/hang-rank-N.txt`, names the rank that probably is the cause, and ends, so that torchrun ends the job.
+stderr and to `RUN/hang-rank-N.txt` and its latest collectives to `RUN/collectives-rank-N`, names the rank that probably
+is the cause, and ends, so that torchrun ends the job.
 
 All of this happens in threads beside the training: without collectives, and without reads from the device. One thread
 works with files and another one decides, since a dead disk blocks the thread that uses it. Time is counted in checks,
@@ -27,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
+from prefopt_dist.distributed.flight_recorder import FILE, FlightRecorder
 from prefopt_dist.errors import UserError
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import print_rank_fault
@@ -67,7 +69,9 @@ class RankState:
 class Watchdog:
     """The watchdog of a rank, a context manager that every rank enters; it watches until it is left."""
 
-    def __init__(self, run_dir: Path, *, rank: int, world_size: int, minutes: float) -> None:
+    def __init__(
+        self, run_dir: Path, *, rank: int, world_size: int, minutes: float, recorder: FlightRecorder | None = None
+    ) -> None:
         """Prepare the threads.
 
         Args:
@@ -75,7 +79,9 @@ class Watchdog:
             rank: this rank.
             world_size: number of ranks.
             minutes: train.hang_minutes.
+            recorder: of the process group; None without a group.
         """
+        self._recorder = recorder
         self._run_dir, self._folder = run_dir, run_dir / ".heartbeats"
         self._rank, self._minutes, self._timeout = rank, minutes, 60 * minutes
         self._check_seconds = min(MAX_CHECK_SECONDS, self._timeout / CHECKS_PER_TIMEOUT)
@@ -133,7 +139,8 @@ class Watchdog:
         used, before = _resources_used(), self._used
         self._used = used
         cpu, moved = used[0] - before[0], used[1] - before[1]
-        waits = _in_a_collective()
+        # On a GPU the host goes on while a collective waits, so its stack alone does not show it.
+        waits = _in_a_collective() or (self._recorder is not None and self._recorder.waits())
         # A rank that reads or writes a checkpoint makes progress, even if slowly. Bytes that other threads move while
         # this rank waits do not count, and neither does the CPU time of a collective that waits actively.
         if (moved > IDLE_BYTES and not waits) or (beat.alone and cpu > IDLE_SHARE * self._check_seconds):
@@ -209,9 +216,10 @@ class Watchdog:
         print_rank_fault(text)
         with suppress(OSError, ValueError):  # stderr may be closed or not a file
             faulthandler.dump_traceback(sys.__stderr__ or 2)
-        writer = threading.Thread(target=self._write_stack, args=(text,), daemon=True)
-        writer.start()
-        writer.join(MAX_CHECK_SECONDS)  # not longer, because the disk may be the cause
+        for write in (self._write_stack, self._write_collectives):
+            writer = threading.Thread(target=write, args=(text,), daemon=True)
+            writer.start()
+            writer.join(MAX_CHECK_SECONDS)  # not longer, because the disk or the GPU's driver may be the cause
         os._exit(CRASH)
 
     def _write_stack(self, text: str) -> None:
@@ -220,9 +228,15 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file)
 
+    def _write_collectives(self, _: str) -> None:
+        if self._recorder is not None:
+            print_rank_fault(self._recorder.text())
+            with suppress(OSError):
+                self._recorder.write(self._run_dir / f"{FILE}{self._rank}")
+
 
 def _in_a_collective() -> bool:
-    """Return whether the main thread is in torch's or DeepSpeed's communication; on a GPU it may go unnoticed."""
+    """Return whether the main thread's stack is in torch's or DeepSpeed's communication."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         if any(part in frame.f_code.co_filename for part in ("torch/distributed/", "deepspeed/comm/")):

@@ -19,6 +19,7 @@ from prefopt_dist.config import Config, mask_secrets, to_dict
 from prefopt_dist.data.options import TextOptions
 from prefopt_dist.data.template import PLAIN_TEMPLATE, read_template, response_end_ids
 from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.distributed.flight_recorder import FlightRecorder
 from prefopt_dist.distributed.ranks import require_shared_folder
 from prefopt_dist.distributed.watchdog import Watchdog
 from prefopt_dist.errors import StopRequested, UserError
@@ -69,7 +70,13 @@ def _watchdog(config: Config) -> AbstractContextManager[object]:
     minutes = config.train.hang_minutes
     if minutes is None:
         return nullcontext()
-    return Watchdog(config.run_dir, rank=ranks.rank(), world_size=ranks.world_size(), minutes=minutes)
+    return Watchdog(
+        config.run_dir,
+        rank=ranks.rank(),
+        world_size=ranks.world_size(),
+        minutes=minutes,
+        recorder=FlightRecorder.of_group(),
+    )
 
 
 def requests_for(config: Config) -> Requests:

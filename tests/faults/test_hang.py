@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -62,11 +63,15 @@ def test_a_stopped_rank_ends_the_job_which_then_goes_on(world: World) -> None:
     left = (folder / "run" / "hang-rank-0.txt").read_text()
     assert "Rank 1 on host" in left
     assert "loop.py" in left, "the stack of the main thread"
+    assert "collectives begun: " in said
+    collectives = pickle.loads((folder / "run" / "collectives-rank-0").read_bytes())["entries"]
+    assert any("loop.py" in frame["filename"] for entry in collectives for frame in entry["frames"])
     told = json.loads((folder / "run" / ".heartbeats" / "rank-1.json").read_text())
     assert told["what"].split()[0] in ("train", "eval"), "told every second, and a step takes less"
     done = subprocess.run(command, env=environment, cwd=campaign.REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (folder / "run" / "hang-rank-0.txt").unlink()
+    for name in ("hang-rank-0.txt", "collectives-rank-0"):
+        (folder / "run" / name).unlink()
     found = verdict.compare(folder, world.whole, campaign.PAIRS, campaign.STEPS)
     assert verdict.faults(found | {"faulty": []}) == []
 
