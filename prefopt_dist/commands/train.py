@@ -289,7 +289,7 @@ def _policy(
     if models.adapter is not None:
         say(f"lora: {zero3.trained_parameters(scorer):,} parameters are trained, the others are frozen")
     memory = activation_memory(models.policy.config, models.dtype, models.adapter)
-    memory = replace(memory, keys_per_token=keys_per_token)
+    memory = replace(memory, keys_per_token=keys_per_token, on_gpu=torch.cuda.is_available())
     tokens = config.train.micro_batch_tokens
     available = activation_checkpointing.available_bytes(lm, settings["zero_optimization"])
     if torch.cuda.is_available():

@@ -14,7 +14,7 @@ from transformers.integrations.moe import ExpertsInterface
 from prefopt_dist.batching.layout import Cost
 from prefopt_dist.model.adapter import Adapter, attach
 from prefopt_dist.model.attention import CHOOSING, VARLEN_TAKES_GROUPED_HEADS, LayerNeeds, flash_takes, needs_of_call
-from prefopt_dist.model.head import MAX_LOGITS_PER_BLOCK
+from prefopt_dist.model.head import MAX_LOGITS_ON_GPU, MAX_LOGITS_PER_BLOCK
 
 
 def layer_parameters(config: PreTrainedConfig) -> int:
@@ -91,6 +91,8 @@ class ActivationMemory:
     """Bytes for each token of what the flash kernel's backward pass allocates: dQ summed in float32."""
     flash_per_key: int = 0
     """Bytes for each gathered key of the same: dK and dV of every query head, before those of a group are summed."""
+    on_gpu: bool = False
+    """Whether the rank computes on a GPU, where the head's blocks are larger."""
 
     @property
     def per_token_whole_layer(self) -> float:
@@ -112,7 +114,8 @@ class ActivationMemory:
 
     def block(self, tokens: int) -> int:
         """Return the bytes of the head's block of logits, whose size is bounded."""
-        return self.per_logit * min(MAX_LOGITS_PER_BLOCK, tokens * self.vocabulary)
+        most = MAX_LOGITS_ON_GPU if self.on_gpu else MAX_LOGITS_PER_BLOCK
+        return self.per_logit * min(most, tokens * self.vocabulary)
 
     def fewest_checkpointed(self, tokens: int, available: int) -> int | None:
         """Return the fewest recomputed layers that fit into `available` bytes; None where even all are not enough."""

@@ -28,6 +28,9 @@ MASTER_BYTES = 4
 MOMENTS_BYTES = 8
 """Bytes of AdamW's two float32 moments"""
 
+DTYPE_BYTES: Mapping[str | None, int] = {"fp32": 4, "bf16": 2}
+"""Bytes of a number of the dtypes that a DeepSpeed JSON may name; None, where it names none, is the model's"""
+
 CONTEXT_BYTES = 512 * 2**20
 """Bytes of a GPU that a process takes before its first tensor: the CUDA context, the kernels that it loads, and
 cuBLAS's workspace (32 MiB, CUBLAS_WORKSPACE_CONFIG). A round figure as remembered, not measured."""
@@ -71,6 +74,8 @@ class ZeroSettings:
     """hpZ: number of ranks that share a second copy of the parameters; 1 is off"""
     gradient_dtype_bytes: int
     """Bytes of a number in the accumulated gradient"""
+    reduced_dtype_bytes: int
+    """Bytes of a number while gradients are summed over ranks: `communication_data_type`"""
     offload_optimizer: bool
     offload_param: bool
 
@@ -83,7 +88,7 @@ class ZeroSettings:
             item: bytes of a number in the model's dtype.
         """
         zero = settings.get("zero_optimization", {})
-        wanted = settings.get("data_types", {}).get("grad_accum_dtype")
+        accumulated = settings.get("data_types", {}).get("grad_accum_dtype")
 
         def offloaded(name: str) -> bool:
             return bool((zero.get(name) or {}).get("device") == "cpu")
@@ -95,7 +100,8 @@ class ZeroSettings:
             sub_group=int(zero.get("sub_group_size", 1e9)),
             persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)),
             secondary=int(zero.get("zero_hpz_partition_size", 1)),
-            gradient_dtype_bytes={None: item, "fp32": 4, "bf16": 2}[wanted],
+            gradient_dtype_bytes=DTYPE_BYTES.get(accumulated, item),
+            reduced_dtype_bytes=DTYPE_BYTES.get(settings.get("communication_data_type"), item),
             offload_optimizer=offloaded("offload_optimizer"),
             offload_param=offloaded("offload_param"),
         )
@@ -173,7 +179,7 @@ def loading_phase(sizes: ModelSizes, place: Placement) -> Phase:
 
 def first_pass_phase(sizes: ModelSizes, zero: ZeroSettings, place: Placement, tokens: int) -> Phase:
     """Return the memory while the reference scores a micro-batch: one layer at a time, and the head's block."""
-    memory = sizes.activations
+    memory = replace(sizes.activations, on_gpu=place.is_gpu)
     layer = tokens * (memory.per_token_whole_layer + _repeated_kv(sizes, place))
     return Phase(
         "first pass",
@@ -303,8 +309,12 @@ def backward_without_activations(sizes: ModelSizes, zero: ZeroSettings, place: P
     return (
         *training_states(sizes, zero, place),
         *_gathered_parameters(sizes, zero, place),
-        MemoryPart("reduce buffers", sizes.dtype_bytes * bucket, "s·(reduce_bucket_size + its copy)"),
-        *_largest_gradient(sizes),
+        MemoryPart(
+            "reduce buffers",
+            zero.reduced_dtype_bytes * bucket,
+            "communication_data_type·(reduce_bucket_size + its copy)",
+        ),
+        *_largest_gradient(sizes, zero),
         *_heap_after_backward(sizes, place),
     )
 
@@ -321,7 +331,7 @@ def _heap_after_backward(sizes: ModelSizes, place: Placement) -> tuple[MemoryPar
     )
 
 
-def _largest_gradient(sizes: ModelSizes) -> tuple[MemoryPart, ...]:
+def _largest_gradient(sizes: ModelSizes, zero: ZeroSettings) -> tuple[MemoryPart, ...]:
     """Return the largest gradient that is whole before it is divided: the head's or the experts'.
 
     A frozen model has none.
@@ -330,15 +340,19 @@ def _largest_gradient(sizes: ModelSizes) -> tuple[MemoryPart, ...]:
         return ()
     rounded = sizes.dtype_bytes if sizes.dtype_bytes != 4 else 0
     head = MemoryPart("head gradient", (4 + rounded) * sizes.head, "4·V·d, and s·V·d rounded")
+    # It fits into no bucket, so the sum over ranks needs a copy in its own dtype.
+    converted = zero.reduced_dtype_bytes if zero.reduced_dtype_bytes != sizes.dtype_bytes else 0
     experts = MemoryPart(
-        "experts' gradient", sizes.dtype_bytes * sizes.largest_parameter, "s·elements of the largest parameter"
+        "experts' gradient",
+        (sizes.dtype_bytes + converted) * sizes.largest_parameter,
+        "s·elements of the largest parameter, and its copy in communication_data_type",
     )
     return (max(head, experts, key=lambda part: part.bytes),)
 
 
 def activation_bytes(sizes: ModelSizes, place: Placement, tokens: int, checkpointed: int) -> int:
     """Return the bytes of a micro-batch's activations, the head's block included."""
-    memory = sizes.activations
+    memory = replace(sizes.activations, on_gpu=place.is_gpu)
     kept = memory.layers - checkpointed + (1 if checkpointed else 0)
     return _resident(memory.bytes(tokens, checkpointed) + tokens * kept * _repeated_kv(sizes, place), place)
 
@@ -362,7 +376,11 @@ def update_phase(sizes: ModelSizes, zero: ZeroSettings, place: Placement, tokens
         kept = activation_bytes(sizes, place, tokens, checkpointed)
         parts += [*_gathered_parameters(sizes, zero, place), *_heap_after_backward(sizes, place)]
         parts.append(MemoryPart("activations' heap", kept, "freed, and kept by glibc"))
-    bucket = MemoryPart("reduce buffer", sizes.dtype_bytes * _bucket(sizes, zero, place), "s·reduce_bucket_size")
+    bucket = MemoryPart(
+        "reduce buffer",
+        zero.reduced_dtype_bytes * _bucket(sizes, zero, place),
+        "communication_data_type·reduce_bucket_size",
+    )
     return Phase("training: update", (*training_states(sizes, zero, place), bucket, *parts))
 
 

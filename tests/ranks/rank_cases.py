@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import case_runner
+import deepspeed
 import matrix_cases
 import numpy as np
 import plain
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 import worlds
 from deepspeed.utils import safe_get_full_grad
+from places import REPOSITORY
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt_dist.batching.batches import Prefetcher, ScoredRows, evaluation_batch, step_batch
@@ -741,6 +743,22 @@ class Poison:
         finally:
             engine.backward = backward
         return packed * float("nan") if what == "loss" else packed
+
+
+def reductions_in_float32(folder: Path) -> dict:
+    """The mean of 1 on rank 0 and 2⁻⁹ on rank 1, by the shipped file and in the model's bfloat16, which has 8 bits."""
+    shipped = load_deepspeed_json(REPOSITORY / "deepspeed_configs/policy_zero3.json", "deepspeed.policy")
+    found = {}
+    for name, given in (("shipped", shipped), ("bf16", shipped | {"communication_data_type": "bf16"})):
+        settings = zero3.policy_settings(given, dtype=torch.bfloat16, max_grad_norm=None)
+        with deepspeed.zero.Init(config_dict_or_path=settings):
+            layer = torch.nn.Linear(8, 4, bias=False, dtype=torch.bfloat16)
+        engine = zero3.policy_engine(layer, torch.optim.SGD(layer.parameters(), lr=1.0), settings)
+        x = torch.full((1, 8), (1.0, 2.0**-9)[ranks.rank()], dtype=torch.bfloat16)
+        engine.backward(engine(x).sum())
+        found[name] = safe_get_full_grad(layer.weight).unique().tolist()
+        zero3.release(engine)
+    return found
 
 
 def dropped_gradient(folder: Path) -> dict:

@@ -27,7 +27,7 @@ BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates", "spi
 BOTH += ["early_stop"]
 TWO_ONLY = ["shards", "save_fails_on_one_rank", "killed_before_pruning", "idle_ranks"]
 TWO_ONLY += ["family", "kto_one_micro_batch", "whole_runs"]
-TWO_ONLY += ["lora_gemma2", "lora_resume"]
+TWO_ONLY += ["lora_gemma2", "lora_resume", "reductions_in_float32"]
 
 
 @pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["1 rank", "2 ranks"])
@@ -238,6 +238,12 @@ def test_a_start_prunes_what_a_kill_left(world: tuple[int, Path]) -> None:
         [["step-00000002", "step-00000003", "step-00000004"], False],
         [["step-00000003", "step-00000004"], True],
     ]
+
+
+def test_gradients_are_summed_over_ranks_in_float32(world: tuple[int, Path]) -> None:
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    assert found(world, "reductions_in_float32") == {"shipped": [(1 + 2**-9) / 2], "bf16": [0.5]}
 
 
 def test_a_dropped_gradient_leaves_nothing(world: tuple[int, Path]) -> None:

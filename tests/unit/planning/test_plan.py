@@ -80,17 +80,31 @@ def test_a_tiny_model_by_hand() -> None:
         "AdamW's moments": 8 * mine,
         "gathered parameters": 2 * 900,
         "prefetch buffer": 2 * 300,
-        "reduce buffers": 2 * (1000 + 1000),
+        "reduce buffers": 4 * (1000 + 1000),  # communication_data_type is float32
         "head gradient": 4 * 800 + 2 * 800,
-        "activations": sizes.activations.bytes(10, 0),
+        "activations": replace(sizes.activations, on_gpu=True).bytes(10, 0),
     }
+    in_bfloat16 = ZeroSettings.of({k: v for k, v in POLICY.items() if k != "communication_data_type"}, 2)
+    assert (zero.reduced_dtype_bytes, in_bfloat16.reduced_dtype_bytes) == (4, 2)
     parts = by_name(memory.update_phase(sizes, zero, Placement(2, True), 10, 0))
+    assert parts["reduce buffer"] == 4 * 1000
     assert parts["flat gradient"] == 4 * mine
     assert "AdamW's temporaries" not in parts, "the fused AdamW of the GPU has none"
     first = memory.first_pass_phase(sizes, zero, Placement(2, True), 10)
     assert first.device < memory.backward_phase(sizes, zero, Placement(2, True), 10, 0).device
     loading = memory.loading_phase(sizes, Placement(2, True))
     assert (loading.device, loading.host) == (2 * mine + 2 * 800, 2 * n)
+
+
+def test_the_heads_block_is_larger_on_a_gpu() -> None:
+    """2²⁸ logits there and 100·2²⁰ on a CPU, of 4 bytes and 2 in bfloat16, where there are as many."""
+    sizes = needs_of("8B").sizes
+    blocks = [by_name(memory.first_pass_phase(sizes, ZeroSettings.of(REFERENCE, 2), Placement(8, gpu), 16_384))
+              for gpu in (True, False)]  # fmt: skip
+    assert [block["head block"] for block in blocks] == [6 * 2**28, 6 * 100 * 2**20]
+    found = [memory.activation_bytes(sizes, Placement(8, True), tokens, 0) for tokens in (8192, 8193)]
+    one_more = sizes.activations.layers * sizes.activations.per_token_whole_layer + sizes.activations.per_token_ends
+    assert found[1] - found[0] == pytest.approx(one_more, abs=1)
 
 
 def test_generation_by_hand() -> None:
@@ -235,9 +249,9 @@ def test_adapters_let_a_70b_fit_on_8_gpus() -> None:
 @pytest.mark.parametrize(
     ("name", "nodes", "parameters", "states", "worst", "checkpointed"),
     [
-        ("8B", 1, 8_030_261_248, 16.8, 73.7, 0),
-        ("8B", 8, 8_030_261_248, 2.1, 59.0, 0),
-        ("70B", 8, 70_553_706_496, 18.5, 117.2, 55),
+        ("8B", 1, 8_030_261_248, 16.8, 76.2, 0),
+        ("8B", 8, 8_030_261_248, 2.1, 61.5, 0),
+        ("70B", 8, 70_553_706_496, 18.5, 115.4, 58),
     ],
 )
 def test_large_models_on_h200(
@@ -263,7 +277,7 @@ def refused(needs: Needs, machine: Machine) -> str:
 
 def test_70b_on_8_gpus_is_refused_with_what_would_do() -> None:
     message = refused(needs_of("70B"), h200(1))
-    assert message.startswith("plan: training: backward needs about 177 GiB on each rank of 1 node of 8 GPUs (h200)")
+    assert message.startswith("plan: training: backward needs about 181 GiB on each rank of 1 node of 8 GPUs (h200)")
     assert "118 GiB of 131 GiB may be used" in message
     assert "set offload_optimizer (device cpu) in deepspeed.policy" in message
     assert "use at least 16 such GPUs (plan.nodes=2)" in message
