@@ -20,7 +20,7 @@ from prefopt_dist.batching.layout import (
     lay_out,
     tokens_and_cost,
 )
-from prefopt_dist.batching.micro_batch import MicroBatch, pack
+from prefopt_dist.batching.micro_batch import MicroBatch, pack, to_device
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, UnpairedRows
 from prefopt_dist.data.unit import Unit
@@ -91,7 +91,7 @@ class Batch:
         """Yield each micro-batch with its reference log-probs, float64 [U, R] or None, on the device."""
         device = ranks.device()
         for packed, reference in self._packed or map(self._pack, self._own):
-            yield packed.to(device), None if reference is None else reference.to(device, non_blocking=True)
+            yield packed.to(device), None if reference is None else to_device(reference, device)
 
     def _pack(self, units: Sequence[Unit], pin: bool = False) -> tuple[MicroBatch, torch.Tensor | None]:
         packed, reference = pack(units, self._responses), self._data.reference

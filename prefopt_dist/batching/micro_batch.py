@@ -124,8 +124,8 @@ class MicroBatch:
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Return a copy with its tensors on `device`; the host does not wait for pinned tensors."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return a copy with its tensors on `device`; the host does not wait."""
+        return self._map(lambda tensor: to_device(tensor, device))
 
     def pin(self) -> MicroBatch:
         """Return a copy in page-locked host memory."""
@@ -145,7 +145,7 @@ def _with_tensors(of: Fields, change: Callable[[torch.Tensor], torch.Tensor]) ->
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a tensor of the host to the device; the host does not wait."""
     if device.type == "cuda":
-        tensor = tensor.pin_memory()
+        tensor = tensor.pin_memory()  # the tensor itself where it is pinned already
     return tensor.to(device, non_blocking=True)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from prefopt_dist.distributed import flight_recorder, job_end, numerics
+from prefopt_dist.distributed import driver, flight_recorder, job_end, numerics
 from prefopt_dist.errors import AgreedUserError, UserError
 from prefopt_dist.monitoring import heartbeat
 
@@ -79,10 +79,9 @@ def _refuse_unusable_gpus() -> None:
     """Raise UserError where torch cannot use the job's GPUs; else the job would hold them and compute on the CPU."""
     if not os.environ.get("PREFOPT_WANT_GPUS") or torch.cuda.is_available():
         return
-    why = "it is built without CUDA" if torch.version.cuda is None else f"CUDA {torch.version.cuda}, see the driver"
     raise UserError(
-        f"{socket.gethostname()}: this job must compute on GPUs, but torch {torch.__version__} finds none ({why}). "
-        "Install a torch that can use them, or hide them with CUDA_VISIBLE_DEVICES= (empty) to compute on the CPU."
+        f"{socket.gethostname()}: this job must compute on GPUs, but torch {torch.__version__} finds none here: "
+        f"{driver.why_no_gpu()} Or hide them with CUDA_VISIBLE_DEVICES= (empty) to compute on the CPU."
     )
 
 

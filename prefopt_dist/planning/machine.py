@@ -1,8 +1,8 @@
 """The machine that a job is planned for: memory and speed of a GPU, or of this machine's CPU.
 
-The table is from the manufacturer's data sheets: NVIDIA H200, H100 (SXM), A100 (SXM 80 GB, PCIe 40 GB) and L40S. A
-sheet's "GB" counts as 10⁹ bytes, which is a little less than the driver reports. The peak is that of dense bfloat16
-matrix products accumulated in float32: the sheets' figures "with sparsity", halved.
+The table is from the manufacturer's data sheets: NVIDIA H200 and H100 (SXM; their NVL and PCIe cards are slower), A100
+(SXM 80 GB, PCIe 40 GB) and L40S. A sheet's "GB" counts as 10⁹ bytes, which is a little less than the driver reports.
+The peak is that of dense bfloat16 matrix products accumulated in float32: the sheets' figures "with sparsity", halved.
 """
 
 from __future__ import annotations
@@ -21,10 +21,24 @@ GPUS = {
     "a100-80": (80e9, 312e12),
     "a100-40": (40e9, 312e12),
     "l40s": (48e9, 362e12),
+    "h200-nvl": (141e9, 835e12),
+    "h100-nvl": (94e9, 835e12),
+    "h100-pcie": (80e9, 756e12),
 }
-"""(bytes of memory, peak in FLOP/s) by the GPU's name in `plan.gpu`."""
-BANDWIDTHS = {"h200": 4.8e12, "h100": 3.35e12, "a100-80": 2.04e12, "a100-40": 1.56e12, "l40s": 0.86e12}
+"""(bytes of memory, peak in FLOP/s) by the GPU's name: those of `plan.gpu`, and the cards that are only found here."""
+BANDWIDTHS = {
+    "h200": 4.8e12,
+    "h100": 3.35e12,
+    "a100-80": 2.04e12,
+    "a100-40": 1.56e12,
+    "l40s": 0.86e12,
+    "h200-nvl": 4.8e12,
+    "h100-nvl": 3.9e12,
+    "h100-pcie": 2.0e12,
+}
 """Memory bandwidth in bytes a second, from the same data sheets."""
+CARDS = ("NVL", "PCIE")
+"""Words in a driver's name for the cards, which are not the SXM module."""
 
 GPU_EFFICIENCY = 0.4
 """Share of the peak that a training step reaches: the model FLOP utilisation that well-tuned jobs on A100 and H100
@@ -107,8 +121,11 @@ def known_gpu(device: str, memory: int) -> str | None:
         device: the name that the driver reports.
         memory: bytes of its memory.
     """
-    for name, (size, _) in GPUS.items():
-        if name.partition("-")[0].upper() in device.upper() and memory < 1.3 * size:
+    device = device.upper()
+    card = next((word for word in CARDS if word in device), None)
+    of_card = [name for name in GPUS if card is not None and name.upper().endswith(f"-{card}")]
+    for name in (*of_card, *(name for name in GPUS if not name.upper().endswith(CARDS))):
+        if name.partition("-")[0].upper() in device and memory < 1.3 * GPUS[name][0]:
             return name
     return None
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from prefopt_dist.distributed.driver import why_no_gpu
+
 QUERY = "index,name,driver_version,ecc.errors.uncorrected.volatile.total"
 REMAPPED = "gpu_bus_id,remapped_rows.pending,remapped_rows.failure"
 FATAL_XIDS = {
@@ -179,7 +181,7 @@ def examine_machine(host: str, requirements: Requirements) -> MachineReport:
     versions = _versions()
     if requirements.on_gpus:
         if not torch.cuda.is_available():
-            faults.append(f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use a GPU")
+            faults.append(f"torch {torch.__version__} cannot use a GPU: {why_no_gpu()}")
         cores = len(os.sched_getaffinity(0))
         if cores < requirements.ranks:
             faults.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from models_for_tests import pairs, tokens
 
@@ -87,3 +88,26 @@ def test_to_a_device_keeps_all() -> None:
     for n in ("input_ids", "position_ids", "source", "target", "scored", "counts", "units"):
         assert getattr(moved, n).device.type == "meta"
         assert getattr(moved, n).shape == getattr(batch, n).shape
+
+
+def test_a_copy_to_a_gpu_is_pinned_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a micro-batch that nobody pinned before: those of the first pass, of evaluations and of answers."""
+    pinned, copied = [], []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(id(tensor))
+        return tensor
+
+    def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        copied.append((id(tensor), device.type, non_blocking))
+        return tensor
+
+    batch = pack(pairs(), 2)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    batch.to(torch.device("cuda", 0))
+    assert len(pinned) == 12
+    assert copied == [(tensor, "cuda", True) for tensor in pinned]
+    pinned.clear()
+    batch.to(torch.device("cpu"))
+    assert pinned == []

@@ -57,9 +57,23 @@ def plain_varlen(
     return torch.cat(parts)
 
 
-def plain_varlen_without_groups(*args: Any, scale: float, window_size: tuple[int, int]) -> torch.Tensor:
-    """The stand-in of torch 2.11, which needs as many key heads as query heads."""
-    return plain_varlen(*args, scale=scale, window_size=window_size)
+def plain_varlen_without_groups(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    """The stand-in with torch 2.11's signature (of PyTorch's documentation): as many key heads as query heads."""
+    assert return_aux is None
+    assert scale is not None
+    return plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
 
 
 Kernel = Callable[..., torch.Tensor]
@@ -126,6 +140,16 @@ def test_gather_of_hand_made_segments() -> None:
     assert found.cu_seqlens_q.tolist() == [0, 3, 5, 6]
     assert found.cu_seqlens_k.tolist() == [0, 3, 7, 8]
     assert (found.max_seqlen_q, found.max_seqlen_k) == (3, 4)
+
+
+def test_of_the_versions_signatures_2_11_lacks_the_groups_alone() -> None:
+    """So that a call is made for the version that is installed, and of all that we pass nothing else differs."""
+    installed, older = (inspect.signature(kernel).parameters for kernel in (varlen_attn, plain_varlen_without_groups))
+    assert [(p.name, p.kind, p.default) for p in older.values()] == [
+        (p.name, p.kind, p.default) for p in installed.values() if p.name in older
+    ]
+    assert inspect.signature(plain_varlen).parameters.keys() - older.keys() == {"enable_gqa"}
+    assert ("enable_gqa" in installed) == attention.VARLEN_TAKES_GROUPED_HEADS
 
 
 @pytest.mark.parametrize("window", [None, 5])

@@ -113,7 +113,13 @@ def test_peaks_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for name, memory, peak in (
         ("NVIDIA H100 80GB HBM3", 85e9, 989e12),
+        ("NVIDIA H100 PCIe", 85e9, 756e12),
+        ("NVIDIA H100 NVL", 100e9, 835e12),
+        ("NVIDIA H200", 150e9, 989e12),
+        ("NVIDIA H200 NVL", 150e9, 835e12),
         ("NVIDIA A100-SXM4-40GB", 42e9, 312e12),
+        ("NVIDIA A100 80GB PCIe", 85e9, 312e12),
+        ("NVIDIA A100-PCIE-40GB", 42e9, 312e12),
         ("NVIDIA GeForce GTX 1080", 8e9, None),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, n=name, m=memory: device(n, m))

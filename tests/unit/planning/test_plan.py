@@ -16,7 +16,7 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.export import export_plan
 from prefopt_dist.planning.fit import Fit, Needs, check_fit, find_fit, fits_with_offloading
-from prefopt_dist.planning.machine import GPUS, Machine, known_gpu, planned_machine
+from prefopt_dist.planning.machine import BANDWIDTHS, GPUS, Machine, known_gpu, planned_machine
 from prefopt_dist.planning.memory import GenerationSettings, Phase, Placement, ZeroSettings
 from prefopt_dist.planning.rollouts import plan_answers
 from prefopt_dist.planning.sizes import model_sizes
@@ -349,6 +349,10 @@ def test_machines() -> None:
     assert known_gpu("NVIDIA H200", 150 * 10**9) == "h200"
     assert known_gpu("NVIDIA A100-SXM4-40GB", 42 * 10**9) in GPUS
     assert known_gpu("Unheard of", 10**9) is None
+    assert [known_gpu(f"NVIDIA H100 {kind}", 85 * 10**9) for kind in ("80GB HBM3", "PCIe", "NVL")] == [
+        "h100", "h100-pcie", "h100-nvl"
+    ]  # fmt: skip
+    assert BANDWIDTHS.keys() == GPUS.keys()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefopt_dist.distributed import ranks
+from prefopt_dist.distributed import driver, ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.preflight import __main__ as nodes
 from prefopt_dist.preflight import machine
@@ -62,7 +62,7 @@ def test_gpus_that_torch_cannot_use_and_too_few_cores(tmp_path: Path, monkeypatc
     monkeypatch.setattr(machine, "examine_gpus", lambda ranks: ([], {}))
     asked = dataclasses.replace(wanted(tmp_path), on_gpus=True, ranks=8)
     of_torch, cores = machine.examine_machine("n1", asked).faults
-    assert of_torch == f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use a GPU"
+    assert of_torch == f"torch {torch.__version__} cannot use a GPU: {driver.why_no_gpu()}"
     assert cores == "the job may use 1 of its CPU cores, but 8 ranks need one each; raise --cpus-per-task"
     monkeypatch.setenv("PREFOPT_WANT_GPUS", "1")
     with pytest.raises(UserError, match=r"finds none .* CUDA_VISIBLE_DEVICES= \(empty\)"):
