@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Runs this node's part of the check before a job. slurm/job.sh starts it once on each node through srun.
 #
-#   launch/check_node.sh --hosts N1,N2,... --ranks R --head HOST:PORT --folder RUN [--node I]
+#   launch/check_node.sh --hosts N1,N2,... --ranks R --head HOST:PORT --folder RUN [--node I] [--plan plan.json]
 #
-# Without --node, SLURM_NODEID is the number of this host in the list. Environment variables: PREFOPT_MIN_DISK_GIB,
+# With a plan (plan.file of the stage plan) it warns where the network is slower than the run needs. Without --node, SLURM_NODEID is the number of this host in the list. Environment variables: PREFOPT_MIN_DISK_GIB,
 # PREFOPT_MIN_SHM_GIB, PREFOPT_MEETING_SECONDS. Exit status: 0; 1 with a line for each fault and its host; 2 if one of
 # these variables is not a number.
 set -euo pipefail

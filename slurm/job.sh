@@ -69,12 +69,14 @@ build_start() { # $@: more options of srun
 # than 90 s.
 check_nodes() { # $1: the head, $2: a number from which the port is chosen, the others: the nodes' names
     local head=$1 names port status=0 job
+    local -a plan=()
+    [[ ! -e $submission/plan.json ]] || plan=(--plan "$submission/plan.json")
     port=$(choose_port "$2") || fail 1 "no free port on $head: all of 20 ports between 20000 and 31999 are in use"
     shift 2
     names=$(IFS=, && echo "$*")
     build_start "--nodes=$SLURM_NNODES" "--ntasks=$SLURM_NNODES" --ntasks-per-node=1
     "${start[@]}" "$submission/code/launch/check_node.sh" --hosts "$names" --ranks "$RANKS" --head "$head:$port" \
-        --folder "$run_dir" &
+        --folder "$run_dir" "${plan[@]}" &
     job=$!
     while kill -0 "$job" 2>/dev/null; do # the wait may have been ended by a signal, not by the end of the step
         status=0

@@ -23,6 +23,7 @@ from prefopt_dist.planning import work
 from prefopt_dist.planning.export import export_plan
 from prefopt_dist.planning.fit import Needs, check_fit, fits_with_offloading
 from prefopt_dist.planning.machine import Machine, planned_machine
+from prefopt_dist.planning.network import network
 from prefopt_dist.planning.report import PlanReport
 from prefopt_dist.planning.rollouts import AnswersPlan, plan_answers
 from prefopt_dist.planning.work import disk_needed
@@ -86,15 +87,27 @@ def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], tod
 
     written, merged = DTYPES[config.export.dtype or config.model.dtype].itemsize, config.export.merged
     disk = disk_needed(needs.sizes, config.checkpoint.keep, written, todo.sequences, merged=merged)
+    step_seconds = seconds(work.training_flop(todo, cost, again, needs.sizes.frozen))
+    traffic = None
+    if step_seconds is not None and machine.ranks > 1:
+        traffic = network(
+            needs.sizes,
+            needs.policy,
+            ranks=machine.ranks,
+            budget=needs.tokens,
+            step_tokens=todo.step_tokens,
+            step_seconds=step_seconds,
+        )
     return PlanReport(
         machine=machine,
         sizes=needs.sizes,
         fits=fits,
         micro_batch_tokens=config.train.micro_batch_tokens,
         work=todo,
-        step_seconds=seconds(work.training_flop(todo, cost, again, needs.sizes.frozen)),
+        step_seconds=step_seconds,
         first_pass_seconds=seconds(todo.first_pass_flop),
         evaluation_seconds=seconds(todo.evaluation_flop),
+        network=traffic,
         answers=_answers(config, machine, needs, todo.steps),
         disk=disk,
         export=export_plan(needs.sizes, disk, machine, export_item=written, part=PART_BYTES, merged=merged),

@@ -11,6 +11,7 @@ from prefopt_dist.planning.export import ExportPlan
 from prefopt_dist.planning.fit import Fit
 from prefopt_dist.planning.machine import Machine
 from prefopt_dist.planning.memory import GENERATION, Phase
+from prefopt_dist.planning.network import Network
 from prefopt_dist.planning.rollouts import AnswersPlan
 from prefopt_dist.planning.sizes import ModelSizes
 from prefopt_dist.planning.work import Disk, Work
@@ -32,6 +33,8 @@ class PlanReport:
     evaluation_seconds: float | None
     disk: Disk
     export: ExportPlan
+    network: Network | None = None
+    """Traffic between the ranks; None on one rank, and where the device's peak is not known"""
     answers: AnswersPlan | None = None
     """Plan of the run's own answers; None where the run has none"""
 
@@ -78,6 +81,13 @@ class PlanReport:
                 "answers": None if self.answers is None else self.answers.seconds,
             },
             "answers": None if self.answers is None else asdict(self.answers) | {"fits": self.answers.fits},
+            "network": None
+            if self.network is None
+            else {
+                "bytes_a_micro_batch": self.network.bytes,
+                "seconds_a_micro_batch": self.network.seconds,
+                "needed_gb_per_second": self.network.needed,
+            },
             "disk_bytes": asdict(self.disk),
             "export": asdict(self.export),
         }
@@ -121,6 +131,11 @@ class PlanReport:
             if any(phase.name == GENERATION for phase in self.fits[0].phases):
                 left_out = "generating, loading and saving"
             lines[-1] += f"{parts}; {_clock(self.total_seconds)} in total, without {left_out}"
+        if self.network is not None and self.machine.nodes > 1:
+            lines.append(
+                f"network: ZeRO-3 moves {format_bytes(self.network.bytes)} in the {self.network.seconds:.3g} s of a "
+                f"micro-batch; below {self.network.needed:.3g} GB/s of all-reduce the ranks wait for it"
+            )
         return lines
 
     def _disk(self) -> list[str]:

@@ -1,6 +1,6 @@
 """One machine's part of the check before a job; slurm/job.sh starts it once on each machine through srun.
 
-    python -m prefopt_dist.preflight --hosts n1,n2 --node I --ranks R --head HOST:PORT --folder RUN
+    python -m prefopt_dist.preflight --hosts n1,n2 --node I --ranks R --head HOST:PORT --folder RUN [--plan plan.json]
 
 The machines meet in a key-value store at the head. The head names the machines that do not answer, that lack something,
 whose versions differ, or whose ranks fail in an all-reduce. Exit status: 0; 1 with one line per fault on the head; 2
@@ -39,13 +39,16 @@ SLOW_SHARE = 0.5
 """Share of the median bandwidth inside a machine below which a machine is marked as slow."""
 
 
-def check(meeting: Rendezvous, requirements: Requirements, seconds: float) -> list[str]:
+def check(
+    meeting: Rendezvous, requirements: Requirements, seconds: float, network: Mapping[str, float] | None = None
+) -> list[str]:
     """Return the faults of all machines (every machine calls it).
 
     Args:
         meeting: the rendezvous of the machines.
         requirements: what each machine must have.
         seconds: time for all machines to answer.
+        network: `network` of the run's plan; None where it is not known.
     """
     report = examine_machine(meeting.hosts[meeting.node], requirements)
     meeting.answer("report", dataclasses.asdict(report))
@@ -60,7 +63,7 @@ def check(meeting: Rendezvous, requirements: Requirements, seconds: float) -> li
         return agreed
     meeting.answer("reduction", _reduce(meeting, requirements.ranks))
     if meeting.node == 0:
-        faults = _reduction_faults(meeting, meeting.answers("reduction", REPORT_SECONDS))
+        faults = _reduction_faults(meeting, meeting.answers("reduction", REPORT_SECONDS), network)
     return meeting.agree("reductions", faults, REDUCTION_SECONDS + REPORT_SECONDS)
 
 
@@ -100,13 +103,34 @@ def _reduce(meeting: Rendezvous, ranks: int) -> dict[str, Any]:
     return figures
 
 
-def _reduction_faults(meeting: Rendezvous, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the faults of the all-reduces; print the bandwidths where none is found."""
+def _reduction_faults(
+    meeting: Rendezvous, results: Mapping[str, Mapping[str, Any]], network: Mapping[str, float] | None
+) -> list[str]:
+    """Return the faults of the all-reduces; print the bandwidths, and a warning about them, where none is found."""
     faults = [f"{h}: its ranks did not answer" for h in meeting.hosts if h not in results]
     faults += [f"{h}: {f['fault']}" for h, f in results.items() if "fault" in f]
     if not faults:
         print(_bandwidth_line(results), flush=True)
+        if network is not None and len(results) > 1:
+            print(_network_warning(next(iter(results.values()))["all"], network), end="", flush=True)
     return faults
+
+
+def _network_warning(measured: float, network: Mapping[str, float]) -> str:
+    """Return a line where the all-reduce over all ranks is slower than the run's plan needs; else nothing.
+
+    The job starts nevertheless: a slow network makes it slower, not wrong.
+    """
+    needed = network["needed_gb_per_second"]
+    if measured >= needed:
+        return ""
+    return (
+        f"nodes: WARNING: the all-reduce over all ranks reaches {measured:.3g} GB/s, and this run needs {needed:.3g} "
+        f"GB/s: ZeRO-3 moves {network['bytes_a_micro_batch'] / 1e9:.3g} GB in the "
+        f"{network['seconds_a_micro_batch']:.3g} s of a micro-batch (plan). The ranks will wait for the network "
+        f"about {1 - measured / needed:.0%} of the time. See whether NCCL uses the fast network (NCCL_DEBUG=INFO shows "
+        "NET/IB; NCCL_IB_HCA and NCCL_SOCKET_IFNAME choose it), or raise train.micro_batch_tokens\n"
+    )
 
 
 def _bandwidth_line(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -150,6 +174,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--head", required=True)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--plan", type=Path)
     options = parser.parse_args(arguments)
     hosts = options.hosts.split(",")
     try:
@@ -166,7 +191,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         meeting = Rendezvous(hosts, options.node, options.head, seconds)
-        faults = check(meeting, requirements, seconds)
+        network = None if options.plan is None else json.loads(options.plan.read_text())["network"]
+        faults = check(meeting, requirements, seconds, network)
         meeting.leave()
     except dist.DistError as e:
         first = str(e).splitlines()[0]

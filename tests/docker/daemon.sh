@@ -34,7 +34,9 @@ make_base() { # $1: its name
     mirror=$(awk '$1 == "URIs:" { print $2; exit } $1 == "deb" && $2 ~ /^http/ { print $2; exit }' \
         /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list 2>/dev/null) || true
     [[ -d $home/rootfs/usr ]] ||
-        debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$home/rootfs" \
+        debootstrap --variant=minbase \
+            --include=python3,python3-venv,ca-certificates,libibverbs1,ibverbs-providers,librdmacm1 \
+            bookworm "$home/rootfs" \
             ${mirror:+"$mirror"} >"$home/debootstrap.log" 2>&1
     tar -C "$home/rootfs" -c . | docker import - "$1" >/dev/null
 }

@@ -79,6 +79,30 @@ def test_a_python_that_is_too_old(tmp_path: Path) -> None:
     assert (done.returncode, "Python 3.9; take one with 3.11 or 3.12" in done.stderr) == (1, True)
 
 
+def test_only_what_the_image_lacks_is_installed(tmp_path: Path) -> None:
+    """A Python of the image's own stays; InfiniBand's libraries, which NCCL loads, are in the final image."""
+    for name, text in {
+        "python3": "exit $FAKE_PYTHON",
+        "dpkg": "[[ $2 == have ]]",
+        "apt-get": f'echo "$*" >>"{tmp_path}/calls"; [[ $1 != install ]] || FAKE_PYTHON=0',
+        "rm": "",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def installed(*packages: str, python: str) -> list[str]:
+        (tmp_path / "calls").write_text("")
+        run("/bin/bash", DOCKER / "install_python.sh", *packages, PATH=str(tmp_path), FAKE_PYTHON=python)
+        return [c for line in (tmp_path / "calls").read_text().splitlines() if "install" in line
+                for c in line.split("--no-install-recommends ")[1].split()]  # fmt: skip
+
+    assert installed(python="0") == installed("have", python="0") == []
+    assert installed("have", "lack", python="0") == ["lack"]
+    assert installed("lack", python="1") == ["lack", "python3", "python3-venv", "ca-certificates"]
+    final = (DOCKER / "Dockerfile").read_text().split("FROM ${BASE}")[1]
+    assert "install_python.sh libibverbs1 ibverbs-providers librdmacm1" in final
+
+
 def test_the_image_is_made_of_what_the_build_may_see() -> None:
     copied = re.findall(r"^COPY (?!--from)(.*) \S+$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
     files = [f for line in copied for f in line.split()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from prefopt_dist.preflight.rendezvous import Rendezvous
 HOSTS = ("n1", "n2")
 
 
-def start(folder: Path, of_second: Mapping[str, str]) -> list[subprocess.CompletedProcess[str]]:
+def start(folder: Path, of_second: Mapping[str, str], *options: str) -> list[subprocess.CompletedProcess[str]]:
     """Both nodes' parts, as slurm/job.sh starts them; the second one has more in its environment."""
     port = free_port()
     started = []
@@ -35,7 +36,7 @@ def start(folder: Path, of_second: Mapping[str, str]) -> list[subprocess.Complet
             "SLURM_NODEID": str(i),
         }
         command = [str(REPOSITORY / "launch/check_node.sh"), "--hosts", ",".join(HOSTS), "--ranks", "1"]
-        command += ["--head", f"127.0.0.1:{port}", "--folder", str(folder / "run" / "of" / "it")]
+        command += ["--head", f"127.0.0.1:{port}", "--folder", str(folder / "run" / "of" / "it"), *options]
         started.append(
             subprocess.Popen(command, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
@@ -47,6 +48,17 @@ def test_two_nodes_that_are_well(tmp_path: Path) -> None:
     first, second = start(tmp_path, {})
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert first.stdout.startswith("nodes: 2 passed the check; all-reduce ")
+    assert second.stdout == ""
+    assert "WARNING" not in first.stdout
+
+
+def test_a_network_slower_than_the_plan_needs_is_a_warning(tmp_path: Path) -> None:
+    network = {"bytes_a_micro_batch": 1e12, "seconds_a_micro_batch": 1e-3, "needed_gb_per_second": 5e5}
+    (tmp_path / "plan.json").write_text(json.dumps({"network": network}))
+    first, second = start(tmp_path, {}, "--plan", str(tmp_path / "plan.json"))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "nodes: WARNING: the all-reduce over all ranks reaches " in first.stdout
+    assert "and this run needs 5e+05 GB/s" in first.stdout
     assert second.stdout == ""
 
 

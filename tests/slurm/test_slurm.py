@@ -234,6 +234,20 @@ def test_a_run_that_cannot_fit_is_not_submitted(site: Site) -> None:
     assert "plan.gpu is not set" in site.submit("r.yaml").stderr
 
 
+def test_the_check_of_the_nodes_gets_the_plan(site: Site) -> None:
+    plan = "[[ $* =~ plan.file=([^ ]*) ]] && echo '{}' >${BASH_REMATCH[1]}"
+    assert site.submit("r.yaml", FAKE_GPU="h200", FAKE_PLAN=plan).returncode == 0
+    submission = site.base.with_name("mine.submit") / "1"
+    assert (submission / "plan.json").read_text() == "{}\n"
+    site.job("train", FAKE_JOB="echo 0 >$PREFOPT_STATUS_FILE")
+    [checked] = site.lines("checked")
+    assert checked.endswith(f" --folder {site.base} --plan {submission}/plan.json")
+    (submission / "plan.json").unlink()
+    site.job("train", FAKE_JOB="echo 0 >$PREFOPT_STATUS_FILE")
+    [checked] = site.lines("checked")
+    assert checked.endswith(f" --folder {site.base}")
+
+
 def test_no_secret_is_kept_with_a_submission(site: Site) -> None:
     """Neither of the environment nor of files beside the code; the site's own values are kept as they are."""
     names = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")

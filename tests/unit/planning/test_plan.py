@@ -18,6 +18,7 @@ from prefopt_dist.planning.export import export_plan
 from prefopt_dist.planning.fit import Fit, Needs, check_fit, find_fit, fits_with_offloading
 from prefopt_dist.planning.machine import BANDWIDTHS, GPUS, Machine, known_gpu, planned_machine
 from prefopt_dist.planning.memory import GenerationSettings, Phase, Placement, ZeroSettings
+from prefopt_dist.planning.network import network
 from prefopt_dist.planning.rollouts import plan_answers
 from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.planning.work import disk_needed
@@ -339,6 +340,24 @@ def test_answers_of_an_8b_and_a_70b() -> None:
     assert found.seconds > 2 * 256 * 2 * large.sizes.parameters / 50e9  # 2.8 s a token
 
 
+def test_the_network_that_a_run_needs() -> None:
+    """An 8B on 16 GPUs, 24 micro-batches of 8192 tokens: two in turn on each, of 1.5 s. 2 + 2 + 4 bytes a parameter."""
+    needs = needs_of("8B")
+    asked = {"ranks": 16, "budget": 8192, "step_tokens": 24 * 8192.0, "step_seconds": 3.0}
+    found = network(needs.sizes, needs.policy, **asked)
+    assert (found.bytes, found.seconds) == (8 * needs.sizes.parameters, 1.5)
+    assert found.needed == pytest.approx(15 / 16 * 8 * 8_030_261_248 / 1.5 / 1e9)
+    in_bfloat16 = replace(needs.policy, reduced_dtype_bytes=2)
+    assert network(needs.sizes, in_bfloat16, **asked).bytes == 3 * 2 * needs.sizes.parameters
+    within_nodes = replace(in_bfloat16, secondary=8)
+    assert network(needs.sizes, within_nodes, **asked).bytes == 2 * 2 * needs.sizes.parameters
+    adapters = with_adapters("8B", r=16)
+    moved = network(adapters.sizes, adapters.policy, **asked).bytes
+    assert moved == 4 * adapters.sizes.parameters + 4 * adapters.sizes.trained
+    few = network(needs.sizes, needs.policy, **asked | {"step_tokens": 10.0})
+    assert few.seconds == 3.0, "a micro-batch at least, however small"
+
+
 def test_machines() -> None:
     assert planned_machine(Plan(gpu="a100-40", nodes=2)).ranks == 16
     assert planned_machine(Plan(gpu="l40s", gpus_per_node=4)).memory == 48e9
@@ -382,6 +401,10 @@ def test_the_command(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["memory"][0]["fits"]
     assert plan["seconds"]["total"] > 4 * plan["seconds"]["step"] > 0
     assert not (world / "runs" / "run").exists()
+    assert "network: " not in said, "one node"
+    assert plan["network"]["bytes_a_micro_batch"] == 3 * 4 * plan["model"]["parameters"], "of float32"
+    status, said, on_two = planned_by(world, capsys, "plan.nodes=2")
+    assert f"below {on_two['network']['needed_gb_per_second']:.3g} GB/s of all-reduce the ranks wait for it" in said
     status, said, adapted = planned_by(world, capsys, "lora.r=4")
     assert status == 0, said
     assert "of the adapters are trained" in said

@@ -43,6 +43,31 @@ def test_a_machine_that_is_much_slower_is_marked() -> None:
     )
 
 
+class Meeting:
+    hosts = ("n1", "n2")
+
+
+def test_a_network_slower_than_the_plan_needs_is_said_with_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    """30 GB in the 2 s of a micro-batch on 16 ranks: 15/16 · 15 GB/s."""
+    network = {"bytes_a_micro_batch": 3e10, "seconds_a_micro_batch": 2.0, "needed_gb_per_second": 14.0625}
+
+    def said(measured: float, of: Any = network, hosts: int = 2) -> str:
+        found = {h: {"inside": 100.0, "all": measured} for h in Meeting.hosts[:hosts]}
+        meeting: Any = Meeting()
+        meeting.hosts = Meeting.hosts[:hosts]
+        assert nodes._reduction_faults(meeting, found, of) == [], "it does not stop the job"
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"nodes: {hosts} passed the check; all-reduce {measured:.2f} GB/s")
+        return lines[1] if lines[1:] else ""
+
+    assert said(3.0).startswith(
+        "nodes: WARNING: the all-reduce over all ranks reaches 3 GB/s, and this run needs 14.1 GB/s: ZeRO-3 moves 30 "
+        "GB in the 2 s of a micro-batch (plan). The ranks will wait for the network about 79% of the time."
+    )
+    assert "NCCL_IB_HCA" in said(3.0)
+    assert said(14.1) == said(3.0, None) == said(3.0, hosts=1) == ""
+
+
 def test_room_and_the_odd_one_out(tmp_path: Path) -> None:
     assert machine.examine_machine("n1", wanted(tmp_path)).faults == ()
     faults = machine.examine_machine("n1", wanted(tmp_path / "not" / "yet", disk_gib=1e9)).faults
