@@ -193,7 +193,8 @@ class Generate:
     """Largest number of tokens of a response, including its end token; responses that do not end within it are left
     out."""
     batch_tokens: Count = 32768
-    """Tokens of prompts and responses that a rank samples at once. It changes memory and speed, not the result."""
+    """Tokens of prompts and responses that a rank samples at once. It changes memory and speed, and the
+    result within rounding alone."""
     pairing: Literal["best_worst", "best_random", "margin"] = "best_worst"
     """Which two responses to a prompt make a pair: the best and the worst, the best and a random one with a lower
     score, or (`margin`) every two whose scores differ by at least `min_margin`."""

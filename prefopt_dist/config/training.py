@@ -99,7 +99,8 @@ class Train:
     global_batch_pairs: Count = 64
     """G: pairs in an optimizer step over all ranks; with `kto`, rated responses."""
     micro_batch_tokens: Count = 8192
-    """Packed tokens in one forward and backward pass of one rank. It changes memory and speed, not the result."""
+    """Packed tokens in one forward and backward pass of one rank. It changes memory and speed, and the
+    result within rounding alone."""
     deterministic: bool = False
     """Whether a GPU computes with deterministic algorithms alone, which are slower. Then a resumed run ends with the
     same bits on equal GPUs, versions and numbers of ranks (not run on a GPU). On the CPU it always does."""

@@ -3,7 +3,7 @@
 All functions are pure. The models sample independently of each other (the seed of each is derived from its weights), so
 a win rate is that of independent answers. The comparison is paired by prompt: an interval is over the prompts'
 differences or wins, each the mean over the answers to one prompt. The same weights on both sides give the same answers,
-which tie.
+which tie (on the CPU, and on equal GPUs under `train.deterministic`; not run on a GPU).
 """
 
 from __future__ import annotations
