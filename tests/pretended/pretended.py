@@ -88,6 +88,9 @@ def install() -> Any:
     }.items():
         setattr(torch.cuda, name, value)
 
+    # It has no page-locked memory; a copy to it waits, so that batches are moved before waiting is refused.
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor
+
     original = F.scaled_dot_product_attention
 
     def attention(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False, scale: Any = None) -> Any:
