@@ -293,7 +293,7 @@ def _policy(
     tokens = config.train.micro_batch_tokens
     available = activation_checkpointing.available_bytes(lm, settings["zero_optimization"])
     if torch.cuda.is_available():
-        available = max(0, available - memory.flash_backward(tokens))
+        available = max(0, available - memory.attention_backward(tokens))
     checkpointing = activation_checkpointing.choose(
         memory, mode=config.model.checkpointing, tokens=tokens, available=available
     )

@@ -43,8 +43,7 @@ class BlockSize:
 
 GPU_BLOCKS = BlockSize(most_bytes=512 * 2**20, queries=128, padding=128 * 2**20)
 """At 512 MiB an operation on a block's float32 scores moves 200 MB, at the 3 TB/s of an H100's memory in 70 µs, several
-times a launch (calculated, not run on a GPU). It is less than the head's block of logits takes, which is in every
-estimate of memory and lives at other times."""
+times a launch (calculated, not run on a GPU)."""
 CPU_BLOCKS = BlockSize(most_bytes=8 * 2**20, queries=128, padding=2**20)
 """A block's scores stay in a core's caches: on one thread 8 MiB was as fast as 4 and 16, and faster than 64."""
 
@@ -60,8 +59,12 @@ class BlockBytes(NamedTuple):
     @staticmethod
     def of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> BlockBytes:
         """Return them for queries [1, H, T, d], keys [1, J, T, d] and values [1, J, T, e]."""
-        numbers = key.shape[1] * (key.shape[-1] + value.shape[-1])
-        return BlockBytes(BYTES_PER_SCORE * query.shape[1], BYTES_PER_KEY_NUMBER * numbers)
+        return BlockBytes.of_heads(query.shape[1], key.shape[1] * (key.shape[-1] + value.shape[-1]))
+
+    @staticmethod
+    def of_heads(heads: int, key_numbers: int) -> BlockBytes:
+        """Return them for H query heads, and J·(d + e) numbers of a token's keys and values."""
+        return BlockBytes(BYTES_PER_SCORE * heads, BYTES_PER_KEY_NUMBER * key_numbers)
 
     def padded(self, n: int, q: int, k: int) -> int:
         """Return the bytes of n tiles of q queries and k keys."""
@@ -126,6 +129,22 @@ class RowPlan:
     key_heads: torch.Tensor
     """int64 [J, 1]: 0 to J - 1."""
     blocks: tuple[ScoreBlock, ...]
+
+
+def most_block_bytes(tokens: int, sizes: BlockBytes, size: BlockSize) -> int:
+    """Return a bound of the bytes of a block's temporary tensors, for any row of this many tokens.
+
+    Args:
+        tokens: T.
+        sizes: bytes of a score and of a key.
+        size: sizes of tiles and blocks on the device.
+    """
+    # If every query saw all keys of the row, and all tiles were one block: with the padding that a block may have, and
+    # with as much as tiles of one query each could need.
+    unpadded = sizes.padded(1, tokens, tokens) + -(-tokens // size.queries) * tokens * sizes.key
+    padded = sizes.padded(tokens, min(tokens, size.queries), tokens)
+    # A tile with the keys of the whole row may take twice what these keys take, beyond the bound.
+    return max(min(size.most_bytes, unpadded + size.padding, padded), 2 * tokens * sizes.key)
 
 
 def block_attention(

@@ -14,6 +14,7 @@ from transformers.integrations.moe import ExpertsInterface
 from prefopt_dist.batching.layout import Cost
 from prefopt_dist.model.adapter import Adapter, attach
 from prefopt_dist.model.attention import CHOOSING, VARLEN_TAKES_GROUPED_HEADS, LayerNeeds, flash_takes, needs_of_call
+from prefopt_dist.model.block_attention import GPU_BLOCKS, BlockBytes, most_block_bytes
 from prefopt_dist.model.head import MAX_LOGITS_ON_GPU, MAX_LOGITS_PER_BLOCK
 
 
@@ -92,11 +93,19 @@ class ActivationMemory:
     flash_per_key: int = 0
     """Bytes for each gathered key of the same: dK and dV of every query head, before those of a group are summed."""
     on_gpu: bool = False
-    """Whether the rank computes on a GPU, where the head's blocks are larger."""
+    """Whether the rank computes on a GPU, where the head's blocks are larger, and another kernel computes attention."""
+    gathers_on_gpu: bool = True
+    """Whether the flash kernel takes a layer on a GPU, which gathers the row's keys and values and keeps them."""
+    block_sizes: BlockBytes | None = None
+    """Where a GPU computes a layer's attention in blocks: the bytes of their scores and keys. Else None."""
+    block_per_token: int = 0
+    """Bytes for each token of what that backward pass allocates beside its block: dQ, and dK and dV in float32."""
 
     @property
     def per_token_whole_layer(self) -> float:
         """Return the bytes for each token and layer without checkpointing, gathered keys and values included."""
+        if self.on_gpu and not self.gathers_on_gpu:  # blocks gather the keys and values of one block at a time
+            return self.per_token_layer
         gathers = self.keys_per_token > 1 or self.per_gathered_key > self.per_token_kv
         gathered = self.per_gathered_key * self.keys_per_token - self.per_token_kv
         return self.per_token_layer + (gathered if gathers else 0.0)
@@ -104,6 +113,14 @@ class ActivationMemory:
     def flash_backward(self, tokens: int) -> int:
         """Return the bytes that the flash kernel's backward pass allocates for a layer: a formula, not measured."""
         return int(tokens * (self.flash_per_token + self.flash_per_key * self.keys_per_token))
+
+    def attention_block(self, tokens: int) -> int:
+        """Return a bound of the bytes of a block of scores on a GPU; 0 where the flash kernel takes every layer."""
+        return 0 if self.block_sizes is None else most_block_bytes(tokens, self.block_sizes, GPU_BLOCKS)
+
+    def attention_backward(self, tokens: int) -> int:
+        """Return the bytes that the attention of a layer allocates in its backward pass on a GPU."""
+        return self.flash_backward(tokens) + self.attention_block(tokens) + tokens * self.block_per_token
 
     def bytes(self, tokens: int, checkpointed: int) -> int:
         """Return the peak of a micro-batch of `tokens` with `checkpointed` layers recomputed in the backward pass."""
@@ -144,7 +161,10 @@ def activation_memory(config: PreTrainedConfig, dtype: torch.dtype, adapter: Ada
     heads = numbers["num_attention_heads"]
     key_heads = numbers.get("num_key_value_heads") or heads
     head_size = numbers.get("head_dim") or config.hidden_size // heads
-    flash = any(flash_takes(needs, dtype) for needs in _counted)
+    taken = [flash_takes(needs, dtype) for needs in _counted]
+    flash, blocks = any(taken), not all(taken)
+    value_size = max(needs.value_size for needs in _counted)
+    key_numbers = key_heads * (head_size + value_size)
     return ActivationMemory(
         layers=config.num_hidden_layers,
         per_token_layer=(two - one) / _TOKENS,
@@ -157,6 +177,9 @@ def activation_memory(config: PreTrainedConfig, dtype: torch.dtype, adapter: Ada
         per_gathered_key=2 * (key_heads if VARLEN_TAKES_GROUPED_HEADS or not flash else heads) * head_size * size,
         flash_per_token=4 * heads * head_size if flash else 0,
         flash_per_key=2 * heads * head_size * size if flash and key_heads < heads else 0,
+        gathers_on_gpu=flash,
+        block_sizes=BlockBytes.of_heads(heads, key_numbers) if blocks else None,
+        block_per_token=4 * key_numbers + heads * head_size * size if blocks else 0,
     )
 
 

@@ -194,6 +194,7 @@ def first_pass_phase(sizes: ModelSizes, zero: ZeroSettings, place: Placement, to
                 "layers", int(FORWARD_FACTOR * memory.layers * layer), f"{FORWARD_FACTOR}·tokens × bytes of the layers"
             ),
             MemoryPart("head block", memory.block(tokens), "bounded, model/head.py"),
+            *_attention_block(sizes, place, tokens),
         ),
     )
 
@@ -275,17 +276,26 @@ def backward_phase(sizes: ModelSizes, zero: ZeroSettings, place: Placement, toke
         (
             *backward_without_activations(sizes, zero, place),
             MemoryPart("activations", activation_bytes(sizes, place, tokens, checkpointed), "model/cost.py"),
-            *_flash_backward(sizes, place, tokens),
+            *_attention_backward(sizes, place, tokens),
+            *_attention_block(sizes, place, tokens),
         ),
     )
 
 
-def _flash_backward(sizes: ModelSizes, place: Placement, tokens: int) -> tuple[MemoryPart, ...]:
-    """Return what the flash kernel allocates in its backward pass, of one layer; nothing where it does not run."""
-    allocated = sizes.activations.flash_backward(tokens) if place.is_gpu else 0
+def _attention_backward(sizes: ModelSizes, place: Placement, tokens: int) -> tuple[MemoryPart, ...]:
+    """Return the gradients that the attention of one layer allocates on a GPU before they have the model's form."""
+    memory = sizes.activations
+    allocated = memory.attention_backward(tokens) - memory.attention_block(tokens) if place.is_gpu else 0
     if not allocated:
         return ()
-    return (MemoryPart("attention's backward", allocated, "4·H·head_dim·T for dQ, 2·s·H·head_dim·keys"),)
+    how = "4·H·head_dim·T for dQ, 2·s·H·head_dim·keys" if memory.gathers_on_gpu else "s·H·head_dim·T, 4·2·kv·head_dim·T"
+    return (MemoryPart("attention's backward", allocated, how),)
+
+
+def _attention_block(sizes: ModelSizes, place: Placement, tokens: int) -> tuple[MemoryPart, ...]:
+    """Return the block of scores on a GPU where the flash kernel does not take a layer; it is bounded."""
+    allocated = sizes.activations.attention_block(tokens) if place.is_gpu else 0
+    return (MemoryPart("attention's block", allocated, "bounded, model/block_attention.py"),) if allocated else ()
 
 
 def libraries(place: Placement, zero: ZeroSettings) -> tuple[MemoryPart, ...]:

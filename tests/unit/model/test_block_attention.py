@@ -148,6 +148,18 @@ def test_tiles_cover_the_row_and_blocks_fit(size: BlockSize, window: int | None)
         assert padded - sum(t.keys * (16 * t.queries * BYTES_PER_SCORE + bytes.key) for t in b) <= size.padding
 
 
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("lengths", [(1,), (5, 900), (300, 300, 7), (40,) * 30])
+def test_no_block_takes_more_than_is_planned(size: BlockSize, lengths: tuple[int, ...]) -> None:
+    """For any row: one long segment, short ones beside a long one, many equal ones that all fit one block."""
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    segments = [Segment(e - n, e - n, e - n, e) for e, n in zip(ends, lengths, strict=True)]
+    for bytes in (BlockBytes(score=1, key=10**4), BlockBytes(score=BYTES_PER_SCORE * 4, key=8 * 2 * 64)):
+        most = block_attention.most_block_bytes(ends[-1], bytes, size)
+        for b in block_attention.grouped(block_attention.tiles(segments, None, bytes, size), bytes, size):
+            assert bytes.padded(len(b), max(t.queries for t in b), max(t.keys for t in b)) <= most
+
+
 def test_dispatches_of_gemma2() -> None:
     """Sixteen pairs of the lengths of UltraFeedback, three layers, forward and backward.
 

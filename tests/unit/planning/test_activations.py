@@ -214,6 +214,39 @@ def test_the_flash_kernel_s_backward_by_hand() -> None:
     assert activation_memory(LlamaConfig(**SHAPE | shape), torch.float32).flash_backward(8192) == 0, "not its dtype"
 
 
+CAPPED = Gemma2Config(**SHAPE | {"num_attention_heads": 8, "num_key_value_heads": 2}, head_dim=32)
+
+
+def test_attention_in_blocks_by_hand() -> None:
+    """Gemma 2 with its cap, 8 heads of 32 on 2: 20 bytes a score and head, 8 a number of a key and its value."""
+    memory = activation_memory(CAPPED, torch.bfloat16)
+    assert memory.flash_backward(8192) == 0
+    assert memory.attention_block(8192) == 512 * 2**20, "8192² scores of 8 heads would take 10 GiB"
+    score, key, padding = 20 * 8, 8 * 2 * (32 + 32), 128 * 2**20
+    assert memory.attention_block(300) == 300 * 300 * score + 300 * key + 3 * 300 * key + padding, "three tiles of 128"
+    assert memory.attention_block(8) == 8 * 8 * (8 * score + key), "eight tiles of eight queries, most of them padding"
+    assert memory.attention_block(500_000) == 2 * 500_000 * key, "a tile has all keys that its queries see"
+    gradients = 2 * 8 * 32 + 4 * 2 * (32 + 32)  # dQ in bfloat16, dK and dV in float32
+    assert memory.attention_backward(8192) == 512 * 2**20 + 8192 * gradients
+
+
+def test_attention_in_blocks_keeps_no_gathered_keys_on_a_gpu() -> None:
+    memory = replace(activation_memory(CAPPED, torch.bfloat16), keys_per_token=20.0)
+    layer = replace(memory, on_gpu=True).per_token_whole_layer
+    assert layer == memory.per_token_layer
+    assert layer < memory.per_token_whole_layer, "on the CPU long segments gather theirs"
+    flash = replace(activation_memory(CONFIGS["llama"], torch.bfloat16), keys_per_token=20.0)
+    assert replace(flash, on_gpu=True).per_token_whole_layer == flash.per_token_whole_layer
+    assert flash.attention_block(8192) == 0
+
+
+@pytest.mark.parametrize(("dtype", "changes"), [(torch.float32, {}), (torch.bfloat16, {"head_dim": 12})])
+def test_what_the_flash_kernel_does_not_take_goes_by_blocks(dtype: torch.dtype, changes: dict[str, int]) -> None:
+    memory = activation_memory(LlamaConfig(**SHAPE | changes), dtype)
+    assert not memory.gathers_on_gpu
+    assert memory.attention_block(8192) == 512 * 2**20
+
+
 class FakeGPU:
     """torch.cuda of a device of which `free` of `total` bytes are free."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import worlds
-from transformers import LlamaConfig
+from transformers import Gemma2Config, LlamaConfig
 
 from prefopt_dist.cli import main
 from prefopt_dist.config import Lora, Plan, load_deepspeed_json
@@ -84,6 +84,9 @@ def test_a_tiny_model_by_hand() -> None:
         "reduce buffers": 4 * (1000 + 1000),  # communication_data_type is float32
         "head gradient": 4 * 800 + 2 * 800,
         "activations": replace(sizes.activations, on_gpu=True).bytes(10, 0),
+        # Heads of 2 are not the flash kernel's: dQ, dK and dV of 4 and 2 heads, and 10 tiles of 10 queries and 10 keys.
+        "attention's backward": 10 * (2 * 4 * 2 + 4 * 2 * (2 + 2)),
+        "attention's block": 10 * 10 * (10 * 20 * 4 + 8 * 2 * (2 + 2)),
     }
     in_bfloat16 = ZeroSettings.of({k: v for k, v in POLICY.items() if k != "communication_data_type"}, 2)
     assert (zero.reduced_dtype_bytes, in_bfloat16.reduced_dtype_bytes) == (4, 2)
@@ -173,6 +176,29 @@ def test_what_cuda_and_nccl_take_by_hand() -> None:
     assert all(phase.parts[:2] == (context, buffers) for phase in phases)
     backward = by_name(phases[0])
     assert backward["attention's backward"] == 8192 * 4096 * (4 + 2 * 2)
+
+
+def test_the_block_of_scores_is_planned_where_the_flash_kernel_does_not_run() -> None:
+    """Gemma 2's cap: one bounded block in training's backward pass and in the first pass; on a CPU no such part."""
+    model = Gemma2Config(
+        vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=64
+    )
+    zero = ZeroSettings.of(POLICY, 2)
+    sizes = model_sizes(model, torch.bfloat16, zero.persistence)
+    shared = replace(sizes, activations=replace(sizes.activations, keys_per_token=9.0))
+    passes = (memory.backward_phase, memory.first_pass_phase)
+    for phase, more in zip(passes, ((0,), ()), strict=True):
+        gpu, of_shared, cpu = (
+            by_name(phase(s, zero, Placement(2, on_gpu), 8192, *more))
+            for s, on_gpu in ((sizes, True), (shared, True), (sizes, False))
+        )
+        assert gpu["attention's block"] == 512 * 2**20
+        assert of_shared == gpu, "no keys are gathered for the whole row"
+        assert "attention's block" not in cpu
+    backward = by_name(memory.backward_phase(sizes, zero, Placement(2, True), 8192, 0))
+    assert backward["attention's backward"] == 8192 * (2 * 8 * 64 + 4 * 4 * 2 * 64)
+    uncapped = model_sizes(Gemma2Config(**model.to_dict() | {"attn_logit_softcapping": None}), torch.bfloat16, 1)
+    assert "attention's block" not in by_name(memory.backward_phase(uncapped, zero, Placement(2, True), 8192, 0))
 
 
 def test_what_stays_free_of_a_machine() -> None:
