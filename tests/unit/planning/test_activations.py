@@ -240,6 +240,20 @@ def test_attention_in_blocks_keeps_no_gathered_keys_on_a_gpu() -> None:
     assert flash.attention_block(8192) == 0
 
 
+@pytest.mark.parametrize("checkpointed", [0, 3])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_what_attention_in_blocks_keeps_is_counted(batch: str, checkpointed: int) -> None:
+    """A cap goes by blocks on every device: within 10 % of what autograd keeps, for each shape."""
+    measured, tokens = kept_of_units(CAPPED, BATCHES[batch], checkpointed)
+    counted = activation_memory(CAPPED, torch.float32)
+    memory = replace(counted, keys_per_token=most_keys_per_token(BATCHES[batch], tokens)).on_gpu()
+    head = 3 * CAPPED.hidden_size * 4 * tokens  # what reaches the head is not among what is kept here
+    again = tokens * memory.per_token_whole_layer if checkpointed else 0
+    estimate = memory.bytes(tokens, checkpointed) - memory.block(tokens) - again - head
+    print(f"{batch}: {measured:,} bytes kept, {estimate / measured - 1:+.1%} estimated")
+    assert estimate == pytest.approx(measured, rel=0.1)
+
+
 @pytest.mark.parametrize(("dtype", "changes"), [(torch.float32, {}), (torch.bfloat16, {"head_dim": 12})])
 def test_what_the_flash_kernel_does_not_take_goes_by_blocks(dtype: torch.dtype, changes: dict[str, int]) -> None:
     memory = activation_memory(LlamaConfig(**SHAPE | changes), dtype)
