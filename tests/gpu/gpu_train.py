@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,8 @@ from places import REPOSITORY
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+DOOR = ("-m", "prefopt_dist")
+"""What a rank runs"""
 LONGEST = 150.0
 """Seconds that one job may take: a fixed time, not one without progress, since a part has minutes"""
 
@@ -42,13 +45,19 @@ class Job(Protocol):
 class Process:
     """A job of one or several ranks in processes of its own."""
 
-    def __init__(self, run: Path, ranks: int, log: Path) -> None:
-        start = ["-m", "prefopt_dist"]
+    def __init__(
+        self, run: Path, ranks: int, log: Path, door: Sequence[str] = DOOR, environment: Mapping[str, str] | None = None
+    ) -> None:
+        start = list(door)
         if ranks > 1:
             start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *start]
         with log.open("a") as out:
             self._process = subprocess.Popen(
-                [sys.executable, *start, "train", str(run)], cwd=REPOSITORY, stdout=out, stderr=subprocess.STDOUT
+                [sys.executable, *start, "train", str(run)],
+                env=environment,
+                cwd=REPOSITORY,
+                stdout=out,
+                stderr=subprocess.STDOUT,
             )
 
     def status(self) -> int | None:
@@ -100,7 +109,7 @@ class World:
         self.folder.mkdir()
         self.steps, self.every, self.killed_after = (6, 2, 3) if place.tiny else (60, 10, 24)
         sizes: dict[str, int] = {"hidden": 32, "layers": 2, "vocabulary": 300}
-        if place.cuda:
+        if place.cuda and not place.tiny:
             sizes = {"hidden": 512, "layers": 6, "vocabulary": 512}
         letters.write_model(self.folder / "model", **sizes)
         worlds.write_pairs(self.folder / "pairs.jsonl", 48 if place.tiny else 480)

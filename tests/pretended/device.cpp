@@ -1,7 +1,9 @@
 // A pretended CUDA device: tensors are on cuda:0, their memory is the host's, and their kernels are the CPU's.
 //
 // An operator on tensors of both devices raises, as on a GPU. An operator for which a GPU's host would wait is counted,
-// and raises while syncs are refused. Nothing is shown of streams, of a real kernel's numbers, or of speed.
+// and raises while syncs are refused. Live bytes and their peak are counted, and an allocation beyond the total raises
+// torch.OutOfMemoryError. Nothing is shown of streams, of a real kernel's numbers or temporary memory, or of speed.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
@@ -11,6 +13,7 @@
 #include <torch/extension.h>
 
 #include <atomic>
+#include <map>
 #include <mutex>
 #include <set>
 #include <unordered_map>
@@ -48,15 +51,82 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 };
 const c10::impl::DeviceGuardImplRegistrar registered(GPU.type(), new Guard());
 
+// Memory: live bytes, their peak, and the total beyond which an allocation fails
+
+std::atomic<int64_t> live{0}, peak{0}, total{int64_t(80) << 30};
+
+void take(size_t bytes) {
+  const int64_t now = live += int64_t(bytes);
+  if (now > total) {
+    live -= int64_t(bytes);
+    TORCH_CHECK_WITH(OutOfMemoryError, false, "CUDA out of memory. Tried to allocate ", bytes, " bytes. GPU 0 (pretended) "
+                     "has a total capacity of ", total.load(), " bytes, of which ", live.load(), " are allocated.");
+  }
+  int64_t most = peak;
+  while (now > most && !peak.compare_exchange_weak(most, now)) {
+  }
+}
+
+// Memory that is not counted, behind a header that has its size.
+constexpr size_t HEADER = 64;
+
+void* allocate_with_size(size_t bytes) {
+  auto* start = static_cast<char*>(c10::alloc_cpu(bytes + HEADER));
+  *reinterpret_cast<size_t*>(start) = bytes;
+  return start + HEADER;
+}
+
+size_t free_with_size(void* data) {
+  char* start = static_cast<char*>(data) - HEADER;
+  const size_t bytes = *reinterpret_cast<size_t*>(start);
+  c10::free_cpu(start);
+  return bytes;
+}
+
+void give_back(void* data) { live -= int64_t(free_with_size(data)); }
+
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    void* data = c10::alloc_cpu(bytes == 0 ? 1 : bytes);
-    return {data, data, &c10::free_cpu, GPU};
+    take(bytes);
+    void* data = allocate_with_size(bytes);
+    return {data, data, &give_back, GPU};
   }
-  c10::DeleterFnPtr raw_deleter() const override { return &c10::free_cpu; }
+  c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
   void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 Memory memory;
+
+// Page-locked memory of the host: copies from and to it need not wait.
+std::mutex pinned_lock;
+std::map<const char*, size_t> pinned;
+
+bool is_pinned(const void* data) {
+  std::lock_guard<std::mutex> hold(pinned_lock);
+  auto after = pinned.upper_bound(static_cast<const char*>(data));
+  if (after == pinned.begin()) return false;
+  const auto& [start, bytes] = *std::prev(after);
+  return static_cast<const char*>(data) < start + std::max<size_t>(bytes, 1);
+}
+
+void free_pinned(void* data) {
+  {
+    std::lock_guard<std::mutex> hold(pinned_lock);
+    pinned.erase(static_cast<const char*>(data));
+  }
+  free_with_size(data);
+}
+
+struct PinnedMemory final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    void* data = allocate_with_size(bytes);
+    std::lock_guard<std::mutex> hold(pinned_lock);
+    pinned[static_cast<const char*>(data)] = bytes;
+    return {data, data, &free_pinned, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &free_pinned; }
+  void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+PinnedMemory pinned_memory;
 
 struct Hooks final : at::CUDAHooksInterface {
   void init() const override {}
@@ -64,7 +134,14 @@ struct Hooks final : at::CUDAHooksInterface {
   bool isAvailable() const override { return true; }
   bool hasCUDA() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  bool isPinnedPtr(const void*) const override { return false; }
+  bool isPinnedPtr(const void* data) const override { return is_pinned(data); }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }
+  c10::Allocator* getCUDADeviceAllocator() const override { return &memory; }
+  const at::Generator& getDefaultGenerator(DeviceIndex) const override {
+    static const at::Generator generator = at::detail::getDefaultCPUGenerator();
+    return generator;
+  }
+  at::Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
   DeviceIndex current_device() const override { return 0; }
   int getNumGPUs() const override { return 1; }
   DeviceIndex deviceCount() const override { return 1; }
@@ -76,10 +153,20 @@ struct Hooks final : at::CUDAHooksInterface {
   c10::Device getDeviceFromPtr(void*) const override { return GPU; }
 };
 
-// Synchronisations
+// What is counted: kernels, and what passes between host and device
 
-std::atomic<int64_t> launched{0}, waited{0};
+std::atomic<int64_t> launched{0};
 std::atomic<bool> refused{false};
+PyObject* listener = nullptr;  // called with the name of each wait and copy; never freed
+std::atomic<bool> heard{false};
+
+void tell(const std::string& what) {
+  if (!heard) return;
+  py::gil_scoped_acquire hold;
+  const py::handle function{listener};
+  function(what);
+}
+
 const std::set<std::string> WAITING = {
     "aten::_local_scalar_dense", "aten::nonzero",      "aten::masked_select", "aten::unique_dim", "aten::_unique2",
     "aten::unique_consecutive",  "aten::_unique",      "aten::equal",         "aten::bincount",   "aten::is_nonzero",
@@ -90,8 +177,14 @@ const std::set<std::string> INDEXING = {"aten::index", "aten::index_put_", "aten
                                         "aten::_unsafe_index"};
 
 void wait_for_device(const std::string& what) {
-  waited++;
+  tell("wait: " + what);
   TORCH_CHECK(!refused, "called a synchronizing CUDA operation: ", what);
+}
+
+bool only_views(const c10::FunctionSchema& schema) {
+  for (const auto& result : schema.returns())
+    if (result.alias_info() == nullptr || result.alias_info()->isWrite()) return false;
+  return !schema.returns().empty();
 }
 
 // A call's storages on both devices. A storage of the host that shares a device tensor's memory is made once a call, so
@@ -138,9 +231,14 @@ struct Call {
 
   // A device storage over the memory of a host storage, which it keeps.
   static c10::Storage held(const c10::Storage& host) {
+    take(host.nbytes());
     auto* keeper = new c10::Storage(host);
-    c10::DataPtr data(host.unsafeGetStorageImpl()->mutable_data(), keeper,
-                      [](void* context) { delete static_cast<c10::Storage*>(context); }, GPU);
+    auto release = [](void* context) {
+      auto* kept = static_cast<c10::Storage*>(context);
+      live -= int64_t(kept->nbytes());
+      delete kept;
+    };
+    c10::DataPtr data(host.unsafeGetStorageImpl()->mutable_data(), keeper, release, GPU);
     return c10::Storage(c10::Storage::use_byte_size_t(), host.nbytes(), std::move(data), &memory, true);
   }
 };
@@ -149,7 +247,7 @@ struct Call {
 void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const std::string& name = schema.name();
-  launched++;
+  if (!only_views(schema)) launched++;
   if (WAITING.count(name) != 0) wait_for_device(name);
   const bool host_indices = INDEXING.count(name) != 0;
   Call call;
@@ -228,9 +326,25 @@ at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::opti
                                            c10::dtype_or_default(dtype));
 }
 
-at::Tensor& copy(at::Tensor& to, const at::Tensor& from, bool) {
+// Copies between host and device have a name by their direction and by whether the host waits for them; it does where
+// the host's memory is not page-locked, or the call blocks. A number without dimensions comes as a kernel's argument.
+void tell_copy(const at::Tensor& to, const at::Tensor& from, bool non_blocking) {
+  const bool to_host = to.device().is_cpu();
+  if (!to_host && !from.device().is_cpu()) return;
+  const at::Tensor& host = to_host ? to : from;
+  if (host.numel() == 0 || (!to_host && from.dim() == 0 && from.unsafeGetTensorImpl()->is_wrapped_number())) return;
+  const bool page_locked = is_pinned(host.const_data_ptr());
+  const std::string what = to_host ? "copy to the host" : "copy to the device";
+  if (page_locked && non_blocking) {
+    tell(what);
+  } else {
+    wait_for_device(what + (page_locked ? ", blocking" : ", pageable"));
+  }
+}
+
+at::Tensor& copy(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   launched++;
-  if (to.device().is_cpu() || (from.device().is_cpu() && from.dim() > 0)) wait_for_device("a copy of pageable memory");
+  tell_copy(to, from, non_blocking);
   Call call;
   at::Tensor host = call.to_host(to);
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -270,6 +384,17 @@ at::Tensor& set(at::Tensor& tensor, at::Storage storage, int64_t offset, at::Int
   return tensor;
 }
 
+at::Tensor& set_storage(at::Tensor& tensor, at::Storage storage) {
+  const auto numbers = int64_t(storage.nbytes() / tensor.dtype().itemsize());
+  return set(tensor, std::move(storage), 0, {numbers}, {1});
+}
+
+at::Tensor& set_nothing(at::Tensor& tensor) {
+  return set(tensor, c10::Storage(c10::Storage::use_byte_size_t(), 0, &memory, true), 0, {0}, {1});
+}
+
+void record_stream(at::Tensor&, c10::Stream) {}
+
 at::Tensor& set_tensor(at::Tensor& tensor, const at::Tensor& source) {
   return set(tensor, source.storage(), source.storage_offset(), source.sizes(), source.strides());
 }
@@ -285,7 +410,10 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("_copy_from", copy_from);
   library.impl("resize_", resize);
   library.impl("set_.source_Storage_storage_offset", set);
+  library.impl("set_.source_Storage", set_storage);
   library.impl("set_.source_Tensor", set_tensor);
+  library.impl("set_", set_nothing);
+  library.impl("record_stream", record_stream);
   // Without a kernel of the device it would read the experts' sizes, which a GPU's does not in bfloat16.
   library.impl("_grouped_mm", torch::CppFunction::makeFromBoxedFunction<&on_host>());
 }
@@ -296,7 +424,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   TORCH_CHECK(slot != nullptr, "accelerator.so must be loaded before torch, by LD_PRELOAD");
   *slot = static_cast<at::CUDAHooksInterface*>(new Hooks());
   module.def("launched", [] { return launched.load(); });
-  module.def("waited", [] { return waited.load(); });
+  module.def("wait", [](const std::string& what) { wait_for_device(what); });
+  module.def("listen", [](py::function function) {
+    listener = function.release().ptr();
+    heard = true;
+  });
+  module.def("set_total", [](int64_t bytes) { total = bytes; });
+  module.def("live", [] { return live.load(); });
+  module.def("peak", [] { return peak.load(); });
+  module.def("reset_peak", [] { peak = live.load(); });
   module.def("refuse_waiting", [](bool refuse) { refused = refuse; });
   module.def("on_host", [](const at::Tensor& tensor) { return Call().to_host(tensor.detach()); });
 }

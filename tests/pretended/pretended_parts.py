@@ -26,8 +26,31 @@ def main() -> None:
     found: dict[str, Any] = {"mixed": refusal(lambda: torch.ones(2, device=place.device) + torch.ones(2))}
     with gpu_families.no_syncs(place):
         found["sync"] = refusal(torch.ones(2, device=place.device).sum().item)
-    found["launched"] = device.launched()
+    found |= {name: launches(device, cap) for name, cap in (("gemma2", 50.0), ("flash", None))}
     (folder / "found.json").write_text(json.dumps(found))
+
+
+def launches(device: Any, cap: float | None) -> int:
+    """Kernels of three layers of Gemma 2, forward and backward, for 16 pairs of UltraFeedback's lengths."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from benchmarks.launches import gemma2, packed
+    from prefopt_dist.model import attention
+
+    config = gemma2(cap=cap, head_dim=16)
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention.NAME).cuda()
+    row = packed("ultrafeedback-like", 16).to(torch.device("cuda", 0))
+    before: int = device.launched()
+    lm.train().base_model(
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        segments=row.segments,
+        gathered=row.gathered,
+        use_cache=False,
+    ).last_hidden_state.sum().backward()
+    after: int = device.launched()
+    return after - before
 
 
 def refusal(call: object) -> str | None:

@@ -1,0 +1,106 @@
+"""Whole jobs of two ranks on the pretended device: a kill and a resume, counts of a step, memory that runs out."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import gpu_train
+import pretended
+import pretended_job
+import pytest
+import torch
+from gpu_results import Place
+
+pytestmark = pytest.mark.slow
+STEPS = 6
+
+
+class Pretended(gpu_train.World):
+    """The world of `make test-gpu`, small, whose jobs compute on the pretended device."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(Place(torch.device("cuda", 0), True, folder), ranks=2)
+        self.environment = pretended.whole_environment()
+
+    def run(self, name: str, dtype: str = "bfloat16", steps: int = STEPS, **train: object) -> Path:
+        """Several micro-batches a step, evaluation and export included."""
+        asked: dict[str, object] = {"global_batch_pairs": 16, "micro_batch_tokens": 256}
+        return super().run(name, dtype, steps, **(asked | train))
+
+    def start(self, run: Path, **more: str) -> gpu_train.Job:
+        """Start the ranks; each writes into the folder of counts beside the run's file."""
+        counts = run.with_suffix(".counts")
+        counts.mkdir(exist_ok=True)
+        environment = self.environment | {pretended_job.COUNTS: str(counts)} | more
+        door = [str(Path(pretended_job.__file__))]
+        return gpu_train.Process(run, self.ranks, run.with_suffix(".log"), door, environment)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Pretended:
+    if pretended.missing():
+        pytest.skip(f"{pretended.missing()}; would run jobs of two ranks on a pretended CUDA device")
+    return Pretended(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def whole(world: Pretended) -> Path:
+    """A run that nobody disturbs."""
+    run = world.run("whole")
+    world.end(world.start(run), run)
+    return run
+
+
+def test_a_killed_job_ends_with_the_same_weights(world: Pretended, whole: Path) -> None:
+    """As the CPU's kernels compute them; tensors of both devices in one operator would have raised."""
+    run = world.run("killed")
+    found = gpu_train.kill_and_resume(world, run) | gpu_train.compare(run, whole)
+    print(found)
+    assert 0 < found["resumed_from_step"] <= found["killed_after_step"] < STEPS
+    assert found["same_steps_and_pairs"]
+    assert found["different_tensors"] == 0
+    for of in (run, whole):
+        assert "Traceback" not in of.with_suffix(".log").read_text()
+        assert (of.with_suffix("") / "final" / "config.json").exists()
+
+
+def counted(run: Path) -> list[dict[str, Any]]:
+    """What each step of each rank counted, but for the first step, which also makes the optimizer's state."""
+    files = sorted(run.with_suffix(".counts").glob("rank-*.jsonl"))
+    assert len(files) == 2
+    return [step for file in files for step in map(json.loads, file.read_text().splitlines()) if step["step"] > 1]
+
+
+def test_the_host_reads_once_a_step(whole: Path) -> None:
+    for step in counted(whole):
+        print(step)
+
+
+def test_memory_that_runs_out_ends_both_ranks_with_one_message(world: Pretended) -> None:
+    run = world.run("out-of-memory", micro_batch_tokens=4096, global_batch_pairs=48)
+    status_file = world.folder / "status"
+    total = 512 * 2**20 + 14 * 2**20
+    job = world.start(run, PREFOPT_STATUS_FILE=str(status_file), **{pretended.MEMORY: str(total)})
+    until = time.monotonic() + gpu_train.LONGEST
+    while job.status() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    ended = time.time()
+    job.kill()
+    said = run.with_suffix(".log").read_text()
+    began = run.with_suffix(".counts") / pretended_job.OUT_OF_MEMORY
+    assert began.exists(), said
+    print(f"{ended - began.stat().st_mtime:.1f} s from the failure to the end of both ranks\n{said}")
+    assert ended - began.stat().st_mtime < 30
+    assert Counter(re.findall(r"exitcode  : (-?\d+)", said)) == {"2": 2}, said
+    (message,) = re.findall(r"error: out of memory in the (.*(?:\n.*){3})", said)
+    assert message.startswith("training step, on rank "), said
+    assert "CUDA out of memory. Tried to allocate" in message
+    assert re.search(r"estimate is [\d.]+ MiB, the peak so far [\d.]+ MiB of 526 MiB", message), said
+    assert "Change one of these: train.micro_batch_tokens=2048 (the longest row must fit); " in message
+    assert "Traceback" not in said.split("torch/distributed/elastic")[0]
+    assert status_file.read_text().startswith("2\nerror: out of memory in the training step")
