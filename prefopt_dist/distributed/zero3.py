@@ -101,6 +101,8 @@ def reference_settings(zero: Mapping[str, Any], *, dtype: torch.dtype, offload: 
 def _settings(zero: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Return the settings that both engines need."""
     return {
+        # From the third step on, this timer would wait for the whole device before each micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         **deepcopy(dict(zero)),
         # This package makes the micro-batches: the engine gets one at a time, with a mark at a step's last one.
         "train_micro_batch_size_per_gpu": 1,

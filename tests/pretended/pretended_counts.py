@@ -10,6 +10,9 @@ from typing import Any
 PARTS = {"prefopt_dist": "ours", "deepspeed": "engine", "transformers": "model", "optim": "optimizer"}
 """Names of the parts by the folder in which the innermost frame of one of them stands."""
 
+PASSING = ("<lambda>", "<dictcomp>", "to_device", "_with_tensors", "_map")
+"""Functions that only pass a call on, as DeepSpeed's accelerator does"""
+
 
 class Counts:
     """What was told since the last `take`."""
@@ -36,7 +39,8 @@ def _asked_by(frame: FrameType | None) -> tuple[str, str]:
     while frame is not None:
         folders = frame.f_code.co_filename.split("/")
         for folder, part in PARTS.items():
-            if folder in folders:
+            passes = "accelerator" in folders or frame.f_code.co_name in PASSING
+            if folder in folders and not passes:
                 return part, f"{folders[-1]}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "none", ""

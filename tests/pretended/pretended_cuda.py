@@ -125,6 +125,7 @@ def install(device: Any, total: int) -> None:
     }
     for name, value in found.items():
         setattr(torch.cuda, name, value)
+    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
     torch.version.cuda = "13.0"
     for name in ("range_push", "range_pop"):
         setattr(torch.cuda.nvtx, name, lambda *_: 0)

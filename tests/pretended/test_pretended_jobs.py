@@ -29,7 +29,7 @@ class Pretended(gpu_train.World):
 
     def run(self, name: str, dtype: str = "bfloat16", steps: int = STEPS, **train: object) -> Path:
         """Several micro-batches a step, evaluation and export included."""
-        asked: dict[str, object] = {"global_batch_pairs": 16, "micro_batch_tokens": 256}
+        asked: dict[str, object] = {"global_batch_pairs": 16, "micro_batch_tokens": 512}
         return super().run(name, dtype, steps, **(asked | train))
 
     def start(self, run: Path, **more: str) -> gpu_train.Job:
@@ -77,8 +77,31 @@ def counted(run: Path) -> list[dict[str, Any]]:
 
 
 def test_the_host_reads_once_a_step(whole: Path) -> None:
-    for step in counted(whole):
-        print(step)
+    """Beside the engine's own waits, and none a micro-batch; copies to the device are of page-locked memory."""
+    steps = counted(whole)
+    assert len(steps) == 2 * (STEPS - 1)
+    assert min(step["micro_batches"] for step in steps) > 1
+    for step in steps:
+        micro_batches = step["micro_batches"]
+        by_part: dict[str, dict[str, int]] = {"ours": {}, "engine": {}}
+        for part, what, place, times in step["told"]:
+            by_part[part][f"{place.partition(':')[2]}: {what}"] = times
+        assert by_part["ours"] == {
+            "reduce_metrics: wait: copy to the host, pageable": 1,
+            "reduce_metrics: copy to the device": 1,
+            "rank_work: copy to the device": 1,
+            # Twelve tensors of a micro-batch, and the reference's log-probs.
+            "to: copy to the device": 12 * micro_batches,
+            "__iter__: copy to the device": micro_batches,
+        }
+        # The gradient norm made and read, small parameters gathered after the update; a stream a micro-batch.
+        assert by_part["engine"] == {
+            "is_invalid_grad_norm: wait: aten::_local_scalar_dense": 1,
+            "get_grad_norm_direct: wait: copy to the device, pageable": 1,
+            "_allgather_params_coalesced: wait: device": 1,
+            "independent_gradient_partition_epilogue: wait: stream": micro_batches,
+        }
+        print(f"{step['launched']} kernels in a step of {micro_batches} micro-batches")
 
 
 def test_memory_that_runs_out_ends_both_ranks_with_one_message(world: Pretended) -> None:
