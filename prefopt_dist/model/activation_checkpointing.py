@@ -70,10 +70,12 @@ def choose(
     least = min(ranks.all_gather(available))
     checkpointed = {"none": 0, "all": memory.layers, "auto": memory.fewest_checkpointed(tokens, least)}[mode]
     if checkpointed is None:
+        most = memory.most_tokens(least)
+        lower = f"Lower it to at most {most}, use" if most else "No number of tokens would fit: use"
         raise AgreedUserError(
             f"train.micro_batch_tokens: {tokens} tokens need about {format_bytes(memory.bytes(tokens, memory.layers))} "
-            f"with every layer recomputed, and {format_bytes(least)} are free. Lower it to at most "
-            f"{memory.most_tokens(least)}, use more ranks, or set offload_optimizer in deepspeed.policy."
+            f"with every layer recomputed, and {format_bytes(least)} are free. "
+            f"{lower} more ranks, or set offload_optimizer in deepspeed.policy."
         )
     return ActivationCheckpointing(checkpointed, memory.layers, memory.bytes(tokens, checkpointed), least)
 

@@ -320,6 +320,8 @@ def test_what_cannot_fit_is_refused_with_what_can(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(activation_checkpointing.ranks, "all_gather", lambda mine: [mine])
     with pytest.raises(UserError, match=r"train\.micro_batch_tokens: 1000 tokens .* at most 342"):
         activation_checkpointing.choose(MEMORY, mode="auto", tokens=1000, available=50_000)
+    with pytest.raises(UserError, match=r"0 bytes are free\. No number of tokens would fit: use more ranks, or set"):
+        activation_checkpointing.choose(MEMORY, mode="auto", tokens=1000, available=0)
 
 
 def test_some_layers(monkeypatch: pytest.MonkeyPatch) -> None:
