@@ -393,8 +393,6 @@ at::Tensor& set_nothing(at::Tensor& tensor) {
   return set(tensor, c10::Storage(c10::Storage::use_byte_size_t(), 0, &memory, true), 0, {0}, {1});
 }
 
-void record_stream(at::Tensor&, c10::Stream) {}
-
 at::Tensor& set_tensor(at::Tensor& tensor, const at::Tensor& source) {
   return set(tensor, source.storage(), source.storage_offset(), source.sizes(), source.strides());
 }
@@ -413,7 +411,6 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("set_.source_Storage", set_storage);
   library.impl("set_.source_Tensor", set_tensor);
   library.impl("set_", set_nothing);
-  library.impl("record_stream", record_stream);
   // Without a kernel of the device it would read the experts' sizes, which a GPU's does not in bfloat16.
   library.impl("_grouped_mm", torch::CppFunction::makeFromBoxedFunction<&on_host>());
 }
