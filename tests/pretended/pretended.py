@@ -92,9 +92,6 @@ def install() -> Any:
     spec.loader.exec_module(device)
     pretended_cuda.install(device, int(os.environ.get(MEMORY, 80 * 2**30)))
 
-    # It has no page-locked memory; a copy to it waits, so that batches are moved before waiting is refused.
-    torch.Tensor.pin_memory = lambda tensor, device=None: tensor
-
     original = F.scaled_dot_product_attention
 
     def attention(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, **options: Any) -> Any:

@@ -77,7 +77,7 @@ def main() -> None:
                 micro = packed.to(torch.device("cuda", 0))
                 reference = torch.zeros(len(micro.rows), 2, dtype=torch.float64, device="cuda")
                 counted = activation_memory(config, torch.bfloat16)
-                memory = replace(counted, keys_per_token=len(micro.gathered.keys) / micro.tokens).on_gpu()
+                memory = replace(counted, keys_per_token=len(micro.gathered.keys) / micro.tokens, on_gpu=True)
                 again = int(micro.tokens * memory.per_token_whole_layer) if checkpointed else 0
                 estimate = memory.bytes(micro.tokens, checkpointed) - memory.block(micro.tokens)
                 # The plan takes every token for one whose state reaches the head, with three rows of each: the state,

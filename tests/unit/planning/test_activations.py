@@ -246,7 +246,7 @@ def test_what_attention_in_blocks_keeps_is_counted(batch: str, checkpointed: int
     """A cap goes by blocks on every device: within 10 % of what autograd keeps, for each shape."""
     measured, tokens = kept_of_units(CAPPED, BATCHES[batch], checkpointed)
     counted = activation_memory(CAPPED, torch.float32)
-    memory = replace(counted, keys_per_token=most_keys_per_token(BATCHES[batch], tokens)).on_gpu()
+    memory = replace(counted, keys_per_token=most_keys_per_token(BATCHES[batch], tokens), on_gpu=True)
     head = 3 * CAPPED.hidden_size * 4 * tokens  # what reaches the head is not among what is kept here
     again = tokens * memory.per_token_whole_layer if checkpointed else 0
     estimate = memory.bytes(tokens, checkpointed) - memory.block(tokens) - again - head
