@@ -1,78 +1,33 @@
 """Turn sources into a folder of tokenised rows; a folder that exists already is used again."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack
 from hashlib import blake2b
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.config.data import DataSource
 from prefopt_dist.data.cache import Say, build_once, cached_folder, open_intact_rows
-from prefopt_dist.data.columns import rename_columns
-from prefopt_dist.data.dataset import (
-    COLUMNS,
-    SCHEMA,
-    ColumnWriter,
-    Kind,
-    content_digest,
-    flag_bits,
-    sequence_digest,
-    write_manifest,
-)
-from prefopt_dist.data.example import SKIPPED_KINDS, BadRow, Example
-from prefopt_dist.data.forms import FORMS, detect_form, kind_of, read_form
+from prefopt_dist.data.dataset import COLUMNS, SCHEMA, ColumnWriter, Kind, content_digest, write_manifest
+from prefopt_dist.data.forms import kind_of
 from prefopt_dist.data.options import DEFAULT_OPTIONS, TextOptions, writes_date
+from prefopt_dist.data.parts import PartResult, PartTokeniser
+from prefopt_dist.data.reading import Reading, Settings, decide_reading
 from prefopt_dist.data.row_counts import RowCounts
-from prefopt_dist.data.sources import OpenSource, RawRow, open_source
+from prefopt_dist.data.sources import OpenSource, open_source
 from prefopt_dist.data.template import read_template
-from prefopt_dist.data.text_kinds import TEXT_KIND_MESSAGES, apply_text_kind, detect_text_kind
-from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
+from prefopt_dist.data.workers import ALONE, Share, tokenise_share, tokenised_parts
 from prefopt_dist.errors import UserError
 
-BLOCK_ROWS = 256
-"""Number of rows that are tokenised together and written as one block."""
-DETECTION_ROWS = 64
-"""Number of rows of a source that are read before its form is decided."""
+PARTS = ".parts-"
+"""Prefix of the folder of finished parts, beside the folder that they become."""
 
 Progress = Callable[[int, int | None], None]
 """Takes the number of rows read so far, and their total where it is known."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings that decide the tokens, besides the sources and the tokenizer. Their names enter the digest."""
-
-    form: str
-    template: str
-    max_length: int
-    max_prompt_length: int
-    on_bad_row: str
-    options: TextOptions = DEFAULT_OPTIONS
-
-    def check(self) -> None:
-        """Check the values.
-
-        Raises:
-            UserError: A setting is wrong; the message begins with its dotted key.
-        """
-        for key, value, allowed in (
-            ("data.format", self.form, ("auto", *FORMS)),
-            ("data.template", self.template, ("auto", "chat", "none")),
-            ("data.on_bad_row", self.on_bad_row, ("stop", "drop")),
-        ):
-            if value not in allowed:
-                raise UserError(f"{key}: {value!r} is not one of {', '.join(allowed)}; choose one of these")
-        if not 1 <= self.max_prompt_length < self.max_length:
-            raise UserError(
-                f"data.max_prompt_length: {self.max_prompt_length} must be at least 1 and less than "
-                f"data.max_length={self.max_length}, so that tokens are left for a response; change one of them"
-            )
 
 
 def prepare_rows(
@@ -90,6 +45,7 @@ def prepare_rows(
     options: TextOptions = DEFAULT_OPTIONS,
     say: Say = print,
     progress: Progress | None = None,
+    share: Share = ALONE,
 ) -> Path:
     """Return the folder of the tokenised rows, for `open_rows`; build it where no intact one exists.
 
@@ -109,7 +65,8 @@ def prepare_rows(
         key: The dotted key of the sources, for messages.
         options: Further options for reading texts.
         say: Prints a line.
-        progress: Called as `progress(rows, None)` after each block.
+        progress: Called as `progress(rows, None)` after each part.
+        share: The share of this node, where several make the folder; all of them call this function.
 
     Raises:
         UserError: A source cannot be read, a setting is wrong, a row is bad under on_bad_row=stop, no row is left, or
@@ -128,9 +85,22 @@ def prepare_rows(
         return folder
     if template != "none" and writes_date(options.chat_template or str(tokenizer.chat_template)):
         say(f"{key}: the chat template writes a date, which is fixed to {options.template_date} (data.template_date)")
-    tokeniser = Tokeniser(read_template(tokenizer, template, options), max_length, max_prompt_length)
-    builder = _RowBuilder(opened, tokeniser, settings)
-    build_once(folder, lambda building: builder.run(building, weights, vocab_size, key, say, progress))
+    reading = decide_reading(opened, read_template(tokenizer, template, options), settings, say)
+    parts = folder.parent / f"{PARTS}{folder.name}"
+    part_tokeniser = PartTokeniser(tokenizer, settings, reading)
+    if share.node > 0:
+        tokenise_share(opened, part_tokeniser, parts, share)
+        return folder
+    results = tokenised_parts(opened, part_tokeniser, parts, share)
+
+    def write(building: Path) -> None:
+        _write_rows(
+            building, results, reading, weights,
+            stop=on_bad_row == "stop", vocab_size=vocab_size, key=key, progress=progress,
+        )  # fmt: skip
+
+    build_once(folder, write)
+    shutil.rmtree(parts, ignore_errors=True)
     return folder
 
 
@@ -139,178 +109,81 @@ def stop_error(fault: str) -> UserError:
     return UserError(f"{fault}, or leave such rows out with data.on_bad_row=drop")
 
 
-class _RowBuilder:
-    """Reads, tokenises and writes the rows in one pass over the sources."""
+class _Columns:
+    """Writes the results of parts, in their order, as the columns of one folder."""
 
-    def __init__(self, sources: list[OpenSource], tokeniser: Tokeniser, settings: Settings) -> None:
-        self.sources = sources
-        self.tokeniser = tokeniser
-        self.settings = settings
+    def __init__(self, stack: ExitStack, folder: Path) -> None:
         self.counts = RowCounts()
-        self.forms: dict[str, None] = {}
-        self.masked = False
+        self._columns = {name: stack.enter_context(ColumnWriter(folder, name)) for name in COLUMNS}
+        self._columns["offsets"].append([0])
+        self._end = 0
+        self._masked = False
+        self._folder = folder
 
-    def run(
-        self,
-        folder: Path,
-        weights: list[float],
-        vocab_size: int,
-        key: str,
-        say: Say,
-        progress: Progress | None,
-    ) -> None:
-        """Write all columns and the manifest into `folder`."""
-        names = [source.name for source in self.sources]
-        examples = (row for source in self.sources for row in self._examples(source, say))
-        with ExitStack() as stack:
-            columns = {name: stack.enter_context(ColumnWriter(folder, name)) for name in COLUMNS}
-            columns["offsets"].append([0])
-            end = 0
-            for block in _blocks(examples):
-                rows = self._tokenised(block)
-                if rows:
-                    end = self._write(columns, rows, end, vocab_size, key)
-                if progress is not None:
-                    progress(self.counts.used + self.counts.dropped.total(), None)
-            files = {name: column.finish() for name, column in columns.items()}
-        if self.counts.used == 0:
-            report = self.counts.report(", ".join(self.forms), "").text()
-            raise UserError(f"{key}: no row is left to use; correct data.format or the data\n{report}")
-        kind = cast(Kind, kind_of(next(iter(self.forms))))
+    def append(self, result: PartResult) -> None:
+        """Append the rows of a part and add its counts."""
+        self.counts.add(result.counts)
+        self._masked |= result.masked
+        for name, values in result.columns.items():
+            self._columns[name].append(values + self._end if name == "offsets" else values)
+        if len(result.columns["offsets"]):
+            self._end += int(result.columns["offsets"][-1])
+
+    def finish(self, kind: Kind | None) -> dict[str, dict[str, Any]]:
+        """Flush the columns to disk and return size and checksum of each; None: there is no row."""
+        files = {name: column.finish() for name, column in self._columns.items()}
         # Columns without information are removed: labels of rows that are not rated, and a mask that is all true.
-        for name, absent in (("labels", kind != "rated"), ("learnt", not self.masked)):
+        for name, absent in (("labels", kind != "rated"), ("learnt", not self._masked)):
             if absent:
                 del files[name]
-                (folder / f"{name}.bin").unlink()
-        report_ = self.counts.report(", ".join(self.forms), content_digest(files))
-        write_manifest(folder, kind=kind, files=files, names=names, weights=weights, report=report_)
+                (self._folder / f"{name}.bin").unlink()
+        return files
 
-    def _examples(self, source: OpenSource, say: Say) -> Iterator[tuple[RawRow, Example | BadRow]]:
-        rows = source.rows()
-        first = list(islice(rows, DETECTION_ROWS))
-        form = self.settings.form
-        readable = [row.fields for row in first if isinstance(row.fields, dict)]
-        # Without a readable row the form cannot be detected yet; the loop below reports the unreadable rows.
-        if form != "auto" or readable:
-            form = self._decide_form(form, readable, source, say)
-        kind = self._text_kind(form, readable, source, say)
-        for row in chain(first, rows):
-            if isinstance(row.fields, BadRow):
-                yield row, row.fields
-                continue
-            try:
-                if form == "auto":
-                    form = self._decide_form(form, [row.fields], source, say)
-                example = read_form(
-                    form, rename_columns(row.fields, self.settings.options), self.settings.options.learn
-                )
-                yield row, apply_text_kind(example, kind, self.tokeniser.template)
-            except BadRow as bad:
-                yield row, bad
 
-    def _text_kind(self, form: str, rows: list[dict[str, Any]], source: OpenSource, say: Say) -> str | None:
-        """Return the kind of the source's strings, by its first rows; None where it cannot be decided."""
-        if form == "auto":
-            return None
-        examples = []
-        for fields in rows:
-            with suppress(BadRow):
-                examples.append(
-                    read_form(form, rename_columns(fields, self.settings.options), self.settings.options.learn)
-                )
-        kind = detect_text_kind(examples, self.tokeniser.template)
-        if kind in TEXT_KIND_MESSAGES:
-            say(f"{source.key}: the prompts of {source.name} {TEXT_KIND_MESSAGES[kind]}")
-        return kind
+def _write_rows(
+    folder: Path,
+    results: Iterator[PartResult],
+    reading: Reading,
+    weights: list[float],
+    *,
+    stop: bool,
+    vocab_size: int,
+    key: str,
+    progress: Progress | None,
+) -> None:
+    """Write all columns and the manifest.
 
-    def _renamed(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the rows with renamed columns, without bad ones; if all are bad, return the rows unchanged."""
-        renamed = []
-        for fields in rows:
-            with suppress(BadRow):
-                renamed.append(rename_columns(fields, self.settings.options))
-        return renamed or rows
-
-    def _decide_form(self, form: str, rows: list[dict[str, Any]], source: OpenSource, say: Say) -> str:
-        """Return the form of the source; under `auto` its first rows decide."""
-        if form == "auto":
-            form = detect_form(self._renamed(rows), f"data.format: {source.name}")
-            say(f"{source.key}: {source.name} is read as {form}")
-        self.forms[form] = None
-        if len({kind_of(name) for name in self.forms}) > 1:
+    Args:
+        folder: The folder to fill.
+        results: The results of all parts in order.
+        reading: How the sources are read.
+        weights: Passes per epoch, for each source.
+        stop: Whether a bad row ends the job.
+        vocab_size: Number of entries of the model's vocabulary.
+        key: The dotted key of the sources, for messages.
+        progress: Called after each part.
+    """
+    forms = ", ".join(dict.fromkeys(how.form for how in reading.sources if how.form != "auto"))
+    with ExitStack() as stack:
+        columns = _Columns(stack, folder)
+        for result in results:
+            if stop and (fault := result.counts.first_fault) is not None:
+                raise stop_error(fault)
+            if len(result.columns["tokens"]):
+                _check_vocabulary(result.columns["tokens"].max(), vocab_size, key)
+            columns.append(result)
+            if progress is not None:
+                progress(columns.counts.rows, None)
+        counts = columns.counts
+        if counts.used == 0:
             raise UserError(
-                f"{source.key}: {source.name} holds {form}, other sources {next(iter(self.forms))}; sources of one "
-                "data set must all be pairs, all demonstrations or all rated; use only sources of one kind"
+                f"{key}: no row is left to use; correct data.format or the data\n{counts.report(forms, '').text()}"
             )
-        return form
-
-    def _tokenised(self, block: list[tuple[RawRow, Example | BadRow]]) -> list[tuple[RawRow, TokenisedRow]]:
-        """Return the usable rows of a block; count the bad ones, or raise UserError for the first of them."""
-        encoded = iter(self.tokeniser.encode([item for _, item in block if isinstance(item, Example)]))
-        rows = []
-        for raw, item in block:
-            outcome = item if isinstance(item, BadRow) else next(encoded)
-            name = self.sources[raw.source].name
-            origin = f"{name}:{raw.line}"
-            if isinstance(item, Example):
-                self.counts.count_ignored(name, item.ignored)
-            if isinstance(raw.fields, dict):
-                self.counts.count_origin(raw.fields)
-            if isinstance(outcome, TokenisedRow):
-                self.counts.count_used(outcome)
-                rows.append((raw, outcome))
-            elif self.settings.on_bad_row == "drop" or outcome.kind in SKIPPED_KINDS:
-                self.counts.count_dropped(outcome, origin)
-            else:
-                raise stop_error(outcome.message(origin))
-        return rows
-
-    def _write(
-        self,
-        columns: dict[str, ColumnWriter],
-        rows: list[tuple[RawRow, TokenisedRow]],
-        end: int,
-        vocab_size: int,
-        key: str,
-    ) -> int:
-        """Append a block of rows.
-
-        Args:
-            columns: The columns by name.
-            rows: The rows.
-            end: Number of tokens before the block.
-            vocab_size: Number of entries of the model's vocabulary.
-            key: The dotted key of the sources, for messages.
-
-        Returns:
-            Number of tokens after the block.
-        """
-        parts = [np.asarray(part, np.int64) for _, row in rows for part in (row.prompt, *row.responses)]
-        tokens = np.concatenate(parts)
-        _check_vocabulary(tokens.max(), vocab_size, key)
-        ends = end + np.cumsum([len(part) for part in parts])
-        digests = b"".join(
-            sequence_digest(row.prompt, ids, row.learnt_of(k)) for _, row in rows for k, ids in enumerate(row.responses)
-        )
-        columns["tokens"].append(tokens)
-        for _, row in rows:
-            masks = [row.learnt_of(k) or [True] * len(ids) for k, ids in enumerate(row.responses)]
-            self.masked |= not all(map(all, masks))
-            columns["learnt"].append([False] * len(row.prompt) + [learnt for mask in masks for learnt in mask])
-        columns["offsets"].append(ends)
-        columns["digests"].append(np.frombuffer(digests, np.uint8))
-        columns["labels"].append([row.label is True for _, row in rows])
-        columns["source"].append([raw.source for raw, _ in rows])
-        columns["line"].append([raw.line for raw, _ in rows])
-        columns["flags"].append([flag_bits(row.flags) for _, row in rows])
-        return int(ends[-1])
-
-
-def _blocks(
-    examples: Iterator[tuple[RawRow, Example | BadRow]],
-) -> Iterator[list[tuple[RawRow, Example | BadRow]]]:
-    while block := list(islice(examples, BLOCK_ROWS)):
-        yield block
+        kind = cast(Kind, kind_of(forms.split(", ")[0]))
+        files = columns.finish(kind)
+    report = counts.report(forms, content_digest(files))
+    names = [how.name for how in reading.sources]
+    write_manifest(folder, kind=kind, files=files, names=names, weights=weights, report=report)
 
 
 def _check_vocabulary(largest: int, vocab_size: int, key: str) -> None:

@@ -1,7 +1,9 @@
 """Counts of the rows of a data set by what happened to them: used, dropped, truncated or repaired."""
 
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -52,7 +54,7 @@ class DataReport:
     @property
     def first_fault(self) -> str | None:
         """Return the message of the first unusable row of a kind that can stop the job; None where there is none."""
-        return next((shown[0] for kind, shown in self.examples.items() if kind not in SKIPPED_KINDS), None)
+        return first_fault(self.examples)
 
     def as_run_json(self) -> dict[str, Any]:
         """Return the part of the report that is written to `run.json`."""
@@ -74,6 +76,11 @@ class DataReport:
         if self.as_is:
             lines.append(f"  {self.as_is} rows of strings used unchanged, without a template")
         return "\n".join(lines)
+
+
+def first_fault(examples: Mapping[str, Sequence[str]]) -> str | None:
+    """Return the first message of a kind that can stop the job; None where there is none."""
+    return next((shown[0] for kind, shown in examples.items() if kind not in SKIPPED_KINDS), None)
 
 
 class RowCounts:
@@ -123,6 +130,49 @@ class RowCounts:
             at_inference, in_training = row.ends
             self.other_prompt = f"at inference the prompt ends with {at_inference!r}, in training with {in_training!r}"
 
+    @property
+    def rows(self) -> int:
+        """Return the number of rows read."""
+        return self.used + self.dropped.total()
+
+    @property
+    def first_fault(self) -> str | None:
+        """Return the message of the first unusable row of a kind that can stop the job; None where there is none."""
+        return first_fault(self.examples)
+
+    def add(self, other: RowCounts) -> None:
+        """Add the counts of rows that come after these."""
+        self.used += other.used
+        self.as_is += other.as_is
+        for own, more in ((self.dropped, other.dropped), (self.cut, other.cut), (self.repaired, other.repaired)):
+            own.update(more)
+        for kind, examples in other.examples.items():
+            own_examples = self.examples.setdefault(kind, [])
+            own_examples += examples[: EXAMPLES_PER_KIND - len(own_examples)]
+        for named, more_named in ((self.named, other.named), (self.ignored, other.ignored)):
+            for column, values in more_named.items():
+                counts = named.setdefault(column, Counter())
+                for value, count in values.items():
+                    counts[value if value in counts or len(counts) < MAX_NAMES else OTHERS] += count
+        self.other_prompt = self.other_prompt or other.other_prompt
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the counts as plain values, in their order."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> RowCounts:
+        """Return the counts of `as_json`."""
+        counts = cls()
+        for name, value in plain.items():
+            own = getattr(counts, name)
+            if isinstance(own, Counter):
+                value = Counter(value)
+            elif name in ("named", "ignored"):
+                value = {column: Counter(values) for column, values in value.items()}
+            setattr(counts, name, type(own)(value))
+        return counts
+
     def report(self, form: str, digest: str) -> DataReport:
         """Return the final counts, the most frequent kinds first.
 
@@ -131,7 +181,7 @@ class RowCounts:
             digest: The digest of the tokenised rows.
         """
         return DataReport(
-            rows=self.used + self.dropped.total(),
+            rows=self.rows,
             used=self.used,
             dropped=dict(self.dropped.most_common()),
             cut=dict(sorted(self.cut.items())),

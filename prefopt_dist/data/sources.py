@@ -37,6 +37,10 @@ READ_BYTES = 1 << 22
 READ_ROWS = 1024
 
 
+Payload = bytes | dict[str, Any] | BadRow
+"""A row that is not parsed yet: a line of JSON lines, otherwise its fields, or the error of an unreadable row"""
+
+
 @dataclass(frozen=True)
 class RawRow:
     """One row as read: its place, and its fields or the error of an unreadable row."""
@@ -88,24 +92,35 @@ class OpenSource:
         return state.digest()
 
     def rows(self) -> Iterator[RawRow]:
-        """Yield all rows in order.
+        """Yield all rows in order, as `payloads` does."""
+        for line, payload in enumerate(self.payloads(), 1):
+            yield RawRow(self.index, line, parse_payload(payload))
+
+    def payloads(self) -> Iterator[Payload]:
+        """Yield all rows in order, before they are parsed.
 
         Raises:
             UserError: A file cannot be read, or the source has no rows.
         """
         if self.dataset is not None:
-            rows: Iterator[dict[str, Any] | BadRow] = _saved_rows(self.dataset)
+            rows: Iterator[Payload] = _saved_rows(self.dataset)
         elif self.files[0].suffix == ".parquet":
             rows = _parquet_rows(self)
         elif self.files[0].suffix == ".csv":
             rows = (row for file in self.files for row in csv_rows(file, self.key))
         else:
             rows = _json_rows(self)
-        line = 0
-        for line, fields in enumerate(rows, 1):
-            yield RawRow(self.index, line, fields)
-        if line == 0:
+        empty = True
+        for payload in rows:
+            empty = False
+            yield payload
+        if empty:
             raise UserError(f"{self.key}: {self.name!r} holds no rows; name a source with at least one row")
+
+
+def parse_payload(payload: Payload) -> dict[str, Any] | BadRow:
+    """Return the fields of a row, or the error of an unreadable row."""
+    return parse_json_line(payload) if isinstance(payload, bytes) else payload
 
 
 def open_source(source: DataSource, index: int, key: str) -> OpenSource:
@@ -278,12 +293,12 @@ def _saved_rows(dataset: Any) -> Iterator[dict[str, Any]]:
         yield from rows_of(table)
 
 
-def _json_rows(source: OpenSource) -> Iterator[dict[str, Any] | BadRow]:
+def _json_rows(source: OpenSource) -> Iterator[Payload]:
     for file in source.files:
         yield from _json_file(file, source)
 
 
-def _json_file(file: Path, source: OpenSource) -> Iterator[dict[str, Any] | BadRow]:
+def _json_file(file: Path, source: OpenSource) -> Iterator[Payload]:
     """Yield one entry per line, so that entries can be counted as lines; blank lines at the end are skipped."""
     blank = 0
     try:
@@ -298,7 +313,7 @@ def _json_file(file: Path, source: OpenSource) -> Iterator[dict[str, Any] | BadR
                 for _ in range(blank):
                     yield BadRow("blank_line", LINE_RULE, "")
                 blank = 0
-                yield parse_json_line(line)
+                yield line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{source.key}: {file} is a damaged gzip file ({error}); write it again") from error
 

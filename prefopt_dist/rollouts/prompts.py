@@ -19,7 +19,7 @@ from prefopt_dist.data.fields import template_arguments
 from prefopt_dist.data.forms import read_prompt
 from prefopt_dist.data.frame import PROBE_REPLY
 from prefopt_dist.data.options import TextOptions
-from prefopt_dist.data.prepare import DETECTION_ROWS
+from prefopt_dist.data.reading import DETECTION_ROWS
 from prefopt_dist.data.sources import open_source
 from prefopt_dist.data.template import Template
 from prefopt_dist.data.text_kinds import apply_text_kind, detect_text_kind

@@ -1,0 +1,167 @@
+"""Tokenising of a part of a data set: some thousand rows of one source, independent of all others.
+
+Parts have the same rows however many processes share the work, so the tokenised data has the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from prefopt_dist.data.columns import rename_columns
+from prefopt_dist.data.dataset import COLUMNS, flag_bits, sequence_digest
+from prefopt_dist.data.example import BadRow, Example
+from prefopt_dist.data.forms import read_form
+from prefopt_dist.data.reading import Reading, Settings
+from prefopt_dist.data.row_counts import RowCounts
+from prefopt_dist.data.sources import Payload, parse_payload
+from prefopt_dist.data.template import read_template
+from prefopt_dist.data.text_kinds import apply_text_kind
+from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
+from prefopt_dist.files import write_atomic
+
+PART_ROWS = 2048
+"""Number of rows of a part, which is what a kill can lose; a part takes a core some seconds."""
+BLOCK_ROWS = 256
+"""Number of rows that are encoded together."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Successive rows of one source."""
+
+    number: int
+    """Its number among all parts of the data set"""
+    source: int
+    """Index of the source"""
+    first_line: int
+    """Line of its first row"""
+    payloads: Sequence[Payload]
+    """The rows as they are read, not yet parsed"""
+
+
+@dataclass
+class PartResult:
+    """The tokenised rows of a part."""
+
+    columns: dict[str, NDArray[Any]]
+    """The values of `dataset.COLUMNS`; `offsets` are the ends, counted from the part's beginning"""
+    masked: bool
+    """Whether some token of a response is not learnt"""
+    counts: RowCounts
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all; its parts have checksums."""
+        content = json.dumps({"masked": self.masked, "counts": self.counts.as_json()}).encode()
+        stream = io.BytesIO()
+        np.savez(stream, allow_pickle=False, content=np.frombuffer(content, np.uint8), **self.columns)
+        write_atomic(path, stream.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> PartResult | None:
+        """Read a file of `save`; None where there is none or it is damaged."""
+        try:
+            with np.load(path) as found:
+                columns = {name: found[name] for name in COLUMNS}
+                content = json.loads(found["content"].tobytes())
+            return cls(columns, content["masked"], RowCounts.from_json(content["counts"]))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            return None
+
+
+class PartTokeniser:
+    """Tokenises parts; it can be sent to another process."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings, reading: Reading) -> None:
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._reading = reading
+        self._tokeniser: Tokeniser | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tokeniser": None}  # its compiled template cannot be sent
+
+    def tokenise(self, part: Part) -> PartResult:
+        """Tokenise the usable rows of a part, and count the others."""
+        settings = self._settings
+        if self._tokeniser is None:
+            template = read_template(self._tokenizer, settings.template, settings.options)
+            self._tokeniser = Tokeniser(template, settings.max_length, settings.max_prompt_length)
+        result = PartResult({name: np.empty(0, dtype) for name, dtype in COLUMNS.items()}, False, RowCounts())
+        blocks = []
+        for start in range(0, len(part.payloads), BLOCK_ROWS):
+            payloads = part.payloads[start : start + BLOCK_ROWS]
+            rows = self._rows(self._tokeniser, part, part.first_line + start, payloads, result.counts)
+            if rows:
+                blocks.append(_columns(rows, part.source))
+        if blocks:
+            result.masked = any(masked for _, masked in blocks)
+            result.columns = {name: np.concatenate([block[name] for block, _ in blocks]) for name in COLUMNS}
+            result.columns["offsets"] = np.cumsum(result.columns["offsets"])  # until here the parts' lengths
+        return result
+
+    def _rows(
+        self, tokeniser: Tokeniser, part: Part, first_line: int, payloads: Sequence[Payload], counts: RowCounts
+    ) -> list[tuple[int, TokenisedRow]]:
+        """Return the usable rows of a block with their lines."""
+        fields = [parse_payload(payload) for payload in payloads]
+        examples = [self._example(row, part.source, tokeniser) for row in fields]
+        encoded = iter(tokeniser.encode([item for item in examples if isinstance(item, Example)]))
+        name = self._reading.sources[part.source].name
+        rows = []
+        for line, (row, item) in enumerate(zip(fields, examples, strict=True), first_line):
+            outcome = item if isinstance(item, BadRow) else next(encoded)
+            if isinstance(item, Example):
+                counts.count_ignored(name, item.ignored)
+            if isinstance(row, dict):
+                counts.count_origin(row)
+            if isinstance(outcome, TokenisedRow):
+                counts.count_used(outcome)
+                rows.append((line, outcome))
+            else:
+                counts.count_dropped(outcome, f"{name}:{line}")
+        return rows
+
+    def _example(self, row: dict[str, Any] | BadRow, source: int, tokeniser: Tokeniser) -> Example | BadRow:
+        if isinstance(row, BadRow):
+            return row
+        how, options = self._reading.sources[source], self._settings.options
+        try:
+            example = read_form(how.form, rename_columns(row, options), options.learn)
+            return apply_text_kind(example, how.text_kind, tokeniser.template)
+        except BadRow as bad:
+            return bad
+
+
+def _columns(rows: Sequence[tuple[int, TokenisedRow]], source: int) -> tuple[dict[str, NDArray[Any]], bool]:
+    """Return a block's columns, with the lengths of its parts as `offsets`, and whether a token is not learnt."""
+    parts = [np.asarray(part, np.int64) for _, row in rows for part in (row.prompt, *row.responses)]
+    masks = [
+        [False] * len(row.prompt)
+        + [learnt for k, ids in enumerate(row.responses) for learnt in row.learnt_of(k) or [True] * len(ids)]
+        for _, row in rows
+    ]
+    digests = b"".join(
+        sequence_digest(row.prompt, ids, row.learnt_of(k)) for _, row in rows for k, ids in enumerate(row.responses)
+    )
+    values: dict[str, Any] = {
+        "tokens": np.concatenate(parts),
+        "learnt": np.concatenate(masks),
+        "offsets": [len(part) for part in parts],
+        "digests": np.frombuffer(digests, np.uint8),
+        "labels": [row.label is True for _, row in rows],
+        "source": [source] * len(rows),
+        "line": [line for line, _ in rows],
+        "flags": [flag_bits(row.flags) for _, row in rows],
+    }
+    masked = any(learnt is not None and not all(learnt) for _, row in rows for learnt in row.learnt)
+    return {name: np.asarray(values[name]).astype(dtype) for name, dtype in COLUMNS.items()}, masked
