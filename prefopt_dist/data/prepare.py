@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from prefopt_dist.data.sources import OpenSource, open_source
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.workers import ALONE, Share, tokenise_share, tokenised_parts
 from prefopt_dist.errors import UserError
+from prefopt_dist.files import remove_stale
 
 PARTS = ".parts-"
 """Prefix of the folder of finished parts, beside the folder that they become."""
@@ -93,11 +94,14 @@ def prepare_rows(
         return folder
     results = tokenised_parts(opened, part_tokeniser, parts, share)
 
+    remove_stale(folder.parent, f"{PARTS}*")
+
     def write(building: Path) -> None:
-        _write_rows(
-            building, results, reading, weights,
-            stop=on_bad_row == "stop", vocab_size=vocab_size, key=key, progress=progress,
-        )  # fmt: skip
+        with closing(results):  # it ends its processes
+            _write_rows(
+                building, results, reading, weights,
+                stop=on_bad_row == "stop", vocab_size=vocab_size, key=key, progress=progress,
+            )  # fmt: skip
 
     build_once(folder, write)
     shutil.rmtree(parts, ignore_errors=True)

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ ALONE = Share(0, 1)
 
 def tokenised_parts(
     sources: Sequence[OpenSource], tokeniser: PartTokeniser, folder: Path, share: Share = ALONE
-) -> Iterator[PartResult]:
+) -> Generator[PartResult, None, None]:
     """Yield the results of all parts in order, on the first node.
 
     A data set of one part, or one on a single core, is tokenised in this process and leaves no file.
@@ -81,7 +81,7 @@ def tokenise_share(sources: Sequence[OpenSource], tokeniser: PartTokeniser, fold
 
 
 def _in_work(parts: Iterator[Part], tokeniser: PartTokeniser, folder: Path, share: Share) -> Iterator[int]:
-    """Have this node's parts done by a process per core, and yield the numbers of all parts when this node's is done."""
+    """Have this node's parts done by a process per core; yield the number of each part, this node's when it is done."""
     folder.mkdir(parents=True, exist_ok=True)
     # Not forked: the threads of torch and of the tokenizer do not survive a fork.
     context = multiprocessing.get_context("spawn")

@@ -19,7 +19,9 @@ from prefopt_dist.data.quality.policy import refuse_stops, rows_left, rows_to_dr
 from prefopt_dist.data.quality.show import row_text, show_rows
 from prefopt_dist.data.template import read_template, template_name
 from prefopt_dist.data.tokenise import Tokeniser
+from prefopt_dist.data.workers import ALONE, Share
 from prefopt_dist.distributed import ranks
+from prefopt_dist.distributed.long_work import run_on_node_leaders
 from prefopt_dist.errors import AgreedUserError, UserError
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import row_reporter, say
@@ -55,7 +57,7 @@ def load_evals(config: Config, models: Models, objective: Objective) -> dict[str
 
 
 def _load_set(
-    config: Config, models: Models, objective: Objective, make: Callable[[], Path], key: str
+    config: Config, models: Models, objective: Objective, make: Callable[..., Path], key: str
 ) -> TokenisedRows:
     """Make a data set on rank 0, map it on all ranks, check it and return it as the loss reads it (all ranks call it).
 
@@ -63,7 +65,7 @@ def _load_set(
         config: the configuration.
         models: of the run.
         objective: of the training.
-        make: tokenises the data set and returns its folder.
+        make: tokenises the share of a node in the data set and returns its folder.
         key: the data set's dotted key; of the training set a row is shown.
     """
     rows = _open(make)
@@ -103,9 +105,9 @@ def data_facts(train: TokenisedRows, evals: dict[str, TokenisedRows]) -> dict[st
     return {"train": train.report.as_run_json(), "eval": reports.get("", reports or None)}
 
 
-def _open(make: Callable[[], Path]) -> TokenisedRows:
-    """Call `make` on rank 0 and open the rows in the folder that it returns (all ranks call it)."""
-    folder = ranks.run_on_rank_zero(make)
+def _open(make: Callable[..., Path]) -> TokenisedRows:
+    """Call `make` on the first rank of each node and open the rows in the folder (all ranks call it)."""
+    folder = run_on_node_leaders(lambda node: make(share=Share(node.number, node.nodes, node.look)))
 
     def open_here() -> TokenisedRows:
         try:
@@ -193,8 +195,12 @@ def tokenised_folder(
     sources: Sequence[DataSource],
     key: str,
     on_bad_row: str | None = None,
+    *,
+    share: Share = ALONE,
 ) -> Path:
     """Tokenise the usable rows of some sources into the cache, and return their folder.
+
+    On another node than the first the folder may not be complete yet.
 
     Args:
         config: the configuration.
@@ -203,6 +209,7 @@ def tokenised_folder(
         sources: the data sources.
         key: their dotted key.
         on_bad_row: `stop` or `drop`; None for the configuration's value.
+        share: the share of this node, where several nodes do it together.
     """
     data = config.data
     heartbeat.beat(f"reading {key}")
@@ -220,18 +227,21 @@ def tokenised_folder(
         options=text_options(config),
         say=say,
         progress=_tokenising(key),
+        share=share,
     )
 
 
-def tokenised_train_folder(config: Config, tokenizer: Any, vocabulary: int) -> Path:
+def tokenised_train_folder(config: Config, tokenizer: Any, vocabulary: int, *, share: Share = ALONE) -> Path:
     """Tokenise data.train, drop rows by the policies of the section inspect, and return the folder of the others.
+
+    On another node than the first it does the node's share of the tokenising alone, and returns another folder.
 
     Raises:
         UserError: there is a finding whose policy is stop.
     """
-    folder = tokenised_folder(config, tokenizer, vocabulary, config.data.train, TRAIN)
+    folder = tokenised_folder(config, tokenizer, vocabulary, config.data.train, TRAIN, share=share)
     policies = config.inspect.policies
-    if set(policies.values()) == {"keep"}:
+    if set(policies.values()) == {"keep"} or share.node > 0:
         return folder
     rows = open_rows(folder, checksums=False)  # `tokenised_folder` has just checked them
     evals = {}

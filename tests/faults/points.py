@@ -26,7 +26,7 @@ P = "prefopt_dist."
 POINTS = (
     Point("start", P + "checkpoint.run_folder:RunFolder.note", 1, one=True),
     Point("start", P + "distributed.ranks:require_shared_folder", 1),
-    Point("tokenising", P + "data.prepare:_RowBuilder._write", 2, one=True),
+    Point("tokenising", P + "data.prepare:_Columns.append", 2, one=True),
     Point("tokenising", P + "data.cache:_publish", 2, one=True),
     Point("loading the reference", P + "distributed.zero3:reference_engine", 1),
     Point("first pass", P + "reference.first_pass:_sums", 12),

@@ -114,7 +114,7 @@ def test_sources_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ):
         with pytest.raises(UserError, match=f"^data.train: .*{message}"):
             prepare(tmp_path, DataSource(str(tmp_path / name), split=split), on_bad_row="drop")
-    assert not list((tmp_path / "cache" / "tokenised").iterdir()), "a failed build leaves nothing behind"
+    assert not list((tmp_path / "cache" / "tokenised").glob("*")), "a failed build leaves nothing behind"
 
     def no_network(name: str, split: str) -> None:
         raise ConnectionError(f"cannot reach the hub for {name}")
