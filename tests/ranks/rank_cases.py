@@ -41,6 +41,7 @@ from prefopt_dist.config.build import _build_loss
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import UnpairedRows
 from prefopt_dist.data.unit import Unit
+from prefopt_dist.distributed.long_work import run_on_node_leaders
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import head
@@ -633,6 +634,9 @@ def errors_reach_all(folder: Path) -> dict:
         "rank-zero-crash": lambda: ranks.run_on_rank_zero(lambda: fail(0, KeyError("mine"))),
         "all-ranks-user": lambda: ranks.run_on_all_ranks(lambda: fail(last, UserError("mine"))),
         "all-ranks-crash": lambda: ranks.run_on_all_ranks(lambda: fail(last, KeyError("mine"))),
+        "leaders-user": lambda: run_on_node_leaders(lambda node: fail(0, UserError("mine"))),
+        "leaders-crash": lambda: run_on_node_leaders(lambda node: fail(0, KeyError("mine"))),
+        "leaders": lambda: fail(ranks.rank(), UserError(run_on_node_leaders(lambda node: f"{node.nodes} node"))),
     }.items():
         try:
             attempt()
