@@ -134,7 +134,7 @@ class _Columns:
             self._end += int(result.columns["offsets"][-1])
 
     def finish(self, kind: Kind | None) -> dict[str, dict[str, Any]]:
-        """Flush the columns to disk and return size and checksum of each; None: there is no row."""
+        """Flush the columns to disk and return size and checksum of each; None: the set has no rows."""
         files = {name: column.finish() for name, column in self._columns.items()}
         # Columns without information are removed: labels of rows that are not rated, and a mask that is all true.
         for name, absent in (("labels", kind != "rated"), ("learnt", not self._masked)):

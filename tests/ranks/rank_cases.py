@@ -41,8 +41,8 @@ from prefopt_dist.config.build import _build_loss
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import UnpairedRows
 from prefopt_dist.data.unit import Unit
-from prefopt_dist.distributed.long_work import run_on_node_leaders
 from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.distributed.long_work import run_on_node_leaders
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import head
 from prefopt_dist.model.cost import forward_cost
