@@ -128,10 +128,18 @@ def run_first_pass(
     return FirstPass(key=store.folder.name, sums=sums, scored=work.missing, reused=work.reused)
 
 
+def _stored(store: ReferenceStore) -> dict[bytes, Score]:
+    """Return the valid values of the store; report shards that were damaged (rank 0 alone calls it)."""
+    scores, messages = store.read()
+    for message in messages:
+        say(message)
+    return scores
+
+
 def _all_stored(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int) -> FirstPass | None:
     """Return the values of all sequences if the store has them, else None (rank 0 alone calls it)."""
     places = sequences_needed(sets, responses)
-    scores = store.read()
+    scores = _stored(store)
     if not all(digest in scores for digest in places):
         return None
     _say_all_stored(len(places))
@@ -185,7 +193,7 @@ def _look_up(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: in
     """
     places = sequences_needed(sets, responses)
     remove_stale(store.folder, ".*.tmp")
-    scores = store.read()
+    scores = _stored(store)
     missing = {d: p for d, p in places.items() if d not in scores}
     name = plan_name(sets, responses)
     to_compute: ScoringPlan = []
@@ -267,7 +275,7 @@ def _score(
 
 def _first_scored(work: _Work, store: ReferenceStore, sets: Sequence[TokenisedRows]) -> list[tuple[Location, Score]]:
     """Return a few of the sequences scored now, with their stored values (rank 0 alone calls it)."""
-    scores = store.read()
+    scores = _stored(store)
     return [(p, scores[d]) for p in work.micro_batches[-1][:SPOT_CHECK] if (d := p.digest(sets)) in scores]
 
 
@@ -314,7 +322,7 @@ def _spot_check(
 
 def _collect(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int) -> list[torch.Tensor]:
     """Return the values of each data set, all present, finite and of the right length (rank 0 alone calls it)."""
-    scores = store.read()
+    scores = _stored(store)
     lacking = sum(d not in scores for d in sequences_needed(sets, responses))
     if lacking:
         raise UserError(f"reference: {store.folder} lost {lacking} sequences while this job started. Start again.")

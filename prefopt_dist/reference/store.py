@@ -88,9 +88,10 @@ class ReferenceStore:
         """Return the shards; where a sequence is in two of them, the value of the first one is used."""
         return sorted(self.folder.glob("rows-????????.bin"))
 
-    def read(self) -> dict[bytes, Score]:
-        """Return the valid rows by digest; a shard that is damaged is set aside with a message."""
+    def read(self) -> tuple[dict[bytes, Score], list[str]]:
+        """Return the valid rows by digest, and a message for each shard that was damaged and is now set aside."""
         scores: dict[bytes, Score] = {}
+        messages = []
         for shard in self.shards():
             try:
                 rows = _rows(shard.read_bytes())
@@ -100,7 +101,7 @@ class ReferenceStore:
             except FileNotFoundError:
                 continue  # another job found the same damage first and has reported it
             if rows is None:
-                say(
+                messages.append(
                     f"reference store: {shard} does not match its checksum; set aside as {aside.name}, "
                     "and its sequences are scored again"
                 )
@@ -108,7 +109,7 @@ class ReferenceStore:
             digests = rows["digest"].tobytes()
             for i, (total, tokens) in enumerate(zip(rows["sum"].tolist(), rows["tokens"].tolist(), strict=True)):
                 scores.setdefault(digests[16 * i : 16 * i + 16], Score(total, tokens))
-        return scores
+        return scores, messages
 
     @staticmethod
     def _set_aside_name(shard: Path) -> Path:
