@@ -19,6 +19,7 @@ from prefopt_dist.checkpoint import export_check, save
 from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config.training import Checkpoint, Optim, Train
 from prefopt_dist.distributed import out_of_memory, ranks, zero3
+from prefopt_dist.errors import AgreedUserError
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import Progress, say
 from prefopt_dist.monitoring.health import Watch
@@ -229,9 +230,12 @@ def train_step(job: Job, index: int, batch: Batch, step0_check: Step0Check | Non
     sums, diagnosis, work = job.meter.accumulated.split(everything)
     job.meter.end_part("forward_backward")
     loss = sums[0] / sums[-1]
+    if index == 0 and not math.isfinite(loss):  # the start itself: no step would be better
+        raise AgreedUserError(
+            f"model.name_or_path: the loss of the first step is {loss} before any update. {_rows(job, index)}. Check "
+            "the weights of the model for numbers that are not finite, model.dtype, and the loss's options."
+        )
     if step0_check is not None:
-        if not math.isfinite(loss):  # the start itself: no step would be better
-            raise FloatingPointError(_not_finite(job, index, f"the loss is {loss}"))
         step0_check.decide(loss)
     rate, norm = _rate(job, index), None
     if math.isfinite(loss):

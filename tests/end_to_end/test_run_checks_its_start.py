@@ -1,5 +1,6 @@
 """A run makes the step-0 check by itself."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import worlds
 from door import Door, one_process_group
+from transformers import AutoModelForCausalLM
 
 from prefopt_dist.setup import prepare_reference
 
@@ -38,3 +40,17 @@ def test_a_run_checks_its_reference_at_step_0(
     assert status == 2
     assert "step 0: stored and live log-probs of a sequence differ by up to 0.5" in said
     assert not (door.folder / "runs" / "another-reference" / "final").exists()
+
+
+def test_weights_that_are_not_finite_end_a_run_without_reference(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made / "model", tmp_path / "model")
+    shutil.copyfile(made / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    lm.model.norm.weight.data[0] = float("nan")
+    lm.save_pretrained(tmp_path / "model")
+    door = Door(tmp_path, capsys)
+    status, said = door.ends(door.run("nan", loss={"name": "orpo"}, answers={"number": 0}))
+    assert status == 2
+    assert "model.name_or_path: the loss of the first step is nan before any update" in said
