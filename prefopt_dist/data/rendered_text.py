@@ -43,7 +43,8 @@ def first_unwritten(turns: Messages, indices: Sequence[int], text: str, render: 
         render: Renders a conversation in the same way.
     """
     for index in indices:
-        for part in _parts(turns[index], text):
+        others = (*turns[:index], *turns[index + 1 :])
+        for part in _parts(turns[index], others, text):
             other = (*turns[:index], part.changed, *turns[index + 1 :])
             with suppress(Exception):  # a template that refuses the changed part has read it
                 if render(other) == text:
@@ -56,8 +57,8 @@ def has_reasoning(turn: Message) -> bool:
     return any(dict(turn.extra).get(key) for key in REASONING) or "</think>" in turn.content
 
 
-def _parts(turn: Message, text: str) -> Iterator[ResponsePart]:
-    yield from _texts(turn, text)
+def _parts(turn: Message, others: Messages, text: str) -> Iterator[ResponsePart]:
+    yield from _texts(turn, others, text)
     extra = dict(turn.extra)
     held = [key for key in REASONING if extra.get(key)]
     if held:
@@ -71,12 +72,13 @@ def _parts(turn: Message, text: str) -> Iterator[ResponsePart]:
             yield ResponsePart(name, value, replace(turn, extra=tuple((extra | {"tool_calls": others}).items())))
 
 
-def _texts(turn: Message, text: str) -> Iterator[ResponsePart]:
+def _texts(turn: Message, others: Messages, text: str) -> Iterator[ResponsePart]:
     content = turn.content
     if not content.strip():
         return
     yield ResponsePart("text", content, replace(turn, content=f"{OTHER_TEXT} {content} {OTHER_TEXT}"))
-    if content.strip() in text:
+    # Once more than the other turns have it: it stands there as it is, and no piece of it needs a look of its own.
+    if text.count(content.strip()) > sum(_occurrences(other, content.strip()) for other in others):
         return
     pieces = REASONING_TAG.split(content)  # text and tags in turn
     for k in range(0, len(pieces), 2):
@@ -84,6 +86,10 @@ def _texts(turn: Message, text: str) -> Iterator[ResponsePart]:
             changed = "".join([*pieces[:k], f"{OTHER_TEXT} {pieces[k]} {OTHER_TEXT}", *pieces[k + 1 :]])
             name = "text" if len(pieces) == 1 else f"text beside {pieces[max(k - 1, 1)]}"
             yield ResponsePart(name, pieces[k].strip(), replace(turn, content=changed))
+
+
+def _occurrences(turn: Message, content: str) -> int:
+    return turn.content.count(content) + sum(value.count(content) for _, value in turn.extra if isinstance(value, str))
 
 
 def _call_parts(call: Any) -> Iterator[tuple[str, Any, Any]]:
