@@ -68,8 +68,8 @@ def _parts(turn: Message, others: Messages, text: str) -> Iterator[ResponsePart]
     calls = extra.get("tool_calls") or ()
     for k, call in enumerate(calls):
         for name, value, changed in _call_parts(call):
-            others = [*calls[:k], changed, *calls[k + 1 :]]
-            yield ResponsePart(name, value, replace(turn, extra=tuple((extra | {"tool_calls": others}).items())))
+            changed_calls = [*calls[:k], changed, *calls[k + 1 :]]
+            yield ResponsePart(name, value, replace(turn, extra=tuple((extra | {"tool_calls": changed_calls}).items())))
 
 
 def _texts(turn: Message, others: Messages, text: str) -> Iterator[ResponsePart]:
