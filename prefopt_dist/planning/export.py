@@ -61,7 +61,10 @@ def export_plan(
     else:
         layer = (sizes.parameters - sizes.head) // max(1, sizes.activations.layers)
         largest = export_item * max(layer, sizes.largest_module)
-        shared, host = True, min(disk.export, max(part, largest))
+        # save_pretrained copies the matrices of experts, which are one tensor in the model, to one tensor each.
+        shared, host = True, min(disk.export, max(part, largest)) * (2 if sizes.experts else 1)
+    if machine.ranks == 1:  # it loads the folder back whole, on the CPU
+        host = max(host, export_item * sizes.parameters)
     nodes = machine.nodes if shared else 1
     # Every node reads the written folder to load it back, at the same time as the others.
     seconds = (disk.checkpoint / machine.nodes + (master + disk.export) / nodes + disk.export) / NODE_BYTES_PER_SECOND
