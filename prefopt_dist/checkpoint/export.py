@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,9 +83,7 @@ def export(checkpoint: Path, what: Exported, target: Path, load_sharded: LoadSha
     if faults:
         raise AgreedUserError(f"export.checkpoint: {checkpoint} is damaged: {'; '.join(faults)}. Export another one.")
     try:
-        ranks.run_on_rank_zero(lambda: _make_empty(staging))
-        # A rank that does not see the folder, which may be on a disk of the first node, leaves the work to the others.
-        writers = [rank for rank, sees in enumerate(ranks.all_gather(staging.is_dir())) if sees]
+        writers = _make_staging(staging)
         _write(checkpoint, manifest, what, staging, writers)
         difference = export_check.verify(
             staging,
@@ -124,9 +123,25 @@ def _begin(checkpoint: Path, target: Path) -> Manifest:
     return manifest
 
 
-def _make_empty(folder: Path) -> None:
+def _make_staging(folder: Path) -> list[int]:
+    """Make the folder, empty, and return the ranks that see it (all ranks call it).
+
+    It may be on a disk of the first node; ranks of other nodes then leave the work to those that see it.
+    """
+    marker = ranks.run_on_rank_zero(lambda: _make_empty(folder))
+    # Not the folder alone: a killed job whose first node was another one may have left its own of this name there.
+    writers = [rank for rank, sees in enumerate(ranks.all_gather(marker.is_file())) if sees]
+    ranks.run_on_rank_zero(marker.unlink)
+    return writers
+
+
+def _make_empty(folder: Path) -> Path:
+    """Make the folder with nothing but a marker of a new name, and return the marker (rank 0 calls it)."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    marker = folder / f".seen-{secrets.token_hex(4)}"
+    marker.touch()
+    return marker
 
 
 def _write(checkpoint: Path, manifest: Manifest, what: Exported, folder: Path, writers: Sequence[int]) -> None:

@@ -1,7 +1,8 @@
 """Writing of a model's weights as safetensors: each rank writes its share of the files, part by part.
 
 A part is some layers of the model. transformers' save_pretrained writes it, which gives the tensors the names and the
-shapes of published files and needs whole layers for that. A rank holds one part at a time in host memory.
+shapes of published files and needs whole layers for that. A rank holds one part at a time in host memory, and of layers
+with experts a copy, in which each expert has tensors of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from prefopt_dist.model.folder import ModelFolder, read_generation_config
 from prefopt_dist.monitoring.console import Progress
 
 PART_BYTES = 5_000_000_000
-"""Bytes of a file of weights, if no single layer has more: what a rank holds in host memory while it writes."""
+"""Bytes of a file of weights, if no single layer has more; a rank holds one in host memory while it writes."""
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 
 

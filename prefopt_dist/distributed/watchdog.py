@@ -139,8 +139,7 @@ class Watchdog:
         used, before = _resources_used(), self._used
         self._used = used
         cpu, moved = used[0] - before[0], used[1] - before[1]
-        # On a GPU the host goes on while a collective waits, so its stack alone does not show it.
-        waits = _in_a_collective() or (self._recorder is not None and self._recorder.waits())
+        waits = self._waits()
         # A rank that reads or writes a checkpoint makes progress, even if slowly. Bytes that other threads move while
         # this rank waits do not count, and neither does the CPU time of a collective that waits actively.
         if (moved > IDLE_BYTES and not waits) or (beat.alone and cpu > IDLE_SHARE * self._check_seconds):
@@ -149,6 +148,15 @@ class Watchdog:
         own.what, own.waits, own.reports, own.reported_at = beat.what, waits, reports, self._clock
         if number != own.number:
             own.number, own.progress_at = number, self._clock
+
+    def _waits(self) -> bool:
+        """Return whether this rank waits for another one."""
+        if _in_a_collective():
+            return True
+        # On a GPU the host goes on while a collective waits, so its stack alone does not show it.
+        with suppress(Exception):  # a trace of another form must not end this thread: the rank would seem to hang
+            return self._recorder is not None and self._recorder.waits()
+        return False
 
     def _write_report(self) -> None:
         own = self._states[self._rank]

@@ -53,15 +53,18 @@ def export_plan(
         merged: whether adapters are exported merged into their model.
     """
     master = MASTER_BYTES * sizes.trained
+    layer = (sizes.parameters - sizes.head) // max(1, sizes.activations.layers)
+    file = min(disk.export, max(part, export_item * max(layer, sizes.largest_module)))
+    if sizes.experts:  # save_pretrained copies their matrices, which are one tensor in the model, to one tensor each
+        file *= 2
     if sizes.frozen and merged:
-        # Rank 0 holds the whole model in float32 and in the exported dtype.
-        shared, host = False, (MASTER_BYTES + export_item) * sizes.parameters
+        shared, host = False, MASTER_BYTES * sizes.parameters + file  # peft merges the whole model in float32
     elif sizes.frozen:
-        shared, host = False, (MASTER_BYTES + export_item) * sizes.trained
+        shared, host = False, export_item * sizes.trained
     else:
-        layer = (sizes.parameters - sizes.head) // max(1, sizes.activations.layers)
-        largest = export_item * max(layer, sizes.largest_module)
-        shared, host = True, min(disk.export, max(part, largest))
+        shared, host = True, file
+    if machine.ranks == 1:  # it loads the folder back whole, on the CPU
+        host = max(host, export_item * sizes.parameters)
     nodes = machine.nodes if shared else 1
     # Every node reads the written folder to load it back, at the same time as the others.
     seconds = (disk.checkpoint / machine.nodes + (master + disk.export) / nodes + disk.export) / NODE_BYTES_PER_SECOND

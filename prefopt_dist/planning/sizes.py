@@ -27,6 +27,8 @@ class ModelSizes:
     largest_module: int
     """Elements that ZeRO-3 gathers at once, since it gathers all parameters of a module: the head, or a layer's
     experts"""
+    experts: bool
+    """Whether the layers have experts"""
     persistent: int
     """Elements of the parameters so small that ZeRO-3 leaves them whole on every rank"""
     dtype_bytes: int
@@ -80,6 +82,7 @@ def model_sizes(
         head=config.vocab_size * config.hidden_size,
         largest_parameter=max(p.numel() for p in two),
         largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in models[1].modules()),
+        experts=any(p.dim() == 3 for p in one),  # all experts' matrices are one tensor
         persistent=extrapolate(lambda p: p.numel() if p.numel() <= persistence_threshold else 0),
         dtype_bytes=item,
         file_dtype_bytes=stored.itemsize,

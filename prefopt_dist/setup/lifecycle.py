@@ -18,7 +18,7 @@ from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config, mask_secrets, to_dict
 from prefopt_dist.data.options import TextOptions
 from prefopt_dist.data.template import PLAIN_TEMPLATE, read_template, response_end_ids
-from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.distributed import out_of_memory, ranks, zero3
 from prefopt_dist.distributed.flight_recorder import FlightRecorder
 from prefopt_dist.distributed.ranks import require_shared_folder
 from prefopt_dist.distributed.watchdog import Watchdog
@@ -271,6 +271,7 @@ def _summary(config: Config, rows: list[dict[str, Any]], steps: int, exported: s
     return "\n".join(lines)
 
 
+@out_of_memory.phase("export")
 def export_checkpoint(
     config: Config, models: Models, source: Path, folder: RunFolder, *, target: Path | None = None, merged: bool
 ) -> str:

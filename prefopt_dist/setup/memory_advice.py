@@ -128,6 +128,11 @@ def _remedies(config: Config, stage: str, phase: str) -> list[str]:
             return [f"generate.batch_tokens={_half(config.generate.batch_tokens)}", MORE_MEMORY]
         tokens = _half(config.max_answer_tokens)
         return [f"answers.max_new_tokens={tokens}", "answers.number=0 (no answers and no verdict)", MORE_MEMORY]
+    if phase == "export":  # its check loads the folder as the first pass loads the reference
+        found = ["export.merged=false (adapters alone)"] if config.export.merged else []
+        if config.reference.offload == "none":
+            found.append("reference.offload=cpu")
+        return [*found, MORE_RANKS]
     if phase == "scoring by the rewards":
         return [f"generate.batch_tokens={_half(config.generate.batch_tokens)}", MORE_MEMORY]
     return [*_offload(config), MORE_RANKS]

@@ -88,6 +88,14 @@ def test_the_watchdog_knows_a_waiting_rank_by_its_collective(tmp_path: Path) -> 
     assert watchdog._probable_cause() == 1
 
 
+def test_a_trace_of_another_form_does_not_end_the_reports(tmp_path: Path) -> None:
+    recorder = FlightRecorder(lambda **_: pickle.dumps({}), of_nccl=True)
+    watchdog = Watchdog(tmp_path, rank=0, world_size=2, minutes=1, recorder=recorder)
+    watchdog._update_own_state(1)
+    assert watchdog._states[0].reports == 1
+    assert not watchdog._states[0].waits
+
+
 def test_the_trace_lies_beside_the_stack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import worlds
 
 from prefopt_dist.config import load_config
 from prefopt_dist.distributed import out_of_memory, ranks
-from prefopt_dist.setup import memory_advice
+from prefopt_dist.setup import lifecycle, memory_advice
 
 
 @pytest.fixture
@@ -67,6 +67,16 @@ def test_the_innermost_phase_is_told_once(
     assert (tmp_path / "status").read_text() == "2\nerror: said\n"
 
 
+def test_an_export_is_a_phase(told: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def runs_out(_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(ranks, "run_on_rank_zero", runs_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        lifecycle.export_checkpoint(None, None, tmp_path, None, target=tmp_path, merged=False)  # type: ignore[arg-type]
+    assert told == [("export", "no room")]
+
+
 def test_other_faults_are_not_told(told: list[tuple[str, str]]) -> None:
     with pytest.raises(RuntimeError), out_of_memory.phase("work"):
         raise RuntimeError("shape mismatch")
@@ -86,6 +96,8 @@ def test_other_faults_are_not_told(told: list[tuple[str, str]]) -> None:
         ("train", "sampling", ["answers.max_new_tokens=40"], ["answers.max_new_tokens=20", "answers.number=0"], "gen"),
         ("generate", "scoring by the rewards", [], ["generate.batch_tokens=", "GPUs with more memory"], "offload"),
         ("train", "scoring by the rewards", [], ["generate.batch_tokens=", "GPUs with more memory"], "ranks"),
+        ("train", "export", [], ["reference.offload=cpu", "more ranks"], "deepspeed"),
+        ("export", "export", ["lora.r=4", "export.merged=true"], ["export.merged=false", "reference.off"], "deepspeed"),
         ("train", "start", [], ["offload_optimizer (device cpu)"], "tokens"),
     ],
 )

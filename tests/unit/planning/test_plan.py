@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import worlds
-from transformers import Gemma2Config, LlamaConfig
+from transformers import Gemma2Config, LlamaConfig, MixtralConfig
 
 from prefopt_dist.cli import main
 from prefopt_dist.config import Lora, Plan, load_deepspeed_json
@@ -232,10 +232,26 @@ def test_an_export_by_hand() -> None:
     assert found.seconds == pytest.approx((18 / 8 + 2) * n / 1e9)
     assert export_plan(sizes, disk, h200(1), export_item=2, part=1, merged=False).host == 2 * sizes.largest_module
     needs = with_adapters("8B", r=16)
-    for merged, size in ((False, needs.sizes.trained), (True, needs.sizes.parameters)):
+    whole_and_file = 4 * needs.sizes.parameters + 2 * needs.sizes.largest_module
+    for merged, host in ((False, 2 * needs.sizes.trained), (True, whole_and_file)):
         disk = disk_needed(needs.sizes, 2, 2, None, merged=merged)
         found = export_plan(needs.sizes, disk, h200(1), export_item=2, part=1, merged=merged)
-        assert (found.host, found.shared) == (6 * size, False)
+        assert (found.host, found.shared) == (host, False)
+
+
+def test_the_host_memory_of_an_export_with_experts_and_of_one_rank() -> None:
+    """save_pretrained copies experts; a rank alone loads the folder back whole, also adapters with their base."""
+    model = MixtralConfig(num_hidden_layers=2, hidden_size=512, intermediate_size=1024, vocab_size=64)
+    sizes = model_sizes(model, torch.bfloat16, 1)
+    machines = h200(1), replace(h200(1), ranks_a_node=1)
+    hosts = [
+        export_plan(s, disk_needed(s, 2, 2, None), machine, export_item=2, part=10, merged=False).host
+        for s in (sizes, replace(sizes, experts=False), with_adapters("8B", r=16).sizes)
+        for machine in machines
+    ]
+    assert hosts[0] == 2 * hosts[2] > 0
+    assert hosts[3] == 2 * sizes.parameters
+    assert hosts[5] == 2 * with_adapters("8B", r=16).sizes.parameters > hosts[4]
 
 
 def with_adapters(name: str, **options: Any) -> Needs:
