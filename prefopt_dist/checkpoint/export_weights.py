@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from prefopt_dist.checkpoint.manifest import share_of_rank
 from prefopt_dist.distributed import ranks
@@ -181,6 +181,8 @@ def _write_part(
     size = sum(tensor.nbytes for tensor in tensors.values())
     part = folder / f".{name}.part"
     lm.save_pretrained(part, state_dict=tensors, max_shard_size=2 * size + 1)  # so that it is one file
+    # safetensors writes files with mode 0600 and ignores the umask.
+    (part / SAFE_WEIGHTS_NAME).chmod((part / CONFIG_NAME).stat().st_mode)
     (part / SAFE_WEIGHTS_NAME).rename(folder / name)
     if first:
         for file in part.iterdir():
