@@ -6,6 +6,7 @@ The policy's log-probs of a few rows are kept in each checkpoint's manifest.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def record_export_check(engine: Any, data: ScoredRows, responses: int) -> dict[s
     Returns:
         Token ids of the prompts and responses, and the log-probs of the responses, as plain values.
     """
-    units = data.units(range(min(EXPORT_CHECK_ROWS, data.rows.n)), responses)
+    rows = data.units(range(min(EXPORT_CHECK_ROWS, data.rows.n)), responses)
+    units = [replace(unit, learnt=None) for unit in rows]  # every token counts, also one that is not learnt
     was_training = engine.module.training
     engine.module.eval()
     sums = _score(engine, [pack([unit], responses) for unit in units], ranks.device())

@@ -19,7 +19,9 @@ from prefopt_dist.data.template import PLAIN_TEMPLATE
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def train(tmp_path: Path, template: str | None, **loss: Any) -> tuple[Path, str]:
+def train(
+    tmp_path: Path, template: str | None, rows: list[dict[str, Any]] | None = None, **loss: Any
+) -> tuple[Path, str]:
     """The exported folder and what was said, of a short run from a model with this chat template."""
     worlds.write_model(tmp_path / "model", seed=1)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
@@ -28,7 +30,8 @@ def train(tmp_path: Path, template: str | None, **loss: Any) -> tuple[Path, str]
         (tmp_path / "model" / "chat_template.jinja").write_text(template)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(tmp_path / "model")
-    rows = [{"prompt": f"the cat {k}", "chosen_response": "sings", "rejected_response": "sleeps"} for k in range(4)]
+    pairs = [{"prompt": f"the cat {k}", "chosen_response": "sings", "rejected_response": "sleeps"} for k in range(4)]
+    rows = 4 * rows if rows else pairs
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     worlds.write_run(
         tmp_path / "run.yaml", tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run",
@@ -65,3 +68,10 @@ def test_generation_stops_at_the_learnt_end(tmp_path: Path) -> None:
     with torch.no_grad():
         answer = lm.generate(**asked, max_new_tokens=60, do_sample=False)[0, asked["input_ids"].shape[1] :]
     assert answer.tolist().index(stop) == len(answer) - 1 < 59
+
+
+def test_rows_with_tokens_that_are_not_learnt_are_exported(tmp_path: Path) -> None:
+    """The user's and the tool's turns within a response count in the check of the export, though nothing learns them."""
+    messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    final, _ = train(tmp_path, CHATML, [{"messages": messages}], name="sft")
+    assert (final / "model.safetensors").exists()
