@@ -71,7 +71,7 @@ def test_generation_stops_at_the_learnt_end(tmp_path: Path) -> None:
 
 
 def test_rows_with_tokens_that_are_not_learnt_are_exported(tmp_path: Path) -> None:
-    """The user's and the tool's turns within a response count in the check of the export, though nothing learns them."""
+    """Other turns within a response count in the check of the export, though nothing learns them."""
     messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
     final, _ = train(tmp_path, CHATML, [{"messages": messages}], name="sft")
     assert (final / "model.safetensors").exists()
