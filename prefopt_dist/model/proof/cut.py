@@ -1,0 +1,93 @@
+"""A cut of a model's configuration: every kind of its layers, few layers, few experts, a small vocabulary.
+
+What a short sequence never reaches (windows, chunks, the lengths from which rotary embeddings are scaled) is cut too, so
+that the sequences of the proof cross it. Widths stay as they are up to a limit of bytes; beyond it heads and widths are
+divided. Each change is named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from prefopt_dist.model.proof import layers, reach, widths
+from prefopt_dist.model.proof.kinds import build_on_meta
+
+MOST_BYTES = 2 * 2**30
+"""Largest size of the float32 weights of a cut whose widths are the model's own."""
+
+
+class CannotCut(Exception):
+    """A configuration of which no cut can be built; its text says why."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A configuration that is cut."""
+
+    config: PreTrainedConfig
+    changes: tuple[str, ...]
+    """What was cut, each as `field: old → new`."""
+
+
+def cut(config: PreTrainedConfig, max_length: int | None = None, most_bytes: int = MOST_BYTES) -> Cut:
+    """Cut a model's configuration.
+
+    Args:
+        config: of a causal language model.
+        max_length: tokens of the run's longest sequence; None where unknown, so that it may be any.
+        most_bytes: largest size of the float32 weights.
+
+    Raises:
+        CannotCut: no cut of the model can be built.
+    """
+    try:
+        few = reach.limit(layers.cut_layers(config).to_dict(), max_length)
+        return _narrowest(config, few, most_bytes)
+    except CannotCut:
+        raise
+    except Exception as e:  # whatever the family's own code raises
+        raise CannotCut(f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no text'])[0]}") from e
+
+
+def _narrowest(config: PreTrainedConfig, few: dict[str, Any], most_bytes: int) -> Cut:
+    """Divide widths by the smallest factors whose model fits, and return it.
+
+    Args:
+        config: the whole configuration.
+        few: its fields, with all but widths cut.
+        most_bytes: as in `cut`.
+    """
+    error: Exception | None = None
+    for heads, sizes in widths.factors(few):
+        fields = widths.divide(few, heads, sizes)
+        try:
+            smaller = type(config).from_dict(fields)
+            held = 4 * sum(p.numel() for p in build_on_meta(smaller).parameters())
+        except Exception as e:  # a family may need certain ratios, so that the next factors are tried
+            error = error or e
+            continue
+        if held <= most_bytes:
+            return Cut(smaller, tuple(_changes(config.to_dict(), smaller.to_dict())))
+    if error is not None:
+        raise error
+    raise CannotCut(f"its narrowest cut still has more than {most_bytes} bytes of weights")
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for name in sorted(old.keys() & new.keys()):
+        if old[name] == new[name]:
+            continue
+        if isinstance(old[name], dict) and isinstance(new[name], dict):
+            found += _changes(old[name], new[name], f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}: {_short(old[name])} → {_short(new[name])}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
