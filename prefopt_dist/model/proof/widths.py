@@ -25,7 +25,7 @@ OTHERS = re.compile(
     r"|hidden_size_per_layer_input|ple_embed_dim|feed_forward_size|input_embedding_size|output_embedding_size)"
 )
 FACTORS = (1, 2, 4, 8, 16, 32)
-SMALLEST_HEAD = 16
+SMALLEST_HEAD = 4
 SMALLEST_WIDTH = 32
 
 
