@@ -7,6 +7,7 @@ divided. Each change is named.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +33,8 @@ class Cut:
     """What was cut, each as `field: old → new`."""
 
 
-def cut(config: PreTrainedConfig, max_length: int | None = None, most_bytes: int = MOST_BYTES) -> Cut:
-    """Cut a model's configuration.
+def cuts(config: PreTrainedConfig, max_length: int | None = None, most_bytes: int = MOST_BYTES) -> Iterator[Cut]:
+    """Yield cuts of a model's configuration, the widest first.
 
     Args:
         config: of a causal language model.
@@ -43,37 +44,28 @@ def cut(config: PreTrainedConfig, max_length: int | None = None, most_bytes: int
     Raises:
         CannotCut: no cut of the model can be built.
     """
+    error: Exception | None = None
     try:
         few = reach.limit(layers.cut_layers(config).to_dict(), max_length)
-        return _narrowest(config, few, most_bytes)
-    except CannotCut:
-        raise
     except Exception as e:  # whatever the family's own code raises
-        raise CannotCut(f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no text'])[0]}") from e
-
-
-def _narrowest(config: PreTrainedConfig, few: dict[str, Any], most_bytes: int) -> Cut:
-    """Divide widths by the smallest factors whose model fits, and return it.
-
-    Args:
-        config: the whole configuration.
-        few: its fields, with all but widths cut.
-        most_bytes: as in `cut`.
-    """
-    error: Exception | None = None
+        raise CannotCut(_text(e)) from e
+    found = False
     for heads, sizes in widths.factors(few):
-        fields = widths.divide(few, heads, sizes)
         try:
-            smaller = type(config).from_dict(fields)
+            smaller = type(config).from_dict(widths.divide(few, heads, sizes))
             held = 4 * sum(p.numel() for p in build_on_meta(smaller).parameters())
         except Exception as e:  # a family may need certain ratios, so that the next factors are tried
             error = error or e
             continue
         if held <= most_bytes:
-            return Cut(smaller, tuple(_changes(config.to_dict(), smaller.to_dict())))
-    if error is not None:
-        raise error
-    raise CannotCut(f"its narrowest cut still has more than {most_bytes} bytes of weights")
+            found = True
+            yield Cut(smaller, tuple(_changes(config.to_dict(), smaller.to_dict())))
+    if not found:
+        raise CannotCut(f"more than {most_bytes} bytes of weights" if error is None else _text(error)) from error
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no text'])[0]}"
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -16,6 +16,8 @@ FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "
 """Fields with n, where the first n layers differ from the others."""
 LAST = ("num_kv_shared_layers",)
 """Fields with n, where the last n layers differ from the others."""
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "encoder_layers")
+"""Fields with the number of layers."""
 UNKNOWN = 4
 """Layers of a cut whose kinds cannot be told apart."""
 
@@ -56,8 +58,9 @@ def select(config: PreTrainedConfig, chosen: Sequence[int]) -> PreTrainedConfig:
         chosen: numbers of layers, ascending.
     """
     number: int = config.num_hidden_layers
-    count = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    return type(config).from_dict(_selected(config.to_dict(), number, list(chosen)) | {count: len(chosen)})
+    fields = _selected(config.to_dict(), number, list(chosen))
+    counts = {name: len(chosen) for name in COUNTS if fields.get(name) == number}
+    return type(config).from_dict(fields | counts)
 
 
 def _selected(fields: dict[str, Any], number: int, chosen: list[int]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ HEADS = re.compile(
     r"(num_attention_heads(_per_layer)?|num_key_value_heads|num_kv_heads|n_heads?|num_heads|kv_n_heads|attention_heads"
     r"|decoder_attention_heads|num_decoder_attention_heads|swa_num_(attention|key_value)_heads"
     r"|num_global_key_value_heads|mamba_n_heads|mamba_num_heads|n_mamba_heads|linear_num_(key_|value_)?heads"
-    r"|index_n_heads|num_query_groups)"
+    r"|num_query_groups|n_groups|mamba_n_groups|mamba_ngroups)"
 )
 HEAD_SIZES = re.compile(
     r"(head_dim|global_head_dim|swa_head_dim|attention_head_size|attention_head_dim|dim_head|d_head|kv_channels"
@@ -77,7 +77,9 @@ def _divided(value: Any, by: int, least: int) -> Any:
         return [_divided(v, by, least) for v in value]
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         return value
-    return max(least, value // by)
+    divided = max(least, value // by)
+    # Grouped products of experts need rows of whole 16 bytes.
+    return divided if value % by == 0 and divided % 4 == 0 or least < SMALLEST_WIDTH else max(least, divided // 8 * 8)
 
 
 def _shorter_tables(rotary: dict[str, Any], by: int) -> dict[str, Any]:
