@@ -13,7 +13,9 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from prefopt_dist.batching.micro_batch import MicroBatch, PromptEnds
+from prefopt_dist.model.final import final_transform
 from prefopt_dist.model.head import attach_logp_head
+from prefopt_dist.model.parts import backbone, output_head
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
 
 
@@ -36,8 +38,7 @@ class Scorer(nn.Module):
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
-        # Only Gemma has this field.
-        attach_logp_head(lm.get_output_embeddings(), lm.config.to_dict().get("final_logit_softcapping"))
+        attach_logp_head(output_head(lm), final_transform(lm))
 
     def sequence_sums(self, batch: MicroBatch) -> torch.Tensor:
         """Compute Σ log π(response token | prompt, response so far) of each sequence: float64 [Q]."""
@@ -94,7 +95,7 @@ class Scorer(nn.Module):
 
     def _states(self, batch: MicroBatch) -> torch.Tensor:
         """Compute the hidden states that predict response tokens: [N, D]."""
-        hidden: torch.Tensor = self.lm.base_model(
+        hidden: torch.Tensor = backbone(self.lm)(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             segments=batch.segments,
