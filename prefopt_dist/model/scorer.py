@@ -13,7 +13,9 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, PromptEnds
+from prefopt_dist.model.final import final_transform
 from prefopt_dist.model.head import attach_logp_head
+from prefopt_dist.model.parts import backbone, output_head
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
 
 
@@ -38,8 +40,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.lm = lm
         self.path = path
-        # Only Gemma has this field.
-        attach_logp_head(lm.get_output_embeddings(), lm.config.to_dict().get("final_logit_softcapping"))
+        attach_logp_head(output_head(lm), final_transform(lm))
 
     def sequence_sums(self, batch: MicroBatch) -> torch.Tensor:
         """Compute Σ log π(response token | prompt, response so far) of each sequence: float64 [Q]."""
@@ -101,7 +102,7 @@ class Scorer(nn.Module):
             # backward pass runs, so that this rank takes part in every collective.
             flat = [self._rectangle(batch.input_ids[0, rectangle]).flatten(0, 1) for rectangle in batch.rectangles]
             return torch.cat(flat)[batch.source]
-        hidden: torch.Tensor = self.lm.base_model(
+        hidden: torch.Tensor = backbone(self.lm)(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             segments=batch.segments,
@@ -115,7 +116,7 @@ class Scorer(nn.Module):
 
         No mask is needed, since a causal model does not see padding on the right.
         """
-        hidden: torch.Tensor = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden: torch.Tensor = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state
         return hidden
 
 

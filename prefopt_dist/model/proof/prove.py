@@ -214,26 +214,29 @@ class _Case:
         above = {name: share for name, share in shares.items() if not share <= GRADIENT_TOLERANCE}
         if not above and sums_off <= SUM_TOLERANCE:
             return Tried(path, True, sums_off, *_largest(shares))
-        # A float64 copy is made only where a difference is small enough to be rounding.
-        noisy = sums_off <= MOST_NOISE * SUM_TOLERANCE
-        if not noisy or (_worst_of_the_whole(above, self._gradients, gradients) > MOST_NOISE * GRADIENT_TOLERANCE):
-            return Tried(path, False, sums_off, *_largest(shares))
+        least = NEGLIGIBLE * _norm(self._gradients.values())
+        negligible = {n for n in above if max(_size(self._gradients, n), _size(gradients, n)) <= least}
+        rest = {n: share for n, share in above.items() if n not in negligible}
+        # A float64 copy is made only where the difference is small enough to be rounding.
+        if not (sums_off <= MOST_NOISE * SUM_TOLERANCE and _largest(rest)[0] <= MOST_NOISE * GRADIENT_TOLERANCE):
+            return Tried(path, False, sums_off, *_largest(rest or shares))
         exact_sums, exact = self._in_float64()
-        noise = {name: _share(self._gradients, exact, name) for name in above}
-        vanishing = [n for n in above if noise[n] > MOST_NOISE * GRADIENT_TOLERANCE and not noise[n] < above[n] / NOISE_FACTOR]
-        if _norm([exact[n] for n in vanishing if n in exact]) > NEGLIGIBLE * _norm(exact.values()):
-            vanishing = []
-        rest = {n: share for n, share in above.items() if n not in vanishing}
         sums_noise = _relative(self._sums, exact_sums)
-        equal = sums_off <= max(SUM_TOLERANCE, NOISE_FACTOR * sums_noise) and all(
-            share <= min(NOISE_FACTOR * noise[n], MOST_NOISE * GRADIENT_TOLERANCE) for n, share in rest.items()
-        )
-        why = f"plain float32 differs from float64 by {sums_noise:.1e}"
+        noise = {n: _difference(self._gradients, exact, n) for n in above}
+        unexplained = {
+            n: above[n]
+            for n in above
+            if not _difference(gradients, self._gradients, n) <= (MOST_NOISE if n in negligible else NOISE_FACTOR) * noise[n]
+        }
+        equal = not unexplained and sums_off <= max(SUM_TOLERANCE, NOISE_FACTOR * sums_noise)
+        why = [f"plain float32 differs from float64 by {sums_noise:.1e}"]
         if rest:
-            why += f" and {noise[_largest(rest)[1]]:.1e}"
-        if vanishing:
-            why += f"; {len(vanishing)} gradients are 0 but for rounding"
-        return Tried(path, equal, sums_off, *_largest({n: s for n, s in shares.items() if n not in vanishing}), why)
+            largest = _largest(unexplained or rest)[1]
+            why.append(f"and {noise[largest] / _size(exact, largest):.1e} in {largest}")
+        if negligible - unexplained.keys():
+            why.append(f"with {len(negligible - unexplained.keys())} gradients that are 0 but for rounding")
+        shown = unexplained or {n: s for n, s in shares.items() if n not in negligible}
+        return Tried(path, equal, sums_off, *_largest(shown), " ".join(why))
 
     def _in_float64(self) -> tuple[torch.Tensor, Gradients]:
         if self._exact is None:
@@ -276,7 +279,7 @@ def _difference(found: Gradients, wanted: Gradients, name: str) -> float:
 
 def _share(found: Gradients, wanted: Gradients, name: str) -> float:
     """Return ‖Δ‖/‖g‖ of a tensor."""
-    difference, norm = _difference(found, wanted, name), _norm([wanted[name]] if name in wanted else [])
+    difference, norm = _difference(found, wanted, name), _size(wanted, name)
     return 0.0 if difference == 0 else difference / norm if norm else math.inf
 
 
@@ -286,12 +289,9 @@ def _largest(shares: Mapping[str, float]) -> tuple[float, str]:
     return shares.get(name, 0.0), name
 
 
-def _worst_of_the_whole(above: Iterable[str], wanted: Gradients, found: Gradients) -> float:
-    """Return the largest ‖Δ‖ of some tensors, relative to the tensor's gradient or a negligible share of the whole."""
-    least = NEGLIGIBLE * _norm(wanted.values())
-    return max(
-        (_difference(found, wanted, n) / max(_norm([wanted[n]] if n in wanted else []), least) for n in above), default=0.0
-    )
+def _size(gradients: Gradients, name: str) -> float:
+    """Return ‖g‖ of a tensor; 0 where it has none."""
+    return _norm([gradients[name]] if name in gradients else [])
 
 
 def _first_line(error: Exception) -> str:
