@@ -26,6 +26,8 @@ BLOCKS = {"index_block_size": 4, "index_topk_blocks": 2}
 
 SCALED = ("yarn", "longrope", "llama3", "dynamic", "su")
 """Rotary embeddings that are scaled from a length on."""
+BY_LENGTH = ("dynamic", "longrope", "su")
+"""Those that look at the length of the sequence, so that a sequence that does not reach it is computed otherwise."""
 ORIGINAL = 16
 """That length in a cut; the sequences of the proof are longer."""
 NOT_REACHED = 256
@@ -83,7 +85,8 @@ def _limit_rotary(fields: dict[str, Any], max_length: int | None) -> dict[str, A
         return fields
     originals = [v.get("original_max_position_embeddings") for v in scaled.values()]
     original = max((v for v in originals if v), default=fields.get("original_max_position_embeddings") or most)
-    new = ORIGINAL if max_length is None or max_length > original else NOT_REACHED
+    reached = max_length is None or max_length > original or not any(v["rope_type"] in BY_LENGTH for v in scaled.values())
+    new = ORIGINAL if reached else NOT_REACHED
     changed = {k: v | ({"original_max_position_embeddings": new} if v.get("original_max_position_embeddings") else {})
                for k, v in scaled.items()}
     found: dict[str, Any] = {"rope_parameters": changed[""] if "" in changed else rotary | changed}
