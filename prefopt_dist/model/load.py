@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import logging
 
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import attention
@@ -55,11 +58,37 @@ def load_unsharded(folder: ModelFolder, *, dtype: torch.dtype) -> PreTrainedMode
 
 
 def _load(folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(
-        folder.path, config=without_dropout(folder.config), dtype=dtype, attn_implementation=attention.NAME
-    )
+    return load_language_model(folder, without_dropout(folder.config), dtype, attn_implementation=attention.NAME)
+
+
+def load_language_model(
+    folder: ModelFolder, config: PreTrainedConfig, dtype: torch.dtype, **options: Any
+) -> PreTrainedModel:
+    """Load the language model of a folder, without its other parts such as one for images.
+
+    Args:
+        folder: the model folder.
+        config: the language model's configuration.
+        dtype: dtype of the weights.
+        options: further options of from_pretrained.
+    """
+    # The other parts' weights are left out on purpose, of which transformers would print a long table.
+    with _quiet() if folder.part_of_more else nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder.path, config=config, dtype=dtype, key_mapping=folder.names.key_mapping, **options
+        )
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
