@@ -14,7 +14,7 @@ from prefopt_dist.data import open_rows
 from prefopt_dist.errors import NotHere, UserError
 from prefopt_dist.files import write_json
 from prefopt_dist.model.cost import forward_cost
-from prefopt_dist.model.folder import check_config, read_config, resolve
+from prefopt_dist.model.folder import check_config, read_language_config, resolve
 from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.monitoring.console import say, show
 from prefopt_dist.objectives import Objective
@@ -37,7 +37,7 @@ def run(config: Config) -> None:
     """Plan in one process, without a process group."""
     key = "model.name_or_path"
     folder = resolve(config.model.name_or_path, key, weights=False)
-    model = read_config(folder, key)
+    model = read_language_config(folder, key)
     check_config(model, folder, key, config.data.max_length)
     machine = planned_machine(config.plan)
     cost = forward_cost(model)

@@ -58,7 +58,7 @@ class _Given(nn.Module):
 
     def __init__(self, original: nn.Module, hidden: torch.Tensor) -> None:
         super().__init__()
-        self._original = [original]  # in a list, so that it is no submodule
+        self._original = [original]  # in a list, so that torch does not register it
         self._hidden = hidden
 
     def forward(self, *_: Any, **__: Any) -> _Outputs:

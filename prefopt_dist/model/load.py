@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import logging
 
 from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.errors import UserError
@@ -61,12 +64,30 @@ def load_unsharded(folder: ModelFolder, *, dtype: torch.dtype, path: ComputePath
 
 def _load(folder: ModelFolder, dtype: torch.dtype, path: ComputePath) -> PreTrainedModel:
     config = without_dropout(folder.config)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder.path,
-        config=config,
-        dtype=dtype,
-        attn_implementation=own_attention(config) if path == "plain" else attention.NAME,
-    )
+    return load_language_model(folder, config, dtype, attn_implementation=attention_of(config, path))
+
+
+def attention_of(config: PreTrainedConfig, path: ComputePath) -> str:
+    """Return the name of the attention with which a model computes the micro-batches of a path."""
+    return own_attention(config) if path == "plain" else attention.NAME
+
+
+def load_language_model(
+    folder: ModelFolder, config: PreTrainedConfig, dtype: torch.dtype, **options: Any
+) -> PreTrainedModel:
+    """Load the language model of a folder, without its other parts such as one for images.
+
+    Args:
+        folder: the model folder.
+        config: the language model's configuration.
+        dtype: dtype of the weights.
+        options: further options of from_pretrained.
+    """
+    # The other parts' weights are left out on purpose, of which transformers would print a long table.
+    with _quiet() if folder.part_of_more else nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder.path, config=config, dtype=dtype, key_mapping=folder.names.key_mapping, **options
+        )
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -80,6 +101,16 @@ def own_attention(config: PreTrainedConfig) -> str:
 def has_soft_cap(config: PreTrainedConfig) -> bool:
     """Return whether the attention of a model, such as Gemma 2, has a soft cap, which transformers' sdpa ignores."""
     return config.to_dict().get("attn_logit_softcapping") is not None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:

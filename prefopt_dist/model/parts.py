@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,9 +21,10 @@ def backbone(lm: PreTrainedModel) -> nn.Module:
     if named is not lm:
         return named
     # A few families give base_model_prefix another name than the module has.
-    embedding: nn.Module = lm.get_input_embeddings()
-    for child in nn.Module.children(lm):
-        if child is not embedding and any(module is embedding for module in child.modules()):
+    untyped: Any = lm
+    embedding: nn.Module = untyped.get_input_embeddings()
+    for child in lm.children():
+        if child is not embedding and embedding in child.modules():
             return child
     raise UserError(
         f"model.name_or_path: {type(lm).__name__} has no module before its output head that can be called alone. "

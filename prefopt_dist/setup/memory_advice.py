@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from prefopt_dist.config import Config, mask_secrets
 from prefopt_dist.distributed import out_of_memory, ranks
 from prefopt_dist.files import read_json
-from prefopt_dist.model.folder import read_config, resolve
+from prefopt_dist.model.folder import read_language_config, resolve
 from prefopt_dist.monitoring.console import format_bytes
 from prefopt_dist.monitoring.timers import peak_memory
 from prefopt_dist.planning import memory
@@ -79,7 +79,7 @@ def _estimate(config: Config, stage: str, phase: str) -> int:
         LookupError: the plan has no such phase.
     """
     key = "model.name_or_path"
-    model: PreTrainedConfig = read_config(resolve(config.model.name_or_path, key, weights=False), key)
+    model: PreTrainedConfig = read_language_config(resolve(config.model.name_or_path, key, weights=False), key)
     needs = job_needs(config, model, 1.0)
     sizes, place = needs.sizes, Placement(ranks.world_size(), ranks.device().type == "cuda")
     found: Phase

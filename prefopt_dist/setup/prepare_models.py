@@ -134,6 +134,11 @@ def _models(config: Config) -> Models:
     if reference is not policy:
         checks.check_reference_tokenizer(tokenizer, reference)
     adapter = checks.adapter_of(config.lora, policy.config, config.model.name_or_path)
+    if adapter is not None and policy.part_of_more and not config.export.merged:
+        raise UserError(
+            f"export.merged: got false, but {policy.path} has other parts than its language model (such as one for "
+            "images), whose layers peft would take for those of the adapters; set export.merged=true"
+        )
     return Models(policy, reference, tokenizer, DTYPES[config.model.dtype], adapter)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 VOCABULARY = 67
 SIZES: dict[str, Any] = {
@@ -95,3 +95,80 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) 
             if name.endswith("e_score_correction_bias"):
                 buffer += 0.1 * torch.randn_like(buffer)
     return lm.to(dtype).eval()
+
+
+_VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_IMAGES: dict[str, Any] = {"image_token_index": 60}
+LARGER_MODELS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": SIZES | {"sliding_window": 6},
+        "vision_config": _VISION,
+        "mm_tokens_per_image": 4,
+        "boi_token_index": 61,
+        "eoi_token_index": 62,
+    }
+    | _IMAGES,
+    "mistral3": {
+        "text_config": SIZES | FAMILIES["ministral3"] | {"model_type": "ministral3"},
+        "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 8},
+        "tie_word_embeddings": False,
+    }
+    | _IMAGES,
+    "qwen3_5": {
+        "text_config": SIZES | FAMILIES["qwen3_5_text"],
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "patch_size": 4,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+        },
+        "image_token_id": 60,
+        "video_token_id": 61,
+        "vision_start_token_id": 62,
+        "vision_end_token_id": 63,
+    },
+    "gemma4": {
+        "text_config": SIZES | FAMILIES["gemma4_text"] | {"pad_token_id": 0},
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "global_head_dim": 8,
+        },
+        "audio_config": None,
+        "image_token_id": 60,
+        "boi_token_id": 61,
+        "eoi_token_id": 62,
+        "audio_token_id": 63,
+    },
+    "llava": {
+        "text_config": SIZES | {"model_type": "llama", "tie_word_embeddings": False},
+        "vision_config": _VISION | {"model_type": "clip_vision_model"},
+    }
+    | _IMAGES,
+}
+"""Models that also take images, by their model_type."""
+
+
+def larger_model(family: str) -> Any:
+    """A random model that also takes images; its class is the one that a published folder of the family names."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **LARGER_MODELS[family])
+    lm = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return lm.eval()

@@ -16,8 +16,7 @@ from transformers.initialization import no_init_weights
 
 from prefopt_dist.batching.micro_batch import PATHS, ComputePath, pack
 from prefopt_dist.errors import UserError
-from prefopt_dist.model import attention
-from prefopt_dist.model.load import own_attention, without_dropout
+from prefopt_dist.model.load import attention_of, without_dropout
 from prefopt_dist.model.proof import alone, sequences
 from prefopt_dist.model.proof.alone import Gradients
 from prefopt_dist.model.proof.cut import MOST_BYTES, CannotCut, Cut, cuts
@@ -190,7 +189,7 @@ class _Case:
         return self._compare(path, sums, gradients)
 
     def _by_path(self, path: ComputePath) -> tuple[torch.Tensor, Gradients]:
-        model = self._filled(own_attention(self._config) if path == "plain" else attention.NAME)
+        model = self._filled(attention_of(self._config, path))
         scorer = Scorer(model, path).train()
         batch = pack(self._units, self._by.shape[1], path).to(self._device)
         found = scorer(batch, WEIGHTED, self._by)
