@@ -94,6 +94,8 @@ def run(config: Config, asked: Requests | None = None) -> None:
             return
         requests = asked or requests_for(config)
         inputs = _load_inputs(config)
+        if ranks.rank() == 0:
+            folder.note(path=inputs.models.path)  # before any work on this path, so that a resume keeps it
         start = _score_and_answer(config, folder, inputs, requests)
         if start is None:
             return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.setup import checks
 from prefopt_dist.setup.checks import eval_sets
+from prefopt_dist.setup.prove_path import choose_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -80,6 +81,8 @@ def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | Non
             found = Path(source.path).exists() or any(mark in source.path for mark in "*?")
             if looks_local and not found:
                 raise UserError(f"{key}: {source.path!r} does not exist. Give a file, a saved dataset or a hub name.")
+    for line in _path(config, models, torch.device("cuda" if torch.cuda.is_available() else "cpu"))[1]:
+        say(line)
 
 
 def zero_settings(path: str, key: str) -> dict[str, Any]:
@@ -152,8 +155,20 @@ def load_models(config: Config) -> Models:
     say(f"policy: {_described(models.policy)}, computed in {config.model.dtype}")
     if config.reference.name_or_path is not None:
         say(f"reference: {_described(models.reference)}")
-    say(f"attention: {ranks.run_on_rank_zero(partial(_kernels, models))}")
-    return models
+    path, lines = ranks.run_on_rank_zero(partial(_path, config, models, ranks.device()))
+    for line in lines:
+        say(line)
+    if path != "plain":
+        say(f"attention: {ranks.run_on_rank_zero(partial(_kernels, models))}")
+    return replace(models, path=path)
+
+
+def _path(config: Config, models: Models, device: torch.device) -> tuple[ComputePath, list[str]]:
+    """Choose the path of the run, with lines about it (one process calls it)."""
+    scored = [("model.name_or_path", models.policy.config)]
+    if config.reference.name_or_path is not None:
+        scored.append(("reference.name_or_path", models.reference.config))
+    return choose_path(config, scored, device)
 
 
 def _kernels(models: Models) -> str:

@@ -20,7 +20,9 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits.double()
 
 
-def sums_and_gradients(model: nn.Module, units: Sequence[Unit], weights: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
+def sums_and_gradients(
+    model: nn.Module, units: Sequence[Unit], weights: torch.Tensor
+) -> tuple[torch.Tensor, Gradients]:
     """Score the responses and differentiate their weighted sum.
 
     Args:
@@ -41,7 +43,7 @@ def sums_and_gradients(model: nn.Module, units: Sequence[Unit], weights: torch.T
             logps = logits_of(model, ids)[first - 1 : -1].log_softmax(-1).gather(-1, ids[first:, None])[:, 0]
             learnt = None if unit.learnt is None else unit.learnt[r]
             total = logps.sum() if learnt is None else logps[torch.from_numpy(learnt).to(device)].sum()
-            (total * weights[u, r]).backward()
+            (total * weights[u, r]).backward()  # type: ignore[no-untyped-call]
             sums[u, r] = total.detach()
     return sums, take_gradients(model)
 

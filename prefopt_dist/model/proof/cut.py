@@ -1,8 +1,8 @@
 """A cut of a model's configuration: every kind of its layers, few layers, few experts, a small vocabulary.
 
-What a short sequence never reaches (windows, chunks, the lengths from which rotary embeddings are scaled) is cut too, so
-that the sequences of the proof cross it. Widths stay as they are up to a limit of bytes; beyond it heads and widths are
-divided. Each change is named.
+What a short sequence never reaches (windows, chunks, the lengths from which rotary embeddings are scaled) is cut too,
+so that the sequences of the proof cross it. Widths stay as they are up to a limit of bytes; beyond it heads and widths
+are divided. Each change is named.
 """
 
 from __future__ import annotations

@@ -74,9 +74,12 @@ def _tells_kinds(values: Any) -> bool:
 
 def _described(layer: nn.Module) -> LayerKind:
     return tuple(
-        (name, type(module).__name__, _constants(module), tuple((n, p.shape) for n, p in module.named_parameters("", False)))
-        for name, module in layer.named_modules()
+        (name, type(module).__name__, _constants(module), _shapes(module)) for name, module in layer.named_modules()
     )
+
+
+def _shapes(module: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
+    return tuple((name, p.shape) for name, p in module.named_parameters(recurse=False))
 
 
 def _constants(module: nn.Module) -> tuple[tuple[str, Any], ...]:
@@ -84,5 +87,7 @@ def _constants(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     return tuple(
         (name, value)
         for name, value in sorted(vars(module).items())
-        if (value is None or isinstance(value, bool | int | str)) and not name.startswith("_") and not _PLACE.search(name)
+        if (value is None or isinstance(value, bool | int | str))
+        and not name.startswith("_")
+        and not _PLACE.search(name)
     )

@@ -9,14 +9,29 @@ from transformers import PreTrainedConfig
 
 from prefopt_dist.model.proof.kinds import is_layer_list, layer_kinds
 
-INDICES = ("mlp_only_layers", "full_attn_idxs", "moe_layers", "hybrid_layer_ids", "local_layer_ids")
-INDICES += ("attn_layer_indices", "ple_layer_ids")
+INDICES = (
+    "mlp_only_layers",
+    "full_attn_idxs",
+    "moe_layers",
+    "hybrid_layer_ids",
+    "local_layer_ids",
+    "attn_layer_indices",
+    "ple_layer_ids",
+)
 """Fields with lists of layers, by their numbers."""
 FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers")
 """Fields with n, where the first n layers differ from the others."""
 LAST = ("num_kv_shared_layers",)
 """Fields with n, where the last n layers differ from the others."""
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "encoder_layers")
+COUNTS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_blocks",
+    "decoder_layers",
+    "encoder_layers",
+)
 """Fields with the number of layers."""
 UNKNOWN = 4
 """Layers of a cut whose kinds cannot be told apart."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -123,14 +123,27 @@ def prove(
     Raises:
         UserError: no path computes the model's own numbers, or the model is not causal, or no cut of it can be built.
     """
-    begin = time.perf_counter()
     device = device or torch.device("cpu")
+    # The run's own random numbers do not depend on whether its proof is found in the cache.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        return _prove(config, key, path, max_length, device, most_bytes)
+
+
+def _prove(
+    config: PreTrainedConfig,
+    key: str,
+    path: ComputePath | None,
+    max_length: int | None,
+    device: torch.device,
+    most_bytes: int,
+) -> Proof:
+    begin = time.perf_counter()
     small, case = _first_that_works(config, key, max_length, most_bytes, device)
     if case.influence > CAUSAL_TOLERANCE:
         raise UserError(
             f"{key}: this {config.model_type} model is not causal: a later token changes an earlier logit by "
-            f"{case.influence:.1e} of the largest, so that the log-prob of a token would depend on those after it. Give a "
-            "causal language model."
+            f"{case.influence:.1e} of the largest, so that the log-prob of a token would depend on those after it. "
+            "Give a causal language model."
         )
     tried: list[Tried] = []
     for candidate in PATHS if path is None else (path,):
@@ -219,23 +232,26 @@ class _Case:
         # A float64 copy is made only where the difference is small enough to be rounding.
         if not (sums_off <= MOST_NOISE * SUM_TOLERANCE and _largest(rest)[0] <= MOST_NOISE * GRADIENT_TOLERANCE):
             return Tried(path, False, sums_off, *_largest(rest or shares))
-        exact_sums, exact = self._in_float64()
+        try:
+            exact_sums, exact = self._in_float64()
+        except Exception as e:  # a family whose own code casts to float32
+            why = f"its rounding is unknown, since float64 raises {type(e).__name__}: {_first_line(e)}"
+            return Tried(path, False, sums_off, *_largest(rest or shares), why)
         sums_noise = _relative(self._sums, exact_sums)
         noise = {n: _difference(self._gradients, exact, n) for n in above}
+        factors = {n: MOST_NOISE if n in negligible else NOISE_FACTOR for n in above}
         unexplained = {
-            n: above[n]
-            for n in above
-            if not _difference(gradients, self._gradients, n) <= (MOST_NOISE if n in negligible else NOISE_FACTOR) * noise[n]
+            n: above[n] for n in above if not _difference(gradients, self._gradients, n) <= factors[n] * noise[n]
         }
         equal = not unexplained and sums_off <= max(SUM_TOLERANCE, NOISE_FACTOR * sums_noise)
-        why = [f"plain float32 differs from float64 by {sums_noise:.1e}"]
+        reasons = [f"plain float32 differs from float64 by {sums_noise:.1e}"]
         if rest:
             largest = _largest(unexplained or rest)[1]
-            why.append(f"and {noise[largest] / _size(exact, largest):.1e} in {largest}")
+            reasons.append(f"and {noise[largest] / _size(exact, largest):.1e} in {largest}")
         if negligible - unexplained.keys():
-            why.append(f"with {len(negligible - unexplained.keys())} gradients that are 0 but for rounding")
+            reasons.append(f"with {len(negligible - unexplained.keys())} gradients that are 0 but for rounding")
         shown = unexplained or {n: s for n, s in shares.items() if n not in negligible}
-        return Tried(path, equal, sums_off, *_largest(shown), " ".join(why))
+        return Tried(path, equal, sums_off, *_largest(shown), " ".join(reasons))
 
     def _in_float64(self) -> tuple[torch.Tensor, Gradients]:
         if self._exact is None:
@@ -247,12 +263,15 @@ def _build(config: PreTrainedConfig, attention: str) -> Any:
     model: Any = AutoModelForCausalLM.from_config(
         type(config).from_dict(config.to_dict()), dtype=torch.float32, attn_implementation=attention
     )
+    if attention == "eager":
+        model.config._experts_implementation = "eager"  # a grouped product knows no float64
     return model.eval()
 
 
 def _tokens(fields: dict[str, Any]) -> int:
     """Return the number of tokens that are not padding of the vocabulary."""
-    return min(v for name in ("vocab_size", "unpadded_vocab_size") if (v := fields.get(name)) is not None)
+    given: list[int] = [fields[name] for name in ("vocab_size", "unpadded_vocab_size") if fields.get(name) is not None]
+    return min(given)
 
 
 def _special(fields: dict[str, Any]) -> list[int]:

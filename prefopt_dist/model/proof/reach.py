@@ -17,9 +17,23 @@ MOST_TOKENS = 1024
 TOKEN = re.compile("(token_ids?|token_index|_id)$")
 """Fields with ids of tokens."""
 
-WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_window_size", "local_attention")
-WINDOWS += ("attention_chunk_size", "local_attention_window_len", "keep_window_size", "index_topk", "floor_scale")
-WINDOWS += ("log_scaling_n_floor", "rel_extent", "block_size", "chunk_size", "mamba_chunk_size")
+WINDOWS = (
+    "sliding_window",
+    "sliding_window_size",
+    "window_size",
+    "attention_window_size",
+    "local_attention",
+    "attention_chunk_size",
+    "local_attention_window_len",
+    "keep_window_size",
+    "index_topk",
+    "floor_scale",
+    "log_scaling_n_floor",
+    "rel_extent",
+    "block_size",
+    "chunk_size",
+    "mamba_chunk_size",
+)
 WINDOW = 8
 BLOCKS = {"index_block_size": 4, "index_topk_blocks": 2}
 """Lengths of attention over chosen blocks of keys."""
@@ -74,7 +88,7 @@ def _clamped(value: Any, vocabulary: int) -> Any:
 
 
 def _limit_rotary(fields: dict[str, Any], max_length: int | None) -> dict[str, Any]:
-    """Cut the length from which rotary embeddings are scaled, and the largest position with it, which keeps their ratio."""
+    """Cut the length from which rotary embeddings are scaled, and the largest position by the same ratio."""
     rotary = fields.get("rope_parameters")
     if not isinstance(rotary, dict):
         return fields
@@ -85,10 +99,13 @@ def _limit_rotary(fields: dict[str, Any], max_length: int | None) -> dict[str, A
         return fields
     originals = [v.get("original_max_position_embeddings") for v in scaled.values()]
     original = max((v for v in originals if v), default=fields.get("original_max_position_embeddings") or most)
-    reached = max_length is None or max_length > original or not any(v["rope_type"] in BY_LENGTH for v in scaled.values())
+    by_length = any(v["rope_type"] in BY_LENGTH for v in scaled.values())
+    reached = max_length is None or max_length > original or not by_length
     new = ORIGINAL if reached else NOT_REACHED
-    changed = {k: v | ({"original_max_position_embeddings": new} if v.get("original_max_position_embeddings") else {})
-               for k, v in scaled.items()}
+    changed = {
+        k: v | ({"original_max_position_embeddings": new} if v.get("original_max_position_embeddings") else {})
+        for k, v in scaled.items()
+    }
     found: dict[str, Any] = {"rope_parameters": changed[""] if "" in changed else rotary | changed}
     found["max_position_embeddings"] = max(new, most * new // original)
     if fields.get("original_max_position_embeddings"):

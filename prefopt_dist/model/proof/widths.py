@@ -79,7 +79,9 @@ def _divided(value: Any, by: int, least: int) -> Any:
         return value
     divided = max(least, value // by)
     # Grouped products of experts need rows of whole 16 bytes.
-    return divided if value % by == 0 and divided % 4 == 0 or least < SMALLEST_WIDTH else max(least, divided // 8 * 8)
+    if least < SMALLEST_WIDTH or (value % by == 0 and divided % 4 == 0):
+        return divided
+    return max(least, divided // 8 * 8)
 
 
 def _shorter_tables(rotary: dict[str, Any], by: int) -> dict[str, Any]:
