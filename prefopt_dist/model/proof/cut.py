@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -18,6 +19,9 @@ from prefopt_dist.model.proof.kinds import build_on_meta
 
 MOST_BYTES = 2 * 2**30
 """Largest size of the float32 weights of a cut whose widths are the model's own."""
+
+MOST_TEXT = 300
+"""Characters of a family's own error in a message."""
 
 
 class CannotCut(Exception):
@@ -48,7 +52,7 @@ def cuts(config: PreTrainedConfig, max_length: int | None = None, most_bytes: in
     try:
         few = reach.limit(layers.cut_layers(config).to_dict(), max_length)
     except Exception as e:  # whatever the family's own code raises
-        raise CannotCut(_text(e)) from e
+        raise CannotCut(text_of(e)) from e
     found = False
     for heads, sizes in widths.factors(few):
         try:
@@ -61,11 +65,12 @@ def cuts(config: PreTrainedConfig, max_length: int | None = None, most_bytes: in
             found = True
             yield Cut(smaller, tuple(_changes(config.to_dict(), smaller.to_dict())))
     if not found:
-        raise CannotCut(f"more than {most_bytes} bytes of weights" if error is None else _text(error)) from error
+        raise CannotCut(f"more than {most_bytes} bytes of weights" if error is None else text_of(error)) from error
 
 
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no text'])[0]}"
+def text_of(error: Exception) -> str:
+    """Return what a family's own code raised, in one line."""
+    return f"{type(error).__name__}: {shorten(str(error), MOST_TEXT)}"
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -34,7 +34,7 @@ COUNTS = (
 )
 """Fields with the number of layers."""
 UNKNOWN = 4
-"""Layers of a cut whose kinds cannot be told apart."""
+"""Layers of a cut whose kinds are not known."""
 
 
 def cut_layers(config: PreTrainedConfig) -> PreTrainedConfig:

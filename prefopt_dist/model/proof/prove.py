@@ -19,7 +19,7 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.model.load import attention_of, without_dropout
 from prefopt_dist.model.proof import alone, sequences
 from prefopt_dist.model.proof.alone import Gradients
-from prefopt_dist.model.proof.cut import MOST_BYTES, CannotCut, Cut, cuts
+from prefopt_dist.model.proof.cut import MOST_BYTES, CannotCut, Cut, cuts, text_of
 from prefopt_dist.model.proof.weights import randomise
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives.objective import Sequences, Terms, terms
@@ -174,7 +174,7 @@ def _first_that_works(
     assert why is not None
     raise UserError(
         f"{key}: no small copy of this {config.model_type} model can be computed, so that no path can be proven "
-        f"({type(why).__name__}: {_first_line(why)}). Give a model of another family."
+        f"({why if isinstance(why, CannotCut) else text_of(why)}). Give a model of another family."
     ) from why
 
 
@@ -198,7 +198,7 @@ class _Case:
         try:
             sums, gradients = self._by_path(path)
         except Exception as e:  # whatever the family's code or ours raises on this path ends it
-            return Tried(path, False, why=f"{type(e).__name__}: {_first_line(e)}")
+            return Tried(path, False, why=f"{text_of(e)}")
         return self._compare(path, sums, gradients)
 
     def _by_path(self, path: ComputePath) -> tuple[torch.Tensor, Gradients]:
@@ -235,7 +235,7 @@ class _Case:
         try:
             exact_sums, exact = self._in_float64()
         except Exception as e:  # a family whose own code casts to float32
-            why = f"its rounding is unknown, since float64 raises {type(e).__name__}: {_first_line(e)}"
+            why = f"its rounding is unknown, since float64 raises {text_of(e)}"
             return Tried(path, False, sums_off, *_largest(rest or shares), why)
         sums_noise = _relative(self._sums, exact_sums)
         noise = {n: _difference(self._gradients, exact, n) for n in above}
@@ -310,7 +310,3 @@ def _largest(shares: Mapping[str, float]) -> tuple[float, str]:
 def _size(gradients: Gradients, name: str) -> float:
     """Return ‖g‖ of a tensor; 0 where it has none."""
     return _norm([gradients[name]] if name in gradients else [])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no text"])[0]

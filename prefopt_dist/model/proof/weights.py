@@ -11,7 +11,7 @@ from torch import nn
 PERTURBATION = 0.3
 """Standard deviation of what is added to the vectors and scalars of a fresh model."""
 _KERNEL = 16
-"""Largest length of a convolution's kernel, by which it is told from the matrices of experts."""
+"""Largest length of a convolution's kernel, which distinguishes it from the matrices of experts."""
 
 
 def randomise(model: Any, seed: int = 0) -> None:
