@@ -68,7 +68,7 @@ def influence_of_later_tokens(model: nn.Module, ids: torch.Tensor) -> float:
     with torch.no_grad():
         whole = logits_of(model, ids)
         worst = 0.0
-        for place in (len(ids) // 3, 2 * len(ids) // 3, len(ids) - 1):
+        for place in (len(ids) // 2, len(ids) - 1):
             other = ids.clone()
             other[place:] = ids[place - 1].item()
             for changed in (logits_of(model, other)[:place], logits_of(model, ids[:place])):

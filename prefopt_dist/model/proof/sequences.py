@@ -9,11 +9,10 @@ import torch
 
 from prefopt_dist.data.unit import Tokens, Unit
 
-LENGTHS = ((11, 17, 6, 3), (2, 1, 21, 0), (19, 9, 13, 0))
+LENGTHS = ((11, 17, 6, 3), (5, 1, 23, 0))
 """For each prompt: its tokens, those of its two responses, and how many the responses share at their beginning."""
-WEIGHTS = ((1.0, -0.6), (0.8, 1.1), (-0.9, 0.7))
+WEIGHTS = ((1.0, -0.6), (0.8, -0.9))
 """The derivative of the loss of the proof by each sequence's log-prob."""
-LONGEST = max(prompt + max(first, second) for prompt, first, second, _ in LENGTHS)
 
 
 def units(vocabulary: int, special: Sequence[int]) -> list[Unit]:
