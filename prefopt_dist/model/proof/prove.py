@@ -255,7 +255,13 @@ class _Case:
 
     def _in_float64(self) -> tuple[torch.Tensor, Gradients]:
         if self._exact is None:
-            self._exact = alone.sums_and_gradients(self._filled("eager").double(), self._units, self._by)
+            model = self._filled("eager").double()
+            default = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float64)  # of tensors that a family makes, such as its mask
+            try:
+                self._exact = alone.sums_and_gradients(model, self._units, self._by)
+            finally:
+                torch.set_default_dtype(default)
         return self._exact
 
 
