@@ -11,8 +11,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 LayerKind = tuple[Any, ...]
 
-_PLACE = re.compile("idx|index|layer_id|layer_num|block_id|depth")
-"""Attributes that say where a layer stands, which differ between layers of one kind."""
+_PLACE = re.compile("idx|index|layer_id|layer_num|block_id|depth|num_.*(layers|blocks)")
+"""Attributes that say where a layer stands, or how many there are, which differ between layers of one kind."""
+_LATER_PART = re.compile(r"\.[1-9]\d*(\.|$)")
+"""Names of modules in a list after its first, which are like it; a list may have one for each layer of the model."""
+_INDEX_LISTS = ("idxs", "ids", "indices")
+"""Ends of the names of lists that have numbers of layers."""
 _MOST_VALUES = 8
 """A list of the configuration with more different values than this tells layers apart by number, not by kind."""
 
@@ -62,7 +66,7 @@ def is_layer_list(name: str, value: Any, layers: int) -> bool:
         value: of the field.
         layers: number of layers.
     """
-    if not isinstance(value, list | tuple) or len(value) != layers or _PLACE.search(name):
+    if not isinstance(value, list | tuple) or len(value) != layers or name.endswith(_INDEX_LISTS):
         return False
     # With few layers a list of numbers may have as many entries by chance, such as the sections of a rotary embedding.
     return layers > 4 or "layer" in name or all(isinstance(v, str) for v in value)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -38,6 +39,9 @@ NEGLIGIBLE = 1e-5
 but for it, such as that of a bias of keys, which shifts all scores of a query alike."""
 MOST_CUTS = 4
 """Cuts of different widths that are tried where plain transformers does not compute the first."""
+MOST_ROUNDING = 1e-3
+"""A change of an earlier logit up to this is measured again in float64, since it may be rounding: sums over sequences of
+another length have another order."""
 CAUSAL_TOLERANCE = 1e-5
 """Largest change of an earlier logit by a later token, relative to the largest logit."""
 
@@ -190,6 +194,10 @@ class _Case:
         self._by = sequences.weights().to(device)
         ids = torch.from_numpy(np.concatenate([self._units[-1].prompt, self._units[-1].responses[1]]).astype(np.int64))
         self.influence = alone.influence_of_later_tokens(model, ids.to(device))
+        if CAUSAL_TOLERANCE < self.influence <= MOST_ROUNDING:
+            exact = self._filled("eager").double()
+            with _float64_by_default():
+                self.influence = alone.influence_of_later_tokens(exact, ids.to(device))
         self._sums, self._gradients = alone.sums_and_gradients(model, self._units, self._by)
         self._exact: tuple[torch.Tensor, Gradients] | None = None
 
@@ -203,10 +211,12 @@ class _Case:
 
     def _by_path(self, path: ComputePath) -> tuple[torch.Tensor, Gradients]:
         model = self._filled(attention_of(self._config, path))
-        scorer = Scorer(model, path).train()
+        scorer = Scorer(model, path, cut=True).train()
         batch = pack(self._units, self._by.shape[1], path).to(self._device)
         found = scorer(batch, WEIGHTED, self._by)
         found.loss.backward()
+        for part in scorer.rest():
+            part.backward()  # type: ignore[no-untyped-call]
         # The head's class was exchanged in this model alone.
         return found.sums, {name.removeprefix("lm."): g for name, g in alone.take_gradients(scorer).items()}
 
@@ -256,13 +266,20 @@ class _Case:
     def _in_float64(self) -> tuple[torch.Tensor, Gradients]:
         if self._exact is None:
             model = self._filled("eager").double()
-            default = torch.get_default_dtype()
-            torch.set_default_dtype(torch.float64)  # of tensors that a family makes, such as its mask
-            try:
+            with _float64_by_default():
                 self._exact = alone.sums_and_gradients(model, self._units, self._by)
-            finally:
-                torch.set_default_dtype(default)
         return self._exact
+
+
+@contextmanager
+def _float64_by_default() -> Iterator[None]:
+    """Let the tensors that a family makes by itself, such as its mask, be float64, after the model is built."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _build(config: PreTrainedConfig, attention: str) -> Any:
