@@ -1,4 +1,4 @@
-"""The path of a run: chosen by its proofs, forced by model.path, kept at a resume, the same for policy and reference."""
+"""The path of a run: chosen by proofs, forced by model.path, kept at a resume, the same for policy and reference."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def test_a_run_keeps_its_path(tmp_path: Path) -> None:
     facts = tmp_path / "run" / "run.json"
     facts.write_text(json.dumps({"path": "plain"}))
     assert choose(run_config(tmp_path), (POLICY, llama()))[0] == "plain"
-    with pytest.raises(UserError, match=r"^model\.path: got shared, but the run in .* on the path plain.*model\.path=pl"):
+    with pytest.raises(
+        UserError, match=r"^model\.path: got shared, but the run in .* on the path plain.*model\.path=pl"
+    ):
         choose(run_config(tmp_path, "shared"), (POLICY, llama()))
     facts.write_text(json.dumps({"data": {"train": {"rows": 4}}}))  # of a version that had one path
     assert choose(run_config(tmp_path), (POLICY, llama()))[0] == "shared"
