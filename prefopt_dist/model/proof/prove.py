@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +17,7 @@ from transformers.initialization import no_init_weights
 from prefopt_dist.batching.micro_batch import PATHS, ComputePath, pack
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.load import attention_of, without_dropout
-from prefopt_dist.model.proof import alone, sequences
+from prefopt_dist.model.proof import alone, differences, sequences
 from prefopt_dist.model.proof.alone import Gradients
 from prefopt_dist.model.proof.cut import MOST_BYTES, CannotCut, Cut, cuts, text_of
 from prefopt_dist.model.proof.weights import randomise
@@ -35,13 +34,13 @@ as rounding."""
 MOST_NOISE = 10.0
 """Rounding explains differences of up to this many times the tolerances."""
 NEGLIGIBLE = 1e-5
-"""Tensors whose gradients together are smaller than this share of the whole may be rounding alone: some gradients are 0
-but for it, such as that of a bias of keys, which shifts all scores of a query alike."""
+"""A gradient that is smaller than this share of the whole may be rounding alone: some are 0 but for it, such as that of
+a bias of keys, which shifts all scores of a query alike."""
 MOST_CUTS = 4
 """Cuts of different widths that are tried where plain transformers does not compute the first."""
 MOST_ROUNDING = 1e-3
-"""A change of an earlier logit up to this is measured again in float64, since it may be rounding: sums over sequences of
-another length have another order."""
+"""A change of an earlier logit up to this is measured again in float64, since it may be rounding: sums over sequences
+of another length have another order."""
 CAUSAL_TOLERANCE = 1e-5
 """Largest change of an earlier logit by a later token, relative to the largest logit."""
 
@@ -231,37 +230,46 @@ class _Case:
         return model
 
     def _compare(self, path: ComputePath, sums: torch.Tensor, gradients: Gradients) -> Tried:
-        sums_off = _relative(sums, self._sums)
-        shares = {name: _share(gradients, self._gradients, name) for name in self._gradients.keys() | gradients.keys()}
+        sums_off = differences.relative(sums, self._sums)
+        shares = {
+            name: differences.share(gradients, self._gradients, name)
+            for name in self._gradients.keys() | gradients.keys()
+        }
         above = {name: share for name, share in shares.items() if not share <= GRADIENT_TOLERANCE}
         if not above and sums_off <= SUM_TOLERANCE:
-            return Tried(path, True, sums_off, *_largest(shares))
-        least = NEGLIGIBLE * _norm(self._gradients.values())
-        negligible = {n for n in above if max(_size(self._gradients, n), _size(gradients, n)) <= least}
+            return Tried(path, True, sums_off, *differences.largest(shares))
+        least = NEGLIGIBLE * differences.norm(self._gradients.values())
+        negligible = {
+            n for n in above if max(differences.size(self._gradients, n), differences.size(gradients, n)) <= least
+        }
         rest = {n: share for n, share in above.items() if n not in negligible}
         # A float64 copy is made only where the difference is small enough to be rounding.
-        if not (sums_off <= MOST_NOISE * SUM_TOLERANCE and _largest(rest)[0] <= MOST_NOISE * GRADIENT_TOLERANCE):
-            return Tried(path, False, sums_off, *_largest(rest or shares))
+        if not (
+            sums_off <= MOST_NOISE * SUM_TOLERANCE and differences.largest(rest)[0] <= MOST_NOISE * GRADIENT_TOLERANCE
+        ):
+            return Tried(path, False, sums_off, *differences.largest(rest or shares))
         try:
             exact_sums, exact = self._in_float64()
         except Exception as e:  # a family whose own code casts to float32
             why = f"its rounding is unknown, since float64 raises {text_of(e)}"
-            return Tried(path, False, sums_off, *_largest(rest or shares), why)
-        sums_noise = _relative(self._sums, exact_sums)
-        noise = {n: _difference(self._gradients, exact, n) for n in above}
+            return Tried(path, False, sums_off, *differences.largest(rest or shares), why)
+        sums_noise = differences.relative(self._sums, exact_sums)
+        noise = {n: differences.difference(self._gradients, exact, n) for n in above}
         factors = {n: MOST_NOISE if n in negligible else NOISE_FACTOR for n in above}
         unexplained = {
-            n: above[n] for n in above if not _difference(gradients, self._gradients, n) <= factors[n] * noise[n]
+            n: above[n]
+            for n in above
+            if not differences.difference(gradients, self._gradients, n) <= factors[n] * noise[n]
         }
         equal = not unexplained and sums_off <= max(SUM_TOLERANCE, NOISE_FACTOR * sums_noise)
         reasons = [f"plain float32 differs from float64 by {sums_noise:.1e}"]
         if rest:
-            largest = _largest(unexplained or rest)[1]
-            reasons.append(f"and {noise[largest] / _size(exact, largest):.1e} in {largest}")
+            largest = differences.largest(unexplained or rest)[1]
+            reasons.append(f"and {noise[largest] / differences.size(exact, largest):.1e} in {largest}")
         if negligible - unexplained.keys():
             reasons.append(f"with {len(negligible - unexplained.keys())} gradients that are 0 but for rounding")
         shown = unexplained or {n: s for n, s in shares.items() if n not in negligible}
-        return Tried(path, equal, sums_off, *_largest(shown), " ".join(reasons))
+        return Tried(path, equal, sums_off, *differences.largest(shown), " ".join(reasons))
 
     def _in_float64(self) -> tuple[torch.Tensor, Gradients]:
         if self._exact is None:
@@ -301,35 +309,3 @@ def _special(fields: dict[str, Any]) -> list[int]:
     """Return the ids of special tokens."""
     found = [v for name, v in fields.items() if name.endswith(("token_id", "token_index"))]
     return [i for v in found for i in (v if isinstance(v, list | tuple) else [v]) if isinstance(i, int)]
-
-
-def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Return the largest relative difference."""
-    return float(((found - wanted).abs() / wanted.abs()).max())
-
-
-def _norm(tensors: Iterable[torch.Tensor]) -> float:
-    return math.sqrt(sum(float(torch.linalg.vector_norm(t)) ** 2 for t in tensors))
-
-
-def _difference(found: Gradients, wanted: Gradients, name: str) -> float:
-    """Return ‖Δ‖ of a tensor; a gradient that only one of both has is 0 in the other."""
-    pair = [x[name] for x in (found, wanted) if name in x]
-    return _norm([pair[0] - pair[1]] if len(pair) == 2 else pair)
-
-
-def _share(found: Gradients, wanted: Gradients, name: str) -> float:
-    """Return ‖Δ‖/‖g‖ of a tensor."""
-    difference, norm = _difference(found, wanted, name), _size(wanted, name)
-    return 0.0 if difference == 0 else difference / norm if norm else math.inf
-
-
-def _largest(shares: Mapping[str, float]) -> tuple[float, str]:
-    """Return the largest of some tensors' differences, and the tensor; NaN is the largest."""
-    name = max(sorted(shares), key=lambda n: math.inf if math.isnan(shares[n]) else shares[n], default="")
-    return shares.get(name, 0.0), name
-
-
-def _size(gradients: Gradients, name: str) -> float:
-    """Return ‖g‖ of a tensor; 0 where it has none."""
-    return _norm([gradients[name]] if name in gradients else [])
