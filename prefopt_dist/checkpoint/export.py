@@ -20,10 +20,12 @@ from typing import Any
 import torch
 
 from prefopt_dist import __version__
-from prefopt_dist.checkpoint import export_check, export_weights
+from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.checkpoint import export_check, export_weights, other_parts
 from prefopt_dist.checkpoint.export_check import LoadSharded
 from prefopt_dist.checkpoint.export_weights import Weights, WeightsInMemory
 from prefopt_dist.checkpoint.manifest import Manifest, read_manifest
+from prefopt_dist.checkpoint.other_parts import MARKER, WrittenFile
 from prefopt_dist.checkpoint.resharding import check_share
 from prefopt_dist.checkpoint.shards import MasterWeights
 from prefopt_dist.distributed import ranks
@@ -32,9 +34,6 @@ from prefopt_dist.files import fsync_folder, write_json
 from prefopt_dist.model import adapter as adapters
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.folder import ModelFolder
-
-MARKER = "prefopt_export.json"
-"""The file that marks a folder as an export, which a later export may replace."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ class Exported:
     """The dtype of the forward pass in training"""
     dtype: torch.dtype
     """The dtype of the exported weights"""
+    path: ComputePath
+    """How micro-batches were computed in training"""
     card: str
     """The text of the model card"""
 
@@ -92,6 +93,7 @@ def export(checkpoint: Path, what: Exported, target: Path, load_sharded: LoadSha
             what.dtype,
             what.trained_dtype,
             load_sharded if len(writers) == ranks.world_size() > 1 else None,
+            what.path,
         )
         ranks.run_on_rank_zero(lambda: _commit(staging, target, {"checkpoint": str(checkpoint), "step": manifest.step}))
     except BaseException:
@@ -153,11 +155,11 @@ def _write(checkpoint: Path, manifest: Manifest, what: Exported, folder: Path, w
     elif what.merged:  # peft merges a whole model, which rank 0 then writes
 
         def merged() -> WeightsInMemory:
-            return WeightsInMemory(adapters.merged_weights(what.model, adapter, _tensors(read(), torch.float32)))
+            return WeightsInMemory(adapters.merged_weights(what.model, adapter, _trained(read(), torch.float32)))
 
         _write_whole(merged, what, folder, [0])
     else:
-        ranks.run_on_rank_zero(lambda: adapters.save(folder, adapter, _tensors(read(), what.dtype)))
+        ranks.run_on_rank_zero(lambda: adapters.save(folder, adapter, _trained(read(), what.dtype)))
 
     def write_others() -> None:
         tokenizer = what.tokenizer
@@ -165,17 +167,19 @@ def _write(checkpoint: Path, manifest: Manifest, what: Exported, folder: Path, w
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.chat_template = what.chat_template
         tokenizer.save_pretrained(folder)
+        if what.model.part_of_more and (adapter is None or what.merged):
+            other_parts.copy_settings(what.model.path, folder, what.dtype)
         (folder / "README.md").write_text(what.card)
 
     ranks.run_on_rank_zero(write_others)
 
 
 def _write_whole(read: Callable[[], Weights], what: Exported, folder: Path, writers: Sequence[int]) -> None:
-    def share() -> dict[str, export_weights.WrittenFile]:
+    def share() -> dict[str, WrittenFile]:
         if ranks.rank() not in writers:
             return {}
         lm = export_weights.empty_model(what.model, what.dtype, what.ends)
-        return export_weights.write_share(read(), lm, what.dtype, folder, writers)
+        return export_weights.write_share(read(), lm, what.dtype, folder, writers, what.model)
 
     written = ranks.all_gather(ranks.run_on_all_ranks(share))
     ranks.run_on_rank_zero(
@@ -183,8 +187,8 @@ def _write_whole(read: Callable[[], Weights], what: Exported, folder: Path, writ
     )
 
 
-def _tensors(weights: Weights, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {name: weights.read(name, dtype) for name in weights.shapes()}
+def _trained(weights: MasterWeights, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: weights.read(name, dtype) for name in weights.trained()}
 
 
 def _commit(staging: Path, target: Path, marker: dict[str, Any]) -> None:

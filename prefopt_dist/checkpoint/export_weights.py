@@ -12,34 +12,27 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from prefopt_dist.checkpoint import other_parts
 from prefopt_dist.checkpoint.manifest import share_of_rank
+from prefopt_dist.checkpoint.other_parts import WrittenFile
 from prefopt_dist.distributed import ranks
 from prefopt_dist.model.folder import ModelFolder, read_generation_config
+from prefopt_dist.model.weight_names import Names
 from prefopt_dist.monitoring.console import Progress
 
 PART_BYTES = 5_000_000_000
 """Bytes of a file of weights, if no single layer has more; a rank holds one in host memory while it writes."""
 _LAYER = re.compile(r"(.*?\.\d+)\.")
-
-
-@dataclass(frozen=True)
-class WrittenFile:
-    """What the index says of a file of weights."""
-
-    tensors: list[str]
-    """Names of its tensors"""
-    parameters: int
-    bytes: int
 
 
 class Weights(Protocol):
@@ -69,7 +62,12 @@ class WeightsInMemory:
 
 
 def write_share(
-    weights: Weights, lm: PreTrainedModel, dtype: torch.dtype, folder: Path, writers: Sequence[int]
+    weights: Weights,
+    lm: PreTrainedModel,
+    dtype: torch.dtype,
+    folder: Path,
+    writers: Sequence[int],
+    source: ModelFolder | None = None,
 ) -> dict[str, WrittenFile]:
     """Write this rank's files of weights into the folder, and with the first one the model's configuration.
 
@@ -79,6 +77,8 @@ def write_share(
         dtype: the dtype of the files.
         folder: an existing folder.
         writers: the ranks that write, the same on all.
+        source: the folder that training started from, which decides the files' names, and whose other parts are copied;
+            None for a language model alone.
 
     Returns:
         What `index` needs to know of each file of this rank, by the file's name.
@@ -87,13 +87,22 @@ def write_share(
         return {}
     names = _stored_names(weights, lm)
     parts = split_in_parts({name: prod(shape) * dtype.itemsize for name, shape in names.items()})
-    sizes = {str(i): sum(prod(names[name]) for name in part) for i, part in enumerate(parts)}
-    mine = share_of_rank(sizes, writers.index(ranks.rank()), len(writers))
+    sizes = [sum(prod(names[name]) for name in part) * dtype.itemsize for part in parts]
+    kept = {} if source is None else other_parts.kept_tensors(source)
+    copies = split_in_parts({name: tensor.size for name, tensor in kept.items()})
+    sizes += [sum(kept[name].size for name in copy) for copy in copies]
+    mine = share_of_rank({str(i): size for i, size in enumerate(sizes)}, writers.index(ranks.rank()), len(writers))
+    stored = Names() if source is None else source.names
     written = {}
     with Progress(len(mine), "writing the model's files", "files", ranks.rank()) as progress:
         for i in map(int, mine):
-            name = SAFE_WEIGHTS_NAME if len(parts) == 1 else f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
-            written[name] = _write_part({n: weights.read(n, dtype) for n in parts[i]}, lm, folder, name, first=i == 0)
+            name = SAFE_WEIGHTS_NAME if len(sizes) == 1 else f"model-{i + 1:05d}-of-{len(sizes):05d}.safetensors"
+            if i < len(parts):
+                tensors = {n: weights.read(n, dtype) for n in parts[i]}
+                written[name] = _write_part(tensors, lm, folder, name, stored, first=i == 0)
+            else:
+                copied = {n: kept[n] for n in copies[i - len(parts)]}
+                written[name] = other_parts.copy_part(copied, folder / name)
             progress.update()
     return written
 
@@ -174,13 +183,16 @@ def _stored_names(weights: Weights, lm: PreTrainedModel) -> dict[str, tuple[int,
 
 
 def _write_part(
-    tensors: dict[str, torch.Tensor], lm: PreTrainedModel, folder: Path, name: str, *, first: bool
+    tensors: dict[str, torch.Tensor], lm: PreTrainedModel, folder: Path, name: str, names: Names, *, first: bool
 ) -> WrittenFile:
     """Write a file of weights; the first one brings the model's configuration."""
     parameters = sum(tensor.numel() for tensor in tensors.values())
     size = sum(tensor.nbytes for tensor in tensors.values())
     part = folder / f".{name}.part"
     lm.save_pretrained(part, state_dict=tensors, max_shard_size=2 * size + 1)  # so that it is one file
+    if names.prefixes:
+        named = {names.in_files(n): tensor for n, tensor in load_file(part / SAFE_WEIGHTS_NAME).items()}
+        save_file(named, part / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
     # safetensors writes files with mode 0600 and ignores the umask.
     (part / SAFE_WEIGHTS_NAME).chmod((part / CONFIG_NAME).stat().st_mode)
     (part / SAFE_WEIGHTS_NAME).rename(folder / name)

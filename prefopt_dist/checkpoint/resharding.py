@@ -77,11 +77,21 @@ def load(engine: Any, source: Path, manifest: Manifest) -> dict[str, Any]:
         return torch.from_numpy(whole[STATES.index(state), start:end])
 
     partitions.fill(engine, read, facts["sizes"], facts["steps"])
+    ranks.run_on_all_ranks(lambda: _fill_buffers(engine.module, source))
     for counter, value in facts["counters"].items():
         setattr(engine, counter, value)
     _seed(f"{facts['random']}/{manifest.step}/{ranks.world_size()}/{ranks.rank()}")
     state: dict[str, Any] = facts["state"]
     return state
+
+
+def _fill_buffers(module: torch.nn.Module, source: Path) -> None:
+    """Copy the persistent buffers, which every rank has whole and which are not trained, from the checkpoint."""
+    model = read_shard(source, 0, "model")
+    into = dict(module.named_buffers())
+    with torch.no_grad():
+        for name in model["buffer_names"]:
+            into[name].copy_(model["module"][name])
 
 
 def prepare(source: Path, manifest: Manifest) -> tuple[Path, Manifest]:
@@ -176,7 +186,6 @@ def _convert(source: Path, manifest: Manifest, target: Path) -> Manifest:
 def _plan(source: Path, manifest: Manifest) -> ReshardingPlan:
     """Return the position of each parameter, from the files of the checkpoint's rank 0 (rank 0 calls it)."""
     model, optimizer = read_shard(source, 0, "model"), read_shard(source, 0, "optim")["optimizer_state_dict"]
-    assert not model["buffer_names"], "buffers are not converted"
     pieces = read_pieces(model, optimizer, manifest.world_size)
     return ReshardingPlan(
         pieces,

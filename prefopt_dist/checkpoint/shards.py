@@ -92,15 +92,19 @@ class MasterWeights:
         buffers: dict[str, torch.Tensor] = {name: model["module"][name] for name in model["buffer_names"]}
         self._buffers = _by_name(buffers)
 
+    def trained(self) -> list[str]:
+        """Return the names of the trained parameters."""
+        return list(self._pieces)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each trained parameter and of each buffer, which all ranks have whole."""
         buffers = {name: tuple(tensor.shape) for name, tensor in self._buffers.items()}
         return {name: piece.shape for name, piece in self._pieces.items()} | buffers
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Return a parameter or buffer in this dtype, in host memory."""
+        """Return a parameter in this dtype, or a buffer in its own, in host memory."""
         if name in self._buffers:
-            return self._buffers[name].to(dtype)
+            return self._buffers[name]
         piece = self._pieces[name]
         whole = torch.empty(piece.n, dtype=dtype)
         for rank, flat in enumerate(self._flat):

@@ -16,7 +16,7 @@ from prefopt_dist.data.quality.report import SetReport
 from prefopt_dist.data.quality.show import ShownRow, row_text, show_rows
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import write_json
-from prefopt_dist.model.folder import read_config, resolve
+from prefopt_dist.model.folder import read_language_config, resolve
 from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.monitoring.console import say, show
 from prefopt_dist.setup.checks import eval_sets
@@ -63,7 +63,9 @@ def run(config: Config) -> None:
 def _read(config: Config, tokenizer: Any) -> dict[str, TokenisedRows]:
     """Return the data sets by dotted key, without unusable rows: stopping at the first one would hide the others."""
     model_key = "model.name_or_path"
-    vocabulary = read_config(resolve(config.model.name_or_path, model_key, weights=False), model_key).vocab_size
+    vocabulary = read_language_config(
+        resolve(config.model.name_or_path, model_key, weights=False), model_key
+    ).vocab_size
     sets = {TRAIN: config.data.train, **eval_sets(config)}
     folders = {
         key: tokenised_folder(config, tokenizer, vocabulary, sources, key, "drop") for key, sources in sets.items()

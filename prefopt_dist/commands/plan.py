@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from prefopt_dist.batching.layout import Cost
@@ -14,7 +15,7 @@ from prefopt_dist.data import open_rows
 from prefopt_dist.errors import NotHere, UserError
 from prefopt_dist.files import write_json
 from prefopt_dist.model.cost import forward_cost
-from prefopt_dist.model.folder import check_config, read_config, resolve
+from prefopt_dist.model.folder import check_config, read_language_config, resolve
 from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.monitoring.console import say, show
 from prefopt_dist.objectives import Objective
@@ -32,14 +33,18 @@ from prefopt_dist.setup.checks import eval_sets
 from prefopt_dist.setup.memory_needs import job_needs
 from prefopt_dist.setup.prepare_data import TRAIN, rows_for_loss, tokenised_folder, tokenised_train_folder
 from prefopt_dist.setup.prepare_models import DTYPES
+from prefopt_dist.setup.prove_path import choose_path
 
 
 def run(config: Config) -> None:
     """Plan in one process, without a process group."""
     key = "model.name_or_path"
     folder = resolve(config.model.name_or_path, key, weights=False)
-    model = read_config(folder, key)
+    model = read_language_config(folder, key)
     check_config(model, folder, key, config.data.max_length)
+    _, lines = choose_path(config, [(key, model)], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for line in lines:
+        say(line)
     machine = planned_machine(config.plan)
     cost = forward_cost(model)
     work_to_do = _work(config, model, cost)

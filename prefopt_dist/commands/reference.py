@@ -19,6 +19,8 @@ def run(config: Config) -> None:
         objective = factory.make_objective(config.loss, models.dtype)
         if not objective.needs_reference:
             raise AgreedUserError(f"loss.name: {config.loss.name!r} has no reference, so it needs no first pass.")
+        if ranks.rank() == 0:
+            folder.note(path=models.path)
         train = prepare_data.load_train(config, models, objective)
         evals = prepare_data.load_evals(config, models, objective)
         reference = prepare_reference.reference_weights(config, models, objective)

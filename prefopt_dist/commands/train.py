@@ -11,6 +11,7 @@ import torch
 
 from prefopt_dist.batching.batches import ScoredRows
 from prefopt_dist.batching.layout import FROZEN_PASSES, TRAINING_PASSES
+from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.batching.order import Order
 from prefopt_dist.checkpoint import load, save
 from prefopt_dist.checkpoint.manifest import Manifest
@@ -30,7 +31,7 @@ from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.objectives import Objective, factory
 from prefopt_dist.objectives.factory import described
 from prefopt_dist.planning.machine import device_peak
-from prefopt_dist.planning.work import most_keys_per_token
+from prefopt_dist.planning.work import most_keys_per_token, padding
 from prefopt_dist.reference.step0_check import RoundingTolerance
 from prefopt_dist.setup import own_answers, prepare_data, prepare_models, prepare_reference
 from prefopt_dist.setup.lifecycle import best_checkpoint, finish, open_log, requests_for, run_folder
@@ -94,6 +95,8 @@ def run(config: Config, asked: Requests | None = None) -> None:
             return
         requests = asked or requests_for(config)
         inputs = _load_inputs(config)
+        if ranks.rank() == 0:
+            folder.note(path=inputs.models.path)  # before any work on this path, so that a resume keeps it
         start = _score_and_answer(config, folder, inputs, requests)
         if start is None:
             return
@@ -113,17 +116,19 @@ def run(config: Config, asked: Requests | None = None) -> None:
 
 def _load_inputs(config: Config) -> _Inputs:
     """Load all but the policy, and refuse a checkpoint of another run before the first pass, which may take hours."""
-    models = prepare_models.load_models(config)
+    found = load.find_newest(config.run_dir / "checkpoints")
+    models = _on_path_of(found, prepare_models.load_models(config))
     objective = factory.make_objective(config.loss, models.dtype)
     train = prepare_data.load_train(config, models, objective)
     evals = prepare_data.load_evals(config, models, objective)
     order, total_steps = _plan_steps(config, train)
     reference = prepare_reference.reference_weights(config, models, objective)
     facts = {"reference_key": reference and reference.key, "data_digest": train.report.digest}
+    if models.path != "shared":
+        facts["path"] = models.path
     base = adapter_base(config, models)
     if base is not None:
         facts["base_key"] = base.key
-    found = load.find_newest(config.run_dir / "checkpoints")
     _check_resume(config, found, facts)
     return _Inputs(models, objective, train, evals, order, total_steps, reference, base, facts, found)
 
@@ -171,12 +176,16 @@ def _make_job(
     """
     models, objective, answers = inputs.models, inputs.objective, start.answers
     read_keys = partial(most_keys_per_token, inputs.train, inputs.order, inputs.total_steps, objective.responses)
-    keys = ranks.run_on_rank_zero(lambda: read_keys(config.train.micro_batch_tokens))
+    keys = ranks.run_on_rank_zero(lambda: read_keys(config.train.micro_batch_tokens, models.path))
+    if models.path == "plain":
+        measure = partial(padding, inputs.train, inputs.order, inputs.total_steps, objective.responses)
+        share = ranks.run_on_rank_zero(lambda: measure(config.train.micro_batch_tokens, ranks.world_size()))
+        say(f"path plain: {share:.1%} of the tokens that the first steps compute are padding")
     engine, checkpointing = _policy(config, models, keys)
     if inputs.base is not None:
         ranks.run_on_all_ranks(partial(refuse_if_changed, inputs.base.states))
     if ranks.rank() == 0:
-        folder.note(memory=checkpointing.as_run_json() | {"keys_per_token": keys})
+        folder.note(memory=checkpointing.as_run_json() | {"keys_per_token": keys, "path": models.path})
     state: dict[str, Any] | None = None
     first = 0
     if inputs.checkpoint is not None:
@@ -232,6 +241,14 @@ def _intervals(config: Config) -> loop.Intervals:
     )
 
 
+def _on_path_of(found: Manifest | None, models: Models) -> Models:
+    """Return the models with the path on which the checkpoint was trained, so that a resume gives the same bits."""
+    path: ComputePath = models.path if found is None else found.facts.get("path", "shared")
+    if path != models.path:
+        say(f"path {path}: as before this start, which would have taken the path {models.path}")
+    return replace(models, path=path)
+
+
 def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any]) -> None:
     if found is None:
         return
@@ -270,11 +287,11 @@ def _policy(
         max_grad_norm=config.optim.max_grad_norm,
     )
     torch.manual_seed(config.run.seed)
-    lm = load_sharded(models.policy, dtype=models.dtype, settings=settings)
+    lm = load_sharded(models.policy, dtype=models.dtype, settings=settings, path=models.path)
     if models.adapter is not None:
         torch.manual_seed(config.run.seed)  # whatever loading has drawn: the same on any number of ranks
         attach(lm, models.adapter)
-    scorer = Scorer(lm).train()
+    scorer = Scorer(lm, models.path, cut=True).train()
     optim = config.optim
     optimizer = adamw(
         scorer,
@@ -288,8 +305,10 @@ def _policy(
     say(f"policy: each rank holds {format_bytes(held)} of {format_bytes(whole)} of parameters")
     if models.adapter is not None:
         say(f"lora: {zero3.trained_parameters(scorer):,} parameters are trained, the others are frozen")
-    memory = activation_memory(models.policy.config, models.dtype, models.adapter)
-    memory = replace(memory, keys_per_token=keys_per_token, on_gpu=torch.cuda.is_available())
+    memory = activation_memory(models.policy.config, models.dtype, models.adapter, models.path)
+    memory = replace(
+        memory, keys_per_token=keys_per_token, longest=config.data.max_length, on_gpu=torch.cuda.is_available()
+    )
     tokens = config.train.micro_batch_tokens
     available = activation_checkpointing.available_bytes(lm, settings["zero_optimization"])
     if torch.cuda.is_available():

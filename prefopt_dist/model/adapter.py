@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from prefopt_dist.model.folder import ModelFolder
+from prefopt_dist.model.load import load_language_model
+from prefopt_dist.model.parts import backbone
 from prefopt_dist.packages import import_optional
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -49,7 +51,7 @@ def linear_layers(lm: PreTrainedModel) -> dict[str, int]:
     """Return the smaller side of each linear layer of the decoder, by the last part of its name; without the head."""
     return {
         name.rpartition(".")[2]: min(module.weight.shape)
-        for name, module in lm.base_model.named_modules()
+        for name, module in backbone(lm).named_modules()
         if isinstance(module, nn.Linear)
     }
 
@@ -92,7 +94,7 @@ def merged_weights(base: ModelFolder, adapter: Adapter, weights: Mapping[str, to
         adapter: the adapters' settings.
         weights: the adapters' weights, by their names in the language model.
     """
-    lm = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    lm = load_language_model(base, base.config, torch.float32)
     tuner = _peft().LoraModel(lm, _settings(adapter), _NAME)
     _load_weights(lm, weights)
     merged: dict[str, torch.Tensor] = tuner.merge_and_unload().state_dict()

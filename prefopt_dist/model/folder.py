@@ -1,50 +1,28 @@
-"""Checks of a model folder: configuration, family, weight files, names and shapes of tensors."""
+"""A model folder: its configuration and generation settings, and the check that its weights fill the model."""
 
-import json
-import os
-import struct
-from dataclasses import dataclass
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+import transformers
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
 )
-from transformers.core_model_loading import revert_weight_conversion
 
 from prefopt_dist.errors import UserError
+from prefopt_dist.model.weight_files import stored_tensors, weight_files
+from prefopt_dist.model.weight_names import Names, match
 
-FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-    "olmo2",
-    "mixtral",
-    "qwen3_moe",
-    "olmoe",
-)
-"""The `model_type`s whose log-probs in packed rows are tested against those of the plain model."""
-
-LAYER_TYPES = ("full_attention", "sliding_attention")
-"""Types of layers that can compute a packed row; any other carries state along the row or attends differently."""
-
-RECURRENT = ("mamba", "ssm", "conv_kernel", "conv_l_cache", "state_size", "linear_attention", "lru_", "rwkv", "xlstm")
-"""Parts of a model_type, of a field or of a layer type that show that a family carries state along the row."""
-
-ROPE_TYPES = ("default", "linear", "llama3")
-"""Rotary scalings that depend on a token's own position only, never on the longest sequence of the row."""
-
-EMBEDDING = "model.embed_tokens.weight"
-"""The input embedding's name in all of these families."""
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Rotary scalings that look at the longest sequence of a row."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +31,16 @@ class ModelFolder:
 
     path: Path
     config: PreTrainedConfig
+    """The language model's configuration."""
     weight_files: tuple[Path, ...]
     """The safetensors files, sorted by name."""
     key: str
     """The configuration key that named the folder, for messages."""
+    names: Names = field(default_factory=Names)
+    """The names of the files' tensors."""
+    part_of_more: bool = False
+    """Whether the folder's model has other parts than the language model, such as one for images; they are not loaded,
+    and `config` is the language model's."""
 
 
 def resolve(name_or_path: str, key: str, *, weights: bool = True) -> Path:
@@ -98,87 +82,80 @@ def inspect_folder(path: Path, key: str, max_length: int | None = None) -> Model
     Args:
         path: the folder.
         key: the configuration key that names it, for messages.
-        max_length: tokens of the run's longest sequence, or None where unknown; only where it is known a longrope
-            model is accepted.
+        max_length: tokens of the run's longest sequence, or None where unknown; a rotary scaling that depends on the
+            length is accepted only where it is known.
 
     Raises:
         UserError: the folder is incomplete, damaged or of a model that is not supported.
     """
-    config = read_config(path, key)
+    whole = read_config(path, key)
+    config = language_config(whole)
     check_config(config, path, key, max_length)
     config.return_dict = True  # the scoring module reads results by name
-    folder = ModelFolder(path=path, config=config, weight_files=weight_files(path, key), key=key)
-    _check_names(folder, key)
-    return folder
+    files = weight_files(path, key)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    part_of_more = whole is not config
+    names = match(lm, stored_tensors(files, key), path, key, part_of_more=part_of_more)
+    return ModelFolder(path, config, files, key, names, part_of_more)
 
 
 def check_config(config: PreTrainedConfig, path: Path, key: str, max_length: int | None) -> None:
-    """Check a model by its configuration alone; `max_length` as in `inspect_folder`."""
-    _check_family(config, path, key)
-    _check_experts(config, path, key)
-    _check_rope(config, path, key, max_length)
-
-
-def _check_family(config: PreTrainedConfig, path: Path, key: str) -> None:
-    """Refuse a family that computes other numbers in a packed row than alone, or that was not tested."""
-    plain = config.to_dict()
-    # The fields show whether a family has recurrent or convolutional layers; its name may be unknown.
-    kinds = (plain.get("layer_types") or []) + (plain.get("block_types") or [])
-    described = " ".join([config.model_type, *plain, *map(str, kinds)]).lower()
-    if config.model_type in FAMILIES:
-        why = ""
-    elif "vision_config" in plain:
-        why = "it takes images too; save its language model alone" + (
-            " (Gemma3ForCausalLM, model_type gemma3_text)" if config.model_type == "gemma3" else ""
-        )
-    elif any(field in described for field in RECURRENT):
-        why = "its layers carry state along the row, so a sequence would see its neighbours in a packed row"
-    else:
-        why = "its numbers in a packed row have not been compared with the model's own"
-    if why:
+    """Check a language model by its configuration alone; `max_length` as in `inspect_folder`."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"{key}: model_type {config.model_type!r} of {path} is not supported: {why}. "
-            f"Supported are {', '.join(FAMILIES)}."
+            f"{key}: transformers {transformers.__version__} has no causal language model for the model_type "
+            f"{config.model_type!r} of {path}. Give a folder of one that it has."
         )
-    other = sorted(set(plain.get("layer_types") or LAYER_TYPES) - set(LAYER_TYPES))
-    if other:
-        raise UserError(f"{key}: layer_types of {path} has {', '.join(other)}; supported are {', '.join(LAYER_TYPES)}.")
-    if plain.get("use_bidirectional_attention"):
+    plain = config.to_dict()
+    # Gemma 4 says "vision" where only the tokens of an image see those that follow.
+    if plain.get("use_bidirectional_attention") not in (None, False, "vision"):
         raise UserError(
             f"{key}: {path} sets use_bidirectional_attention, so it is not a causal language model. Give a causal one."
         )
-
-
-def _check_experts(config: PreTrainedConfig, path: Path, key: str) -> None:
-    """Refuse layers that differ, because memory and FLOP are counted on one layer and multiplied."""
-    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+    if length_dependent(config, max_length):
+        longest = original_length(config)
         raise UserError(
-            f"{key}: some layers of {path} have experts and others have none (mlp_only_layers, decoder_sparse_step), "
-            "which is not supported. Give a model in which every layer has experts."
+            f"{key}: {path} has a rotary scaling ({', '.join(_length_dependent_types(config))}) that changes beyond "
+            f"{longest} tokens, which a neighbour in a packed row would switch on. Set data.max_length to at most "
+            f"{longest} (it is {'unknown' if max_length is None else max_length})."
         )
 
 
-def _check_rope(config: PreTrainedConfig, path: Path, key: str, max_length: int | None) -> None:
-    """Refuse a rotary scaling by which a neighbour in a packed row would change a sequence's numbers."""
-    found = config.rope_parameters or {}
-    # Gemma 3 has a set of parameters for each type of layer.
-    by_layer = [p for p in found.values() if isinstance(p, dict)] or [found]
-    for parameters in by_layer:
-        rope = parameters.get("rope_type", "default")
-        if rope == "longrope" and max_length is not None:
-            # The factors are chosen by the row's largest position. Positions restart with each sequence, so up to this
-            # length the short factors are chosen for every row, as for every sequence alone.
-            original = parameters["original_max_position_embeddings"]
-            if max_length > original:
-                raise UserError(
-                    f"{key}: {path} has longrope factors for sequences beyond {original} tokens, which a neighbour in "
-                    f"a packed row would switch on. Set data.max_length to at most {original} (it is {max_length})."
-                )
-        elif rope not in ROPE_TYPES:
-            raise UserError(
-                f"{key}: rope_type {rope!r} of {path} is not supported, since a neighbour in a packed row would "
-                f"change a sequence's numbers; supported are {', '.join(ROPE_TYPES)}."
-            )
+def length_dependent(config: PreTrainedConfig, max_length: int | None = None) -> bool:
+    """Return whether a sequence's numbers depend on the length of the row in which it is computed.
+
+    `dynamic` and `longrope` choose their frequencies by the largest position of a row. Positions restart with each
+    sequence, so up to the original length the same frequencies are chosen for every row as for every sequence alone.
+    Every other rotary scaling looks at a token's own position only.
+
+    Args:
+        config: the language model's configuration.
+        max_length: tokens of the longest sequence; None where unknown.
+    """
+    if not _length_dependent_types(config):
+        return False
+    return max_length is None or max_length > original_length(config)
+
+
+def original_length(config: PreTrainedConfig) -> int:
+    """Return the tokens up to which a rotary scaling that depends on the length does not change."""
+    lengths = [
+        int(p.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for p in _rotary_parameters(config)
+        if p.get("rope_type") in LENGTH_DEPENDENT
+    ]
+    return min(lengths, default=int(config.max_position_embeddings))
+
+
+def _length_dependent_types(config: PreTrainedConfig) -> list[str]:
+    return sorted({p["rope_type"] for p in _rotary_parameters(config) if p.get("rope_type") in LENGTH_DEPENDENT})
+
+
+def _rotary_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """Return the sets of rotary parameters; some families have one for each type of layer."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return [p for p in found.values() if isinstance(p, dict)] or [found]
 
 
 def read_config(path: Path, key: str) -> PreTrainedConfig:
@@ -198,6 +175,25 @@ def read_config(path: Path, key: str) -> PreTrainedConfig:
     return config
 
 
+def read_language_config(path: Path, key: str) -> PreTrainedConfig:
+    """Read the configuration of a folder's language model, which may be a part of a model that also takes images."""
+    return language_config(read_config(path, key))
+
+
+def language_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration of the language model of a larger model; of a language model the same object."""
+    found: PreTrainedConfig = config.get_text_config(decoder=True)
+    if found is config:
+        return config
+    found = copy.deepcopy(found)
+    # The larger model ties its embeddings by its own field, and its files have one dtype.
+    if hasattr(config, "tie_word_embeddings"):
+        found.tie_word_embeddings = config.tie_word_embeddings
+    if found.dtype is None:
+        found.dtype = config.dtype
+    return found
+
+
 def read_generation_config(path: Path, key: str) -> GenerationConfig | None:
     """Read the generation_config.json of a model folder; return None where there is none."""
     if not (path / "generation_config.json").is_file():
@@ -210,97 +206,3 @@ def read_generation_config(path: Path, key: str) -> GenerationConfig | None:
             f"{key}: {path / 'generation_config.json'} cannot be read: {why}. Copy it again, or remove it."
         ) from e
     return found
-
-
-def weight_files(path: Path, key: str) -> tuple[Path, ...]:
-    """Return the safetensors files of a folder, sorted by name; all files that its index names must exist."""
-    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    if index.is_file() and single.is_file():
-        raise UserError(
-            f"{key}: {path} has both {single.name} and {index.name}; one of them is left from an earlier save. "
-            "Remove the one that does not belong to the model."
-        )
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as e:
-            raise UserError(f"{key}: {index} is damaged ({type(e).__name__}: {e}). Copy the folder again.") from e
-        missing = [n for n in names if not (path / n).is_file()]
-        if missing:
-            raise UserError(f"{key}: {path} lacks {', '.join(missing)}, named in {index.name}. Copy the folder again.")
-        return tuple(path / n for n in names)
-    if not single.is_file():
-        raise UserError(
-            f"{key}: {path} has no model.safetensors (nor an index of several). Other weight formats are not read: "
-            "save the model with save_pretrained."
-        )
-    return (single,)
-
-
-def _header(file: Path, key: str) -> dict[str, Any]:
-    """Read the parameter names, shapes and dtypes of a safetensors file, and check that the file is complete."""
-    size = file.stat().st_size
-    if not os.access(file, os.R_OK):
-        raise UserError(f"{key}: {file} cannot be read (its permissions forbid it). Make it readable.")
-    with file.open("rb") as f:
-        start = f.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
-            raise UserError(f"{key}: {file} is cut short ({size} bytes). Copy it again.")
-        try:
-            header: dict[str, Any] = json.loads(f.read(length))
-            header.pop("__metadata__", None)
-            end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
-        except (ValueError, KeyError, AttributeError, TypeError) as e:
-            raise UserError(f"{key}: {file} has a damaged header ({type(e).__name__}). Copy it again.") from e
-    if end != size:
-        raise UserError(f"{key}: {file} has {size} bytes, but its header promises {end}. Copy it again.")
-    return header
-
-
-def _check_names(folder: ModelFolder, key: str) -> None:
-    """Refuse weights that do not fill the model; under ZeRO-3 from_pretrained does not report them."""
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(folder.config)
-        in_model = lm.state_dict()
-        expected = revert_weight_conversion(
-            lm, dict(in_model)
-        )  # layout of the usual files, in which each expert has its own tensors
-    found: dict[str, list[int]] = {}
-    for file in folder.weight_files:
-        found |= {name: t["shape"] for name, t in _header(file, key).items()}
-    if any(name in found for name in in_model.keys() - expected.keys()):
-        expected = in_model  # saved as in the model, with all experts of a layer in one tensor
-    tied = {"lm_head.weight"} if folder.config.tie_word_embeddings else set()
-    if tied and "lm_head.weight" in found and not _equal_tensors(folder, "lm_head.weight", EMBEDDING):
-        raise UserError(
-            f"{key}: {folder.path} says tie_word_embeddings, but its lm_head.weight differs from {EMBEDDING}. "
-            "Set tie_word_embeddings to false in its config.json, or remove lm_head.weight."
-        )
-    missing = sorted(n for n in expected if n not in found and n not in tied)
-    unknown = sorted(n for n in found if n not in expected and not n.endswith("rotary_emb.inv_freq"))
-    shapes = [
-        f"{n} {found[n]} instead of {list(expected[n].shape)}"
-        for n in sorted(found)
-        if n in expected and found[n] != list(expected[n].shape)
-    ]
-    faults = [
-        f"{what}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''} ({len(names)} in all)"
-        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
-        if names
-    ]
-    if faults:
-        raise UserError(
-            f"{key}: the weights in {folder.path} do not match its config.json. {'; '.join(faults)}. "
-            "Missing weights would start at random: give a folder of a whole causal language model."
-        )
-
-
-def _equal_tensors(folder: ModelFolder, first: str, second: str) -> bool:
-    """Return whether two tensors of the weight files are equal; True where the second is missing."""
-    found: dict[str, torch.Tensor] = {}
-    for file in folder.weight_files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in {first, second} & set(tensors.keys()):
-                found[name] = tensors.get_tensor(name)
-    return second not in found or torch.equal(found[first], found[second])

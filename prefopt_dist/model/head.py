@@ -54,23 +54,49 @@ what these parts add to the loss."""
 
 
 @dataclass(frozen=True)
+class FinalTransform:
+    """What a family does to the head's product x: y = f·x with a factor f, and z = c·tanh(y/c) with a cap c."""
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    def apply(self, product: torch.Tensor) -> torch.Tensor:
+        """Return z of x as a new tensor."""
+        scaled = product * self.factor
+        return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
+
+    def text(self) -> str:
+        """Name it as a formula of the head's product x."""
+        scaled = "x" if self.factor == 1 else f"{self.factor:g}·x"
+        return scaled if self.cap is None else f"{self.cap:g}·tanh({scaled}/{self.cap:g})"
+
+
+PLAIN = FinalTransform()
+"""The head's product is the logits."""
+
+
+@dataclass(frozen=True)
 class _Head:
-    """The output head as a function: x = h Wᵀ + b, and z = c·tanh(x/c) with a cap c, else z = x."""
+    """The output head as a function: x = h Wᵀ + b, and what the family does to x."""
 
     weight: nn.Parameter
     """[V, D]"""
     bias: nn.Parameter | None
     """[V]"""
-    cap: float | None
+    transform: FinalTransform
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return z, float32 [n, V], of hidden states [n, D]: a new tensor that may be changed in place."""
         logits = linear(hidden, self.weight, self.bias)
-        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+        if self.transform.factor != 1:
+            logits.mul_(self.transform.factor)
+        cap = self.transform.cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def cap_derivative(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """Return dz/dx = 1 − tanh²(x/c) = 1 − (z/c)², float32 [n, V]; None without a cap, where it is 1."""
-        return None if self.cap is None else (logits / self.cap).square_().neg_().add_(1)
+        """Return dz/dy = 1 − tanh²(y/c) = 1 − (z/c)², float32 [n, V]; None without a cap, where it is 1."""
+        cap = self.transform.cap
+        return None if cap is None else (logits / cap).square_().neg_().add_(1)
 
     def blocks(self, rows: slice) -> list[slice]:
         """Split rows of hidden states into blocks of `rows_per_block`."""
@@ -118,11 +144,13 @@ class _Gradients:
             rows: the block's place in N.
             block: float32 [n, V] with softmax(z) = block / total; it is overwritten.
             total: float32 [n, 1], or one number for all rows.
-            cap_derivative: dz/dx [n, V]; None without a cap.
+            cap_derivative: dz/dy [n, V]; None without a cap.
             target: int64 [n, K].
             grad: float32 [n, K], the loss's derivative by the log-probs.
         """
-        # Σ_k g_k · d logp_k / dz = Σ_k g_k · onehot(target_k) - (Σ_k g_k) · softmax(z)
+        # Σ_k g_k · d logp_k / dz = Σ_k g_k · onehot(target_k) - (Σ_k g_k) · softmax(z), and dy/dx is the factor.
+        if self._head.transform.factor != 1:
+            grad = grad * self._head.transform.factor
         block.mul_(-grad.sum(-1, keepdim=True) / total)
         block.scatter_add_(-1, target, grad)
         if cap_derivative is not None:
@@ -188,9 +216,9 @@ class _TokenLogps(torch.autograd.Function):
         weight: nn.Parameter,
         bias: nn.Parameter | None,
         target: torch.Tensor,
-        cap: float | None,
+        transform: FinalTransform,
     ) -> torch.Tensor:
-        head = _Head(weight, bias, cap)
+        head = _Head(weight, bias, transform)
         logps = torch.empty(target.shape, dtype=torch.float32, device=hidden.device)
         normaliser = logps.new_empty(len(target), 1)
         for rows in head.blocks(slice(0, len(target))):
@@ -219,11 +247,11 @@ class _FusedLoss(torch.autograd.Function):
         weight: nn.Parameter,
         bias: nn.Parameter | None,
         target: torch.Tensor,
-        cap: float | None,
+        transform: FinalTransform,
         ends: Sequence[int],
         loss: PartialLoss,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        head = _Head(weight, bias, cap)
+        head = _Head(weight, bias, transform)
         gradients = _Gradients(head, hidden, ctx.needs_input_grad)
         logps = torch.empty(target.shape, dtype=torch.float32, device=hidden.device)
         normaliser = logps.new_empty(len(target), 1)
@@ -280,8 +308,8 @@ def _group_parts(ends: Sequence[int], max_rows: int) -> list[tuple[int, int, sli
 class LogpHead(nn.Linear):
     """A model's output head that computes log-probs, or a loss of them, where it is given targets."""
 
-    logit_cap: float | None
-    """c of c·tanh(logit/c), where the model caps its logits; without targets the model applies the cap itself."""
+    transform: FinalTransform
+    """What the family does to the head's product; without targets the model's own forward function does it."""
 
     def forward(  # type: ignore[override]  # more than a linear layer's
         self,
@@ -305,7 +333,7 @@ class LogpHead(nn.Linear):
         """
         if target is None:
             return super().forward(hidden)
-        operands = hidden, self.weight, self.bias, target, self.logit_cap
+        operands = hidden, self.weight, self.bias, target, self.transform
         if loss is None:
             logps: torch.Tensor = _TokenLogps.apply(*operands)  # type: ignore[no-untyped-call]
             return logps
@@ -315,8 +343,13 @@ class LogpHead(nn.Linear):
         return both
 
 
-def attach_logp_head(head: nn.Module, logit_cap: float | None = None) -> None:
-    """Turn a plain linear output head into a LogpHead in place; its parameters are not touched."""
-    assert type(head) is nn.Linear, f"the output head is a {type(head).__name__}"
+def attach_logp_head(head: nn.Module, transform: FinalTransform = PLAIN) -> None:
+    """Turn a plain linear output head into a LogpHead in place; its parameters are not touched.
+
+    Args:
+        head: the output head.
+        transform: what the family does to its product (see model/final.py).
+    """
+    assert type(head) in (nn.Linear, LogpHead), f"the output head is a {type(head).__name__}"
     head.__class__ = LogpHead
-    cast(LogpHead, head).logit_cap = logit_cap
+    cast(LogpHead, head).transform = transform

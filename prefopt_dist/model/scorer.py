@@ -6,14 +6,18 @@ gather the head's weight and form its gradient correctly.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from prefopt_dist.batching.micro_batch import MicroBatch, PromptEnds
+from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, PromptEnds
+from prefopt_dist.model.final import final_transform
 from prefopt_dist.model.head import attach_logp_head
+from prefopt_dist.model.parts import backbone, output_head
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
 
 
@@ -33,11 +37,21 @@ class DecodingInputs:
 class Scorer(nn.Module):
     """A wrapper of a causal language model; the only prefix that it adds to parameter names is `lm.`."""
 
-    def __init__(self, lm: PreTrainedModel) -> None:
+    def __init__(self, lm: PreTrainedModel, path: ComputePath = "shared", *, cut: bool = False) -> None:
+        """Wrap a model.
+
+        Args:
+            lm: the model, loaded for this path (model/load.py).
+            path: for which its micro-batches are packed.
+            cut: whether the loss's own backward pass ends at the hidden states where there are several rectangles, and
+                the caller goes on with `rest`, one rectangle at a time.
+        """
         super().__init__()
         self.lm = lm
-        # Only Gemma has this field.
-        attach_logp_head(lm.get_output_embeddings(), lm.config.to_dict().get("final_logit_softcapping"))
+        self.path = path
+        self._cut = cut
+        self._uncomputed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        attach_logp_head(output_head(lm), final_transform(lm))
 
     def sequence_sums(self, batch: MicroBatch) -> torch.Tensor:
         """Compute Σ log π(response token | prompt, response so far) of each sequence: float64 [Q]."""
@@ -81,6 +95,23 @@ class Scorer(nn.Module):
         terms = objective(_units(batch, _sums(logps, batch.scored, batch.counts), reference))
         return terms._replace(loss=value)
 
+    @property
+    def is_cut(self) -> bool:
+        """Return whether the backward pass of the last loss ends at the hidden states, so that `rest` is needed."""
+        return bool(self._uncomputed)
+
+    def rest(self) -> Iterator[torch.Tensor]:
+        """Yield a number for each rectangle of the last micro-batch, after the backward pass of its loss.
+
+        The backward pass of the number is that of the rectangle's layers. In one pass over several rectangles autograd
+        would keep each parameter's whole gradient until the last one has added its part; under ZeRO-3 a rank has not
+        the memory for the whole gradient of all layers.
+        """
+        while self._uncomputed:
+            hidden, leaf = self._uncomputed.pop()
+            yield _Seed.apply(hidden, leaf.grad)  # type: ignore[no-untyped-call]
+            del hidden, leaf
+
     def _next_logits(self, batch: DecodingInputs) -> torch.Tensor:
         logits: torch.Tensor = self.lm(
             input_ids=batch.ids,
@@ -94,7 +125,16 @@ class Scorer(nn.Module):
 
     def _states(self, batch: MicroBatch) -> torch.Tensor:
         """Compute the hidden states that predict response tokens: [N, D]."""
-        hidden: torch.Tensor = self.lm.base_model(
+        if self.path == "plain":
+            # A dummy rectangle is among the flattened ones too. Nothing indexes it, and its gradient is 0, but its
+            # backward pass runs, so that this rank takes part in every collective.
+            flat = [self._rectangle(batch.input_ids[0, rectangle]).flatten(0, 1) for rectangle in batch.rectangles]
+            if self._cut and len(flat) > 1 and torch.is_grad_enabled():
+                leaves = [hidden.detach().requires_grad_() for hidden in flat]
+                self._uncomputed = list(zip(flat, leaves, strict=True))
+                flat = leaves
+            return torch.cat(flat)[batch.source]
+        hidden: torch.Tensor = backbone(self.lm)(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             segments=batch.segments,
@@ -102,6 +142,28 @@ class Scorer(nn.Module):
             use_cache=False,  # nothing is generated, so a cache would only take memory
         ).last_hidden_state[0]
         return hidden[batch.source]
+
+    def _rectangle(self, ids: torch.Tensor) -> torch.Tensor:
+        """Compute the hidden states of padded rows: [B, L] → [B, L, D].
+
+        No mask is needed, since a causal model does not see padding on the right.
+        """
+        hidden: torch.Tensor = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden
+
+
+class _Seed(torch.autograd.Function):
+    """The number 0, whose gradient by the hidden states is the given one, times the gradient of the number."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return hidden.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None
 
 
 def _sums(logps: torch.Tensor, scored: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from prefopt_dist import shipped
+from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.distributed import ranks, zero3
@@ -24,11 +25,12 @@ from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.cost import adapter_parameters, layer_parameters
 from prefopt_dist.model.folder import ModelFolder, inspect_folder, resolve
 from prefopt_dist.model.layer_kernels import kernels_text
-from prefopt_dist.model.load import load_tokenizer
+from prefopt_dist.model.load import load_tokenizer, own_attention
 from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.setup import checks
 from prefopt_dist.setup.checks import eval_sets
+from prefopt_dist.setup.prove_path import choose_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,6 +50,8 @@ class Models:
     """Dtype of the computation"""
     adapter: Adapter | None
     """The adapters that are trained; None where all of the policy's weights are trained"""
+    path: ComputePath = "shared"
+    """How every micro-batch of the run is computed"""
 
     @property
     def reference_is_start(self) -> bool:
@@ -77,6 +81,8 @@ def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | Non
             found = Path(source.path).exists() or any(mark in source.path for mark in "*?")
             if looks_local and not found:
                 raise UserError(f"{key}: {source.path!r} does not exist. Give a file, a saved dataset or a hub name.")
+    for line in _path(config, models, torch.device("cuda" if torch.cuda.is_available() else "cpu"))[1]:
+        say(line)
 
 
 def zero_settings(path: str, key: str) -> dict[str, Any]:
@@ -131,6 +137,11 @@ def _models(config: Config) -> Models:
     if reference is not policy:
         checks.check_reference_tokenizer(tokenizer, reference)
     adapter = checks.adapter_of(config.lora, policy.config, config.model.name_or_path)
+    if adapter is not None and policy.part_of_more and not config.export.merged:
+        raise UserError(
+            f"export.merged: got false, but {policy.path} has other parts than its language model (such as one for "
+            "images), whose layers peft would take for those of the adapters; set export.merged=true"
+        )
     return Models(policy, reference, tokenizer, DTYPES[config.model.dtype], adapter)
 
 
@@ -144,15 +155,34 @@ def load_models(config: Config) -> Models:
     say(f"policy: {_described(models.policy)}, computed in {config.model.dtype}")
     if config.reference.name_or_path is not None:
         say(f"reference: {_described(models.reference)}")
-    say(f"attention: {ranks.run_on_rank_zero(partial(_kernels, models))}")
-    return models
+    path, lines = ranks.run_on_rank_zero(partial(_path, config, models, ranks.device()))
+    for line in lines:
+        say(line)
+    if path != "plain":
+        say(f"attention: {ranks.run_on_rank_zero(partial(_kernels, models))}")
+    return replace(models, path=path)
+
+
+def _path(config: Config, models: Models, device: torch.device) -> tuple[ComputePath, list[str]]:
+    """Choose the path of the run, with lines about it (one process calls it)."""
+    scored = [("model.name_or_path", models.policy.config)]
+    if config.reference.name_or_path is not None:
+        scored.append(("reference.name_or_path", models.reference.config))
+    return choose_path(config, scored, device)
 
 
 def _kernels(models: Models) -> str:
-    """Name the attention kernels, after a check that each argument of the models' attention is known."""
-    own, reference = (
-        kernels_text(model.config, models.dtype, ranks.device()) for model in (models.policy, models.reference)
-    )
+    """Name the attention kernels, after a check that each argument of the models' attention is known.
+
+    On the path plain transformers computes the attention, so that every argument is.
+    """
+
+    def text(model: ModelFolder) -> str:
+        if models.path == "plain":
+            return f"transformers' own, {own_attention(model.config)}"
+        return kernels_text(model.config, models.dtype, ranks.device())
+
+    own, reference = text(models.policy), text(models.reference)
     return own if own == reference else f"{own}; of the reference: {reference}"
 
 

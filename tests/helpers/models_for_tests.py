@@ -12,6 +12,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import attention
 
+SHARING_FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "mixtral",
+    "qwen3_moe",
+    "olmoe",
+)
+"""Families whose log-probs in packed rows with shared prompts are compared with those of the plain model."""
+
 VOCABULARY = 67
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,

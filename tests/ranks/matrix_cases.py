@@ -20,7 +20,7 @@ from prefopt_dist.batching.layout import lay_out
 from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.model import activation_checkpointing
-from prefopt_dist.model.folder import FAMILIES, inspect_folder
+from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.model.load import load_sharded, load_unsharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
@@ -50,13 +50,15 @@ def _tied(name: str) -> bool:
 
 
 def full() -> list[Setting]:
-    return [Setting(*of) for of in itertools.product(sorted(FAMILIES), (False, True), (2, 3), (False, True))]
+    return [
+        Setting(*of) for of in itertools.product(sorted(small.SHARING_FAMILIES), (False, True), (2, 3), (False, True))
+    ]
 
 
 def pairwise(n: int) -> list[Setting]:
     """Of n ranks, 1 or 2."""
     found = []
-    for i, family in enumerate(sorted(FAMILIES)):
+    for i, family in enumerate(sorted(small.SHARING_FAMILIES)):
         tied, stage, checkpointing = ((i >> bit & 1) ^ (n - 1) for bit in range(3))
         found.append(Setting(family, bool(tied), 2 + stage, bool(checkpointing)))
     return found

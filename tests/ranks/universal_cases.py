@@ -241,9 +241,9 @@ def small_parts(wrote: list[str]) -> Iterator[None]:
     """Inside, an export has files of few layers, and the names of this rank's are added to `wrote`."""
     write, most = export_weights._write_part, export_weights.PART_BYTES
 
-    def noted(tensors: Any, lm: Any, folder: Path, name: str, *, first: bool) -> Any:
+    def noted(tensors: Any, lm: Any, folder: Path, name: str, names: Any, *, first: bool) -> Any:
         wrote.append(name)
-        return write(tensors, lm, folder, name, first=first)
+        return write(tensors, lm, folder, name, names, first=first)
 
     export_weights._write_part, export_weights.PART_BYTES = noted, 20_000
     try:

@@ -130,16 +130,19 @@ def test_bfloat16_head_gradient_over_many_blocks(monkeypatch: pytest.MonkeyPatch
     assert max(errors.values()) <= 4e-3, errors  # one rounding to 8 bits is up to 3.9e-3 an element
 
 
-def exact_logps(hidden: torch.Tensor, layer: Any, target: torch.Tensor, cap: float | None) -> torch.Tensor:
-    logits = layer(hidden)
+def exact_logps(
+    hidden: torch.Tensor, layer: Any, target: torch.Tensor, cap: float | None, factor: float = 1.0
+) -> torch.Tensor:
+    logits = factor * layer(hidden)
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return torch.log_softmax(logits, -1).gather(-1, target)
 
 
 @pytest.mark.parametrize("cap", [None, 30.0, 2.0])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
 @pytest.mark.parametrize("bias", [False, True])
-def test_several_targets_of_a_state_and_a_cap(cap: float | None, bias: bool) -> None:
-    """Caps that hardly and strongly bind; one target twice, and places that nothing asks for."""
+def test_several_targets_of_a_state_and_a_cap(cap: float | None, bias: bool, factor: float) -> None:
+    """Caps that hardly and strongly bind, a factor before them; one target twice, places that nothing asks for."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(8, VOCABULARY, bias=bias)
     with torch.no_grad():
@@ -149,14 +152,14 @@ def test_several_targets_of_a_state_and_a_cap(cap: float | None, bias: bool) -> 
     target[:, 1] = target[:, 0]
     weight = torch.randn(40, 3)
     weight[::2, 2] = 0
-    head.attach_logp_head(layer, cap)
+    head.attach_logp_head(layer, head.FinalTransform(factor, cap))
     logps = layer(hidden, target)
     (logps * weight).sum().backward()
     twin = hidden.detach().double().requires_grad_()
-    wanted = exact_logps(twin, exact, target, cap)
+    wanted = exact_logps(twin, exact, target, cap, factor)
     (wanted * weight.double()).sum().backward()
     assert apart(logps.double(), wanted) <= 1e-6
-    if cap == 2.0:
+    if cap == 2.0 and factor == 1:
         assert (wanted - exact_logps(twin, exact, target, None)).abs().max() > 1
     for got, want in zip([hidden, *layer.parameters()], [twin, *exact.parameters()], strict=True):
         assert (got.grad - want.grad).norm() / want.grad.norm() <= 1e-6

@@ -159,8 +159,11 @@ def test_one_block_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch, rows: int
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
 @pytest.mark.parametrize("rows", [5, 10**6])
-def test_bias_and_cap(monkeypatch: pytest.MonkeyPatch, bias: bool, cap: float | None, rows: int) -> None:
+def test_bias_factor_and_cap(
+    monkeypatch: pytest.MonkeyPatch, bias: bool, cap: float | None, factor: float, rows: int
+) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(head, "MAX_LOGITS_PER_BLOCK", rows * VOCABULARY)
     layer = torch.nn.Linear(8, VOCABULARY, bias=bias)
@@ -168,7 +171,7 @@ def test_bias_and_cap(monkeypatch: pytest.MonkeyPatch, bias: bool, cap: float | 
         layer.weight.mul_(4)
     exact = torch.nn.Linear(8, VOCABULARY, bias=bias).double()
     exact.load_state_dict(layer.state_dict())
-    head.attach_logp_head(layer, cap)
+    head.attach_logp_head(layer, head.FinalTransform(factor, cap))
     hidden, target = torch.randn(40, 8, requires_grad=True), torch.randint(0, VOCABULARY, (40, 3))
     weight, ends = torch.randn(40, 3), [4, 11, 40]
 
@@ -179,7 +182,7 @@ def test_bias_and_cap(monkeypatch: pytest.MonkeyPatch, bias: bool, cap: float | 
     value, logps = layer(hidden, target, ends, part)
     (3 * value).backward()
     twin = hidden.detach().double().requires_grad_()
-    logits = exact(twin)
+    logits = factor * exact(twin)
     wanted = torch.log_softmax(logits if cap is None else cap * torch.tanh(logits / cap), -1).gather(-1, target)
     (3 * (wanted * weight).sum()).backward()
     assert apart(logps.double(), wanted) <= 1e-6

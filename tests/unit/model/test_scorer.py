@@ -10,6 +10,7 @@ import pytest
 import torch
 from models_for_tests import (
     MODELS,
+    SHARING_FAMILIES,
     VOCABULARY,
     apart,
     gradients,
@@ -24,7 +25,6 @@ from models_for_tests import (
 from prefopt_dist.batching.micro_batch import pack
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import head
-from prefopt_dist.model.folder import FAMILIES
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO, SFT, Terms
 
@@ -39,7 +39,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_family_is_tried_tied_and_untied() -> None:
     tried = {(f, make(name).config.tie_word_embeddings) for name, (f, _) in MODELS.items()}
-    assert tried == {(f, tied) for f in FAMILIES for tied in (False, True)}
+    assert tried == {(f, tied) for f in SHARING_FAMILIES for tied in (False, True)}
 
 
 @pytest.mark.parametrize("name", MODELS)

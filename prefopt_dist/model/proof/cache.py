@@ -1,0 +1,99 @@
+"""Proofs that are kept in the cache, under the digest of all that they depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.files import write_json
+from prefopt_dist.model.fingerprint import IGNORED_FIELDS
+from prefopt_dist.model.folder import length_dependent
+from prefopt_dist.model.proof.prove import Proof, Tried, prove
+
+LIBRARIES = ("torch", "transformers", "kernels", "flash-attn", "flash-linear-attention", "mamba-ssm", "causal-conv1d")
+"""Packages that compute a model, or that transformers takes kernels from where they are installed."""
+SOURCES = ("model", "batching", "objectives")
+"""Folders of this package whose code computes log-probs, losses and gradients."""
+
+
+def proven_path(
+    config: PreTrainedConfig,
+    *,
+    key: str,
+    path: ComputePath | None,
+    max_length: int | None,
+    device: torch.device,
+    cache: Path,
+) -> tuple[Proof, bool]:
+    """Return the proof of a path, from the cache where it was made before, and whether it was.
+
+    Args:
+        config: as in `prove`, as are key, path, max_length and device.
+        key: see there.
+        path: see there.
+        max_length: see there.
+        device: see there.
+        cache: the folder of proofs; one that cannot be written costs time, but never a result.
+
+    Raises:
+        UserError: as `prove`; a refusal is not kept.
+    """
+    file = cache / f"{_digest(config, path, max_length, device)}.json"
+    found = _read(file)
+    if found is not None:
+        return found, True
+    proof = prove(config, key=key, path=path, max_length=max_length, device=device)
+    with contextlib.suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+        write_json(file, asdict(proof))
+    return proof, False
+
+
+def _digest(config: PreTrainedConfig, path: ComputePath | None, max_length: int | None, device: torch.device) -> str:
+    content = {
+        "config": {k: v for k, v in config.to_dict().items() if k not in IGNORED_FIELDS},
+        "path": path,
+        "longer": length_dependent(config, max_length),
+        "versions": {name: _version(name) for name in LIBRARIES},
+        "sources": _sources(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+    }
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _sources() -> str:
+    """Return a digest of the code that computes, so that a proof holds for no other code."""
+    package = Path(__file__).parents[2]
+    digest = hashlib.blake2b(digest_size=16)
+    for folder in SOURCES:
+        for file in sorted((package / folder).rglob("*.py")):
+            digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _read(file: Path) -> Proof | None:
+    """Return a kept proof; None where it is missing or damaged."""
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+        tried = tuple(Tried(**one) for one in content.pop("tried"))
+        return Proof(**content | {"tried": tried, "cuts": tuple(content["cuts"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
