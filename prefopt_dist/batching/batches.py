@@ -20,7 +20,7 @@ from prefopt_dist.batching.layout import (
     lay_out,
     tokens_and_cost,
 )
-from prefopt_dist.batching.micro_batch import MicroBatch, pack, to_device
+from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, forwards, pack, packed_tokens, to_device
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, UnpairedRows
 from prefopt_dist.data.unit import Unit
@@ -46,17 +46,31 @@ class ScoredRows:
 class Batch:
     """This rank's micro-batches of a step or an evaluation; packed one by one when used, or all by `prepare`."""
 
-    def __init__(self, data: ScoredRows, layout: Layout, responses: int, first: int = 0) -> None:
-        """Take the units of this rank from the layout; each has `responses` responses, from number `first` on."""
+    def __init__(
+        self, data: ScoredRows, layout: Layout, responses: int, first: int = 0, path: ComputePath = "shared"
+    ) -> None:
+        """Take the units of this rank from the layout.
+
+        Args:
+            data: the data set.
+            layout: the units of each micro-batch and rank.
+            responses: responses of a unit.
+            first: number of a unit's first response.
+            path: how the units are computed.
+        """
         self._data = data
         self._responses = responses
         self._first = first
+        self._path = path
         self._own = [by_rank[ranks.rank()] for by_rank in layout]
+        self._forwards = [forwards(by_rank, path) for by_rank in layout]
         self._packed: list[tuple[MicroBatch, torch.Tensor | None]] | None = None
         self.units = sum(len(units) for by_rank in layout for units in by_rank)
         """Number of units on all ranks."""
         self.tokens = 0
-        """Number of distinct input tokens of a step on all ranks; an evaluation does not count them."""
+        """Number of input tokens of a step on all ranks, without padding; an evaluation does not count them."""
+        self.padded_tokens = 0
+        """The same with padding, on the path plain; 0 on the others, which have none."""
         self.flop = 0.0
         """FLOP of a training step on them, of all ranks; 0 where no cost was given."""
         self.own_flop = 0.0
@@ -73,6 +87,7 @@ class Batch:
         """Add the pass before the step to this batch, with its tokens and FLOP, and return this batch."""
         self.mismatched = mismatched
         self.tokens += mismatched.tokens
+        self.padded_tokens += mismatched.padded_tokens
         self.flop += mismatched.flop
         self.own_flop += mismatched.own_flop
         return self
@@ -81,7 +96,8 @@ class Batch:
         """Pack all micro-batches now, with a GPU into page-locked memory, from which it copies while it computes."""
         if self.mismatched is not None:
             self.mismatched.prepare()
-        self._packed = [self._pack(units, pin=torch.cuda.is_available()) for units in self._own]
+        pin = torch.cuda.is_available()
+        self._packed = [self._pack(*each, pin=pin) for each in zip(self._own, self._forwards, strict=True)]
 
     def __len__(self) -> int:
         """Return the number of micro-batches of a rank, which is the same on every rank."""
@@ -90,11 +106,11 @@ class Batch:
     def __iter__(self) -> Iterator[tuple[MicroBatch, torch.Tensor | None]]:
         """Yield each micro-batch with its reference log-probs, float64 [U, R] or None, on the device."""
         device = ranks.device()
-        for packed, reference in self._packed or map(self._pack, self._own):
+        for packed, reference in self._packed or map(self._pack, self._own, self._forwards):
             yield packed.to(device), None if reference is None else to_device(reference, device)
 
-    def _pack(self, units: Sequence[Unit], pin: bool = False) -> tuple[MicroBatch, torch.Tensor | None]:
-        packed, reference = pack(units, self._responses), self._data.reference
+    def _pack(self, units: Sequence[Unit], forwards: int, pin: bool = False) -> tuple[MicroBatch, torch.Tensor | None]:
+        packed, reference = pack(units, self._responses, self._path, forwards), self._data.reference
         if reference is not None:
             reference = reference[[u.row for u in units], self._first : self._first + self._responses]
         if pin:
@@ -140,6 +156,7 @@ def step_batch(
     budget: int,
     cost: Cost | None = None,
     passes: int = TRAINING_PASSES,
+    path: ComputePath = "shared",
 ) -> Batch:
     """Lay out the rows of a step over ranks and micro-batches, with loads as equal as possible, and pack them.
 
@@ -150,15 +167,20 @@ def step_batch(
         budget: tokens of a micro-batch.
         cost: FLOP of a forward pass; None to balance tokens.
         passes: FLOP of a step, in forward passes.
+        path: how the rows are computed.
     """
 
     def laid_out(first: int, passes: int) -> Batch:
         units = data.units(rows, responses, first)
-        batch = Batch(data, lay_out(units, ranks.world_size(), budget, cost), responses, first)
-        batch.tokens, forward = tokens_and_cost(group_by_prompt(units, budget), cost or Cost())
+        layout = lay_out(units, ranks.world_size(), budget, cost, path)
+        batch = Batch(data, layout, responses, first, path)
+        batch.tokens, forward = tokens_and_cost(group_by_prompt(units, budget, path), cost or Cost(), path)
+        if path == "plain":
+            batch.padded_tokens = sum(packed_tokens(own, path) for by_rank in layout for own in by_rank)
         if cost is not None:
+            own = group_by_prompt(batch.own_units, budget, path)
             batch.flop = passes * forward
-            batch.own_flop = passes * tokens_and_cost(group_by_prompt(batch.own_units, budget), cost)[1]
+            batch.own_flop = passes * tokens_and_cost(own, cost, path)[1]
         return batch
 
     rows = list(rows)
@@ -169,20 +191,21 @@ def step_batch(
     return batch
 
 
-def evaluation_batch(data: ScoredRows, responses: int, budget: int) -> Batch:
+def evaluation_batch(data: ScoredRows, responses: int, budget: int, path: ComputePath = "shared") -> Batch:
     """Lay out every row of the data set once, for an evaluation.
 
     Args:
         data: the data set.
         responses: responses of a unit.
         budget: tokens of a micro-batch.
+        path: how the rows are computed.
     """
 
     def laid_out(first: int) -> Batch:
-        filled = fill_micro_batches(data.units(range(data.rows.n), responses, first), budget)
+        filled = fill_micro_batches(data.units(range(data.rows.n), responses, first), budget, path)
         world = ranks.world_size()
         filled += [[]] * (-len(filled) % world)
-        return Batch(data, [filled[j : j + world] for j in range(0, len(filled), world)], responses, first)
+        return Batch(data, [filled[j : j + world] for j in range(0, len(filled), world)], responses, first, path)
 
     if isinstance(data.rows, UnpairedRows):
         return laid_out(0).with_mismatched(laid_out(MISMATCHED))

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt_dist.batching.micro_batch import gathered_keys, packed_tokens
+from prefopt_dist.batching.micro_batch import ComputePath, gathered_keys, packed_tokens, sequence_lengths
+from prefopt_dist.batching.rectangles import fill, fill_evenly
 from prefopt_dist.data.unit import Unit, keyed_responses
 
 MAX_SWAPS = 2000
@@ -38,41 +39,52 @@ class Cost:
     per_scored: float = 0.0
     """Cost of each response token: the output head."""
 
-    def of(self, group: Sequence[Unit], tokens: int) -> float:
-        """Return the cost of units of one prompt that have `tokens` distinct input tokens."""
+    def of(self, group: Sequence[Unit], tokens: int, path: ComputePath = "shared") -> float:
+        """Return the cost of units of one prompt that have `tokens` input tokens; it leaves padding out."""
         distinct = dict(pair for u in group for pair in keyed_responses(u))
         lengths = [len(response.tokens) for response in distinct.values()]
         scored = sum(response.scored for response in distinct.values())
-        return self.of_lengths(len(group[0].prompt), lengths, tokens, scored)
+        return self.of_lengths(len(group[0].prompt), lengths, tokens, scored, path)
 
-    def of_lengths(self, prompt: int, responses: Sequence[int], tokens: int, scored: int | None = None) -> float:
+    def of_lengths(
+        self,
+        prompt: int,
+        responses: Sequence[int],
+        tokens: int,
+        scored: int | None = None,
+        path: ComputePath = "shared",
+    ) -> float:
         """Return the cost of a prompt and its different responses.
 
         With the numbers of a model (model/cost.py) it is the smallest number of operations of a forward pass, in
-        which every distinct token passes the layers once: 2N·T + attention + 2Vd·S. A training step needs
-        TRAINING_PASSES times as many.
+        which every distinct token passes the layers once, or on the other paths every token of each distinct sequence:
+        2N·T + attention + 2Vd·S. A training step needs TRAINING_PASSES times as many.
 
         Args:
             prompt: tokens of the prompt.
             responses: tokens of each response.
-            tokens: distinct input tokens of all.
+            tokens: input tokens of all, distinct ones or those of each distinct sequence.
             scored: scored response tokens; None where all are scored.
+            path: how they are computed.
         """
-        attended = prompt * (prompt + 1) / 2
+        attended = prompt * (prompt + 1) / 2 * (1 if path == "shared" else len(responses))
         for n in responses:
             attended += (n - 1) * prompt + (n - 1) * n / 2
         predicted = sum(responses) if scored is None else scored
         return self.per_token * tokens + self.per_attended * attended + self.per_scored * predicted
 
 
-def tokens_and_cost(groups: Sequence[Sequence[Unit]], cost: Cost) -> tuple[int, float]:
-    """Return the distinct input tokens and the cost of groups of units, each group of one prompt."""
-    tokens = [packed_tokens(g) for g in groups]
-    return sum(tokens), sum(cost.of(g, t) for g, t in zip(groups, tokens, strict=True))
+def tokens_and_cost(groups: Sequence[Sequence[Unit]], cost: Cost, path: ComputePath = "shared") -> tuple[int, float]:
+    """Return the input tokens, without padding, and the cost of groups of units, each group of one prompt."""
+    tokens = [packed_tokens(g, "shared" if path == "shared" else "packed") for g in groups]
+    return sum(tokens), sum(cost.of(g, t, path) for g, t in zip(groups, tokens, strict=True))
 
 
-def group_by_prompt(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
-    """Group the units of each prompt, so that it is computed once; split a group that exceeds the budget of tokens."""
+def group_by_prompt(units: Sequence[Unit], budget: int, path: ComputePath = "shared") -> list[list[Unit]]:
+    """Group the units of each prompt, so that what they share is computed once.
+
+    A group that exceeds the budget of tokens is split.
+    """
     by_prompt: dict[bytes, list[Unit]] = {}
     for u in units:
         by_prompt.setdefault(u.prompt.tobytes(), []).append(u)
@@ -80,7 +92,7 @@ def group_by_prompt(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
     for members in by_prompt.values():
         part: list[Unit] = []
         for u in members:
-            if part and packed_tokens([*part, u]) > budget:
+            if part and packed_tokens([*part, u], path) > budget:
                 groups.append(part)
                 part = []
             part.append(u)
@@ -88,11 +100,13 @@ def group_by_prompt(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
     return groups
 
 
-def most_keys_per_token(units: Sequence[Unit], budget: int) -> float:
+def most_keys_per_token(units: Sequence[Unit], budget: int, path: ComputePath = "shared") -> float:
     """Return the most gathered keys per token that a full micro-batch of these units can have; at least 1.
 
     It is a bound: the groups with most keys a token fill the budget, the last one in part.
     """
+    if path != "shared":
+        return 1.0
     counts = [(packed_tokens(group), gathered_keys(group)) for group in group_by_prompt(units, budget)]
     counts.sort(key=lambda count: count[1] / count[0], reverse=True)
     tokens = keys = 0.0
@@ -104,13 +118,19 @@ def most_keys_per_token(units: Sequence[Unit], budget: int) -> float:
     return keys / tokens
 
 
-def fill_micro_batches(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
+def fill_micro_batches(units: Sequence[Unit], budget: int, path: ComputePath = "shared") -> list[list[Unit]]:
     """Fill micro-batches of at most `budget` tokens with all units, large groups first; a pure function.
 
     It is for units that are only scored: their order does not matter, and micro-batches of like size are neighbours.
     A group that alone exceeds the budget is its own micro-batch.
     """
-    groups = [(packed_tokens(g), g) for g in group_by_prompt(units, budget)]
+    if path == "plain":
+        of_prompts = group_by_prompt(units, budget, path)
+        return [
+            [u for i in members for u in of_prompts[i]]
+            for members in fill([sequence_lengths(g) for g in of_prompts], budget)
+        ]
+    groups = [(packed_tokens(g, path), g) for g in group_by_prompt(units, budget, path)]
     groups.sort(key=lambda item: -item[0])  # stable: ties keep the order of the units
     filled: list[list[Unit]] = []
     prompts: set[bytes] = set()
@@ -130,7 +150,13 @@ def fill_micro_batches(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
     return filled
 
 
-def lay_out(units: Sequence[Unit], world_size: int, budget: int, cost: Cost | None = None) -> list[list[list[Unit]]]:
+def lay_out(
+    units: Sequence[Unit],
+    world_size: int,
+    budget: int,
+    cost: Cost | None = None,
+    path: ComputePath = "shared",
+) -> list[list[list[Unit]]]:
     """Lay out units in micro-batches of at most `budget` tokens, as few and as equal in cost as possible.
 
     The method is longest processing time first, then exchanges. Under ZeRO-3 the ranks wait for each other at every
@@ -141,16 +167,22 @@ def lay_out(units: Sequence[Unit], world_size: int, budget: int, cost: Cost | No
         units: the units of a step, on all ranks.
         world_size: number of ranks.
         budget: tokens of a micro-batch.
-        cost: cost of a micro-batch; None for its tokens.
+        cost: cost of a micro-batch; None for its tokens. On the path plain it is always its tokens, which depend on
+            what is together in it (batching/rectangles.py).
+        path: how the units are computed.
 
     Returns:
         layout[j][rank], the units of the rank's j-th micro-batch. Every rank has the same number of micro-batches;
         some may be empty.
     """
     cost = cost or Cost()
-    groups = group_by_prompt(units, budget)
-    tokens = np.array([packed_tokens(g) for g in groups], dtype=np.int64)
-    costs = np.array([cost.of(g, int(t)) for g, t in zip(groups, tokens, strict=True)])
+    groups = group_by_prompt(units, budget, path)
+    if path == "plain":
+        filled = fill_evenly([sequence_lengths(g) for g in groups], world_size, budget)
+        flat = [[u for i in members for u in groups[i]] for members in filled]
+        return [flat[j : j + world_size] for j in range(0, len(flat), world_size)]
+    tokens = np.array([packed_tokens(g, path) for g in groups], dtype=np.int64)
+    costs = np.array([cost.of(g, int(t), path) for g, t in zip(groups, tokens, strict=True)])
     # A group that exceeds the budget fills one micro-batch, by however much it exceeds it.
     per_rank = max(1, -(-int(np.minimum(tokens, budget).sum()) // (world_size * budget)))
     # The parts of a prompt that was split stay in different micro-batches, as in `fill_micro_batches`.

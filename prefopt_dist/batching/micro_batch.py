@@ -12,21 +12,30 @@ A response attends to its prompt, to the beginning that it shares with the promp
 the row once), and to itself (`Segment`). Its positions continue from there, so every sequence is computed as if it were
 alone. The last token of a response predicts nothing and is not an input. The last token of a prompt predicts the first
 token of each of its responses, by one row of logits for all of them.
+
+That is the path `shared`. On the path `packed` each distinct sequence is in the row whole, one segment each. On the
+path `plain` the model computes the same sequences as rows of one or two rectangles, padded on the right (rectangles.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prefopt_dist.batching.rectangles import padded_tokens, shapes
 from prefopt_dist.data.unit import Response, ResponseKey, Tokens, Unit, keyed_responses
 
 Fields = TypeVar("Fields", "MicroBatch", "Gathered")
+
+ComputePath = Literal["shared", "packed", "plain"]
+"""How a model computes a micro-batch: one row with each prompt once; one row of whole sequences; padded rectangles."""
+PATHS: tuple[ComputePath, ...] = ("shared", "packed", "plain")
+"""The paths in order of preference."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,8 @@ class MicroBatch:
     gathered: Gathered
     """The same segments for variable-length attention."""
     source: torch.Tensor
-    """int64 [N]: index in the row of each token that predicts a scored token; each such token once."""
+    """int64 [N]: index in the row of each token that predicts a scored token; each such token once. On the path plain:
+    index in the flattened rectangles, one after another."""
     target: torch.Tensor
     """int64 [N, K]: the different tokens that each `source` predicts, padded with 0."""
     scored: torch.Tensor
@@ -117,11 +127,14 @@ class MicroBatch:
     """int64 [U]: indices of the units, sorted by prompt."""
     prompts: tuple[PromptEnds, ...]
     """The ends of each distinct prompt; no state, sequence or unit belongs to two prompts."""
+    rectangles: tuple[torch.Tensor, ...] = ()
+    """int64 [B, L] each, on the path plain: indices in the row of B sequences, padded on the right by the index of the
+    sequence's last token."""
 
     @property
     def tokens(self) -> int:
-        """Return T, which includes the dummy token of an empty micro-batch."""
-        return self.input_ids.shape[1]
+        """Return the tokens that the model computes: T, or those of the rectangles; dummy tokens are included."""
+        return sum(rectangle.numel() for rectangle in self.rectangles) or self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return a copy with its tensors on `device`; the host does not wait."""
@@ -132,7 +145,10 @@ class MicroBatch:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        return replace(_with_tensors(self, change), gathered=_with_tensors(self.gathered, change))
+        rectangles = tuple(change(rectangle) for rectangle in self.rectangles)
+        return replace(
+            _with_tensors(self, change), gathered=_with_tensors(self.gathered, change), rectangles=rectangles
+        )
 
 
 def _with_tensors(of: Fields, change: Callable[[torch.Tensor], torch.Tensor]) -> Fields:
@@ -166,8 +182,21 @@ def _shared_prefix(first: Tokens, response: Tokens) -> int:
     return int(differing[0]) if len(differing) else most
 
 
-def packed_tokens(units: Sequence[Unit]) -> int:
-    """Count the input tokens of the row that `pack(units)` makes: each distinct token once."""
+def sequence_lengths(units: Sequence[Unit]) -> list[int]:
+    """Return the input tokens of each distinct sequence of the units, a prompt with a response."""
+    groups = _responses_by_prompt(units).values()
+    return [len(prompt) + len(r.tokens) - 1 for prompt, responses in groups for r in responses.values()]
+
+
+def packed_tokens(units: Sequence[Unit], path: ComputePath = "shared") -> int:
+    """Count the tokens that the model computes for `pack(units)`.
+
+    On the path shared they are the row's: each distinct token once. On the path packed each distinct sequence is
+    counted whole, and on the path plain with its padding.
+    """
+    if path != "shared":
+        lengths = sequence_lengths(units)
+        return padded_tokens(lengths) if path == "plain" else sum(lengths)
     total = 0
     for prompt, responses in _responses_by_prompt(units).values():
         first, *others = (response.tokens for response in responses.values())
@@ -175,11 +204,14 @@ def packed_tokens(units: Sequence[Unit]) -> int:
     return total
 
 
-def gathered_keys(units: Sequence[Unit]) -> int:
+def gathered_keys(units: Sequence[Unit], path: ComputePath = "shared") -> int:
     """Count the keys that variable-length attention gathers for the row that `pack(units)` makes.
 
-    Each response that is a segment of its own gathers its prompt and shared beginning once more.
+    On the path shared each response that is a segment of its own gathers its prompt and shared beginning once more. On
+    the other paths nothing is gathered, and each token is a key once.
     """
+    if path != "shared":
+        return packed_tokens(units, path)
     total = 0
     for prompt, responses in _responses_by_prompt(units).values():
         first, *others = (response.tokens for response in responses.values())
@@ -188,13 +220,34 @@ def gathered_keys(units: Sequence[Unit]) -> int:
     return total
 
 
-def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
+def forwards(by_rank: Sequence[Sequence[Unit]], path: ComputePath) -> int:
+    """Return how many forward passes of the layers the ranks' micro-batches of one turn need, the same on every rank.
+
+    Under ZeRO-3 each pass is collective, so a rank with fewer rectangles than another one computes dummy ones.
+
+    Args:
+        by_rank: the units of each rank's micro-batch.
+        path: how they are computed.
+    """
+    if path != "plain":
+        return 1
+    return max((len(shapes(sequence_lengths(units))) for units in by_rank if units), default=1)
+
+
+def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "shared", forwards: int = 1) -> MicroBatch:
     """Pack units into one row.
 
-    Equal prompts, equal responses to one prompt, and beginnings that responses to one prompt share are in the row once.
+    On the path shared, equal prompts, equal responses to one prompt, and beginnings that responses to one prompt share
+    are in the row once; on the others each distinct sequence is.
+
+    Args:
+        units: the units; none make a micro-batch with a dummy token.
+        responses_per_unit: responses of a unit.
+        path: how the model will compute them.
+        forwards: on the path plain the fewest rectangles; dummy ones fill up.
     """
     if not units:
-        return _empty(responses_per_unit)
+        return _empty(responses_per_unit, forwards if path == "plain" else 0)
     for u in units:
         assert len(u.prompt) > 0, f"row {u.row}: empty prompt"
         assert all(r.scored > 0 for _, r in keyed_responses(u)), f"row {u.row}: nothing of a response is scored"
@@ -212,21 +265,23 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
     at = 0
     groups = _responses_by_prompt(units)
     for key, (prompt, responses) in groups.items():
-        p_start, p_end = at, at + len(prompt)
-        ids.append(prompt)
-        positions.append(np.arange(len(prompt)))
-        at = p_end
         first = next(iter(responses.values())).tokens
         for i, (response_key, scored) in enumerate(responses.items()):
             response = scored.tokens
-            shared = _shared_prefix(first, response) if i else 0
+            # The first response continues the prompt in one causal segment, so that one attention call computes both.
+            whole = i == 0 or path != "shared"
+            if whole:
+                p_start, p_end = at, at + len(prompt)
+                ids.append(prompt)
+                positions.append(np.arange(len(prompt)))
+                at = p_end
+            shared = 0 if whole else _shared_prefix(first, response)
             inputs = response[shared:-1]
             start, at = at, at + len(inputs)
             ids.append(inputs)
             positions.append(len(prompt) + shared + np.arange(len(inputs)))
-            # The first response continues the prompt in one causal segment, so that one attention call computes both.
-            # The beginning that another response shares with it follows the prompt, so its prefix is one range.
-            if i == 0:
+            # The beginning that another response shares with the first follows the prompt, so its prefix is one range.
+            if whole:
                 segments.append(Segment(p_start, p_start, p_start, at))
             elif len(inputs):
                 segments.append(Segment(p_start, p_end + shared, start, at))
@@ -243,19 +298,52 @@ def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
 
     number = {prompt: i for i, prompt in enumerate(groups)}
     of_unit = np.array([number[u.prompt.tobytes()] for u in units])
+    targets = _distinct_targets(np.concatenate(source), np.concatenate(target))
+    rectangles: tuple[torch.Tensor, ...] = ()
+    if path == "plain":
+        rectangles, place = _rectangles(segments, forwards)
+        targets["source"] = place[targets["source"]]
     return MicroBatch(
         input_ids=row(ids)[None],
         position_ids=row(positions)[None],
         segments=tuple(segments),
         gathered=gather(segments),
-        **_distinct_targets(np.concatenate(source), np.concatenate(target)),
+        **targets,
         counts=torch.tensor(counts),
         units=torch.tensor([[index[u.prompt.tobytes(), key] for key, _ in keyed_responses(u)] for u in units]),
         rows=tuple(u.row for u in units),
         desirable=torch.tensor([u.desirable for u in units]),
         by_prompt=torch.from_numpy(of_unit.argsort(kind="stable")),
         prompts=_ends(of_unit, np.unique(np.concatenate(source)), counts, row_ends, sequence_ends),
+        rectangles=rectangles,
     )
+
+
+def _rectangles(segments: Sequence[Segment], forwards: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Return the rectangles of a row of whole sequences, and each token's index in the flattened rectangles.
+
+    Args:
+        segments: the sequences, which cover the row.
+        forwards: fewest rectangles.
+
+    Returns:
+        int64 [B, L] each, indices in the row; int64 [T].
+    """
+    starts, ends = (np.array(numbers) for numbers in zip(*((s.start, s.end) for s in segments), strict=True))
+    lengths = ends - starts
+    place = np.empty(ends[-1], dtype=np.int64)
+    found: list[torch.Tensor] = []
+    shorter = offset = 0  # the length of the first rectangle's rows, and its tokens
+    for rows, length in shapes(lengths.tolist()):
+        chosen = np.flatnonzero((lengths > shorter) & (lengths <= length))
+        column = np.arange(length)
+        indices = starts[chosen, None] + column
+        inside = column < lengths[chosen, None]
+        place[indices[inside]] = offset + np.flatnonzero(inside)
+        found.append(torch.from_numpy(np.minimum(indices, ends[chosen, None] - 1)))
+        shorter, offset = length, offset + rows * length
+    found += [torch.zeros(1, 1, dtype=torch.int64)] * (forwards - len(found))
+    return tuple(found), torch.from_numpy(place)
 
 
 def _ends(
@@ -305,7 +393,7 @@ def _distinct_targets(source: NDArray[np.int64], target: Tokens) -> dict[str, to
     }
 
 
-def _empty(responses_per_unit: int) -> MicroBatch:
+def _empty(responses_per_unit: int, rectangles: int) -> MicroBatch:
     zero = torch.zeros(1, dtype=torch.int64)
     return MicroBatch(
         input_ids=zero[None],
@@ -321,4 +409,5 @@ def _empty(responses_per_unit: int) -> MicroBatch:
         desirable=torch.zeros(0, dtype=torch.bool),
         by_prompt=torch.zeros(0, dtype=torch.int64),
         prompts=(PromptEnds(states=1, scored=1, sequences=1, units=0),),
+        rectangles=(zero[None],) * rectangles,
     )

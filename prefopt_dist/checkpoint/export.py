@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from prefopt_dist import __version__
+from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.checkpoint import export_check, export_weights
 from prefopt_dist.checkpoint.export_check import LoadSharded
 from prefopt_dist.checkpoint.export_weights import Weights, WeightsInMemory
@@ -56,6 +57,8 @@ class Exported:
     """The dtype of the forward pass in training"""
     dtype: torch.dtype
     """The dtype of the exported weights"""
+    path: ComputePath
+    """How micro-batches were computed in training"""
     card: str
     """The text of the model card"""
 
@@ -92,6 +95,7 @@ def export(checkpoint: Path, what: Exported, target: Path, load_sharded: LoadSha
             what.dtype,
             what.trained_dtype,
             load_sharded if len(writers) == ranks.world_size() > 1 else None,
+            what.path,
         )
         ranks.run_on_rank_zero(lambda: _commit(staging, target, {"checkpoint": str(checkpoint), "step": manifest.step}))
     except BaseException:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from prefopt_dist.batching.batches import ScoredRows
-from prefopt_dist.batching.micro_batch import MicroBatch, pack
+from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, pack
 from prefopt_dist.checkpoint.manifest import Manifest
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import ranks, zero3
@@ -48,7 +48,7 @@ def record_export_check(engine: Any, data: ScoredRows, responses: int) -> dict[s
     units = [replace(unit, learnt=None) for unit in rows]  # every token counts, also one that is not learnt
     was_training = engine.module.training
     engine.module.eval()
-    sums = _score(engine, [pack([unit], responses) for unit in units], ranks.device())
+    sums = _score(engine, [pack([unit], responses, engine.module.path) for unit in units], ranks.device())
     engine.module.train(was_training)
     return {
         "prompts": [u.prompt.tolist() for u in units],
@@ -57,11 +57,12 @@ def record_export_check(engine: Any, data: ScoredRows, responses: int) -> dict[s
     }
 
 
-def export_check_batches(probe: dict[str, Any]) -> tuple[list[MicroBatch], torch.Tensor]:
+def export_check_batches(probe: dict[str, Any], path: ComputePath = "shared") -> tuple[list[MicroBatch], torch.Tensor]:
     """Return the micro-batches of the export check, one row in each and on the CPU, and the policy's log-probs.
 
     Args:
         probe: the result of `record_export_check`.
+        path: how they are computed.
 
     Returns:
         The micro-batches, and the log-probs as float64 [U, R].
@@ -70,7 +71,7 @@ def export_check_batches(probe: dict[str, Any]) -> tuple[list[MicroBatch], torch
         Unit(i, np.array(p, dtype=np.int32), tuple(np.array(r, dtype=np.int32) for r in rs))
         for i, (p, rs) in enumerate(zip(probe["prompts"], probe["responses"], strict=True))
     ]
-    return [pack([unit], len(unit.responses)) for unit in units], torch.tensor(probe["sums"], dtype=torch.float64)
+    return [pack([unit], len(unit.responses), path) for unit in units], torch.tensor(probe["sums"], dtype=torch.float64)
 
 
 def verify(
@@ -80,6 +81,7 @@ def verify(
     dtype: torch.dtype,
     trained: torch.dtype,
     load_sharded: LoadSharded | None,
+    path: ComputePath = "shared",
 ) -> float:
     """Load the exported folder as a user would and compare its log-probs with the trained policy's (all ranks call it).
 
@@ -90,6 +92,7 @@ def verify(
         dtype: the dtype of the exported weights.
         trained: the dtype of the forward pass in training.
         load_sharded: loads the folder on all ranks; None has rank 0 load the whole model.
+        path: how the rows are computed, which is that of the training.
 
     Returns:
         The largest relative difference.
@@ -97,7 +100,7 @@ def verify(
     Raises:
         RuntimeError: the log-probs differ by more than rounding explains.
     """
-    batches, expected = export_check_batches(manifest.facts["probe"])
+    batches, expected = export_check_batches(manifest.facts["probe"], path)
     # Two more than the last position: positions begin at 0, and the last token of a response is not an input.
     longest = max(int(batch.position_ids.max()) for batch in batches) + 2
 
@@ -105,10 +108,10 @@ def verify(
         return base or inspect_folder(folder, "export.dir", longest)
 
     def score_whole() -> torch.Tensor:
-        lm = load_unsharded(inspect(), dtype=dtype)
+        lm = load_unsharded(inspect(), dtype=dtype, path=path)
         if base is not None:
             adapters.load_with_peft(lm, folder)
-        return _score(Scorer(lm), batches, torch.device("cpu"))
+        return _score(Scorer(lm, path), batches, torch.device("cpu"))
 
     if load_sharded is None:
         sums = ranks.run_on_rank_zero(score_whole)

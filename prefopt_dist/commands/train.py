@@ -270,11 +270,11 @@ def _policy(
         max_grad_norm=config.optim.max_grad_norm,
     )
     torch.manual_seed(config.run.seed)
-    lm = load_sharded(models.policy, dtype=models.dtype, settings=settings)
+    lm = load_sharded(models.policy, dtype=models.dtype, settings=settings, path=models.path)
     if models.adapter is not None:
         torch.manual_seed(config.run.seed)  # whatever loading has drawn: the same on any number of ranks
         attach(lm, models.adapter)
-    scorer = Scorer(lm).train()
+    scorer = Scorer(lm, models.path).train()
     optim = config.optim
     optimizer = adamw(
         scorer,

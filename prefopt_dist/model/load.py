@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -14,6 +15,7 @@ from transformers import (
 )
 from transformers.integrations import HfDeepSpeedConfig
 
+from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import attention
 from prefopt_dist.model.folder import ModelFolder
@@ -34,32 +36,50 @@ def load_tokenizer(path: Path, key: str) -> Any:
     return tokenizer
 
 
-def load_sharded(folder: ModelFolder, *, dtype: torch.dtype, settings: dict[str, Any]) -> PreTrainedModel:
+def load_sharded(
+    folder: ModelFolder, *, dtype: torch.dtype, settings: dict[str, Any], path: ComputePath = "shared"
+) -> PreTrainedModel:
     """Load the model under ZeRO-3: each rank has its part of every parameter, and every dropout is 0.
 
     Args:
         folder: the model folder.
         dtype: dtype of the weights.
         settings: DeepSpeed configuration of the engine that will hold the model; its `bf16` decides the shards' dtype.
+        path: how the model will compute micro-batches, which decides its attention.
     """
     # transformers sees this object through a weak reference, so it must live until the model is loaded.
     zero3 = HfDeepSpeedConfig(settings)
-    model = _load(folder, dtype)
+    model = _load(folder, dtype, path)
     del zero3
     return model
 
 
-def load_unsharded(folder: ModelFolder, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_unsharded(folder: ModelFolder, *, dtype: torch.dtype, path: ComputePath = "shared") -> PreTrainedModel:
     """Load the unsharded model on the CPU, in eval mode, with the same attention and no dropout."""
-    return _load(folder, dtype).eval()
+    return _load(folder, dtype, path).eval()
 
 
-def _load(folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
+def _load(folder: ModelFolder, dtype: torch.dtype, path: ComputePath) -> PreTrainedModel:
+    config = without_dropout(folder.config)
     model = AutoModelForCausalLM.from_pretrained(
-        folder.path, config=without_dropout(folder.config), dtype=dtype, attn_implementation=attention.NAME
+        folder.path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=own_attention(config) if path == "plain" else attention.NAME,
     )
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def own_attention(config: PreTrainedConfig) -> str:
+    """Return the name of transformers' attention that computes a model exactly: sdpa where it does, else eager."""
+    takes_sdpa = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
+    return "sdpa" if takes_sdpa and not has_soft_cap(config) else "eager"
+
+
+def has_soft_cap(config: PreTrainedConfig) -> bool:
+    """Return whether the attention of a model, such as Gemma 2, has a soft cap, which transformers' sdpa ignores."""
+    return config.to_dict().get("attn_logit_softcapping") is not None
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:

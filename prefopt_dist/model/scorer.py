@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from prefopt_dist.batching.micro_batch import MicroBatch, PromptEnds
+from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, PromptEnds
 from prefopt_dist.model.head import attach_logp_head
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
 
@@ -33,9 +33,11 @@ class DecodingInputs:
 class Scorer(nn.Module):
     """A wrapper of a causal language model; the only prefix that it adds to parameter names is `lm.`."""
 
-    def __init__(self, lm: PreTrainedModel) -> None:
+    def __init__(self, lm: PreTrainedModel, path: ComputePath = "shared") -> None:
+        """Wrap a model that was loaded for this path (model/load.py); its micro-batches must be packed for it."""
         super().__init__()
         self.lm = lm
+        self.path = path
         # Only Gemma has this field.
         attach_logp_head(lm.get_output_embeddings(), lm.config.to_dict().get("final_logit_softcapping"))
 
@@ -94,6 +96,11 @@ class Scorer(nn.Module):
 
     def _states(self, batch: MicroBatch) -> torch.Tensor:
         """Compute the hidden states that predict response tokens: [N, D]."""
+        if self.path == "plain":
+            # A dummy rectangle is among the flattened ones too. Nothing indexes it, and its gradient is 0, but its
+            # backward pass runs, so that this rank takes part in every collective.
+            flat = [self._rectangle(batch.input_ids[0, rectangle]).flatten(0, 1) for rectangle in batch.rectangles]
+            return torch.cat(flat)[batch.source]
         hidden: torch.Tensor = self.lm.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -102,6 +109,14 @@ class Scorer(nn.Module):
             use_cache=False,  # nothing is generated, so a cache would only take memory
         ).last_hidden_state[0]
         return hidden[batch.source]
+
+    def _rectangle(self, ids: torch.Tensor) -> torch.Tensor:
+        """Compute the hidden states of padded rows: [B, L] → [B, L, D].
+
+        No mask is needed, since a causal model does not see padding on the right.
+        """
+        hidden: torch.Tensor = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden
 
 
 def _sums(logps: torch.Tensor, scored: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.batching.micro_batch import ComputePath, forwards, pack
 from prefopt_dist.data import TokenisedRows
+from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import out_of_memory, ranks, zero3
 from prefopt_dist.distributed.ranks import require_shared_folder
 from prefopt_dist.errors import AgreedUserError, StopRequested, UserError
@@ -94,6 +95,7 @@ def run_first_pass(
     settings: dict[str, Any],
     budget: int,
     stop_asked: Callable[[], bool],
+    path: ComputePath = "shared",
 ) -> FirstPass:
     """Score the sequences that the store lacks, and return the checked values of all sequences (all ranks call it).
 
@@ -107,6 +109,7 @@ def run_first_pass(
         settings: DeepSpeed configuration of the reference engine.
         budget: tokens of a micro-batch.
         stop_asked: whether this rank was asked to stop; the ranks agree on the answer in here.
+        path: how the sequences are computed.
 
     Raises:
         StopRequested: a rank was asked to stop; what was scored is in the store.
@@ -117,11 +120,11 @@ def run_first_pass(
     stored = ranks.run_on_rank_zero(lambda: _all_stored(store, sets, responses))
     if stored is not None:
         return stored
-    with scoring_lock(store.folder, plan_name(sets, responses), stop_asked):
+    with scoring_lock(store.folder, plan_name(sets, responses, path), stop_asked):
         # A plan is made only while holding the lock. Another job may have scored everything while this one waited.
-        work = ranks.run_on_rank_zero(lambda: _look_up(store, sets, responses, budget))
+        work = ranks.run_on_rank_zero(lambda: _look_up(store, sets, responses, budget, path))
         if work.micro_batches:
-            _score_missing(model, store, check_loaded, sets, dtype, settings, budget, work, stop_asked)
+            _score_missing(model, store, check_loaded, sets, dtype, settings, budget, work, stop_asked, path)
     if not work.missing:
         _say_all_stored(work.reused)
     sums = ranks.run_on_rank_zero(lambda: _collect(store, sets, responses))
@@ -161,9 +164,12 @@ def _score_missing(
     budget: int,
     work: _Work,
     stop_asked: Callable[[], bool],
+    path: ComputePath,
 ) -> None:
     """Load the reference, check it by stored values, score the missing sequences, and free it (all ranks call it)."""
-    engine = zero3.reference_engine(Scorer(load_sharded(model, dtype=dtype, settings=settings)), settings)
+    lm = load_sharded(model, dtype=dtype, settings=settings, path=path)
+    engine = zero3.reference_engine(Scorer(lm, path), settings)
+    del lm
     try:
         check_loaded()
         held, whole = zero3.shard_bytes(engine.module)
@@ -180,7 +186,13 @@ def _score_missing(
         del engine
 
 
-def _look_up(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int, budget: int) -> _Work:
+def _look_up(
+    store: ReferenceStore,
+    sets: Sequence[TokenisedRows],
+    responses: int,
+    budget: int,
+    path: ComputePath = "shared",
+) -> _Work:
     """Return the micro-batches that score what the store lacks (rank 0 alone calls it).
 
     Micro-batches of saved plans are used where they fit into the budget; a new plan is saved for the rest.
@@ -190,17 +202,18 @@ def _look_up(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: in
         sets: the data sets.
         responses: responses of a row that are needed.
         budget: tokens of a micro-batch.
+        path: how the sequences are computed.
     """
     places = sequences_needed(sets, responses)
     remove_stale(store.folder, ".*.tmp")
     scores = _stored(store)
     missing = {d: p for d, p in places.items() if d not in scores}
-    name = plan_name(sets, responses)
+    name = plan_name(sets, responses, path)
     to_compute: ScoringPlan = []
     own: list[frozenset[bytes]] = []
     owned: set[bytes] = set()
     for micro_batch in (m for path in plan_files(store.folder, name) for m in read_plan(path)):
-        if not fits(micro_batch, sets, budget):
+        if not fits(micro_batch, sets, budget, path):
             continue
         # Plans of several budgets may overlap. A sequence belongs to the first micro-batch that has it, whether that is
         # done or not: which one stores it must not depend on where the pass was interrupted or on which rank is faster.
@@ -211,7 +224,7 @@ def _look_up(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: in
             own.append(frozenset(digests & missing.keys()))
     unowned = {d: p for d, p in missing.items() if d not in owned}
     if unowned:
-        plan = make_plan(unowned, sets, budget)
+        plan = make_plan(unowned, sets, budget, path)
         save_plan(store.folder, name, plan)
         to_compute += plan
         own += [frozenset(p.digest(sets) for p in m) for m in plan]
@@ -220,9 +233,26 @@ def _look_up(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: in
     return _Work(to_compute, own, checks, len(stored))
 
 
-def _sums(engine: Any, places: Sequence[Location], sets: Sequence[TokenisedRows]) -> list[Score]:
-    """Score the sequences of one micro-batch, which may be empty; every rank must call it equally often."""
-    batch = pack([p.unit(sets, i) for i, p in enumerate(places)], responses_per_unit=1)
+def _sums(
+    engine: Any,
+    places: Sequence[Location],
+    sets: Sequence[TokenisedRows],
+    together: Sequence[Sequence[Location]] = (),
+) -> list[Score]:
+    """Score the sequences of one micro-batch, which may be empty; every rank must call it equally often.
+
+    Args:
+        engine: the reference engine.
+        places: the sequences.
+        sets: the data sets.
+        together: the micro-batches of all ranks; none where they all have this one.
+    """
+
+    def units(of: Sequence[Location]) -> list[Unit]:
+        return [p.unit(sets, i) for i, p in enumerate(of)]
+
+    path: ComputePath = engine.module.path
+    batch = pack(units(places), 1, path, 1 if path != "plain" else forwards([units(m) for m in together], path))
     with torch.no_grad():
         sums = engine(batch.to(ranks.device()))
     chosen = batch.units[:, 0]
@@ -242,7 +272,8 @@ def _score(
             mine = r * world + rank
             places, own = (work.micro_batches[mine], work.own[mine]) if mine < len(work.micro_batches) else ([], [])
             fault = ""
-            for place, score in zip(places, _sums(engine, places, sets), strict=True):
+            together = work.micro_batches[r * world : (r + 1) * world]
+            for place, score in zip(places, _sums(engine, places, sets, together), strict=True):
                 if not np.isfinite(score.sum):
                     fault = (
                         f"reference: the log-prob of {sets[place.data_set].origin(place.row)} is {score.sum}. "

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefopt_dist.batching.layout import fill_micro_batches
-from prefopt_dist.batching.micro_batch import packed_tokens
+from prefopt_dist.batching.micro_batch import ComputePath, packed_tokens
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.errors import UserError
@@ -61,7 +61,9 @@ def sequences_needed(sets: Sequence[TokenisedRows], responses: int) -> dict[byte
     return found
 
 
-def make_plan(missing: Mapping[bytes, Location], sets: Sequence[TokenisedRows], budget: int) -> ScoringPlan:
+def make_plan(
+    missing: Mapping[bytes, Location], sets: Sequence[TokenisedRows], budget: int, path: ComputePath = "shared"
+) -> ScoringPlan:
     """Pack the missing sequences into micro-batches of at most `budget` tokens, sequences of a prompt together.
 
     It is a pure function. Groups of one prompt that exceed the budget are split; a sequence that alone exceeds it is
@@ -69,17 +71,24 @@ def make_plan(missing: Mapping[bytes, Location], sets: Sequence[TokenisedRows], 
     """
     places = list(missing.values())
     units = [p.unit(sets, i) for i, p in enumerate(places)]
-    return [[places[u.row] for u in micro_batch] for micro_batch in fill_micro_batches(units, budget)]
+    return [[places[u.row] for u in micro_batch] for micro_batch in fill_micro_batches(units, budget, path)]
 
 
-def fits(micro_batch: Sequence[Location], sets: Sequence[TokenisedRows], budget: int) -> bool:
+def fits(
+    micro_batch: Sequence[Location], sets: Sequence[TokenisedRows], budget: int, path: ComputePath = "shared"
+) -> bool:
     """Return whether `make_plan` could make this micro-batch; True for all that it made with the same budget."""
-    return len(micro_batch) == 1 or packed_tokens([p.unit(sets, i) for i, p in enumerate(micro_batch)]) <= budget
+    units = [p.unit(sets, i) for i, p in enumerate(micro_batch)]
+    return len(units) == 1 or packed_tokens(units, path) <= budget
 
 
-def plan_name(sets: Sequence[TokenisedRows], responses: int) -> str:
-    """Return the name of the plans of these data sets; the locations in a plan are valid for these data sets only."""
-    content = "\n".join([str(responses), *(rows.report.digest for rows in sets)])
+def plan_name(sets: Sequence[TokenisedRows], responses: int, path: ComputePath = "shared") -> str:
+    """Return the name of the plans of these data sets and this path.
+
+    The locations in a plan are valid for these data sets only. Each path has plans of its own, since it needs other
+    numbers of tokens for the same sequences; those of the path shared have the names from before there were others.
+    """
+    content = "\n".join([str(responses), *(rows.report.digest for rows in sets), *([] if path == "shared" else [path])])
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from prefopt_dist.batching.layout import fill_micro_batches
-from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.batching.micro_batch import forwards, pack
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import out_of_memory, ranks
 from prefopt_dist.monitoring.console import Progress
@@ -40,14 +40,15 @@ def answer_sums(engine: Any, units: Sequence[Unit], budget: int, what: str) -> N
         what: the progress bar's label.
     """
     rank, world = ranks.rank(), ranks.world_size()
-    micro_batches = fill_micro_batches(units, budget)
+    path = engine.module.path
+    micro_batches = fill_micro_batches(units, budget, path)
     mine: dict[int, float] = {}
     with torch.no_grad(), Progress(len(micro_batches), what, "micro-batches", rank) as progress:
         # Each rank runs the same number of passes, some with an empty micro-batch, since the engine's gathers are
         # collective.
         for turn in range(0, len(micro_batches), world):
             share = micro_batches[turn + rank] if turn + rank < len(micro_batches) else []
-            batch = pack(share, responses_per_unit=1)
+            batch = pack(share, 1, path, forwards(micro_batches[turn : turn + world], path))
             sums = engine(batch.to(ranks.device())).cpu()[batch.units[:, 0]]
             mine |= dict(zip((u.row for u in share), sums.tolist(), strict=True))
             progress.update(min(world, len(micro_batches) - turn))

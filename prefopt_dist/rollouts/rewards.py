@@ -20,9 +20,9 @@ from prefopt_dist.data.template import Template
 from prefopt_dist.errors import UserError, shorten
 from prefopt_dist.files import checksum
 from prefopt_dist.model.folder import ModelFolder, read_config, resolve, weight_files
-from prefopt_dist.model.load import load_tokenizer, without_dropout
+from prefopt_dist.model.load import has_soft_cap, load_tokenizer, without_dropout
 from prefopt_dist.rollouts.prompts import Prompt
-from prefopt_dist.rollouts.sampling import free_memory, has_soft_cap, pad_lines
+from prefopt_dist.rollouts.sampling import free_memory, pad_lines
 
 
 @dataclass(frozen=True)

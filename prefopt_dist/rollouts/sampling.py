@@ -13,7 +13,6 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedConfig
 
 from prefopt_dist.data.template import Template
 from prefopt_dist.model.folder import read_generation_config
@@ -98,11 +97,6 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def has_soft_cap(config: PreTrainedConfig) -> bool:
-    """Return whether the attention of a model, such as Gemma 2, has a soft cap, which transformers' sdpa ignores."""
-    return config.to_dict().get("attn_logit_softcapping") is not None
 
 
 @dataclass(frozen=True)

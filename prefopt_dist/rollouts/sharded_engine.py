@@ -14,10 +14,10 @@ import torch.distributed as dist
 from transformers import DynamicCache
 
 from prefopt_dist.distributed import ranks
-from prefopt_dist.model import attention
+from prefopt_dist.model.load import own_attention
 from prefopt_dist.model.scorer import DecodingInputs
 from prefopt_dist.monitoring import heartbeat
-from prefopt_dist.rollouts.transformers_engine import TransformersEngine, sampling_attention
+from prefopt_dist.rollouts.transformers_engine import TransformersEngine
 
 
 class ShardedEngine(TransformersEngine):
@@ -38,11 +38,12 @@ class ShardedEngine(TransformersEngine):
         self._engine = engine
         self._release = release
         self._was_training = engine.module.training
+        self._attention = engine.module.lm.config._attn_implementation
         engine.module.eval()
         lm = engine.module.lm
         super().__init__(lm, name, batch_tokens=batch_tokens, nan_ends=nan_ends)
         self._device = ranks.device()
-        lm.set_attn_implementation(sampling_attention(lm.config))
+        lm.set_attn_implementation(own_attention(lm.config))
 
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
@@ -70,7 +71,7 @@ class ShardedEngine(TransformersEngine):
         """Restore the model's attention and mode, and release the engine if this class owns it."""
         from prefopt_dist.distributed import zero3
 
-        self._model.set_attn_implementation(attention.NAME)
+        self._model.set_attn_implementation(self._attention)
         self._engine.module.train(self._was_training)
         if self._release:
             zero3.release(self._engine)

@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from prefopt_dist.distributed.zero3 import copy_to_unsharded
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.adapter import Adapter, attach
 from prefopt_dist.model.folder import ModelFolder
-from prefopt_dist.model.load import without_dropout
+from prefopt_dist.model.load import own_attention, without_dropout
 from prefopt_dist.rollouts.prompts import Prompt
-from prefopt_dist.rollouts.sampling import Ids, Sampling, choose_tokens, free_memory, has_soft_cap, pad_lines, uniforms
+from prefopt_dist.rollouts.sampling import Ids, Sampling, choose_tokens, free_memory, pad_lines, uniforms
 
 Row = tuple[int, int]
 """Index of a prompt and number of a response to it."""
@@ -30,7 +30,7 @@ def load_for_sampling(folder: ModelFolder, *, dtype: torch.dtype, device: torch.
     """Load the model of a folder, unsharded, on the device, with transformers' own attention."""
     config = without_dropout(folder.config)
     model = AutoModelForCausalLM.from_pretrained(
-        folder.path, config=config, dtype=dtype, attn_implementation=sampling_attention(config)
+        folder.path, config=config, dtype=dtype, attn_implementation=own_attention(config)
     )
     loaded: PreTrainedModel = model.eval().to(device)
     return loaded
@@ -53,17 +53,12 @@ def copy_for_sampling(
     config = without_dropout(folder.config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         copy: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=sampling_attention(config)
+            config, dtype=dtype, attn_implementation=own_attention(config)
         )
         if adapter is not None:
             attach(copy, adapter)
     copy_to_unsharded(sharded, copy)
     return copy.eval()
-
-
-def sampling_attention(config: PreTrainedConfig) -> str:
-    """Return the name of the attention that computes the model exactly while it samples."""
-    return "eager" if has_soft_cap(config) else "sdpa"
 
 
 class TransformersEngine:

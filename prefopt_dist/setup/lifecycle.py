@@ -308,6 +308,7 @@ def export_checkpoint(
             ends=response_end_ids(read_template(models.tokenizer, config.data.template, options)),
             trained_dtype=models.dtype,
             dtype=DTYPES[config.export.dtype or config.model.dtype],
+            path=models.path,
             card=model_card(
                 base=config.model.name_or_path,
                 loss=to_dict(config)["loss"],

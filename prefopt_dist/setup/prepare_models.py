@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from prefopt_dist import shipped
+from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.distributed import ranks, zero3
@@ -48,6 +49,8 @@ class Models:
     """Dtype of the computation"""
     adapter: Adapter | None
     """The adapters that are trained; None where all of the policy's weights are trained"""
+    path: ComputePath = "shared"
+    """How every micro-batch of the run is computed"""
 
     @property
     def reference_is_start(self) -> bool:

@@ -71,6 +71,7 @@ def score_reference(
         settings=reference_settings(config, models),
         budget=config.reference_micro_batch_tokens,
         stop_asked=stop_asked,
+        path=models.path,
     )
     return [ScoredRows(rows, sums) for rows, sums in zip(sets, done.sums, strict=True)], done
 
@@ -106,10 +107,10 @@ def scoring_engine(
         dtype: of the weights; None for that of the training.
     """
     settings = reference_settings(config, models, dtype)
-    lm = load_sharded(model, dtype=dtype or models.dtype, settings=settings)
+    lm = load_sharded(model, dtype=dtype or models.dtype, settings=settings, path=models.path)
     if adapters is not None:
         ranks.run_on_all_ranks(partial(attach_saved, lm, adapters))
-    return zero3.reference_engine(Scorer(lm), settings)
+    return zero3.reference_engine(Scorer(lm, models.path), settings)
 
 
 def reference_weights(config: Config, models: Models, objective: Objective) -> HashedWeights | None:
