@@ -14,7 +14,7 @@ alone. The last token of a response predicts nothing and is not an input. The la
 token of each of its responses, by one row of logits for all of them.
 
 That is the path `shared`. On the path `packed` each distinct sequence is in the row whole, one segment each. On the
-path `plain` the model computes the same sequences as rows of one or two rectangles, padded on the right (rectangles.py).
+path `plain` the model computes the sequences as rows of one or two rectangles, padded on the right (rectangles.py).
 """
 
 from __future__ import annotations

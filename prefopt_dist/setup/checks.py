@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
-from prefopt_dist.batching.micro_batch import packed_tokens
+from prefopt_dist.batching.micro_batch import ComputePath, packed_tokens
 from prefopt_dist.checkpoint.export import check_target
 from prefopt_dist.config import Config, DataSource, Lora
 from prefopt_dist.config.build import suggest_names
@@ -238,7 +238,15 @@ def check_exportable(policy: ModelFolder, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def check_lengths(config: Config, rows: TokenisedRows, objective: Objective, key: str, *, trained: bool) -> None:
+def check_lengths(
+    config: Config,
+    rows: TokenisedRows,
+    objective: Objective,
+    key: str,
+    *,
+    trained: bool,
+    path: ComputePath = "shared",
+) -> None:
     """Raise UserError where the longest row exceeds the token budget of a micro-batch, which bounds its memory.
 
     Args:
@@ -248,11 +256,14 @@ def check_lengths(config: Config, rows: TokenisedRows, objective: Objective, key
         key: the data set's dotted key.
         trained: whether the rows are those of data.train. Evaluation packs whole units under the budget of the first
             pass, so its rows must fit into both budgets.
+        path: how the rows are computed. A row alone has no padding on the path plain, since it has two lengths at most.
     """
     lengths = rows.lengths()
     prompts = lengths[:, 0]
     if isinstance(rows, UnpairedRows):
         units = prompts + lengths[:, 1:].max(axis=1) - 1  # the mismatched response is a sequence by itself
+    elif path != "shared":
+        units = (prompts[:, None] + lengths[:, 1 : 1 + objective.responses] - 1).sum(axis=1)
     else:
         units = prompts + (lengths[:, 1 : 1 + objective.responses] - 1).sum(axis=1)
         units = _packed_lengths(rows, units, objective.responses, config.train.micro_batch_tokens)

@@ -75,7 +75,9 @@ def _load_set(
     _check_beside_models(models, rows, objective, key)
     check_rows(rows, objective, key)
     for_loss = rows_for_loss(config, rows, key)
-    ranks.run_on_rank_zero(lambda: checks.check_lengths(config, for_loss, objective, key, trained=key == TRAIN))
+    ranks.run_on_rank_zero(
+        lambda: checks.check_lengths(config, for_loss, objective, key, trained=key == TRAIN, path=models.path)
+    )
     return for_loss
 
 

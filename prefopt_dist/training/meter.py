@@ -36,7 +36,9 @@ class MetricsAccumulator:
     """[3W + 1] work and memory of each rank, and the number of steps (monitoring/timers.py)"""
     steps: int = 0
     tokens: int = 0
-    """Distinct input tokens of all ranks"""
+    """Input tokens of all ranks, each distinct one or those of each distinct sequence"""
+    padded_tokens: int = 0
+    """The same with padding, on the path plain; 0 on the others, and in checkpoints from before there were any"""
     flop: float = 0.0
     """Floating-point operations that the steps needed"""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -59,6 +61,7 @@ class MetricsAccumulator:
         self.ranks = [a + b for a, b in zip(self.ranks, work, strict=True)]
         self.steps += 1
         self.tokens += batch.tokens
+        self.padded_tokens += batch.padded_tokens
         self.flop += batch.flop
 
     def add_seconds(self, part: str, seconds: float) -> None:
@@ -83,6 +86,8 @@ class MetricsAccumulator:
             **{f"perf/{what}_seconds": spent for what, spent in self.seconds.items()},
             **timers.rank_work_metrics(self.ranks),
         }
+        if self.padded_tokens:
+            found["perf/padding"] = 1 - self.tokens / self.padded_tokens
         return found if peak is None else found | {"perf/mfu": self.flop / seconds / peak}
 
 

@@ -32,7 +32,7 @@ from places import REPOSITORY
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt_dist.batching.batches import Prefetcher, ScoredRows, evaluation_batch, step_batch
-from prefopt_dist.batching.micro_batch import Segment, pack
+from prefopt_dist.batching.micro_batch import ComputePath, Segment, pack
 from prefopt_dist.batching.order import Order
 from prefopt_dist.checkpoint import load, save
 from prefopt_dist.commands import train
@@ -72,9 +72,9 @@ def config_for(folder: Path, name: str, **sections: dict[str, object]) -> Config
     return load_config(file)
 
 
-def ready(config: Config) -> tuple[prepare_models.Models, Any, ScoredRows, str | None]:
+def ready(config: Config, path: ComputePath = "shared") -> tuple[prepare_models.Models, Any, ScoredRows, str | None]:
     """Models, objective and scored training rows, by the job's own way."""
-    models = prepare_models.load_models(config)
+    models = replace(prepare_models.load_models(config), path=path)
     objective = factory.make_objective(config.loss, models.dtype)
     rows = prepare_data.load_train(config, models, objective)
     reference = prepare_reference.reference_weights(config, models, objective)
@@ -98,6 +98,7 @@ def equality(
     make_engine: Callable[[Config, prepare_models.Models], Any] = make_policy,
     exact_start: Callable[[Path], Any] = plain.build_plain,
     steps: int | None = None,
+    path: ComputePath = "shared",
     **sections: dict[str, object],
 ) -> dict:
     """One epoch's steps, their gradients, losses and metrics, against float64, unsharded, one sequence at a time."""
@@ -110,7 +111,7 @@ def equality(
         train={"global_batch_pairs": G, "micro_batch_tokens": 512},  # what a run may say; the budget here is smaller
         **sections,
     )
-    models, objective, scored, _ = ready(config)
+    models, objective, scored, _ = ready(config, path)
     engine = make_engine(config, models)
     order = Order(scored.rows.source, scored.rows.weights, config.run.seed, G)
     exact_policy = exact_start(folder / of)
@@ -118,7 +119,7 @@ def equality(
     found: dict[str, Any] = {"loss": [], "metrics": [], "gradient": [], "sizes": [], "micro_batches": [], "ids": []}
     for index in range(steps or order.steps_per_epoch):
         rows = order.step(index).rows.tolist()
-        batch = step_batch(scored, rows, objective.responses, budget)
+        batch = step_batch(scored, rows, objective.responses, budget, path=path)
         packed = step.forward_backward(engine, batch, objective, None)
         sums, _ = step.reduce_metrics(packed, Request(False, False))
         means = statistics.means(objective.metrics, sums, objective.counted_by)
@@ -959,6 +960,7 @@ def prepare(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    import lora_cases  # which has its cases from this file's parts
+    import lora_cases  # which has its cases from this file's parts, as the next has
+    import path_cases
 
-    case_runner.serve(globals() | vars(lora_cases), prepare)
+    case_runner.serve(globals() | vars(lora_cases) | vars(path_cases), prepare)

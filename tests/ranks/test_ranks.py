@@ -11,7 +11,8 @@ import matrix_cases
 import pytest
 
 EQUALITY = ["dpo_many_micro_batches", "dpo_one_micro_batch", "dpo_checkpointing", "sft_many_micro_batches"]
-SHORT = ["dpo_small_blocks", "kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2", "lora"]
+SHORT = ["dpo_small_blocks", "kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2", "lora", "dpo_plain"]
+PATHS = ["dpo_packed", "dpo_plain_gemma2", "kto_plain", "lora_plain"]
 BOTH = [
     *EQUALITY,
     *SHORT,
@@ -28,6 +29,7 @@ BOTH += ["early_stop"]
 TWO_ONLY = ["shards", "save_fails_on_one_rank", "killed_before_pruning", "idle_ranks"]
 TWO_ONLY += ["family", "kto_one_micro_batch", "whole_runs"]
 TWO_ONLY += ["lora_gemma2", "lora_resume", "reductions_in_float32"]
+TWO_ONLY += [*PATHS, "evaluation_by_path", "runs_by_path", "hybrids_plain"]
 
 
 @pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["1 rank", "2 ranks"])
@@ -43,7 +45,7 @@ def found(world: tuple[int, Path], case: str) -> dict[str, Any]:
     return case_runner.found(world[1], case)
 
 
-@pytest.mark.parametrize("case", [*EQUALITY, *SHORT, "lora_gemma2"])
+@pytest.mark.parametrize("case", [*EQUALITY, *SHORT, *PATHS, "lora_gemma2"])
 def test_steps_equal_float64(world: tuple[int, Path], case: str) -> None:
     """G = 11 over 37 pairs: not divisible by two ranks, and a last partial batch of 4."""
     if case in TWO_ONLY and world[0] == 1:
@@ -63,12 +65,55 @@ def test_steps_equal_float64(world: tuple[int, Path], case: str) -> None:
         for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
             if name in exact:
                 assert abs(got[name] - exact[name]) <= 1e-6 * exact["scale"]
-        if case == "kto":
+        if case.startswith("kto"):
             assert exact["kto/z0"] > 1
             assert got["kto/z0"] == pytest.approx(exact["kto/z0"], rel=1e-5, abs=1e-4)
             assert got["kto/desirable"] == exact["kto/desirable"]
         if "rewards/accuracies" in exact:
             assert got["rewards/accuracies"] == exact["rewards/accuracies"]
+
+
+def test_evaluation_by_path(world: tuple[int, Path]) -> None:
+    """Exact on each; every rank computes as many rectangles as the others, dummy ones where it has fewer."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result, exact = found(world, "evaluation_by_path"), found(world, "whole_evaluation")["exact"]
+    for path in ("packed", "plain"):
+        for got in result[path]:
+            assert got["eval/rows"] == 37
+            assert got["eval/loss"] == pytest.approx(exact["loss"], rel=1e-5)
+            assert got["eval/logps/rejected"] == pytest.approx(exact["logps/rejected"], rel=1e-6)
+            assert abs(got["eval/rewards/margins"] - exact["rewards/margins"]) <= 1e-6 * exact["scale"]
+    first, second = result["rectangles"]
+    assert first == second
+    assert set(first) == {1, 2}
+    tokens, padded = result["padding"]
+    assert tokens < padded < 2 * tokens
+
+
+def test_runs_by_path(world: tuple[int, Path]) -> None:
+    """First pass, step-0 check, evaluation, checkpoints, export; an interrupted run ends with the same bits."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "runs_by_path")
+    packed, whole, again = (result[f"run-{name}"] for name in ("packed-whole", "plain-whole", "plain-crashed"))
+    assert again["starts"] == [0, 3]
+    assert again["weights"] == whole["weights"]
+    assert again["rows"] == whole["rows"]
+    for mine, other in zip(whole["rows"], packed["rows"], strict=True):
+        loss = f"{mine['kind']}/loss"
+        assert mine[loss] == pytest.approx(other[loss], rel=1e-5)
+
+
+def test_hybrids_on_the_plain_path(world: tuple[int, Path]) -> None:
+    """Layers that carry state along the row, against transformers alone in float64."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    for family, (sums, gradient, tensor, micro_batches) in found(world, "hybrids_plain").items():
+        print(f"{family}: sums {sums:.1e}, gradients {gradient:.1e} ({tensor})")
+        assert sums <= 1e-6, family
+        assert gradient <= 1e-5, (family, tensor)
+        assert micro_batches > 1
 
 
 def test_every_loss_of_the_family_equals_float64(world: tuple[int, Path]) -> None:

@@ -1,0 +1,212 @@
+"""Cases of rank_cases.py on the paths that share no prompt: packed, and plain, with its padded rectangles."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lora_cases
+import models_for_tests as small
+import plain
+import pytest
+import rank_cases
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prefopt_dist.batching.batches import evaluation_batch, step_batch
+from prefopt_dist.batching.layout import lay_out
+from prefopt_dist.batching.micro_batch import ComputePath, forwards, pack
+from prefopt_dist.commands import train
+from prefopt_dist.config import Config
+from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.model.folder import ModelFolder
+from prefopt_dist.model.load import load_sharded
+from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.objectives import DPO
+from prefopt_dist.setup import prepare_models
+from prefopt_dist.training.evaluation import evaluate
+from prefopt_dist.training.optimizer import adamw
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "falcon_h1": {
+        "head_dim": 8,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 16,
+    },
+    "granitemoehybrid": {
+        "shared_intermediate_size": 48,
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "logits_scaling": 1.0,
+    },
+}
+"""Families that carry state along the row, so that only padded rows compute them; on the CPU by transformers' own
+code of their recurrence."""
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": small.VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def dpo_packed(folder: Path) -> dict[str, Any]:
+    return rank_cases.equality(folder, "dpo-packed", 150, rank_cases.DPO, steps=2, path="packed")
+
+
+def dpo_plain(folder: Path) -> dict[str, Any]:
+    return rank_cases.equality(folder, "dpo-plain", 150, rank_cases.DPO, steps=2, path="plain")
+
+
+def dpo_plain_gemma2(folder: Path) -> dict[str, Any]:
+    """Eager attention, for its cap; windows; all layers recomputed."""
+    model = {"checkpointing": "all"}
+    return rank_cases.equality(
+        folder, "dpo-plain-gemma2", 300, rank_cases.DPO, of="gemma2", steps=2, model=model, path="plain"
+    )
+
+
+def kto_plain(folder: Path) -> dict[str, Any]:
+    """With the pass over mismatched rows ahead."""
+    common: dict[str, Any] = {"of": "reference", "against": "model", "steps": 2, "path": "plain"}
+    return rank_cases.equality(folder, "kto-plain", 150, rank_cases.KTO, **common)
+
+
+def lora_plain(folder: Path) -> dict[str, Any]:
+    common: dict[str, Any] = {
+        "make_engine": lora_cases.filled_policy,
+        "exact_start": lora_cases.exact_start,
+        "lora": lora_cases.LORA,
+        "path": "plain",
+    }
+    return rank_cases.equality(folder, "lora-plain", 150, rank_cases.DPO, steps=2, **common)
+
+
+def evaluation_by_path(folder: Path) -> dict[str, Any]:
+    """Each path's evaluation of one engine of its own, and how many rectangles the ranks' micro-batches have."""
+    found: dict[str, Any] = {}
+    paths: tuple[ComputePath, ...] = ("packed", "plain")
+    for path in paths:
+        config = rank_cases.config_for(
+            folder, f"evaluation-{path}", loss=rank_cases.DPO, reference={"name_or_path": str(folder / "reference")}
+        )
+        models, objective, scored, _ = rank_cases.ready(config, path)
+        engine = rank_cases.make_policy(config, models)
+        found[path] = [evaluate(engine, objective, {"": scored}, budget) for budget in (120, 5000)]
+        zero3.release(engine)
+        del engine
+    batch = step_batch(scored, range(11), 2, 120, path="plain")
+    batches = [
+        *evaluation_batch(scored, 2, 120, "plain"),
+        *batch,
+        *step_batch(scored, range(1), 2, 120, path="plain"),  # the second rank has nothing
+    ]
+    found["padding"] = [batch.tokens, batch.padded_tokens]
+    found["rectangles"] = ranks.all_gather([len(micro_batch.rectangles) for micro_batch, _ in batches])
+    return found
+
+
+@contextmanager
+def on_path(path: ComputePath) -> Iterator[None]:
+    """Let whole jobs take this path."""
+    load = prepare_models.load_models
+
+    def load_models(config: Config) -> prepare_models.Models:
+        return replace(load(config), path=path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_models, "load_models", load_models)
+        yield
+
+
+RUNS: tuple[tuple[ComputePath, bool], ...] = (("packed", False), ("plain", False), ("plain", True))
+
+
+def runs_by_path(folder: Path) -> dict[str, Any]:
+    """On each path with evaluation and export; on plain once more, crashed behind a checkpoint."""
+    found: dict[str, Any] = {}
+    for path, crash in RUNS:
+        config = rank_cases.config_for(
+            folder,
+            f"{path}-{'crashed' if crash else 'whole'}",
+            loss=rank_cases.DPO,
+            data={"eval": str(folder / "pairs.jsonl")},
+            train={"max_steps": 4, "micro_batch_tokens": 450},
+            eval={"every_steps": 2},
+            checkpoint={"every_steps": 3},
+            reference={"store": str(folder / f"store-{path}")},
+        )
+        with on_path(path):
+            if crash:
+                with rank_cases.Crash(step=4), pytest.raises(ConnectionAbortedError):
+                    train.run(config)
+            train.run(config)
+        found[config.run_dir.name] = ranks.run_on_rank_zero(partial(rank_cases.the_end, config.run_dir))
+    return found
+
+
+def hybrids_plain(folder: Path) -> dict[str, Any]:
+    """[worst relative error of a sum, of a tensor's gradient; micro-batches] of each family, against it alone."""
+    return {family: hybrid(folder / family, family) for family in HYBRIDS}
+
+
+def hybrid(folder: Path, family: str) -> list[float]:
+    units = small.pairs()[:11]
+    reference = small.references(units)
+    number = {u.row: i for i, u in enumerate(units)}
+
+    def write() -> None:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **(SIZES | HYBRIDS[family]))
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for p in lm.parameters():
+                p.add_(torch.randn_like(p) * 0.1)
+        lm.save_pretrained(folder)
+
+    ranks.run_on_rank_zero(write)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    wanted = {"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}}
+    settings = zero3.policy_settings(wanted, dtype=torch.float32, max_grad_norm=None)
+    config = AutoConfig.from_pretrained(folder)
+    config.return_dict = True
+    model = ModelFolder(folder, config, (folder / "model.safetensors",), "model")
+    lm = load_sharded(model, dtype=torch.float32, settings=settings, path="plain")
+    scorer = Scorer(lm, "plain").train()
+    optimizer = adamw(scorer, learning_rate=1e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    engine = zero3.policy_engine(scorer, optimizer, settings)
+    layout = lay_out(units, ranks.world_size(), 60, path="plain")
+    sums = torch.zeros(len(units), 2, dtype=torch.float64)
+    for j, by_rank in enumerate(layout):
+        mine = by_rank[ranks.rank()]
+        engine.set_gradient_accumulation_boundary(j == len(layout) - 1)
+        rows = [number[u.row] for u in mine]
+        terms = engine(pack(mine, 2, "plain", forwards(by_rank, "plain")), DPO(0.3), reference[rows])
+        engine.backward(terms.loss * ranks.world_size() / len(units))
+        sums[rows] = terms.sums
+    dist.all_reduce(sums)
+    got = {n: safe_get_full_grad(p).double() for n, p in engine.module.lm.named_parameters()}
+    zero3.release(engine)
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    exact.config._experts_implementation = "eager"
+    wanted_sums = small.plain_sums(exact, units)
+    plain.dpo_loss(wanted_sums, reference, 0.3).mean().backward()
+    return [small.apart(sums, wanted_sums.detach()), *small.worst(got, small.gradients(exact)), len(layout)]
