@@ -274,7 +274,7 @@ def _policy(
     if models.adapter is not None:
         torch.manual_seed(config.run.seed)  # whatever loading has drawn: the same on any number of ranks
         attach(lm, models.adapter)
-    scorer = Scorer(lm, models.path).train()
+    scorer = Scorer(lm, models.path, cut=True).train()
     optim = config.optim
     optimizer = adamw(
         scorer,

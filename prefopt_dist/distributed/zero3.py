@@ -9,7 +9,7 @@ import functools
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -183,6 +183,28 @@ def _in_portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
         names.append(name)
         elements += size
     yield names
+
+
+def backward_in_parts(engine: Any, loss: torch.Tensor, rest: Iterable[torch.Tensor]) -> None:
+    """Run several backward passes after one forward pass, whose gradients are added (all ranks call it).
+
+    DeepSpeed 0.19.8 expects one backward pass after each forward pass. The gradients of the first forward pass of a
+    step replace those of the step before, each where a parameter has one, and further ones are added after a new
+    forward pass only; and the preparation of a backward pass is bound to the results of the forward pass, once.
+
+    Args:
+        engine: the training's engine.
+        loss: what the first pass differentiates.
+        rest: what each further pass differentiates, one by one.
+    """
+    optimizer = engine.optimizer
+    if optimizer.micro_step_id == 0:
+        optimizer.grad_partitions_flat_buffer.zero_()
+    engine.backward(loss)
+    for number in rest:
+        optimizer.clear_backward_seen_flag()
+        engine._backward_prologue()
+        engine.backward(number)
 
 
 def drop_gradient(engine: Any) -> None:

@@ -6,7 +6,9 @@ gather the head's weight and form its gradient correctly.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,11 +35,20 @@ class DecodingInputs:
 class Scorer(nn.Module):
     """A wrapper of a causal language model; the only prefix that it adds to parameter names is `lm.`."""
 
-    def __init__(self, lm: PreTrainedModel, path: ComputePath = "shared") -> None:
-        """Wrap a model that was loaded for this path (model/load.py); its micro-batches must be packed for it."""
+    def __init__(self, lm: PreTrainedModel, path: ComputePath = "shared", *, cut: bool = False) -> None:
+        """Wrap a model.
+
+        Args:
+            lm: the model, loaded for this path (model/load.py).
+            path: for which its micro-batches are packed.
+            cut: whether the loss's own backward pass ends at the hidden states where there are several rectangles, and
+                the caller goes on with `rest`, one rectangle at a time.
+        """
         super().__init__()
         self.lm = lm
         self.path = path
+        self._cut = cut
+        self._uncomputed: list[tuple[torch.Tensor, torch.Tensor]] = []
         # Only Gemma has this field.
         attach_logp_head(lm.get_output_embeddings(), lm.config.to_dict().get("final_logit_softcapping"))
 
@@ -83,6 +94,23 @@ class Scorer(nn.Module):
         terms = objective(_units(batch, _sums(logps, batch.scored, batch.counts), reference))
         return terms._replace(loss=value)
 
+    @property
+    def is_cut(self) -> bool:
+        """Return whether the backward pass of the last loss ends at the hidden states, so that `rest` is needed."""
+        return bool(self._uncomputed)
+
+    def rest(self) -> Iterator[torch.Tensor]:
+        """Yield a number for each rectangle of the last micro-batch, after the backward pass of its loss.
+
+        The backward pass of the number is that of the rectangle's layers. In one pass over several rectangles autograd
+        would keep each parameter's whole gradient until the last one has added its part; under ZeRO-3 a rank has not
+        the memory for the whole gradient of all layers.
+        """
+        while self._uncomputed:
+            hidden, leaf = self._uncomputed.pop()
+            yield _Seed.apply(hidden, leaf.grad)  # type: ignore[no-untyped-call]
+            del hidden, leaf
+
     def _next_logits(self, batch: DecodingInputs) -> torch.Tensor:
         logits: torch.Tensor = self.lm(
             input_ids=batch.ids,
@@ -100,6 +128,10 @@ class Scorer(nn.Module):
             # A dummy rectangle is among the flattened ones too. Nothing indexes it, and its gradient is 0, but its
             # backward pass runs, so that this rank takes part in every collective.
             flat = [self._rectangle(batch.input_ids[0, rectangle]).flatten(0, 1) for rectangle in batch.rectangles]
+            if self._cut and len(flat) > 1 and torch.is_grad_enabled():
+                leaves = [hidden.detach().requires_grad_() for hidden in flat]
+                self._uncomputed = list(zip(flat, leaves, strict=True))
+                flat = leaves
             return torch.cat(flat)[batch.source]
         hidden: torch.Tensor = self.lm.base_model(
             input_ids=batch.input_ids,
@@ -117,6 +149,20 @@ class Scorer(nn.Module):
         """
         hidden: torch.Tensor = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
         return hidden
+
+
+class _Seed(torch.autograd.Function):
+    """The number 0, whose gradient by the hidden states is the given one, times the gradient of the number."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return hidden.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None
 
 
 def _sums(logps: torch.Tensor, scored: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

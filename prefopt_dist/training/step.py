@@ -56,7 +56,10 @@ def forward_backward(
         with timer.measure("forward"):
             terms: Terms = engine(micro_batch, objective, reference)
         with timer.measure("backward"):
-            engine.backward(terms.loss * weight)
+            if engine.module.is_cut:
+                zero3.backward_in_parts(engine, terms.loss * weight, engine.module.rest())
+            else:
+                engine.backward(terms.loss * weight)
         statistics.add(terms.statistics, len(micro_batch.rows))
         if diagnosis is not None:
             diagnosis.add(objective, terms, micro_batch, reference)
