@@ -65,11 +65,12 @@ def run(task: Task, folder: Path) -> dict[str, Any]:
     first_peak = meter.peak()
     engine = policy_engine(task, model, dtype)
     data, objective = ScoredRows(rows, reference), DPO(task.beta)
-    losses, times, micro_batches = [], [], []
+    losses, times, micro_batches, padding = [], [], [], []
     cost, steps = forward_cost(model.config), range(task.warm_up + task.steps)
 
     def make(k: int) -> Batch:
-        return step_batch(data, task.rows(k), objective.responses, task.micro_batch_tokens, cost)
+        budget = task.micro_batch_tokens
+        return step_batch(data, task.rows(k), objective.responses, budget, cost, path=task.path)
 
     with Prefetcher(make, steps) as batches:
         for k in steps:
@@ -81,12 +82,14 @@ def run(task: Task, folder: Path) -> dict[str, Any]:
             times.append(meter.Mark.now().since(start))
             losses.append(sums[0] / sums[-1])
             micro_batches.append(len(batch))
+            padding.append(1 - batch.tokens / batch.padded_tokens if batch.padded_tokens else 0.0)
     found = {"losses": losses, "steps": times, "first_pass": took, "baseline": baseline, "peak": meter.peak()}
     zero3.release(engine)
     ranks.end()
     return found | {
         "first_pass_peak": first_peak,
         "micro_batches": micro_batches,
+        "padding": padding,
         "threads": torch.get_num_threads(),
     }
 
@@ -119,9 +122,11 @@ def score_reference(
         offload="none",
     )
     store = ReferenceStore(folder / "store")
-    engine = zero3.reference_engine(Scorer(load_sharded(model, dtype=dtype, settings=settings)), settings)
+    lm = load_sharded(model, dtype=dtype, settings=settings, path=task.path)
+    engine = zero3.reference_engine(Scorer(lm, task.path), settings)
+    del lm
     start = meter.Mark.now()
-    todo = first_pass._look_up(store, [rows], 2, task.micro_batch_tokens)
+    todo = first_pass._look_up(store, [rows], 2, task.micro_batch_tokens, task.path)
     first_pass._score(engine, todo, store, [rows], lambda: False)
     took = meter.Mark.now().since(start)
     zero3.release(engine)
@@ -135,12 +140,12 @@ def policy_engine(task: Task, model: Any, dtype: torch.dtype) -> Any:
         dtype=dtype,
         max_grad_norm=task.max_grad_norm,
     )
-    lm = load_sharded(model, dtype=dtype, settings=settings)
-    scorer = Scorer(lm).train()
+    lm = load_sharded(model, dtype=dtype, settings=settings, path=task.path)
+    scorer = Scorer(lm, task.path, cut=True).train()
     optimizer = adamw(scorer, learning_rate=task.learning_rate, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
     engine = zero3.policy_engine(scorer, optimizer, settings)
     memory, available = (
-        activation_memory(model.config, dtype),
+        activation_memory(model.config, dtype, path=task.path),
         activation_checkpointing.available_bytes(lm, settings["zero_optimization"]),
     )
     here = activation_checkpointing.choose(memory, mode="auto", tokens=task.micro_batch_tokens, available=available)

@@ -15,6 +15,8 @@ LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 NAMES = {
     "ours": "ours",
     "ours-small": "ours, 2,048-token micro-batches",
+    "ours-packed": "ours, path packed",
+    "ours-plain": "ours, path plain",
     "trl": "TRL as it comes",
     "trl-tuned": "TRL tuned",
 }
@@ -67,6 +69,9 @@ def summarise(task: Task, results: dict[str, dict[str, Any]], rate: float) -> di
             "first_pass_efficiency": floor_pass / first / rate if first else None,
             "losses": found["losses"],
         }
+        if any(found.get("padding", ())):
+            timed_padding = found["padding"][task.warm_up :]
+            rows[name]["padding"] = sum(timed_padding) / len(timed_padding)
     return {
         "steps": task.steps,
         "floor_gflop_per_pair": floor / 1e9,
@@ -142,7 +147,8 @@ def plot(mixes: dict[str, dict[str, Any]], title: str, file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(mixes), figsize=(2.6 * len(mixes), 3.2), squeeze=False, layout="constrained")
-    colours = {"ours": "#1b7f5c", "ours-small": "#7fc4a8", "trl-tuned": "#d08c3c", "trl": "#a8443a"}
+    colours = {"ours": "#1b7f5c", "ours-small": "#7fc4a8", "ours-packed": "#5b8fc4", "ours-plain": "#9a7fc4"}
+    colours |= {"trl-tuned": "#d08c3c", "trl": "#a8443a"}
     for axis, (mix, summary) in zip(axes[0], mixes.items(), strict=True):
         rows = {n: r for n, r in summary["rows"].items() if n in colours}
         bars = axis.bar(

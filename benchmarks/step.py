@@ -22,7 +22,12 @@ from benchmarks.pairs import MIXES
 from benchmarks.world import Task, save_task
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SMALL_MICRO_BATCH = 2048
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ours-small": {"micro_batch_tokens": 2048},
+    "ours-packed": {"path": "packed"},
+    "ours-plain": {"path": "plain"},
+}
+"""Ours with other values of the task."""
 STEPS = {"ultrafeedback-like": 4, "hh-like": 6, "long": 2, "uniform": 2}
 """Timed steps by default: as many as half an hour allows."""
 
@@ -81,9 +86,9 @@ def measure(task: Task, contestants: list[str]) -> tuple[dict[str, Any], dict[st
         machine = _process("machine", folder, task)
         results = {}
         for contestant in contestants:
-            small = contestant == "ours-small"
-            save_task(folder, replace(task, micro_batch_tokens=SMALL_MICRO_BATCH) if small else task)
-            results[contestant] = _process("ours" if small else contestant, folder, task)
+            changed = VARIANTS.get(contestant)
+            save_task(folder, replace(task, **changed) if changed else task)
+            results[contestant] = _process("ours" if changed else contestant, folder, task)
         return machine, results
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.floor import Shape
 from benchmarks.pairs import MIXES, Pair, draw_tokens, representative
+from prefopt_dist.batching.micro_batch import ComputePath
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Task:
     learning_rate: float = 1e-4
     max_grad_norm: float = 1.0
     micro_batch_tokens: int = 8192
+    path: ComputePath = "shared"
+    """How this package computes micro-batches"""
 
     @property
     def dtype(self) -> str:

@@ -100,13 +100,11 @@ def group_by_prompt(units: Sequence[Unit], budget: int, path: ComputePath = "sha
     return groups
 
 
-def most_keys_per_token(units: Sequence[Unit], budget: int, path: ComputePath = "shared") -> float:
+def most_keys_per_token(units: Sequence[Unit], budget: int) -> float:
     """Return the most gathered keys per token that a full micro-batch of these units can have; at least 1.
 
     It is a bound: the groups with most keys a token fill the budget, the last one in part.
     """
-    if path != "shared":
-        return 1.0
     counts = [(packed_tokens(group), gathered_keys(group)) for group in group_by_prompt(units, budget)]
     counts.sort(key=lambda count: count[1] / count[0], reverse=True)
     tokens = keys = 0.0

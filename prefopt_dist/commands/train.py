@@ -30,7 +30,7 @@ from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.objectives import Objective, factory
 from prefopt_dist.objectives.factory import described
 from prefopt_dist.planning.machine import device_peak
-from prefopt_dist.planning.work import most_keys_per_token
+from prefopt_dist.planning.work import most_keys_per_token, padding
 from prefopt_dist.reference.step0_check import RoundingTolerance
 from prefopt_dist.setup import own_answers, prepare_data, prepare_models, prepare_reference
 from prefopt_dist.setup.lifecycle import best_checkpoint, finish, open_log, requests_for, run_folder
@@ -171,12 +171,16 @@ def _make_job(
     """
     models, objective, answers = inputs.models, inputs.objective, start.answers
     read_keys = partial(most_keys_per_token, inputs.train, inputs.order, inputs.total_steps, objective.responses)
-    keys = ranks.run_on_rank_zero(lambda: read_keys(config.train.micro_batch_tokens))
+    keys = ranks.run_on_rank_zero(lambda: read_keys(config.train.micro_batch_tokens, models.path))
+    if models.path == "plain":
+        measure = partial(padding, inputs.train, inputs.order, inputs.total_steps, objective.responses)
+        share = ranks.run_on_rank_zero(lambda: measure(config.train.micro_batch_tokens, ranks.world_size()))
+        say(f"path plain: {share:.1%} of the tokens that the first steps compute are padding")
     engine, checkpointing = _policy(config, models, keys)
     if inputs.base is not None:
         ranks.run_on_all_ranks(partial(refuse_if_changed, inputs.base.states))
     if ranks.rank() == 0:
-        folder.note(memory=checkpointing.as_run_json() | {"keys_per_token": keys})
+        folder.note(memory=checkpointing.as_run_json() | {"keys_per_token": keys, "path": models.path})
     state: dict[str, Any] | None = None
     first = 0
     if inputs.checkpoint is not None:
@@ -288,8 +292,10 @@ def _policy(
     say(f"policy: each rank holds {format_bytes(held)} of {format_bytes(whole)} of parameters")
     if models.adapter is not None:
         say(f"lora: {zero3.trained_parameters(scorer):,} parameters are trained, the others are frozen")
-    memory = activation_memory(models.policy.config, models.dtype, models.adapter)
-    memory = replace(memory, keys_per_token=keys_per_token, on_gpu=torch.cuda.is_available())
+    memory = activation_memory(models.policy.config, models.dtype, models.adapter, models.path)
+    memory = replace(
+        memory, keys_per_token=keys_per_token, longest=config.data.max_length, on_gpu=torch.cuda.is_available()
+    )
     tokens = config.train.micro_batch_tokens
     available = activation_checkpointing.available_bytes(lm, settings["zero_optimization"])
     if torch.cuda.is_available():

@@ -12,10 +12,12 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 from transformers.integrations.moe import ExpertsInterface
 
 from prefopt_dist.batching.layout import Cost
+from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.model.adapter import Adapter, attach
 from prefopt_dist.model.attention import CHOOSING, VARLEN_TAKES_GROUPED_HEADS, LayerNeeds, flash_takes, needs_of_call
 from prefopt_dist.model.block_attention import GPU_BLOCKS, BlockBytes, most_block_bytes
 from prefopt_dist.model.head import MAX_LOGITS_ON_GPU, MAX_LOGITS_PER_BLOCK
+from prefopt_dist.model.load import own_attention
 
 
 def layer_parameters(config: PreTrainedConfig) -> int:
@@ -61,9 +63,9 @@ def forward_cost(config: PreTrainedConfig) -> Cost:
     )
 
 
-_NAME = "prefopt_counted"
+_NAME, _EAGER = "prefopt_counted", "prefopt_counted_eager"
 _TOKENS = 64
-"""Tokens of the counted forward pass; any number does, since all activations are linear in it."""
+"""Tokens of the counted forward pass; any number does, since all activations but eager attention's are linear in it."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,19 @@ class ActivationMemory:
     block_per_token: int = 0
     """Bytes for each token of what that backward pass allocates beside its block: dQ, and dK and dV in float32."""
 
+    per_token_key: float = 0.0
+    """Bytes for each layer, token and token of its padded row: the scores that transformers' eager attention keeps."""
+    longest: int = 0
+    """Tokens of the longest row that `per_token_key` is counted for."""
+
     @property
     def per_token_whole_layer(self) -> float:
-        """Return the bytes for each token and layer without checkpointing, gathered keys and values included."""
+        """Return the bytes for each token and layer without checkpointing, gathered keys and scores included."""
         if self.on_gpu and not self.gathers_on_gpu:  # blocks gather the keys and values of one block at a time
-            return self.per_token_layer
+            return self.per_token_layer + self.per_token_key * self.longest
         gathers = self.keys_per_token > 1 or self.per_gathered_key > self.per_token_kv
         gathered = self.per_gathered_key * self.keys_per_token - self.per_token_kv
-        return self.per_token_layer + (gathered if gathers else 0.0)
+        return self.per_token_layer + (gathered if gathers else 0.0) + self.per_token_key * self.longest
 
     def flash_backward(self, tokens: int) -> int:
         """Return the bytes that the flash kernel's backward pass allocates for a layer: a formula, not measured."""
@@ -150,10 +157,35 @@ class ActivationMemory:
         return low
 
 
-def activation_memory(config: PreTrainedConfig, dtype: torch.dtype, adapter: Adapter | None = None) -> ActivationMemory:
-    """Count the memory on models of one and of two layers of this configuration, with adapters if given."""
+def activation_memory(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    adapter: Adapter | None = None,
+    path: ComputePath = "shared",
+) -> ActivationMemory:
+    """Count the memory on models of one and of more layers of this configuration, with adapters if given.
+
+    On the path plain a token is one of a padded row. Transformers' sdpa keeps no scores, as ours; its eager attention
+    does, for each pair of tokens of a row.
+    """
     _counted.clear()
-    one, two = (_kept_bytes(meta_model(config, layers, dtype, adapter)) for layers in (1, 2))
+    plain = path == "plain"
+    eager = plain and own_attention(config) == "eager"
+    # On the other paths all layers are equal.
+    layers = max(2, config.num_hidden_layers) if plain else 2
+
+    def kept(layers: int, tokens: int) -> int:
+        model = meta_model(config, layers, dtype, adapter)
+        if eager:
+            model.set_attn_implementation(_EAGER)
+        return _kept_bytes(model, tokens)
+
+    def of_layer(tokens: int) -> float:
+        return (kept(layers, tokens) - kept(1, tokens)) / (layers - 1)
+
+    layer = of_layer(_TOKENS)
+    scores = (of_layer(2 * _TOKENS) - 2 * layer) / 2 if eager else 0.0
+    ends = kept(1, _TOKENS) - layer
     size = torch.empty((), dtype=dtype).element_size()
     hidden = config.hidden_size * size
     numbers = config.to_dict()
@@ -162,24 +194,28 @@ def activation_memory(config: PreTrainedConfig, dtype: torch.dtype, adapter: Ada
     key_heads = numbers.get("num_key_value_heads") or heads
     head_size = numbers.get("head_dim") or config.hidden_size // heads
     taken = [flash_takes(needs, dtype) for needs in _counted]
-    flash, blocks = any(taken), not all(taken)
-    value_size = max(needs.value_size for needs in _counted)
+    # On the path plain transformers computes the attention, without our blocks.
+    flash, blocks = any(taken), not plain and not all(taken)
+    gathers_all_heads = flash and not plain and not VARLEN_TAKES_GROUPED_HEADS
+    value_size = max((needs.value_size for needs in _counted), default=head_size)
     key_numbers = key_heads * (head_size + value_size)
     return ActivationMemory(
         layers=config.num_hidden_layers,
-        per_token_layer=(two - one) / _TOKENS,
+        per_token_layer=(layer - scores) / _TOKENS,
         per_token_checkpoint=hidden,
-        per_token_ends=(2 * one - two) / _TOKENS + 3 * hidden,
+        # On the path plain the rectangles' hidden states are copied into one tensor, and have gradients of their own.
+        per_token_ends=ends / _TOKENS + (5 if plain else 3) * hidden,
         vocabulary=config.vocab_size,
         per_logit=4 + size + (4 if capped else 0),
         per_token_kv=2 * key_heads * head_size * size,
         # Where the kernel takes no grouped heads, the keys are repeated for every query head.
-        per_gathered_key=2 * (key_heads if VARLEN_TAKES_GROUPED_HEADS or not flash else heads) * head_size * size,
+        per_gathered_key=2 * (heads if gathers_all_heads else key_heads) * head_size * size,
         flash_per_token=4 * heads * head_size if flash else 0,
         flash_per_key=2 * heads * head_size * size if flash and key_heads < heads else 0,
         gathers_on_gpu=flash,
         block_sizes=BlockBytes.of_heads(heads, key_numbers) if blocks else None,
         block_per_token=4 * key_numbers + heads * head_size * size if blocks else 0,
+        per_token_key=scores / _TOKENS**2,
     )
 
 
@@ -212,6 +248,26 @@ def _counted_attention(
     # An argument that is not known is refused where the model is loaded, not where it is only counted.
     _counted.append(needs_of_call(module, query, value, {name: given.get(name) for name in CHOOSING}))
     out: torch.Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _counted_eager(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **given: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute as transformers' eager attention, but for the mask, of which autograd keeps nothing."""
+    repeat = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(repeat, dim=1).transpose(2, 3) * given["scaling"]
+    if (cap := given.get("softcap")) is not None:
+        scores = torch.tanh(scores / cap) * cap
+    if (sinks := given.get("s_aux")) is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    out = weights[..., : key.shape[2]] @ value.repeat_interleave(repeat, dim=1)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -253,6 +309,7 @@ def _counted_experts(module: Any, hidden: torch.Tensor, experts: torch.Tensor, w
 
 
 AttentionInterface.register(_NAME, _counted_attention)
+AttentionInterface.register(_EAGER, _counted_eager)
 ExpertsInterface.register(_NAME, _counted_experts)
 
 
@@ -274,13 +331,13 @@ def meta_model(
     return model
 
 
-def _kept_bytes(model: PreTrainedModel) -> int:
-    """Count the bytes that autograd keeps in a forward pass of `_TOKENS` tokens, without the weights."""
+def _kept_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Count the bytes that autograd keeps in a forward pass of a row of tokens, without the weights."""
     # With frozen weights the first layer's input would have no gradient, and the layer would keep less than the others.
     model.get_input_embeddings().requires_grad_(True)
     with torch.device("meta"):
-        ids = torch.zeros(1, _TOKENS, dtype=torch.int64)
-        positions = torch.arange(_TOKENS)[None]
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
+        positions = torch.arange(tokens)[None]
     own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.UntypedStorage] = {}  # held, because a new storage could get the number of a freed one
 

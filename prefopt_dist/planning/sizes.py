@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
+from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.cost import ActivationMemory, activation_memory, meta_model
 
@@ -49,7 +50,11 @@ class ModelSizes:
 
 
 def model_sizes(
-    config: PreTrainedConfig, dtype: torch.dtype, persistence_threshold: int, adapter: Adapter | None = None
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    persistence_threshold: int,
+    adapter: Adapter | None = None,
+    path: ComputePath = "shared",
 ) -> ModelSizes:
     """Return the sizes of a model, counted on meta models of one and two layers.
 
@@ -60,6 +65,7 @@ def model_sizes(
         dtype: dtype of the parameters in the run.
         persistence_threshold: `stage3_param_persistence_threshold`, in elements.
         adapter: the run's adapters; None where the whole model is trained.
+        path: how micro-batches are computed.
     """
     models = [meta_model(config, layers, dtype, adapter) for layers in (1, 2)]
     one, two = (list(model.parameters()) for model in models)
@@ -88,5 +94,5 @@ def model_sizes(
         file_dtype_bytes=stored.itemsize,
         repeated_kv_bytes=2 * (heads - key_heads) * size * item,
         cached_kv_bytes=2 * key_heads * size * item,
-        activations=activation_memory(config, dtype, adapter),
+        activations=activation_memory(config, dtype, adapter, path),
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from prefopt_dist.batching import layout
 from prefopt_dist.batching.layout import FROZEN_PASSES, TRAINING_PASSES, Cost, group_by_prompt, tokens_and_cost
-from prefopt_dist.batching.micro_batch import gathered_keys
+from prefopt_dist.batching.micro_batch import ComputePath, gathered_keys, packed_tokens
 from prefopt_dist.batching.order import Order
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
@@ -23,6 +23,8 @@ from prefopt_dist.reference.store import ROW
 
 MAX_ROWS = 20_000
 """Rows of an epoch that are read; the others are assumed to be alike."""
+PADDED_STEPS = 8
+"""Steps that are laid out to measure the padding of the path plain."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,12 @@ class Work:
 
 
 def work_from_rows(
-    config: Config, train: TokenisedRows, evals: Mapping[str, TokenisedRows], cost: Cost, objective: Objective
+    config: Config,
+    train: TokenisedRows,
+    evals: Mapping[str, TokenisedRows],
+    cost: Cost,
+    objective: Objective,
+    path: ComputePath = "shared",
 ) -> Work:
     """Return the job's work from its tokenised rows, with an empty reference store.
 
@@ -62,6 +69,7 @@ def work_from_rows(
         evals: the evaluation rows by the name of their set.
         cost: FLOP of the model's forward pass.
         objective: the loss.
+        path: how micro-batches are computed.
     """
     responses = objective.responses
     per_step = config.train.global_batch_pairs
@@ -69,11 +77,11 @@ def work_from_rows(
     steps = order.total_steps(config.train.epochs, config.train.max_steps)
     sampled_steps = min(steps, order.steps_per_epoch, max(1, MAX_ROWS // per_step))
     tokens = flop = ahead = 0.0
-    keys_per_token = most_keys_per_token(train, order, sampled_steps, responses, config.train.micro_batch_tokens)
+    keys_per_token = most_keys_per_token(train, order, sampled_steps, responses, config.train.micro_batch_tokens, path)
 
     def forward(rows: TokenisedRows, indices: Iterable[int], first: int) -> tuple[int, float]:
         units = [rows.unit(i, range(first, first + responses)) for i in indices]
-        return tokens_and_cost(group_by_prompt(units, config.train.micro_batch_tokens), cost)
+        return tokens_and_cost(group_by_prompt(units, config.train.micro_batch_tokens, path), cost, path)
 
     for index in range(sampled_steps):
         step_rows = order.step(index).rows.tolist()
@@ -83,7 +91,7 @@ def work_from_rows(
             ahead += forward(train, step_rows, MISMATCHED)[1]
     sets = [train, *evals.values()]
     scored = objective.needs_reference
-    scored_tokens, scored_flop, sequences = _scored(config, sets, cost) if scored else (0, 0.0, 0)
+    scored_tokens, scored_flop, sequences = _scored(config, sets, cost, path) if scored else (0, 0.0, 0)
     evaluated = 0.0
     for rows in evals.values():
         for first in (0, MISMATCHED) if isinstance(rows, UnpairedRows) else (0,):
@@ -102,7 +110,9 @@ def work_from_rows(
     )
 
 
-def most_keys_per_token(train: TokenisedRows, order: Order, steps: int, responses: int, budget: int) -> float:
+def most_keys_per_token(
+    train: TokenisedRows, order: Order, steps: int, responses: int, budget: int, path: ComputePath = "shared"
+) -> float:
     """Return the most gathered keys per token that a micro-batch can have, by the rows of the first steps.
 
     Args:
@@ -111,8 +121,11 @@ def most_keys_per_token(train: TokenisedRows, order: Order, steps: int, response
         steps: number of steps that may be read; no more than MAX_ROWS rows are.
         responses: responses of a unit.
         budget: tokens of a micro-batch.
+        path: how they are computed; only on the path shared are keys gathered.
     """
     found = 1.0
+    if path != "shared":
+        return found
     for index in range(min(steps, order.steps_per_epoch)):
         rows = order.step(index).rows.tolist()
         if index and (index + 1) * len(rows) > MAX_ROWS:
@@ -121,26 +134,48 @@ def most_keys_per_token(train: TokenisedRows, order: Order, steps: int, response
     return found
 
 
-def worst_case_work(config: Config, cost: Cost, objective: Objective) -> Work:
+def padding(
+    train: TokenisedRows, order: Order, steps: int, responses: int, budget: int, world_size: int
+) -> float:
+    """Return the share of padding among the tokens that the first steps compute on the path plain.
+
+    Args:
+        train: the training rows.
+        order: their order.
+        steps: number of steps of the run; no more than PADDED_STEPS are laid out.
+        responses: responses of a unit.
+        budget: tokens of a micro-batch.
+        world_size: number of ranks.
+    """
+    tokens = padded = 0
+    for index in range(min(steps, PADDED_STEPS)):
+        units = [train.unit(i, range(responses)) for i in order.step(index).rows.tolist()]
+        for by_rank in layout.lay_out(units, world_size, budget, path="plain"):
+            tokens += sum(packed_tokens(own, "packed") for own in by_rank)
+            padded += sum(packed_tokens(own, "plain") for own in by_rank)
+    return 1 - tokens / padded
+
+
+def worst_case_work(config: Config, cost: Cost, objective: Objective, path: ComputePath = "shared") -> Work:
     """Return the work with every row as long as `data.max_length` allows, for data that cannot be read."""
     responses = objective.responses
     prompt = config.data.max_prompt_length
     response = config.data.max_length - prompt
-    tokens = prompt + responses * (response - 1)
     ids = np.arange(response, dtype=np.int32)  # different for each response, so that they share no prefix
     unit = Unit(0, np.zeros(prompt, dtype=np.int32), tuple(ids + k for k in range(responses)))
+    tokens, of_unit = tokens_and_cost([[unit]], cost, path)
     pairs = config.train.global_batch_pairs
     return Work(
         known=False,
         steps=config.train.max_steps,
         step_tokens=float(pairs * tokens),
-        step_flop=pairs * cost.of([unit], tokens),
-        ahead_flop=pairs * cost.of([unit], tokens) if objective.needs_reference_point else 0.0,
+        step_flop=pairs * of_unit,
+        ahead_flop=pairs * of_unit if objective.needs_reference_point else 0.0,
         first_pass_tokens=None,
         first_pass_flop=0.0,
         sequences=None,
         evaluation_flop=0.0,
-        keys_per_token=gathered_keys([unit]) / tokens,
+        keys_per_token=gathered_keys([unit], path) / tokens,
     )
 
 
@@ -158,12 +193,12 @@ def training_flop(work: Work, cost: Cost, recomputed: float, frozen: bool = Fals
     return work.ahead_flop + passes * work.step_flop + recomputed * layers_flop
 
 
-def _scored(config: Config, sets: Sequence[TokenisedRows], cost: Cost) -> tuple[int, float, int]:
+def _scored(config: Config, sets: Sequence[TokenisedRows], cost: Cost, path: ComputePath) -> tuple[int, float, int]:
     """Return distinct tokens, FLOP and number of the sequences that the reference scores."""
     responses = max(rows.responses for rows in sets)  # a pair has two; a KTO row has its own and a mismatched one
     places = list(sequences_needed(sets, responses).values())
     units = [place.unit(sets, i) for i, place in enumerate(places)]
-    tokens, flop = tokens_and_cost(group_by_prompt(units, config.reference_micro_batch_tokens), cost)
+    tokens, flop = tokens_and_cost(group_by_prompt(units, config.reference_micro_batch_tokens, path), cost, path)
     return tokens, flop, len(places)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import replace
 
 import torch
 from transformers import PreTrainedConfig
 
+from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.config import Config, mask_secrets
 from prefopt_dist.distributed import out_of_memory, ranks
 from prefopt_dist.files import read_json
@@ -84,9 +84,9 @@ def _estimate(config: Config, stage: str, phase: str) -> int:
     sizes, place = needs.sizes, Placement(ranks.world_size(), ranks.device().type == "cuda")
     found: Phase
     if phase == "training step":
-        checkpointed, keys = _chosen(config)
-        sizes = replace(sizes, activations=replace(sizes.activations, keys_per_token=keys))
-        found = memory.backward_phase(sizes, needs.policy, place, needs.tokens, checkpointed)
+        checkpointed, keys, path = _chosen(config)
+        needs = job_needs(config, model, keys, path)
+        found = memory.backward_phase(needs.sizes, needs.policy, place, needs.tokens, checkpointed)
     elif phase == "first pass" or (phase, stage) == ("evaluation", "evaluate"):  # by an engine that only scores
         found = memory.first_pass_phase(sizes, needs.reference, place, config.reference_micro_batch_tokens)
     elif phase == "evaluation":
@@ -103,10 +103,10 @@ def _estimate(config: Config, stage: str, phase: str) -> int:
     return found.device + sum(part.bytes for part in memory.libraries(place, needs.policy))
 
 
-def _chosen(config: Config) -> tuple[int, float]:
-    """Return what this start has chosen: recomputed layers, and gathered keys per token."""
+def _chosen(config: Config) -> tuple[int, float, ComputePath]:
+    """Return what this start has chosen: recomputed layers, gathered keys per token, how micro-batches are computed."""
     chosen = read_json(config.run_dir / "run.json")["memory"]
-    return chosen["checkpointed_layers"], chosen["keys_per_token"]
+    return chosen["checkpointed_layers"], chosen["keys_per_token"], chosen["path"]
 
 
 def _remedies(config: Config, stage: str, phase: str) -> list[str]:

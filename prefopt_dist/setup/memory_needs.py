@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
+from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.config import Config
 from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.planning.fit import Needs
@@ -15,8 +16,15 @@ from prefopt_dist.setup.checks import adapter_of
 from prefopt_dist.setup.prepare_models import DTYPES, with_model_buckets, zero_settings
 
 
-def job_needs(config: Config, model: PreTrainedConfig, keys_per_token: float) -> Needs:
-    """Return what the job needs; keys_per_token: gathered keys per token of a micro-batch."""
+def job_needs(config: Config, model: PreTrainedConfig, keys_per_token: float, path: ComputePath = "shared") -> Needs:
+    """Return what the job needs.
+
+    Args:
+        config: the configuration.
+        model: the model's configuration.
+        keys_per_token: gathered keys per token of a micro-batch.
+        path: how micro-batches are computed.
+    """
     dtype = DTYPES[config.model.dtype]
     objective = make_objective(config.loss, dtype)
     adapter = adapter_of(config.lora, model, config.model.name_or_path)
@@ -26,9 +34,10 @@ def job_needs(config: Config, model: PreTrainedConfig, keys_per_token: float) ->
     for_reference = ZeroSettings.of(reference, dtype.itemsize)
     if config.reference.offload == "cpu":
         for_reference = for_reference.offloading(False, True)
-    sizes = model_sizes(model, dtype, for_policy.persistence, adapter)
+    sizes = model_sizes(model, dtype, for_policy.persistence, adapter, path)
+    activations = replace(sizes.activations, keys_per_token=keys_per_token, longest=config.data.max_length)
     return Needs(
-        sizes=replace(sizes, activations=replace(sizes.activations, keys_per_token=keys_per_token)),
+        sizes=replace(sizes, activations=activations),
         policy=for_policy,
         reference=for_reference,
         tokens=config.train.micro_batch_tokens,

@@ -77,7 +77,7 @@ def test_each_rank_knows_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_by_hand() -> None:
     window = MetricsAccumulator([0.0, 0.0], [], [0.0] * 4)
-    one = namedtuple("one", "tokens flop")
+    one = namedtuple("one", "tokens flop padded_tokens", defaults=[0])
     window.add([1.0, 4.0], [], [0.0, 0.0, 0.0, 1.0], one(100, 3e12))  # type: ignore[arg-type]
     window.add([1.0, 6.0], [], [0.0, 0.0, 0.0, 1.0], one(300, 5e12))  # type: ignore[arg-type]
     for what, seconds in (("data", 0.1), ("update", 1.9), ("data", 0.2), ("forward_backward", 2.8), ("checkpoint", 7)):
@@ -89,14 +89,26 @@ def test_by_hand() -> None:
     assert found["perf/step_seconds"] == 2.5
     assert found["perf/data_seconds"] == pytest.approx(0.3)
     assert "perf/mfu" not in window.performance(peak=None)
+    assert "perf/padding" not in found
     # A window of a checkpoint goes on.
     assert MetricsAccumulator(**vars(window)).performance(8e12)["perf/mfu"] == found["perf/mfu"]
+
+
+def test_padding_by_hand() -> None:
+    window = MetricsAccumulator([0.0, 0.0], [], [0.0] * 4)
+    one = namedtuple("one", "tokens flop padded_tokens")
+    for tokens, padded in ((100, 110), (300, 340)):
+        window.add([1.0, 4.0], [], [0.0, 0.0, 0.0, 1.0], one(tokens, 1.0, padded))  # type: ignore[arg-type]
+    window.add_seconds("data", 2.0)
+    found = MetricsAccumulator(**vars(window)).performance(None)
+    assert found["perf/padding"] == pytest.approx(1 - 400 / 450)
+    assert found["perf/tokens_per_second"] == 200
 
 
 def test_a_window_older_than_its_ranks_has_their_memory() -> None:
     """Two steps before a resume, whose ranks are gone, and one after it."""
     window = MetricsAccumulator([0.0, 0.0], [], timers.rank_work_slots(0, 1, 1.0, 1.0))
-    one = namedtuple("one", "tokens flop")
+    one = namedtuple("one", "tokens flop padded_tokens", defaults=[0])
     for _ in range(2):
         window.add([1.0, 4.0], [], timers.rank_work_slots(0, 1, 1.0, 1.0), one(1, 1.0))  # type: ignore[arg-type]
     window = replace(window, ranks=[0.0] * timers.rank_work_size(1))

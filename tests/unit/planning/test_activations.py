@@ -34,7 +34,9 @@ from prefopt_dist.model.cost import (
     adapter_parameters,
     layer_parameters,
 )
+from prefopt_dist.model.load import own_attention
 from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.setup.checks import adapter_of
 
 GIB = 2**30
@@ -114,6 +116,47 @@ def test_the_estimate_with_adapters(name: str, checkpointed: int) -> None:
     ends = tokens * memory.per_token_ends
     # The first layer's input has no gradient, so that it keeps less than the others, by which it is counted.
     assert 0.85 * (estimate - ends) <= kept(config, checkpointed, tokens, adapter) <= 1.1 * estimate
+
+
+def kept_plain(config: PreTrainedConfig, rows: int, length: int) -> int:
+    """Bytes that a real forward pass over padded rows keeps, weights and the head's block apart."""
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=own_attention(config))
+    scorer = Scorer(lm, "plain").train()
+    own = {p.untyped_storage().data_ptr() for p in [*lm.parameters(), *lm.buffers()]}
+    draw = torch.Generator().manual_seed(0)
+    ids = [torch.randint(1, 300, (length + 1,), generator=draw).numpy().astype("int32") for _ in range(rows)]
+    micro_batch = pack([Unit(i, row[: length // 2], (row[length // 2 :],)) for i, row in enumerate(ids)], 1, "plain")
+    assert micro_batch.tokens == rows * length
+    return bytes_kept(own, lambda: scorer(micro_batch))
+
+
+@pytest.mark.parametrize("length", [128, 512])
+def test_the_scores_that_eager_attention_keeps(length: int) -> None:
+    """For each token, layer and token of its row; twice the rows keep twice as much."""
+    fields = {"head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16}
+    config = Gemma2Config(**SHAPE | fields)
+    memory = replace(activation_memory(config, torch.float32, path="plain"), longest=length)
+    heads = config.num_attention_heads
+    assert memory.per_token_key == pytest.approx(2 * 4 * heads, rel=0.02), "the capped scores, and their softmax"
+    for rows in (1, 2):
+        tokens = rows * length
+        estimate = memory.bytes(tokens, 0) - memory.block(tokens)
+        ends = tokens * memory.per_token_ends
+        assert 0.9 * (estimate - ends) <= kept_plain(config, rows, length) <= 1.1 * estimate
+
+
+def test_sdpa_keeps_no_scores() -> None:
+    memory, shared = (activation_memory(CONFIGS["llama"], torch.float32, path=path) for path in ("plain", "shared"))
+    assert memory.per_token_key == 0
+    assert memory.per_token_layer == shared.per_token_layer
+    assert replace(memory, longest=4096).bytes(512, 0) == memory.bytes(512, 0)
+    # On the CPU it repeats keys and values for each query head, as ours does (planning/memory.py).
+    repeated = model_sizes(CONFIGS["llama"], torch.float32, 0, path="plain").repeated_kv_bytes * memory.layers
+    estimate = memory.bytes(512, 0) - memory.block(512)
+    found = kept_plain(CONFIGS["llama"], 4, 128)
+    assert 0.9 * (estimate - 512 * memory.per_token_ends) <= found <= 1.1 * (estimate + 512 * repeated)
 
 
 class _Kernel(torch.autograd.Function):

@@ -17,7 +17,7 @@ import torch
 from data_for_tests import ROWS, lines, prepare
 from transformers import AutoConfig, LlamaConfig
 
-from prefopt_dist.batching.micro_batch import packed_tokens
+from prefopt_dist.batching.micro_batch import PATHS, packed_tokens
 from prefopt_dist.data import TokenisedRows, open_rows
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.fingerprint import file_digest, reference_key
@@ -448,6 +448,21 @@ def test_plan_name_holds_for_these_sets(sets: list[TokenisedRows]) -> None:
     names = {plan_name(sets, 2), plan_name(sets, 1), plan_name(sets[:1], 2), plan_name(sets[1::-1], 2)}
     assert len(names) == 4
     assert plan_name([sets[2]], 2) == plan_name([sets[0]], 2)  # equal content, equal name
+
+
+def test_each_path_has_plans_of_its_own(store: ReferenceStore, sets: list[TokenisedRows]) -> None:
+    """The path shared has the names from before there were others; another path takes none of its micro-batches."""
+    names = {plan_name(sets, 2), *(plan_name(sets, 2, path) for path in PATHS)}
+    assert len(names) == 3
+    assert plan_name(sets, 2) == plan_name(sets, 2, "shared")
+    shared = Starts(store, sets).plan(150)
+    plain = first_pass._look_up(store, sets, 2, 150, "plain").micro_batches
+    assert plain != shared
+    for micro_batch in plain:
+        units = [p.unit(sets, i) for i, p in enumerate(micro_batch)]
+        assert packed_tokens(units, "plain") <= 150 or len(units) == 1
+    assert first_pass._look_up(store, sets, 2, 150, "plain").micro_batches == plain
+    assert [len(plan_files(store.folder, name)) for name in sorted(names)].count(1) == 2
 
 
 def test_plan_name_of_other_rows(tmp_path: Path) -> None:
