@@ -134,9 +134,7 @@ def most_keys_per_token(
     return found
 
 
-def padding(
-    train: TokenisedRows, order: Order, steps: int, responses: int, budget: int, world_size: int
-) -> float:
+def padding(train: TokenisedRows, order: Order, steps: int, responses: int, budget: int, world_size: int) -> float:
     """Return the share of padding among the tokens that the first steps compute on the path plain.
 
     Args:

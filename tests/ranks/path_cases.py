@@ -141,7 +141,10 @@ RUNS: tuple[tuple[ComputePath, bool], ...] = (("packed", False), ("plain", False
 
 
 def runs_by_path(folder: Path) -> dict[str, Any]:
-    """On each path with evaluation and export; on plain once more, crashed behind a checkpoint."""
+    """On each path with evaluation and export; on plain once more, crashed behind a checkpoint.
+
+    The start after the crash would take another path; it keeps that of the checkpoint.
+    """
     found: dict[str, Any] = {}
     for path, crash in RUNS:
         config = rank_cases.config_for(
@@ -158,6 +161,7 @@ def runs_by_path(folder: Path) -> dict[str, Any]:
             if crash:
                 with rank_cases.Crash(step=4), pytest.raises(ConnectionAbortedError):
                     train.run(config)
+        with on_path("packed" if crash else path):
             train.run(config)
         found[config.run_dir.name] = ranks.run_on_rank_zero(partial(rank_cases.the_end, config.run_dir))
     return found

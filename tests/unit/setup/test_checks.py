@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import worlds
 from data_for_tests import ROWS, lines, prepare
@@ -13,6 +16,7 @@ from prefopt_dist.data import open_rows
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.model.load import load_tokenizer
+from prefopt_dist.objectives import DPO
 from prefopt_dist.setup import checks
 
 
@@ -54,3 +58,18 @@ def test_a_reference_of_another_tokenizer(tmp_path: Path) -> None:
     reference.config.vocab_size = 10
     with pytest.raises(UserError, match=r"^reference\.name_or_path: .* has 10 tokens, but the tokenizer has ids up"):
         checks.check_reference_tokenizer(tokenizer, reference)
+
+
+def test_a_pair_too_long_for_a_micro_batch_by_path() -> None:
+    """The prompt counts once where it is shared, twice where it is not: 7 + 2 + 3 tokens, or 9 + 10."""
+    config = SimpleNamespace(
+        train=SimpleNamespace(micro_batch_tokens=12),
+        reference_micro_batch_tokens=24,
+        data=SimpleNamespace(max_length=64),
+    )
+    rows: Any = SimpleNamespace(n=1, responses=2, lengths=lambda: np.array([[7, 3, 4]]), origin=str)
+    objective = DPO(0.1, 0.0, 1e-6)
+    checks.check_lengths(config, rows, objective, "data.train", trained=True)  # type: ignore[arg-type]
+    for path in ("packed", "plain"):
+        with pytest.raises(UserError, match=r"train\.micro_batch_tokens: got 12, .* has 19 packed tokens"):
+            checks.check_lengths(config, rows, objective, "data.train", trained=True, path=path)  # type: ignore[arg-type]
