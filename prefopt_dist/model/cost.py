@@ -32,9 +32,11 @@ def active_parameters(config: PreTrainedConfig) -> float:
 
     def used(layers: int) -> float:
         parameters = meta_model(config, layers, torch.bfloat16).parameters()
-        # All experts' matrices are one tensor [E, out, in]; nothing else has three dimensions.
+        # All experts' matrices are one tensor [E, out, in]. A convolution along the row has three dimensions too, of
+        # which the second is 1.
         found: float = sum(
-            p.numel() * (config.num_experts_per_tok / p.shape[0] if p.dim() == 3 else 1) for p in parameters
+            p.numel() * (config.num_experts_per_tok / p.shape[0] if p.dim() == 3 and p.shape[1] > 1 else 1)
+            for p in parameters
         )
         return found
 

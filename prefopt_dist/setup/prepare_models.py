@@ -25,7 +25,7 @@ from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.cost import adapter_parameters, layer_parameters
 from prefopt_dist.model.folder import ModelFolder, inspect_folder, resolve
 from prefopt_dist.model.layer_kernels import kernels_text
-from prefopt_dist.model.load import load_tokenizer
+from prefopt_dist.model.load import load_tokenizer, own_attention
 from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.setup import checks
@@ -152,10 +152,17 @@ def load_models(config: Config) -> Models:
 
 
 def _kernels(models: Models) -> str:
-    """Name the attention kernels, after a check that each argument of the models' attention is known."""
-    own, reference = (
-        kernels_text(model.config, models.dtype, ranks.device()) for model in (models.policy, models.reference)
-    )
+    """Name the attention kernels, after a check that each argument of the models' attention is known.
+
+    On the path plain transformers computes the attention, so that every argument is.
+    """
+
+    def text(model: ModelFolder) -> str:
+        if models.path == "plain":
+            return f"transformers' own, {own_attention(model.config)}"
+        return kernels_text(model.config, models.dtype, ranks.device())
+
+    own, reference = text(models.policy), text(models.reference)
     return own if own == reference else f"{own}; of the reference: {reference}"
 
 

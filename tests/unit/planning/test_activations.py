@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import (
     Gemma2Config,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     MixtralConfig,
     Phi3Config,
@@ -32,6 +33,7 @@ from prefopt_dist.model.cost import (
     activation_memory,
     active_parameters,
     adapter_parameters,
+    forward_cost,
     layer_parameters,
 )
 from prefopt_dist.model.load import own_attention
@@ -145,6 +147,18 @@ def test_the_scores_that_eager_attention_keeps(length: int) -> None:
         estimate = memory.bytes(tokens, 0) - memory.block(tokens)
         ends = tokens * memory.per_token_ends
         assert 0.9 * (estimate - ends) <= kept_plain(config, rows, length) <= 1.1 * estimate
+
+
+def test_layers_that_differ_are_counted_each() -> None:
+    """Two that carry state along the row and one that attends, of a family that only padded rows compute."""
+    fields = {"layer_types": ["mamba", "attention", "mamba"], "num_hidden_layers": 3, "shared_intermediate_size": 160}
+    recurrence = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
+    config = GraniteMoeHybridConfig(**SHAPE | fields | recurrence, num_local_experts=0, num_experts_per_tok=0)
+    memory = activation_memory(config, torch.float32, path="plain")
+    estimate = memory.bytes(128, 0) - memory.block(128)
+    found = kept_plain(config, 2, 64)
+    assert 0.9 * (estimate - 128 * memory.per_token_ends) <= found <= 1.1 * estimate
+    assert forward_cost(config).per_token > 0
 
 
 def test_sdpa_keeps_no_scores() -> None:
