@@ -1,5 +1,6 @@
 """Cases of rank_cases.py on the paths that share no prompt: packed, and plain, with its padded rectangles."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -84,6 +85,20 @@ def dpo_plain_gemma2(folder: Path) -> dict[str, Any]:
     )
 
 
+def dpo_plain_offloaded(folder: Path) -> dict[str, Any]:
+    """One rectangle's gradient is added to the other's in the host's memory too."""
+    file = folder / "offloaded.json"
+
+    def write() -> None:
+        offload = {"device": "cpu"}
+        zero = {"stage": 3, "offload_optimizer": offload, "offload_param": offload}
+        file.write_text(json.dumps({"zero_optimization": zero}))
+
+    ranks.run_on_rank_zero(write)
+    common: dict[str, Any] = {"steps": 2, "path": "plain", "deepspeed": {"policy": str(file)}}
+    return rank_cases.equality(folder, "dpo-plain-offloaded", 300, rank_cases.DPO, **common)
+
+
 def kto_plain(folder: Path) -> dict[str, Any]:
     """With the pass over mismatched rows ahead."""
     common: dict[str, Any] = {"of": "reference", "against": "model", "steps": 2, "path": "plain"}
@@ -113,7 +128,7 @@ def evaluation_by_path(folder: Path) -> dict[str, Any]:
         found[path] = [evaluate(engine, objective, {"": scored}, budget) for budget in (120, 5000)]
         zero3.release(engine)
         del engine
-    batch = step_batch(scored, range(11), 2, 120, path="plain")
+    batch = step_batch(scored, range(11), 2, 400, path="plain")
     batches = [
         *evaluation_batch(scored, 2, 120, "plain"),
         *batch,

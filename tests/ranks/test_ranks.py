@@ -12,7 +12,7 @@ import pytest
 
 EQUALITY = ["dpo_many_micro_batches", "dpo_one_micro_batch", "dpo_checkpointing", "sft_many_micro_batches"]
 SHORT = ["dpo_small_blocks", "kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2", "lora", "dpo_plain"]
-PATHS = ["dpo_packed", "dpo_plain_gemma2", "kto_plain", "lora_plain"]
+PATHS = ["dpo_packed", "dpo_plain_gemma2", "dpo_plain_offloaded", "kto_plain", "lora_plain"]
 BOTH = [
     *EQUALITY,
     *SHORT,
