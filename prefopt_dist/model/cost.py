@@ -2,67 +2,65 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.moe import ExpertsInterface
+from transformers import PreTrainedConfig
 
 from prefopt_dist.batching.layout import Cost
-from prefopt_dist.model.adapter import Adapter, attach
-from prefopt_dist.model.attention import CHOOSING, VARLEN_TAKES_GROUPED_HEADS, LayerNeeds, flash_takes, needs_of_call
+from prefopt_dist.model.adapter import Adapter
+from prefopt_dist.model.attention import VARLEN_TAKES_GROUPED_HEADS, flash_takes
+from prefopt_dist.model.counting import Counts, count
 from prefopt_dist.model.head import MAX_LOGITS_PER_BLOCK
 
 
 def layer_parameters(config: PreTrainedConfig) -> int:
-    """Count the parameters of one decoder layer."""
-    one, two = (meta_model(config, layers, torch.bfloat16) for layers in (1, 2))
-    layer: int = sum(p.numel() for p in two.parameters()) - sum(p.numel() for p in one.parameters())
-    return layer
+    """Count the parameters of the largest decoder layer."""
+    return max(layer.parameters for layer in count(config, torch.bfloat16).layers)
 
 
 def active_parameters(config: PreTrainedConfig) -> float:
-    """Count the parameters of one decoder layer that a token uses: k of E experts."""
-
-    def used(layers: int) -> float:
-        parameters = meta_model(config, layers, torch.bfloat16).parameters()
-        # All experts' matrices are one tensor [E, out, in]; nothing else has three dimensions.
-        found: float = sum(
-            p.numel() * (config.num_experts_per_tok / p.shape[0] if p.dim() == 3 else 1) for p in parameters
-        )
-        return found
-
-    return used(2) - used(1)
+    """Count the parameters of a decoder layer that a token uses (k of E experts), on average over the layers."""
+    layers = count(config, torch.bfloat16).layers
+    return sum(layer.active for layer in layers) / len(layers)
 
 
 def adapter_parameters(config: PreTrainedConfig, adapter: Adapter) -> int:
-    """Count the parameters of the adapters of one decoder layer."""
-    one = meta_model(config, 1, torch.bfloat16, adapter)
-    return sum(p.numel() for p in one.parameters() if p.requires_grad)
+    """Count the parameters of the adapters of the decoder layer that has most."""
+    return max(layer.trained for layer in count(config, torch.bfloat16, adapter).layers)
 
 
 def forward_cost(config: PreTrainedConfig) -> Cost:
     """Return the FLOP of a packed row's forward pass; the backward pass needs twice as many.
 
-    They are 2 for each token and parameter that it uses, and those of attention and of the output head.
+    They are 2 for each token and parameter that it uses, and those of attention and of the output head. Layers that
+    carry state along the row instead of attending are counted by their parameters alone.
     """
-    of_layer = active_parameters(config)
-    numbers = config.to_dict()
-    heads = numbers["num_attention_heads"]
-    width = heads * (numbers.get("head_dim") or config.hidden_size // heads)
+    found = count(config, torch.bfloat16)
     return Cost(
-        per_token=2.0 * config.num_hidden_layers * of_layer,
-        per_attended=4.0 * config.num_hidden_layers * width,
-        per_scored=2.0 * config.vocab_size * config.hidden_size,
+        per_token=2.0 * (sum(layer.active for layer in found.layers) + found.beside_layers),
+        per_attended=float(sum(layer.per_attended for layer in found.layers)),
+        per_scored=2.0 * found.head,
     )
 
 
-_NAME = "prefopt_counted"
-_TOKENS = 64
-"""Tokens of the counted forward pass; any number does, since all activations are linear in it."""
+def uncounted_text(config: PreTrainedConfig) -> str:
+    """Return a sentence about what the estimates leave out; empty where all is counted."""
+    found = count(config, torch.bfloat16)
+    without = sum(1 for layer in found.layers if not layer.per_attended)
+    said = []
+    if without:
+        said.append(
+            f"{without} of {len(found.layers)} layers do not attend by the interface of transformers (they carry state "
+            "along the row, or compute attention in their own way): their operations are counted by their parameters "
+            "alone, 2 a token and parameter"
+        )
+    if found.failure:
+        said.append(
+            "activations are estimated by the sizes of the linear layers, since the model cannot be computed without "
+            f"weights ({found.failure})"
+        )
+    return "; ".join(said)
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class ActivationMemory:
 
     layers: int
     per_token_layer: float
-    """Bytes for each token and layer without checkpointing."""
+    """Bytes for each token and layer without checkpointing, on average over the layers."""
     per_token_checkpoint: float
     """Bytes for each token and layer with checkpointing: the layer's input."""
     per_token_ends: float
@@ -80,10 +78,13 @@ class ActivationMemory:
     per_logit: int
     """Bytes of a logit in the head's block: the logit, which becomes its gradient; a copy in the model's dtype; the
     derivative of a cap."""
-    per_token_kv: int = 0
-    """Bytes of a token's keys and values in a layer, which `per_token_layer` includes."""
-    per_gathered_key: int = 0
-    """Bytes of a gathered key and its value in a layer; they are kept instead of those that they are gathered from."""
+    of_layers: tuple[float, ...] = ()
+    """Bytes for each token of each layer, where they differ; empty where each has `per_token_layer`."""
+    per_token_kv: float = 0
+    """Bytes of a token's keys and values in a layer, on average, which `per_token_layer` includes."""
+    per_gathered_key: float = 0
+    """Bytes of a gathered key and its value in a layer, on average; they are kept instead of those that they are
+    gathered from."""
     keys_per_token: float = 1.0
     """Most gathered keys per token of a micro-batch: 1 without shared prompts, near n for a long prompt of n short
     responses (`most_keys_per_token` of batching/layout.py)."""
@@ -95,9 +96,18 @@ class ActivationMemory:
     @property
     def per_token_whole_layer(self) -> float:
         """Return the bytes for each token and layer without checkpointing, gathered keys and values included."""
+        return self.per_token_layer + self._gathered
+
+    @property
+    def _gathered(self) -> float:
+        """Return the bytes for each token and layer that gathered keys and values need more, on average."""
         gathers = self.keys_per_token > 1 or self.per_gathered_key > self.per_token_kv
-        gathered = self.per_gathered_key * self.keys_per_token - self.per_token_kv
-        return self.per_token_layer + (gathered if gathers else 0.0)
+        return self.per_gathered_key * self.keys_per_token - self.per_token_kv if gathers else 0.0
+
+    @property
+    def per_token_largest_layer(self) -> float:
+        """Return the bytes for each token of the layer that keeps most, gathered keys and values included."""
+        return max(self.of_layers, default=self.per_token_layer) + self._gathered
 
     def flash_backward(self, tokens: int) -> int:
         """Return the bytes that the flash kernel's backward pass allocates for a layer: a formula, not measured."""
@@ -105,9 +115,11 @@ class ActivationMemory:
 
     def bytes(self, tokens: int, checkpointed: int) -> int:
         """Return the peak of a micro-batch of `tokens` with `checkpointed` layers recomputed in the backward pass."""
-        kept = (self.layers - checkpointed) * self.per_token_whole_layer + checkpointed * self.per_token_checkpoint
+        layers = self.of_layers or (self.per_token_layer,) * self.layers
+        whole = sum(layers[checkpointed:]) + (self.layers - checkpointed) * self._gathered
+        kept = whole + checkpointed * self.per_token_checkpoint
         # One layer at a time is recomputed, all of it, and gradients of its own size are in memory then.
-        recomputed = self.per_token_whole_layer if checkpointed else 0.0
+        recomputed = max(layers[:checkpointed]) + self._gathered if checkpointed else 0.0
         return int(tokens * (kept + recomputed + self.per_token_ends)) + self.block(tokens)
 
     def block(self, tokens: int) -> int:
@@ -131,139 +143,36 @@ class ActivationMemory:
 
 
 def activation_memory(config: PreTrainedConfig, dtype: torch.dtype, adapter: Adapter | None = None) -> ActivationMemory:
-    """Count the memory on models of one and of two layers of this configuration, with adapters if given."""
-    _counted.clear()
-    one, two = (_kept_bytes(meta_model(config, layers, dtype, adapter)) for layers in (1, 2))
-    size = torch.empty((), dtype=dtype).element_size()
-    hidden = config.hidden_size * size
-    numbers = config.to_dict()
-    capped = numbers.get("final_logit_softcapping") is not None
-    heads = numbers["num_attention_heads"]
-    key_heads = numbers.get("num_key_value_heads") or heads
-    head_size = numbers.get("head_dim") or config.hidden_size // heads
-    flash = any(flash_takes(needs, dtype) for needs in _counted)
+    """Count the memory on a model of this configuration without weights, with adapters if given."""
+    found = count(config, dtype, adapter)
+    hidden = config.hidden_size * dtype.itemsize
+    capped = config.to_dict().get("final_logit_softcapping") is not None
+    layers = tuple(layer.kept for layer in found.layers)
+    number = len(layers)
+    flash = any(flash_takes(needs, dtype) for needs in found.needs)
+    own = sum(call.key_numbers for call in found.calls) * dtype.itemsize / number
+    repeated = sum(call.repeated_key_numbers for call in found.calls) * dtype.itemsize / number
     return ActivationMemory(
-        layers=config.num_hidden_layers,
-        per_token_layer=(two - one) / _TOKENS,
+        layers=number,
+        per_token_layer=sum(layers) / number,
         per_token_checkpoint=hidden,
-        per_token_ends=(2 * one - two) / _TOKENS + 3 * hidden,
+        per_token_ends=found.kept_beside_layers + 3 * hidden,
         vocabulary=config.vocab_size,
-        per_logit=4 + size + (4 if capped else 0),
-        per_token_kv=2 * key_heads * head_size * size,
+        per_logit=4 + dtype.itemsize + (4 if capped else 0),
+        of_layers=() if len(set(layers)) == 1 else layers,
+        per_token_kv=own,
         # Where the kernel takes no grouped heads, the keys are repeated for every query head.
-        per_gathered_key=2 * (key_heads if VARLEN_TAKES_GROUPED_HEADS or not flash else heads) * head_size * size,
-        flash_per_token=4 * heads * head_size if flash else 0,
-        flash_per_key=2 * heads * head_size * size if flash and key_heads < heads else 0,
+        per_gathered_key=own if VARLEN_TAKES_GROUPED_HEADS or not flash else repeated,
+        flash_per_token=_flash_per_token(found) if flash else 0,
+        flash_per_key=_flash_per_key(found, dtype) if flash else 0,
     )
 
 
-class _Attention(torch.autograd.Function):
-    """An attention without stored scores: it keeps its operands, its result, and a float32 for each head and token."""
-
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(query[..., : value.shape[-1]])
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
-        raise AssertionError("only the forward pass is counted")
+def _flash_per_token(found: Counts) -> int:
+    """Return the bytes for each token of dQ, which a layer's backward pass sums in float32."""
+    return max(4 * call.heads * call.needs.head_size for call in found.calls)
 
 
-_counted: list[LayerNeeds] = []
-"""Needs of the layers of the last model that was counted."""
-
-
-def _counted_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    **given: Any,
-) -> tuple[torch.Tensor, None]:
-    # An argument that is not known is refused where the model is loaded, not where it is only counted.
-    _counted.append(needs_of_call(module, query, value, {name: given.get(name) for name in CHOOSING}))
-    out: torch.Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
-    return out.transpose(1, 2).contiguous(), None
-
-
-class _Product(torch.autograd.Function):
-    """A product of rows with their experts' matrices: it keeps the rows where the matrices are trained.
-
-    torch's own product does not support every dtype on the meta device.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(rows)
-        return rows.new_empty(rows.shape[0], weights.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None]:
-        raise AssertionError("only the forward pass is counted")
-
-
-def _counted_experts(module: Any, hidden: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Compute each token with its k experts, in order of the experts.
-
-    Args:
-        module: the layer's experts.
-        hidden: [T, D].
-        experts: int64 [T, k], the experts of each token.
-        weights: [T, k], the experts' weights.
-
-    Returns:
-        [T, D].
-    """
-    k = experts.shape[1]
-    order = experts.flatten().argsort()
-    inner = module._apply_gate(_Product.apply(hidden[order // k], module.gate_up_proj))  # type: ignore[no-untyped-call]
-    out = _Product.apply(inner, module.down_proj) * weights.flatten()[order, None]  # type: ignore[no-untyped-call]
-    found: torch.Tensor = out[order.argsort()].view(*experts.shape, -1).sum(1)
-    return found
-
-
-AttentionInterface.register(_NAME, _counted_attention)
-ExpertsInterface.register(_NAME, _counted_experts)
-
-
-def meta_model(
-    config: PreTrainedConfig, layers: int, dtype: torch.dtype, adapter: Adapter | None = None
-) -> PreTrainedModel:
-    """Make a model of this configuration's first `layers` layers on the meta device, with adapters if given."""
-    small = copy.deepcopy(config)
-    small.num_hidden_layers = layers
-    if small.to_dict().get("layer_types"):
-        small.layer_types = small.layer_types[:layers]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation=_NAME).train()
-        assert isinstance(model, PreTrainedModel)
-        model.config._experts_implementation = _NAME
-        if adapter is not None:
-            attach(model, adapter)
-            model.to(dtype)  # on the meta device adapters do not take their layer's dtype
-    return model
-
-
-def _kept_bytes(model: PreTrainedModel) -> int:
-    """Count the bytes that autograd keeps in a forward pass of `_TOKENS` tokens, without the weights."""
-    # With frozen weights the first layer's input would have no gradient, and the layer would keep less than the others.
-    model.get_input_embeddings().requires_grad_(True)
-    with torch.device("meta"):
-        ids = torch.zeros(1, _TOKENS, dtype=torch.int64)
-        positions = torch.arange(_TOKENS)[None]
-    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, because a new storage could get the number of a freed one
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
-    return sum(storage.nbytes() for storage in kept.values())
+def _flash_per_key(found: Counts, dtype: torch.dtype) -> int:
+    """Return the bytes for each gathered key of dK and dV of every query head, where the heads are grouped."""
+    return max(call.repeated_key_numbers * dtype.itemsize if call.key_heads < call.heads else 0 for call in found.calls)

@@ -21,7 +21,7 @@ from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.adapter import Adapter
-from prefopt_dist.model.cost import adapter_parameters, layer_parameters
+from prefopt_dist.model.cost import adapter_parameters, layer_parameters, uncounted_text
 from prefopt_dist.model.folder import ModelFolder, inspect_folder, resolve
 from prefopt_dist.model.layer_kernels import kernels_text
 from prefopt_dist.model.load import load_tokenizer
@@ -150,6 +150,9 @@ def load_models(config: Config) -> Models:
     if config.reference.name_or_path is not None:
         say(f"reference: {_described(models.reference)}")
     say(f"attention: {ranks.run_on_rank_zero(partial(_kernels, models))}")
+    uncounted = ranks.run_on_rank_zero(partial(uncounted_text, models.policy.config))
+    if uncounted:
+        say(f"estimates of memory and operations: {uncounted}")
     return models
 
 
