@@ -93,6 +93,14 @@ def count(config: PreTrainedConfig, dtype: torch.dtype, adapter: Adapter | None 
     return _counted(described, _Held(config), dtype, adapter)
 
 
+def experts_of_token(config: PreTrainedConfig) -> int | None:
+    """Return the number of experts that a token is given to; None for a model without experts."""
+    fields = config.to_dict()
+    # Some families give one number for each layer.
+    named = [max(v) if isinstance(v, list) else v for name in _CHOSEN_EXPERTS if (v := fields.get(name))]
+    return next((int(number) for number in named if isinstance(number, int)), None)
+
+
 class _Held:
     """A configuration that is equal to any other, since its content is an argument of its own."""
 
@@ -357,8 +365,7 @@ def _estimated(layer: nn.Module) -> int:
 
 def _active_shares(model: PreTrainedModel, record: _Record) -> dict[int, float]:
     """Return k/E for the parameters of experts, by the parameter's id."""
-    fields = model.config.to_dict()
-    configured = next((int(fields[name]) for name in _CHOSEN_EXPERTS if isinstance(fields.get(name), int)), None)
+    configured = experts_of_token(model.config)
     found: dict[int, float] = {}
     for name, module in model.named_modules():
         k = record.chosen.get(id(module), configured)
