@@ -179,7 +179,7 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype, adapter: Adapter | 
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=dtype, attn_implementation=NAME
             ).train()
-        except ValueError:  # a family without the interface, whose own attention is computed
+        except (KeyError, ValueError):  # a family without the interface, whose own attention is computed
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).train()
         assert isinstance(model, PreTrainedModel)
         model.config._experts_implementation = NAME

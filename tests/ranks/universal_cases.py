@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from prefopt_dist.batching.batches import ScoredRows, step_batch
-from prefopt_dist.checkpoint import export_check, export_weights, load, resharding, save
+from prefopt_dist.checkpoint import export_check, export_weights, load, other_parts, resharding, save
 from prefopt_dist.checkpoint.manifest import read_manifest, remove
 from prefopt_dist.checkpoint.shards import MasterWeights
 from prefopt_dist.commands import train
@@ -251,11 +251,19 @@ def small_parts(wrote: list[str]) -> Iterator[None]:
         wrote.append(name)
         return write(tensors, lm, folder, name, names, first=first)
 
+    copy = other_parts.copy_part
+
+    def noted_copy(tensors: Any, target: Path) -> Any:
+        wrote.append(target.name)
+        return copy(tensors, target)
+
     export_weights._write_part, export_weights.PART_BYTES = noted, 20_000
+    other_parts.copy_part = noted_copy
     try:
         yield
     finally:
         export_weights._write_part, export_weights.PART_BYTES = write, most
+        other_parts.copy_part = copy
 
 
 def different(folder: Path, name: str, target: Path) -> list[str]:
