@@ -57,8 +57,9 @@ class WeightsInMemory:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Return a tensor in this dtype."""
-        return self._tensors[name].to(dtype)
+        """Return a tensor in this dtype; one of whole numbers as it is."""
+        tensor = self._tensors[name]
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def write_share(
@@ -93,12 +94,14 @@ def write_share(
     sizes += [sum(kept[name].size for name in copy) for copy in copies]
     mine = share_of_rank({str(i): size for i, size in enumerate(sizes)}, writers.index(ranks.rank()), len(writers))
     stored = Names() if source is None else source.names
+    buffers = dict(lm.named_buffers())
     written = {}
     with Progress(len(mine), "writing the model's files", "files", ranks.rank()) as progress:
         for i in map(int, mine):
             name = SAFE_WEIGHTS_NAME if len(sizes) == 1 else f"model-{i + 1:05d}-of-{len(sizes):05d}.safetensors"
             if i < len(parts):
-                tensors = {n: weights.read(n, dtype) for n in parts[i]}
+                # Buffers are not trained, and may be finer than the weights.
+                tensors = {n: weights.read(n, torch.float32 if n in buffers else dtype) for n in parts[i]}
                 written[name] = _write_part(tensors, lm, folder, name, stored, first=i == 0)
             else:
                 copied = {n: kept[n] for n in copies[i - len(parts)]}

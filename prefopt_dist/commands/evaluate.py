@@ -18,7 +18,7 @@ from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import AgreedUserError
 from prefopt_dist.files import write_json
-from prefopt_dist.model.folder import ModelFolder, inspect_folder, resolve
+from prefopt_dist.model.folder import ModelFolder, inspect_folder
 from prefopt_dist.monitoring import statistics
 from prefopt_dist.monitoring.console import say, show
 from prefopt_dist.monitoring.metrics_file import strict_json
@@ -121,4 +121,4 @@ def _model(config: Config, models: Models, folder: RunFolder) -> _Evaluated:
 
 def _given(key: str, name: str, config: Config) -> ModelFolder:
     """Return the checked model folder that a key names."""
-    return ranks.run_on_all_ranks(lambda: inspect_folder(resolve(name, key), key, config.data.max_length))
+    return ranks.run_on_all_ranks(lambda: prepare_models.model_folder(config, name, key))

@@ -14,7 +14,7 @@ from prefopt_dist.config import Config
 from prefopt_dist.data import open_rows
 from prefopt_dist.errors import NotHere, UserError
 from prefopt_dist.files import write_json
-from prefopt_dist.model.cost import forward_cost
+from prefopt_dist.model.cost import forward_cost, uncounted_text
 from prefopt_dist.model.folder import check_config, read_language_config, resolve
 from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.monitoring.console import say, show
@@ -52,6 +52,9 @@ def run(config: Config) -> None:
     fits = fits_with_offloading(needs, machine)
     report = _report(config, machine, needs, fits, work_to_do, cost)
     show(report.text())
+    uncounted = uncounted_text(model)
+    if uncounted:
+        say(f"estimates of memory and operations: {uncounted}")
     check_fit(needs, machine, fits)
     if config.plan.file is not None:
         _write(Path(config.plan.file), report.as_json())

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefopt_dist.distributed import ranks
-from prefopt_dist.errors import AgreedUserError
+from prefopt_dist.errors import AgreedUserError, UserError
 from prefopt_dist.model.cost import ActivationMemory
+from prefopt_dist.model.parts import decoder_layers
 from prefopt_dist.monitoring.console import format_bytes
 
 RESERVED_SHARE = 0.1
@@ -84,10 +85,17 @@ def apply(lm: PreTrainedModel, checkpointed: int) -> None:
     """Let the backward pass recompute the first `checkpointed` decoder layers; the others keep their activations."""
     if not checkpointed:
         return
+    layers = decoder_layers(lm)
+    if not layers or not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
+        raise UserError(
+            f"model.checkpointing: the layers of {type(lm).__name__} cannot be recomputed in the backward pass; set "
+            "model.checkpointing=none and, if it does not fit, lower train.micro_batch_tokens"
+        )
     lm.activation_checkpointing_enable({"use_reentrant": False})
-    layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for i, layer in enumerate(layers):
-        layer.gradient_checkpointing = i < checkpointed
+    # Families recompute parts of a layer too, which would then be computed three times.
+    for module in lm.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.gradient_checkpointing = any(module is layer for layer in layers[:checkpointed])
 
 
 def available_bytes(lm: PreTrainedModel, zero: Mapping[str, Any]) -> int:

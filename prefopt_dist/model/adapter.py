@@ -10,6 +10,7 @@ parameters keep their values; `base_layer.` is inserted into their names.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,12 +49,16 @@ class Adapter:
 
 
 def linear_layers(lm: PreTrainedModel) -> dict[str, int]:
-    """Return the smaller side of each linear layer of the decoder, by the last part of its name; without the head."""
-    return {
-        name.rpartition(".")[2]: min(module.weight.shape)
-        for name, module in backbone(lm).named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    """Return the smaller side of the linear layers of the decoder, by the last part of their names; without the head.
+
+    Of layers that differ it is the smallest.
+    """
+    found: dict[str, int] = {}
+    for name, module in backbone(lm).named_modules():
+        if isinstance(module, nn.Linear):
+            last = name.rpartition(".")[2]
+            found[last] = min(*module.weight.shape, found.get(last, sys.maxsize))
+    return found
 
 
 def attach(lm: PreTrainedModel, adapter: Adapter) -> None:

@@ -73,6 +73,21 @@ class _Given(nn.Module):
         return _Given(found, self._hidden) if isinstance(found, nn.Module) else found
 
 
+class _SmallHead(nn.Module):
+    """A head of a few tokens, each of which reads one number of the hidden states, so that it takes no products."""
+
+    def __init__(self, head: nn.Linear, generator: torch.Generator) -> None:
+        super().__init__()
+        self.read = min(_VOCABULARY, head.in_features)
+        self.scale = torch.randn(self.read, generator=generator, dtype=torch.float64)
+        self.weight = torch.eye(self.read, head.in_features, dtype=torch.float64) * self.scale[:, None]
+        self.bias = None if head.bias is None else torch.randn(self.read, generator=generator, dtype=torch.float64)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        product = hidden[..., : self.read] * self.scale
+        return product if self.bias is None else product + self.bias
+
+
 @torch.no_grad()
 def final_transform(lm: PreTrainedModel) -> FinalTransform:
     """Return what the model's own forward function does between the head's product and the logits.
@@ -85,16 +100,13 @@ def final_transform(lm: PreTrainedModel) -> FinalTransform:
     """
     head = output_head(lm)
     generator = torch.Generator().manual_seed(0)
-    small = nn.Linear(head.in_features, _VOCABULARY, bias=head.bias is not None, dtype=torch.float64, device="cpu")
-    for parameter in small.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    small = _SmallHead(head, generator)
     direction = torch.randn(1, _TOKENS, head.in_features, generator=generator, dtype=torch.float64)
-    direction /= (direction @ small.weight.T).abs().max()
+    direction /= (small(direction) - small(0 * direction)).abs().max()
 
     def both(size: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the head's product and the family's logits, for products of about this size."""
-        product = nn.functional.linear(size * direction, small.weight, small.bias)
-        return product, _logits(lm, head, small, size * direction)
+        return small(size * direction), _logits(lm, head, small, size * direction)
 
     found = _measured(lm, both)
     for size in _SIZES:
@@ -148,7 +160,7 @@ def _numbers(fields: Mapping[str, Any]) -> Iterator[float]:
             yield float(value)
 
 
-def _logits(lm: PreTrainedModel, head: nn.Linear, small: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+def _logits(lm: PreTrainedModel, head: nn.Linear, small: _SmallHead, hidden: torch.Tensor) -> torch.Tensor:
     """Run the family's own forward function with these hidden states and this head."""
     shell = _replaced(lm, name_of(lm, backbone(lm)).split("."), _Given(backbone(lm), hidden))
     shell = _replaced(shell, name_of(lm, head).split("."), small)

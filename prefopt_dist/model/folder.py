@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from prefopt_dist.errors import UserError
+from prefopt_dist.model.published import quantization
 from prefopt_dist.model.weight_files import stored_tensors, weight_files
 from prefopt_dist.model.weight_names import Names, match
 
@@ -64,7 +65,10 @@ def resolve(name_or_path: str, key: str, *, weights: bool = True) -> Path:
 
     patterns = ["*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges*"] + ["*.safetensors"] * weights
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=patterns))
+        found = Path(snapshot_download(name_or_path, allow_patterns=patterns))
+        if weights and not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(name_or_path, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+        return found
     except GatedRepoError as e:
         raise UserError(
             f"{key}: {name_or_path!r} is gated on the hub. Accept its licence there and set HF_TOKEN, or give a folder."
@@ -91,6 +95,8 @@ def inspect_folder(path: Path, key: str, max_length: int | None = None) -> Model
     whole = read_config(path, key)
     config = language_config(whole)
     check_config(config, path, key, max_length)
+    if quantization(whole.to_dict()) is not None:
+        raise UserError(f"{key}: the weights of {path} are quantised. Give a folder of the model in bfloat16.")
     config.return_dict = True  # the scoring module reads results by name
     files = weight_files(path, key)
     with torch.device("meta"):

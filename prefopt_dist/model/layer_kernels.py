@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
 
 from prefopt_dist.model.attention import LayerNeeds, choose_kernel, needs_of_call
-from prefopt_dist.model.cost import meta_model
+from prefopt_dist.model.counting import meta_model, position_arguments
+from prefopt_dist.model.parts import backbone
 
 _NAME = "prefopt_noted"
 _noted: list[LayerNeeds] = []
@@ -40,12 +41,12 @@ def layer_needs(config: PreTrainedConfig) -> list[LayerNeeds]:
     Raises:
         UserError: the model passes an argument to the attention that is not known.
     """
-    model = meta_model(config, config.num_hidden_layers, torch.bfloat16)
+    model = meta_model(config, torch.bfloat16)
     model.set_attn_implementation(_NAME)
     _noted.clear()
     with torch.no_grad(), torch.device("meta"):
         ids = torch.zeros(1, 2, dtype=torch.int64)
-        model.base_model(input_ids=ids, position_ids=torch.arange(2)[None], use_cache=False)
+        backbone(model)(input_ids=ids, use_cache=False, **position_arguments(model, torch.arange(2)[None]))
     return list(_noted)
 
 

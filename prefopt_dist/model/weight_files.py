@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import torch
 
 from prefopt_dist.errors import UserError
 
@@ -49,8 +52,8 @@ def weight_files(path: Path, key: str) -> tuple[Path, ...]:
         return tuple(path / n for n in names)
     if not single.is_file():
         raise UserError(
-            f"{key}: {path} has no model.safetensors (nor an index of several). Other weight formats are not read: "
-            "save the model with save_pretrained."
+            f"{key}: {path} has no model.safetensors (nor an index of several), nor a pytorch_model.bin that is "
+            "converted. Other weight formats are not read: save the model with save_pretrained."
         )
     return (single,)
 
@@ -87,6 +90,54 @@ def _header(file: Path, key: str) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Dtypes by their names in safetensors files."""
+
+
+def write_tensors(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...], Callable[[], torch.Tensor]]], target: Path
+) -> int:
+    """Write a safetensors file with one tensor in memory at a time, and return the bytes of the tensors.
+
+    Args:
+        tensors: dtype, shape, and the function that gives the tensor, by name.
+        target: the file.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape, _) in tensors.items():
+        size = prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    with target.open("wb") as out:
+        _write_header(out, header)
+        for name, (dtype, shape, read) in tensors.items():
+            tensor = read()
+            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), f"{name} is {tensor.dtype} {tensor.shape}"
+            out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        out.flush()
+        os.fsync(out.fileno())
+    return end
+
+
+def _write_header(out: BinaryIO, header: Mapping[str, Any]) -> None:
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight, as safetensors writes them
+    out.write(struct.pack("<Q", len(text)) + text)
+
+
 def copy_tensors(tensors: Mapping[str, StoredTensor], target: Path) -> None:
     """Write tensors into a safetensors file byte for byte, whatever their dtype."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -94,10 +145,8 @@ def copy_tensors(tensors: Mapping[str, StoredTensor], target: Path) -> None:
     for name, t in tensors.items():
         header[name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [end, end + t.size]}
         end += t.size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight, as safetensors writes them
     with target.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
+        _write_header(out, header)
         for t in tensors.values():
             with t.file.open("rb") as source:
                 source.seek(t.start)

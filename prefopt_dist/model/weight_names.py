@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,8 @@ class Names:
     @property
     def key_mapping(self) -> dict[str, str] | None:
         """Return the argument of from_pretrained that renames the files' tensors; None where nothing is renamed."""
-        return {f"^{re.escape(stored)}": own for stored, own in self.prefixes} or None
+        # transformers may rename twice, so what has its own prefix already is left alone.
+        return {f"^{re.escape(stored) or f'(?!{re.escape(own)})'}": own for stored, own in self.prefixes} or None
 
 
 def match(lm: PreTrainedModel, found: Mapping[str, StoredTensor], path: Path, key: str, *, part_of_more: bool) -> Names:
@@ -63,13 +64,16 @@ def match(lm: PreTrainedModel, found: Mapping[str, StoredTensor], path: Path, ke
     in_model = lm.state_dict()
     # The layout of the usual files, in which each expert has its own tensors.
     expected = revert_weight_conversion(lm, dict(in_model))
-    pairs = _prefixes(lm, expected.keys(), found.keys()) if part_of_more else ()
+    tied = lm.all_tied_weights_keys if lm.config.tie_word_embeddings else {}
+    if part_of_more:
+        pairs = _prefixes(lm, expected.keys(), found.keys())
+    else:
+        pairs = _bare_backbone(lm, expected.keys() - tied.keys(), found.keys())
     names = Names(tuple((stored, own) for stored, own in pairs if stored != own))
     in_files = {names.in_model(name): name for name in found}
     stored = {name: found[in_files[name]] for name in in_files}
     if any(name in stored for name in in_model.keys() - expected.keys()):
         expected = in_model  # saved as in the model, with all experts of a layer in one tensor
-    tied = lm.all_tied_weights_keys if lm.config.tie_word_embeddings else {}
     for name, source in tied.items():
         if name in stored and source in stored and not _equal(stored[name], stored[source], names, name, source):
             raise UserError(
@@ -80,7 +84,9 @@ def match(lm: PreTrainedModel, found: Mapping[str, StoredTensor], path: Path, ke
     missing = sorted(n for n in expected if n not in stored and n not in tied and not _matches(lm, n, missing=True))
     extra = sorted(n for n in stored if n not in expected and not n.endswith("rotary_emb.inv_freq"))
     language = tuple(stored for stored, _ in pairs)
-    kept = [n for n in extra if _matches(lm, n, missing=False) or (pairs and not in_files[n].startswith(language))]
+    kept = [
+        n for n in extra if _matches(lm, n, missing=False) or (part_of_more and not in_files[n].startswith(language))
+    ]
     unknown = [n for n in extra if n not in kept]
     shapes = [
         f"{n} {list(stored[n].shape)} instead of {list(expected[n].shape)}"
@@ -123,6 +129,13 @@ def _prefixes(lm: PreTrainedModel, expected: Iterable[str], found: Iterable[str]
         prefixes.append(pair if best else (own, own))
     # A longer prefix in the files first, since one may begin with another.
     return tuple(sorted(prefixes, key=lambda pair: -len(pair[0])))
+
+
+def _bare_backbone(lm: PreTrainedModel, needed: Set[str], found: Set[str]) -> tuple[tuple[str, str], ...]:
+    """Return the prefix that files saved from the backbone alone lack (GPT-2's), where that is all of the model."""
+    trunk = f"{name_of(lm, backbone(lm))}."
+    bare = all(name.startswith(trunk) and name.removeprefix(trunk) in found for name in needed)
+    return (("", trunk),) if bare and not any(name.startswith(trunk) for name in found) else ()
 
 
 def _equal(first: StoredTensor, second: StoredTensor, names: Names, one: str, other: str) -> bool:

@@ -180,7 +180,9 @@ def loading_phase(sizes: ModelSizes, place: Placement) -> Phase:
 def first_pass_phase(sizes: ModelSizes, zero: ZeroSettings, place: Placement, tokens: int) -> Phase:
     """Return the memory while the reference scores a micro-batch: one layer at a time, and the head's block."""
     memory = replace(sizes.activations, on_gpu=place.is_gpu)
-    layer = tokens * (memory.per_token_whole_layer + _repeated_kv(sizes, place))
+    repeated = _repeated_kv(sizes, place)
+    layer = tokens * (memory.per_token_largest_layer + repeated)
+    all_layers = tokens * memory.layers * (memory.per_token_whole_layer + repeated)
     return Phase(
         "first pass",
         (
@@ -191,7 +193,7 @@ def first_pass_phase(sizes: ModelSizes, zero: ZeroSettings, place: Placement, to
             MemoryPart("one layer", int(layer + tokens * memory.per_token_ends), "tokens × bytes a layer")
             if place.is_gpu
             else MemoryPart(
-                "layers", int(FORWARD_FACTOR * memory.layers * layer), f"{FORWARD_FACTOR}·tokens × bytes of the layers"
+                "layers", int(FORWARD_FACTOR * all_layers), f"{FORWARD_FACTOR}·tokens × bytes of the layers"
             ),
             MemoryPart("head block", memory.block(tokens), "bounded, model/head.py"),
             *_attention_block(sizes, place, tokens),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,8 @@ from transformers import PreTrainedConfig
 
 from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.model.adapter import Adapter
-from prefopt_dist.model.cost import ActivationMemory, activation_memory, meta_model
+from prefopt_dist.model.cost import ActivationMemory, activation_memory
+from prefopt_dist.model.counting import count
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class ModelSizes:
     file_dtype_bytes: int
     """Bytes of a number in the weight files"""
     repeated_kv_bytes: int
-    """Bytes per token and layer of the keys and values that attention on the CPU repeats for grouped queries and
-    keeps"""
+    """Bytes per token and layer, on average, of the keys and values that attention on the CPU repeats for grouped
+    queries and keeps"""
     cached_kv_bytes: int
-    """Bytes per token and layer of the key-value cache of sampling: s · 2 · key-value heads · head size"""
+    """Bytes per token and layer, on average, of the key-value cache of sampling: s · 2 · key-value heads · head size"""
     activations: ActivationMemory
 
     @property
@@ -56,9 +56,7 @@ def model_sizes(
     adapter: Adapter | None = None,
     path: ComputePath = "shared",
 ) -> ModelSizes:
-    """Return the sizes of a model, counted on meta models of one and two layers.
-
-    All layers of a supported family are equal, so the two counts give those of any number of layers.
+    """Return the sizes of a model, counted on a model without weights.
 
     Args:
         config: the model's configuration.
@@ -67,32 +65,21 @@ def model_sizes(
         adapter: the run's adapters; None where the whole model is trained.
         path: how micro-batches are computed.
     """
-    models = [meta_model(config, layers, dtype, adapter) for layers in (1, 2)]
-    one, two = (list(model.parameters()) for model in models)
-    layers = config.num_hidden_layers
-
-    def extrapolate(count: Callable[[torch.Tensor], int]) -> int:
-        first, both = sum(map(count, one)), sum(map(count, two))
-        total: int = first + (layers - 1) * (both - first)
-        return total
-
-    item = dtype.itemsize
+    found = count(config, dtype, adapter)
+    item, layers = dtype.itemsize, len(found.layers)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else dtype
-    numbers = config.to_dict()
-    heads = numbers["num_attention_heads"]
-    size = numbers.get("head_dim") or config.hidden_size // heads
-    key_heads = numbers.get("num_key_value_heads") or heads
+    keys = sum(call.key_numbers for call in found.calls)
     return ModelSizes(
-        parameters=extrapolate(torch.Tensor.numel),
-        trained=extrapolate(lambda p: p.numel() if p.requires_grad else 0),
-        head=config.vocab_size * config.hidden_size,
-        largest_parameter=max(p.numel() for p in two),
-        largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in models[1].modules()),
-        experts=any(p.dim() == 3 for p in one),  # all experts' matrices are one tensor
-        persistent=extrapolate(lambda p: p.numel() if p.numel() <= persistence_threshold else 0),
+        parameters=sum(n for n, _ in found.sizes),
+        trained=sum(n for n, trained in found.sizes if trained),
+        head=found.head,
+        largest_parameter=max(n for n, _ in found.sizes),
+        largest_module=max(found.modules),
+        experts=found.experts,
+        persistent=sum(n for n, _ in found.sizes if n <= persistence_threshold),
         dtype_bytes=item,
         file_dtype_bytes=stored.itemsize,
-        repeated_kv_bytes=2 * (heads - key_heads) * size * item,
-        cached_kv_bytes=2 * key_heads * size * item,
+        repeated_kv_bytes=(sum(call.repeated_key_numbers for call in found.calls) - keys) * item // layers,
+        cached_kv_bytes=keys * item // layers,
         activations=activation_memory(config, dtype, adapter, path),
     )

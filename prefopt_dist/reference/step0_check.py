@@ -10,6 +10,7 @@ import torch.distributed as dist
 from transformers import PreTrainedConfig
 
 from prefopt_dist.errors import AgreedUserError
+from prefopt_dist.model.counting import experts_of_token
 from prefopt_dist.objectives import Objective, Terms
 
 
@@ -28,7 +29,7 @@ class RoundingTolerance:
     @classmethod
     def of_model(cls, config: PreTrainedConfig, dtype: torch.dtype) -> RoundingTolerance:
         """Return the tolerance for a model's dtype; it is larger for a model with experts."""
-        experts = getattr(config, "num_experts_per_tok", None) is not None
+        experts = experts_of_token(config) is not None
         if dtype == torch.bfloat16:
             # A logit between 8 and 16 is a multiple of 1/16. The log-prob of a short or likely response is small, so a
             # share of it would be too little.

@@ -25,7 +25,7 @@ from prefopt_dist.data.derived import UnpairedRows
 from prefopt_dist.data.template import read_template
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.adapter import Adapter, linear_layers
-from prefopt_dist.model.cost import meta_model
+from prefopt_dist.model.counting import meta_model
 from prefopt_dist.model.folder import ModelFolder, read_generation_config
 from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.objectives import Objective
@@ -106,7 +106,7 @@ def adapter_of(lora: Lora | None, model: PreTrainedConfig, base: str) -> Adapter
     """
     if lora is None:
         return None
-    layers = linear_layers(meta_model(model, 1, torch.bfloat16))
+    layers = linear_layers(meta_model(model, torch.bfloat16))
     names = list(layers) if lora.target_modules is None else list(dict.fromkeys(lora.target_modules))
     if not names:
         raise UserError("lora.target_modules: got [], must name a layer; name layers, or leave it out for all of them")

@@ -22,10 +22,11 @@ from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.adapter import Adapter
-from prefopt_dist.model.cost import adapter_parameters, layer_parameters
+from prefopt_dist.model.cost import adapter_parameters, layer_parameters, uncounted_text
 from prefopt_dist.model.folder import ModelFolder, inspect_folder, resolve
 from prefopt_dist.model.layer_kernels import kernels_text
 from prefopt_dist.model.load import load_tokenizer, own_attention
+from prefopt_dist.model.published import trainable_folder
 from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.setup import checks
@@ -125,13 +126,23 @@ def _check_surroundings(config: Config) -> None:
     checks.check_folders(config, make_objective(config.loss, DTYPES[config.model.dtype]))
 
 
+def model_folder(config: Config, name_or_path: str, key: str) -> ModelFolder:
+    """Return the checked folder of a model, downloaded and converted where necessary.
+
+    Args:
+        config: the configuration, for the cache and the longest sequence.
+        name_or_path: a folder or a hub name.
+        key: the configuration key that names it, for messages.
+    """
+    folder = trainable_folder(resolve(name_or_path, key), key, config.cache_dir, say)
+    return inspect_folder(folder, key, config.data.max_length)
+
+
 def _models(config: Config) -> Models:
-    longest = config.data.max_length
-    policy = inspect_folder(resolve(config.model.name_or_path, "model.name_or_path"), "model.name_or_path", longest)
+    policy = model_folder(config, config.model.name_or_path, "model.name_or_path")
     reference = policy
     if config.reference.name_or_path is not None:
-        key = "reference.name_or_path"
-        reference = inspect_folder(resolve(config.reference.name_or_path, key), key, longest)
+        reference = model_folder(config, config.reference.name_or_path, "reference.name_or_path")
     tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
     checks.check_tokenizer(tokenizer, config.data.template, policy.config.vocab_size)
     if reference is not policy:
@@ -160,6 +171,9 @@ def load_models(config: Config) -> Models:
         say(line)
     if path != "plain":
         say(f"attention: {ranks.run_on_rank_zero(partial(_kernels, models))}")
+    uncounted = ranks.run_on_rank_zero(partial(uncounted_text, models.policy.config))
+    if uncounted:
+        say(f"estimates of memory and operations: {uncounted}")
     return replace(models, path=path)
 
 

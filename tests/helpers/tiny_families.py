@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -163,10 +164,17 @@ LARGER_MODELS: dict[str, dict[str, Any]] = {
 """Models that also take images, by their model_type."""
 
 
-def larger_model(family: str) -> Any:
-    """A random model that also takes images; its class is the one that a published folder of the family names."""
+def larger_model(family: str, text: Mapping[str, Any] | None = None, **changes: Any) -> Any:
+    """A random model that also takes images; its class is the one that a published folder of the family names.
+
+    Args:
+        family: its model_type.
+        text: changes of its language model's fields.
+        changes: changes of its own fields.
+    """
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **LARGER_MODELS[family])
+    fields = LARGER_MODELS[family] | changes
+    config = AutoConfig.for_model(family, **(fields | {"text_config": fields["text_config"] | (text or {})}))
     lm = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in lm.parameters():

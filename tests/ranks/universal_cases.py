@@ -16,20 +16,23 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import case_runner
+import tiny_families
 import torch
 import worlds
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from prefopt_dist.batching.batches import ScoredRows, step_batch
-from prefopt_dist.checkpoint import export_check, export_weights, load, resharding, save
+from prefopt_dist.checkpoint import export_check, export_weights, load, other_parts, resharding, save
 from prefopt_dist.checkpoint.manifest import read_manifest, remove
 from prefopt_dist.checkpoint.shards import MasterWeights
 from prefopt_dist.commands import train
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.distributed import partitions, ranks, zero3
 from prefopt_dist.errors import UserError
+from prefopt_dist.model.folder import inspect_folder
+from prefopt_dist.model.load import load_language_model
 from prefopt_dist.objectives import factory
 from prefopt_dist.setup import lifecycle, prepare_data, prepare_models, prepare_reference
 from prefopt_dist.training import step
@@ -43,8 +46,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "untied": ({"optim": {"weight_decay": 0.1}}, ZERO | {"sub_group_size": 5000}),
     "offload": ({"optim": {"weight_decay": 0.1}}, ZERO | {"offload_optimizer": {"device": "cpu"}}),
     "lora": ({"optim": {"weight_decay": 0.1}, "lora": {"r": 3}}, ZERO | {"sub_group_size": 1000}),
+    "buffers": ({"optim": {"weight_decay": 0.1}}, ZERO),
+    "images": ({"optim": {"weight_decay": 0.1}}, ZERO),
 }
 """Sections of the run and ZeRO's settings; a small sub_group_size makes several sub-groups of a group."""
+BUFFER = "e_score_correction_bias"
 STATE = {"window": {"sums": [1 / 3, 2.0], "tokens": 7, "seconds": 0.1, "data_seconds": 1e-9}}
 
 
@@ -56,7 +62,7 @@ def config_of(folder: Path, name: str) -> Config:
         (folder / f"{name}.json").write_text(
             json.dumps({"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}})
         )
-        model = folder / ("model-untied" if name == "untied" else "model")
+        model = folder / (f"model-{name}" if name in ("untied", "buffers", "images") else "model")
         worlds.write_run(
             file,
             model,
@@ -245,11 +251,19 @@ def small_parts(wrote: list[str]) -> Iterator[None]:
         wrote.append(name)
         return write(tensors, lm, folder, name, names, first=first)
 
+    copy = other_parts.copy_part
+
+    def noted_copy(tensors: Any, target: Path) -> Any:
+        wrote.append(target.name)
+        return copy(tensors, target)
+
     export_weights._write_part, export_weights.PART_BYTES = noted, 20_000
+    other_parts.copy_part = noted_copy
     try:
         yield
     finally:
         export_weights._write_part, export_weights.PART_BYTES = write, most
+        other_parts.copy_part = copy
 
 
 def different(folder: Path, name: str, target: Path) -> list[str]:
@@ -259,10 +273,27 @@ def different(folder: Path, name: str, target: Path) -> list[str]:
     if name == "lora":
         held = load_file(target / "adapter_model.safetensors")
         held = {n.removeprefix("base_model.model.").replace(".weight", ".default.weight"): t for n, t in held.items()}
+    elif name == "images":
+        exported = inspect_folder(target, "export.dir")
+        held = load_language_model(exported, exported.config, torch.float32).state_dict()
     else:
         held = AutoModelForCausalLM.from_pretrained(target, dtype="auto").state_dict()
     wrong = [n for n, t in saved.items() if not torch.equal(held[n], t.to(held[n].dtype))]
-    return wrong + sorted(held.keys() - saved.keys() - {"lm_head.weight"})
+    wrong += changed_beside_training(folder, name, target)
+    return wrong + sorted(n for n in held.keys() - saved.keys() - {"lm_head.weight"} if BUFFER not in n)
+
+
+def changed_beside_training(folder: Path, name: str, target: Path) -> list[str]:
+    """Tensors that no update changes, and that are not those of the folder that training started from."""
+    if name not in ("buffers", "images"):
+        return []
+    before, after = (
+        {n: t for file in place.glob("*.safetensors") for n, t in load_file(file).items()}
+        for place in (folder / f"model-{name}", target)
+    )
+    kept = [n for n in before if BUFFER in n or "vision" in n or "projector" in n]
+    assert kept
+    return [n for n in kept if not torch.equal(before[n], after[n])] + sorted(before.keys() ^ after.keys())
 
 
 def flip(file: Path, draw: random.Random) -> None:
@@ -464,6 +495,27 @@ def prepare(folder: Path) -> None:
     worlds.write_model(folder / "model", seed=1, scale=2.0)
     worlds.write_model(folder / "model-untied", seed=1, scale=2.0, tied=False)
     worlds.write_pairs(folder / "pairs.jsonl", PAIRS)
+    if not (folder / "model-images").exists():
+        write_buffers(folder / "model-buffers", folder / "model")
+        write_images(folder / "model-images", folder / "model")
+
+
+def write_buffers(folder: Path, like: Path) -> None:
+    """A dense layer, and one whose experts are chosen with a correction that is not trained."""
+    worlds.write_family(folder, like, "glm4_moe", **tiny_families.ROUTED, head_dim=8, n_shared_experts=1)
+    held = load_file(folder / "model.safetensors")
+    (name,) = (n for n in held if BUFFER in n)
+    held[name] = torch.tensor([0.5, -0.25, 0.125, 1 / 3])
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_images(folder: Path, like: Path) -> None:
+    """A model that also takes images, with the tokenizer of `like`."""
+    shutil.copytree(like, folder)
+    (folder / "model.safetensors").unlink()
+    text = {"vocab_size": 310, "num_hidden_layers": 2, "sliding_window": 16}
+    tokens = {"image_token_index": 301, "boi_token_index": 302, "eoi_token_index": 303}
+    tiny_families.larger_model("gemma3", text, **tokens).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_families import LARGER_MODELS, VOCABULARY, larger_model, tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 
 from prefopt_dist.checkpoint import export_weights, other_parts
 from prefopt_dist.checkpoint.export_weights import WeightsInMemory
@@ -126,6 +132,21 @@ def test_tensors_that_transformers_skips_are_kept(tmp_path: Path, family: str, s
     assert torch.equal(logits(again, ids), logits(lm, ids))
 
 
+def test_a_tied_model_saved_without_its_head(tmp_path: Path) -> None:
+    """As GPT-2 is published: the names lack the backbone's prefix, in the export too."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    torch.manual_seed(0)
+    whole = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4)).eval()
+    whole.transformer.save_pretrained(source)
+    folder = inspect_folder(source, KEY)
+    lm = load(folder)
+    ids = torch.randint(1, VOCABULARY, (1, 9))
+    assert (logits(lm, ids) - logits(whole, ids)).abs().max() < 1e-6
+    export(folder, lm, target)
+    assert tensors(target).keys() == tensors(source).keys()
+    assert torch.equal(logits(load(inspect_folder(target, KEY)), ids), logits(lm, ids))
+
+
 def test_correction_biases_are_exported_in_their_own_dtype(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     lm = tiny_model("deepseek_v3")
@@ -134,5 +155,6 @@ def test_correction_biases_are_exported_in_their_own_dtype(tmp_path: Path) -> No
     bias = tensors(source)[name]
     assert bias.abs().min() > 0
     export(inspect_folder(source, KEY), load(inspect_folder(source, KEY)), target, torch.bfloat16)
+    assert torch.equal(tensors(target)[name], bias), "not rounded"
     assert inspect_folder(target, KEY).names.kept == ()
     assert tensors(target)["model.norm.weight"].dtype == torch.bfloat16
