@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from prefopt_dist.errors import UserError
+from prefopt_dist.model.larger import check_language_part
 from prefopt_dist.model.published import quantization
 from prefopt_dist.model.weight_files import stored_tensors, weight_files
 from prefopt_dist.model.weight_names import Names, match
@@ -93,7 +94,7 @@ def inspect_folder(path: Path, key: str, max_length: int | None = None) -> Model
         UserError: the folder is incomplete, damaged or of a model that is not supported.
     """
     whole = read_config(path, key)
-    config = language_config(whole)
+    config = language_config(whole, path, key)
     check_config(config, path, key, max_length)
     if quantization(whole.to_dict()) is not None:
         raise UserError(f"{key}: the weights of {path} are quantised. Give a folder of the model in bfloat16.")
@@ -102,6 +103,8 @@ def inspect_folder(path: Path, key: str, max_length: int | None = None) -> Model
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
     part_of_more = whole is not config
+    if part_of_more:
+        check_language_part(whole, lm, path, key)
     names = match(lm, stored_tensors(files, key), path, key, part_of_more=part_of_more)
     return ModelFolder(path, config, files, key, names, part_of_more)
 
@@ -183,12 +186,17 @@ def read_config(path: Path, key: str) -> PreTrainedConfig:
 
 def read_language_config(path: Path, key: str) -> PreTrainedConfig:
     """Read the configuration of a folder's language model, which may be a part of a model that also takes images."""
-    return language_config(read_config(path, key))
+    return language_config(read_config(path, key), path, key)
 
 
-def language_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def language_config(config: PreTrainedConfig, path: Path, key: str) -> PreTrainedConfig:
     """Return the configuration of the language model of a larger model; of a language model the same object."""
-    found: PreTrainedConfig = config.get_text_config(decoder=True)
+    try:
+        found: PreTrainedConfig = config.get_text_config(decoder=True)
+    except ValueError as e:
+        raise UserError(
+            f"{key}: {path} has several language models ({e}). Give the folder of one language model."
+        ) from e
     if found is config:
         return config
     found = copy.deepcopy(found)

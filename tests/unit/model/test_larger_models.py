@@ -100,6 +100,24 @@ def test_the_export_is_the_whole_folder_again(tmp_path: Path, family: str, monke
     assert (logits(load(inspect_folder(target, KEY)), ids) - logits(lm, ids)).abs().max() < 1e-6
 
 
+def test_a_larger_model_that_scales_its_logits_in_another_way_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Cohere's model for images, which leaves the logit scale of its language model out."""
+    whole = larger_model("gemma3")
+    whole.save_pretrained(tmp_path)
+    original = type(whole).forward
+
+    def scaled(self: Any, **given: Any) -> Any:
+        result = original(self, **given)
+        result.logits = 0.5 * result.logits
+        return result
+
+    monkeypatch.setattr(type(whole), "forward", scaled)
+    with pytest.raises(UserError, match=r"Gemma3ForConditionalGeneration are 0\.5·x of the head's product x, .* are x"):
+        inspect_folder(tmp_path, KEY)
+
+
 def test_a_missing_tensor_of_the_language_model_is_named(tmp_path: Path) -> None:
     larger_model("gemma3").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

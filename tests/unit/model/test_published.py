@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from prefopt_dist.model import published
 from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.model.load import load_unsharded
 from prefopt_dist.model.published import from_fp8, from_mxfp4, trainable_folder
+from prefopt_dist.setup import prepare_models
 
 KEY = "model.name_or_path"
 
@@ -215,6 +217,15 @@ def test_8_bits_without_a_scale_are_refused(tmp_path: Path) -> None:
     save_file(held, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"has {lost} in 8 bits, but no scale of it"):
         converted(source, tmp_path / "cache")
+
+
+def test_a_run_takes_the_converted_folder(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    tiny_model("olmo3").save_pretrained(source)
+    write_fp8(source, None)
+    config: Any = SimpleNamespace(cache_dir=tmp_path / "cache", data=SimpleNamespace(max_length=64))
+    folder = prepare_models.model_folder(config, str(source), KEY)
+    assert folder.path.parent == tmp_path / "cache" / "converted"
 
 
 def test_a_conversion_that_was_killed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
