@@ -141,6 +141,11 @@ def _settings(adapter: Adapter) -> Any:
     )
 
 
+def require_package() -> None:
+    """Raise UserError where peft is not installed."""
+    _peft()
+
+
 def _peft() -> Any:
     """Import peft, which takes seconds and which most runs do not need."""
     # peft uses a name of the model's that transformers is about to change.

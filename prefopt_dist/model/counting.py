@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 from transformers.integrations.moe import ExpertsInterface
 
 from prefopt_dist.errors import UserError
-from prefopt_dist.model.adapter import Adapter, attach
+from prefopt_dist.model.adapter import Adapter, attach, require_package
 from prefopt_dist.model.attention import CHOOSING, LayerNeeds, needs_of_call
 from prefopt_dist.model.parts import backbone, decoder_layers, output_head
 
@@ -89,6 +89,8 @@ class Counts:
 
 def count(config: PreTrainedConfig, dtype: torch.dtype, adapter: Adapter | None = None) -> Counts:
     """Count a model of this configuration, with adapters if given; the result is kept in memory."""
+    if adapter is not None:
+        require_package()
     described = json.dumps([type(config).__name__, config.to_dict()], sort_keys=True, default=str)
     return _counted(described, _Held(config), dtype, adapter)
 
