@@ -78,6 +78,8 @@ class Counts:
     """Bytes for each token that autograd keeps outside the layers, without the head"""
     calls: tuple[AttentionCall, ...]
     """Every attention of the forward pass"""
+    experts: bool
+    """Whether a layer has experts, of which a token uses some"""
     failure: str
     """Why no forward pass could be counted; empty where it was"""
 
@@ -170,6 +172,7 @@ def _counted(described: str, held: _Held, dtype: torch.dtype, adapter: Adapter |
         beside_layers=sum(active(module) for module in others),
         kept_beside_layers=kept[-1] / _TOKENS,
         calls=tuple(call for _, call in record.calls),
+        experts=bool(factor),
         failure=failure,
     )
 
