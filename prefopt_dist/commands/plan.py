@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from prefopt_dist.batching.layout import Cost
+from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.checkpoint.export_weights import PART_BYTES
 from prefopt_dist.config import Config
 from prefopt_dist.data import open_rows
@@ -42,13 +43,13 @@ def run(config: Config) -> None:
     folder = resolve(config.model.name_or_path, key, weights=False)
     model = read_language_config(folder, key)
     check_config(model, folder, key, config.data.max_length)
-    _, lines = choose_path(config, [(key, model)], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    path, lines = choose_path(config, [(key, model)], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for line in lines:
         say(line)
     machine = planned_machine(config.plan)
     cost = forward_cost(model)
-    work_to_do = _work(config, model, cost)
-    needs = job_needs(config, model, work_to_do.keys_per_token)
+    work_to_do = _work(config, model, cost, path)
+    needs = job_needs(config, model, work_to_do.keys_per_token, path)
     fits = fits_with_offloading(needs, machine)
     report = _report(config, machine, needs, fits, work_to_do, cost)
     show(report.text())
@@ -61,12 +62,12 @@ def run(config: Config) -> None:
         say(f"written: {config.plan.file}")
 
 
-def _work(config: Config, model: PreTrainedConfig, cost: Cost) -> work.Work:
+def _work(config: Config, model: PreTrainedConfig, cost: Cost, path: ComputePath) -> work.Work:
     objective = make_objective(config.loss, DTYPES[config.model.dtype])
     try:
         tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
     except UserError as e:  # config.json alone is enough for a plan
-        return _unread(config, cost, objective, e)
+        return _unread(config, cost, objective, path, e)
     try:
         train = rows_for_loss(config, open_rows(tokenised_train_folder(config, tokenizer, model.vocab_size)), TRAIN)
         evals = {
@@ -76,13 +77,13 @@ def _work(config: Config, model: PreTrainedConfig, cost: Cost) -> work.Work:
             for key, sources in eval_sets(config).items()
         }
     except NotHere as e:  # a row or a finding that would stop the job stops its plan, before any queue
-        return _unread(config, cost, objective, e)
-    return work.work_from_rows(config, train, evals, cost, objective)
+        return _unread(config, cost, objective, path, e)
+    return work.work_from_rows(config, train, evals, cost, objective, path)
 
 
-def _unread(config: Config, cost: Cost, objective: Objective, why: UserError) -> work.Work:
+def _unread(config: Config, cost: Cost, objective: Objective, path: ComputePath, why: UserError) -> work.Work:
     say(f"the data cannot be read here, so every row is taken to be as long as data.max_length allows: {why}")
-    return work.worst_case_work(config, cost, objective)
+    return work.worst_case_work(config, cost, objective, path)
 
 
 def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], todo: work.Work, cost: Cost) -> PlanReport:
