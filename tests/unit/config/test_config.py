@@ -61,6 +61,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "tokenizer": None,
             "dtype": "bfloat16",
             "checkpointing": "auto",
+            "path": "auto",
         },
         "data": {
             "train": [source],
