@@ -206,6 +206,7 @@ def test_a_sweep_scores_each_sequence_once(world: World, whole: Path) -> None:
     assert all(row["train/loss"] == pytest.approx(0.693147, abs=1e-4) for row in first)
 
 
+@pytest.mark.slow
 def test_stop_and_go_on(world: World, whole: Path) -> None:
     """The file STOP, then TERM, then to the end: statuses 75, 75, 0; W&B shows one run."""
     run, folder = world.run("stopped", tracking={"wandb": {"mode": "offline"}}), world.folder / "stopped"
@@ -359,6 +360,7 @@ def test_evaluate_and_export_on_one_rank(world: World, whole: Path) -> None:
     assert len({f.stat().st_mode for f in target.iterdir()}) == 1
 
 
+@pytest.mark.slow
 def test_bfloat16(world: World) -> None:
     """Trained in bfloat16; exported in it, and the float32 master weights on request."""
     settings = {"model": {"dtype": "bfloat16"}, "train": {"global_batch_pairs": G, "max_steps": 4}}

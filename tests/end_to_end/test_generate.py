@@ -246,6 +246,7 @@ def test_pairs_that_are_there_need_no_answers(world: Path, door: Door) -> None:
     assert sampled_at(world / "cache-kept") == [0.9]
 
 
+@pytest.mark.slow
 def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     """One round, then the same with two; the second starts from the first one's model."""
     judged = door.lines("judged.jsonl", *rows(world / "new.jsonl"))
