@@ -186,8 +186,9 @@ class _Case:
 
     def __init__(self, small: Cut, device: torch.device) -> None:
         self._config, self._device = small.config, device
-        model = _build(small.config, "eager").to(device)
-        randomise(model)
+        model = _build(small.config, "eager")
+        randomise(model)  # on the host, so that every device proves the same weights
+        model.to(device)
         self._state = {name: x.detach() for name, x in model.state_dict().items()}
         self._units = sequences.units(_tokens(small.config.to_dict()), _special(small.config.to_dict()))
         self._by = sequences.weights().to(device)

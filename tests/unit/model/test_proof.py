@@ -51,6 +51,14 @@ def test_a_family_takes_its_path(family: str) -> None:
         assert tried.text().startswith(f"{tried.path}: ")
 
 
+def test_weights_are_drawn_on_the_host_whatever_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(proving, "randomise", lambda lm: drawn.append(next(lm.parameters()).device.type))
+    with pytest.raises(UserError, match="no small copy of this llama model can be computed"):
+        prove(tiny("llama"), key=KEY, device=torch.device("meta"))
+    assert set(drawn) == {"cpu"}
+
+
 @pytest.fixture
 def lying(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Exchange our attention by one that changes its arguments."""
