@@ -169,12 +169,12 @@ def load_models(config: Config) -> Models:
     path, lines = ranks.run_on_rank_zero(partial(_path, config, models, ranks.device()))
     for line in lines:
         say(line)
-    if path != "plain":
-        say(f"attention: {ranks.run_on_rank_zero(partial(_kernels, models))}")
+    models = replace(models, path=path)
+    say(f"attention: {ranks.run_on_rank_zero(partial(_kernels, models))}")
     uncounted = ranks.run_on_rank_zero(partial(uncounted_text, models.policy.config))
     if uncounted:
         say(f"estimates of memory and operations: {uncounted}")
-    return replace(models, path=path)
+    return models
 
 
 def _path(config: Config, models: Models, device: torch.device) -> tuple[ComputePath, list[str]]:
