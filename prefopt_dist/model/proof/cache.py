@@ -31,6 +31,7 @@ def proven_path(
     *,
     key: str,
     path: ComputePath | None,
+    remedy: str | None = None,
     max_length: int | None,
     device: torch.device,
     cache: Path,
@@ -38,9 +39,10 @@ def proven_path(
     """Return the proof of a path, from the cache where it was made before, and whether it was.
 
     Args:
-        config: as in `prove`, as are key, path, max_length and device.
+        config: as in `prove`, as are key, path, remedy, max_length and device.
         key: see there.
         path: see there.
+        remedy: see there.
         max_length: see there.
         device: see there.
         cache: the folder of proofs; one that cannot be written costs time, but never a result.
@@ -52,7 +54,7 @@ def proven_path(
     found = _read(file)
     if found is not None:
         return found, True
-    proof = prove(config, key=key, path=path, max_length=max_length, device=device)
+    proof = prove(config, key=key, path=path, remedy=remedy, max_length=max_length, device=device)
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
         write_json(file, asdict(proof))

@@ -79,7 +79,7 @@ def assert_found(config: PreTrainedConfig) -> None:
     for tried in found.tried[:2]:
         assert not tried.equal
         assert (tried.gradients or 0) > 1e-3, tried.text()
-    with pytest.raises(UserError, match=r"no path computes .* shared: log-probs differ by .*model.path=auto"):
+    with pytest.raises(UserError, match=r"the path shared does not .* log-probs differ by .*model.path=auto"):
         proof(config, "shared")
 
 
