@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,3 +38,15 @@ def test_a_model_that_has_diverged_has_a_result(world: Path, capsys: pytest.Capt
     found = json.loads((world / "runs" / "run" / "evaluation.json").read_text(), parse_constant=refuse)
     assert found["eval/loss"] == "NaN"
     assert found["eval/rewards/accuracies"] == 0
+
+
+def test_the_path_is_proven_for_the_evaluated_model_too(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    door = Door(world, capsys)
+    fields: dict[str, Any] = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+    fields |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+    worlds.write_family(world / "hybrid", world / "model", "qwen3_5_text", **fields)
+    run = door.run("hybrid", data={"eval": door.path("pairs.jsonl")}, evaluate={"model": door.path("hybrid")})
+    status, said = door.ends(run, stage="evaluate")
+    assert status == 0, said
+    assert "evaluate.model: the path plain: " in said
+    assert "model.name_or_path: the path plain: " in said, "both are computed alike"
