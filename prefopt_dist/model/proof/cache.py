@@ -51,9 +51,11 @@ def proven_path(
         UserError: as `prove`; a refusal is not kept.
     """
     file = cache / f"{_digest(config, path, max_length, device)}.json"
-    found = _read(file)
-    if found is not None:
-        return found, True
+    # A resume names the path that its first start has found among all.
+    for known in (file, cache / f"{_digest(config, None, max_length, device)}.json"):
+        found = _read(known)
+        if found is not None and path in (None, found.path):
+            return found, True
     proof = prove(config, key=key, path=path, remedy=remedy, max_length=max_length, device=device)
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)

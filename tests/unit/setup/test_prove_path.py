@@ -74,5 +74,18 @@ def test_a_run_keeps_its_path(tmp_path: Path) -> None:
         choose(run_config(tmp_path, "packed"), (POLICY, llama()))
 
 
+def test_a_resume_finds_the_proof_of_the_start(tmp_path: Path) -> None:
+    _, (line,) = choose(run_config(tmp_path), (POLICY, llama()))
+    assert "proven in" in line
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"path": "shared"}))
+    _, (line,) = choose(run_config(tmp_path), (POLICY, llama()))
+    assert "found in the cache" in line
+    (tmp_path / "run" / "run.json").unlink()
+    _, (line,) = choose(run_config(tmp_path, "packed"), (POLICY, llama()))
+    assert "the path packed: " in line
+    assert "proven in" in line, "that was not proven"
+
+
 def test_the_path_is_no_part_of_what_a_run_is(tmp_path: Path) -> None:
     assert identity(run_config(tmp_path)) == identity(run_config(tmp_path, "plain"))
