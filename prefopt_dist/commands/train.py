@@ -182,7 +182,7 @@ def _make_job(
     if inputs.base is not None:
         ranks.run_on_all_ranks(partial(refuse_if_changed, inputs.base.states))
     if ranks.rank() == 0:
-        folder.note(memory=checkpointing.as_run_json() | {"keys_per_token": keys, "path": models.path})
+        folder.note(memory=checkpointing.as_run_json() | {"keys_per_token": keys})
     state: dict[str, Any] | None = None
     first = 0
     if inputs.checkpoint is not None:
