@@ -64,8 +64,9 @@ def proven_path(
 
 
 def _digest(config: PreTrainedConfig, path: ComputePath | None, max_length: int | None, device: torch.device) -> str:
+    # A plan reads a quantised folder as it is published, a training the converted one.
     content = {
-        "config": {k: v for k, v in config.to_dict().items() if k not in IGNORED_FIELDS},
+        "config": {k: v for k, v in config.to_dict().items() if k not in (*IGNORED_FIELDS, "quantization_config")},
         "path": path,
         "longer": length_dependent(config, max_length),
         "versions": {name: _version(name) for name in LIBRARIES},

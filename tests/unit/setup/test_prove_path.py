@@ -87,5 +87,13 @@ def test_a_resume_finds_the_proof_of_the_start(tmp_path: Path) -> None:
     assert "proven in" in line, "that was not proven"
 
 
+def test_a_plan_and_a_training_of_a_quantised_folder_have_one_proof(tmp_path: Path) -> None:
+    """The plan reads the folder as it is published, and the training the converted one."""
+    _, (line,) = choose(run_config(tmp_path), (POLICY, llama(quantization_config={"quant_method": "fp8"})))
+    assert "proven in" in line
+    _, (line,) = choose(run_config(tmp_path), (POLICY, llama()))
+    assert "found in the cache" in line
+
+
 def test_the_path_is_no_part_of_what_a_run_is(tmp_path: Path) -> None:
     assert identity(run_config(tmp_path)) == identity(run_config(tmp_path, "plain"))
