@@ -194,7 +194,7 @@ def test_training_reads_what_the_policies_leave(door: Door) -> None:
     policy = SimpleNamespace(config=made, path="m", key="model.name_or_path")
     for overrides, left in (([], [1, 2, 3]), (["inspect.duplicates=drop"], [1, 2])):
         config = load_config(str(door.run()), [f"data.train={data}", *overrides])
-        models: Any = SimpleNamespace(tokenizer=tokenizer, policy=policy, reference=policy)
+        models: Any = SimpleNamespace(tokenizer=tokenizer, policy=policy, reference=policy, path="shared")
         rows = prepare_data.load_train(config, models, DPO(0.1, 0.0, 0.0, False))
         assert rows.line.tolist() == left
         facts = prepare_data.data_facts(rows, {})["train"]
