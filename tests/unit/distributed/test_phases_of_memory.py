@@ -139,8 +139,9 @@ def test_the_estimate_is_that_of_the_stage(run: Path) -> None:
         estimate("generate", "sampling", rewarded, "generate.engine=vllm")
 
 
-def test_the_estimate_is_that_of_the_path(run: Path) -> None:
+def test_the_estimate_is_that_of_the_path(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformers' attention has no blocks of scores, and the rectangles' hidden states are copied."""
+    monkeypatch.setattr(ranks, "device", lambda: torch.device("cuda"))
     config = load_config(run)
     shared = memory_advice._estimate(config, "train", "first pass")
     config.run_dir.mkdir()
