@@ -37,15 +37,16 @@ def run(config: Config) -> None:
             raise AgreedUserError(
                 "data.eval: not set, so there is nothing to evaluate on. Name a data set, or set evaluate.prompts."
             )
+        given = None
         if config.evaluate.model is None:
             ranks.run_on_rank_zero(
                 lambda: export.chosen_checkpoint(config)
             )  # there is none: said before the first pass
         else:
-            _given("evaluate.model", config.evaluate.model, config)
-        models = prepare_models.load_models(config)
+            given = _given("evaluate.model", config.evaluate.model, config)
+        models = prepare_models.load_models(config, [] if given is None else [given])
         prepared = _prepared(config, models) if config.data.eval else None
-        evaluated = _model(config, models, folder)
+        evaluated = _model(config, models, folder) if given is None else _Evaluated(str(config.evaluate.model), given)
         found: dict[str, Any] = {"model": evaluated.name}
         if prepared is not None:
             found |= _on_given(config, models, evaluated, *prepared)
@@ -103,8 +104,7 @@ class _Evaluated:
 
 
 def _model(config: Config, models: Models, folder: RunFolder) -> _Evaluated:
-    if config.evaluate.model is not None:
-        return _Evaluated(config.evaluate.model, _given("evaluate.model", config.evaluate.model, config))
+    """Return the model of the run's checkpoint."""
     source = ranks.run_on_rank_zero(lambda: export.chosen_checkpoint(config))
     # As a model folder, or one of adapters, it can be loaded by any number of ranks.
     target = config.run_dir / ".evaluating"

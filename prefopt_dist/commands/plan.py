@@ -39,11 +39,12 @@ from prefopt_dist.setup.prove_path import choose_path
 
 def run(config: Config) -> None:
     """Plan in one process, without a process group."""
-    key = "model.name_or_path"
-    folder = resolve(config.model.name_or_path, key, weights=False)
-    model = read_language_config(folder, key)
-    check_config(model, folder, key, config.data.max_length)
-    path, lines = choose_path(config, [(key, model)], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = _language_model(config, "model.name_or_path", config.model.name_or_path)
+    scored = [("model.name_or_path", model)]
+    if config.reference.name_or_path is not None:
+        key = "reference.name_or_path"
+        scored.append((key, _language_model(config, key, config.reference.name_or_path)))
+    path, lines = choose_path(config, scored, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for line in lines:
         say(line)
     machine = planned_machine(config.plan)
@@ -60,6 +61,14 @@ def run(config: Config) -> None:
     if config.plan.file is not None:
         _write(Path(config.plan.file), report.as_json())
         say(f"written: {config.plan.file}")
+
+
+def _language_model(config: Config, key: str, name_or_path: str) -> PreTrainedConfig:
+    """Return the checked configuration of a language model."""
+    folder = resolve(name_or_path, key, weights=False)
+    model = read_language_config(folder, key)
+    check_config(model, folder, key, config.data.max_length)
+    return model
 
 
 def _work(config: Config, model: PreTrainedConfig, cost: Cost, path: ComputePath) -> work.Work:

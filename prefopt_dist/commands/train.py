@@ -11,7 +11,6 @@ import torch
 
 from prefopt_dist.batching.batches import ScoredRows
 from prefopt_dist.batching.layout import FROZEN_PASSES, TRAINING_PASSES
-from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.batching.order import Order
 from prefopt_dist.checkpoint import load, save
 from prefopt_dist.checkpoint.manifest import Manifest
@@ -117,15 +116,13 @@ def run(config: Config, asked: Requests | None = None) -> None:
 def _load_inputs(config: Config) -> _Inputs:
     """Load all but the policy, and refuse a checkpoint of another run before the first pass, which may take hours."""
     found = load.find_newest(config.run_dir / "checkpoints")
-    models = _on_path_of(found, prepare_models.load_models(config))
+    models = prepare_models.load_models(config)
     objective = factory.make_objective(config.loss, models.dtype)
     train = prepare_data.load_train(config, models, objective)
     evals = prepare_data.load_evals(config, models, objective)
     order, total_steps = _plan_steps(config, train)
     reference = prepare_reference.reference_weights(config, models, objective)
     facts = {"reference_key": reference and reference.key, "data_digest": train.report.digest}
-    if models.path != "shared":
-        facts["path"] = models.path
     base = adapter_base(config, models)
     if base is not None:
         facts["base_key"] = base.key
@@ -185,7 +182,7 @@ def _make_job(
     if inputs.base is not None:
         ranks.run_on_all_ranks(partial(refuse_if_changed, inputs.base.states))
     if ranks.rank() == 0:
-        folder.note(memory=checkpointing.as_run_json() | {"keys_per_token": keys, "path": models.path})
+        folder.note(memory=checkpointing.as_run_json() | {"keys_per_token": keys})
     state: dict[str, Any] | None = None
     first = 0
     if inputs.checkpoint is not None:
@@ -239,14 +236,6 @@ def _intervals(config: Config) -> loop.Intervals:
         answer=config.answers_every_steps,
         save=config.checkpoint.every_steps,
     )
-
-
-def _on_path_of(found: Manifest | None, models: Models) -> Models:
-    """Return the models with the path on which the checkpoint was trained, so that a resume gives the same bits."""
-    path: ComputePath = models.path if found is None else found.facts.get("path", "shared")
-    if path != models.path:
-        say(f"path {path}: as before this start, which would have taken the path {models.path}")
-    return replace(models, path=path)
 
 
 def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any]) -> None:

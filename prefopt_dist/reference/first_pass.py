@@ -332,7 +332,7 @@ def _spot_check(
         UserError: a stored value differs from the computed one by more than rounding.
     """
     live: dict[Location, Score] = {}
-    for places in make_plan({p.digest(sets): p for p, _ in checks}, sets, budget):
+    for places in make_plan({p.digest(sets): p for p, _ in checks}, sets, budget, engine.module.path):
         live |= zip(places, _sums(engine, places, sets), strict=True)
 
     def compare() -> None:

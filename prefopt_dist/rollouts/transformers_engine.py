@@ -123,7 +123,7 @@ class TransformersEngine:
             if 2 * len(open_rows) <= len(row_of_line):
                 open_lines = [line for line, row in enumerate(row_of_line) if row in open_rows]
                 kept = torch.tensor(open_lines, device=self._device)
-                cache.batch_select_indices(kept)
+                cache.reorder_cache(kept)
                 chosen, mask, position = chosen[kept], mask[kept], position[kept]
                 row_of_line = [row_of_line[line] for line in open_lines]
             mask = torch.cat([mask, mask.new_ones(len(row_of_line), 1)], -1)
@@ -148,7 +148,7 @@ class TransformersEngine:
         logits = self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
         line_of = {i: line for line, i in enumerate(distinct)}
         copies = torch.tensor([line_of[i] for i, _ in rows], device=self._device)
-        cache.batch_select_indices(copies)
+        cache.reorder_cache(copies)
         return cache, mask[copies], logits[copies]
 
     def _forward(

@@ -80,12 +80,12 @@ def _estimate(config: Config, stage: str, phase: str) -> int:
     """
     key = "model.name_or_path"
     model: PreTrainedConfig = read_language_config(resolve(config.model.name_or_path, key, weights=False), key)
-    needs = job_needs(config, model, 1.0)
+    needs = job_needs(config, model, 1.0, _path(config))
     sizes, place = needs.sizes, Placement(ranks.world_size(), ranks.device().type == "cuda")
     found: Phase
     if phase == "training step":
-        checkpointed, keys, path = _chosen(config)
-        needs = job_needs(config, model, keys, path)
+        checkpointed, keys = _chosen(config)
+        needs = job_needs(config, model, keys, _path(config))
         found = memory.backward_phase(needs.sizes, needs.policy, place, needs.tokens, checkpointed)
     elif phase == "first pass" or (phase, stage) == ("evaluation", "evaluate"):  # by an engine that only scores
         found = memory.first_pass_phase(sizes, needs.reference, place, config.reference_micro_batch_tokens)
@@ -103,10 +103,20 @@ def _estimate(config: Config, stage: str, phase: str) -> int:
     return found.device + sum(part.bytes for part in memory.libraries(place, needs.policy))
 
 
-def _chosen(config: Config) -> tuple[int, float, ComputePath]:
-    """Return what this start has chosen: recomputed layers, gathered keys per token, how micro-batches are computed."""
+def _path(config: Config) -> ComputePath:
+    """Return how the run computes micro-batches, which its folder says; of a stage without a run, what most models do.
+
+    A stage without a run has no estimate of a step.
+    """
+    file = config.run_dir / "run.json"
+    found: ComputePath = read_json(file).get("path", "shared") if file.exists() else "shared"
+    return found
+
+
+def _chosen(config: Config) -> tuple[int, float]:
+    """Return what this start has chosen: recomputed layers, and gathered keys per token."""
     chosen = read_json(config.run_dir / "run.json")["memory"]
-    return chosen["checkpointed_layers"], chosen["keys_per_token"], chosen["path"]
+    return chosen["checkpointed_layers"], chosen["keys_per_token"]
 
 
 def _remedies(config: Config, stage: str, phase: str) -> list[str]:

@@ -34,6 +34,7 @@ from prefopt_dist.rollouts.measures import answer_sums, units_of
 from prefopt_dist.rollouts.prompts import TOO_LONG, Prompts, first_prompts
 from prefopt_dist.rollouts.sampling import Engine, Sampling, seed_of_model, stop_ids_of
 from prefopt_dist.rollouts.store import AnsweredPrompt, SampleStore
+from prefopt_dist.rollouts.trial import fault_of_sampling
 from prefopt_dist.setup import compare
 from prefopt_dist.setup.answer_engines import policy_engine, start_engine
 from prefopt_dist.setup.prepare_data import tokeniser_of
@@ -253,6 +254,9 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
     settings = config.answers
     if settings.number == 0:
         return NotAnswered("answers.number is 0, so no prompt was answered; set it to a number such as 64")
+    fault = ranks.run_on_rank_zero(lambda: fault_of_sampling(models.policy.config))
+    if fault:
+        return NotAnswered(f"{fault}; set answers.number=0 to run without this line")
     rewards = configured_rewards(config, models)
     data = config.data
     tokeniser = tokeniser_of(config, models.tokenizer)

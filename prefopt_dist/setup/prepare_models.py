@@ -156,8 +156,13 @@ def _models(config: Config) -> Models:
     return Models(policy, reference, tokenizer, DTYPES[config.model.dtype], adapter)
 
 
-def load_models(config: Config) -> Models:
-    """Check the model folders, with hub models downloaded once per node (all ranks call it)."""
+def load_models(config: Config, scored: Sequence[ModelFolder] = ()) -> Models:
+    """Check the model folders, with hub models downloaded once per node (all ranks call it).
+
+    Args:
+        config: the configuration.
+        scored: further models that are scored, which take the same path.
+    """
     ranks.run_on_rank_zero(partial(_check_surroundings, config))
     # The first rank of each node downloads; the others then find the files.
     ranks.run_on_all_ranks(partial(_models, config) if os.environ["LOCAL_RANK"] == "0" else lambda: None)
@@ -166,23 +171,23 @@ def load_models(config: Config) -> Models:
     say(f"policy: {_described(models.policy)}, computed in {config.model.dtype}")
     if config.reference.name_or_path is not None:
         say(f"reference: {_described(models.reference)}")
-    path, lines = ranks.run_on_rank_zero(partial(_path, config, models, ranks.device()))
+    path, lines = ranks.run_on_rank_zero(partial(_path, config, models, ranks.device(), scored))
     for line in lines:
         say(line)
-    if path != "plain":
-        say(f"attention: {ranks.run_on_rank_zero(partial(_kernels, models))}")
+    models = replace(models, path=path)
+    say(f"attention: {ranks.run_on_rank_zero(partial(_kernels, models))}")
     uncounted = ranks.run_on_rank_zero(partial(uncounted_text, models.policy.config))
     if uncounted:
         say(f"estimates of memory and operations: {uncounted}")
-    return replace(models, path=path)
+    return models
 
 
-def _path(config: Config, models: Models, device: torch.device) -> tuple[ComputePath, list[str]]:
+def _path(
+    config: Config, models: Models, device: torch.device, scored: Sequence[ModelFolder] = ()
+) -> tuple[ComputePath, list[str]]:
     """Choose the path of the run, with lines about it (one process calls it)."""
-    scored = [("model.name_or_path", models.policy.config)]
-    if config.reference.name_or_path is not None:
-        scored.append(("reference.name_or_path", models.reference.config))
-    return choose_path(config, scored, device)
+    all_scored = [models.policy, *([] if models.reference is models.policy else [models.reference]), *scored]
+    return choose_path(config, [(model.key, model.config) for model in all_scored], device)
 
 
 def _kernels(models: Models) -> str:

@@ -29,6 +29,7 @@ from prefopt_dist.rollouts.sampling import Engine, Sampling, seed_of_model, stop
 from prefopt_dist.rollouts.shards import in_lockstep, over_shards
 from prefopt_dist.rollouts.store import SHARD_PROMPTS, AnsweredPrompt, SampleStore, answers_of
 from prefopt_dist.rollouts.transformers_engine import TransformersEngine, load_for_sampling
+from prefopt_dist.rollouts.trial import fault_of_sampling
 from prefopt_dist.setup.checks import eval_sets, selection_metrics
 from prefopt_dist.setup.prepare_data import TRAIN, tokeniser_of
 from prefopt_dist.setup.prepare_models import Models
@@ -268,6 +269,8 @@ def prepare(
         own_draws: whether to derive the seed from the weights, so that different models sample independently.
     """
     ranks.run_on_rank_zero(lambda: check(config))
+    if config.generate.engine == "transformers":
+        ranks.run_on_rank_zero(lambda: _refuse_faults(model))
     data = config.data
     rewards = configured_rewards(config, models)
     tokeniser = tokeniser_of(config, models.tokenizer)
@@ -306,6 +309,13 @@ def prepare(
         return ranks.run_on_all_ranks(lambda: _engine(config, models, model, lambda: refuse_if_changed(hashed.states)))
 
     return RolloutJob(what, SampleStore(folder), rewards, sampling, tokeniser, open_engine, model, hashed.key)
+
+
+def _refuse_faults(model: ModelFolder) -> None:
+    """Raise UserError where answers that this package samples would not be the model's own."""
+    fault = fault_of_sampling(model.config)
+    if fault:
+        raise UserError(f"generate.engine: got transformers, but {fault}. Set generate.engine=vllm.")
 
 
 def plan_samples(

@@ -47,22 +47,35 @@ def choose_path(
             f"model.path: got {asked}, but the run in {config.run_dir} computes on the path {kept}, and its next steps "
             f"would differ in their rounding. Set model.path={kept} or auto, or choose another run.dir."
         )
-    forced = asked or kept
-    proofs = [_prove(config, key, model, forced, device) for key, model in models]
-    path = max((proof.path for proof, _ in proofs), key=PATHS.index)
+    remedy = None
+    if kept is not None:
+        remedy = (
+            f"The run in {config.run_dir} began on this path, and its next steps would differ in their rounding. Put "
+            "the versions and the model back with which it began (versions in its run.json), or choose another run.dir."
+        )
+    proofs = [_prove(config, key, model, asked or kept, remedy, device) for key, model in models]
+    of = max(range(len(proofs)), key=lambda i: PATHS.index(proofs[i][0].path))
+    path = proofs[of][0].path
     for i, (key, model) in enumerate(models):
         if proofs[i][0].path != path:  # the other model needs a plainer path
-            proofs[i] = _prove(config, key, model, path, device)
+            other = f"Another model of the run needs it ({models[of][0]}): give models of one family."
+            proofs[i] = _prove(config, key, model, path, other, device)
     return path, [_line(key, *proof) for (key, _), proof in zip(models, proofs, strict=True)]
 
 
 def _prove(
-    config: Config, key: str, model: PreTrainedConfig, path: ComputePath | None, device: torch.device
+    config: Config,
+    key: str,
+    model: PreTrainedConfig,
+    path: ComputePath | None,
+    remedy: str | None,
+    device: torch.device,
 ) -> tuple[Proof, bool]:
     return proven_path(
         model,
         key=key,
         path=path,
+        remedy=remedy,
         max_length=config.data.max_length,
         device=device,
         cache=config.cache_dir / FOLDER,

@@ -28,9 +28,6 @@ def test_evaluation_by_path(folder: Path) -> None:
     """Exact on each; every rank computes as many rectangles as the others, dummy ones where it has fewer."""
     exact = case_runner.found(folder, "whole_evaluation")["exact"]
     result = case_runner.found(folder, "evaluation_by_path")
-        case_runner.found(folder, "evaluation_by_path"),
-        case_runner.found(folder, "whole_evaluation")["exact"],
-    )
     for path in ("packed", "plain"):
         for got in result[path]:
             assert got["eval/rows"] == 37

@@ -31,6 +31,7 @@ def proven_path(
     *,
     key: str,
     path: ComputePath | None,
+    remedy: str | None = None,
     max_length: int | None,
     device: torch.device,
     cache: Path,
@@ -38,9 +39,10 @@ def proven_path(
     """Return the proof of a path, from the cache where it was made before, and whether it was.
 
     Args:
-        config: as in `prove`, as are key, path, max_length and device.
+        config: as in `prove`, as are key, path, remedy, max_length and device.
         key: see there.
         path: see there.
+        remedy: see there.
         max_length: see there.
         device: see there.
         cache: the folder of proofs; one that cannot be written costs time, but never a result.
@@ -49,10 +51,12 @@ def proven_path(
         UserError: as `prove`; a refusal is not kept.
     """
     file = cache / f"{_digest(config, path, max_length, device)}.json"
-    found = _read(file)
-    if found is not None:
-        return found, True
-    proof = prove(config, key=key, path=path, max_length=max_length, device=device)
+    # A resume names the path that its first start has found among all.
+    for known in (file, cache / f"{_digest(config, None, max_length, device)}.json"):
+        found = _read(known)
+        if found is not None and path in (None, found.path):
+            return found, True
+    proof = prove(config, key=key, path=path, remedy=remedy, max_length=max_length, device=device)
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
         write_json(file, asdict(proof))
@@ -60,8 +64,9 @@ def proven_path(
 
 
 def _digest(config: PreTrainedConfig, path: ComputePath | None, max_length: int | None, device: torch.device) -> str:
+    # A plan reads a quantised folder as it is published, a training the converted one.
     content = {
-        "config": {k: v for k, v in config.to_dict().items() if k not in IGNORED_FIELDS},
+        "config": {k: v for k, v in config.to_dict().items() if k not in (*IGNORED_FIELDS, "quantization_config")},
         "path": path,
         "longer": length_dependent(config, max_length),
         "versions": {name: _version(name) for name in LIBRARIES},

@@ -109,6 +109,7 @@ def prove(
     *,
     key: str,
     path: ComputePath | None = None,
+    remedy: str | None = None,
     max_length: int | None = None,
     device: torch.device | None = None,
     most_bytes: int = MOST_BYTES,
@@ -119,6 +120,7 @@ def prove(
         config: the model's configuration.
         key: the dotted key that names the model, for messages.
         path: the only path to try; None: all, in the order of `PATHS`.
+        remedy: what to do where this path is not equal; None: to let all be tried.
         max_length: tokens of the run's longest sequence; None where unknown.
         device: where to compute; None: the CPU.
         most_bytes: largest size of the float32 weights of the cut.
@@ -129,13 +131,14 @@ def prove(
     device = device or torch.device("cpu")
     # The run's own random numbers do not depend on whether its proof is found in the cache.
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-        return _prove(config, key, path, max_length, device, most_bytes)
+        return _prove(config, key, path, remedy, max_length, device, most_bytes)
 
 
 def _prove(
     config: PreTrainedConfig,
     key: str,
     path: ComputePath | None,
+    remedy: str | None,
     max_length: int | None,
     device: torch.device,
     most_bytes: int,
@@ -153,11 +156,12 @@ def _prove(
         tried.append(case.attempt(candidate))
         if tried[-1].equal:
             return Proof(candidate, tuple(tried), small.changes, case.influence, time.perf_counter() - begin)
+    which = "no path computes" if path is None else f"the path {path} does not compute"
     raise UserError(
-        f"{key}: no path computes the numbers of this {config.model_type} model alone. "
+        f"{key}: {which} the numbers of this {config.model_type} model alone. "
         + "; ".join(t.text() for t in tried)
         + f". Allowed are {SUM_TOLERANCE:.0e} and {GRADIENT_TOLERANCE:.0e}. "
-        + ("Give a model of another family." if path is None else "Set model.path=auto.")
+        + ("Give a model of another family." if path is None else remedy or "Set model.path=auto.")
     )
 
 
@@ -186,8 +190,9 @@ class _Case:
 
     def __init__(self, small: Cut, device: torch.device) -> None:
         self._config, self._device = small.config, device
-        model = _build(small.config, "eager").to(device)
-        randomise(model)
+        model = _build(small.config, "eager")
+        randomise(model)  # on the host, so that every device proves the same weights
+        model.to(device)
         self._state = {name: x.detach() for name, x in model.state_dict().items()}
         self._units = sequences.units(_tokens(small.config.to_dict()), _special(small.config.to_dict()))
         self._by = sequences.weights().to(device)

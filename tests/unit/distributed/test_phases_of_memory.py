@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,6 +137,16 @@ def test_the_estimate_is_that_of_the_stage(run: Path) -> None:
     assert estimate("evaluate", "evaluation") == estimate("train", "first pass") < estimate("train", "evaluation")
     with pytest.raises(LookupError, match="vllm"):
         estimate("generate", "sampling", rewarded, "generate.engine=vllm")
+
+
+def test_the_estimate_is_that_of_the_path(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers' attention has no blocks of scores, and the rectangles' hidden states are copied."""
+    monkeypatch.setattr(ranks, "device", lambda: torch.device("cuda"))
+    config = load_config(run)
+    shared = memory_advice._estimate(config, "train", "first pass")
+    config.run_dir.mkdir()
+    (config.run_dir / "run.json").write_text(json.dumps({"path": "plain"}))
+    assert memory_advice._estimate(config, "train", "first pass") != shared
 
 
 def test_the_message_comes_whatever_cannot_be_read(run: Path, tmp_path: Path) -> None:

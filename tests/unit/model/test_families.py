@@ -15,6 +15,7 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.model.folder import language_config
 from prefopt_dist.model.proof.prove import prove
 
+KEY = "model.name_or_path"
 SMALL = 8 * 2**20
 """Bytes of a cut: widths are narrowed, since the proof is about the family's code here."""
 MISSING: dict[str, dict[str, Any]] = {
@@ -43,13 +44,13 @@ def tried() -> list[tuple[str, dict[str, Any]]]:
 def outcome(family: str, fields: dict[str, Any]) -> tuple[str, str]:
     """Return the path, or why there is none, and the numbers."""
     try:
-        config: PreTrainedConfig = language_config(CONFIG_MAPPING[family](**fields))
+        config: PreTrainedConfig = language_config(CONFIG_MAPPING[family](**fields), Path(family), KEY)
     except Exception as e:
         return "not tried", f"its default configuration cannot be made ({type(e).__name__})"
     try:
-        found = prove(config, key="model.name_or_path", most_bytes=SMALL)
+        found = prove(config, key=KEY, most_bytes=SMALL)
     except UserError as e:
-        return "refused", str(e).removeprefix("model.name_or_path: ")
+        return "refused", str(e).removeprefix(f"{KEY}: ")
     return found.path, "; ".join(one.text() for one in found.tried)
 
 

@@ -51,6 +51,14 @@ def test_a_family_takes_its_path(family: str) -> None:
         assert tried.text().startswith(f"{tried.path}: ")
 
 
+def test_weights_are_drawn_on_the_host_whatever_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(proving, "randomise", lambda lm: drawn.append(next(lm.parameters()).device.type))
+    with pytest.raises(UserError, match="no small copy of this llama model can be computed"):
+        prove(tiny("llama"), key=KEY, device=torch.device("meta"))
+    assert set(drawn) == {"cpu"}
+
+
 @pytest.fixture
 def lying(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Exchange our attention by one that changes its arguments."""
@@ -71,7 +79,7 @@ def assert_found(config: PreTrainedConfig) -> None:
     for tried in found.tried[:2]:
         assert not tried.equal
         assert (tried.gradients or 0) > 1e-3, tried.text()
-    with pytest.raises(UserError, match=r"no path computes .* shared: log-probs differ by .*model.path=auto"):
+    with pytest.raises(UserError, match=r"the path shared does not .* log-probs differ by .*model.path=auto"):
         proof(config, "shared")
 
 

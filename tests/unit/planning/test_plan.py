@@ -450,6 +450,9 @@ def test_the_command(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, said, adapted = planned_by(world, capsys, "lora.r=4")
     assert status == 0, said
     assert "of the adapters are trained" in said
+    assert "reference.name_or_path: the path " not in said
+    status, said, _ = planned_by(world, capsys, f"reference.name_or_path={world / 'model'}")
+    assert "reference.name_or_path: the path shared: " in said, "a plainer path of it would be the run's"
     assert adapted["model"]["trained"] == 4864 < plan["model"]["trained"] == plan["model"]["parameters"]
     assert adapted["seconds"]["step"] == pytest.approx(2 / 3 * plan["seconds"]["step"])
 

@@ -42,7 +42,7 @@ def test_the_path_is_forced_by_the_configuration_and_proven(tmp_path: Path) -> N
     assert "proven in" in line
     _, (line,) = choose(run_config(tmp_path, "packed"), (POLICY, llama()))
     assert "found in the cache" in line
-    with pytest.raises(UserError, match=r"no path .* shared: log-probs differ by .*Set model\.path=auto"):
+    with pytest.raises(UserError, match=r"the path shared does .* log-probs differ by .*Set model\.path=auto"):
         choose(run_config(tmp_path, "shared"), (POLICY, tiny_families.tiny_config("qwen3_5_text")))
 
 
@@ -65,10 +65,34 @@ def test_a_run_keeps_its_path(tmp_path: Path) -> None:
         UserError, match=r"^model\.path: got shared, but the run in .* on the path plain.*model\.path=pl"
     ):
         choose(run_config(tmp_path, "shared"), (POLICY, llama()))
+    facts.write_text(json.dumps({"path": "shared"}))
+    with pytest.raises(UserError, match=r"the path shared does not .*began on this path.*choose another run\.dir\.$"):
+        choose(run_config(tmp_path), (POLICY, tiny_families.tiny_config("qwen3_5_text")))
     facts.write_text(json.dumps({"data": {"train": {"rows": 4}}}))  # of a version that had one path
     assert choose(run_config(tmp_path), (POLICY, llama()))[0] == "shared"
     with pytest.raises(UserError, match=r"^model\.path: got packed, but the run in .* on the path shared"):
         choose(run_config(tmp_path, "packed"), (POLICY, llama()))
+
+
+def test_a_resume_finds_the_proof_of_the_start(tmp_path: Path) -> None:
+    _, (line,) = choose(run_config(tmp_path), (POLICY, llama()))
+    assert "proven in" in line
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"path": "shared"}))
+    _, (line,) = choose(run_config(tmp_path), (POLICY, llama()))
+    assert "found in the cache" in line
+    (tmp_path / "run" / "run.json").unlink()
+    _, (line,) = choose(run_config(tmp_path, "packed"), (POLICY, llama()))
+    assert "the path packed: " in line
+    assert "proven in" in line, "that was not proven"
+
+
+def test_a_plan_and_a_training_of_a_quantised_folder_have_one_proof(tmp_path: Path) -> None:
+    """The plan reads the folder as it is published, and the training the converted one."""
+    _, (line,) = choose(run_config(tmp_path), (POLICY, llama(quantization_config={"quant_method": "fp8"})))
+    assert "proven in" in line
+    _, (line,) = choose(run_config(tmp_path), (POLICY, llama()))
+    assert "found in the cache" in line
 
 
 def test_the_path_is_no_part_of_what_a_run_is(tmp_path: Path) -> None:

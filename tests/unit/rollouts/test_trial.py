@@ -1,0 +1,37 @@
+"""The trial of sampling: families whose layers keep a state of any kind, and those whose answers would be others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny_families
+import torch
+from transformers import AutoConfig
+
+from prefopt_dist.rollouts import transformers_engine, trial
+from prefopt_dist.rollouts.sampling import Ids, pad_lines
+from prefopt_dist.rollouts.trial import fault_of_sampling
+
+FAMILIES = ("qwen3_5_text", "granitemoehybrid", "falcon_h1", "gpt_oss", "gemma4_text", "deepseek_v3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_with_a_cache_gives_each_answer_alone(family: str) -> None:
+    assert fault_of_sampling(tiny_families.tiny_config(family)) == ""
+
+
+def test_a_family_that_keeps_its_state_elsewhere_has_a_fault() -> None:
+    config = AutoConfig.for_model("rwkv", vocab_size=67, hidden_size=32, num_hidden_layers=2, context_length=64)
+    assert fault_of_sampling(config).startswith("rwkv ")
+
+
+def test_padding_that_is_seen_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unmasked(lines: list[Ids], filler: int, side: Any, device: torch.device) -> Any:
+        ids, mask = pad_lines(lines, filler, side, device)
+        return ids, torch.ones_like(mask)
+
+    monkeypatch.setattr(transformers_engine, "pad_lines", unmasked)
+    monkeypatch.setattr(trial, "_found", {})
+    said = fault_of_sampling(tiny_families.tiny_config("olmo3"))
+    assert said.startswith("olmo3 computes other answers in batches with a cache than each by itself (")
