@@ -158,10 +158,12 @@ def copy_to_unsharded(sharded: nn.Module, unsharded: nn.Module) -> None:
         unsharded: a model of the same structure, whole on every rank.
     """
     import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     into = dict(unsharded.named_parameters())
     parameters: dict[str, Any] = dict(sharded.named_parameters())
     assert parameters.keys() == into.keys(), sorted(parameters.keys() ^ into.keys())[:4]
+    whole = [p for p in parameters.values() if p.ds_status == ZeroParamStatus.AVAILABLE]
     with torch.no_grad():
         for names in _in_portions({name: int(p.ds_numel) for name, p in parameters.items()}):
             with deepspeed.zero.GatheredParameters([parameters[name] for name in names]):
@@ -170,6 +172,10 @@ def copy_to_unsharded(sharded: nn.Module, unsharded: nn.Module) -> None:
         buffers = dict(sharded.named_buffers())  # whole on every rank
         for name, buffer in unsharded.named_buffers():
             buffer.copy_(buffers[name])
+    # Small parameters are whole on every rank, and have just been partitioned. A layer of a recurrence that reads a
+    # part's small parameter by itself would now be recorded to need it, and DeepSpeed's record of the order would fail.
+    if whole:
+        whole[0].all_gather(whole)
 
 
 def _in_portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
