@@ -6,8 +6,8 @@ import case_runner
 import pytest
 from test_ranks import check_steps
 
-STEPS = ["dpo_plain_gemma2", "dpo_plain_offloaded", "lora_plain"]
-RUNS = ["evaluation_by_path", "whole_evaluation", "runs_by_path"]
+STEPS = ["dpo_plain_gemma2", "dpo_plain_offloaded", "kto_plain", "lora_plain"]
+RUNS = ["evaluation_by_path", "whole_evaluation", "runs_by_path", "hybrids_plain"]
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +52,13 @@ def test_runs_by_path(folder: Path) -> None:
     for mine, other in zip(whole["rows"], packed["rows"], strict=True):
         loss = f"{mine['kind']}/loss"
         assert mine[loss] == pytest.approx(other[loss], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_hybrids_on_the_plain_path(folder: Path) -> None:
+    """Layers that carry state along the row, against transformers alone in float64."""
+    for family, (sums, gradient, tensor, micro_batches) in case_runner.found(folder, "hybrids_plain").items():
+        print(f"{family}: sums {sums:.1e}, gradients {gradient:.1e} ({tensor})")
+        assert sums <= 1e-6, family
+        assert gradient <= 1e-5, (family, tensor)
+        assert micro_batches > 1
