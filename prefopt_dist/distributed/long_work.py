@@ -55,12 +55,13 @@ def run_on_node_leaders(work: Callable[[Node], T]) -> T:
 
     result: T | None = None
     fault: Exception | None = None
+    stopped: ranks.OtherRankFailed | None = None
     if leader:
         try:
             with heartbeat.alone():
                 result = work(Node(leaders.index(ranks.rank()), len(leaders), look))
-        except ranks.OtherRankFailed:
-            pass  # that rank raises it below
+        except ranks.OtherRankFailed as error:  # the rank that failed raises its own error below, on all ranks
+            stopped = error
         except Exception as error:  # raised below, on all ranks
             fault = error
             store.set(failed, "")
@@ -74,4 +75,10 @@ def run_on_node_leaders(work: Callable[[Node], T]) -> T:
         return result
 
     found = ranks.run_on_all_ranks(own)
-    return ranks.run_on_rank_zero(lambda: cast(T, found))
+
+    def agreed() -> T:
+        if stopped is not None:  # without a failed rank there is no result either, and it must not pass for one
+            raise stopped
+        return cast(T, found)
+
+    return ranks.run_on_rank_zero(agreed)

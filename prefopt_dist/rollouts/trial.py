@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from prefopt_dist.model.load import own_attention, without_dropout
 from prefopt_dist.model.proof.cut import CannotCut, cuts, text_of
 from prefopt_dist.model.proof.weights import randomise
+from prefopt_dist.monitoring.console import say
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.sampling import Sampling, choose_tokens, uniforms
 from prefopt_dist.rollouts.transformers_engine import TransformersEngine
@@ -56,8 +57,10 @@ def _fault(config: PreTrainedConfig) -> str:
                 except Exception:  # a cut that the family does not compute; the next has other widths
                     continue
                 return _compared(model, prompts, expected)
-        except CannotCut:
-            pass
+            why = "the family computes none of its cuts"
+        except CannotCut as error:
+            why = str(error)
+    say(f"answers: batches with a cache could not be tried on a small copy of the model ({why}); they are not checked")
     return ""
 
 

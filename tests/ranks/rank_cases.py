@@ -637,6 +637,7 @@ def errors_reach_all(folder: Path) -> dict:
         "all-ranks-crash": lambda: ranks.run_on_all_ranks(lambda: fail(last, KeyError("mine"))),
         "leaders-user": lambda: run_on_node_leaders(lambda node: fail(0, UserError("mine"))),
         "leaders-crash": lambda: run_on_node_leaders(lambda node: fail(0, KeyError("mine"))),
+        "leaders-stopped": lambda: run_on_node_leaders(lambda node: fail(0, ranks.OtherRankFailed("nobody"))),
         "leaders": lambda: fail(ranks.rank(), UserError(run_on_node_leaders(lambda node: f"{node.nodes} node"))),
     }.items():
         try:

@@ -208,6 +208,7 @@ def test_errors_reach_all_ranks(world: tuple[int, Path]) -> None:
     assert result["all-ranks-user"] == ["AgreedUserError: mine" if n == 1 else "AgreedUserError: rank 1: mine"] * n
     assert result["leaders-user"] == result["rank-zero-user"]
     assert result["leaders-crash"][0] == "KeyError: 'mine'"
+    assert all(said.startswith("OtherRankFailed") for said in result["leaders-stopped"])
     assert result["leaders"] == ["UserError: 1 node"] * n
     assert result["all-ranks-crash"][-1] == "KeyError: 'mine'"
     assert all(said.startswith("OtherRankFailed: rank 1") for said in result["all-ranks-crash"][:-1])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny_families
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 
 from prefopt_dist.rollouts import transformers_engine, trial
 from prefopt_dist.rollouts.sampling import Ids, pad_lines
@@ -35,3 +35,13 @@ def test_padding_that_is_seen_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(trial, "_found", {})
     said = fault_of_sampling(tiny_families.tiny_config("olmo3"))
     assert said.startswith("olmo3 computes other answers in batches with a cache than each by itself (")
+
+
+def test_a_trial_that_cannot_be_made_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def no_cut(*_: object, **__: object) -> None:
+        raise trial.CannotCut("it has no layers")
+
+    monkeypatch.setattr(trial, "cuts", no_cut)
+    monkeypatch.setattr(trial, "_found", {})
+    assert trial.fault_of_sampling(LlamaConfig(num_hidden_layers=2)) == ""
+    assert "could not be tried on a small copy of the model (it has no layers)" in caplog.text
