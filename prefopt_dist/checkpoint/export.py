@@ -38,7 +38,7 @@ from prefopt_dist.model.folder import ModelFolder
 
 @dataclass(frozen=True)
 class Exported:
-    """What is exported, beside the checkpoint's weights."""
+    """The content of an export, beside the checkpoint's weights."""
 
     model: ModelFolder
     """The folder that training started from, for its architecture and its frozen weights"""

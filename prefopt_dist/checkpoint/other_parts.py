@@ -1,4 +1,4 @@
-"""What an export copies from the folder that training started from: the parts that do not belong to the language model.
+"""Copies for an export from the folder that training started from: the parts that do not belong to the language model.
 
 Weights are copied byte for byte: those of images or audio, and of predictions of several tokens. Of a model that also
 takes images the configuration and the processors' settings are copied too, so that servers load the folder as before.
@@ -26,7 +26,7 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What the index says of a file of weights."""
+    """A file of weights as the index describes it."""
 
     tensors: list[str]
     """Names of its tensors"""

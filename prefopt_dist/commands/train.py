@@ -71,7 +71,7 @@ class _Inputs:
 
 @dataclass(frozen=True)
 class _Start:
-    """What the start says of data and prompts."""
+    """The start's values of data and prompts."""
 
     train: ScoredRows
     evals: dict[str, ScoredRows]

@@ -111,7 +111,7 @@ def _without(text: str, bos: str | None) -> str:
 
 @dataclass(frozen=True)
 class Thinking:
-    """How a template marks reasoning."""
+    """The marks of reasoning in a template."""
 
     opener: str
     """The end of the generation prompt where it opens reasoning, such as "<think>\\n"; "" where it does not"""

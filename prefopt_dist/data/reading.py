@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class SourceReading:
-    """How one source is read."""
+    """The way one source is read."""
 
     name: str
     """The source's name"""
@@ -66,7 +66,7 @@ class SourceReading:
 
 @dataclass(frozen=True)
 class Reading:
-    """How the sources of a data set are read."""
+    """The way the sources of a data set are read."""
 
     sources: tuple[SourceReading, ...]
 

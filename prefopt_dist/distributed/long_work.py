@@ -77,7 +77,7 @@ def run_on_node_leaders(work: Callable[[Node], T]) -> T:
     found = ranks.run_on_all_ranks(own)
 
     def agreed() -> T:
-        if stopped is not None:  # without a failed rank there is no result either, and it must not pass for one
+        if stopped is not None:  # where no rank has failed, the work is unfinished all the same
             raise stopped
         return cast(T, found)
 

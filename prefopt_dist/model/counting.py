@@ -49,7 +49,7 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class LayerCount:
-    """What is counted of a decoder layer."""
+    """The counts of a decoder layer."""
 
     parameters: int
     trained: int
@@ -63,7 +63,7 @@ class LayerCount:
 
 @dataclass(frozen=True)
 class Counts:
-    """What is counted of a model."""
+    """The counts of a model."""
 
     layers: tuple[LayerCount, ...]
     sizes: tuple[tuple[int, bool], ...]
@@ -201,7 +201,7 @@ def position_arguments(model: PreTrainedModel, positions: torch.Tensor) -> dict[
 
 
 class _Record:
-    """What the functions below meet in a forward pass."""
+    """The calls that the functions below meet in a forward pass."""
 
     def __init__(self) -> None:
         self.layer: int | None = None

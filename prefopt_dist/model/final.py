@@ -1,4 +1,4 @@
-"""What a family computes between its output head's product and the logits: a factor and a soft-cap.
+"""The computation of a family between its output head's product and the logits: a factor and a soft-cap.
 
 Families write it in their own forward function, under names of their own: a logit scale, a divisor, a multiplier. So it
 is measured. The family's forward function runs on a copy of the model's outermost module whose backbone returns chosen

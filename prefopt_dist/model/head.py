@@ -55,7 +55,7 @@ what these parts add to the loss."""
 
 @dataclass(frozen=True)
 class FinalTransform:
-    """What a family does to the head's product x: y = f·x with a factor f, and z = c·tanh(y/c) with a cap c."""
+    """The transform of the head's product x: y = f·x with a factor f, and z = c·tanh(y/c) with a cap c."""
 
     factor: float = 1.0
     cap: float | None = None

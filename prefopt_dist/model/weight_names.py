@@ -1,4 +1,4 @@
-"""How the tensors of a folder's files belong to its language model: under which names, and which are of other parts."""
+"""Names of the tensors in a folder's files, and of its language model's, and which are of other parts."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ NODE_BYTES_PER_SECOND = 1e9
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What the export reads, writes and holds."""
+    """The bytes that the export reads, writes and holds."""
 
     read: int
     """Bytes: the whole checkpoint for its checksums, its master weights (4·Nₜ), and the written folder once a node"""

@@ -1,4 +1,4 @@
-"""What ZeRO-3 moves between ranks, and the bandwidth at which the GPUs do not wait for it."""
+"""The bytes that ZeRO-3 moves between ranks, and the bandwidth at which the GPUs do not wait for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job needs of memory, by its configuration and by its model's configuration."""
+"""The memory that a job needs, by its configuration and by its model's configuration."""
 
 from __future__ import annotations
 

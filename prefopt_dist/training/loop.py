@@ -81,7 +81,7 @@ class Intervals:
 
 @dataclass
 class Job:
-    """What the loop works with; equal on all ranks but for `log`."""
+    """The parts that the loop works with; equal on all ranks but for `log`."""
 
     engine: Any
     objective: Objective
@@ -146,7 +146,7 @@ class Job:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step has given, equal on all ranks."""
+    """The result of a step, equal on all ranks."""
 
     loss: float
     """Mean over the step's pairs, before the update"""

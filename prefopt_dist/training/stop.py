@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Request(NamedTuple):
-    """What a rank has been asked; the ranks combine their requests and act alike."""
+    """The requests that a rank has got; the ranks combine their requests and act alike."""
 
     stop: bool
     save: bool

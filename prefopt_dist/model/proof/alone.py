@@ -1,4 +1,4 @@
-"""What plain transformers computes: one sequence at a time, eager attention, whole logits, and no code of ours."""
+"""The results of plain transformers: one sequence at a time, eager attention, whole logits, and no code of ours."""
 
 from __future__ import annotations
 

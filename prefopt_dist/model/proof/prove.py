@@ -47,7 +47,7 @@ CAUSAL_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Tried:
-    """What came of one path."""
+    """The result of one path."""
 
     path: ComputePath
     equal: bool

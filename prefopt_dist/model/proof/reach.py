@@ -1,4 +1,4 @@
-"""What is cut besides layers and widths: experts, the vocabulary, and lengths that short sequences must cross."""
+"""Cuts of a configuration besides layers and widths: experts, vocabulary, lengths that short sequences must cross."""
 
 from __future__ import annotations
 
