@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 import wandb_reader
 
 from prefopt_dist.monitoring.metrics_file import MetricsFile
@@ -67,6 +68,7 @@ def test_offline_the_newest_folder_holds_every_row_once_after_a_kill(tmp_path: P
     _row(metrics, 420, "eval", **{"eval/odd": math.nan})
     logger.finish()
     logger.finish()  # again: nothing
+    wandb.teardown()  # as the end of a process does: W&B's service may write for a moment after the run's end
 
     # Folders with a .wandb file: the killed process's service, dying late, may leave one without.
     (newest,) = {path.parent for path in (run / "wandb").glob("offline-run-*-abc123/*.wandb")}

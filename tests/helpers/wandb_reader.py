@@ -41,6 +41,7 @@ def records(path: Path) -> Iterator[Any]:
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
         if kind == 0:  # preallocated, never written
             return
+        assert position + 7 + length <= len(data), f"{path}: the record at byte {position} is not whole"
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or last part
