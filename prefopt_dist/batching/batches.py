@@ -21,6 +21,7 @@ from prefopt_dist.batching.layout import (
     tokens_and_cost,
 )
 from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, forwards, pack, packed_tokens, to_device
+from prefopt_dist.batching.weights import with_mean_1
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, UnpairedRows
 from prefopt_dist.data.unit import Unit
@@ -66,7 +67,7 @@ class Batch:
         self._forwards = [forwards(by_rank, path) for by_rank in layout]
         self._packed: list[tuple[MicroBatch, torch.Tensor | None]] | None = None
         self.units = sum(len(units) for by_rank in layout for units in by_rank)
-        """Number of units on all ranks."""
+        """Number of units on all ranks, without those of weight 0."""
         self.tokens = 0
         """Number of input tokens of a step on all ranks, without padding; an evaluation does not count them."""
         self.padded_tokens = 0
@@ -171,7 +172,7 @@ def step_batch(
     """
 
     def laid_out(first: int, passes: int) -> Batch:
-        units = data.units(rows, responses, first)
+        units = with_mean_1(data.units(rows, responses, first), data.rows)
         layout = lay_out(units, ranks.world_size(), budget, cost, path)
         batch = Batch(data, layout, responses, first, path)
         batch.tokens, forward = tokens_and_cost(group_by_prompt(units, budget, path), cost or Cost(), path)
@@ -202,7 +203,8 @@ def evaluation_batch(data: ScoredRows, responses: int, budget: int, path: Comput
     """
 
     def laid_out(first: int) -> Batch:
-        filled = fill_micro_batches(data.units(range(data.rows.n), responses, first), budget, path)
+        units = with_mean_1(data.units(range(data.rows.n), responses, first), data.rows)
+        filled = fill_micro_batches(units, budget, path)
         world = ranks.world_size()
         filled += [[]] * (-len(filled) % world)
         return Batch(data, [filled[j : j + world] for j in range(0, len(filled), world)], responses, first, path)

@@ -131,7 +131,7 @@ _ALWAYS: dict[str, tuple[str, ...]] = {
 _IF_NOT_DEFAULT: dict[str, tuple[str, ...]] = {
     "data": (
         *("template_date", "learn", "system", "thinking"),
-        *("chat_template", "template_kwargs", "columns", "pairs_from"),
+        *("chat_template", "template_kwargs", "columns", "pairs_from", "weight", "margin"),
     ),
     "train": ("deterministic",),
 }

@@ -15,6 +15,7 @@ from prefopt_dist.config.anchored_losses import (
     SPPOHardLoss,
 )
 from prefopt_dist.config.bounds import Bound, NotNegative, Positive
+from prefopt_dist.errors import UserError
 
 Smoothing = Annotated[float, Bound("in [0, 0.5)", lambda v: 0 <= v < 0.5)]
 
@@ -251,6 +252,8 @@ LOSSES: dict[str, type[PairLoss | KTOLoss]] = {
     "sft": SFTLoss,
 }
 """Every loss by name, in the order of a mix's parts. docs/architecture.md lists the steps to add one."""
+WITH_MARGIN = ("dpo", "robust", "ipo", "hinge", "exo_pair", "discopop", "simpo", "alphapo", "cpo")
+"""The losses of the margin of rewards alone, from which `data.margin` is subtracted."""
 MIX = "mix"
 """The name of a weighted sum of losses."""
 NOT_MIXED = {
@@ -258,3 +261,13 @@ NOT_MIXED = {
     MIX: "write its parts here themselves",
 }
 """Losses that cannot be part of a mix, and the reason for messages."""
+
+
+def refuse_margin(loss: Loss, column: str) -> None:
+    """Raise UserError where no part of the loss has a margin of rewards; `column` is the value of data.margin."""
+    names = set(loss.of) if isinstance(loss, MixLoss) else {loss.name}
+    if not names & set(WITH_MARGIN):
+        raise UserError(
+            f"data.margin: got {column!r}, but the loss {loss.name} has no margin of rewards to subtract it from; "
+            f"remove it, or set loss.name to one of {', '.join(WITH_MARGIN)}"
+        )

@@ -27,8 +27,9 @@ class APOZero(OfRewards):
 
     start_loss: ClassVar[float | None] = 1.0
 
-    def of_rewards(self, chosen: torch.Tensor, rejected: torch.Tensor, units: Sequences) -> torch.Tensor:
+    def of_rewards(self, reward: torch.Tensor, units: Sequences) -> torch.Tensor:
         """Return the loss, with 1 − σ(x) as σ(−x), which does not cancel."""
+        chosen, rejected = reward.unbind(1)
         return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
 
@@ -42,8 +43,9 @@ class APODown(OfRewards):
 
     start_loss: ClassVar[float | None] = 1.0
 
-    def of_rewards(self, chosen: torch.Tensor, rejected: torch.Tensor, units: Sequences) -> torch.Tensor:
+    def of_rewards(self, reward: torch.Tensor, units: Sequences) -> torch.Tensor:
         """Return the loss, with 1 − σ(x) as σ(−x)."""
+        chosen, rejected = reward.unbind(1)
         return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
 
 
@@ -58,8 +60,9 @@ class BCOPair(OfRewards):
 
     start_loss: ClassVar[float | None] = 2 * math.log(2.0)
 
-    def of_rewards(self, chosen: torch.Tensor, rejected: torch.Tensor, units: Sequences) -> torch.Tensor:
+    def of_rewards(self, reward: torch.Tensor, units: Sequences) -> torch.Tensor:
         """Return the loss."""
+        chosen, rejected = reward.unbind(1)
         return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
@@ -73,8 +76,9 @@ class NCAPair(OfRewards):
 
     start_loss: ClassVar[float | None] = 2 * math.log(2.0)
 
-    def of_rewards(self, chosen: torch.Tensor, rejected: torch.Tensor, units: Sequences) -> torch.Tensor:
+    def of_rewards(self, reward: torch.Tensor, units: Sequences) -> torch.Tensor:
         """Return the loss."""
+        chosen, rejected = reward.unbind(1)
         return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
@@ -92,8 +96,9 @@ class SPPOHard(OfRewards):
         """Return 1/(2β²)."""
         return 2 * (1 / (2 * self.beta)) ** 2
 
-    def of_rewards(self, chosen: torch.Tensor, rejected: torch.Tensor, units: Sequences) -> torch.Tensor:
+    def of_rewards(self, reward: torch.Tensor, units: Sequences) -> torch.Tensor:
         """Return the loss."""
+        chosen, rejected = reward.unbind(1)
         return _from_targets(chosen, rejected, self.beta)
 
 
@@ -111,8 +116,9 @@ class CalDPO(OfRewards):
         """Return ln 2 + 1/(4β²)."""
         return math.log(2.0) + (1 / (2 * self.beta)) ** 2
 
-    def of_rewards(self, chosen: torch.Tensor, rejected: torch.Tensor, units: Sequences) -> torch.Tensor:
+    def of_rewards(self, reward: torch.Tensor, units: Sequences) -> torch.Tensor:
         """Return the loss."""
+        chosen, rejected = reward.unbind(1)
         return -F.logsigmoid((chosen - rejected) / self.beta) + 0.5 * _from_targets(chosen, rejected, self.beta)
 
 
@@ -137,8 +143,9 @@ class DPOPositive(OfRewards):
 
     start_loss: ClassVar[float | None] = math.log(2.0)
 
-    def of_rewards(self, chosen: torch.Tensor, rejected: torch.Tensor, units: Sequences) -> torch.Tensor:
+    def of_rewards(self, reward: torch.Tensor, units: Sequences) -> torch.Tensor:
         """Return the loss; the rewards that are logged do not have the penalty."""
+        chosen, rejected = reward.unbind(1)
         rounding = self.tie_tolerance * self.beta * units.sums[:, 0].detach().abs()
         fall = torch.where(-chosen > rounding, -chosen, torch.zeros_like(chosen))
         return -F.logsigmoid(chosen - rejected - self.penalty * fall)

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
-from prefopt_dist.objectives.pairs import REFERENCE_METRICS, TIE, OfRewards, logratios, pair_terms, reward_scale
+from prefopt_dist.objectives.pairs import (
+    REFERENCE_METRICS,
+    TIE,
+    OfRewards,
+    beyond_margin,
+    logratios,
+    pair_terms,
+    reward_scale,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class DPO(Objective):
         """Return the loss; rewards are r = β(log π − log π_ref) of the response (equation 5, up to Z)."""
         scale = reward_scale(units, self.beta, per_token=self.per_token)
         reward = scale * logratios(units)
-        margin = reward[:, 0] - reward[:, 1]
+        margin = beyond_margin(units, reward)
         loss = -(1 - self.label_smoothing) * F.logsigmoid(margin) - self.label_smoothing * F.logsigmoid(-margin)
         return pair_terms(units, loss, reward, scale, self.tie_tolerance)
 
@@ -75,7 +83,7 @@ class RobustDPO(Objective):
         """Return the loss; rewards as in DPO."""
         scale = reward_scale(units, self.beta, per_token=False)
         reward = scale * logratios(units)
-        margin = reward[:, 0] - reward[:, 1]
+        margin = beyond_margin(units, reward)
         eps = self.label_smoothing
         loss = (-(1 - eps) * F.logsigmoid(margin) + eps * F.logsigmoid(-margin)) / (1 - 2 * eps)
         return pair_terms(units, loss, reward, scale, self.tie_tolerance)
@@ -104,7 +112,7 @@ class Hinge(Objective):
         """Return the loss; rewards as in DPO."""
         scale = reward_scale(units, self.beta, per_token=False)
         reward = scale * logratios(units)
-        loss = (1 - (reward[:, 0] - reward[:, 1])).relu()
+        loss = (1 - beyond_margin(units, reward)).relu()
         return pair_terms(units, loss, reward, scale, self.tie_tolerance)
 
 
@@ -142,7 +150,7 @@ class IPO(Objective):
         """Return the loss; rewards are β(log π − log π_ref), per token where the loss is: the target margin is ½."""
         scale = reward_scale(units, self.beta, per_token=self.per_token)
         reward = scale * logratios(units)
-        h = (reward[:, 0] - reward[:, 1]) / self.beta
+        h = beyond_margin(units, reward) / self.beta
         loss = (h - 1 / (2 * self.beta)) ** 2
         return pair_terms(units, loss, reward, scale, self.tie_tolerance)
 
@@ -164,9 +172,9 @@ class EXOPair(OfRewards):
         """Return −ln 2 − ½ ln(ε(1 − ε))."""
         return -math.log(2.0) - 0.5 * (math.log(self.label_smoothing) + math.log1p(-self.label_smoothing))
 
-    def of_rewards(self, chosen: torch.Tensor, rejected: torch.Tensor, units: Sequences) -> torch.Tensor:
+    def of_rewards(self, reward: torch.Tensor, units: Sequences) -> torch.Tensor:
         """Return the loss."""
-        margin = chosen - rejected
+        margin = beyond_margin(units, reward)
         right = torch.sigmoid(margin) * (F.logsigmoid(margin) - math.log1p(-self.label_smoothing))
         wrong = torch.sigmoid(-margin) * (F.logsigmoid(-margin) - math.log(self.label_smoothing))
         return right + wrong
@@ -185,8 +193,8 @@ class DiscoPOP(OfRewards):
 
     start_loss: ClassVar[float | None] = 0.5 * (math.log(2.0) + 1)
 
-    def of_rewards(self, chosen: torch.Tensor, rejected: torch.Tensor, units: Sequences) -> torch.Tensor:
+    def of_rewards(self, reward: torch.Tensor, units: Sequences) -> torch.Tensor:
         """Return the loss; s e^(−m) is formed in the exponent, where e^(−m) alone would overflow."""
-        margin = chosen - rejected
+        margin = beyond_margin(units, reward)
         logistic = -torch.sigmoid(-margin / self.temperature) * F.logsigmoid(margin)
         return logistic + torch.exp(F.logsigmoid(margin / self.temperature) - margin)

@@ -52,6 +52,15 @@ def logratios(units: Sequences) -> torch.Tensor:
     return units.sums - units.reference
 
 
+def beyond_margin(units: Sequences, reward: torch.Tensor) -> torch.Tensor:
+    """Return m − Δ [U]: by how much the margin of rewards [U, 2] exceeds the one that the pair's row asks for.
+
+    Δ is the offset of ODPO (Amini et al. 2024, arXiv:2402.10571), in units of reward; 0 where the rows name none.
+    """
+    margin = reward[:, 0] - reward[:, 1]
+    return margin if units.margin is None else margin - units.margin
+
+
 def pair_terms(
     units: Sequences,
     loss: torch.Tensor,
@@ -97,18 +106,11 @@ class OfRewards(Objective):
     counted_by: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
-    def of_rewards(self, chosen: torch.Tensor, rejected: torch.Tensor, units: Sequences) -> torch.Tensor:
-        """Return the loss of each pair, float64 [U].
-
-        Args:
-            chosen: float64 [U], the rewards of the chosen responses.
-            rejected: float64 [U], those of the rejected ones.
-            units: the pairs.
-        """
+    def of_rewards(self, reward: torch.Tensor, units: Sequences) -> torch.Tensor:
+        """Return the loss of each pair, float64 [U], from the rewards [U, 2] of its chosen and rejected response."""
 
     def __call__(self, units: Sequences) -> Terms:
         """Return the loss; rewards as in DPO."""
         scale = reward_scale(units, self.beta, per_token=False)
         reward = scale * logratios(units)
-        loss = self.of_rewards(reward[:, 0], reward[:, 1], units)
-        return pair_terms(units, loss, reward, scale, self.tie_tolerance)
+        return pair_terms(units, self.of_rewards(reward, units), reward, scale, self.tie_tolerance)

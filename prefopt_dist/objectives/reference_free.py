@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
-from prefopt_dist.objectives.pairs import METRICS, TIE, pair_terms, reward_scale
+from prefopt_dist.objectives.pairs import METRICS, TIE, beyond_margin, pair_terms, reward_scale
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SimPO(Objective):
         """Return the loss; rewards are β · mean log π of a token (equation 4), margins without γ."""
         scale = reward_scale(units, self.beta, per_token=True)
         reward = scale * units.sums
-        loss = -F.logsigmoid(reward[:, 0] - reward[:, 1] - self.gamma)
+        loss = -F.logsigmoid(beyond_margin(units, reward) - self.gamma)
         return pair_terms(units, loss, reward, scale, self.tie_tolerance)
 
 
@@ -81,7 +81,7 @@ class AlphaPO(Objective):
         """Return the loss; rewards are r, margins without γ."""
         power = bounded_exp(-self.alpha * units.sums / units.counts)
         reward = self.beta * (1 - power) / self.alpha
-        loss = -F.logsigmoid(reward[:, 0] - reward[:, 1] - self.gamma)
+        loss = -F.logsigmoid(beyond_margin(units, reward) - self.gamma)
         slope = reward_scale(units, self.beta, per_token=True) * power.detach()
         return pair_terms(units, loss, reward, slope, self.tie_tolerance)
 
@@ -112,7 +112,7 @@ class CPO(Objective):
         """Return the loss; rewards are β log π, summed over the response."""
         scale = reward_scale(units, self.beta, per_token=False)
         reward = scale * units.sums
-        margin = reward[:, 0] - reward[:, 1]
+        margin = beyond_margin(units, reward)
         loss = -(1 - self.label_smoothing) * F.logsigmoid(margin) - self.label_smoothing * F.logsigmoid(-margin)
         return pair_terms(units, loss, reward, scale, self.tie_tolerance)
 

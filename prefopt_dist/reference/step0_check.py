@@ -53,8 +53,18 @@ class RoundingTolerance:
 class Step0Check:
     """A check of the first batch: it collects the largest differences on the device, then decides for all ranks."""
 
-    def __init__(self, objective: Objective, rounding: RoundingTolerance, device: torch.device) -> None:
-        self._start_loss = objective.start_loss
+    def __init__(
+        self, objective: Objective, rounding: RoundingTolerance, device: torch.device, *, margins: bool = False
+    ) -> None:
+        """Begin with nothing.
+
+        Args:
+            objective: the loss.
+            rounding: the tolerance.
+            device: where the differences are collected.
+            margins: whether the rows have margins, with which no loss has a closed form at the start.
+        """
+        self._start_loss = None if margins else objective.start_loss
         self._rounding = rounding
         self._worst = torch.zeros(2, dtype=torch.float64, device=device)
 

@@ -170,6 +170,8 @@ def text_options(config: Config) -> TextOptions:
         template_kwargs=tuple((data.template_kwargs or {}).items()),
         columns=tuple((data.columns or {}).items()),
         pairs_from=data.pairs_from,
+        weight=data.weight,
+        margin=data.margin,
     )
 
 

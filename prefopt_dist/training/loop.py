@@ -174,7 +174,8 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
         job.restore(state)
     step0_check = None
     if start_step == 0 and job.reference_is_start:
-        step0_check = Step0Check(job.objective, job.rounding, ranks.device())
+        margins = job.train.rows.margins is not None
+        step0_check = Step0Check(job.objective, job.rounding, ranks.device(), margins=margins)
     if start_step == 0 and every.evaluate_at_start:
         _evaluate(job, 0)
     if start_step and (job.ended or _stops_early(job, start_step, {})):

@@ -19,6 +19,7 @@ BOTH = [
     "pairwise",
     "whole_evaluation",
     "kto_evaluation",
+    "row_weights",
     "other_reference_is_refused",
     "errors_reach_all",
     "packs_alone_and_together",
@@ -94,6 +95,17 @@ def test_every_loss_of_the_family_equals_float64(world: tuple[int, Path]) -> Non
     assert mix["orpo_loss"] == pytest.approx(result["orpo, 150"]["metrics"]["loss"], rel=1e-6)
 
 
+def test_weight_2_is_the_row_twice_and_weight_0_its_absence(world: tuple[int, Path]) -> None:
+    """For DPO, for KTO with its reference point, and for a mix; metrics, gradient and evaluation."""
+    for name, got in found(world, "row_weights").items():
+        assert got["micro_batches"][0] > got["micro_batches"][1], name
+        assert got["gradient"] <= 1e-5, name
+        for weighted, repeated in (got["metrics"], got["evaluation"]):
+            assert weighted.keys() == repeated.keys()
+            for key, value in repeated.items():
+                assert weighted[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (name, key)
+
+
 def test_kto_in_one_micro_batch(world: tuple[int, Path]) -> None:
     """The reference point and the gradient are those of many micro-batches, which are float64's."""
     if world[0] == 1:
@@ -124,6 +136,21 @@ def test_whole_runs_of_kto_and_a_mix(world: tuple[int, Path]) -> None:
         assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
         assert (rows[0]["eval/rewards/accuracies"], rows[0]["eval/ties"]) == (0, 1)
         assert rows[-1]["eval/rewards/accuracies"] > 0.5
+
+
+def test_a_whole_run_with_weights_and_margins(world: tuple[int, Path]) -> None:
+    """Where policy and reference are equal, the loss is cDPO's at −½; rows of weight 0 are not evaluated."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    rows = found(world, "whole_runs")["run-weighted-whole"]["rows"]
+    exact = 0.9 * math.log1p(math.exp(0.5)) + 0.1 * math.log1p(math.exp(-0.5))
+    first = next(row for row in rows if row["kind"] == "train")
+    assert first["train/loss"] == pytest.approx(exact, rel=1e-5)
+    assert first["train/ties"] == 1
+    evaluated = [row for row in rows if row["kind"] == "eval"]
+    assert {row["eval/rows"] for row in evaluated} == {37 - 13}
+    if evaluated[0]["step"] == 0:
+        assert evaluated[0]["eval/loss"] == pytest.approx(exact, rel=1e-5)
 
 
 def check_matrix(result: dict[str, Any], settings: list[matrix_cases.Setting]) -> None:

@@ -588,6 +588,8 @@ def test_resolved_text_loads_back_equal(tmp_path: Path, overrides: list[str]) ->
         ("train.epochs=2", "train.epochs: was 1, now 2"),
         ("train.max_steps=2", "train.max_steps: was None, now 2"),
         ("train.deterministic=true", "train.deterministic: was absent, now True"),
+        ("data.weight=w", "data.weight: was absent, now w"),
+        ("data.margin=a - b", "data.margin: was absent, now a - b"),
         ("lora.r=8", "lora.r: was absent, now 8"),
         ("lora.target_modules=[q_proj]", "lora.target_modules: was absent, now ['q_proj']"),
         ("inspect.duplicates=drop", "inspect.duplicates: was absent, now drop"),
@@ -620,6 +622,18 @@ def test_identity_has_what_decides_which_rows_are_dropped(tmp_path: Path) -> Non
     drop = "inspect.eval_prompts=drop"
     before, after = identity(load(tmp_path, drop, "data.eval=e")), identity(load(tmp_path, drop, "data.eval=f"))
     assert differing_keys(before, after) == ["data.eval[0].path: was e, now f"]
+
+
+def test_a_margin_needs_a_loss_that_has_one(tmp_path: Path) -> None:
+    for loss in ("kto", "sft", "orpo", "apo_zero"):
+        message = complaint(tmp_path, f"loss.name={loss}", "data.margin=m")
+        assert message.startswith(f"data.margin: got 'm', but the loss {loss} has no margin of rewards")
+        assert "set loss.name to one of dpo, robust" in message
+    load(tmp_path, "loss.name=hinge", "data.margin=m")
+    parts = "loss.of={dpo: {weight: 1}, sft: {weight: 1}}"
+    assert load(tmp_path, "loss.name=mix", parts, "data.margin=m").data.margin == "m"
+    parts = "loss.of={apo_zero: {weight: 1}, sft: {weight: 1}}"
+    assert "data.margin: got 'm', but the loss mix" in complaint(tmp_path, "loss.name=mix", parts, "data.margin=m")
 
 
 # Secrets
