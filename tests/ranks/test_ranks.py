@@ -32,25 +32,46 @@ TWO_ONLY += ["lora_gemma2", "lora_resume", "reductions_in_float32"]
 TWO_ONLY += [*PATHS]
 
 
+SLOW = ["dpo_one_micro_batch", "dpo_small_blocks", "dpo_phi3", "ipo", "lora_gemma2", "kto_one_micro_batch"]
+"""Kin of cases that stay in the quick tests"""
+
+
 @pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["1 rank", "2 ranks"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """Runs all cases once for each world size."""
     n = request.param
     folder = tmp_path_factory.mktemp(f"world{n}")
-    case_runner.run_cases("rank_cases.py", n, folder, BOTH + (TWO_ONLY if n == 2 else []))
+    cases = BOTH + (TWO_ONLY if n == 2 else [])
+    case_runner.run_cases("rank_cases.py", n, folder, [case for case in cases if n == 1 or case not in SLOW])
     return n, folder
+
+
+@pytest.fixture(scope="module")
+def slow_world(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """Runs the slow cases, and what they are compared with, on two ranks."""
+    folder = tmp_path_factory.mktemp("slow-world")
+    case_runner.run_cases("rank_cases.py", 2, folder, [*SLOW, "kto"])
+    return 2, folder
 
 
 def found(world: tuple[int, Path], case: str) -> dict[str, Any]:
     return case_runner.found(world[1], case)
 
 
-@pytest.mark.parametrize("case", [*EQUALITY, *SHORT, *PATHS, "lora_gemma2"])
+@pytest.mark.parametrize("case", [*EQUALITY, *SHORT, *PATHS])
 def test_steps_equal_float64(world: tuple[int, Path], case: str) -> None:
     """G = 11 over 37 pairs: not divisible by two ranks, and a last partial batch of 4."""
     if case in TWO_ONLY and world[0] == 1:
         pytest.skip("two ranks")
+    if case in SLOW and world[0] == 2:
+        pytest.skip("test_slow_steps_equal_float64")
     check_steps(found(world, case), case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in SLOW if case != "kto_one_micro_batch"])
+def test_slow_steps_equal_float64(slow_world: tuple[int, Path], case: str) -> None:
+    check_steps(found(slow_world, case), case)
 
 
 def check_steps(result: dict[str, Any], case: str) -> None:
@@ -94,11 +115,10 @@ def test_every_loss_of_the_family_equals_float64(world: tuple[int, Path]) -> Non
     assert mix["orpo_loss"] == pytest.approx(result["orpo, 150"]["metrics"]["loss"], rel=1e-6)
 
 
-def test_kto_in_one_micro_batch(world: tuple[int, Path]) -> None:
+@pytest.mark.slow
+def test_kto_in_one_micro_batch(slow_world: tuple[int, Path]) -> None:
     """The reference point and the gradient are those of many micro-batches, which are float64's."""
-    if world[0] == 1:
-        pytest.skip("two ranks")
-    one, many = found(world, "kto_one_micro_batch"), found(world, "kto")
+    one, many = found(slow_world, "kto_one_micro_batch"), found(slow_world, "kto")
     assert one["micro_batches"][0] < many["micro_batches"][0]
     assert max(one["gradient"]) <= 1e-5
     (got, exact), (other, _) = one["metrics"][0], many["metrics"][0]
