@@ -29,7 +29,7 @@ BOTH += ["early_stop"]
 TWO_ONLY = ["shards", "save_fails_on_one_rank", "killed_before_pruning", "idle_ranks"]
 TWO_ONLY += ["family", "kto_one_micro_batch", "whole_runs"]
 TWO_ONLY += ["lora_gemma2", "lora_resume", "reductions_in_float32"]
-TWO_ONLY += [*PATHS]
+TWO_ONLY += [*PATHS, "moved_values", "moving_reference"]
 
 
 SLOW = ["dpo_one_micro_batch", "dpo_small_blocks", "dpo_phi3", "ipo", "lora_gemma2", "kto_one_micro_batch"]
@@ -144,6 +144,34 @@ def test_whole_runs_of_kto_and_a_mix(world: tuple[int, Path]) -> None:
         assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
         assert (rows[0]["eval/rewards/accuracies"], rows[0]["eval/ties"]) == (0, 1)
         assert rows[-1]["eval/rewards/accuracies"] > 0.5
+
+
+def test_the_policy_becomes_the_reference(world: tuple[int, Path]) -> None:
+    """Its log-probs of the rows that are due, beside float64's; nothing changes where a stop is asked for."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "moved_values")
+    assert (result["untouched"], result["others"], result["start"]) == (True, True, True)
+    assert result["due"] == 10
+    assert result["kept"] == ["step-00000004.npz"]
+    assert result["worst"] <= 1e-6 < result["moved"]
+
+
+def test_a_reference_that_moves(world: tuple[int, Path]) -> None:
+    """ln 2 again after each update; crashes around an update, and a stop in it, change no bit."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "moving_reference")
+    for name, at_start in (("whole", math.log(2)), ("kto", 0.5)):
+        losses = {row["step"]: row["train/loss"] for row in result[name]["rows"] if row["kind"] == "train"}
+        for step in (1, 3, 5):
+            assert losses[step] == pytest.approx(at_start, abs=1e-6)
+            assert abs(losses[step + 1] - at_start) > 1e-4
+    again = result["crashed"]
+    assert again["starts"] == [0, 3, 3, 4]
+    assert "after step 4, checkpoint committed" in result["stopped"]
+    assert again["weights"] == result["whole"]["weights"]
+    assert again["rows"] == result["whole"]["rows"]
 
 
 def check_matrix(result: dict[str, Any], settings: list[matrix_cases.Setting]) -> None:
