@@ -1051,6 +1051,7 @@ def prepare(folder: Path) -> None:
 
 if __name__ == "__main__":
     import lora_cases  # which has its cases from this file's parts, as the next has
+    import moving_cases
     import path_cases
 
-    case_runner.serve(globals() | vars(lora_cases) | vars(path_cases), prepare)
+    case_runner.serve(globals() | vars(lora_cases) | vars(path_cases) | vars(moving_cases), prepare)

@@ -80,7 +80,13 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "max_prompt_length": 512,
             "on_bad_row": "stop",
         },
-        "reference": {"name_or_path": None, "store": None, "offload": "none", "micro_batch_tokens": None},
+        "reference": {
+            "name_or_path": None,
+            "store": None,
+            "offload": "none",
+            "micro_batch_tokens": None,
+            "update_every_steps": None,
+        },
         "lora": None,
         "loss": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0, "average": "sums", "sft_weight": 0.0},
         "optim": {
