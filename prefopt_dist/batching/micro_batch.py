@@ -1,8 +1,8 @@
-"""A micro-batch: one packed row of distinct sequences, and the units (pairs or single responses) made of them.
+"""A micro-batch: one packed row of distinct sequences, and the units (pairs, single responses, ranked rows) of them.
 
 Legend: T packed input tokens, S scored tokens (the response tokens that are learnt), N tokens whose hidden states
 reach the output head, K largest number of different tokens that one of them predicts, Q distinct sequences (prompt and
-response), U units, R responses of a unit.
+response), U units, R responses of a unit (of ranked rows the most that a row of the data set has).
 
 Each distinct prompt of the micro-batch is in the row once, followed by its distinct responses:
 
@@ -118,7 +118,8 @@ class MicroBatch:
     counts: torch.Tensor
     """int64 [Q]: scored tokens of each sequence; their sum is S."""
     units: torch.Tensor
-    """int64 [U, R]: indices of the sequences of each unit (for a pair: chosen, rejected)."""
+    """int64 [U, R]: indices of the sequences of each unit (for a pair: chosen, rejected); responses that a ranked row
+    lacks repeat its first."""
     rows: tuple[int, ...]
     """[U]: the data-set row of each unit."""
     desirable: torch.Tensor
@@ -131,6 +132,8 @@ class MicroBatch:
     """float64 [U]: the weight of each unit in sums over units; None: each weighs 1."""
     margin: torch.Tensor | None = None
     """float64 [U]: the margin of rewards that each pair should exceed; None: 0."""
+    ranks: torch.Tensor | None = None
+    """int64 [U, R]: the rank of each response of ranked rows, best first, -1 for one that a row lacks."""
     rectangles: tuple[torch.Tensor, ...] = ()
     """int64 [B, L] each, on the path plain: indices in the row of B sequences, padded on the right by the index of the
     sequence's last token."""
@@ -246,7 +249,7 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
 
     Args:
         units: the units; none make a micro-batch with a dummy token.
-        responses_per_unit: responses of a unit.
+        responses_per_unit: responses of a unit; ranked rows may have fewer.
         path: how the model will compute them.
         forwards: on the path plain the fewest rectangles; dummy ones fill up.
     """
@@ -255,7 +258,8 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
     for u in units:
         assert len(u.prompt) > 0, f"row {u.row}: empty prompt"
         assert all(r.scored > 0 for _, r in keyed_responses(u)), f"row {u.row}: nothing of a response is scored"
-        assert len(u.responses) == responses_per_unit, f"row {u.row}: {len(u.responses)} responses"
+        assert 0 < len(u.responses) <= responses_per_unit, f"row {u.row}: {len(u.responses)} responses"
+        assert len(u.responses) == responses_per_unit or u.ranks is not None, f"row {u.row}: it is not ranked"
 
     ids: list[Tokens] = []
     positions: list[NDArray[np.int64]] = []
@@ -300,6 +304,9 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
     def row(parts: Sequence[NDArray[np.int32] | NDArray[np.int64]]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
+    def filled(sequences: list[int]) -> list[int]:
+        return sequences + sequences[:1] * (responses_per_unit - len(sequences))
+
     number = {prompt: i for i, prompt in enumerate(groups)}
     of_unit = np.array([number[u.prompt.tobytes()] for u in units])
     targets = _distinct_targets(np.concatenate(source), np.concatenate(target))
@@ -314,15 +321,24 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
         gathered=gather(segments),
         **targets,
         counts=torch.tensor(counts),
-        units=torch.tensor([[index[u.prompt.tobytes(), key] for key, _ in keyed_responses(u)] for u in units]),
+        units=torch.tensor([filled([index[u.prompt.tobytes(), key] for key, _ in keyed_responses(u)]) for u in units]),
         rows=tuple(u.row for u in units),
         desirable=torch.tensor([u.desirable for u in units]),
         by_prompt=torch.from_numpy(of_unit.argsort(kind="stable")),
         prompts=_ends(of_unit, np.unique(np.concatenate(source)), counts, row_ends, sequence_ends),
         weight=_numbers([u.weight for u in units]),
         margin=_numbers([u.margin for u in units]),
+        ranks=_rank_table(units, responses_per_unit),
         rectangles=rectangles,
     )
+
+
+def _rank_table(units: Sequence[Unit], responses: int) -> torch.Tensor | None:
+    """Return the ranks of the units' responses as int64 [U, R]; None where they are not ranked."""
+    ranks = [u.ranks for u in units if u.ranks is not None]
+    if len(ranks) < len(units):
+        return None
+    return torch.tensor([[*of_unit, *[-1] * (responses - len(of_unit))] for of_unit in ranks])
 
 
 def _numbers(values: Sequence[float | None]) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ from prefopt_dist.config.anchored_losses import (
     SPPOHardLoss,
 )
 from prefopt_dist.config.bounds import Bound, NotNegative, Positive
+from prefopt_dist.config.ranked_losses import AllPairsLoss, PlackettLuceLoss, RankedLoss
 from prefopt_dist.errors import UserError
 
 Smoothing = Annotated[float, Bound("in [0, 0.5)", lambda v: 0 <= v < 0.5)]
@@ -228,9 +229,9 @@ class MixLoss:
     """Selects this loss."""
 
 
-Loss = PairLoss | KTOLoss | MixLoss
+Loss = PairLoss | KTOLoss | RankedLoss | MixLoss
 
-LOSSES: dict[str, type[PairLoss | KTOLoss]] = {
+LOSSES: dict[str, type[PairLoss | KTOLoss | RankedLoss]] = {
     "dpo": DPOLoss,
     "robust": RobustLoss,
     "ipo": IPOLoss,
@@ -250,14 +251,20 @@ LOSSES: dict[str, type[PairLoss | KTOLoss]] = {
     "orpo": ORPOLoss,
     "kto": KTOLoss,
     "sft": SFTLoss,
+    "plackett_luce": PlackettLuceLoss,
+    "all_pairs": AllPairsLoss,
 }
 """Every loss by name, in the order of a mix's parts. docs/architecture.md lists the steps to add one."""
 WITH_MARGIN = ("dpo", "robust", "ipo", "hinge", "exo_pair", "discopop", "simpo", "alphapo", "cpo")
 """The losses of the margin of rewards alone, from which `data.margin` is subtracted."""
+ON_ROWS = "it takes all responses of a row, but a mix consists of losses on pairs"
+"""Why a loss on ranked rows is no part of a mix."""
 MIX = "mix"
 """The name of a weighted sum of losses."""
 NOT_MIXED = {
     "kto": "it rates single responses by a reference point from other rows, but a mix consists of losses on pairs",
+    "plackett_luce": ON_ROWS,
+    "all_pairs": ON_ROWS,
     MIX: "write its parts here themselves",
 }
 """Losses that cannot be part of a mix, and the reason for messages."""

@@ -1,15 +1,17 @@
 """The tokenised data set on disk, memory-mapped.
 
-Shapes: n rows; R responses per row (2 for pairs, otherwise 1). The tokens of a row are stored consecutively: the
-prompt, then its responses. `offsets` has an entry for the start of each of these parts and one for the end.
+Shapes: n rows; R responses per row (2 for pairs, of ranked rows the most that one has, otherwise 1). The tokens of a
+row are stored consecutively: the prompt, then its responses. `offsets` has an entry for the start of each of these
+parts and one for the end. A response that a ranked row lacks has no tokens, the digest ABSENT and the score nan.
 """
 
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -35,6 +37,7 @@ COLUMNS = {
     "labels": "|i1",
     "row_weights": "<f8",
     "margins": "<f8",
+    "scores": "<f8",
     "source": "<i4",
     "line": "<i8",
     "flags": "<u2",
@@ -47,7 +50,9 @@ FLAGS = (
 """Names of the bits that record how each row was made, from the lowest bit on (see `TokenisedRow`)."""
 MANIFEST = "manifest.json"
 
-Kind = Literal["pair", "demonstration", "rated"]
+Kind = Literal["pair", "demonstration", "rated", "ranked"]
+ABSENT = bytes(16)
+"""The digest of a response that a ranked row lacks."""
 
 
 class DamagedRows(Exception):
@@ -107,13 +112,15 @@ class TokenisedRows:
     """[n] the weight of each row in the loss; None without data.weight"""
     margins: NDArray[np.float64] | None = field(default=None, kw_only=True)
     """[n] the margin of rewards that each pair should exceed; None without data.margin"""
+    scores: NDArray[np.float64] | None = field(default=None, kw_only=True)
+    """[n, R] the score of each response of ranked rows, best first, nan for an absent one; None for other kinds"""
 
     def prompt(self, i: int) -> NDArray[np.int32]:
         """Return the ids of row i's prompt [length]."""
         return self._part(i, 0)
 
     def response(self, i: int, k: int) -> NDArray[np.int32]:
-        """Return the ids of row i's response k [length]; in a pair, 0 is the chosen and 1 the rejected response."""
+        """Return the ids of row i's response k [length]; 0 is a pair's chosen response, or a ranked row's best one."""
         assert 0 <= k < self.responses
         return self._part(i, 1 + k)
 
@@ -141,16 +148,26 @@ class TokenisedRows:
 
         Args:
             i: The row.
-            responses: Indices of the responses.
+            responses: Indices of the responses; those that a ranked row lacks are left out.
             number: The number that names the unit; None: i.
         """
-        columns = tuple(responses)
+        held = self.responses_held(i)
+        columns = tuple(k for k in responses if k < held)
         learnt = None if self.learnt is None else tuple(self.mask(i, k) for k in columns)
         desirable = self.labels is None or bool(self.labels[i])
         found = tuple(self.response(i, k) for k in columns)
         weight = None if self.row_weights is None else float(self.row_weights[i])
         margin = None if self.margins is None else float(self.margins[i])
-        return Unit(i if number is None else number, self.prompt(i), found, desirable, learnt, weight, margin)
+        ranks = None if self.scores is None else _ranks([float(self.scores[i, k]) for k in columns])
+        return Unit(i if number is None else number, self.prompt(i), found, desirable, learnt, weight, margin, ranks)
+
+    def responses_held(self, i: int) -> int:
+        """Return the number of responses of row i, which is R but for ranked rows."""
+        return self.responses if self.scores is None else int(np.count_nonzero(~np.isnan(self.scores[i])))
+
+    def present(self) -> NDArray[np.bool_]:
+        """Return whether each response is there [n, R]."""
+        return np.ones((self.n, self.responses), bool) if self.scores is None else ~np.isnan(np.asarray(self.scores))
 
     def lengths(self) -> NDArray[np.int64]:
         """Return the number of tokens of each row's prompt and responses [n, 1+R]."""
@@ -175,6 +192,12 @@ class TokenisedRows:
         """Return where a part of row i begins and ends in `tokens`; part 0 is the prompt, 1 + k is response k."""
         at = i * (1 + self.responses) + part
         return int(self.offsets[at]), int(self.offsets[at + 1])
+
+
+def _ranks(scores: Sequence[float]) -> tuple[int, ...]:
+    """Return 0 for the first of descending scores, and one more after each that is lower than the one before it."""
+    falls = [0, *(int(later < earlier) for earlier, later in pairwise(scores))]
+    return tuple(accumulate(falls))
 
 
 def flag_bits(names: Iterable[str]) -> int:
@@ -216,7 +239,16 @@ class ColumnWriter:
 def content_digest(files: dict[str, dict[str, Any]]) -> str:
     """Return a digest of the rows from their files' checksums; the line numbers of the rows do not count."""
     state = blake2b(digest_size=16)
-    for name in ("tokens", "offsets", "labels", "source", "learnt", "row_weights", "margins"):  # some may be absent
+    for name in (
+        "tokens",
+        "offsets",
+        "labels",
+        "source",
+        "learnt",
+        "row_weights",
+        "margins",
+        "scores",
+    ):  # some may be absent
         if name in files:
             state.update(f"{name}:{files[name]['blake2b']};".encode())
     return state.hexdigest()
@@ -268,7 +300,11 @@ def open_rows(folder: Path, checksums: bool = True) -> TokenisedRows:
         raise DamagedRows(f"{folder / MANIFEST} has schema {body['schema']}, not {SCHEMA}")
     arrays = {name: _map_column(folder, name, file, checksums) for name, file in body["files"].items()}
     kind: Kind = body["kind"]
-    responses = 2 if kind == "pair" else 1
+    if kind == "ranked":
+        responses = (len(arrays["offsets"]) - 1) // body["n"] - 1
+    else:
+        responses = 2 if kind == "pair" else 1
+    scores = arrays.get("scores")
     report = body["report"]
     examples = {name: tuple(shown) for name, shown in report["examples"].items()}
     return TokenisedRows(
@@ -288,6 +324,7 @@ def open_rows(folder: Path, checksums: bool = True) -> TokenisedRows:
         report=DataReport(**{**report, "examples": examples}),
         row_weights=arrays.get("row_weights"),
         margins=arrays.get("margins"),
+        scores=None if scores is None else scores.reshape(body["n"], responses),
     )
 
 

@@ -182,7 +182,13 @@ def _sums(logps: torch.Tensor, scored: torch.Tensor, counts: torch.Tensor) -> to
 
 def _units(batch: MicroBatch, sums: torch.Tensor, reference: torch.Tensor | None) -> Sequences:
     return Sequences(
-        sums[batch.units], batch.counts[batch.units], reference, batch.desirable, batch.weight, batch.margin
+        sums[batch.units],
+        batch.counts[batch.units],
+        reference,
+        batch.desirable,
+        batch.weight,
+        batch.margin,
+        batch.ranks,
     )
 
 
@@ -208,5 +214,11 @@ def _units_of(
         return None if values is None else values[indices]
 
     return Sequences(
-        sums[units], counts[units], of(reference), batch.desirable[indices], of(batch.weight), of(batch.margin)
+        sums[units],
+        counts[units],
+        of(reference),
+        batch.desirable[indices],
+        of(batch.weight),
+        of(batch.margin),
+        of(batch.ranks),
     )

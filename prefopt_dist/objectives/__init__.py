@@ -5,6 +5,7 @@ from prefopt_dist.objectives.dpo import DPO, IPO, DiscoPOP, EXOPair, Hinge, Robu
 from prefopt_dist.objectives.kto import KTO
 from prefopt_dist.objectives.mix import Mix, MixPart
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
+from prefopt_dist.objectives.ranked import AllPairs, PlackettLuce
 from prefopt_dist.objectives.reference_free import CPO, ORPO, AlphaPO, SimPO
 from prefopt_dist.objectives.sft import SFT, WithSFT
 
@@ -17,6 +18,7 @@ __all__ = [
     "SFT",
     "APODown",
     "APOZero",
+    "AllPairs",
     "AlphaPO",
     "BCOPair",
     "CalDPO",
@@ -28,6 +30,7 @@ __all__ = [
     "MixPart",
     "NCAPair",
     "Objective",
+    "PlackettLuce",
     "RobustDPO",
     "SPPOHard",
     "Sequences",

@@ -29,6 +29,7 @@ from prefopt_dist.config.losses import (
     SFTLoss,
     SimPOLoss,
 )
+from prefopt_dist.config.ranked_losses import AllPairsLoss, PlackettLuceLoss
 from prefopt_dist.objectives import (
     CPO,
     DPO,
@@ -36,6 +37,7 @@ from prefopt_dist.objectives import (
     KTO,
     ORPO,
     SFT,
+    AllPairs,
     AlphaPO,
     APODown,
     APOZero,
@@ -49,6 +51,7 @@ from prefopt_dist.objectives import (
     MixPart,
     NCAPair,
     Objective,
+    PlackettLuce,
     RobustDPO,
     SimPO,
     SPPOHard,
@@ -96,6 +99,10 @@ def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
             objective = CalDPO(loss.beta, tie)
         case DPOPositiveLoss():
             objective = DPOPositive(loss.beta, tie, loss.penalty)
+        case PlackettLuceLoss():
+            objective = PlackettLuce(loss.beta, tie)
+        case AllPairsLoss():
+            objective = AllPairs(loss.beta, tie)
         case SimPOLoss():
             objective = SimPO(loss.beta, loss.gamma, tie)
         case AlphaPOLoss():

@@ -388,11 +388,15 @@ def _aligned_sets(
 def _aligned(
     scores: dict[bytes, Score], rows: TokenisedRows, responses: int, needed: NDArray[np.int64] | None
 ) -> NDArray[np.float64]:
-    """Return the values of a data set, float64 [n, responses]; raise UserError for one that cannot be right."""
+    """Return the values of a data set, float64 [n, R]; raise UserError for one that cannot be right.
+
+    Those of responses that a ranked row lacks repeat its first, as in a micro-batch.
+    """
+    responses = min(responses, rows.responses)
     sums = np.full((rows.n, responses), np.nan, dtype=np.float64)
     tokens = rows.learnt_lengths()
     for i in range(rows.n) if needed is None else needed.tolist():
-        for k in range(responses):
+        for k in range(min(responses, rows.responses_held(i))):
             score = scores[rows.digests[i, k].tobytes()]
             if score.tokens != tokens[i, k] or not np.isfinite(score.sum):
                 raise UserError(
@@ -400,4 +404,5 @@ def _aligned(
                     f"belong to this response, which has {tokens[i, k]} scored tokens. Remove the store's folder."
                 )
             sums[i, k] = score.sum
+        sums[i, k + 1 :] = sums[i, 0]
     return sums

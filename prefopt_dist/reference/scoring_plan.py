@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from prefopt_dist.batching.layout import fill_micro_batches
 from prefopt_dist.batching.micro_batch import ComputePath, packed_tokens
 from prefopt_dist.data import TokenisedRows
+from prefopt_dist.data.dataset import ABSENT
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import write_atomic
@@ -65,12 +66,14 @@ def sequences_needed(
     for s, rows in enumerate(sets):
         if s == 0 and first_set_rows is not None:
             for row in first_set_rows.tolist():
-                for response in range(responses):
+                for response in range(min(responses, rows.responses)):
                     found.setdefault(rows.digests[row, response].tobytes(), Location(0, row, response))
             continue
-        flat = rows.digests[:, :responses].tobytes()
-        for i in range(rows.n * responses):
-            found.setdefault(flat[16 * i : 16 * i + 16], Location(s, *divmod(i, responses)))
+        width = min(responses, rows.responses)  # the sets of ranked rows differ in the most that a row has
+        flat = rows.digests[:, :width].tobytes()
+        for i in range(rows.n * width):
+            found.setdefault(flat[16 * i : 16 * i + 16], Location(s, *divmod(i, width)))
+    found.pop(ABSENT, None)
     return found
 
 

@@ -101,8 +101,10 @@ class MovingReference:
         number = {digest: i for i, digest in enumerate(wanted)}
         digests = self.data.rows.digests
         for row in rows.tolist():
-            for response in range(reference.shape[1]):
+            held = self.data.rows.responses_held(row)
+            for response in range(min(held, reference.shape[1])):
                 reference[row, response] = sums[number[digests[row, response].tobytes()]]
+            reference[row, held:] = reference[row, 0]
         ranks.run_on_rank_zero(lambda: self._write(step, rows))
         say(
             f"step {step}: the policy is the reference now; {len(units)} sequences scored in "
