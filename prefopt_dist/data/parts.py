@@ -65,7 +65,8 @@ class PartResult:
         """Write the file whole or not at all; its parts have checksums."""
         content = json.dumps({"masked": self.masked, "counts": self.counts.as_json()}).encode()
         stream = io.BytesIO()
-        np.savez(stream, allow_pickle=False, content=np.frombuffer(content, np.uint8), **self.columns)
+        columns = {name: values for name, values in self.columns.items() if name != "scores" or len(values)}
+        np.savez(stream, allow_pickle=False, content=np.frombuffer(content, np.uint8), **columns)
         write_atomic(path, stream.getvalue())
 
     @classmethod
@@ -73,8 +74,9 @@ class PartResult:
         """Read a file of `save`; None where there is none or it is damaged."""
         try:
             with np.load(path) as found:
-                columns = {name: found[name] for name in COLUMNS}
+                columns = {name: found[name] for name in COLUMNS if name != "scores" or name in found}
                 content = json.loads(found["content"].tobytes())
+            columns.setdefault("scores", np.empty(0, COLUMNS["scores"]))  # only ranked rows have them
             return cls(columns, content["masked"], RowCounts.from_json(content["counts"]))
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             return None
