@@ -165,6 +165,15 @@ class TokenisedRows:
         """Return the number of responses of row i, which is R but for ranked rows."""
         return self.responses if self.scores is None else int(np.count_nonzero(~np.isnan(self.scores[i])))
 
+    def held(self) -> NDArray[np.int64]:
+        """Return the number of responses of each row [n]."""
+        held: NDArray[np.int64] = self.present().sum(axis=1)
+        return held
+
+    def best_and_worst(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return what `values` [n, R] have for the first and for the last response of each row [n, 2]."""
+        return np.stack([values[:, 0], values[np.arange(self.n), self.held() - 1]], axis=1)
+
     def present(self) -> NDArray[np.bool_]:
         """Return whether each response is there [n, R]."""
         return np.ones((self.n, self.responses), bool) if self.scores is None else ~np.isnan(np.asarray(self.scores))
