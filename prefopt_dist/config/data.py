@@ -93,7 +93,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class PairsFrom:
-    """Rule by which a row with several scored answers becomes a pair."""
+    """Rule by which a row with several scored answers becomes a pair, or a ranked row where the loss takes such rows."""
 
     responses: Text
     """Dotted path to the list of answers; it may lead through a list of objects, such as `completions.text`."""
@@ -101,7 +101,8 @@ class PairsFrom:
     """Dotted path to the list of their scores, such as `completions.score`."""
     pairing: Literal["best_worst", "best_random"] = "best_worst"
     """The chosen answer has the highest score. The rejected one has the lowest (`best_worst`), or is any answer with a
-    lower score, drawn by a hash of the row (`best_random`)."""
+    lower score, drawn by a hash of the row (`best_random`). A loss on ranked rows takes all answers, so it has
+    `best_worst` only."""
     min_margin: NotNegative = 0.0
     """Smallest difference of the two scores; a row with a smaller one is left out as a tie."""
 

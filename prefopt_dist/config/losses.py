@@ -258,7 +258,7 @@ LOSSES: dict[str, type[PairLoss | KTOLoss | RankedLoss]] = {
 WITH_MARGIN = ("dpo", "robust", "ipo", "hinge", "exo_pair", "discopop", "simpo", "alphapo", "cpo")
 """The losses of the margin of rewards alone, from which `data.margin` is subtracted."""
 ON_ROWS = "it takes all responses of a row, but a mix consists of losses on pairs"
-"""Why a loss on ranked rows is no part of a mix."""
+"""Why a loss on ranked rows cannot be part of a mix."""
 MIX = "mix"
 """The name of a weighted sum of losses."""
 NOT_MIXED = {

@@ -190,7 +190,7 @@ def read_nectar(row: Row) -> Columns:
 
 
 def _negated(ranks: Iterable[Any]) -> list[float | None]:
-    """Return scores of ranks, of which the lowest is the best; None for one that is no number."""
+    """Return scores of ranks, of which the lowest is the best; None for one that is not a number."""
     return [None if (rank := number_of(value)) is None else -rank for value in ranks]
 
 

@@ -1053,5 +1053,7 @@ if __name__ == "__main__":
     import lora_cases  # which has its cases from this file's parts, as the next has
     import moving_cases
     import path_cases
+    import ranked_cases
 
-    case_runner.serve(globals() | vars(lora_cases) | vars(path_cases) | vars(moving_cases), prepare)
+    others = vars(lora_cases) | vars(path_cases) | vars(moving_cases) | vars(ranked_cases)
+    case_runner.serve(globals() | others, prepare)
