@@ -93,7 +93,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class PairsFrom:
-    """Rule by which a row with several scored answers becomes a pair, or a ranked row where the loss takes such rows."""
+    """Rule by which a row with several scored answers becomes a pair, or a ranked row for a loss that takes such."""
 
     responses: Text
     """Dotted path to the list of answers; it may lead through a list of objects, such as `completions.text`."""

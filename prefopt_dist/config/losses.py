@@ -245,14 +245,14 @@ LOSSES: dict[str, type[PairLoss | KTOLoss | RankedLoss]] = {
     "sppo_hard": SPPOHardLoss,
     "cal_dpo": CalDPOLoss,
     "dpop": DPOPositiveLoss,
+    "plackett_luce": PlackettLuceLoss,
+    "all_pairs": AllPairsLoss,
     "simpo": SimPOLoss,
     "alphapo": AlphaPOLoss,
     "cpo": CPOLoss,
     "orpo": ORPOLoss,
     "kto": KTOLoss,
     "sft": SFTLoss,
-    "plackett_luce": PlackettLuceLoss,
-    "all_pairs": AllPairsLoss,
 }
 """Every loss by name, in the order of a mix's parts. docs/architecture.md lists the steps to add one."""
 WITH_MARGIN = ("dpo", "robust", "ipo", "hinge", "exo_pair", "discopop", "simpo", "alphapo", "cpo")

@@ -200,7 +200,7 @@ class Generate:
     score, or (`margin`) every two whose scores differ by at least `min_margin`. With `ranked` all responses make one
     row with their scores, for the losses `plackett_luce` and `all_pairs`."""
     min_margin: NotNegative = 0.0
-    """Smallest difference of the rewards of a pair, or of the best and the worst response of a ranked row. Equal rewards
+    """Smallest difference of the rewards of a pair, or of the best and the worst response of a ranked row; equal ones
     are always left out."""
     on_bad_reward: Literal["stop", "drop"] = "stop"
     """A reward that raises an exception or is not a finite number ends the job (`stop`), or its response is left out

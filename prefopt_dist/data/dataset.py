@@ -159,7 +159,9 @@ class TokenisedRows:
         weight = None if self.row_weights is None else float(self.row_weights[i])
         margin = None if self.margins is None else float(self.margins[i])
         ranks = None if self.scores is None else _ranks([float(self.scores[i, k]) for k in columns])
-        return Unit(i if number is None else number, self.prompt(i), found, desirable, learnt, weight, margin, ranks)
+        return Unit(
+            i if number is None else number, self.prompt(i), found, desirable, learnt, weight, margin, ranks=ranks
+        )
 
     def responses_held(self, i: int) -> int:
         """Return the number of responses of row i, which is R but for ranked rows."""

@@ -270,11 +270,12 @@ def check_lengths(
     """
     lengths = rows.lengths()
     prompts, responses = lengths[:, 0], objective.responses_of(rows.responses)
-    inputs = np.maximum(lengths[:, 1 : 1 + responses] - 1, 0)  # 0 also for what a ranked row lacks
+    present = lengths[:, 1 : 1 + responses] > 0  # a ranked row may have fewer
+    inputs = lengths[:, 1 : 1 + responses] - present
     if isinstance(rows, UnpairedRows):
         units = prompts + lengths[:, 1:].max(axis=1) - 1  # the mismatched response is a sequence by itself
     elif path != "shared":
-        units = ((prompts[:, None] + inputs) * rows.present()[:, :responses]).sum(axis=1)
+        units = ((prompts[:, None] + inputs) * present).sum(axis=1)
     else:
         units = prompts + inputs.sum(axis=1)
         units = _packed_lengths(rows, units, responses, config.train.micro_batch_tokens)

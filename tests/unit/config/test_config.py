@@ -76,6 +76,8 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "template_kwargs": None,
             "columns": None,
             "pairs_from": None,
+            "weight": None,
+            "margin": None,
             "max_length": 1024,
             "max_prompt_length": 512,
             "on_bad_row": "stop",
