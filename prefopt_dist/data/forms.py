@@ -213,7 +213,8 @@ def read_prompt(row: Row) -> Example:
     form, given = _form_of(row), row
     given_form = form
     if form is not None and form in EXTERNAL_FORMS:
-        row, form = EXTERNAL_FORMS[form].read(row), EXTERNAL_FORMS[form].becomes
+        # A ranked row names its prompt as a pair does, and has one even where its responses are equally good.
+        row, form = row if form == "ranked" else EXTERNAL_FORMS[form].read(row), EXTERNAL_FORMS[form].becomes
     if form in ("conversations", "transcripts", "implicit_prompt"):
         prompt = OWN_FORMS[form](row).prompt
     elif row.get("prompt") is not None:

@@ -36,10 +36,10 @@ class Sequences:
     def best_and_worst(self) -> Sequences:
         """Return the units with their first and their last response alone, as pairs."""
         if self.ranks is None:
-            columns = torch.tensor([0, self.sums.shape[1] - 1], device=self.sums.device).expand(len(self.sums), 2)
+            last = torch.full_like(self.counts[:, 0], self.sums.shape[1] - 1, dtype=torch.int64)
         else:
             last = (self.ranks >= 0).sum(1) - 1
-            columns = torch.stack([torch.zeros_like(last), last], dim=1)
+        columns = torch.stack([torch.zeros_like(last), last], dim=1)
         reference = None if self.reference is None else self.reference.gather(1, columns)
         return replace(
             self,

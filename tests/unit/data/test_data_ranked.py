@@ -14,7 +14,7 @@ from prefopt_dist.data import TokenisedRows, open_rows, parts
 from prefopt_dist.data.dataset import ABSENT
 from prefopt_dist.data.derived import without_rows
 from prefopt_dist.data.example import BadRow, Example
-from prefopt_dist.data.forms import detect_form, read_form
+from prefopt_dist.data.forms import detect_form, read_form, read_prompt
 from prefopt_dist.data.options import DEFAULT_OPTIONS, TextOptions
 from prefopt_dist.errors import UserError
 from prefopt_dist.reference.first_pass import _aligned
@@ -146,6 +146,11 @@ def test_bad_rows(changed: dict[str, Any], kind: str) -> None:
     with pytest.raises(BadRow) as caught:
         read_form("ranked", row, ranked=True)
     assert caught.value.kind == kind
+
+
+def test_a_prompt_needs_no_preference() -> None:
+    row = {"prompt": "q", "responses": ["yes", "no"], "scores": [1, 1]}
+    assert read_prompt(row).prompt == "q"
 
 
 def test_several_rejected_answers_are_no_pair() -> None:
