@@ -8,7 +8,7 @@ parts and one for the end. A response that a ranked row lacks has no tokens, the
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import accumulate, pairwise
@@ -158,7 +158,7 @@ class TokenisedRows:
         found = tuple(self.response(i, k) for k in columns)
         weight = None if self.row_weights is None else float(self.row_weights[i])
         margin = None if self.margins is None else float(self.margins[i])
-        ranks = None if self.scores is None else _ranks([float(self.scores[i, k]) for k in columns])
+        ranks = None if self.scores is None else tuple(self.ranks(i)[k] for k in columns)
         return Unit(
             i if number is None else number, self.prompt(i), found, desirable, learnt, weight, margin, ranks=ranks
         )
@@ -166,6 +166,12 @@ class TokenisedRows:
     def responses_held(self, i: int) -> int:
         """Return the number of responses of row i, which is R but for ranked rows."""
         return self.responses if self.scores is None else int(np.count_nonzero(~np.isnan(self.scores[i])))
+
+    def ranks(self, i: int) -> tuple[int, ...]:
+        """Return the ranks of the responses of a ranked row: 0 for the first, one more after each fall of the score."""
+        assert self.scores is not None
+        scores = self.scores[i, : self.responses_held(i)].tolist()
+        return tuple(accumulate([0, *(int(later < earlier) for earlier, later in pairwise(scores))]))
 
     def held(self) -> NDArray[np.int64]:
         """Return the number of responses of each row [n]."""
@@ -203,12 +209,6 @@ class TokenisedRows:
         """Return where a part of row i begins and ends in `tokens`; part 0 is the prompt, 1 + k is response k."""
         at = i * (1 + self.responses) + part
         return int(self.offsets[at]), int(self.offsets[at + 1])
-
-
-def _ranks(scores: Sequence[float]) -> tuple[int, ...]:
-    """Return 0 for the first of descending scores, and one more after each that is lower than the one before it."""
-    falls = [0, *(int(later < earlier) for earlier, later in pairwise(scores))]
-    return tuple(accumulate(falls))
 
 
 def flag_bits(names: Iterable[str]) -> int:

@@ -167,9 +167,9 @@ def _equal_rankings(rows: TokenisedRows) -> Iterator[DataFinding]:
     """Yield the findings of ranked rows with the same responses: ranked alike, or in another order."""
     alike, same_set = bytearray(), bytearray()
     for i in range(rows.n):
-        held = rows.responses_held(i)
-        digests = [rows.digests[i, k].tobytes() for k in range(held)]
-        ranked = sorted(zip(rows.unit(i, range(held)).ranks or (), digests, strict=True))
+        ranks = rows.ranks(i)
+        digests = [rows.digests[i, k].tobytes() for k in range(len(ranks))]
+        ranked = sorted(zip(ranks, digests, strict=True))
         alike += blake2b(b"".join(struct.pack("<q", rank) + one for rank, one in ranked), digest_size=16).digest()
         same_set += blake2b(b"".join(sorted(digests)), digest_size=16).digest()
     order = group_equal(np.frombuffer(alike, "<u8").reshape(rows.n, 2))
