@@ -39,6 +39,8 @@ SHAPE = Shape(vocabulary=211, hidden=48, mlp=96, layers=2, heads=4, key_value_he
 LENGTHS = Mix(Lengths(12, 0.5, 4, 30), Lengths(14, 0.7, 2, 40))
 PAIRS = 12
 
+DIVERGENCES = {"forward_kl": "forward_kl", "jensen_shannon": "js_divergence", "alpha": "alpha_divergence"}
+"""Our names of the divergences, and TRL's."""
 Rows = list[tuple[list[int], list[int], list[int]]]
 """Token ids of prompt, chosen and rejected."""
 
@@ -105,6 +107,15 @@ def cases() -> list[Case]:
             "DPO sigmoid_norm",
             {"beta": 5.0, "average": "tokens"},
             lambda t, r: t.dpo(r, ["sigmoid_norm"], 5.0),
+        ),
+        *(
+            Case(
+                f"dpo, divergence: {ours}",
+                f"DPO sigmoid, {theirs}",
+                {"beta": 0.1, "divergence": ours},
+                lambda t, r, theirs=theirs: t.dpo(r, ["sigmoid"], 0.1, f_divergence_type=theirs),
+            )
+            for ours, theirs in DIVERGENCES.items()
         ),
         Case(
             "dpo, sft_weight",

@@ -32,9 +32,20 @@ class DPOLoss:
     """ε: the assumed share of flipped preferences. 0: plain DPO; above 0: conservative DPO (cDPO)."""
     average: Literal["sums", "tokens"] = "sums"
     """Log-ratios are summed over the tokens of a response (`sums`), or averaged (`tokens`): length-normalised DPO."""
+    divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl"
+    """The divergence from the reference that the reward stands for: f'(π/π_ref) in the place of the log-ratio."""
+    divergence_alpha: Annotated[float, Bound("in (0, 1)", lambda v: 0 < v < 1)] = 0.5
+    """α of the divergence `alpha`, between `forward_kl` at 0 and `reverse_kl` at 1."""
     sft_weight: NotNegative = 0.0
     """α: weight of an SFT term that is added to the loss: the mean of −log π over the tokens of the chosen response
     (RPO). 0: no such term."""
+
+    def __post_init__(self) -> None:
+        if self.divergence_alpha != DPOLoss.divergence_alpha and self.divergence != "alpha":
+            raise UserError(
+                f"divergence_alpha of the loss dpo: got {self.divergence_alpha}, but divergence is {self.divergence}, "
+                "which has no α; remove it, or set divergence to alpha"
+            )
 
 
 @dataclass(frozen=True)

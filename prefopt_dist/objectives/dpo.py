@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from prefopt_dist.objectives.divergence import Divergence, scores
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
 from prefopt_dist.objectives.pairs import (
     REFERENCE_METRICS,
@@ -40,6 +41,10 @@ class DPO(Objective):
     """τ; wider for bfloat16, whose log-probs differ more between layouts"""
     per_token: bool = False
     """Log-ratios per token instead of summed over the response"""
+    divergence: Divergence = "reverse_kl"
+    """Other than the reverse KL: f'(t) in the place of the log-ratio log t"""
+    alpha: float = 0.5
+    """α of the divergence alpha, in (0, 1)"""
 
     responses: ClassVar[int] = 2
     needs_reference: ClassVar[bool] = True
@@ -48,9 +53,10 @@ class DPO(Objective):
     counted_by: ClassVar[Mapping[str, str]] = {}
 
     def __call__(self, units: Sequences) -> Terms:
-        """Return the loss; rewards are r = β(log π − log π_ref) of the response (equation 5, up to Z)."""
+        """Return the loss; rewards are r = β(log π − log π_ref) of the response (equation 5, up to Z), or β f'(t)."""
+        score, slope = scores(logratios(units), self.divergence, self.alpha)
         scale = reward_scale(units, self.beta, per_token=self.per_token)
-        reward = scale * logratios(units)
+        reward, scale = scale * score, scale * slope
         margin = beyond_margin(units, reward)
         loss = -(1 - self.label_smoothing) * F.logsigmoid(margin) - self.label_smoothing * F.logsigmoid(-margin)
         return pair_terms(units, loss, reward, scale, self.tie_tolerance)

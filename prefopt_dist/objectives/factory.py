@@ -71,7 +71,8 @@ def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
         case KTOLoss():
             return KTO(loss.beta, loss.desirable_weight, loss.undesirable_weight, tie)
         case DPOLoss():
-            objective = DPO(loss.beta, loss.label_smoothing, tie, loss.average == "tokens")
+            per_token = loss.average == "tokens"
+            objective = DPO(loss.beta, loss.label_smoothing, tie, per_token, loss.divergence, loss.divergence_alpha)
         case RobustLoss():
             objective = RobustDPO(loss.beta, loss.label_smoothing, tie)
         case IPOLoss():

@@ -195,6 +195,7 @@ def exact_kto(policy: Any, reference: Any, data: UnpairedRows, rows: list[int], 
 
 FAMILY: dict[str, dict[str, Any]] = {
     "dpo per token": {"name": "dpo", "beta": 5.0, "label_smoothing": 0.0, "average": "tokens"},
+    "dpo, forward_kl": {"name": "dpo", "beta": 0.02, "label_smoothing": 0.0, "divergence": "forward_kl"},
     "dpo with sft": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.7},
     "robust": {"name": "robust", "beta": 0.2, "label_smoothing": 0.2},
     "ipo on sums": {"name": "ipo", "beta": 0.05, "average": "sums"},

@@ -76,13 +76,23 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "template_kwargs": None,
             "columns": None,
             "pairs_from": None,
+            "weight": None,
+            "margin": None,
             "max_length": 1024,
             "max_prompt_length": 512,
             "on_bad_row": "stop",
         },
         "reference": {"name_or_path": None, "store": None, "offload": "none", "micro_batch_tokens": None},
         "lora": None,
-        "loss": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0, "average": "sums", "sft_weight": 0.0},
+        "loss": {
+            "name": "dpo",
+            "beta": 0.1,
+            "label_smoothing": 0.0,
+            "average": "sums",
+            "divergence": "reverse_kl",
+            "divergence_alpha": 0.5,
+            "sft_weight": 0.0,
+        },
         "optim": {
             "learning_rate": 5e-7,
             "schedule": "linear",
@@ -317,6 +327,14 @@ def test_losses(tmp_path: Path) -> None:
         ("exo_pair", "label_smoothing", "0", ["loss.label_smoothing", "got 0", "(0, 0.5)"]),
         ("discopop", "temperature", "1.5", ["loss.temperature", "got 1.5", "(0, 1]"]),
         ("dpop", "penalty", "0", ["loss.penalty", "got 0", "greater than 0"]),
+        (
+            "dpo",
+            "divergence",
+            "kl",
+            ["loss.divergence", "'kl'", "one of reverse_kl, forward_kl, jensen_shannon, alpha"],
+        ),
+        ("dpo", "divergence_alpha", "1", ["loss.divergence_alpha", "got 1", "(0, 1)"]),
+        ("dpo", "divergence_alpha", "0.3", ["divergence_alpha", "got 0.3", "reverse_kl, which has no α"]),
         ("alphapo", "alpha", "0", ["loss.alpha", "got 0", "different from 0"]),
         ("apo_zero", "penalty", "1", ["loss.penalty", "not an option of the loss apo_zero; dpop has it"]),
     ],
@@ -342,6 +360,8 @@ def test_an_option_of_another_loss_is_refused(tmp_path: Path, name: str) -> None
         "undesirable_weight": "0.5",
         "split_pairs": "true",
         "temperature": "0.3",
+        "divergence": "alpha",
+        "divergence_alpha": "0.5",
         "penalty": "3.0",
         "alpha": "0.3",
     }
@@ -609,6 +629,19 @@ def test_identity_leaves_out_what_may_change(tmp_path: Path) -> None:
         "inspect.duplicates=stop", "inspect.file=f", "inspect.picture=p.png",
     ]  # fmt: skip
     assert differing_keys(identity(load(tmp_path)), identity(load(tmp_path, *changed))) == []
+
+
+def test_later_options_of_a_loss_are_no_part_of_the_identity_at_their_defaults(tmp_path: Path) -> None:
+    """A run folder that was begun before they existed resumes."""
+    assert [key for key in identity(load(tmp_path)) if key.startswith("loss.")] == [
+        *("loss.name", "loss.beta", "loss.label_smoothing", "loss.average", "loss.sft_weight")
+    ]
+    mix = identity(load(tmp_path, "loss.name=mix", "loss.of={dpo: {weight: 1}, ipo: {weight: 1}}"))
+    assert not any("divergence" in key for key in mix)
+    changed = load(tmp_path, "loss.divergence=forward_kl")
+    assert differing_keys(identity(load(tmp_path)), identity(changed)) == [
+        "loss.divergence: was absent, now forward_kl"
+    ]
 
 
 def test_a_policy_about_evaluation_needs_evaluation(tmp_path: Path) -> None:
