@@ -118,6 +118,12 @@ def cases() -> list[Case]:
             for ours, theirs in DIVERGENCES.items()
         ),
         Case(
+            "dpo, ld_alpha",
+            "DPO sigmoid, ld_alpha",
+            {"beta": 0.1, "ld_alpha": 0.3},
+            lambda t, r: t.dpo(r, ["sigmoid"], 0.1, ld_alpha=0.3),
+        ),
+        Case(
             "dpo, sft_weight",
             "DPO sigmoid + sft, one pair a batch",
             {"beta": 0.1, "sft_weight": alpha},
@@ -262,11 +268,17 @@ class Ours:
     def pairs(self, options: dict[str, Any], rows: Rows, *, less_sft: bool) -> Value:
         """Return the mean loss of the pairs, without −log π per token of the chosen response where `less_sft`."""
         objective = make_objective(_loss(options), torch.float32)
+        beginnings = objective.responses == 4
         units = [
-            Unit(i, np.array(p, np.int32), (np.array(c, np.int32), np.array(r, np.int32)))
+            Unit(
+                i,
+                np.array(p, np.int32),
+                (np.array(c, np.int32), np.array(r, np.int32)),
+                prefix=min(len(c), len(r)) if beginnings else None,
+            )
             for i, (p, c, r) in enumerate(rows)
         ]
-        sequences = self._sequences(units, 2)
+        sequences = self._sequences(units, objective.responses)
         if not objective.needs_reference:
             sequences = replace(sequences, reference=None)
         loss = objective(sequences).loss

@@ -139,7 +139,9 @@ _IF_NOT_DEFAULT: dict[str, tuple[str, ...]] = {
 _WHOLE_SECTIONS = ("loss", "lora", "optim")
 """Sections whose keys are all part of the identity."""
 _LATER_OPTIONS = {
-    field.name: field.default for field in fields(DPOLoss) if field.name in ("divergence", "divergence_alpha")
+    field.name: field.default
+    for field in fields(DPOLoss)
+    if field.name in ("divergence", "divergence_alpha", "ld_alpha")
 }
 """Options of the loss dpo that earlier runs lack, with their defaults, at which they stay out of the identity."""
 _ABSENT = "absent"

@@ -36,6 +36,9 @@ class DPOLoss:
     """The divergence from the reference that the reward stands for: f'(π/π_ref) in the place of the log-ratio."""
     divergence_alpha: Annotated[float, Bound("in (0, 1)", lambda v: 0 < v < 1)] = 0.5
     """α of the divergence `alpha`, between `forward_kl` at 0 and `reverse_kl` at 1."""
+    ld_alpha: Annotated[float, Bound("in [0, 1]", lambda v: 0 <= v <= 1)] = 1.0
+    """How much those tokens of the longer response count that are beyond the length of the shorter one:
+    length-desensitised DPO (LD-DPO). 1: as much as the others."""
     sft_weight: NotNegative = 0.0
     """α: weight of an SFT term that is added to the loss: the mean of −log π over the tokens of the chosen response
     (RPO). 0: no such term."""

@@ -1,7 +1,7 @@
 """Losses and rewards: pure functions of summed log-probs, which know nothing of models or engines."""
 
 from prefopt_dist.objectives.anchored import APODown, APOZero, BCOPair, CalDPO, DPOPositive, NCAPair, SPPOHard
-from prefopt_dist.objectives.dpo import DPO, IPO, DiscoPOP, EXOPair, Hinge, RobustDPO
+from prefopt_dist.objectives.dpo import DPO, IPO, DiscoPOP, EXOPair, Hinge, LengthDesensitised, RobustDPO
 from prefopt_dist.objectives.kto import KTO
 from prefopt_dist.objectives.mix import Mix, MixPart
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
@@ -24,6 +24,7 @@ __all__ = [
     "DiscoPOP",
     "EXOPair",
     "Hinge",
+    "LengthDesensitised",
     "Mix",
     "MixPart",
     "NCAPair",

@@ -45,6 +45,7 @@ from prefopt_dist.objectives import (
     DPOPositive,
     EXOPair,
     Hinge,
+    LengthDesensitised,
     Mix,
     MixPart,
     NCAPair,
@@ -73,6 +74,8 @@ def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
         case DPOLoss():
             per_token = loss.average == "tokens"
             objective = DPO(loss.beta, loss.label_smoothing, tie, per_token, loss.divergence, loss.divergence_alpha)
+            if loss.ld_alpha < 1:
+                objective = LengthDesensitised(objective, loss.ld_alpha)
         case RobustLoss():
             objective = RobustDPO(loss.beta, loss.label_smoothing, tie)
         case IPOLoss():

@@ -195,7 +195,7 @@ def exact_kto(policy: Any, reference: Any, data: UnpairedRows, rows: list[int], 
 
 FAMILY: dict[str, dict[str, Any]] = {
     "dpo per token": {"name": "dpo", "beta": 5.0, "label_smoothing": 0.0, "average": "tokens"},
-    "dpo, forward_kl": {"name": "dpo", "beta": 0.02, "label_smoothing": 0.0, "divergence": "forward_kl"},
+    "dpo, alpha": {"name": "dpo", "beta": 0.02, "label_smoothing": 0.0, "divergence": "alpha"},
     "dpo with sft": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.7},
     "robust": {"name": "robust", "beta": 0.2, "label_smoothing": 0.2},
     "ipo on sums": {"name": "ipo", "beta": 0.05, "average": "sums"},
@@ -307,7 +307,8 @@ def weighted_run(folder: Path) -> dict[str, Any]:
 
     ranks.run_on_rank_zero(write)
     data = {"train": str(file), "eval": str(file), "weight": "w", "margin": "a - b"}
-    config = config_for(folder, "weighted-whole", loss=DPO, data=data, train={"max_steps": 3})
+    loss = DPO | {"ld_alpha": 0.5}  # its reference has beginnings of responses, which the step-0 check compares too
+    config = config_for(folder, "weighted-whole", loss=loss, data=data, train={"max_steps": 3})
     train.run(config)
     return ranks.run_on_rank_zero(partial(the_end, config.run_dir))
 

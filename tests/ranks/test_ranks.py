@@ -139,7 +139,7 @@ def test_whole_runs_of_kto_and_a_mix(world: tuple[int, Path]) -> None:
 
 
 def test_a_whole_run_with_weights_and_margins(world: tuple[int, Path]) -> None:
-    """Where policy and reference are equal, the loss is cDPO's at −½; rows of weight 0 are not evaluated."""
+    """With LD-DPO: where policy and reference are equal, the loss is cDPO's at −½; weight 0 is not evaluated."""
     if world[0] == 1:
         pytest.skip("two ranks")
     rows = found(world, "whole_runs")["run-weighted-whole"]["rows"]

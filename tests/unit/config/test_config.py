@@ -91,6 +91,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "average": "sums",
             "divergence": "reverse_kl",
             "divergence_alpha": 0.5,
+            "ld_alpha": 1.0,
             "sft_weight": 0.0,
         },
         "optim": {
@@ -333,6 +334,7 @@ def test_losses(tmp_path: Path) -> None:
             "kl",
             ["loss.divergence", "'kl'", "one of reverse_kl, forward_kl, jensen_shannon, alpha"],
         ),
+        ("dpo", "ld_alpha", "1.5", ["loss.ld_alpha", "got 1.5", "in [0, 1]"]),
         ("dpo", "divergence_alpha", "1", ["loss.divergence_alpha", "got 1", "(0, 1)"]),
         ("dpo", "divergence_alpha", "0.3", ["divergence_alpha", "got 0.3", "reverse_kl, which has no α"]),
         ("alphapo", "alpha", "0", ["loss.alpha", "got 0", "different from 0"]),
@@ -362,6 +364,7 @@ def test_an_option_of_another_loss_is_refused(tmp_path: Path, name: str) -> None
         "temperature": "0.3",
         "divergence": "alpha",
         "divergence_alpha": "0.5",
+        "ld_alpha": "0.5",
         "penalty": "3.0",
         "alpha": "0.3",
     }
