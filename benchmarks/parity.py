@@ -139,7 +139,7 @@ def cases() -> list[Case]:
         Case("hinge", "DPO hinge", {"beta": 0.05}, lambda t, r: t.dpo(r, ["hinge"], 0.05)),
         *(
             Case(name, f"DPO {name}", {"beta": 0.1}, lambda t, r, name=name: t.dpo(r, [name], 0.1))
-            for name in ("apo_zero", "apo_down", "bco_pair", "nca_pair", "sppo_hard")
+            for name in ("apo_zero", "apo_down", "bco_pair", "nca_pair", "sppo_hard", "aot", "aot_unpaired")
         ),
         Case(
             "exo_pair",
@@ -281,6 +281,10 @@ class Ours:
         sequences = self._sequences(units, objective.responses)
         if not objective.needs_reference:
             sequences = replace(sequences, reference=None)
+        if objective.couples_units:
+            assert sequences.reference is not None
+            partners = objective.partners(sequences.sums.detach(), sequences.reference, torch.arange(len(rows)))
+            sequences = replace(sequences, partner=partners)
         loss = objective(sequences).loss
         if less_sft:
             loss = loss - SFT()(sequences).loss

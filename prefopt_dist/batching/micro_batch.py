@@ -131,6 +131,8 @@ class MicroBatch:
     """float64 [U]: the weight of each unit in sums over units; None: each weighs 1."""
     margin: torch.Tensor | None = None
     """float64 [U]: the margin of rewards that each pair should exceed; None: 0."""
+    partner: torch.Tensor | None = None
+    """float64 [U, …]: what each unit is compared with under a loss that couples units, set before the step."""
     rectangles: tuple[torch.Tensor, ...] = ()
     """int64 [B, L] each, on the path plain: indices in the row of B sequences, padded on the right by the index of the
     sequence's last token."""

@@ -1,6 +1,7 @@
 """Losses and rewards: pure functions of summed log-probs, which know nothing of models or engines."""
 
 from prefopt_dist.objectives.anchored import APODown, APOZero, BCOPair, CalDPO, DPOPositive, NCAPair, SPPOHard
+from prefopt_dist.objectives.aot import AOT, AOTUnpaired
 from prefopt_dist.objectives.dpo import DPO, IPO, DiscoPOP, EXOPair, Hinge, LengthDesensitised, RobustDPO
 from prefopt_dist.objectives.kto import KTO
 from prefopt_dist.objectives.mix import Mix, MixPart
@@ -9,12 +10,14 @@ from prefopt_dist.objectives.reference_free import CPO, ORPO, AlphaPO, SimPO
 from prefopt_dist.objectives.sft import SFT, WithSFT
 
 __all__ = [
+    "AOT",
     "CPO",
     "DPO",
     "IPO",
     "KTO",
     "ORPO",
     "SFT",
+    "AOTUnpaired",
     "APODown",
     "APOZero",
     "AlphaPO",

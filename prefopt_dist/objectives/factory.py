@@ -15,8 +15,8 @@ from prefopt_dist.config.anchored_losses import (
     SPPOHardLoss,
 )
 from prefopt_dist.config.losses import (
-    AlphaPOLoss,
-    CPOLoss,
+    AOTLoss,
+    AOTUnpairedLoss,
     DiscoPOPLoss,
     DPOLoss,
     EXOPairLoss,
@@ -24,12 +24,12 @@ from prefopt_dist.config.losses import (
     IPOLoss,
     KTOLoss,
     MixLoss,
-    ORPOLoss,
     RobustLoss,
     SFTLoss,
-    SimPOLoss,
 )
+from prefopt_dist.config.reference_free_losses import AlphaPOLoss, CPOLoss, ORPOLoss, SimPOLoss
 from prefopt_dist.objectives import (
+    AOT,
     CPO,
     DPO,
     IPO,
@@ -37,6 +37,7 @@ from prefopt_dist.objectives import (
     ORPO,
     SFT,
     AlphaPO,
+    AOTUnpaired,
     APODown,
     APOZero,
     BCOPair,
@@ -69,6 +70,10 @@ def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
             return SFT()
         case ORPOLoss():
             return ORPO(loss.beta, tie)
+        case AOTLoss():
+            objective = AOT(loss.beta, loss.label_smoothing, tie)
+        case AOTUnpairedLoss():
+            objective = AOTUnpaired(loss.beta, loss.label_smoothing, tie)
         case KTOLoss():
             return KTO(loss.beta, loss.desirable_weight, loss.undesirable_weight, tie)
         case DPOLoss():

@@ -40,7 +40,7 @@ class Work:
     step_flop: float
     """FLOP of a forward pass over a step's tokens"""
     ahead_flop: float
-    """FLOP of the pass before a step, which only KTO has"""
+    """FLOP of the pass before a step, which only KTO and losses that couple units have"""
     first_pass_tokens: int | None
     """Distinct tokens that the reference scores, evaluation included; None where the rows are not known or no
     reference is needed"""
@@ -89,13 +89,15 @@ def work_from_rows(
         tokens, flop = tokens + step_tokens, flop + step_flop
         if isinstance(train, UnpairedRows):
             ahead += forward(train, step_rows, MISMATCHED)[1]
+        elif objective.couples_units:
+            ahead += step_flop
     sets = [train, *evals.values()]
     scored = objective.needs_reference
     scored_tokens, scored_flop, sequences = _scored(config, sets, cost, path) if scored else (0, 0.0, 0)
     evaluated = 0.0
     for rows in evals.values():
         for first in (0, MISMATCHED) if isinstance(rows, UnpairedRows) else (0,):
-            evaluated += forward(rows, range(rows.n), first)[1]
+            evaluated += forward(rows, range(rows.n), first)[1] * (2 if objective.couples_units else 1)
     return Work(
         known=True,
         steps=steps,
@@ -168,7 +170,7 @@ def worst_case_work(config: Config, cost: Cost, objective: Objective, path: Comp
         steps=config.train.max_steps,
         step_tokens=float(pairs * tokens),
         step_flop=pairs * of_unit,
-        ahead_flop=pairs * of_unit if objective.needs_reference_point else 0.0,
+        ahead_flop=pairs * of_unit if objective.needs_reference_point or objective.couples_units else 0.0,
         first_pass_tokens=None,
         first_pass_flop=0.0,
         sequences=None,

@@ -76,6 +76,7 @@ class Diagnosis:
             desirable=micro_batch.desirable,
             weight=micro_batch.weight,
             margin=micro_batch.margin,
+            partner=micro_batch.partner,
         )
         n = units.total(torch.ones_like(terms.sums[:, 0]))
         sums = [n, n if self._reference else torch.zeros_like(n)]

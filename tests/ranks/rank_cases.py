@@ -351,6 +351,50 @@ def kto(folder: Path) -> dict:
     return equality(folder, "kto", 150, KTO, of="reference", against="model", steps=2)
 
 
+def aot(folder: Path) -> dict:
+    """A step under many micro-batches and one, against the sorted values of its pairs in float64; evaluation."""
+    found: dict[str, Any] = {}
+    for name in ("aot", "aot_unpaired"):
+        loss = {"name": name, "beta": 0.05, "label_smoothing": 0.1}
+        config = config_for(folder, name, loss=loss, reference={"name_or_path": str(folder / "reference")})
+        models, objective, scored, _ = ready(config)
+        engine = make_policy(config, models)
+        policy, reference = (plain.build_plain(folder / model) for model in ("model", "reference"))
+
+        def exact(
+            rows: list[int], name: str = name, scored: ScoredRows = scored, models: Any = (policy, reference)
+        ) -> Any:
+            live, start = (plain_pairs(model, scored.rows, rows) for model in models)
+            if name == "aot":
+                high, low = (torch.sort(x[:, 0] - x[:, 1])[0] for x in (live, start))
+            else:
+                high, low = (torch.sort((live - start)[:, k])[0] for k in (0, 1))
+            margin = 0.05 * (high - low)
+            zero = torch.zeros_like(margin)
+            return (0.9 * torch.logaddexp(zero, -margin) + 0.1 * torch.logaddexp(zero, margin)).mean()
+
+        rows = list(range(G))
+        expected = exact(rows)
+        policy.zero_grad()
+        expected.backward()
+        for budget in (150, 100_000):
+            batch = step_batch(scored, rows, 2, budget)
+            sums, _ = step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
+            grads = {n: safe_get_full_grad(p).double() for n, p in engine.module.lm.named_parameters()}
+            engine.optimizer.zero_grad()
+            of = {n: p.grad for n, p in policy.named_parameters()}
+            found[f"{name}, {budget}"] = {
+                "loss": [sums[0] / sums[-1], expected.item()],
+                "gradient": max(float((grads[n] - of[n]).norm() / of[n].norm()) for n in grads),
+                "micro_batches": len(batch),
+            }
+        with torch.no_grad():
+            whole = exact(list(range(scored.rows.n))).item()
+        found[f"{name}, evaluation"] = {"loss": [evaluate(engine, objective, {"": scored}, 150)["eval/loss"], whole]}
+        zero3.release(engine)
+    return found
+
+
 def row_weights(folder: Path) -> dict:
     """Weights 0, 1, 2: loss, metrics and gradient of a step are those of the rows 0, 1 or 2 times; an evaluation's too.
 

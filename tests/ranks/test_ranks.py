@@ -20,6 +20,7 @@ BOTH = [
     "whole_evaluation",
     "kto_evaluation",
     "row_weights",
+    "aot",
     "other_reference_is_refused",
     "errors_reach_all",
     "packs_alone_and_together",
@@ -104,6 +105,13 @@ def test_weight_2_is_the_row_twice_and_weight_0_its_absence(world: tuple[int, Pa
             assert weighted.keys() == repeated.keys()
             for key, value in repeated.items():
                 assert weighted[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (name, key)
+
+
+def test_aot_sorts_the_pairs_of_all_ranks(world: tuple[int, Path]) -> None:
+    for case, got in found(world, "aot").items():
+        assert got["loss"][0] == pytest.approx(got["loss"][1], rel=1e-5), case
+        assert got.get("gradient", 0) <= 1e-5, case
+        assert (got.get("micro_batches", 1) > 1) == case.endswith(" 150"), case
 
 
 def test_kto_in_one_micro_batch(world: tuple[int, Path]) -> None:

@@ -252,7 +252,12 @@ def test_what_the_nulls_stand_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("tracking.wandb=offline", ["tracking.wandb", "mapping"]),
         (
             "loss.name=opi",
-            ["loss.name", "'opi'", "dpo, robust, ipo, hinge, exo_pair, ", "simpo, alphapo, cpo, orpo, kto, sft"],
+            [
+                "loss.name",
+                "'opi'",
+                "dpo, robust, ipo, hinge, exo_pair, ",
+                "simpo, alphapo, cpo, orpo, aot, aot_unpaired, kto, sft",
+            ],
         ),
         ("loss.name=[dpo]", ["loss.name", "dpo, robust"]),
         ("loss.beta=0", ["loss.beta", "greater than 0"]),
@@ -310,7 +315,7 @@ def test_losses(tmp_path: Path) -> None:
     message = complaint(tmp_path, "loss.name=sft", "loss.beta=0.1")
     assert "loss.beta" in message
     assert "dpo, robust, ipo, hinge, exo_pair, " in message
-    assert "simpo, alphapo, cpo, orpo, kto have it" in message
+    assert "simpo, alphapo, cpo, orpo, aot, aot_unpaired, kto have it" in message
     assert all(cls().name == name for name, cls in LOSSES.items())
 
 
@@ -665,6 +670,8 @@ def test_a_margin_needs_a_loss_that_has_one(tmp_path: Path) -> None:
         message = complaint(tmp_path, f"loss.name={loss}", "data.margin=m")
         assert message.startswith(f"data.margin: got 'm', but the loss {loss} has no margin of rewards")
         assert "set loss.name to one of dpo, robust" in message
+    message = complaint(tmp_path, "loss.name=aot", "data.weight=w")
+    assert message.startswith("data.weight: got 'w', but the loss aot compares pairs by their ranks")
     load(tmp_path, "loss.name=hinge", "data.margin=m")
     parts = "loss.of={dpo: {weight: 1}, sft: {weight: 1}}"
     assert load(tmp_path, "loss.name=mix", parts, "data.margin=m").data.margin == "m"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from loss_family import FAMILY, called, made
 
-from prefopt_dist.config.losses import LOSSES
+from prefopt_dist.config.losses import LOSSES, NOT_MIXED
 from prefopt_dist.objectives import IPO, ORPO, Hinge, Objective, Sequences, SimPO, WithSFT
 from prefopt_dist.objectives.reference_free import CERTAIN, log1mexp, log_odds
 
@@ -43,8 +43,8 @@ def units(objective: Objective, sums: torch.Tensor, reference: torch.Tensor, len
 
 
 def test_the_family_has_every_loss_on_pairs() -> None:
-    """KTO and SFT have tests of their own, test_kto.py and test_objectives.py; a mix is no entry of LOSSES."""
-    assert {options["name"] for options in FAMILY} == LOSSES.keys() - {"kto", "sft"} | {"mix"}
+    """KTO, SFT and AOT have tests of their own (test_kto.py, test_objectives.py, test_aot.py); a mix is no entry."""
+    assert {options["name"] for options in FAMILY} == LOSSES.keys() - {"kto", "sft", "aot", "aot_unpaired"} | {"mix"}
 
 
 @pytest.mark.parametrize("options", FAMILY, ids=called)
@@ -398,7 +398,7 @@ def test_a_mix_shows_its_parts() -> None:
     assert objective == made({"name": "mix", "of": dict(reversed(parts.items()))}), "the file's order decides nothing"
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("orpo", "kto", "sft")])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("orpo", "sft", *NOT_MIXED)])
 def test_sft_in_a_mix_is_the_sft_weight_of_one_loss(name: str) -> None:
     sums, reference, lengths = drawn(9)
     one, mix = (
