@@ -118,8 +118,8 @@ class MicroBatch:
     counts: torch.Tensor
     """int64 [Q]: scored tokens of each sequence; their sum is S."""
     units: torch.Tensor
-    """int64 [U, R]: indices of the sequences of each unit (for a pair: chosen, rejected); responses that a ranked row
-    lacks repeat its first."""
+    """int64 [U, R]: indices of the sequences of each unit (for a pair: chosen, rejected, perhaps their beginnings);
+    responses that a ranked row lacks repeat its first."""
     rows: tuple[int, ...]
     """[U]: the data-set row of each unit."""
     desirable: torch.Tensor
@@ -134,6 +134,8 @@ class MicroBatch:
     """float64 [U]: the margin of rewards that each pair should exceed; None: 0."""
     ranks: torch.Tensor | None = None
     """int64 [U, R]: the rank of each response of ranked rows, best first, -1 for one that a row lacks."""
+    partner: torch.Tensor | None = None
+    """float64 [U, …]: what each unit is compared with under a loss that couples units, set before the step."""
     rectangles: tuple[torch.Tensor, ...] = ()
     """int64 [B, L] each, on the path plain: indices in the row of B sequences, padded on the right by the index of the
     sequence's last token."""
@@ -258,8 +260,9 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
     for u in units:
         assert len(u.prompt) > 0, f"row {u.row}: empty prompt"
         assert all(r.scored > 0 for _, r in keyed_responses(u)), f"row {u.row}: nothing of a response is scored"
-        assert 0 < len(u.responses) <= responses_per_unit, f"row {u.row}: {len(u.responses)} responses"
-        assert len(u.responses) == responses_per_unit or u.ranks is not None, f"row {u.row}: it is not ranked"
+        columns = len(u.responses) * (1 if u.prefix is None else 2)
+        assert 0 < columns <= responses_per_unit, f"row {u.row}: {len(u.responses)} responses"
+        assert columns == responses_per_unit or u.ranks is not None, f"row {u.row}: it is not ranked"
 
     ids: list[Tokens] = []
     positions: list[NDArray[np.int64]] = []
@@ -267,11 +270,12 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
     source: list[NDArray[np.int64]] = []
     target: list[Tokens] = []
     counts: list[int] = []
-    index: dict[tuple[bytes, ResponseKey], int] = {}
+    index: dict[tuple[bytes, ResponseKey, int | None], int] = {}
     row_ends: list[int] = []  # the end of each prompt and its responses in the row
     sequence_ends: list[int] = []
     at = 0
     groups = _responses_by_prompt(units)
+    beginnings = _beginnings(units)
     for key, (prompt, responses) in groups.items():
         first = next(iter(responses.values())).tokens
         for i, (response_key, scored) in enumerate(responses.items()):
@@ -294,10 +298,14 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
             elif len(inputs):
                 segments.append(Segment(p_start, p_end + shared, start, at))
             predicts = np.r_[p_end - 1 : p_end + shared, start:at]
-            source.append(predicts if scored.learnt is None else predicts[scored.learnt])
-            target.append(response if scored.learnt is None else response[scored.learnt])
-            index[key, response_key] = len(counts)
-            counts.append(scored.scored)
+            states = predicts if scored.learnt is None else predicts[scored.learnt]
+            targets = response if scored.learnt is None else response[scored.learnt]
+            # A beginning is a sequence of its own, whose tokens are computed already.
+            for n in (None, *sorted(beginnings.get((key, response_key), ()))):
+                source.append(states[:n])
+                target.append(targets[:n])
+                index[key, response_key, n] = len(counts)
+                counts.append(scored.scored if n is None else n)
         row_ends.append(at)
         sequence_ends.append(len(counts))
 
@@ -309,19 +317,19 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
 
     number = {prompt: i for i, prompt in enumerate(groups)}
     of_unit = np.array([number[u.prompt.tobytes()] for u in units])
-    targets = _distinct_targets(np.concatenate(source), np.concatenate(target))
+    distinct = _distinct_targets(np.concatenate(source), np.concatenate(target))
     rectangles: tuple[torch.Tensor, ...] = ()
     if path == "plain":
         rectangles, place = _rectangles(segments, forwards)
-        targets["source"] = place[targets["source"]]
+        distinct["source"] = place[distinct["source"]]
     return MicroBatch(
         input_ids=row(ids)[None],
         position_ids=row(positions)[None],
         segments=tuple(segments),
         gathered=gather(segments),
-        **targets,
+        **distinct,
         counts=torch.tensor(counts),
-        units=torch.tensor([filled([index[u.prompt.tobytes(), key] for key, _ in keyed_responses(u)]) for u in units]),
+        units=torch.tensor([filled([index[sequence] for sequence in _sequences(u)]) for u in units]),
         rows=tuple(u.row for u in units),
         desirable=torch.tensor([u.desirable for u in units]),
         by_prompt=torch.from_numpy(of_unit.argsort(kind="stable")),
@@ -339,6 +347,25 @@ def _rank_table(units: Sequence[Unit], responses: int) -> torch.Tensor | None:
     if len(ranks) < len(units):
         return None
     return torch.tensor([[*of_unit, *[-1] * (responses - len(of_unit))] for of_unit in ranks])
+
+
+def _beginnings(units: Sequence[Unit]) -> dict[tuple[bytes, ResponseKey], set[int]]:
+    """Return the lengths of the beginnings that are needed of each response, by prompt and response."""
+    found: dict[tuple[bytes, ResponseKey], set[int]] = {}
+    for u in units:
+        for prompt, key, n in _sequences(u)[len(u.responses) :]:
+            if n is not None:
+                found.setdefault((prompt, key), set()).add(n)
+    return found
+
+
+def _sequences(unit: Unit) -> list[tuple[bytes, ResponseKey, int | None]]:
+    """Return prompt, response and length (None: the whole) of each of the unit's sequences, beginnings last."""
+    prompt, keyed = unit.prompt.tobytes(), keyed_responses(unit)
+    whole: list[tuple[bytes, ResponseKey, int | None]] = [(prompt, key, None) for key, _ in keyed]
+    if unit.prefix is None:
+        return whole
+    return whole + [(prompt, key, unit.prefix if r.scored > unit.prefix else None) for key, r in keyed]
 
 
 def _numbers(values: Sequence[float | None]) -> torch.Tensor | None:

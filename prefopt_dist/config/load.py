@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt_dist.config.build import build_config, refuse_value
-from prefopt_dist.config.losses import MixLoss
+from prefopt_dist.config.losses import DPOLoss, MixLoss
 from prefopt_dist.config.schema import Config
 from prefopt_dist.config.secrets import mask_secrets
 from prefopt_dist.config.strict_yaml import dump_yaml, load_yaml, parse_value
@@ -139,6 +139,12 @@ _IF_NOT_DEFAULT: dict[str, tuple[str, ...]] = {
 """Keys that are part of the identity unless they have their defaults: earlier runs, which lack them, still resume."""
 _WHOLE_SECTIONS = ("loss", "lora", "optim")
 """Sections whose keys are all part of the identity."""
+_LATER_OPTIONS = {
+    field.name: field.default
+    for field in fields(DPOLoss)
+    if field.name in ("divergence", "divergence_alpha", "ld_alpha")
+}
+"""Options of the loss dpo that earlier runs lack, with their defaults, at which they stay out of the identity."""
 _ABSENT = "absent"
 
 
@@ -169,11 +175,18 @@ def identity(config: Config) -> dict[str, Any]:
     for section in _WHOLE_SECTIONS:
         if sections[section] is not None:  # earlier runs have no section lora
             _flatten(section, sections[section], flat)
+    flat = {key: value for key, value in flat.items() if not _is_later_default(key, value)}
     dropped = [name for name, policy in config.inspect.policies.items() if policy == "drop"]
     flat |= {f"inspect.{name}": "drop" for name in dropped}
     if {"eval_pairs", "eval_prompts"} & set(dropped):
         _flatten("data.eval", sections["data"]["eval"], flat)  # it decides which rows of data.train remain
     return flat
+
+
+def _is_later_default(key: str, value: Any) -> bool:
+    """Return whether it is an option of `_LATER_OPTIONS`, of the loss or of a part of a mix, at its default."""
+    *path, option = key.split(".")
+    return path[:1] == ["loss"] and option in _LATER_OPTIONS and value == _LATER_OPTIONS[option]
 
 
 def _sources(data: dict[str, Any]) -> list[dict[str, Any]]:

@@ -27,6 +27,8 @@ class Unit:
     """The margin of rewards that a pair should exceed; None: 0"""
     ranks: tuple[int, ...] | None = None
     """For a ranked row, the rank of each response, best first from 0 on, equal where no one is preferred"""
+    prefix: int | None = None
+    """Scored tokens of each response whose sum is needed too; None: only whole responses are"""
 
 
 @dataclass(frozen=True)

@@ -181,15 +181,8 @@ def _sums(logps: torch.Tensor, scored: torch.Tensor, counts: torch.Tensor) -> to
 
 
 def _units(batch: MicroBatch, sums: torch.Tensor, reference: torch.Tensor | None) -> Sequences:
-    return Sequences(
-        sums[batch.units],
-        batch.counts[batch.units],
-        reference,
-        batch.desirable,
-        batch.weight,
-        batch.margin,
-        batch.ranks,
-    )
+    numbers = batch.desirable, batch.weight, batch.margin, batch.partner, batch.ranks
+    return Sequences(sums[batch.units], batch.counts[batch.units], reference, *numbers)
 
 
 def _units_of(
@@ -213,12 +206,5 @@ def _units_of(
     def of(values: torch.Tensor | None) -> torch.Tensor | None:
         return None if values is None else values[indices]
 
-    return Sequences(
-        sums[units],
-        counts[units],
-        of(reference),
-        batch.desirable[indices],
-        of(batch.weight),
-        of(batch.margin),
-        of(batch.ranks),
-    )
+    numbers = batch.desirable[indices], of(batch.weight), of(batch.margin), of(batch.partner), of(batch.ranks)
+    return Sequences(sums[units], counts[units], of(reference), *numbers)

@@ -269,7 +269,9 @@ def check_lengths(
         path: how the rows are computed. A row alone has no padding on the path plain, since it has two lengths at most.
     """
     lengths = rows.lengths()
-    prompts, responses = lengths[:, 0], objective.responses_of(rows.responses)
+    prompts = lengths[:, 0]
+    # Beginnings of responses are not computed again.
+    responses = rows.responses if objective.ranked else min(objective.responses, 2)
     present = lengths[:, 1 : 1 + responses] > 0  # a ranked row may have fewer
     inputs = lengths[:, 1 : 1 + responses] - present
     if isinstance(rows, UnpairedRows):

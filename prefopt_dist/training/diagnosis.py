@@ -44,7 +44,7 @@ class Diagnosis:
             rows: the data set of the units; where it has several sources, each gets metrics of its own.
             device: the device of the sums.
         """
-        self._pairs = objective.responses == 2
+        self._pairs = objective.responses >= 2
         self._reference = objective.needs_reference
         self._columns = {name: i for i, name in enumerate(objective.metrics)}
         self._source = rows.source
@@ -79,6 +79,7 @@ class Diagnosis:
             weight=micro_batch.weight,
             margin=micro_batch.margin,
             ranks=micro_batch.ranks,
+            partner=micro_batch.partner,
         )
         whole = units
         if objective.ranked:
@@ -173,7 +174,9 @@ def _slope(objective: Objective, units: Sequences, sums: torch.Tensor) -> torch.
     with torch.enable_grad():
         leaf = sums.detach().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(objective(replace(units, sums=leaf)).loss, leaf)
-    return gradient[:, 0].abs()
+    # Of the whole chosen response, and of its beginning where a loss takes that too, as the third of four sequences.
+    by_chosen = gradient[:, 0] if objective.ranked else gradient[:, 0::2].sum(1)
+    return by_chosen.abs()
 
 
 def source_labels(names: Sequence[str]) -> tuple[str, ...]:
