@@ -10,11 +10,12 @@ Each distinct prompt of the micro-batch is in the row once, followed by its dist
 
 A response attends to its prompt, to the beginning that it shares with the prompt's first response (these tokens are in
 the row once), and to itself (`Segment`). Its positions continue from there, so every sequence is computed as if it were
-alone. The last token of a response predicts nothing and is not an input. The last token of a prompt predicts the first
-token of each of its responses, by one row of logits for all of them.
+alone. The last token of a response predicts nothing and is not an input, but on the path alone. The last token of a
+prompt predicts the first token of each of its responses, by one row of logits for all of them.
 
 That is the path `shared`. On the path `packed` each distinct sequence is in the row whole, one segment each. On the
-path `plain` the model computes the sequences as rows of one or two rectangles, padded on the right (rectangles.py).
+path `plain` the model computes the sequences as rows of one or two rectangles, padded on the right (rectangles.py), and
+on the path `alone` each sequence as a rectangle of its own.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from prefopt_dist.data.unit import Response, ResponseKey, Tokens, Unit, keyed_re
 
 Fields = TypeVar("Fields", "MicroBatch", "Gathered")
 
-ComputePath = Literal["shared", "packed", "plain"]
-"""How a model computes a micro-batch: one row with each prompt once; one row of whole sequences; padded rectangles."""
-PATHS: tuple[ComputePath, ...] = ("shared", "packed", "plain")
+ComputePath = Literal["shared", "packed", "plain", "alone"]
+"""How a model computes a micro-batch: one row with each prompt once; one row of whole sequences; padded rectangles; or
+each sequence by itself."""
+PATHS: tuple[ComputePath, ...] = ("shared", "packed", "plain", "alone")
 """The paths in order of preference."""
 
 
@@ -83,6 +85,11 @@ def gather(segments: Sequence[Segment]) -> Gathered:
     )
 
 
+def in_rectangles(path: ComputePath) -> bool:
+    """Return whether the path computes rectangles, each in a forward pass of its own by transformers' attention."""
+    return path in ("plain", "alone")
+
+
 class PromptEnds(NamedTuple):
     """The ends, in a micro-batch, of all that belongs to one prompt; it begins where the previous prompt's ends."""
 
@@ -109,8 +116,8 @@ class MicroBatch:
     gathered: Gathered
     """The same segments for variable-length attention."""
     source: torch.Tensor
-    """int64 [N]: index in the row of each token that predicts a scored token; each such token once. On the path plain:
-    index in the flattened rectangles, one after another."""
+    """int64 [N]: index in the row of each token that predicts a scored token; each such token once. Where there are
+    rectangles: index in the flattened rectangles, one after another."""
     target: torch.Tensor
     """int64 [N, K]: the different tokens that each `source` predicts, padded with 0."""
     scored: torch.Tensor
@@ -128,8 +135,8 @@ class MicroBatch:
     prompts: tuple[PromptEnds, ...]
     """The ends of each distinct prompt; no state, sequence or unit belongs to two prompts."""
     rectangles: tuple[torch.Tensor, ...] = ()
-    """int64 [B, L] each, on the path plain: indices in the row of B sequences, padded on the right by the index of the
-    sequence's last token."""
+    """int64 [B, L] each, on the paths plain and alone: indices in the row of B sequences, padded on the right by the
+    index of the sequence's last token."""
 
     @property
     def tokens(self) -> int:
@@ -192,11 +199,11 @@ def packed_tokens(units: Sequence[Unit], path: ComputePath = "shared") -> int:
     """Count the tokens that the model computes for `pack(units)`.
 
     On the path shared they are the row's: each distinct token once. On the path packed each distinct sequence is
-    counted whole, and on the path plain with its padding.
+    counted whole, on the path plain with its padding, and on the path alone with its last token.
     """
     if path != "shared":
         lengths = sequence_lengths(units)
-        return padded_tokens(lengths) if path == "plain" else sum(lengths)
+        return padded_tokens(lengths) if path == "plain" else sum(lengths) + len(lengths) * (path == "alone")
     total = 0
     for prompt, responses in _responses_by_prompt(units).values():
         first, *others = (response.tokens for response in responses.values())
@@ -229,9 +236,10 @@ def forwards(by_rank: Sequence[Sequence[Unit]], path: ComputePath) -> int:
         by_rank: the units of each rank's micro-batch.
         path: how they are computed.
     """
-    if path != "plain":
+    if not in_rectangles(path):
         return 1
-    return max((len(shapes(sequence_lengths(units))) for units in by_rank if units), default=1)
+    lengths = [sequence_lengths(units) for units in by_rank if units]
+    return max((len(n) if path == "alone" else len(shapes(n)) for n in lengths), default=1)
 
 
 def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "shared", forwards: int = 1) -> MicroBatch:
@@ -244,10 +252,10 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
         units: the units; none make a micro-batch with a dummy token.
         responses_per_unit: responses of a unit.
         path: how the model will compute them.
-        forwards: on the path plain the fewest rectangles; dummy ones fill up.
+        forwards: where there are rectangles, the fewest; dummy ones fill up.
     """
     if not units:
-        return _empty(responses_per_unit, forwards if path == "plain" else 0)
+        return _empty(responses_per_unit, forwards if in_rectangles(path) else 0)
     for u in units:
         assert len(u.prompt) > 0, f"row {u.row}: empty prompt"
         assert all(r.scored > 0 for _, r in keyed_responses(u)), f"row {u.row}: nothing of a response is scored"
@@ -276,7 +284,8 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
                 positions.append(np.arange(len(prompt)))
                 at = p_end
             shared = 0 if whole else _shared_prefix(first, response)
-            inputs = response[shared:-1]
+            # By itself a sequence is as long as for transformers, since its length may choose the rotary frequencies.
+            inputs = response[shared:] if path == "alone" else response[shared:-1]
             start, at = at, at + len(inputs)
             ids.append(inputs)
             positions.append(len(prompt) + shared + np.arange(len(inputs)))
@@ -285,7 +294,7 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
                 segments.append(Segment(p_start, p_start, p_start, at))
             elif len(inputs):
                 segments.append(Segment(p_start, p_end + shared, start, at))
-            predicts = np.r_[p_end - 1 : p_end + shared, start:at]
+            predicts = np.r_[p_end - 1 : p_end + shared, start:at][: len(response)]
             source.append(predicts if scored.learnt is None else predicts[scored.learnt])
             target.append(response if scored.learnt is None else response[scored.learnt])
             index[key, response_key] = len(counts)
@@ -301,8 +310,12 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
     targets = _distinct_targets(np.concatenate(source), np.concatenate(target))
     rectangles: tuple[torch.Tensor, ...] = ()
     if path == "plain":
-        rectangles, place = _rectangles(segments, forwards)
+        rectangles, place = _rectangles(segments)
         targets["source"] = place[targets["source"]]
+    elif path == "alone":
+        rectangles = tuple(torch.arange(s.start, s.end)[None] for s in segments)
+    if in_rectangles(path):
+        rectangles += (torch.zeros(1, 1, dtype=torch.int64),) * (forwards - len(rectangles))
     return MicroBatch(
         input_ids=row(ids)[None],
         position_ids=row(positions)[None],
@@ -319,12 +332,11 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
     )
 
 
-def _rectangles(segments: Sequence[Segment], forwards: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+def _rectangles(segments: Sequence[Segment]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Return the rectangles of a row of whole sequences, and each token's index in the flattened rectangles.
 
     Args:
         segments: the sequences, which cover the row.
-        forwards: fewest rectangles.
 
     Returns:
         int64 [B, L] each, indices in the row; int64 [T].
@@ -342,7 +354,6 @@ def _rectangles(segments: Sequence[Segment], forwards: int) -> tuple[tuple[torch
         place[indices[inside]] = offset + np.flatnonzero(inside)
         found.append(torch.from_numpy(np.minimum(indices, ends[chosen, None] - 1)))
         shorter, offset = length, offset + rows * length
-    found += [torch.zeros(1, 1, dtype=torch.int64)] * (forwards - len(found))
     return tuple(found), torch.from_numpy(place)
 
 

@@ -67,7 +67,7 @@ def _language_model(config: Config, key: str, name_or_path: str) -> PreTrainedCo
     """Return the checked configuration of a language model."""
     folder = resolve(name_or_path, key, weights=False)
     model = read_language_config(folder, key)
-    check_config(model, folder, key, config.data.max_length)
+    check_config(model, folder, key)
     return model
 
 

@@ -38,10 +38,11 @@ class Model:
     checkpointing: Literal["auto", "none", "all"] = "auto"
     """Activation checkpointing of no layer (`none`) or all layers (`all`); `auto`: of as few layers as fit the free
     memory of the device."""
-    path: Literal["auto", "shared", "packed", "plain"] = "auto"
+    path: Literal["auto", "shared", "packed", "plain", "alone"] = "auto"
     """How a micro-batch is computed: each distinct token once in one packed row (`shared`), each sequence in one packed
-    row (`packed`), or padded rows with transformers' own attention (`plain`). `auto`: the first of them whose log-probs
-    and gradients are proven to be the model's own; another value is proven too (docs/models.md)."""
+    row (`packed`), padded rows with transformers' own attention (`plain`), or one sequence a forward pass (`alone`).
+    `auto`: the first of them whose log-probs and gradients are proven to be the model's own; another value is proven
+    too (docs/models.md)."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging
 
-from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import attention
 from prefopt_dist.model.folder import ModelFolder
@@ -69,7 +69,7 @@ def _load(folder: ModelFolder, dtype: torch.dtype, path: ComputePath) -> PreTrai
 
 def attention_of(config: PreTrainedConfig, path: ComputePath) -> str:
     """Return the name of the attention with which a model computes the micro-batches of a path."""
-    return own_attention(config) if path == "plain" else attention.NAME
+    return own_attention(config) if in_rectangles(path) else attention.NAME
 
 
 def load_language_model(

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, PromptEnds
+from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, PromptEnds, in_rectangles
 from prefopt_dist.model.final import final_transform
 from prefopt_dist.model.head import attach_logp_head
 from prefopt_dist.model.parts import backbone, output_head
+from prefopt_dist.model.rotary import reset_before_each_use
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
 
 
@@ -52,6 +53,8 @@ class Scorer(nn.Module):
         self._cut = cut
         self._uncomputed: list[tuple[torch.Tensor, torch.Tensor]] = []
         attach_logp_head(output_head(lm), final_transform(lm))
+        if path == "alone":
+            reset_before_each_use(lm)
 
     def sequence_sums(self, batch: MicroBatch) -> torch.Tensor:
         """Compute Σ log π(response token | prompt, response so far) of each sequence: float64 [Q]."""
@@ -125,7 +128,7 @@ class Scorer(nn.Module):
 
     def _states(self, batch: MicroBatch) -> torch.Tensor:
         """Compute the hidden states that predict response tokens: [N, D]."""
-        if self.path == "plain":
+        if in_rectangles(self.path):
             # A dummy rectangle is among the flattened ones too. Nothing indexes it, and its gradient is 0, but its
             # backward pass runs, so that this rank takes part in every collective.
             flat = [self._rectangle(batch.input_ids[0, rectangle]).flatten(0, 1) for rectangle in batch.rectangles]

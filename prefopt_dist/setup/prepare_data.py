@@ -23,6 +23,7 @@ from prefopt_dist.data.workers import ALONE, Share
 from prefopt_dist.distributed import ranks
 from prefopt_dist.distributed.long_work import run_on_node_leaders
 from prefopt_dist.errors import AgreedUserError, UserError
+from prefopt_dist.model.rotary import length_dependent_types
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import row_reporter, say
 from prefopt_dist.objectives import Objective
@@ -92,6 +93,8 @@ def _check_beside_models(models: Models, rows: TokenisedRows, objective: Objecti
     longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     for model in {models.policy.path: models.policy, models.reference.path: models.reference}.values():
         positions = getattr(model.config, "max_position_embeddings", None)  # not every model family has it
+        if "dynamic" in length_dependent_types(model.config):  # it is made for positions beyond
+            continue
         beyond = np.flatnonzero(longest > positions) if positions is not None else ()
         if len(beyond):
             first = ", ".join(rows.origin(int(i)) for i in beyond[:3])

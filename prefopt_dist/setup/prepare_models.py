@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from prefopt_dist import shipped
-from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
 from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.distributed import ranks, zero3
@@ -135,7 +135,7 @@ def model_folder(config: Config, name_or_path: str, key: str) -> ModelFolder:
         key: the configuration key that names it, for messages.
     """
     folder = trainable_folder(resolve(name_or_path, key), key, config.cache_dir, say)
-    return inspect_folder(folder, key, config.data.max_length)
+    return inspect_folder(folder, key)
 
 
 def _models(config: Config) -> Models:
@@ -193,11 +193,11 @@ def _path(
 def _kernels(models: Models) -> str:
     """Name the attention kernels, after a check that each argument of the models' attention is known.
 
-    On the path plain transformers computes the attention, so that every argument is.
+    Where transformers computes the attention, every argument is.
     """
 
     def text(model: ModelFolder) -> str:
-        if models.path == "plain":
+        if in_rectangles(models.path):
             return f"transformers' own, {own_attention(model.config)}"
         return kernels_text(model.config, models.dtype, ranks.device())
 

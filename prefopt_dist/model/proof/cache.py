@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig
 from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.files import write_json
 from prefopt_dist.model.fingerprint import IGNORED_FIELDS
-from prefopt_dist.model.folder import length_dependent
 from prefopt_dist.model.proof.prove import Proof, Tried, prove
+from prefopt_dist.model.rotary import length_dependent
 
 LIBRARIES = ("torch", "transformers", "kernels", "flash-attn", "flash-linear-attention", "mamba-ssm", "causal-conv1d")
 """Packages that compute a model, or that transformers takes kernels from where they are installed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -21,6 +21,7 @@ from prefopt_dist.model.proof import alone, differences, sequences
 from prefopt_dist.model.proof.alone import Gradients
 from prefopt_dist.model.proof.cut import MOST_BYTES, CannotCut, Cut, cuts, text_of
 from prefopt_dist.model.proof.weights import randomise
+from prefopt_dist.model.rotary import length_dependent, length_dependent_types
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives.objective import Sequences, Terms, terms
 
@@ -173,7 +174,7 @@ def _first_that_works(
     try:
         for small in islice(cuts(without_dropout(config), max_length, most_bytes), MOST_CUTS):
             try:
-                return small, _Case(small, device)
+                return small, _Case(small, device, of_length=length_dependent(config, max_length))
             except Exception as e:  # the family needs widths, or ratios of them, that this cut does not have
                 why = why or e
     except CannotCut as e:
@@ -188,8 +189,8 @@ def _first_that_works(
 class _Case:
     """A cut with weights, and what plain transformers computes with them."""
 
-    def __init__(self, small: Cut, device: torch.device) -> None:
-        self._config, self._device = small.config, device
+    def __init__(self, small: Cut, device: torch.device, *, of_length: bool) -> None:
+        self._config, self._device, self._of_length = small.config, device, of_length
         model = _build(small.config, "eager")
         randomise(model)  # on the host, so that every device proves the same weights
         model.to(device)
@@ -197,11 +198,11 @@ class _Case:
         self._units = sequences.units(_tokens(small.config.to_dict()), _special(small.config.to_dict()))
         self._by = sequences.weights().to(device)
         ids = torch.from_numpy(np.concatenate([self._units[-1].prompt, self._units[-1].responses[1]]).astype(np.int64))
-        self.influence = alone.influence_of_later_tokens(model, ids.to(device))
+        self.influence = alone.influence_of_later_tokens(model, ids.to(device), of_length=of_length)
         if CAUSAL_TOLERANCE < self.influence <= MOST_ROUNDING:
             exact = self._filled("eager").double()
             with _float64_by_default():
-                self.influence = alone.influence_of_later_tokens(exact, ids.to(device))
+                self.influence = alone.influence_of_later_tokens(exact, ids.to(device), of_length=of_length)
         self._sums, self._gradients = alone.sums_and_gradients(model, self._units, self._by)
         self._exact: tuple[torch.Tensor, Gradients] | None = None
 
@@ -211,7 +212,11 @@ class _Case:
             sums, gradients = self._by_path(path)
         except Exception as e:  # whatever the family's code or ours raises on this path ends it
             return Tried(path, False, why=f"{text_of(e)}")
-        return self._compare(path, sums, gradients)
+        found = self._compare(path, sums, gradients)
+        if self._of_length and path != "alone":  # the tables of a cut may be too like each other to show it
+            scalings = ", ".join(length_dependent_types(self._config))
+            return replace(found, equal=False, why=f"the rotary scaling {scalings} looks at the longest of the row")
+        return found
 
     def _by_path(self, path: ComputePath) -> tuple[torch.Tensor, Gradients]:
         model = self._filled(attention_of(self._config, path))

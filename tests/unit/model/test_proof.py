@@ -51,6 +51,47 @@ def test_a_family_takes_its_path(family: str) -> None:
         assert tried.text().startswith(f"{tried.path}: ")
 
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+FACTORS = {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [4.0, 8.0, 12.0, 16.0]}
+LONGROPE = FACTORS | {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128}
+STATIC = {"rope_type": "default", "rope_theta": 1e3}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {"rope_parameters": DYNAMIC}),
+        ("mistral", {"rope_parameters": LONGROPE}),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {"full_attention": DYNAMIC, "sliding_attention": STATIC},
+                "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            },
+        ),
+    ],
+)
+def test_a_rotary_scaling_that_looks_at_the_length(family: str, fields: dict[str, Any]) -> None:
+    """Up to the original length nothing changes; beyond it each sequence is computed by itself, and that is proven."""
+    config = tiny(family, **fields)
+    assert prove(config, key=KEY, max_length=128).path == "shared"
+    for max_length in (1000, None):
+        found = prove(config, key=KEY, max_length=max_length)
+        assert found.path == "alone"
+        assert found.influence < 1e-5
+        for tried in found.tried[:2]:
+            assert (tried.gradients or 0) > 1e-3
+        assert all(tried.why.endswith("looks at the longest of the row") for tried in found.tried[:-1])
+    with pytest.raises(UserError, match=r"the path plain does not .*looks at the longest of the row.*model.path=auto"):
+        prove(config, key=KEY, path="plain", max_length=1000)
+
+
+def test_a_length_that_is_remembered_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer, "reset_before_each_use", lambda lm: None)
+    with pytest.raises(UserError, match=r"no path computes .*; alone: log-probs differ by"):
+        prove(tiny("llama", rope_parameters=DYNAMIC), key=KEY, max_length=1000)
+
+
 def test_weights_are_drawn_on_the_host_whatever_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
     monkeypatch.setattr(proving, "randomise", lambda lm: drawn.append(next(lm.parameters()).device.type))
