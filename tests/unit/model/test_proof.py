@@ -233,6 +233,42 @@ def test_a_proof_is_kept_for_the_same_model_and_code(tmp_path: Path, monkeypatch
     assert not asked(tiny("llama"))[1]
 
 
+def test_a_refusal_is_kept_with_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For this path alone, and with the remedy of whoever asks; not where memory ran out."""
+
+    def asked(path: Any, remedy: str | None = None) -> str:
+        given: dict[str, Any] = {"max_length": 64, "device": torch.device("cpu"), "cache": tmp_path}
+        with pytest.raises(UserError) as raised:
+            cache.proven_path(tiny("qwen3_5_text"), key=KEY, path=path, remedy=remedy, **given)
+        return str(raised.value)
+
+    first = asked("shared")
+    assert first.startswith(f"{KEY}: the path shared does not compute the numbers of this qwen3_5_text model alone. ")
+    assert first.endswith(". Allowed are 1e-06 and 1e-05. Set model.path=auto.")
+    (file,) = tmp_path.glob("*.json")
+    kept = f". (Found in the cache; remove {file} to try again.) "
+    monkeypatch.setattr(cache, "try_paths", lambda *_, **__: pytest.fail("proven again"))
+    assert asked("shared") == first.replace(". Set model", f"{kept}Set model")
+    assert asked("shared", "Begin anew.") == first.replace(". Set model.path=auto.", f"{kept}Begin anew.")
+    monkeypatch.undo()
+    assert (
+        cache.proven_path(
+            tiny("qwen3_5_text"), key=KEY, path=None, max_length=64, device=torch.device("cpu"), cache=tmp_path
+        )[0].path
+        == "plain"
+    )
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    before = set(tmp_path.glob("*.json"))
+    monkeypatch.setattr(proving, "pack", full)
+    assert "packed: OutOfMemoryError: CUDA out of memory" in asked("packed")
+    monkeypatch.setattr(proving, "randomise", full)
+    assert "no small copy of this qwen3_5_text model" in asked("alone")
+    assert set(tmp_path.glob("*.json")) == before
+
+
 def test_the_random_numbers_of_a_run_do_not_depend_on_the_proof() -> None:
     torch.manual_seed(3)
     wanted = torch.rand(4)
