@@ -90,6 +90,17 @@ def in_rectangles(path: ComputePath) -> bool:
     return path in ("plain", "alone")
 
 
+class Span(NamedTuple):
+    """The tokens of a sequence, row[prefix_start:prefix_end] and row[start:end], without its last token."""
+
+    prefix_start: int
+    prefix_end: int
+    start: int
+    end: int
+    times: int
+    """How many of the units' responses it is."""
+
+
 class PromptEnds(NamedTuple):
     """The ends, in a micro-batch, of all that belongs to one prompt; it begins where the previous prompt's ends."""
 
@@ -134,9 +145,13 @@ class MicroBatch:
     """int64 [U]: indices of the units, sorted by prompt."""
     prompts: tuple[PromptEnds, ...]
     """The ends of each distinct prompt; no state, sequence or unit belongs to two prompts."""
+    spans: tuple[Span, ...]
+    """Where each sequence stands in the row."""
     rectangles: tuple[torch.Tensor, ...] = ()
     """int64 [B, L] each, on the paths plain and alone: indices in the row of B sequences, padded on the right by the
     index of the sequence's last token."""
+    dummies: int = 0
+    """Rectangles at the end that are dummy ones."""
 
     @property
     def tokens(self) -> int:
@@ -270,6 +285,7 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
     index: dict[tuple[bytes, ResponseKey], int] = {}
     row_ends: list[int] = []  # the end of each prompt and its responses in the row
     sequence_ends: list[int] = []
+    spans: list[tuple[int, int, int, int]] = []
     at = 0
     groups = _responses_by_prompt(units)
     for key, (prompt, responses) in groups.items():
@@ -287,6 +303,8 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
             # By itself a sequence is as long as for transformers, since its length may choose the rotary frequencies.
             inputs = response[shared:] if path == "alone" else response[shared:-1]
             start, at = at, at + len(inputs)
+            prefix_end = at - len(inputs) if whole else p_end + shared
+            spans.append((p_start, prefix_end, start, start + len(response) - 1 - shared))
             ids.append(inputs)
             positions.append(len(prompt) + shared + np.arange(len(inputs)))
             # The beginning that another response shares with the first follows the prompt, so its prefix is one range.
@@ -308,14 +326,15 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
     number = {prompt: i for i, prompt in enumerate(groups)}
     of_unit = np.array([number[u.prompt.tobytes()] for u in units])
     targets = _distinct_targets(np.concatenate(source), np.concatenate(target))
+    of_units = torch.tensor([[index[u.prompt.tobytes(), key] for key, _ in keyed_responses(u)] for u in units])
+    times = np.bincount(of_units.numpy().ravel(), minlength=len(spans))
     rectangles: tuple[torch.Tensor, ...] = ()
     if path == "plain":
         rectangles, place = _rectangles(segments)
         targets["source"] = place[targets["source"]]
     elif path == "alone":
         rectangles = tuple(torch.arange(s.start, s.end)[None] for s in segments)
-    if in_rectangles(path):
-        rectangles += (torch.zeros(1, 1, dtype=torch.int64),) * (forwards - len(rectangles))
+    dummies = max(0, forwards - len(rectangles)) if in_rectangles(path) else 0
     return MicroBatch(
         input_ids=row(ids)[None],
         position_ids=row(positions)[None],
@@ -323,12 +342,14 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
         gathered=gather(segments),
         **targets,
         counts=torch.tensor(counts),
-        units=torch.tensor([[index[u.prompt.tobytes(), key] for key, _ in keyed_responses(u)] for u in units]),
+        units=of_units,
         rows=tuple(u.row for u in units),
         desirable=torch.tensor([u.desirable for u in units]),
         by_prompt=torch.from_numpy(of_unit.argsort(kind="stable")),
         prompts=_ends(of_unit, np.unique(np.concatenate(source)), counts, row_ends, sequence_ends),
-        rectangles=rectangles,
+        spans=tuple(Span(*span, n) for span, n in zip(spans, times.tolist(), strict=True)),
+        rectangles=rectangles + (torch.zeros(1, 1, dtype=torch.int64),) * dummies,
+        dummies=dummies,
     )
 
 
@@ -420,5 +441,7 @@ def _empty(responses_per_unit: int, rectangles: int) -> MicroBatch:
         desirable=torch.zeros(0, dtype=torch.bool),
         by_prompt=torch.zeros(0, dtype=torch.int64),
         prompts=(PromptEnds(states=1, scored=1, sequences=1, units=0),),
+        spans=(Span(0, 0, 0, 0, 0),),
         rectangles=(zero[None],) * rectangles,
+        dummies=rectangles,
     )

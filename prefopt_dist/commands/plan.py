@@ -31,6 +31,7 @@ from prefopt_dist.planning.rollouts import AnswersPlan, plan_answers
 from prefopt_dist.planning.work import disk_needed
 from prefopt_dist.setup.answer_engines import sampling_plan
 from prefopt_dist.setup.checks import eval_sets
+from prefopt_dist.setup.experts import check_balancing
 from prefopt_dist.setup.memory_needs import job_needs
 from prefopt_dist.setup.prepare_data import TRAIN, rows_for_loss, tokenised_folder, tokenised_train_folder
 from prefopt_dist.setup.prepare_models import DTYPES
@@ -40,6 +41,7 @@ from prefopt_dist.setup.prove_path import choose_path
 def run(config: Config) -> None:
     """Plan in one process, without a process group."""
     model = _language_model(config, "model.name_or_path", config.model.name_or_path)
+    check_balancing(config, model)
     scored = [("model.name_or_path", model)]
     if config.reference.name_or_path is not None:
         key = "reference.name_or_path"

@@ -133,7 +133,7 @@ _IF_NOT_DEFAULT: dict[str, tuple[str, ...]] = {
         *("template_date", "learn", "system", "thinking"),
         *("chat_template", "template_kwargs", "columns", "pairs_from"),
     ),
-    "train": ("deterministic",),
+    "train": ("deterministic", "router_aux_loss_coef"),
 }
 """Keys that are part of the identity unless they have their defaults: earlier runs, which lack them, still resume."""
 _WHOLE_SECTIONS = ("loss", "lora", "optim")

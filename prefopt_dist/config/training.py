@@ -109,6 +109,9 @@ class Train:
     deterministic: bool = False
     """Whether a GPU computes with deterministic algorithms alone, which are slower. Then a resumed run ends with the
     same bits on equal GPUs, versions and numbers of ranks (not run on a GPU). On the CPU it always does."""
+    router_aux_loss_coef: Annotated[float, Bound("at least 0", lambda v: v >= 0)] = 0.0
+    """For a mixture of experts: coefficient of the loss that balances the experts' loads, per sequence as in
+    DeepSeek-V3; 0: none (docs/experts.md)."""
     on_spike: Literal["none", "skip", "stop"] = "none"
     """An update whose gradient norm is far above the previous ones is made (`none`), is skipped (`skip`), or ends the
     run (`stop`)."""

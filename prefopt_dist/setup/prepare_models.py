@@ -31,6 +31,7 @@ from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.setup import checks
 from prefopt_dist.setup.checks import eval_sets
+from prefopt_dist.setup.experts import check_balancing
 from prefopt_dist.setup.prove_path import choose_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -147,6 +148,7 @@ def _models(config: Config) -> Models:
     checks.check_tokenizer(tokenizer, config.data.template, policy.config.vocab_size)
     if reference is not policy:
         checks.check_reference_tokenizer(tokenizer, reference)
+    check_balancing(config, policy.config)
     adapter = checks.adapter_of(config.lora, policy.config, config.model.name_or_path)
     if adapter is not None and policy.part_of_more and not config.export.merged:
         raise UserError(
