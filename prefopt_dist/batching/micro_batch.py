@@ -326,8 +326,8 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
     number = {prompt: i for i, prompt in enumerate(groups)}
     of_unit = np.array([number[u.prompt.tobytes()] for u in units])
     targets = _distinct_targets(np.concatenate(source), np.concatenate(target))
-    of_units = torch.tensor([[index[u.prompt.tobytes(), key] for key, _ in keyed_responses(u)] for u in units])
-    times = np.bincount(of_units.numpy().ravel(), minlength=len(spans))
+    of_units = np.array([[index[u.prompt.tobytes(), key] for key, _ in keyed_responses(u)] for u in units])
+    times = np.bincount(of_units.ravel(), minlength=len(spans))
     rectangles: tuple[torch.Tensor, ...] = ()
     if path == "plain":
         rectangles, place = _rectangles(segments)
@@ -342,7 +342,7 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
         gathered=gather(segments),
         **targets,
         counts=torch.tensor(counts),
-        units=of_units,
+        units=torch.from_numpy(of_units),
         rows=tuple(u.row for u in units),
         desirable=torch.tensor([u.desirable for u in units]),
         by_prompt=torch.from_numpy(of_unit.argsort(kind="stable")),

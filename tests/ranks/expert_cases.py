@@ -107,6 +107,20 @@ def exact_step(folder: Path, data: Any, rows: list[int], routers: list[str]) -> 
     }
 
 
+def reads_with_experts(folder: Path) -> dict[str, Any]:
+    """Collectives and host reads of a step of several micro-batches."""
+    config = config_of(folder, "reads", "none")
+    models, objective, scored, _ = rank_cases.ready(config)
+    engine = rank_cases.make_policy(config, models)
+    batch = step_batch(scored, range(rank_cases.G), 2, 150)
+    with pytest.MonkeyPatch.context() as patch:
+        counts = rank_cases.Counts(patch)
+        packed = step.forward_backward(engine, batch, objective, None)
+        step.reduce_metrics(packed, Request(False, False), engine.module.loads)
+    zero3.release(engine)
+    return {"found": counts.found, "micro_batches": len(batch)}
+
+
 def balanced_runs(folder: Path) -> dict[str, Any]:
     """A whole run, and one that crashed between two rows of metrics, behind a checkpoint that has half of a row."""
     found: dict[str, Any] = {}

@@ -9,7 +9,7 @@ import pytest
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(f"experts{request.param}")
-    case_runner.run_cases("rank_cases.py", request.param, folder, ["balanced", "balanced_runs"])
+    case_runner.run_cases("rank_cases.py", request.param, folder, ["balanced", "balanced_runs", "reads_with_experts"])
     return folder
 
 
@@ -28,6 +28,13 @@ def test_balancing_loss_equals_float64(folder: Path) -> None:
         assert metrics["router/balancing_loss"] == pytest.approx(exact["balance"], rel=1e-5), case
         assert [metrics[f"router/max_load_of/{i}"] for i in (0, 1)] == pytest.approx(exact["max_load"], rel=1e-12)
         assert metrics["router/max_load"] == pytest.approx(sum(exact["max_load"]) / 2, rel=1e-12)
+
+
+@pytest.mark.slow
+def test_experts_cost_no_collective_and_no_read(folder: Path) -> None:
+    result = case_runner.found(folder, "reads_with_experts")
+    assert result["micro_batches"] > 1
+    assert result["found"] == {"collective": ["all_reduce"], "read": ["tolist"]}
 
 
 @pytest.mark.slow
