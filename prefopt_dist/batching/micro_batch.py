@@ -97,8 +97,8 @@ class Span(NamedTuple):
     prefix_end: int
     start: int
     end: int
-    times: int
-    """How many of the units' responses it is."""
+    times: float
+    """How many of the units' responses it is, each as often as its unit weighs."""
 
 
 class PromptEnds(NamedTuple):
@@ -147,6 +147,10 @@ class MicroBatch:
     """The ends of each distinct prompt; no state, sequence or unit belongs to two prompts."""
     spans: tuple[Span, ...]
     """Where each sequence stands in the row."""
+    weight: torch.Tensor | None = None
+    """float64 [U]: the weight of each unit in sums over units; None: each weighs 1."""
+    margin: torch.Tensor | None = None
+    """float64 [U]: the margin of rewards that each pair should exceed; None: 0."""
     rectangles: tuple[torch.Tensor, ...] = ()
     """int64 [B, L] each, on the paths plain and alone: indices in the row of B sequences, padded on the right by the
     index of the sequence's last token."""
@@ -327,7 +331,8 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
     of_unit = np.array([number[u.prompt.tobytes()] for u in units])
     targets = _distinct_targets(np.concatenate(source), np.concatenate(target))
     of_units = np.array([[index[u.prompt.tobytes(), key] for key, _ in keyed_responses(u)] for u in units])
-    times = np.bincount(of_units.ravel(), minlength=len(spans))
+    weights = [1.0 if u.weight is None else u.weight for u in units for _ in u.responses]
+    times = np.bincount(of_units.ravel(), weights, minlength=len(spans))
     rectangles: tuple[torch.Tensor, ...] = ()
     if path == "plain":
         rectangles, place = _rectangles(segments)
@@ -348,9 +353,17 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
         by_prompt=torch.from_numpy(of_unit.argsort(kind="stable")),
         prompts=_ends(of_unit, np.unique(np.concatenate(source)), counts, row_ends, sequence_ends),
         spans=tuple(Span(*span, n) for span, n in zip(spans, times.tolist(), strict=True)),
+        weight=_numbers([u.weight for u in units]),
+        margin=_numbers([u.margin for u in units]),
         rectangles=rectangles + (torch.zeros(1, 1, dtype=torch.int64),) * dummies,
         dummies=dummies,
     )
+
+
+def _numbers(values: Sequence[float | None]) -> torch.Tensor | None:
+    """Return a number of each unit as float64 [U]; None where the units have none."""
+    given = [value for value in values if value is not None]
+    return torch.tensor(given, dtype=torch.float64) if len(given) == len(values) else None
 
 
 def _rectangles(segments: Sequence[Segment]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:

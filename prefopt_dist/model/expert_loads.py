@@ -26,11 +26,11 @@ class Tokens(NamedTuple):
     """What the tokens of a row, or of a rectangle, count for."""
 
     uses: torch.Tensor
-    """int64 [T]: in how many of the units' responses, with their prompts, each stands."""
+    """float64 [T]: in how many of the units' responses, with their prompts, each stands, by the units' weights."""
     members: torch.Tensor | None
     """float32 [Q, T]: 1 where a sequence has the token; None where no balancing loss is added."""
     weights: torch.Tensor | None
-    """float64 [Q]: the weight of each sequence's balancing loss, 1/R for each unit's response that it is."""
+    """float64 [Q]: the weight of each sequence's balancing loss, 1/R of the unit's for each response that it is."""
 
 
 class ExpertLoads:
@@ -62,7 +62,7 @@ class ExpertLoads:
 
     def tokens(self, batch: MicroBatch) -> Tokens:
         """Return what each token of a micro-batch's row counts for, on its device."""
-        uses = np.zeros(batch.input_ids.shape[1], dtype=np.int64)
+        uses = np.zeros(batch.input_ids.shape[1], dtype=np.float64)
         members = np.zeros((len(batch.spans), len(uses)), dtype=np.bool_)
         for q, span in enumerate(batch.spans):
             for part in (slice(span.prefix_start, span.prefix_end), slice(span.start, span.end)):
@@ -122,7 +122,7 @@ class ExpertLoads:
             if self._uses is None:
                 return
             chosen: torch.Tensor = output[router.chosen]
-            times = self._uses[:, None].expand(-1, chosen.shape[1]).double()
+            times = self._uses[:, None].expand(-1, chosen.shape[1])
             self._sums[begin : self._ends[i]].index_add_(0, chosen.flatten(), times.flatten())
             if self._coefficient:
                 self._outputs.append((output[router.scores], chosen))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import plain
@@ -116,6 +117,19 @@ def test_loads_and_balancing_loss_equal_float64(family: str) -> None:
             assert metrics["router/max_load"] == pytest.approx(sum(most.values()) / len(most), rel=1e-12)
             assert metrics["router/balancing_loss"] == pytest.approx(balances.mean().item(), rel=1e-6)
             assert not loads.take().any()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_weight_of_2_is_the_row_twice(path: ComputePath) -> None:
+    one, two = pairs()[:2]
+    routers = find_routers(config_of("mixtral"))
+    found = []
+    for units in ([replace(one, weight=1.0), replace(two, weight=2.0)], [one, two, two]):
+        loads = ExpertLoads(routers, 1.0, CPU)
+        Scorer(model_of("mixtral", path), path, loads=loads)(pack(units, 2, path), DPO(0.3), references(units))
+        found.append(loads.take())
+    assert torch.allclose(*found, rtol=1e-6)
+    assert found[0][:4].tolist() == found[1][:4].tolist()
 
 
 def test_without_a_coefficient_the_loss_is_as_before_to_the_bit() -> None:
