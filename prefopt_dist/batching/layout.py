@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt_dist.batching.micro_batch import ComputePath, gathered_keys, packed_tokens, sequence_lengths
+from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.packing import gathered_keys, packed_tokens, sequence_lengths
 from prefopt_dist.batching.rectangles import fill, fill_evenly
 from prefopt_dist.data.unit import Unit, keyed_responses
 

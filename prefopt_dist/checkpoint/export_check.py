@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from prefopt_dist.batching.batches import ScoredRows
-from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, pack
+from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.checkpoint.manifest import Manifest
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import ranks, zero3

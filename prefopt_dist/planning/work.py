@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from prefopt_dist.batching import layout
 from prefopt_dist.batching.layout import FROZEN_PASSES, TRAINING_PASSES, Cost, group_by_prompt, tokens_and_cost
-from prefopt_dist.batching.micro_batch import ComputePath, gathered_keys, packed_tokens
+from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.batching.order import Order, first_rows
+from prefopt_dist.batching.packing import gathered_keys, packed_tokens
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, UnpairedRows

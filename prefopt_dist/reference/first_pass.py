@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from prefopt_dist.batching.micro_batch import ComputePath, forwards, in_rectangles, pack
+from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
+from prefopt_dist.batching.packing import forwards, pack
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import out_of_memory, ranks, zero3

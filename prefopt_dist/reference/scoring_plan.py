@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefopt_dist.batching.layout import fill_micro_batches
-from prefopt_dist.batching.micro_batch import ComputePath, packed_tokens
+from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.packing import packed_tokens
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.errors import UserError

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
-from prefopt_dist.batching.micro_batch import ComputePath, packed_tokens
+from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.packing import packed_tokens
 from prefopt_dist.checkpoint.export import check_target
 from prefopt_dist.config import Config, DataSource, Lora
 from prefopt_dist.config.build import suggest_names

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefopt_dist.batching.batches import evaluation_batch, step_batch
 from prefopt_dist.batching.layout import lay_out
-from prefopt_dist.batching.micro_batch import ComputePath, forwards, pack
+from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.packing import forwards, pack
 from prefopt_dist.commands import train
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.model.folder import ModelFolder

@@ -32,8 +32,9 @@ from places import REPOSITORY
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt_dist.batching.batches import Prefetcher, ScoredRows, evaluation_batch, step_batch
-from prefopt_dist.batching.micro_batch import ComputePath, Segment, pack
+from prefopt_dist.batching.micro_batch import ComputePath, Segment
 from prefopt_dist.batching.order import Order
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.checkpoint import load, save
 from prefopt_dist.commands import train
 from prefopt_dist.config import Config, load_config, load_deepspeed_json

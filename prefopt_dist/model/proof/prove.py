@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from prefopt_dist.batching.micro_batch import PATHS, ComputePath, pack
+from prefopt_dist.batching.micro_batch import PATHS, ComputePath
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.distributed.out_of_memory import is_out_of_memory
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.load import attention_of, without_dropout

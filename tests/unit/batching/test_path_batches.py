@@ -11,16 +11,8 @@ from models_for_tests import pairs, tokens
 
 from benchmarks.pairs import MIXES, draw_lengths
 from prefopt_dist.batching.layout import Cost, fill_micro_batches, lay_out, most_keys_per_token, tokens_and_cost
-from prefopt_dist.batching.micro_batch import (
-    MicroBatch,
-    PromptEnds,
-    Segment,
-    forwards,
-    gathered_keys,
-    pack,
-    packed_tokens,
-    sequence_lengths,
-)
+from prefopt_dist.batching.micro_batch import MicroBatch, PromptEnds, Segment
+from prefopt_dist.batching.packing import forwards, gathered_keys, pack, packed_tokens, sequence_lengths
 from prefopt_dist.batching.rectangles import fill, fill_evenly, padded_tokens, shapes
 from prefopt_dist.data.unit import Unit
 

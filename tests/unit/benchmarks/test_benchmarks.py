@@ -24,7 +24,8 @@ from benchmarks.floor import SHAPES, distinct_tokens, first_pass_flop, forward_f
 from benchmarks.pairs import END, FIRST_TOKEN, MIXES, draw_lengths, draw_pairs, padding, usual_padding
 from benchmarks.step import STEPS
 from benchmarks.world import Task, load_task, save_task, text, write_model
-from prefopt_dist.batching.micro_batch import PATHS, pack
+from prefopt_dist.batching.micro_batch import PATHS
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.config import load_config
 from prefopt_dist.config.losses import DPOLoss
 from prefopt_dist.data.unit import Unit

@@ -13,7 +13,8 @@ from models_for_tests import apart, gradients, pairs, references, worst
 from plain_experts import PlainExperts
 from transformers import AutoConfig, PreTrainedConfig
 
-from prefopt_dist.batching.micro_batch import PATHS, ComputePath, pack
+from prefopt_dist.batching.micro_batch import PATHS, ComputePath
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.config import load_config
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.expert_loads import ExpertLoads

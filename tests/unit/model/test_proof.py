@@ -12,7 +12,8 @@ import tiny_families
 import torch
 from transformers import AttentionInterface, AutoConfig, PreTrainedConfig
 
-from prefopt_dist.batching.micro_batch import MicroBatch, Segment, gather, pack
+from prefopt_dist.batching.micro_batch import MicroBatch, Segment, gather
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import attention, scorer
 from prefopt_dist.model.attention import shared_prefix_attention

@@ -10,7 +10,8 @@ import pytest
 import torch
 from models_for_tests import LONGROPE, MODELS, apart, gradients, make, pairs, plain_sums, references, tokens, worst
 
-from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles, pack
+from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model.load import own_attention
 from prefopt_dist.model.scorer import Scorer

@@ -17,8 +17,9 @@ import torch
 from data_for_tests import ROWS, lines, prepare
 from transformers import AutoConfig, LlamaConfig
 
-from prefopt_dist.batching.micro_batch import PATHS, packed_tokens
+from prefopt_dist.batching.micro_batch import PATHS
 from prefopt_dist.batching.order import Order, first_rows
+from prefopt_dist.batching.packing import packed_tokens
 from prefopt_dist.data import TokenisedRows, open_rows
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.fingerprint import file_digest, reference_key
