@@ -18,7 +18,8 @@ from prefopt_dist.data.unit import Unit
 from prefopt_dist.objectives import Objective
 from prefopt_dist.planning.memory import MASTER_BYTES, MOMENTS_BYTES
 from prefopt_dist.planning.sizes import ModelSizes
-from prefopt_dist.reference.scoring_plan import sequences_needed
+from prefopt_dist.reference.scoring_plan import prompt_groups
+from prefopt_dist.reference.sequences import sequences_needed
 from prefopt_dist.reference.store import ROW
 
 MAX_ROWS = 20_000
@@ -194,10 +195,12 @@ def training_flop(work: Work, cost: Cost, recomputed: float, frozen: bool = Fals
 def _scored(config: Config, sets: Sequence[TokenisedRows], cost: Cost, path: ComputePath) -> tuple[int, float, int]:
     """Return distinct tokens, FLOP and number of the sequences that the reference scores."""
     responses = max(rows.responses for rows in sets)  # a pair has two; a KTO row has its own and a mismatched one
-    places = list(sequences_needed(sets, responses).values())
-    units = [place.unit(sets, i) for i, place in enumerate(places)]
-    tokens, flop = tokens_and_cost(group_by_prompt(units, config.reference_micro_batch_tokens, path), cost, path)
-    return tokens, flop, len(places)
+    sequences = sequences_needed(sets, responses)
+    tokens, flop = 0, 0.0
+    for group in prompt_groups(sequences, sets, config.reference_micro_batch_tokens, path):
+        of_group = tokens_and_cost([group], cost, path)
+        tokens, flop = tokens + of_group[0], flop + of_group[1]
+    return tokens, flop, len(sequences)
 
 
 def _evaluations(config: Config, steps: int) -> int:
