@@ -102,6 +102,11 @@ class TokenisedRows:
     """Passes per epoch, for each source"""
     report: DataReport
 
+    @property
+    def disk_bytes(self) -> int:
+        """Return the size of the columns on disk."""
+        return sum(column.nbytes for name in COLUMNS if (column := getattr(self, name)) is not None)
+
     def prompt(self, i: int) -> NDArray[np.int32]:
         """Return the ids of row i's prompt [length]."""
         return self._part(i, 0)

@@ -52,6 +52,8 @@ class Work:
     """FLOP of all evaluations"""
     keys_per_token: float = 1.0
     """Most gathered keys per token of a micro-batch of training, in the steps that were read"""
+    data_bytes: int | None = None
+    """Disk space of the tokenised rows and of the copies of remote files; None where the rows are not known"""
 
 
 def work_from_rows(
@@ -224,9 +226,19 @@ class Disk:
     """The Hugging Face folder (s·N; s·Nₜ where only adapters are written)"""
     store: int | None
     """The reference store, 40 bytes a sequence; None where the number of sequences is not known"""
+    data: int | None = None
+    """The tokenised rows and the copies of remote files, both in `run.cache`; None where they could not be read"""
 
 
-def disk_needed(sizes: ModelSizes, keep: int, export_item: int, sequences: int | None, *, merged: bool = False) -> Disk:
+def disk_needed(
+    sizes: ModelSizes,
+    keep: int,
+    export_item: int,
+    sequences: int | None,
+    *,
+    merged: bool = False,
+    data: int | None = None,
+) -> Disk:
     """Return the disk space that a job takes.
 
     Args:
@@ -235,6 +247,7 @@ def disk_needed(sizes: ModelSizes, keep: int, export_item: int, sequences: int |
         export_item: bytes of a number in the exported weights.
         sequences: number of sequences in the reference store; None where it is not known.
         merged: whether adapters are exported merged into their model.
+        data: bytes of the data in the cache; None where they are not known.
     """
     states = (MASTER_BYTES + MOMENTS_BYTES) * sizes.trained
     return Disk(
@@ -243,4 +256,5 @@ def disk_needed(sizes: ModelSizes, keep: int, export_item: int, sequences: int |
         conversion=states,
         export=export_item * (sizes.parameters if merged else sizes.trained),
         store=None if sequences is None else ROW.itemsize * sequences,
+        data=data,
     )
