@@ -3,7 +3,8 @@
 Short synthetic pairs go through `inspect` (twice: the second call finds the tokenised rows in the cache), `plan`, the
 plan of the first pass, the look-up of all sequences in a full reference store, and ten steps of training (ORPO, which
 needs no reference) of a tiny model on the CPU. Each is measured in a process of its own. The memory is that of this
-process without mapped files; the processes that tokenise beside it are not counted.
+process without mapped files; the processes that tokenise beside it are not counted. With --rows the tokenised pairs are
+made directly, of random tokens, so that the stages are measured without the time of tokenising.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.inspect import MemoryWatch, write_pairs, write_run
+from benchmarks.inspect import MemoryWatch, write_pairs, write_rows, write_run
 from prefopt_dist.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 SHARD = 2_000
 """Sequences of a shard of the store, about as many as a rank writes at a time."""
 STEPS = 10
+VOCABULARY = 200
+"""Number of different tokens of rows that are made directly; all are in the tiny model's vocabulary."""
 
 
 def write_model(folder: Path) -> None:
@@ -110,8 +113,22 @@ PARTS: dict[str, Callable[[str], Callable[[], None]]] = {
 }
 
 
-def measure_here(name: str, run: str) -> None:
+def take_rows(folder: Path) -> None:
+    """Let the stages of this process find the rows that were made directly where they would tokenise."""
+    from prefopt_dist.commands import inspect, plan
+    from prefopt_dist.setup import prepare_data
+
+    def rows(_config: Any, _tokenizer: Any, _vocabulary: int, _sources: Any, key: str, *_: Any, **__: Any) -> Path:
+        return folder / ("rows" if key == prepare_data.TRAIN else "held")
+
+    for module in (inspect, plan, prepare_data):
+        vars(module)["tokenised_folder"] = rows
+
+
+def measure_here(name: str, run: str, rows: str | None) -> None:
     """Run a part; print its seconds by the clock and of work, and the memory of this process."""
+    if rows is not None:
+        take_rows(Path(rows))
     call = PARTS[name](run)
     with MemoryWatch() as watch:
         began, working = time.monotonic(), os.times()
@@ -121,17 +138,27 @@ def measure_here(name: str, run: str) -> None:
     print(json.dumps({"seconds": took, "work": seconds, "start": watch.at_start, "most": watch.at_most}))
 
 
-def measure(pairs: int, words: int) -> dict[str, Any]:
-    """Write so many pairs and measure each part in a process of its own."""
+def measure(pairs: int, words: int, direct: bool) -> dict[str, Any]:
+    """Write so many pairs and measure each part in a process of its own.
+
+    Args:
+        pairs: number of pairs.
+        words: mean words of a text.
+        direct: whether the pairs are made as tokens.
+    """
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="prefopt-pairs-") as made:
         folder = Path(made)
-        write_pairs(folder, pairs, words)
+        write_pairs(folder, 1000 if direct else pairs, words)
         write_run(folder)
-        subprocess.run([sys.executable, "-m", "benchmarks.many_pairs", "--model", str(folder)], check=True)
+        this = [sys.executable, "-m", "benchmarks.many_pairs"]
+        made_rows = [f"--made={pairs}"] if direct else []
+        subprocess.run([*this, "--model", made, *made_rows], check=True)
         for name in PARTS:
+            if direct and name == "inspect":
+                continue  # it would tokenise
             done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.many_pairs", "--part", name, "--run", str(folder / "run.yaml")],
+                [*this, "--part", name, "--run", str(folder / "run.yaml"), *(["--take", made] if direct else [])],
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -150,16 +177,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, nargs="+", default=[100_000])
     parser.add_argument("--words", type=int, default=5, help="mean words of a prompt or response")
+    parser.add_argument("--rows", action="store_true", help="make the tokenised pairs directly")
     parser.add_argument("--save", default="many_pairs")
-    for hidden in ("--part", "--run", "--model"):
+    for hidden in ("--part", "--run", "--model", "--made", "--take"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.model is not None:
         write_model(Path(asked.model))
+        for name, n in (("rows", asked.made), ("held", 100)) if asked.made is not None else ():
+            write_rows(Path(asked.model) / name, int(n), vocabulary=VOCABULARY, planted=False)
     elif asked.part is not None:
-        measure_here(asked.part, asked.run)
+        measure_here(asked.part, asked.run, asked.take)
     else:
-        write_json(RESULTS / f"{asked.save}.json", {str(n): measure(n, asked.words) for n in asked.pairs})
+        write_json(RESULTS / f"{asked.save}.json", {str(n): measure(n, asked.words, asked.rows) for n in asked.pairs})
 
 
 if __name__ == "__main__":
