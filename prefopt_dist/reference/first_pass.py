@@ -6,7 +6,7 @@ Legend: n rows of a data set, R responses of a row.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,7 @@ def run_first_pass(
     budget: int,
     stop_asked: Callable[[], bool],
     path: ComputePath = "shared",
+    first_set_rows: NDArray[np.int64] | None = None,
 ) -> FirstPass:
     """Score the sequences that the store lacks, and return the checked values of all sequences (all ranks call it).
 
@@ -115,6 +116,7 @@ def run_first_pass(
         budget: tokens of a micro-batch.
         stop_asked: whether this rank was asked to stop; the ranks agree on the answer in here.
         path: how the sequences are computed.
+        first_set_rows: int64, the rows of the first set that are needed, the values of its others are nan; None: all.
 
     Raises:
         StopRequested: a rank was asked to stop; what was scored is in the store.
@@ -122,17 +124,17 @@ def run_first_pass(
     """
     ranks.run_on_rank_zero(store.make_folder)
     require_shared_folder(store.folder, "reference.store", remedy="Set reference.store or run.cache to one that is.")
-    stored = ranks.run_on_rank_zero(lambda: _all_stored(store, sets, responses))
+    stored = ranks.run_on_rank_zero(lambda: _all_stored(store, sets, responses, first_set_rows))
     if stored is not None:
         return stored
     with scoring_lock(store.folder, plan_name(sets, responses, path), stop_asked):
         # A plan is made only while holding the lock. Another job may have scored everything while this one waited.
-        work = ranks.run_on_rank_zero(lambda: _look_up(store, sets, responses, budget, path))
+        work = ranks.run_on_rank_zero(lambda: _look_up(store, sets, responses, budget, path, first_set_rows))
         if work.micro_batches:
             _score_missing(model, store, check_loaded, sets, dtype, settings, budget, work, stop_asked, path)
     if not work.missing:
         _say_all_stored(work.reused)
-    sums = ranks.run_on_rank_zero(lambda: _collect(store, sets, responses))
+    sums = ranks.run_on_rank_zero(lambda: _collect(store, sets, responses, first_set_rows))
     return FirstPass(key=store.folder.name, sums=sums, scored=work.missing, reused=work.reused)
 
 
@@ -144,14 +146,20 @@ def _stored(store: ReferenceStore) -> Scores:
     return scores
 
 
-def _all_stored(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int) -> FirstPass | None:
+def _all_stored(
+    store: ReferenceStore,
+    sets: Sequence[TokenisedRows],
+    responses: int,
+    first_set_rows: NDArray[np.int64] | None = None,
+) -> FirstPass | None:
     """Return the values of all sequences if the store has them, else None (rank 0 alone calls it)."""
-    needed = sequences_needed(sets, responses)
+    needed = sequences_needed(sets, responses, first_set_rows)
     scores = _stored(store)
     if (scores.find(needed.digests) < 0).any():
         return None
     _say_all_stored(len(needed))
-    return FirstPass(store.folder.name, _aligned_sets(scores, sets, responses), scored=0, reused=len(needed))
+    sums = _aligned_sets(scores, sets, responses, first_set_rows)
+    return FirstPass(store.folder.name, sums, scored=0, reused=len(needed))
 
 
 def _say_all_stored(reused: int) -> None:
@@ -197,6 +205,7 @@ def _look_up(
     responses: int,
     budget: int,
     path: ComputePath = "shared",
+    first_set_rows: NDArray[np.int64] | None = None,
 ) -> _Work:
     """Return the micro-batches that score what the store lacks (rank 0 alone calls it).
 
@@ -208,8 +217,9 @@ def _look_up(
         responses: responses of a row that are needed.
         budget: tokens of a micro-batch.
         path: how the sequences are computed.
+        first_set_rows: int64, the rows of the first set that are needed; None: all.
     """
-    needed = sequences_needed(sets, responses)
+    needed = sequences_needed(sets, responses, first_set_rows)
     remove_stale(store.folder, ".*.tmp")
     scores = _stored(store)
     at = scores.find(needed.digests)
@@ -220,8 +230,7 @@ def _look_up(
     owned = np.zeros(len(needed), dtype=bool)
     for file in plan_files(store.folder, name):
         plan = read_plan(file)
-        numbers = needed.find(plan.digests(sets))
-        assert (numbers >= 0).all()  # the plan's name holds for these data sets
+        numbers = needed.find(plan.digests(sets))  # -1 where a sequence of the plan is not needed now
         taken = []
         for i, micro_batch in enumerate(plan):
             if not fits(micro_batch, sets, budget, path):
@@ -230,8 +239,8 @@ def _look_up(
             # that is done or not: which one stores it must not depend on where the pass was interrupted or on which
             # rank is faster.
             here = numbers[plan.span(i)]
-            own = missing[here] & ~owned[here]
-            owned[here] = True
+            own = (here >= 0) & missing[here] & ~owned[here]
+            owned[here[here >= 0]] = True
             if own.any():
                 taken.append(i)
                 stores.append(own)
@@ -367,30 +376,51 @@ def _spot_check(
     ranks.run_on_rank_zero(compare)  # one decision, because a difference near the tolerance could divide the ranks
 
 
-def _collect(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int) -> list[torch.Tensor]:
+def _collect(
+    store: ReferenceStore,
+    sets: Sequence[TokenisedRows],
+    responses: int,
+    first_set_rows: NDArray[np.int64] | None,
+) -> list[torch.Tensor]:
     """Return the values of each data set, all present, finite and of the right length (rank 0 alone calls it)."""
     scores = _stored(store)
-    lacking = int(np.count_nonzero(scores.find(sequences_needed(sets, responses).digests) < 0))
+    needed = sequences_needed(sets, responses, first_set_rows)
+    lacking = int(np.count_nonzero(scores.find(needed.digests) < 0))
     if lacking:
         raise UserError(f"reference: {store.folder} lost {lacking} sequences while this job started. Start again.")
-    return _aligned_sets(scores, sets, responses)
+    return _aligned_sets(scores, sets, responses, first_set_rows)
 
 
-def _aligned_sets(scores: Scores, sets: Sequence[TokenisedRows], responses: int) -> list[torch.Tensor]:
-    return [torch.from_numpy(_aligned(scores, rows, responses)) for rows in sets]
+def _aligned_sets(
+    scores: Mapping[bytes, Score],
+    sets: Sequence[TokenisedRows],
+    responses: int,
+    first_set_rows: NDArray[np.int64] | None,
+) -> list[torch.Tensor]:
+    needed = [first_set_rows, *[None] * (len(sets) - 1)]
+    found = scores if isinstance(scores, Scores) else Scores.of(scores)
+    return [torch.from_numpy(_aligned(found, rows, responses, of)) for rows, of in zip(sets, needed, strict=True)]
 
 
-def _aligned(scores: Scores, rows: TokenisedRows, responses: int) -> NDArray[np.float64]:
+def _aligned(
+    scores: Scores, rows: TokenisedRows, responses: int, needed: NDArray[np.int64] | None
+) -> NDArray[np.float64]:
     """Return the values of a data set, float64 [n, responses]; raise UserError for one that cannot be right."""
-    at = scores.find(np.asarray(rows.digests[:, :responses])).reshape(rows.n, responses)
+    of = np.arange(rows.n) if needed is None else needed
+    digests = np.asarray(rows.digests if needed is None else rows.digests[needed])[:, :responses]
+    at = scores.find(digests).reshape(len(of), responses)
     assert (at >= 0).all()
-    sums, tokens = scores.sums[at], rows.learnt_lengths()[:, :responses]
-    wrong = np.argwhere((scores.tokens[at] != tokens) | ~np.isfinite(sums))
+    found, tokens = scores.sums[at], rows.learnt_lengths()[of, :responses]
+    wrong = np.argwhere((scores.tokens[at] != tokens) | ~np.isfinite(found))
     if len(wrong):
         i, k = wrong[0].tolist()
         score = scores.score(at[i, k])
         raise UserError(
-            f"reference store: the value for {rows.origin(i)} ({score.sum} over {score.tokens} tokens) cannot "
+            f"reference store: the value for {rows.origin(int(of[i]))} ({score.sum} over {score.tokens} tokens) cannot "
             f"belong to this response, which has {tokens[i, k]} scored tokens. Remove the store's folder."
         )
+    if needed is None:
+        return found
+    sums = np.full((rows.n, responses), np.nan, dtype=np.float64)
+    sums[needed] = found
     return sums

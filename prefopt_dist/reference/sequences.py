@@ -118,16 +118,26 @@ class DistinctSequences(Mapping[bytes, Location]):
         return self.location(number)
 
 
-def sequences_needed(sets: Sequence[TokenisedRows], responses: int) -> DistinctSequences:
+def sequences_needed(
+    sets: Sequence[TokenisedRows], responses: int, first_set_rows: NDArray[np.int64] | None = None
+) -> DistinctSequences:
     """Return each distinct sequence of the data sets at its first place.
 
     Args:
         sets: the data sets.
         responses: responses of a row that are needed.
+        first_set_rows: int64, the rows of the first set that are needed; None: all.
     """
-    digests = np.concatenate([np.asarray(rows.digests[:, :responses]).reshape(-1, DIGEST_BYTES) for rows in sets])
+    chosen = [np.arange(rows.n) for rows in sets]
+    if first_set_rows is not None:
+        chosen[0] = first_set_rows
+    digests = np.concatenate(
+        [
+            np.asarray(rows.digests[of, :responses]).reshape(-1, DIGEST_BYTES)
+            for rows, of in zip(sets, chosen, strict=True)
+        ]
+    )
     first = first_occurrences(digests)
-    ends = np.cumsum([rows.n * responses for rows in sets])
-    of_set = np.searchsorted(ends, first, side="right")
-    within = first - np.concatenate([[0], ends])[of_set]
-    return DistinctSequences(digests[first], np.stack([of_set, *np.divmod(within, responses)], axis=1))
+    row, response = np.divmod(first, responses)
+    of_set = np.searchsorted(np.cumsum([len(of) for of in chosen]), row, side="right")
+    return DistinctSequences(digests[first], np.stack([of_set, np.concatenate(chosen)[row], response], axis=1))

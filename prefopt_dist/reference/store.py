@@ -56,6 +56,13 @@ class Scores(Mapping[bytes, Score]):
         first = first_occurrences(digests)
         return Scores(digests[first], rows["sum"][first], rows["tokens"][first])
 
+    @staticmethod
+    def of(scores: Mapping[bytes, Score]) -> Scores:
+        """Return a mapping as arrays."""
+        digests = np.frombuffer(b"".join(scores), dtype=np.uint8).reshape(-1, CHECK_BYTES)
+        sums, tokens = ([score[k] for score in scores.values()] for k in (0, 1))
+        return Scores(digests, np.array(sums, dtype=np.float64), np.array(tokens, dtype=np.int64))
+
     def find(self, digests: Digests) -> NDArray[np.int64]:
         """Return the number of each of these sequences, -1 where one has none: int64 [n]."""
         return self._index.find(digests)
