@@ -21,7 +21,7 @@ from prefopt_dist.data.row_counts import DataReport
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.files import checksum, json_digest, write_json
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of the folder's layout and of the meaning of the tokens."""
 SEQUENCE_SCHEMA = 1
 """Version of `sequence_digest`, by which stored log-probabilities are found."""

@@ -138,7 +138,7 @@ def assistant_spans(
 
 
 def _span(turns: Messages, index: int, text: str, apply: Apply, reply: str, specials: Sequence[str]) -> Span:
-    content = _content_span(turns, index, text, apply)
+    content = content_span(turns, index, text, apply)
     begin = _begin(turns, index, text, apply, reply, content)
     if index == len(turns) - 1:
         return begin, len(text)
@@ -148,7 +148,7 @@ def _span(turns: Messages, index: int, text: str, apply: Apply, reply: str, spec
         if text.startswith(rendered) and any(rendered.endswith(token) for token in specials):
             return begin, len(rendered)
     # A template may end earlier turns differently from the last one.
-    following = _content_span(turns, index + 1, text, apply)[0]
+    following = content_span(turns, index + 1, text, apply)[0]
     found = re.search("|".join(map(re.escape, specials)), text[content[1] : following]) if specials else None
     return begin, content[1] + found.end() if found else content[1]
 
@@ -158,13 +158,24 @@ def _begin(turns: Messages, index: int, text: str, apply: Apply, reply: str, con
     opened = _try(apply, turns[:index], True)
     if opened is not None and text.startswith(opened) and len(opened) <= content[0]:
         return len(opened)
-    at = text.rfind(reply, 0, content[0]) if reply else -1
+    return opening_end(text, reply, content[0])
+
+
+def opening_end(text: str, reply: str, content: int) -> int:
+    """Return where an answer begins: after its opening `reply` and a line break, at the latest where `content` begins.
+
+    Args:
+        text: The rendered conversation.
+        reply: The opening of an answer; "" where it is not known.
+        content: Where the answer's content begins.
+    """
+    at = text.rfind(reply, 0, content) if reply else -1
     if at < 0:
-        return content[0]
-    return at + len(reply) + len(re.match(r"\n?", text[at + len(reply) :]).group())  # type: ignore[union-attr]
+        return content
+    return at + len(reply) + text[at + len(reply) :].startswith("\n")
 
 
-def _content_span(turns: Messages, index: int, text: str, apply: Apply) -> Span:
+def content_span(turns: Messages, index: int, text: str, apply: Apply) -> Span:
     """Return the range of characters that change when another content is put into the turn at `index`."""
     first, last = len(text), 0
     for changed in _changed_turns(turns[index]):
@@ -190,7 +201,8 @@ def _changed_turns(turn: Message) -> list[Message]:
             changed += [replace(turn, extra=tuple((k, "\u2603" if k == key else v) for k, v in turn.extra))]
     calls = dict(turn.extra).get("tool_calls")
     if calls:
-        other = [{"type": "function", "function": {"name": "\u2603", "arguments": {"\u2603": "\u2603"}}}]
+        # Further keys stay, because a template may require them, such as the call's id.
+        other = [{**calls[0], "function": {"name": "\u2603", "arguments": {"\u2603": "\u2603"}}}]
         changed += [replace(turn, extra=tuple((k, other if k == "tool_calls" else v) for k, v in turn.extra))]
     return changed
 

@@ -38,6 +38,8 @@ class RenderedExample:
     """The template leaves out reasoning of the prompt's turns"""
     exact: bool = False
     """The tokens of `prompt` are kept whatever text follows them"""
+    generation_prompt: str | None = None
+    """The prompt at inference, where it differs from `prompt`"""
 
     @property
     def plain(self) -> bool:
@@ -118,7 +120,7 @@ def _render_turns(template: Template, example: Example) -> RenderedExample:
             "template_refused", f"the chat template must accept the turns ({error_summary(error)})",
             [turn.role for turn in prompt], "correct the row, or use a tokenizer whose template accepts such turns",
         ) from error  # fmt: skip
-    renderer = AnswerRenderer(template, prompt, start, apply)
+    renderer = AnswerRenderer(template, prompt, start, texts, apply)
     answers = [renderer.render(response, text) for text, response in zip(texts, responses, strict=True)]
     if len({answer.prompt for answer in answers}) > 1:
         raise unstable_template(start, texts[-1])
@@ -134,6 +136,7 @@ def _render_turns(template: Template, example: Example) -> RenderedExample:
         learnt=tuple(answer.learnt for answer in answers),
         lost_reasoning=bool(lost),
         exact=any(answer.exact for answer in answers),
+        generation_prompt=None if answers[0].prompt == start else start,
     )
 
 

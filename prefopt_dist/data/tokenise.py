@@ -34,7 +34,8 @@ class TokenisedRow:
     noticed: frozenset[str] = frozenset()
     """`missing_bos`, `missing_end`: added to templated strings that lack them; `stray_special`: a special token that
     the template does not write; `lost_reasoning`: the template leaves out reasoning in the prompt; `other_prompt`: at
-    inference the prompt's last tokens differ, because one of them reaches into the response"""
+    inference the prompt's last tokens differ, because one of them reaches into the response, or because the finished
+    conversation is kept (`data.thinking=keep`) and begins otherwise"""
     learnt: tuple[list[bool] | None, ...] = ()
     """For each response, which of its tokens are scored and learnt; None, or no entry: all of them"""
     ends: tuple[str, str] | None = None
@@ -112,6 +113,8 @@ class Tokeniser:
         """
         boundary = len(prompt)
         at_inference = prompt
+        if rendered.generation_prompt is not None:
+            (at_inference,) = self._ids([rendered.generation_prompt])
         if rendered.exact and any(full[:boundary] != prompt for full in fulls):
             rests = self._ids([text[len(rendered.prompt) :] for text in rendered.texts])
             fulls = [prompt + rest for rest in rests]
