@@ -66,10 +66,10 @@ Day = Annotated[str, Bound("a date as YYYY-MM-DD", lambda v: re.fullmatch(r"\d{4
 
 Form = Literal[
     "auto", "raw_pair", "pair", "conversations", "transcripts", "implicit_prompt", "rated", "demonstration",
-    "sharegpt", "sharegpt_rated", "sharegpt_kto_tag", "sharegpt_messages", "messages_pair", "swift",
+    "sharegpt", "sharegpt_rated", "sharegpt_kto_tag", "sharegpt_messages", "messages_pair", "swift", "swift_query",
     "swift_messages", "messages_rated", "alpaca_pair", "alpaca_outputs", "alpaca_farm", "alpaca", "ultrafeedback",
-    "question_pair", "openai", "nemo", "nectar", "helpsteer2", "helpsteer3", "shp", "saferlhf", "webgpt", "arena",
-    "arena_texts",
+    "question_pair", "input_pair", "openai", "nemo", "nectar", "helpsteer2", "helpsteer2_rated", "helpsteer3", "shp",
+    "saferlhf", "webgpt", "arena", "arena_texts",
 ]  # fmt: skip
 """The forms of rows that prefopt_dist.data.forms reads; a test compares the two lists."""
 

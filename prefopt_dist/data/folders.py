@@ -71,7 +71,8 @@ def select_files(
     found = tuple(part.file for part in parts if part.split == wanted)
     if not found:
         lacks = f"has no split {split!r}" if split else "has no split named 'train'"
-        has = f"name one of {splits}: {{path: {shown}, split: {splits[0]}}}" if splits else "remove the split"
+        example = next((name for name in splits if name.startswith("train")), splits[0]) if splits else None
+        has = f"name one of {splits}: {{path: {shown}, split: {example}}}" if example else "remove the split"
         raise UserError(f"{key}: {shown!r} {lacks}; {has}")
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefopt_dist.data.example import BadRow, Message, Messages
 
-REASONING = ("reasoning_content", "thinking")
+REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")
 """The keys of a message that hold its reasoning; a template may read either."""
 REASONING_TAG = re.compile(r"(</?[^\s<>/][^\s<>]{0,40}>)")
 """Tags such as <think> and </think>; a template may treat the text between them separately."""

@@ -42,7 +42,7 @@ HUB = [f"data/{split}-0000{k}-of-00002.parquet" for split in ("test_a", "train_a
 
 def test_one_split_is_taken(tmp_path: Path) -> None:
     several = write(tmp_path / "hub", *HUB)
-    with pytest.raises(UserError, match=r"no split named 'train'; name one of \['test_a', 'train_a', 'tr"):
+    with pytest.raises(UserError, match=r"no split named 'train'; name one of \['test_a', 'train_a', .*split: train_a"):
         taken(several)
     assert taken(several, "train_b") == HUB[4:]
     with pytest.raises(UserError, match=r"no split 'train'; name one of \['test_a'"):
