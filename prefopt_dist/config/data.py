@@ -42,7 +42,8 @@ class Inspect:
     """Rows whose prompt ends with another token in generation than in training, where that token extends into the
     response."""
     lost_reasoning: RowPolicy = "keep"
-    """Rows with reasoning in earlier turns, which many chat templates leave out."""
+    """Rows with reasoning in earlier turns, which many chat templates leave out, or with another part of the prompt
+    that the chat template leaves out, such as a call."""
     length_bias: SetPolicy = "keep"
     """The longer response is chosen in less than 40% or more than 60% of the pairs, beyond chance."""
     label_balance: SetPolicy = "keep"

@@ -40,7 +40,7 @@ COLUMNS = {
 FLAGS = (
     *("cut_prompt", "cut_response_0", "cut_response_1"),
     *("double_bos", "double_end", "missing_bos", "missing_end", "stray_special", "as_is", "lost_reasoning"),
-    *("system_merged", "system_dropped", "other_prompt"),
+    *("system_merged", "system_dropped", "other_prompt", "lost_prompt"),
 )
 """Names of the bits that record how each row was made, from the lowest bit on (see `TokenisedRow`)."""
 MANIFEST = "manifest.json"

@@ -52,6 +52,42 @@ def first_unwritten(turns: Messages, indices: Sequence[int], text: str, render: 
     return None
 
 
+def leaves_out_of_prompt(turns: Messages, tools: Sequence[Any] | None, text: str, apply: Apply) -> bool:
+    """Return whether the text does not depend on some part of the prompt's turns, reasoning aside, or on the tools.
+
+    Args:
+        turns: The prompt.
+        tools: The tools of the row.
+        text: The generation prompt.
+        apply: Renders turns with the tools; used only where a turn has calls, or its content is not in the text.
+    """
+    names = [name for tool in tools or () if isinstance(name := _function_of(tool).get("name"), str)]
+    if any(name not in text for name in names):
+        return True
+    for k, turn in enumerate(turns):
+        plain = _without_reasoning(turn)
+        content, others = plain.content.strip(), (*turns[:k], *turns[k + 1 :])
+        # Once more than the other turns have it: it stands there as it is.
+        elsewhere = sum(_occurrences(other, content) for other in others) if content else -1
+        if text.count(content) > elsewhere and not dict(plain.extra).get("tool_calls"):
+            continue
+        changed = (*turns[:k], plain, *turns[k + 1 :])
+        rendered = _try(apply, changed, True)
+        if rendered is not None and first_unwritten(changed, [k], rendered, lambda some: apply(some, True)) is not None:
+            return True
+    return False
+
+
+def _without_reasoning(turn: Message) -> Message:
+    content = turn.content.rpartition("</think>")[2] if turn.role == "assistant" else turn.content
+    return replace(turn, content=content, extra=tuple((k, v) for k, v in turn.extra if k not in REASONING))
+
+
+def _function_of(call: Any) -> dict[str, Any]:
+    inner = call.get("function") if isinstance(call, dict) else None
+    return inner if isinstance(inner, dict) else call if isinstance(call, dict) else {}
+
+
 def has_reasoning(turn: Message) -> bool:
     """Return whether the turn holds reasoning, in a field or in tags in its text."""
     return any(dict(turn.extra).get(key) for key in REASONING) or "</think>" in turn.content
@@ -89,7 +125,7 @@ def _texts(turn: Message, others: Messages, text: str) -> Iterator[ResponsePart]
 
 
 def _occurrences(turn: Message, content: str) -> int:
-    return turn.content.count(content) + sum(value.count(content) for _, value in turn.extra if isinstance(value, str))
+    return turn.content.count(content) + sum(str(value).count(content) for _, value in turn.extra)
 
 
 def _call_parts(call: Any) -> Iterator[tuple[str, Any, Any]]:

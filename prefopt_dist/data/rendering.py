@@ -9,7 +9,7 @@ from typing import Any
 
 from prefopt_dist.data.answers import AnswerRenderer, unstable_template
 from prefopt_dist.data.example import BadRow, Example, Message, Messages
-from prefopt_dist.data.rendered_text import Span, first_unwritten, has_reasoning
+from prefopt_dist.data.rendered_text import Span, first_unwritten, has_reasoning, leaves_out_of_prompt
 from prefopt_dist.data.template import Template, error_summary
 from prefopt_dist.errors import UserError
 
@@ -36,6 +36,8 @@ class RenderedExample:
     """For each of `texts` the ranges of characters that are learnt; None: everything after the prompt"""
     lost_reasoning: bool = False
     """The template leaves out reasoning of the prompt's turns"""
+    lost_prompt: bool = False
+    """The template leaves out another part of the prompt's turns, or the tools"""
     exact: bool = False
     """The tokens of `prompt` are kept whatever text follows them"""
     generation_prompt: str | None = None
@@ -135,6 +137,7 @@ def _render_turns(template: Template, example: Example) -> RenderedExample:
         repaired=frozenset(repaired),
         learnt=tuple(answer.learnt for answer in answers),
         lost_reasoning=bool(lost),
+        lost_prompt=leaves_out_of_prompt(prompt, example.tools, start, apply),
         exact=any(answer.exact for answer in answers),
         generation_prompt=None if answers[0].prompt == start else start,
     )

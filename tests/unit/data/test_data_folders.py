@@ -60,6 +60,24 @@ def test_one_split_is_taken(tmp_path: Path) -> None:
         taken(write(tmp_path / "held", "validation.parquet"))
 
 
+@pytest.mark.parametrize(
+    ("names", "listed"),
+    [
+        (("dpo_train.jsonl", "dpo_test.jsonl"), "['dpo_test', 'dpo_train']"),
+        (("pairs-train-0.parquet", "pairs-train-1.parquet", "pairs-val-0.parquet"), "['pairs-train', 'pairs-val']"),
+        (("training.jsonl", "holdout.jsonl"), "['holdout', 'training']"),
+    ],
+)
+def test_splits_with_further_words_are_not_mixed(tmp_path: Path, names: tuple[str, ...], listed: str) -> None:
+    folder = write(tmp_path / "hub", *names)
+    with pytest.raises(UserError) as caught:
+        taken(folder)
+    assert f"no split named 'train'; name one of {listed}" in str(caught.value)
+    first = listed.split("'")[3]
+    assert taken(folder, first) == [name for name in names if name.startswith(first)]
+    assert taken(write(tmp_path / "capitals", "Train.jsonl", "Test.jsonl")) == ["Train.jsonl"]
+
+
 def test_one_configuration_is_taken(tmp_path: Path) -> None:
     folder = write(tmp_path / "hub", "en/train-00000.parquet", "zh/train-00000.parquet", "zh/test-00000.parquet")
     with pytest.raises(UserError, match=r"^data\.train: .* has the configurations \['en', 'zh'\]; name one"):
