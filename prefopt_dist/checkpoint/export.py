@@ -34,6 +34,7 @@ from prefopt_dist.files import fsync_folder, write_json
 from prefopt_dist.model import adapter as adapters
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.folder import ModelFolder
+from prefopt_dist.model.load import load_language_model
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,8 @@ def _write(checkpoint: Path, manifest: Manifest, what: Exported, folder: Path, w
     elif what.merged:  # peft merges a whole model, which rank 0 then writes
 
         def merged() -> WeightsInMemory:
-            return WeightsInMemory(adapters.merged_weights(what.model, adapter, _trained(read(), torch.float32)))
+            base = load_language_model(what.model, what.model.config, torch.float32)
+            return WeightsInMemory(adapters.merged_weights(base, adapter, _trained(read(), torch.float32)))
 
         _write_whole(merged, what, folder, [0])
     else:

@@ -22,7 +22,11 @@ class Lora:
     rslora: bool = False
     """Whether the scale is s = α/√r instead, which suits large ranks (Kalajdzievski 2023)."""
     target_modules: tuple[Text, ...] | None = None
-    """Names of the linear layers with an adapter, such as `[q_proj, v_proj]`; null: all but the output head."""
+    """Names of the linear layers with an adapter, such as `[q_proj, v_proj]`; null: all but the output head, or with
+    `from` those of its adapter."""
+    from_: Text | None = None
+    """A folder of peft, or its hub name, with an adapter of this base, rank and scale: training goes on from it, and
+    the reference is the base model with it. null: the adapters begin at 0."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from prefopt_dist.model import adapter as adapters
 from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.model.load import load_unsharded
 from prefopt_dist.model.scorer import Scorer
-from prefopt_dist.setup.checks import adapter_of
+from prefopt_dist.setup.check_lora import adapter_of
 
 LORA: dict[str, object] = {"r": 4, "alpha": 12}
 SFT: dict[str, Any] = {"loss": {"name": "sft"}}

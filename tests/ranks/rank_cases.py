@@ -961,7 +961,8 @@ def prepare(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    import lora_cases  # which has its cases from this file's parts, as the next has
+    import adapter_cases  # which has its cases from this file's parts, as the next have
+    import lora_cases
     import path_cases
 
-    case_runner.serve(globals() | vars(lora_cases) | vars(path_cases), prepare)
+    case_runner.serve(globals() | vars(lora_cases) | vars(path_cases) | vars(adapter_cases), prepare)
