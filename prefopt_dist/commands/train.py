@@ -24,7 +24,7 @@ from prefopt_dist.model import activation_checkpointing
 from prefopt_dist.model.adapter import attach, load_saved
 from prefopt_dist.model.cost import activation_memory, forward_cost
 from prefopt_dist.model.fingerprint import refuse_if_changed
-from prefopt_dist.model.load import load_sharded
+from prefopt_dist.model.load import load_sharded, under_zero3
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.objectives import Objective, factory
@@ -283,7 +283,8 @@ def _policy(
     lm = load_sharded(models.policy, dtype=models.dtype, settings=settings, path=models.path)
     if models.adapter is not None:
         torch.manual_seed(config.run.seed)  # whatever loading has drawn: the same on any number of ranks
-        attach(lm, models.adapter)
+        with under_zero3(settings):  # DoRA reads whole weights
+            attach(lm, models.adapter)
         if models.adapter.start is not None:
             ranks.run_on_all_ranks(partial(load_saved, lm, models.adapter.start))
     scorer = Scorer(lm, models.path, cut=True).train()

@@ -24,6 +24,13 @@ class Lora:
     target_modules: tuple[Text, ...] | None = None
     """Names of the linear layers with an adapter, such as `[q_proj, v_proj]`; null: all but the output head, or with
     `from` those of its adapter."""
+    experts: bool = False
+    """Whether the experts of a mixture get adapters too, one for each expert's matrices."""
+    dora: bool = False
+    """Whether the direction alone is low-rank, with a trained length of each row of the weight (DoRA, Liu 2024)."""
+    modules_to_save: tuple[Text, ...] = ()
+    """Names of modules of the decoder that are trained whole beside the adapters, such as `[embed_tokens]` after an SFT
+    with new tokens."""
     from_: Text | None = None
     """A folder of peft, or its hub name, with an adapter of this base, rank and scale: training goes on from it, and
     the reference is the base model with it. null: the adapters begin at 0."""

@@ -42,6 +42,11 @@ class Adapter:
     rslora: bool
     modules: tuple[str, ...]
     """Names of linear layers, the same in every decoder layer."""
+    parameters: tuple[str, ...]
+    """Ends of the names of matrices of experts that get adapters too."""
+    dora: bool
+    saved_modules: tuple[str, ...]
+    """Names of modules that are trained whole"""
     base: str
     """The base model as the saved adapter names it: a hub name or a folder."""
     start: Path | None = None
@@ -58,6 +63,16 @@ def linear_layers(lm: PreTrainedModel) -> dict[str, int]:
         if isinstance(module, nn.Linear):
             last = name.rpartition(".")[2]
             found[last] = min(*module.weight.shape, found.get(last, sys.maxsize))
+    return found
+
+
+def expert_matrices(lm: PreTrainedModel) -> dict[str, int]:
+    """Return the smaller side of the matrices that hold all experts of a layer, by the ends of their names."""
+    found: dict[str, int] = {}
+    for name, p in backbone(lm).named_parameters():
+        if p.dim() == 3:
+            end = ".".join(name.split(".")[-2:])
+            found[end] = min(*p.shape[1:], found.get(end, sys.maxsize))
     return found
 
 
@@ -128,11 +143,14 @@ def _load_weights(lm: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 
 def is_adapter(name: str) -> bool:
     """Return whether a parameter with this name belongs to an adapter."""
-    return ".lora_" in name
+    return ".lora_" in name or ".modules_to_save." in name
 
 
 def in_file(name: str) -> str:
     """Return the name in peft's files of a parameter with this name in the model."""
+    name = name.replace(f".modules_to_save.{_NAME}.", ".")
+    # peft keeps the name that the vector had when it was no module.
+    name = name.replace(f".lora_magnitude_vector.{_NAME}.weight", ".lora_magnitude_vector")
     return IN_FILES + name.replace(f".{_NAME}.", ".")
 
 
@@ -142,8 +160,11 @@ def _settings(adapter: Adapter) -> Any:
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
         lora_dropout=0.0,
         target_modules=list(adapter.modules),
+        target_parameters=list(adapter.parameters) or None,
+        modules_to_save=list(adapter.saved_modules) or None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=adapter.base,
     )

@@ -53,11 +53,18 @@ def load_sharded(
         settings: DeepSpeed configuration of the engine that will hold the model; its `bf16` decides the shards' dtype.
         path: how the model will compute micro-batches, which decides its attention.
     """
-    # transformers sees this object through a weak reference, so it must live until the model is loaded.
-    zero3 = HfDeepSpeedConfig(settings)
-    model = _load(folder, dtype, path)
-    del zero3
-    return model
+    with under_zero3(settings):
+        return _load(folder, dtype, path)
+
+
+@contextmanager
+def under_zero3(settings: dict[str, Any]) -> Iterator[None]:
+    """Let transformers and peft know within the block that parameters are partitioned; `settings` are DeepSpeed's."""
+    zero3 = HfDeepSpeedConfig(settings)  # it is seen through a weak reference, so it must live as long as the block
+    try:
+        yield
+    finally:
+        del zero3
 
 
 def load_unsharded(folder: ModelFolder, *, dtype: torch.dtype, path: ComputePath = "shared") -> PreTrainedModel:

@@ -17,9 +17,11 @@ from prefopt_dist.model.adapter import CONFIG, IN_FILES, WEIGHTS
 from prefopt_dist.model.weight_files import stored_tensors
 
 KEY = "lora.from"
-_SETTINGS = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora"}
+_SETTINGS = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
 """Settings of the section lora, and peft's names of them."""
 _NUMBERS = frozenset(_SETTINGS.values())
+_PARTS = frozenset({"modules_to_save", "target_parameters"})
+"""Peft's settings of what is trained beside linear layers."""
 _CHANGE_NOTHING = frozenset(
     {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
     | {"lora_dropout", "megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying"}
@@ -46,7 +48,10 @@ class SavedAdapter:
     def modules(self) -> tuple[str, ...]:
         """Return the last parts of the names of the layers with an adapter."""
         layers = [name.partition(".lora_")[0] for name in self.shapes if ".lora_" in name]
-        return tuple(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
+        # The first of a module's matrices of experts is in peft's files what the second one stands beside.
+        matrices = self.settings.get("target_parameters") or ()
+        experts = {"base_layer", *(name.rpartition(".")[0].rpartition(".")[2] for name in matrices)}
+        return tuple(dict.fromkeys(last for layer in layers if (last := layer.rpartition(".")[2]) not in experts))
 
 
 def read_saved(folder: Path) -> SavedAdapter:
@@ -66,7 +71,7 @@ def read_saved(folder: Path) -> SavedAdapter:
         raise UserError(f"{KEY}: {folder} holds an adapter of the type {kind!r}, must be LORA. {_MERGE}.")
     defaults = adapters.default_settings()
     for name, value in settings.items():
-        if name in _CHANGE_NOTHING | _NUMBERS:
+        if name in _CHANGE_NOTHING | _NUMBERS | _PARTS:
             continue
         harmless = value in _KEEPS_BASE if name == "init_lora_weights" else value in (defaults.get(name), None)
         # Newer versions of peft have more settings; one that is off changes nothing.
@@ -100,6 +105,18 @@ def refuse_other_settings(saved: SavedAdapter, section: Mapping[str, Any]) -> No
                 f"lora.{key}: got {json.dumps(value)}, but the adapter in {saved.folder} ({KEY}) has {as_yaml} "
                 f"({name} in its {CONFIG}), with which training goes on; set lora.{key}={as_yaml}"
             )
+    has_experts = bool(saved.settings.get("target_parameters"))
+    if section["experts"] != has_experts:
+        raise UserError(
+            f"lora.experts: got {json.dumps(section['experts'])}, but the adapter in {saved.folder} ({KEY}) has "
+            f"{'some' if has_experts else 'none'} beside experts; set lora.experts={json.dumps(has_experts)}"
+        )
+    whole = sorted(saved.settings.get("modules_to_save") or ())
+    if sorted(section["modules_to_save"]) != whole:
+        raise UserError(
+            f"lora.modules_to_save: got {json.dumps(section['modules_to_save'])}, but the adapter in {saved.folder} "
+            f"({KEY}) has {json.dumps(whole)}, with which training goes on; set lora.modules_to_save to them"
+        )
     given = section["target_modules"]
     if given is not None and set(given) != set(saved.modules):
         raise UserError(

@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import AgreedUserError, UserError, shorten
-from prefopt_dist.model.adapter import CONFIG, attach_saved
+from prefopt_dist.model.adapter import CONFIG
 from prefopt_dist.model.fingerprint import FileState, cached_digest, reference_key, refuse_if_changed
 from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.model.load import load_sharded
@@ -108,9 +108,9 @@ def scoring_engine(
         dtype: of the weights; None for that of the training.
     """
     settings = reference_settings(config, models, dtype)
-    lm = load_sharded(model, dtype=dtype or models.dtype, settings=settings, path=models.path)
     if adapters is not None:
-        ranks.run_on_all_ranks(partial(attach_saved, lm, adapters))
+        model = replace(model, adapter=adapters)
+    lm = load_sharded(model, dtype=dtype or models.dtype, settings=settings, path=models.path)
     return zero3.reference_engine(Scorer(lm, models.path), settings)
 
 

@@ -212,7 +212,7 @@ def test_a_checkpoint_of_another_kind_of_run(door: Door, whole: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["lora.target_modules=[lm_head]"], ["lora.target_modules: got 'lm_head'", "no linear layer", "known here: "]),
+        (["lora.target_modules=[lm_head]"], ["lora.target_modules: got 'lm_head'", "the output head", "remove it"]),
         (["lora.target_modules=[q_prj]"], ["lora.target_modules: got 'q_prj'", "did you mean q_proj"]),
         (["lora.target_modules=[]"], ["lora.target_modules: got []", "leave it out for all"]),
         (["lora.r=17"], ["lora.r: got 17", "at most 16", "k_proj", "lower it"]),

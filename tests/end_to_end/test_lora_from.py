@@ -116,6 +116,12 @@ def changed(door: Door, name: str, **settings: object) -> str:
         ({}, {"r": 8}, ["lora.r: got 8", "has 4", "set lora.r=4"]),
         ({}, {"alpha": 8}, ["lora.alpha: got 8", "has 12", "set lora.alpha=12"]),
         ({}, {"rslora": True}, ["lora.rslora: got true", "has false", "set lora.rslora=false"]),
+        ({}, {"dora": True}, ["lora.dora: got true", "has false", "set lora.dora=false"]),
+        (
+            {},
+            {"modules_to_save": ["norm"]},
+            ['lora.modules_to_save: got ["norm"]', "has []", "set lora."],
+        ),
         ({}, {"target_modules": ["q_proj"]}, ["lora.target_modules: got", "down_proj, q_proj", "leave lora.target_"]),
         ({"peft_type": "IA3"}, {}, ["lora.from: ", "'IA3'", "must be LORA", "merge_and_unload"]),
         ({"bias": "all"}, {}, ["lora.from: ", 'bias "all"', "Merge it"]),

@@ -1,5 +1,6 @@
 """Cases of rank_cases.py with adapters that a run goes on from, against peft alone in float64 in one process."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import rank_cases
 import saved_adapters
 import torch
+import worlds
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load_file
 
@@ -24,9 +26,9 @@ from prefopt_dist.training.stop import Request
 G = rank_cases.G
 
 
-def exact_with(folder: Path, adapter: Path) -> Any:
+def exact_with(base: Path, adapter: Path) -> Any:
     """Base and adapter in float64 by peft alone; its names are those in the model."""
-    tuned = peft.PeftModel.from_pretrained(plain.build_plain(folder / "model"), adapter, is_trainable=True).double()
+    tuned = peft.PeftModel.from_pretrained(plain.build_plain(base), adapter, is_trainable=True).double()
     return tuned.eval().base_model.model
 
 
@@ -58,11 +60,14 @@ def first_step(config: Any, models: Any, scored: Any, rows: list[int], exact: An
     return {"loss": [sums[0] / sums[-1], expected["loss"]], "gradient": worst}
 
 
-def from_saved(folder: Path, name: str, section: dict[str, object], **settings: Any) -> dict[str, Any]:
+def from_saved(
+    folder: Path, name: str, section: dict[str, object], of: str = "model", **settings: Any
+) -> dict[str, Any]:
     """A run that goes on from an adapter: first pass, first step, whole, crashed and resumed, exported and merged."""
     adapter = folder / f"sft-{name}"
-    ranks.run_on_rank_zero(partial(saved_adapters.write_adapter, adapter, folder / "model", **settings))
+    ranks.run_on_rank_zero(partial(saved_adapters.write_adapter, adapter, folder / of, **settings))
     sections: dict[str, Any] = {
+        "model": {"name_or_path": str(folder / of)},
         "lora": {"r": 4, "alpha": 12, "from": str(adapter), **section},
         "loss": rank_cases.DPO,
         "train": {"max_steps": 4},
@@ -72,11 +77,11 @@ def from_saved(folder: Path, name: str, section: dict[str, object], **settings: 
     config = rank_cases.config_for(folder, f"{name}-whole", **sections)
     models, _, scored, key = rank_cases.ready(config)
     rows = list(range(G))
-    exact = exact_with(folder, adapter)
+    exact = exact_with(folder / of, adapter)
     reference = logps(exact, scored.rows, rows)
     found = first_step(config, models, scored, rows, exact, exact)
     found["reference"] = difference(scored.reference[rows], reference)
-    found["beside base"] = difference(logps(plain.build_plain(folder / "model"), scored.rows, rows), reference)
+    found["beside base"] = difference(logps(plain.build_plain(folder / of), scored.rows, rows), reference)
     train.run(config)
     crashed = rank_cases.config_for(folder, f"{name}-crashed", **sections)
     with rank_cases.Crash(step=4), pytest.raises(ConnectionAbortedError):
@@ -87,7 +92,7 @@ def from_saved(folder: Path, name: str, section: dict[str, object], **settings: 
 
     def ends() -> dict[str, Any]:
         mine, theirs = (load_file(c.run_dir / "final" / lora_cases.adapters.WEIGHTS) for c in (config, crashed))
-        beside = logps(exact_with(folder, config.run_dir / "final"), scored.rows, rows)
+        beside = logps(exact_with(folder / of, config.run_dir / "final"), scored.rows, rows)
         return {
             "equal": mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine),
             "names": mine.keys() == load_file(adapter / lora_cases.adapters.WEIGHTS).keys(),
@@ -100,3 +105,65 @@ def from_saved(folder: Path, name: str, section: dict[str, object], **settings: 
 
 def lora_from(folder: Path) -> dict[str, Any]:
     return from_saved(folder, "lora-from", {})
+
+
+SAVED = ["embed_tokens", "norm"]
+ON_EXPERTS = {
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}
+KINDS: dict[str, tuple[str, dict[str, object], dict[str, Any]]] = {
+    "dora": ("model", {"dora": True}, {"use_dora": True}),
+    "modules_to_save": ("untied", {"modules_to_save": SAVED}, {"modules_to_save": SAVED}),
+    "experts": ("mixtral", {"experts": True}, ON_EXPERTS),
+}
+"""Base model, keys of the section lora, and peft's settings."""
+
+
+def models(folder: Path) -> None:
+    """Models beside those of all cases, and settings under which every parameter is partitioned, as large ones are."""
+    if not (folder / "untied").exists():
+        worlds.write_model(folder / "untied", seed=1, scale=2.0, tied=False)
+        worlds.write_family(folder / "mixtral", folder / "model", "mixtral", num_local_experts=4)
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        (folder / "nothing_kept.json").write_text(json.dumps({"zero_optimization": zero}))
+
+
+def kinds_of_adapters(folder: Path) -> dict[str, Any]:
+    """Two steps of each kind beside peft alone, with recomputed layers."""
+    ranks.run_on_rank_zero(partial(models, folder))
+    found = {}
+    for name, (of, keys, settings) in KINDS.items():
+
+        def exact_start(base: Path, settings: dict[str, Any] = settings) -> Any:
+            options = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear"} | settings
+            tuned = peft.get_peft_model(plain.build_plain(base), peft.LoraConfig(task_type="CAUSAL_LM", **options))
+            saved_adapters.fill(tuned)
+            return tuned.double().eval().base_model.model
+
+        found[name] = rank_cases.equality(
+            folder,
+            f"kind-{name}",
+            150,
+            rank_cases.DPO,
+            of=of,
+            against=of,
+            steps=2,
+            make_engine=lora_cases.filled_policy,
+            exact_start=exact_start,
+            model={"checkpointing": "all"},
+            lora={"r": 4, "alpha": 12, **keys},
+            deepspeed={"policy": str(folder / "nothing_kept.json")},
+        )
+    return found
+
+
+def kinds_from_saved(folder: Path) -> dict[str, Any]:
+    """DoRA with whole modules, and experts: begun from a saved adapter, resumed, exported and merged."""
+    ranks.run_on_rank_zero(partial(models, folder))
+    dora = {"use_dora": True, "modules_to_save": SAVED}
+    experts = ON_EXPERTS | {"lora_dropout": 0.0}  # peft has no dropout beside experts
+    return {
+        "dora": from_saved(folder, "from-dora", {"dora": True, "modules_to_save": SAVED}, "untied", **dora),
+        "experts": from_saved(folder, "from-experts", {"experts": True}, "mixtral", **experts),
+    }

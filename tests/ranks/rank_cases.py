@@ -129,7 +129,7 @@ def equality(
         expected["loss_tensor"].backward()
         worst = 0.0
         trained = {n: p for n, p in exact_policy.named_parameters() if p.requires_grad}
-        assert grads.keys() == trained.keys()
+        assert grads.keys() == trained.keys(), sorted(grads.keys() ^ trained.keys())[:4]
         for n, p in trained.items():
             worst = max(worst, float((grads[n].double() - p.grad).norm() / p.grad.norm()))
         found["gradient"].append(worst)
