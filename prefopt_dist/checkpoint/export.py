@@ -7,7 +7,6 @@ long for another and no rank holds the whole model.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import secrets
 import shutil
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 
-from prefopt_dist import __version__
 from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.checkpoint import export_check, export_weights, other_parts
 from prefopt_dist.checkpoint.export_check import LoadSharded
@@ -211,21 +209,3 @@ def _commit(staging: Path, target: Path, marker: dict[str, Any]) -> None:
     staging.rename(target)
     fsync_folder(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def model_card(*, base: str, loss: dict[str, Any], step: int, run_id: str, adapter: bool) -> str:
-    """Return the README.md of an exported folder.
-
-    Args:
-        base: name or path of the model that training started from.
-        loss: the configuration of the loss.
-        step: the checkpoint's step.
-        run_id: id of the run.
-        adapter: whether the folder holds adapters only.
-    """
-    options = json.dumps(loss, sort_keys=True)
-    library, origin = ("peft", "Adapters trained for") if adapter else ("transformers", "Trained from")
-    return (
-        f"---\nbase_model: {base}\nlibrary_name: {library}\ntags: [prefopt_dist, {loss['name']}]\n---\n\n"
-        f"{origin} `{base}` with prefopt_dist {__version__}, loss `{options}`, {step} steps, run `{run_id}`.\n"
-    )

@@ -194,3 +194,6 @@ class Export:
     merged: bool = False
     """Whether a run with adapters exports the whole model with the adapters merged in, instead of the adapters
     alone."""
+    push_to_hub: Text | None = None
+    """Repository on the hub, as `OWNER/NAME` or `NAME`, to which the folder is pushed at the end, private where it does
+    not exist yet; a failure costs nothing but a message. null: it is not pushed."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from prefopt_dist import shipped
 from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.checkpoint import hub
 from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.distributed import ranks, zero3
@@ -129,6 +130,8 @@ def _check_surroundings(config: Config) -> None:
     zero_settings(config.deepspeed.reference, "deepspeed.reference")
     checks.check_packages(config)
     checks.check_evaluations(config)
+    if config.export.push_to_hub is not None:
+        hub.check_name(config.export.push_to_hub)
     checks.check_folders(config, make_objective(config.loss, DTYPES[config.model.dtype]))
 
 
