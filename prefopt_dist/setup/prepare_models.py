@@ -132,7 +132,9 @@ def _check_surroundings(config: Config) -> None:
     checks.check_evaluations(config)
     if config.export.push_to_hub is not None:
         hub.check_name(config.export.push_to_hub)
-    checks.check_folders(config, make_objective(config.loss, DTYPES[config.model.dtype]))
+    objective = make_objective(config.loss, DTYPES[config.model.dtype])
+    checks.check_moving_reference(config, objective)
+    checks.check_folders(config, objective)
 
 
 def model_folder(config: Config, name_or_path: str, key: str) -> ModelFolder:
