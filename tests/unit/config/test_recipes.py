@@ -11,6 +11,7 @@ from places import REPOSITORY
 
 from prefopt_dist.cli import main
 from prefopt_dist.config import Config, load_config
+from prefopt_dist.config.losses import MixLoss
 
 RECIPES = REPOSITORY / "launch" / "recipes"
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -62,6 +63,35 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "data.max_length": 16384,
         },
     ),
+    # alignment-handbook, recipes/smollm3/dpo/apo.yaml, 19f0345
+    "smollm3_3b": (
+        "smollm3",
+        {
+            "loss.name": "apo_zero",
+            "loss.beta": 0.05,
+            "optim.learning_rate": 1e-6,
+            "optim.schedule": "cosine",
+            "optim.warmup_ratio": 0.1,
+            "optim.max_grad_norm": 0.2,
+            "train.global_batch_pairs": 1 * 2 * 16,
+            "train.epochs": 1,
+            "data.max_length": 24576,
+        },
+    ),
+    # InternVL, internvl2_5_8b_internlm2_5_7b_dynamic_res_mpo.sh, b048980
+    "mpo_8b": (
+        "llama",
+        {
+            "loss.name": "mix",
+            "optim.learning_rate": 1e-6,
+            "optim.schedule": "cosine",
+            "optim.warmup_ratio": 0.03,
+            "optim.weight_decay": 0.05,
+            "train.global_batch_pairs": 256,
+            "train.epochs": 1,
+            "data.max_length": 8192,
+        },
+    ),
     # arXiv:2407.21783, section 4.1.4
     "llama3_dpo": (
         "llama",
@@ -80,12 +110,12 @@ def value(config: Config, key: str) -> Any:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model of each family, with its tokenizer, and 140 pairs."""
+    """A small model of each family, with its tokenizer, and 300 pairs."""
     folder = tmp_path_factory.mktemp("recipes")
     worlds.write_model(folder / "llama", seed=1)
-    for family in ("mistral", "olmo3"):
+    for family in ("mistral", "olmo3", "smollm3"):
         worlds.write_family(folder / family, folder / "llama", family)
-    worlds.write_pairs(folder / "pairs.jsonl", 140)
+    worlds.write_pairs(folder / "pairs.jsonl", 300)
     return folder
 
 
@@ -94,6 +124,12 @@ def test_the_numbers_are_the_sources(name: str) -> None:
     config = load_config(RECIPES / f"{name}.yaml")
     for key, expected in PUBLISHED[name][1].items():
         assert value(config, key) == expected, key
+
+
+def test_the_parts_of_the_mix_are_the_sources() -> None:
+    loss = load_config(RECIPES / "mpo_8b.yaml").loss
+    assert isinstance(loss, MixLoss)
+    assert {name: part.weight for name, part in loss.of.items()} == {"dpo": 0.8, "bco_pair": 0.2, "sft": 1.0}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
