@@ -111,7 +111,7 @@ def _check_beside_models(models: Models, rows: TokenisedRows, objective: Objecti
 
     All ranks call it.
     """
-    if objective.needs_reference and models.reference is not models.policy:
+    if objective.needs_reference and models.reference.path != models.policy.path:
         ranks.run_on_rank_zero(partial(checks.check_reference_vocabulary, models.reference, rows, key))
     lengths = rows.lengths()
     longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)

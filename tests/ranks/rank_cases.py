@@ -130,7 +130,7 @@ def equality(
         expected["loss_tensor"].backward()
         worst = 0.0
         trained = {n: p for n, p in exact_policy.named_parameters() if p.requires_grad}
-        assert grads.keys() == trained.keys()
+        assert grads.keys() == trained.keys(), sorted(grads.keys() ^ trained.keys())[:4]
         for n, p in trained.items():
             worst = max(worst, float((grads[n].double() - p.grad).norm() / p.grad.norm()))
         found["gradient"].append(worst)
@@ -1051,11 +1051,11 @@ def prepare(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    import expert_cases  # which has its cases from this file's parts, as the next ones have
+    import adapter_cases  # which has its cases from this file's parts, as the next ones have
+    import expert_cases
     import lora_cases
     import moving_cases
     import path_cases
 
-    case_runner.serve(
-        globals() | vars(expert_cases) | vars(lora_cases) | vars(path_cases) | vars(moving_cases), prepare
-    )
+    more = vars(expert_cases) | vars(lora_cases) | vars(path_cases) | vars(moving_cases) | vars(adapter_cases)
+    case_runner.serve(globals() | more, prepare)
