@@ -232,13 +232,14 @@ def check_lengths(
     """
     lengths = rows.lengths()
     prompts = lengths[:, 0]
+    responses = min(objective.responses, 2)  # beginnings of responses are not computed again
     if isinstance(rows, UnpairedRows):
         units = prompts + lengths[:, 1:].max(axis=1) - 1  # the mismatched response is a sequence by itself
     elif path != "shared":
-        units = (prompts[:, None] + lengths[:, 1 : 1 + objective.responses] - 1).sum(axis=1)
+        units = (prompts[:, None] + lengths[:, 1 : 1 + responses] - 1).sum(axis=1)
     else:
-        units = prompts + (lengths[:, 1 : 1 + objective.responses] - 1).sum(axis=1)
-        units = _packed_lengths(rows, units, objective.responses, config.train.micro_batch_tokens)
+        units = prompts + (lengths[:, 1 : 1 + responses] - 1).sum(axis=1)
+        units = _packed_lengths(rows, units, responses, config.train.micro_batch_tokens)
     # The lengths are less 1 per response, since a response's last token predicts nothing and is not an input.
     _refuse_longer(config, rows, units, key, "train.micro_batch_tokens", config.train.micro_batch_tokens)
     scored = [units] if not trained else [prompts + lengths[:, 1:].max(axis=1) - 1] if objective.needs_reference else []
