@@ -115,6 +115,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "global_batch_pairs": 64,
             "micro_batch_tokens": 8192,
             "deterministic": False,
+            "router_aux_loss_coef": 0.0,
             "on_spike": "none",
             "spike_factor": 10.0,
             "max_skipped_steps": 3,
