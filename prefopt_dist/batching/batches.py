@@ -20,7 +20,8 @@ from prefopt_dist.batching.layout import (
     lay_out,
     tokens_and_cost,
 )
-from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, forwards, pack, packed_tokens, to_device
+from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, to_device
+from prefopt_dist.batching.packing import forwards, pack, packed_tokens
 from prefopt_dist.batching.weights import with_mean_1
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, UnpairedRows

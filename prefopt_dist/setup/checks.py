@@ -12,20 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedConfig
 
-from prefopt_dist.batching.micro_batch import ComputePath, packed_tokens
+from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.packing import packed_tokens
+from prefopt_dist.batching.rectangles import padded_tokens
 from prefopt_dist.checkpoint.export import check_target
-from prefopt_dist.config import Config, DataSource, Lora
-from prefopt_dist.config.build import suggest_names
+from prefopt_dist.config import Config, DataSource
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import UnpairedRows
 from prefopt_dist.data.template import read_template
 from prefopt_dist.errors import UserError
-from prefopt_dist.model.adapter import Adapter, linear_layers
-from prefopt_dist.model.counting import meta_model
 from prefopt_dist.model.folder import ModelFolder, read_generation_config
 from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.objectives import Objective
@@ -91,40 +88,6 @@ def check_packages(config: Config) -> None:
         require_package("tensorboard", "tracking.tensorboard", "it", "set tracking.tensorboard=false")
     if config.lora is not None:
         require_package("peft", "lora", "a run with adapters", "remove the section lora")
-
-
-def adapter_of(lora: Lora | None, model: PreTrainedConfig, base: str) -> Adapter | None:
-    """Return the adapters of the section lora, with layer names and rank checked against the model; None without it.
-
-    Args:
-        lora: the section.
-        model: the model's configuration.
-        base: the base model's folder or hub name.
-
-    Raises:
-        UserError: a name is not that of a linear layer, or the rank exceeds a layer's smaller side.
-    """
-    if lora is None:
-        return None
-    layers = linear_layers(meta_model(model, torch.bfloat16))
-    names = list(layers) if lora.target_modules is None else list(dict.fromkeys(lora.target_modules))
-    if not names:
-        raise UserError("lora.target_modules: got [], must name a layer; name layers, or leave it out for all of them")
-    for name in names:
-        if name not in layers:
-            raise UserError(
-                f"lora.target_modules: got {name!r}, but the decoder of this {model.model_type} model has no linear "
-                f"layer of that name; {suggest_names(name, layers)}"
-            )
-    smallest = min(names, key=layers.__getitem__)
-    if lora.r > layers[smallest]:
-        raise UserError(
-            f"lora.r: got {lora.r}, must be at most {layers[smallest]}, the smaller side of {smallest}: a higher rank "
-            "adds nothing; lower it"
-        )
-    folder = Path(base)
-    # peft resolves a relative folder from the working folder, which may be another one when the adapters are loaded.
-    return Adapter(lora.r, lora.alpha, lora.rslora, tuple(names), str(folder.resolve()) if folder.is_dir() else base)
 
 
 def check_moving_reference(config: Config, objective: Objective) -> None:
@@ -266,7 +229,7 @@ def check_lengths(
         key: the data set's dotted key.
         trained: whether the rows are those of data.train. Evaluation packs whole units under the budget of the first
             pass, so its rows must fit into both budgets.
-        path: how the rows are computed. A row alone has no padding on the path plain, since it has two lengths at most.
+        path: how the rows are computed. A pair alone has no padding on the path plain, as it has two lengths at most.
     """
     lengths = rows.lengths()
     prompts = lengths[:, 0]
@@ -277,7 +240,12 @@ def check_lengths(
     if isinstance(rows, UnpairedRows):
         units = prompts + lengths[:, 1:].max(axis=1) - 1  # the mismatched response is a sequence by itself
     elif path != "shared":
-        units = ((prompts[:, None] + inputs) * present).sum(axis=1)
+        sequences = (prompts[:, None] + inputs) * present
+        units = sequences.sum(axis=1)
+        if path == "plain" and responses > 2:  # more than two lengths, which are padded
+            most = present.sum(axis=1) * sequences.max(axis=1)
+            for i in np.flatnonzero(most > config.train.micro_batch_tokens).tolist():
+                units[i] = padded_tokens(sequences[i][present[i]].tolist())
     else:
         units = prompts + inputs.sum(axis=1)
         units = _packed_lengths(rows, units, responses, config.train.micro_batch_tokens)

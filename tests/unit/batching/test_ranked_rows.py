@@ -12,7 +12,8 @@ from models_for_tests import VOCABULARY, apart, gradients, make, worst
 from ranked_rows import LOSSES, RANKS, R, filled, plain_losses, plain_sums, ranked_units
 
 from prefopt_dist.batching.layout import group_by_prompt, lay_out
-from prefopt_dist.batching.micro_batch import PATHS, ComputePath, pack, packed_tokens
+from prefopt_dist.batching.micro_batch import PATHS, ComputePath, in_rectangles
+from prefopt_dist.batching.packing import pack, packed_tokens
 from prefopt_dist.model import head
 from prefopt_dist.model.load import own_attention
 from prefopt_dist.model.scorer import Scorer
@@ -70,7 +71,7 @@ def test_no_layout_splits_a_row(path: ComputePath, budget: int) -> None:
 def test_values_and_gradients_equal_plain_float64(name: str, path: ComputePath) -> None:
     """In one micro-batch, and in many on two ranks, whose sums are added here."""
     lm = make("llama-tied")
-    if path == "plain":
+    if in_rectangles(path):
         lm.set_attn_implementation(own_attention(lm.config))
     exact = plain.build_plain(lm)
     units, reference = ranked_units(), references()

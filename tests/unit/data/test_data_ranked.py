@@ -18,8 +18,8 @@ from prefopt_dist.data.forms import detect_form, read_form, read_prompt
 from prefopt_dist.data.options import DEFAULT_OPTIONS, TextOptions
 from prefopt_dist.errors import UserError
 from prefopt_dist.reference.first_pass import _aligned
-from prefopt_dist.reference.scoring_plan import sequences_needed
-from prefopt_dist.reference.store import Score
+from prefopt_dist.reference.sequences import sequences_needed
+from prefopt_dist.reference.store import Score, Scores
 
 RANKED = TextOptions(ranked=True)
 A, B, C, D = "the sky", "grass", "the fox", "the lazy dog"
@@ -212,10 +212,11 @@ def test_the_first_pass_needs_each_sequence_once(tmp_path: Path) -> None:
         (1, 2, 1),  # the others stand in the first set
     ]
     scores = {digest: Score(-float(i + 1), _tokens(sets, p)) for i, (digest, p) in enumerate(needed.items())}
-    values = _aligned(scores, sets[0], 4, None)
+    stored = Scores.of(scores)
+    values = _aligned(stored, sets[0], 4, None)
     assert values.shape == (3, 4)
     assert values[2, 2:].tolist() == [values[2, 0]] * 2
-    assert _aligned(scores, sets[1], 4, None).shape == (4, 2)
+    assert _aligned(stored, sets[1], 4, None).shape == (4, 2)
     assert len(sequences_needed(sets[:1], 4, np.array([2]))) == 2
 
 
