@@ -124,6 +124,12 @@ def cases() -> list[Case]:
             lambda t, r: t.dpo(r, ["sigmoid"], 0.1, ld_alpha=0.3),
         ),
         Case(
+            "dpo, wpo",
+            "DPO sigmoid, use_weighting",
+            {"beta": 0.1, "wpo": True},
+            lambda t, r: t.dpo(r, ["sigmoid"], 0.1, use_weighting=True),
+        ),
+        Case(
             "dpo, sft_weight",
             "DPO sigmoid + sft, one pair a batch",
             {"beta": 0.1, "sft_weight": alpha},
@@ -278,6 +284,11 @@ class Ours:
             )
             for i, (p, c, r) in enumerate(rows)
         ]
+        if objective.needs_squares:  # it takes the head's own pass
+            batch = pack(units, objective.responses)
+            with torch.no_grad():
+                reference = self.reference(batch)[batch.units]
+            return self._value(self.policy(batch, objective, reference).loss / len(rows))
         sequences = self._sequences(units, objective.responses)
         if not objective.needs_reference:
             sequences = replace(sequences, reference=None)

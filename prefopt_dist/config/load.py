@@ -141,7 +141,7 @@ _WHOLE_SECTIONS = ("loss", "lora", "optim")
 _LATER_OPTIONS = {
     field.name: field.default
     for field in fields(DPOLoss)
-    if field.name in ("divergence", "divergence_alpha", "ld_alpha")
+    if field.name in ("divergence", "divergence_alpha", "ld_alpha", "wpo")
 }
 """Options of the loss dpo that earlier runs lack, with their defaults, at which they stay out of the identity."""
 _ABSENT = "absent"

@@ -36,6 +36,7 @@ from prefopt_dist.objectives import (
     KTO,
     ORPO,
     SFT,
+    WPO,
     AlphaPO,
     AOTUnpaired,
     APODown,
@@ -81,6 +82,8 @@ def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
             objective = DPO(loss.beta, loss.label_smoothing, tie, per_token, loss.divergence, loss.divergence_alpha)
             if loss.ld_alpha < 1:
                 objective = LengthDesensitised(objective, loss.ld_alpha)
+            if loss.wpo:
+                objective = WPO(objective)
         case RobustLoss():
             objective = RobustDPO(loss.beta, loss.label_smoothing, tie)
         case IPOLoss():

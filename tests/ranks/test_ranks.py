@@ -21,6 +21,7 @@ BOTH = [
     "kto_evaluation",
     "row_weights",
     "aot",
+    "wpo",
     "other_reference_is_refused",
     "errors_reach_all",
     "packs_alone_and_together",
@@ -112,6 +113,15 @@ def test_aot_sorts_the_pairs_of_all_ranks(world: tuple[int, Path]) -> None:
         assert got["loss"][0] == pytest.approx(got["loss"][1], rel=1e-5), case
         assert got.get("gradient", 0) <= 1e-5, case
         assert (got.get("micro_batches", 1) > 1) == case.endswith(" 150"), case
+
+
+def test_wpo_equals_float64(world: tuple[int, Path]) -> None:
+    result = found(world, "wpo")
+    assert result["150"]["micro_batches"] > result["100000"]["micro_batches"] == 1
+    for got in result.values():
+        assert got["loss"][0] == pytest.approx(got["loss"][1], rel=1e-5)
+        assert got["weight"][0] == pytest.approx(got["weight"][1], rel=1e-5)
+        assert got["gradient"] <= 1e-5
 
 
 def test_kto_in_one_micro_batch(world: tuple[int, Path]) -> None:

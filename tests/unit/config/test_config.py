@@ -92,6 +92,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "divergence": "reverse_kl",
             "divergence_alpha": 0.5,
             "ld_alpha": 1.0,
+            "wpo": False,
             "sft_weight": 0.0,
         },
         "optim": {
@@ -370,6 +371,7 @@ def test_an_option_of_another_loss_is_refused(tmp_path: Path, name: str) -> None
         "divergence": "alpha",
         "divergence_alpha": "0.5",
         "ld_alpha": "0.5",
+        "wpo": "true",
         "penalty": "3.0",
         "alpha": "0.3",
     }
