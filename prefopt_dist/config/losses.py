@@ -133,6 +133,9 @@ class KTOLoss:
     """λ_D: weight of rows with the label true."""
     undesirable_weight: Positive = 1.0
     """λ_U: weight of rows with the label false."""
+    reference_point: Literal["mean", "zero"] = "mean"
+    """What a response's log-ratio is compared with: the mean one of responses to other prompts (`mean`), or 0, which
+    needs no such responses (`zero`: APO-zero for rated responses)."""
     split_pairs: bool = False
     """Whether to accept pairs too: the chosen response as a row with the label true, the rejected one with false."""
 

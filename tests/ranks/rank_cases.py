@@ -271,6 +271,7 @@ def plain_pairs(model: Any, data: TokenisedRows, rows: list[int]) -> torch.Tenso
 
 WHOLE_RUNS: dict[str, dict[str, object]] = {
     "kto": {"name": "kto", "beta": 0.5, "split_pairs": True},
+    "kto-zero": {"name": "kto", "beta": 0.5, "split_pairs": True, "reference_point": "zero"},
     "mix": {"name": "mix", "of": {"dpo": {"weight": 1.0}, "ipo": {"weight": 0.05}, "robust": {"weight": 0.5}}},
 }
 

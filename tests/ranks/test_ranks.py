@@ -145,8 +145,10 @@ def test_whole_runs_of_kto_and_a_mix(world: tuple[int, Path]) -> None:
     assert again["starts"] == [0, 3]
     assert again["weights"] == result["run-kto-whole"]["weights"]
     assert again["rows"] == result["run-kto-whole"]["rows"]
-    # Both have a closed form at the start: λ/2, and ln 2 + ½ ln 2 + 0.05 / (2 · 0.1)².
-    for name, own, at_start in (("kto", "kto/z0", 0.5), ("mix", "robust_loss", 1.5 * math.log(2) + 1.25)):
+    assert {row.get("eval/kto/z0", 0) for row in result["run-kto-zero-whole"]["rows"]} == {0}
+    # All have a closed form at the start: λ/2, and ln 2 + ½ ln 2 + 0.05 / (2 · 0.1)².
+    cases = (("kto", "kto/z0", 0.5), ("kto-zero", "kto/z0", 0.5), ("mix", "robust_loss", 1.5 * math.log(2) + 1.25))
+    for name, own, at_start in cases:
         rows = result[f"run-{name}-whole"]["rows"]
         assert [r["step"] for r in rows if r["kind"] == "eval"] == [0, 2, 4]
         assert all(f"{row['kind']}/{own}" in row for row in rows)
