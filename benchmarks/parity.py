@@ -22,7 +22,7 @@ import torch
 from benchmarks.floor import Shape
 from benchmarks.pairs import Lengths, Mix, draw_pairs
 from benchmarks.world import write_model
-from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.config.build import build_config
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model.folder import inspect_folder

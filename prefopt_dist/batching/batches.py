@@ -20,7 +20,8 @@ from prefopt_dist.batching.layout import (
     lay_out,
     tokens_and_cost,
 )
-from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, forwards, pack, packed_tokens, to_device
+from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, to_device
+from prefopt_dist.batching.packing import forwards, pack, packed_tokens
 from prefopt_dist.batching.weights import with_mean_1
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, has_mismatched
@@ -124,13 +125,17 @@ class Batch:
 class Prefetcher:
     """The batches of steps, in order; a thread lays out and packs the next one while the current one is computed."""
 
-    def __init__(self, make: Callable[[int], Batch], steps: range) -> None:
+    def __init__(
+        self, make: Callable[[int], Batch], steps: range, not_ahead: Callable[[int], bool] = lambda step: False
+    ) -> None:
         """Start the thread.
 
         Args:
             make: makes the batch of a step, in host memory.
             steps: the steps whose batches will be taken, in order.
+            not_ahead: whether a step's batch can be made only when it is taken.
         """
+        self._not_ahead = not_ahead
         self._make = make
         self._steps = steps
         # A new thread uses the first GPU; the memory that it pins must belong to this rank's GPU.
@@ -148,7 +153,8 @@ class Prefetcher:
         """Return the step's batch and start to make the next one."""
         current = self._next or self._thread.submit(self._make, step)
         batch = current.result()
-        self._next = self._thread.submit(self._make, step + 1) if step + 1 in self._steps else None
+        ahead = step + 1 in self._steps and not self._not_ahead(step + 1)
+        self._next = self._thread.submit(self._make, step + 1) if ahead else None
         return batch
 
 

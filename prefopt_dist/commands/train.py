@@ -11,7 +11,7 @@ import torch
 
 from prefopt_dist.batching.batches import ScoredRows
 from prefopt_dist.batching.layout import FROZEN_PASSES, TRAINING_PASSES
-from prefopt_dist.batching.order import Order
+from prefopt_dist.batching.order import Order, first_rows
 from prefopt_dist.checkpoint import load, save
 from prefopt_dist.checkpoint.manifest import Manifest
 from prefopt_dist.checkpoint.run_folder import RunFolder
@@ -21,10 +21,10 @@ from prefopt_dist.data.template import template_name
 from prefopt_dist.distributed import out_of_memory, ranks, zero3
 from prefopt_dist.errors import AgreedUserError, StopRequested
 from prefopt_dist.model import activation_checkpointing
-from prefopt_dist.model.adapter import attach
+from prefopt_dist.model.adapter import attach, load_saved
 from prefopt_dist.model.cost import activation_memory, forward_cost
 from prefopt_dist.model.fingerprint import refuse_if_changed
-from prefopt_dist.model.load import load_sharded
+from prefopt_dist.model.load import load_sharded, under_zero3
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.objectives import Objective, factory
@@ -33,11 +33,13 @@ from prefopt_dist.planning.machine import device_peak
 from prefopt_dist.planning.work import most_keys_per_token, padding
 from prefopt_dist.reference.step0_check import RoundingTolerance
 from prefopt_dist.setup import own_answers, prepare_data, prepare_models, prepare_reference
+from prefopt_dist.setup.experts import expert_loads
 from prefopt_dist.setup.lifecycle import best_checkpoint, finish, open_log, requests_for, run_folder
 from prefopt_dist.setup.own_answers import NotAnswered, OwnAnswers
 from prefopt_dist.setup.prepare_models import Models
 from prefopt_dist.setup.prepare_reference import HashedWeights, adapter_base
 from prefopt_dist.training import loop
+from prefopt_dist.training.moving_reference import MovingReference
 from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.stop import Requests
 
@@ -62,7 +64,7 @@ class _Inputs:
     reference: HashedWeights | None
     """None for a loss without a reference"""
     base: HashedWeights | None
-    """The frozen weights of a run with adapters"""
+    """The frozen weights of a run with adapters, with those of the adapter that it starts from"""
     facts: dict[str, Any]
     """What a resume must find unchanged"""
     checkpoint: Manifest | None
@@ -120,12 +122,15 @@ def _load_inputs(config: Config) -> _Inputs:
     objective = factory.make_objective(config.loss, models.dtype)
     train = prepare_data.load_train(config, models, objective)
     evals = prepare_data.load_evals(config, models, objective)
-    order, total_steps = _plan_steps(config, train)
+    order, total_steps = prepare_data.plan_steps(config, train)
     reference = prepare_reference.reference_weights(config, models, objective)
     facts = {"reference_key": reference and reference.key, "data_digest": train.report.digest}
     base = adapter_base(config, models)
     if base is not None:
         facts["base_key"] = base.key
+    saved = prepare_reference.adapter_start(config, models)
+    if saved is not None:
+        facts["start_key"], base = saved.key, saved
     _check_resume(config, found, facts)
     return _Inputs(models, objective, train, evals, order, total_steps, reference, base, facts, found)
 
@@ -140,7 +145,12 @@ def _score_and_answer(config: Config, folder: RunFolder, inputs: _Inputs, reques
     where = "in the first pass"
     try:
         (scored, *others), first_pass = prepare_reference.score_reference(
-            config, models, [inputs.train, *evals.values()], inputs.reference, stop_asked
+            config,
+            models,
+            [inputs.train, *evals.values()],
+            inputs.reference,
+            stop_asked,
+            first_rows(inputs.order, inputs.total_steps, config.reference.update_every_steps),
         )
         where, began = "while the start answers", time.perf_counter()
         answers = own_answers.prepare(config, models, next(iter(evals.values()), inputs.train))
@@ -193,6 +203,17 @@ def _make_job(
         ranks.run_on_rank_zero(lambda: save.prune(root, config.checkpoint.keep, best_checkpoint(config)))
         say(f"resuming from {save.folder_name(first)}")
     ranks.run_on_rank_zero(lambda: own_answers.remove_outdated(folder, answers, first))
+    moving = None
+    if (every := config.reference.update_every_steps) is not None:
+        moving = MovingReference.of(
+            start.train,
+            every=every,
+            order=inputs.order,
+            total_steps=inputs.total_steps,
+            budget=config.reference_micro_batch_tokens,
+            run_dir=config.run_dir,
+        )
+        moving.restore(first)
     in_between = None
     if isinstance(answers, OwnAnswers) and config.answers_every_steps is not None:
         in_between = partial(answers.intermediate_metrics, engine)
@@ -200,7 +221,7 @@ def _make_job(
         engine=engine,
         objective=objective,
         rounding=RoundingTolerance.of_model(models.policy.config, models.dtype),
-        train=start.train,
+        train=start.train if moving is None else moving.data,
         eval_sets=start.evals,
         order=inputs.order,
         total_steps=inputs.total_steps,
@@ -218,13 +239,9 @@ def _make_job(
         facts=inputs.facts,
         log=open_log(config, folder, first, inputs.total_steps, objective) if ranks.rank() == 0 else None,
         answer=in_between,
+        moving=moving,
     )
     return job, state
-
-
-def _plan_steps(config: Config, rows: TokenisedRows) -> tuple[Order, int]:
-    order = Order.of_run(rows.source, rows.weights, config.run.seed, config.train.global_batch_pairs)
-    return order, order.total_steps(config.train.epochs, config.train.max_steps)
 
 
 def _intervals(config: Config) -> loop.Intervals:
@@ -247,9 +264,10 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
             "Choose another run.dir, or set checkpoint.resume=auto."
         )
     for name, key, what in (
+        ("base_key", "model.name_or_path", "the weights or the configuration of the base model's folder"),
+        ("start_key", "lora.from", "the weights or the settings of the adapter"),
         ("reference_key", "reference", "the weights or the configuration of the model folder"),
         ("data_digest", "data.train", DATA),
-        ("base_key", "model.name_or_path", "the weights or the configuration of the base model's folder"),
     ):
         if name in facts and found.facts[name] != facts[name]:
             raise AgreedUserError(
@@ -279,8 +297,12 @@ def _policy(
     lm = load_sharded(models.policy, dtype=models.dtype, settings=settings, path=models.path)
     if models.adapter is not None:
         torch.manual_seed(config.run.seed)  # whatever loading has drawn: the same on any number of ranks
-        attach(lm, models.adapter)
-    scorer = Scorer(lm, models.path, cut=True).train()
+        with under_zero3(settings):  # DoRA reads whole weights
+            attach(lm, models.adapter)
+        if models.adapter.start is not None:
+            ranks.run_on_all_ranks(partial(load_saved, lm, models.adapter.start))
+    loads = ranks.run_on_all_ranks(lambda: expert_loads(config, models.policy.config, ranks.device()))
+    scorer = Scorer(lm, models.path, cut=True, loads=loads).train()
     optim = config.optim
     optimizer = adamw(
         scorer,
@@ -324,6 +346,8 @@ def _what_comes(config: Config, order: Order, start: int, total: int) -> str:
     times = [("checkpoint", config.checkpoint.every_steps)]
     if config.data.eval:
         times.insert(0, ("evaluation", config.eval.every_steps))
+    if (moves := config.reference.update_every_steps) is not None:
+        times.append(("new reference", moves))
     every = [f"{what} every {steps} steps" if steps else f"{what} at the end" for what, steps in times]
     return (
         f"training: {described(config.loss)}, steps {start + 1} to {total} of {per_step} rows "

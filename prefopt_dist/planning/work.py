@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prefopt_dist.batching import layout
 from prefopt_dist.batching.layout import FROZEN_PASSES, TRAINING_PASSES, Cost, group_by_prompt, tokens_and_cost
-from prefopt_dist.batching.micro_batch import ComputePath, gathered_keys, packed_tokens
-from prefopt_dist.batching.order import Order
+from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.order import Order, first_rows
+from prefopt_dist.batching.packing import gathered_keys, packed_tokens
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, has_mismatched
@@ -18,7 +20,8 @@ from prefopt_dist.data.unit import Unit
 from prefopt_dist.objectives import Objective
 from prefopt_dist.planning.memory import MASTER_BYTES, MOMENTS_BYTES
 from prefopt_dist.planning.sizes import ModelSizes
-from prefopt_dist.reference.scoring_plan import sequences_needed
+from prefopt_dist.reference.scoring_plan import prompt_groups
+from prefopt_dist.reference.sequences import sequences_needed
 from prefopt_dist.reference.store import ROW
 
 MAX_ROWS = 20_000
@@ -49,8 +52,12 @@ class Work:
     """Sequences that the reference store will hold; None where they are not known"""
     evaluation_flop: float
     """FLOP of all evaluations"""
+    updates_flop: float = 0.0
+    """FLOP of all updates of a reference that moves"""
     keys_per_token: float = 1.0
     """Most gathered keys per token of a micro-batch of training, in the steps that were read"""
+    data_bytes: int | None = None
+    """Disk space of the tokenised rows and of the copies of remote files; None where the rows are not known"""
 
 
 def work_from_rows(
@@ -93,7 +100,9 @@ def work_from_rows(
             ahead += step_flop
     sets = [train, *evals.values()]
     scored = objective.needs_reference
-    scored_tokens, scored_flop, sequences = _scored(config, sets, cost, path) if scored else (0, 0.0, 0)
+    every = config.reference.update_every_steps
+    due_first = first_rows(order, steps, every)
+    scored_tokens, scored_flop, sequences = _scored(config, sets, cost, path, due_first) if scored else (0, 0.0, 0)
     evaluated = 0.0
     for rows in evals.values():
         for first in (0, MISMATCHED) if has_mismatched(rows) else (0,):
@@ -108,6 +117,7 @@ def work_from_rows(
         first_pass_flop=scored_flop,
         sequences=sequences if scored else None,
         evaluation_flop=_evaluations(config, steps) * evaluated,
+        updates_flop=0.0 if every is None else max(0, steps - every) * (flop + ahead) / sampled_steps,
         keys_per_token=keys_per_token,
     )
 
@@ -193,13 +203,17 @@ def training_flop(work: Work, cost: Cost, recomputed: float, frozen: bool = Fals
     return work.ahead_flop + passes * work.step_flop + recomputed * layers_flop
 
 
-def _scored(config: Config, sets: Sequence[TokenisedRows], cost: Cost, path: ComputePath) -> tuple[int, float, int]:
+def _scored(
+    config: Config, sets: Sequence[TokenisedRows], cost: Cost, path: ComputePath, first: NDArray[np.int64] | None
+) -> tuple[int, float, int]:
     """Return distinct tokens, FLOP and number of the sequences that the reference scores."""
     responses = max(rows.responses for rows in sets)  # a pair has two; a KTO row has its own and a mismatched one
-    places = list(sequences_needed(sets, responses).values())
-    units = [place.unit(sets, i) for i, place in enumerate(places)]
-    tokens, flop = tokens_and_cost(group_by_prompt(units, config.reference_micro_batch_tokens, path), cost, path)
-    return tokens, flop, len(places)
+    sequences = sequences_needed(sets, responses, first)
+    tokens, flop = 0, 0.0
+    for group in prompt_groups(sequences, sets, config.reference_micro_batch_tokens, path):
+        of_group = tokens_and_cost([group], cost, path)
+        tokens, flop = tokens + of_group[0], flop + of_group[1]
+    return tokens, flop, len(sequences)
 
 
 def _evaluations(config: Config, steps: int) -> int:
@@ -223,9 +237,19 @@ class Disk:
     """The Hugging Face folder (s·N; s·Nₜ where only adapters are written)"""
     store: int | None
     """The reference store, 40 bytes a sequence; None where the number of sequences is not known"""
+    data: int | None = None
+    """The tokenised rows and the copies of remote files, both in `run.cache`; None where they could not be read"""
 
 
-def disk_needed(sizes: ModelSizes, keep: int, export_item: int, sequences: int | None, *, merged: bool = False) -> Disk:
+def disk_needed(
+    sizes: ModelSizes,
+    keep: int,
+    export_item: int,
+    sequences: int | None,
+    *,
+    merged: bool = False,
+    data: int | None = None,
+) -> Disk:
     """Return the disk space that a job takes.
 
     Args:
@@ -234,6 +258,7 @@ def disk_needed(sizes: ModelSizes, keep: int, export_item: int, sequences: int |
         export_item: bytes of a number in the exported weights.
         sequences: number of sequences in the reference store; None where it is not known.
         merged: whether adapters are exported merged into their model.
+        data: bytes of the data in the cache; None where they are not known.
     """
     states = (MASTER_BYTES + MOMENTS_BYTES) * sizes.trained
     return Disk(
@@ -242,4 +267,5 @@ def disk_needed(sizes: ModelSizes, keep: int, export_item: int, sequences: int |
         conversion=states,
         export=export_item * (sizes.parameters if merged else sizes.trained),
         store=None if sequences is None else ROW.itemsize * sequences,
+        data=data,
     )

@@ -12,20 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedConfig
 
-from prefopt_dist.batching.micro_batch import ComputePath, packed_tokens
+from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.packing import packed_tokens
 from prefopt_dist.checkpoint.export import check_target
-from prefopt_dist.config import Config, DataSource, Lora
-from prefopt_dist.config.build import suggest_names
+from prefopt_dist.config import Config, DataSource
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import UnpairedRows
 from prefopt_dist.data.template import read_template
 from prefopt_dist.errors import UserError
-from prefopt_dist.model.adapter import Adapter, linear_layers
-from prefopt_dist.model.counting import meta_model
 from prefopt_dist.model.folder import ModelFolder, read_generation_config
 from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.objectives import Objective
@@ -93,38 +89,14 @@ def check_packages(config: Config) -> None:
         require_package("peft", "lora", "a run with adapters", "remove the section lora")
 
 
-def adapter_of(lora: Lora | None, model: PreTrainedConfig, base: str) -> Adapter | None:
-    """Return the adapters of the section lora, with layer names and rank checked against the model; None without it.
-
-    Args:
-        lora: the section.
-        model: the model's configuration.
-        base: the base model's folder or hub name.
-
-    Raises:
-        UserError: a name is not that of a linear layer, or the rank exceeds a layer's smaller side.
-    """
-    if lora is None:
-        return None
-    layers = linear_layers(meta_model(model, torch.bfloat16))
-    names = list(layers) if lora.target_modules is None else list(dict.fromkeys(lora.target_modules))
-    if not names:
-        raise UserError("lora.target_modules: got [], must name a layer; name layers, or leave it out for all of them")
-    for name in names:
-        if name not in layers:
-            raise UserError(
-                f"lora.target_modules: got {name!r}, but the decoder of this {model.model_type} model has no linear "
-                f"layer of that name; {suggest_names(name, layers)}"
-            )
-    smallest = min(names, key=layers.__getitem__)
-    if lora.r > layers[smallest]:
+def check_moving_reference(config: Config, objective: Objective) -> None:
+    """Raise UserError for a reference that is to move in a run without a reference."""
+    every = config.reference.update_every_steps
+    if every is not None and not objective.needs_reference:
         raise UserError(
-            f"lora.r: got {lora.r}, must be at most {layers[smallest]}, the smaller side of {smallest}: a higher rank "
-            "adds nothing; lower it"
+            f"reference.update_every_steps: got {every}, but loss.name={config.loss.name} has no reference; set it to "
+            "null, or take a loss with a reference"
         )
-    folder = Path(base)
-    # peft resolves a relative folder from the working folder, which may be another one when the adapters are loaded.
-    return Adapter(lora.r, lora.alpha, lora.rslora, tuple(names), str(folder.resolve()) if folder.is_dir() else base)
 
 
 def check_evaluations(config: Config) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from prefopt_dist.batching.order import Order
+from prefopt_dist.checkpoint.run_folder import SHOWN
 from prefopt_dist.config import Config, DataSource
 from prefopt_dist.config.losses import DPOLoss, KTOLoss, Loss, MixLoss
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows, prepare_rows
@@ -17,13 +19,15 @@ from prefopt_dist.data.options import TextOptions
 from prefopt_dist.data.prefixes import build_prefixed_rows
 from prefopt_dist.data.quality.findings import DataFinding, row_findings, set_findings
 from prefopt_dist.data.quality.policy import refuse_stops, rows_left, rows_to_drop
-from prefopt_dist.data.quality.show import row_text, show_rows
+from prefopt_dist.data.quality.show import row_text, rows_for_report, show_rows
 from prefopt_dist.data.template import read_template, template_name
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.data.workers import ALONE, Share
 from prefopt_dist.distributed import ranks
 from prefopt_dist.distributed.long_work import run_on_node_leaders
 from prefopt_dist.errors import AgreedUserError, UserError
+from prefopt_dist.files import write_json
+from prefopt_dist.model.rotary import length_dependent_types
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import row_reporter, say
 from prefopt_dist.objectives import Objective
@@ -32,6 +36,8 @@ from prefopt_dist.setup.checks import eval_sets
 from prefopt_dist.setup.prepare_models import Models
 
 TRAIN = "data.train"
+REPORTED_ROWS = 2
+"""Number of rows of data.train that the report shows; the start of a training shows the first of them."""
 
 
 def load_train(config: Config, models: Models, objective: Objective) -> TokenisedRows:
@@ -57,6 +63,12 @@ def load_evals(config: Config, models: Models, objective: Objective) -> dict[str
     return evals
 
 
+def plan_steps(config: Config, rows: TokenisedRows) -> tuple[Order, int]:
+    """Return the order of the training rows and the number of steps."""
+    order = Order.of_run(rows.source, rows.weights, config.run.seed, config.train.global_batch_pairs)
+    return order, order.total_steps(config.train.epochs, config.train.max_steps)
+
+
 def _load_set(
     config: Config, models: Models, objective: Objective, make: Callable[..., Path], key: str
 ) -> TokenisedRows:
@@ -71,8 +83,8 @@ def _load_set(
     """
     rows = _open(make)
     say(f"{key}: {rows.report.text()}")
-    for shown in show_rows(key, rows, models.tokenizer, 1) if key == TRAIN else ():
-        say(row_text(shown, rows.kind, models.tokenizer))
+    if key == TRAIN:
+        _show_first_rows(config, models, rows)
     _check_beside_models(models, rows, objective, key)
     check_rows(rows, objective, key)
     for_loss = rows_for_loss(config, rows, key)
@@ -82,17 +94,32 @@ def _load_set(
     return for_loss
 
 
+def _show_first_rows(config: Config, models: Models, rows: TokenisedRows) -> None:
+    """Print the first row of data.train as the model sees it, and write the first ones for the report (all ranks)."""
+    shown = show_rows(TRAIN, rows, models.tokenizer, REPORTED_ROWS)
+    say(row_text(shown[0], rows.kind, models.tokenizer))
+    body = rows_for_report(shown, rows.kind, models.tokenizer)
+
+    def write() -> None:
+        if config.run_dir.is_dir():  # a stage has opened it
+            write_json(config.run_dir / SHOWN, body)
+
+    ranks.run_on_rank_zero(write)
+
+
 def _check_beside_models(models: Models, rows: TokenisedRows, objective: Objective, key: str) -> None:
     """Raise UserError for tokens that the reference lacks, and report rows beyond a model's positions.
 
     All ranks call it.
     """
-    if objective.needs_reference and models.reference is not models.policy:
+    if objective.needs_reference and models.reference.path != models.policy.path:
         ranks.run_on_rank_zero(partial(checks.check_reference_vocabulary, models.reference, rows, key))
     lengths = rows.lengths()
     longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     for model in {models.policy.path: models.policy, models.reference.path: models.reference}.values():
         positions = getattr(model.config, "max_position_embeddings", None)  # not every model family has it
+        if "dynamic" in length_dependent_types(model.config):  # it is made for positions beyond
+            continue
         beyond = np.flatnonzero(longest > positions) if positions is not None else ()
         if len(beyond):
             first = ", ".join(rows.origin(int(i)) for i in beyond[:3])

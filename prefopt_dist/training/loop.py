@@ -20,6 +20,7 @@ from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config.training import Checkpoint, Optim, Train
 from prefopt_dist.distributed import out_of_memory, ranks, zero3
 from prefopt_dist.errors import AgreedUserError
+from prefopt_dist.model.expert_loads import ExpertLoads
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import Progress, say
 from prefopt_dist.monitoring.health import Watch
@@ -32,6 +33,7 @@ from prefopt_dist.training import evaluation, step
 from prefopt_dist.training.diagnosis import Diagnosis
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.meter import Meter
+from prefopt_dist.training.moving_reference import MovingReference
 from prefopt_dist.training.optimizer import learning_rate
 from prefopt_dist.training.skipped_updates import SkippedUpdates, SpikeDetector, record_skipped
 from prefopt_dist.training.stop import Request, Requests
@@ -111,6 +113,8 @@ class Job:
     facts: dict[str, Any]
     """For the checkpoints' manifests"""
     log: Log | None
+    moving: MovingReference | None = None
+    """The reference, where it moves"""
     answer: Callable[[int], Mapping[str, Any]] | None = None
     """Returns the metrics of the policy's answers after a step (all ranks); None where it answers at the end only"""
     ended: bool = False
@@ -184,10 +188,14 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
     steps = range(start_step, job.total_steps)
     with (
         Progress(job.total_steps, "train", "steps", ranks.rank(), done=start_step) as progress,
-        Prefetcher(lambda index: _batch(job, index), steps) as batches,
+        Prefetcher(lambda index: _batch(job, index), steps, partial(_reference_moves, job)) as batches,
         job.meter.communication,
     ):
         for index in steps:
+            if job.moving is not None and _reference_moves(job, index):
+                step0_check = _move_reference(job, job.moving, index)
+                if step0_check is None:
+                    return index
             job.meter.begin_step()
             with out_of_memory.phase("training step"):  # the thread that packs it may have run out
                 batch = batches.take(index)
@@ -227,8 +235,8 @@ def train_step(job: Job, index: int, batch: Batch, step0_check: Step0Check | Non
     """Make one update with the step's G pairs and accumulate its metrics (all ranks call it)."""
     packed = step.forward_backward(job.engine, batch, job.objective, step0_check, job.diagnosis, job.meter.timer)
     mine = torch.cat([packed, job.diagnosis.take(), job.meter.rank_work(packed, batch.own_flop)])
-    everything, request = step.reduce_metrics(mine, job.requests.look())
-    sums, diagnosis, work = job.meter.accumulated.split(everything)
+    everything, request = step.reduce_metrics(mine, job.requests.look(), job.engine.module.loads)
+    sums, diagnosis, work, routed = job.meter.accumulated.split(everything)
     job.meter.end_part("forward_backward")
     loss = sums[0] / sums[-1]
     if index == 0 and not math.isfinite(loss):  # the start itself: no step would be better
@@ -242,13 +250,13 @@ def train_step(job: Job, index: int, batch: Batch, step0_check: Step0Check | Non
     if math.isfinite(loss):
         norm = step.optimizer_step(job.engine, rate, job.spikes)
     else:
-        sums, diagnosis = [0.0] * len(sums), [0.0] * len(diagnosis)
+        sums, diagnosis, routed = ([0.0] * len(x) for x in (sums, diagnosis, routed))
         zero3.drop_gradient(job.engine)
     job.skips.count(norm is None)
     if norm is None:
         norm = _skip(job, index, loss)
     job.meter.end_part("update")
-    job.meter.end_step(sums, diagnosis, work, batch)
+    job.meter.end_step(sums, diagnosis, work, routed, batch)
     return StepResult(loss, rate, norm, request)
 
 
@@ -257,6 +265,25 @@ def _batch(job: Job, index: int) -> Batch:
     budget = job.options.micro_batch_tokens
     passes = job.passes + job.objective.couples_units  # the pass before the step
     return step_batch(job.train, rows, job.objective.responses, budget, job.cost, passes, job.engine.module.path)
+
+
+def _reference_moves(job: Job, index: int) -> bool:
+    """Return whether the policy becomes the reference before this step."""
+    return job.moving is not None and job.moving.is_due(index)
+
+
+def _move_reference(job: Job, moving: MovingReference, index: int) -> Step0Check | None:
+    """Make the policy the reference; return the check of the next step, or None where a stop was asked for (all ranks).
+
+    Policy and reference are then equal again, as at the start of a run.
+    """
+    if moving.update(job.engine, index, lambda: job.requests.look().stop):
+        margins = job.train.rows.margins is not None
+        return Step0Check(job.objective, job.rounding, ranks.device(), index, margins=margins)
+    checkpoint = job.run_dir / "checkpoints" / save.folder_name(index)
+    if not ranks.run_on_rank_zero(checkpoint.exists):
+        _save(job, index)
+    return None
 
 
 def _is_due(done: int, every: int | None) -> bool:
@@ -281,6 +308,7 @@ def _write_row(job: Job, done: int, result: StepResult) -> None:
         return
     position = job.order.step(done - 1)
     found: dict[str, Any] = {}
+    loads: ExpertLoads | None = job.engine.module.loads
     if accumulated.sums[-1]:  # no pairs where every step was skipped
         found = means(job.objective.metrics, accumulated.sums, job.objective.counted_by)
         found |= job.diagnosis.metrics(accumulated.diagnosis)
@@ -296,6 +324,7 @@ def _write_row(job: Job, done: int, result: StepResult) -> None:
             "train/skipped_steps": job.skips.total,
             "train/epoch": position.epoch_fraction,
         }
+        | ({} if loads is None else loads.metrics(accumulated.routed, accumulated.sums[-1]))
         | accumulated.performance(None if job.peak is None else job.peak * ranks.world_size()),
     )
 

@@ -32,8 +32,9 @@ from places import REPOSITORY
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt_dist.batching.batches import Prefetcher, ScoredRows, evaluation_batch, step_batch
-from prefopt_dist.batching.micro_batch import ComputePath, Segment, pack
+from prefopt_dist.batching.micro_batch import ComputePath, Segment
 from prefopt_dist.batching.order import Order
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.checkpoint import load, save
 from prefopt_dist.commands import train
 from prefopt_dist.config import Config, load_config, load_deepspeed_json
@@ -129,7 +130,7 @@ def equality(
         expected["loss_tensor"].backward()
         worst = 0.0
         trained = {n: p for n, p in exact_policy.named_parameters() if p.requires_grad}
-        assert grads.keys() == trained.keys()
+        assert grads.keys() == trained.keys(), sorted(grads.keys() ^ trained.keys())[:4]
         for n, p in trained.items():
             worst = max(worst, float((grads[n].double() - p.grad).norm() / p.grad.norm()))
         found["gradient"].append(worst)
@@ -1134,7 +1135,11 @@ def prepare(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    import lora_cases  # which has its cases from this file's parts, as the next has
+    import adapter_cases  # which has its cases from this file's parts, as the next ones have
+    import expert_cases
+    import lora_cases
+    import moving_cases
     import path_cases
 
-    case_runner.serve(globals() | vars(lora_cases) | vars(path_cases), prepare)
+    more = vars(expert_cases) | vars(lora_cases) | vars(path_cases) | vars(moving_cases) | vars(adapter_cases)
+    case_runner.serve(globals() | more, prepare)

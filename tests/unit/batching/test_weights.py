@@ -8,7 +8,7 @@ import pytest
 import torch
 from loss_family import FAMILY, called, made
 
-from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.batching.weights import with_mean_1
 from prefopt_dist.config.losses import LOSSES, NOT_MIXED, WITH_MARGIN
 from prefopt_dist.data import TokenisedRows

@@ -10,7 +10,7 @@ import torch
 from loss_family import made
 from models_for_tests import VOCABULARY, make, pairs, references
 
-from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import head
 from prefopt_dist.model.scorer import Scorer
