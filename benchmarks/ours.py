@@ -130,7 +130,7 @@ def score_reference(
     first_pass._score(engine, todo, store, [rows], lambda: False)
     took = meter.Mark.now().since(start)
     zero3.release(engine)
-    return first_pass._collect(store, [rows], 2)[0], took
+    return first_pass._collect(store, [rows], 2, None)[0], took
 
 
 def policy_engine(task: Task, model: Any, dtype: torch.dtype) -> Any:

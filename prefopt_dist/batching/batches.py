@@ -69,6 +69,8 @@ class Batch:
         self._packed: list[tuple[MicroBatch, torch.Tensor | None]] | None = None
         self.units = sum(len(units) for by_rank in layout for units in by_rank)
         """Number of units on all ranks, without those of weight 0."""
+        self.first_unit = sum(len(units) for by_rank in layout for units in by_rank[: ranks.rank()])
+        """Number of units on the ranks before this one."""
         self.tokens = 0
         """Number of input tokens of a step on all ranks, without padding; an evaluation does not count them."""
         self.padded_tokens = 0

@@ -93,8 +93,8 @@ class Span(NamedTuple):
     prefix_end: int
     start: int
     end: int
-    times: float
-    """How many of the units' responses it is, each as often as its unit weighs."""
+    share: float
+    """Weight of the units whose response it is, each over its number of responses; 0 for a beginning of a response."""
 
 
 class PromptEnds(NamedTuple):
@@ -132,7 +132,7 @@ class MicroBatch:
     counts: torch.Tensor
     """int64 [Q]: scored tokens of each sequence; their sum is S."""
     units: torch.Tensor
-    """int64 [U, R]: indices of the sequences of each unit (for a pair: chosen, rejected)."""
+    """int64 [U, R]: indices of the sequences of each unit (for a pair: chosen, rejected, perhaps their beginnings)."""
     rows: tuple[int, ...]
     """[U]: the data-set row of each unit."""
     desirable: torch.Tensor
@@ -147,6 +147,8 @@ class MicroBatch:
     """float64 [U]: the weight of each unit in sums over units; None: each weighs 1."""
     margin: torch.Tensor | None = None
     """float64 [U]: the margin of rewards that each pair should exceed; None: 0."""
+    partner: torch.Tensor | None = None
+    """float64 [U, …]: what each unit is compared with under a loss that couples units, set before the step."""
     rectangles: tuple[torch.Tensor, ...] = ()
     """int64 [B, L] each, on the paths plain and alone: indices in the row of B sequences, padded on the right by the
     index of the sequence's last token."""

@@ -111,7 +111,8 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
     for u in units:
         assert len(u.prompt) > 0, f"row {u.row}: empty prompt"
         assert all(r.scored > 0 for _, r in keyed_responses(u)), f"row {u.row}: nothing of a response is scored"
-        assert len(u.responses) == responses_per_unit, f"row {u.row}: {len(u.responses)} responses"
+        columns = len(u.responses) * (1 if u.prefix is None else 2)
+        assert columns == responses_per_unit, f"row {u.row}: {len(u.responses)} responses"
 
     ids: list[Tokens] = []
     positions: list[NDArray[np.int64]] = []
@@ -119,12 +120,13 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
     source: list[NDArray[np.int64]] = []
     target: list[Tokens] = []
     counts: list[int] = []
-    index: dict[tuple[bytes, ResponseKey], int] = {}
+    index: dict[tuple[bytes, ResponseKey, int | None], int] = {}
     row_ends: list[int] = []  # the end of each prompt and its responses in the row
     sequence_ends: list[int] = []
     spans: list[tuple[int, int, int, int]] = []
     at = 0
     groups = _responses_by_prompt(units)
+    beginnings = _beginnings(units)
     for key, (prompt, responses) in groups.items():
         first = next(iter(responses.values())).tokens
         for i, (response_key, scored) in enumerate(responses.items()):
@@ -141,7 +143,7 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
             inputs = response[shared:] if path == "alone" else response[shared:-1]
             start, at = at, at + len(inputs)
             prefix_end = at - len(inputs) if whole else p_end + shared
-            spans.append((p_start, prefix_end, start, start + len(response) - 1 - shared))
+            span = (p_start, prefix_end, start, start + len(response) - 1 - shared)
             ids.append(inputs)
             positions.append(len(prompt) + shared + np.arange(len(inputs)))
             # The beginning that another response shares with the first follows the prompt, so its prefix is one range.
@@ -150,10 +152,15 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
             elif len(inputs):
                 segments.append(Segment(p_start, p_end + shared, start, at))
             predicts = np.r_[p_end - 1 : p_end + shared, start:at][: len(response)]
-            source.append(predicts if scored.learnt is None else predicts[scored.learnt])
-            target.append(response if scored.learnt is None else response[scored.learnt])
-            index[key, response_key] = len(counts)
-            counts.append(scored.scored)
+            states = predicts if scored.learnt is None else predicts[scored.learnt]
+            targets = response if scored.learnt is None else response[scored.learnt]
+            # A beginning is a sequence of its own, whose tokens are computed already.
+            for n in (None, *sorted(beginnings.get((key, response_key), ()))):
+                source.append(states[:n])
+                target.append(targets[:n])
+                index[key, response_key, n] = len(counts)
+                counts.append(scored.scored if n is None else n)
+                spans.append(span)
         row_ends.append(at)
         sequence_ends.append(len(counts))
 
@@ -162,14 +169,15 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
 
     number = {prompt: i for i, prompt in enumerate(groups)}
     of_unit = np.array([number[u.prompt.tobytes()] for u in units])
-    targets = _distinct_targets(np.concatenate(source), np.concatenate(target))
-    of_units = np.array([[index[u.prompt.tobytes(), key] for key, _ in keyed_responses(u)] for u in units])
-    weights = [1.0 if u.weight is None else u.weight for u in units for _ in u.responses]
-    times = np.bincount(of_units.ravel(), weights, minlength=len(spans))
+    distinct = _distinct_targets(np.concatenate(source), np.concatenate(target))
+    of_units = [[index[sequence] for sequence in _sequences(u)] for u in units]
+    whole_responses = np.concatenate([row[: len(u.responses)] for row, u in zip(of_units, units, strict=True)])
+    shares = [(1.0 if u.weight is None else u.weight) / len(u.responses) for u in units for _ in u.responses]
+    share = np.bincount(whole_responses, shares, minlength=len(spans))
     rectangles: tuple[torch.Tensor, ...] = ()
     if path == "plain":
         rectangles, place = _rectangles(segments)
-        targets["source"] = place[targets["source"]]
+        distinct["source"] = place[distinct["source"]]
     elif path == "alone":
         rectangles = tuple(torch.arange(s.start, s.end)[None] for s in segments)
     dummies = max(0, forwards - len(rectangles)) if in_rectangles(path) else 0
@@ -178,19 +186,38 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
         position_ids=row(positions)[None],
         segments=tuple(segments),
         gathered=gather(segments),
-        **targets,
+        **distinct,
         counts=torch.tensor(counts),
-        units=torch.from_numpy(of_units),
+        units=torch.tensor(of_units),
         rows=tuple(u.row for u in units),
         desirable=torch.tensor([u.desirable for u in units]),
         by_prompt=torch.from_numpy(of_unit.argsort(kind="stable")),
         prompts=_ends(of_unit, np.unique(np.concatenate(source)), counts, row_ends, sequence_ends),
-        spans=tuple(Span(*span, n) for span, n in zip(spans, times.tolist(), strict=True)),
+        spans=tuple(Span(*span, n) for span, n in zip(spans, share.tolist(), strict=True)),
         weight=_numbers([u.weight for u in units]),
         margin=_numbers([u.margin for u in units]),
         rectangles=rectangles + (torch.zeros(1, 1, dtype=torch.int64),) * dummies,
         dummies=dummies,
     )
+
+
+def _beginnings(units: Sequence[Unit]) -> dict[tuple[bytes, ResponseKey], set[int]]:
+    """Return the lengths of the beginnings that are needed of each response, by prompt and response."""
+    found: dict[tuple[bytes, ResponseKey], set[int]] = {}
+    for u in units:
+        for prompt, key, n in _sequences(u)[len(u.responses) :]:
+            if n is not None:
+                found.setdefault((prompt, key), set()).add(n)
+    return found
+
+
+def _sequences(unit: Unit) -> list[tuple[bytes, ResponseKey, int | None]]:
+    """Return prompt, response and length (None: the whole) of each of the unit's sequences, beginnings last."""
+    prompt, keyed = unit.prompt.tobytes(), keyed_responses(unit)
+    whole: list[tuple[bytes, ResponseKey, int | None]] = [(prompt, key, None) for key, _ in keyed]
+    if unit.prefix is None:
+        return whole
+    return whole + [(prompt, key, unit.prefix if r.scored > unit.prefix else None) for key, r in keyed]
 
 
 def _numbers(values: Sequence[float | None]) -> torch.Tensor | None:

@@ -22,7 +22,18 @@ class Lora:
     rslora: bool = False
     """Whether the scale is s = α/√r instead, which suits large ranks (Kalajdzievski 2023)."""
     target_modules: tuple[Text, ...] | None = None
-    """Names of the linear layers with an adapter, such as `[q_proj, v_proj]`; null: all but the output head."""
+    """Names of the linear layers with an adapter, such as `[q_proj, v_proj]`; null: all but the output head, or with
+    `from` those of its adapter."""
+    experts: bool = False
+    """Whether the experts of a mixture get adapters too, one for each expert's matrices."""
+    dora: bool = False
+    """Whether the direction alone is low-rank, with a trained length of each row of the weight (DoRA, Liu 2024)."""
+    modules_to_save: tuple[Text, ...] = ()
+    """Names of modules of the decoder that are trained whole beside the adapters, such as `[embed_tokens]` after an SFT
+    with new tokens."""
+    from_: Text | None = None
+    """A folder of peft, or its hub name, with an adapter of this base, rank and scale: training goes on from it, and
+    the reference is the base model with it. null: the adapters begin at 0."""
 
 
 @dataclass(frozen=True)
@@ -189,3 +200,6 @@ class Export:
     merged: bool = False
     """Whether a run with adapters exports the whole model with the adapters merged in, instead of the adapters
     alone."""
+    push_to_hub: Text | None = None
+    """Repository on the hub, as `OWNER/NAME` or `NAME`, to which the folder is pushed at the end, private where it does
+    not exist yet; a failure costs nothing but a message. null: it is not pushed."""

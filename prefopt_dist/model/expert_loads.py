@@ -66,7 +66,7 @@ class ExpertLoads:
         members = np.zeros((len(batch.spans), len(uses)), dtype=np.bool_)
         for q, span in enumerate(batch.spans):
             for part in (slice(span.prefix_start, span.prefix_end), slice(span.start, span.end)):
-                uses[part] += span.times
+                uses[part] += span.share
                 members[q, part] = True
 
         def moved(numbers: NDArray[Any]) -> torch.Tensor:
@@ -74,8 +74,8 @@ class ExpertLoads:
 
         if not self._coefficient:
             return Tokens(moved(uses), None, None)
-        times = np.array([span.times for span in batch.spans], dtype=np.float64) / max(1, batch.units.shape[1])
-        return Tokens(moved(uses), moved(members).float(), moved(times))
+        shares = np.array([span.share for span in batch.spans], dtype=np.float64)
+        return Tokens(moved(uses), moved(members).float(), moved(shares))
 
     def through(
         self,

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from prefopt_dist.errors import UserError
+from prefopt_dist.model.adapter import WEIGHTS
 from prefopt_dist.model.larger import check_language_part
 from prefopt_dist.model.published import quantization
 from prefopt_dist.model.weight_files import stored_tensors, weight_files
@@ -39,6 +40,17 @@ class ModelFolder:
     part_of_more: bool = False
     """Whether the folder's model has other parts than the language model, such as one for images; they are not loaded,
     and `config` is the language model's."""
+    adapter: Path | None = None
+    """A folder of saved adapters that belong to the model: it is loaded with them."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Return all files that decide the numbers of the model's weights, those of its adapter last."""
+        return self.weight_files if self.adapter is None else (*self.weight_files, self.adapter / WEIGHTS)
+
+    def equals(self, other: ModelFolder) -> bool:
+        """Return whether both are the same model."""
+        return (self.path, self.adapter) == (other.path, other.adapter)
 
 
 def resolve(name_or_path: str, key: str, *, weights: bool = True) -> Path:

@@ -220,9 +220,8 @@ def _sums(logps: torch.Tensor, scored: torch.Tensor, counts: torch.Tensor) -> to
 
 
 def _units(batch: MicroBatch, sums: torch.Tensor, reference: torch.Tensor | None) -> Sequences:
-    return Sequences(
-        sums[batch.units], batch.counts[batch.units], reference, batch.desirable, batch.weight, batch.margin
-    )
+    numbers = batch.desirable, batch.weight, batch.margin, batch.partner
+    return Sequences(sums[batch.units], batch.counts[batch.units], reference, *numbers)
 
 
 def _units_of(
@@ -246,6 +245,5 @@ def _units_of(
     def of(values: torch.Tensor | None) -> torch.Tensor | None:
         return None if values is None else values[indices]
 
-    return Sequences(
-        sums[units], counts[units], of(reference), batch.desirable[indices], of(batch.weight), of(batch.margin)
-    )
+    numbers = batch.desirable[indices], of(batch.weight), of(batch.margin), of(batch.partner)
+    return Sequences(sums[units], counts[units], of(reference), *numbers)

@@ -260,7 +260,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
     rewards = configured_rewards(config, models)
     data = config.data
     tokeniser = tokeniser_of(config, models.tokenizer)
-    hashed = hash_weights(models.policy, models.dtype, config.cache_dir)
+    hashed = hash_weights(models.start, models.dtype, config.cache_dir)
     sampling = Sampling(
         n=1,
         temperature=settings.temperature,
@@ -314,7 +314,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
         sampling,
         tokeniser,
         lambda: start_engine(config, models, hashed),
-        models.policy,
+        models.start,
         hashed.key,
     )
     return OwnAnswers(config, models, prompts, start, _chosen(rows, settings.number))

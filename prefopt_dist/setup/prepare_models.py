@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from prefopt_dist import shipped
 from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
+from prefopt_dist.checkpoint import hub
 from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.distributed import ranks, zero3
@@ -30,6 +31,7 @@ from prefopt_dist.model.published import trainable_folder
 from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.setup import checks
+from prefopt_dist.setup.check_lora import adapter_of
 from prefopt_dist.setup.checks import eval_sets
 from prefopt_dist.setup.experts import check_balancing
 from prefopt_dist.setup.prove_path import choose_path
@@ -46,7 +48,7 @@ class Models:
 
     policy: ModelFolder
     reference: ModelFolder
-    """The policy's folder where the configuration names no other"""
+    """The model that the policy starts from, where the configuration names no other"""
     tokenizer: Any
     dtype: torch.dtype
     """Dtype of the computation"""
@@ -56,9 +58,14 @@ class Models:
     """How every micro-batch of the run is computed"""
 
     @property
+    def start(self) -> ModelFolder:
+        """Return the model that the policy starts from: its folder, with the adapter of lora.from if there is one."""
+        return self.policy if self.adapter is None else replace(self.policy, adapter=self.adapter.start)
+
+    @property
     def reference_is_start(self) -> bool:
         """Return whether the reference is the model that the policy starts from."""
-        return self.reference.path == self.policy.path
+        return self.reference.equals(self.start)
 
 
 def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | None = None) -> None:
@@ -124,6 +131,8 @@ def _check_surroundings(config: Config) -> None:
     zero_settings(config.deepspeed.reference, "deepspeed.reference")
     checks.check_packages(config)
     checks.check_evaluations(config)
+    if config.export.push_to_hub is not None:
+        hub.check_name(config.export.push_to_hub)
     objective = make_objective(config.loss, DTYPES[config.model.dtype])
     checks.check_moving_reference(config, objective)
     checks.check_folders(config, objective)
@@ -143,21 +152,21 @@ def model_folder(config: Config, name_or_path: str, key: str) -> ModelFolder:
 
 def _models(config: Config) -> Models:
     policy = model_folder(config, config.model.name_or_path, "model.name_or_path")
-    reference = policy
-    if config.reference.name_or_path is not None:
-        reference = model_folder(config, config.reference.name_or_path, "reference.name_or_path")
+    named = config.reference.name_or_path
+    reference = None if named is None else model_folder(config, named, "reference.name_or_path")
     tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
     checks.check_tokenizer(tokenizer, config.data.template, policy.config.vocab_size)
-    if reference is not policy:
+    if reference is not None:
         checks.check_reference_tokenizer(tokenizer, reference)
     check_balancing(config, policy.config)
-    adapter = checks.adapter_of(config.lora, policy.config, config.model.name_or_path)
+    adapter = adapter_of(config.lora, policy.config, config.model.name_or_path)
     if adapter is not None and policy.part_of_more and not config.export.merged:
         raise UserError(
             f"export.merged: got false, but {policy.path} has other parts than its language model (such as one for "
             "images), whose layers peft would take for those of the adapters; set export.merged=true"
         )
-    return Models(policy, reference, tokenizer, DTYPES[config.model.dtype], adapter)
+    models = Models(policy, policy, tokenizer, DTYPES[config.model.dtype], adapter)
+    return replace(models, reference=reference or models.start)
 
 
 def load_models(config: Config, scored: Sequence[ModelFolder] = ()) -> Models:
@@ -173,6 +182,8 @@ def load_models(config: Config, scored: Sequence[ModelFolder] = ()) -> Models:
     models = ranks.run_on_all_ranks(partial(_models, config))
     ranks.run_on_rank_zero(partial(checks.check_exportable, models.policy, models.tokenizer))
     say(f"policy: {_described(models.policy)}, computed in {config.model.dtype}")
+    if models.start.adapter is not None:
+        say(f"lora: training goes on from the adapter in {models.start.adapter}, which is part of the start")
     if config.reference.name_or_path is not None:
         say(f"reference: {_described(models.reference)}")
     path, lines = ranks.run_on_rank_zero(partial(_path, config, models, ranks.device(), scored))
@@ -190,7 +201,7 @@ def _path(
     config: Config, models: Models, device: torch.device, scored: Sequence[ModelFolder] = ()
 ) -> tuple[ComputePath, list[str]]:
     """Choose the path of the run, with lines about it (one process calls it)."""
-    all_scored = [models.policy, *([] if models.reference is models.policy else [models.reference]), *scored]
+    all_scored = [models.policy, *([] if models.reference.path == models.policy.path else [models.reference]), *scored]
     return choose_path(config, [(model.key, model.config) for model in all_scored], device)
 
 

@@ -263,7 +263,8 @@ def train_step(job: Job, index: int, batch: Batch, step0_check: Step0Check | Non
 def _batch(job: Job, index: int) -> Batch:
     rows = job.order.step(index).rows.tolist()
     budget = job.options.micro_batch_tokens
-    return step_batch(job.train, rows, job.objective.responses, budget, job.cost, job.passes, job.engine.module.path)
+    passes = job.passes + job.objective.couples_units  # the pass before the step
+    return step_batch(job.train, rows, job.objective.responses, budget, job.cost, passes, job.engine.module.path)
 
 
 def _reference_moves(job: Job, index: int) -> bool:

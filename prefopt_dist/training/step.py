@@ -19,6 +19,7 @@ from prefopt_dist.monitoring.statistics import Statistics
 from prefopt_dist.monitoring.timers import StepTimer
 from prefopt_dist.objectives import Objective, Terms
 from prefopt_dist.reference.step0_check import Step0Check
+from prefopt_dist.training.coupling import with_partners
 from prefopt_dist.training.diagnosis import Diagnosis
 from prefopt_dist.training.reference_point import with_reference_point
 from prefopt_dist.training.skipped_updates import SpikeDetector
@@ -52,7 +53,7 @@ def forward_backward(
     statistics = Statistics(objective.metrics, ranks.device())
     timer = timer or StepTimer(ranks.device())
     weight = ranks.world_size() / batch.units
-    for j, (micro_batch, reference) in enumerate(batch):
+    for j, (micro_batch, reference) in enumerate(with_partners(engine, batch, objective)):
         engine.set_gradient_accumulation_boundary(j == len(batch) - 1)
         with timer.measure("forward"):
             terms: Terms = engine(micro_batch, objective, reference)

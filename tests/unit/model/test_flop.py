@@ -30,7 +30,7 @@ from prefopt_dist.model import attention
 from prefopt_dist.model.adapter import attach
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
-from prefopt_dist.setup.checks import adapter_of
+from prefopt_dist.setup.check_lora import adapter_of
 
 WIDTH, LAYERS = 512, 3
 MIXES = {"UltraFeedback-like": (190, 305), "HH-like": (205, 75), "long": (1600, 255)}

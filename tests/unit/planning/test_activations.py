@@ -39,7 +39,7 @@ from prefopt_dist.model.cost import (
 from prefopt_dist.model.load import own_attention
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.planning.sizes import model_sizes
-from prefopt_dist.setup.checks import adapter_of
+from prefopt_dist.setup.check_lora import adapter_of
 
 GIB = 2**30
 SHAPE = {
