@@ -102,7 +102,7 @@ def make_stepper(task: Task, folder: Path, budget: int) -> Callable[[int], None]
     cost = forward_cost(model.config)
 
     def one(k: int) -> None:
-        batch = step_batch(data, task.rows(k), objective.responses, budget, cost)
+        batch = step_batch(data, task.rows(k), objective.responses, budget, cost, path=task.path)
         step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
         step.optimizer_step(engine, task.learning_rate)
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt_dist.batching.micro_batch import ComputePath, gathered_keys, packed_tokens, sequence_lengths
+from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.packing import gathered_keys, packed_tokens, sequence_lengths
 from prefopt_dist.batching.rectangles import fill, fill_evenly
 from prefopt_dist.data.unit import Unit, keyed_responses
 
@@ -76,7 +77,7 @@ class Cost:
 
 def tokens_and_cost(groups: Sequence[Sequence[Unit]], cost: Cost, path: ComputePath = "shared") -> tuple[int, float]:
     """Return the input tokens, without padding, and the cost of groups of units, each group of one prompt."""
-    tokens = [packed_tokens(g, "shared" if path == "shared" else "packed") for g in groups]
+    tokens = [packed_tokens(g, "packed" if path == "plain" else path) for g in groups]
     return sum(tokens), sum(cost.of(g, t, path) for g, t in zip(groups, tokens, strict=True))
 
 

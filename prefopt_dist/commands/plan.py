@@ -33,6 +33,7 @@ from prefopt_dist.planning.rollouts import AnswersPlan, plan_answers
 from prefopt_dist.planning.work import disk_needed
 from prefopt_dist.setup.answer_engines import sampling_plan
 from prefopt_dist.setup.checks import check_moving_reference, eval_sets
+from prefopt_dist.setup.experts import check_balancing
 from prefopt_dist.setup.memory_needs import job_needs
 from prefopt_dist.setup.prepare_data import TRAIN, rows_for_loss, tokenised_folder, tokenised_train_folder
 from prefopt_dist.setup.prepare_models import DTYPES
@@ -42,6 +43,7 @@ from prefopt_dist.setup.prove_path import choose_path
 def run(config: Config) -> None:
     """Plan in one process, without a process group."""
     model = _language_model(config, "model.name_or_path", config.model.name_or_path)
+    check_balancing(config, model)
     scored = [("model.name_or_path", model)]
     if config.reference.name_or_path is not None:
         key = "reference.name_or_path"
@@ -70,7 +72,7 @@ def _language_model(config: Config, key: str, name_or_path: str) -> PreTrainedCo
     """Return the checked configuration of a language model."""
     folder = resolve(name_or_path, key, weights=False)
     model = read_language_config(folder, key)
-    check_config(model, folder, key, config.data.max_length)
+    check_config(model, folder, key)
     return model
 
 

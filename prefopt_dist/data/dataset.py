@@ -21,7 +21,7 @@ from prefopt_dist.data.row_counts import DataReport
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.files import checksum, json_digest, write_json
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of the folder's layout and of the meaning of the tokens."""
 SEQUENCE_SCHEMA = 1
 """Version of `sequence_digest`, by which stored log-probabilities are found."""
@@ -42,7 +42,7 @@ COLUMNS = {
 FLAGS = (
     *("cut_prompt", "cut_response_0", "cut_response_1"),
     *("double_bos", "double_end", "missing_bos", "missing_end", "stray_special", "as_is", "lost_reasoning"),
-    *("system_merged", "system_dropped", "other_prompt"),
+    *("system_merged", "system_dropped", "other_prompt", "lost_prompt"),
 )
 """Names of the bits that record how each row was made, from the lowest bit on (see `TokenisedRow`)."""
 MANIFEST = "manifest.json"

@@ -27,6 +27,7 @@ from prefopt_dist.data.containers import (
 )
 from prefopt_dist.data.example import BadRow
 from prefopt_dist.data.folders import select_files
+from prefopt_dist.data.joined_rows import join_answers
 from prefopt_dist.data.remote import is_url
 from prefopt_dist.errors import NotHere, UserError
 from prefopt_dist.packages import import_optional
@@ -116,7 +117,7 @@ class OpenSource:
         else:
             rows = _json_rows(self)
         empty = True
-        for payload in rows:
+        for payload in join_answers(rows, parse_payload):
             empty = False
             yield payload
         if empty:

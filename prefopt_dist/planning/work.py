@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from prefopt_dist.batching import layout
 from prefopt_dist.batching.layout import FROZEN_PASSES, TRAINING_PASSES, Cost, group_by_prompt, tokens_and_cost
-from prefopt_dist.batching.micro_batch import ComputePath, gathered_keys, packed_tokens
+from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.batching.order import Order, first_rows
+from prefopt_dist.batching.packing import gathered_keys, packed_tokens
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, UnpairedRows
@@ -42,7 +43,7 @@ class Work:
     step_flop: float
     """FLOP of a forward pass over a step's tokens"""
     ahead_flop: float
-    """FLOP of the pass before a step, which only KTO has"""
+    """FLOP of the pass before a step, which only KTO and losses that couple units have"""
     first_pass_tokens: int | None
     """Distinct tokens that the reference scores, evaluation included; None where the rows are not known or no
     reference is needed"""
@@ -95,6 +96,8 @@ def work_from_rows(
         tokens, flop = tokens + step_tokens, flop + step_flop
         if isinstance(train, UnpairedRows):
             ahead += forward(train, step_rows, MISMATCHED)[1]
+        elif objective.couples_units:
+            ahead += step_flop
     sets = [train, *evals.values()]
     scored = objective.needs_reference
     every = config.reference.update_every_steps
@@ -103,7 +106,7 @@ def work_from_rows(
     evaluated = 0.0
     for rows in evals.values():
         for first in (0, MISMATCHED) if isinstance(rows, UnpairedRows) else (0,):
-            evaluated += forward(rows, range(rows.n), first)[1]
+            evaluated += forward(rows, range(rows.n), first)[1] * (2 if objective.couples_units else 1)
     return Work(
         known=True,
         steps=steps,
@@ -165,7 +168,7 @@ def padding(train: TokenisedRows, order: Order, steps: int, responses: int, budg
 
 def worst_case_work(config: Config, cost: Cost, objective: Objective, path: ComputePath = "shared") -> Work:
     """Return the work with every row as long as `data.max_length` allows, for data that cannot be read."""
-    responses = objective.responses
+    responses = min(objective.responses, 2)  # beginnings of responses are not computed again
     prompt = config.data.max_prompt_length
     response = config.data.max_length - prompt
     ids = np.arange(response, dtype=np.int32)  # different for each response, so that they share no prefix
@@ -177,7 +180,7 @@ def worst_case_work(config: Config, cost: Cost, objective: Objective, path: Comp
         steps=config.train.max_steps,
         step_tokens=float(pairs * tokens),
         step_flop=pairs * of_unit,
-        ahead_flop=pairs * of_unit if objective.needs_reference_point else 0.0,
+        ahead_flop=pairs * of_unit if objective.needs_reference_point or objective.couples_units else 0.0,
         first_pass_tokens=None,
         first_pass_flop=0.0,
         sequences=None,

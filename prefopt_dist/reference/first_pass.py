@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from prefopt_dist.batching.micro_batch import ComputePath, forwards, pack
+from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
+from prefopt_dist.batching.packing import forwards, pack
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import out_of_memory, ranks, zero3
@@ -276,7 +277,7 @@ def _sums(
         return [p.unit(sets, i) for i, p in enumerate(of)]
 
     path: ComputePath = engine.module.path
-    batch = pack(units(places), 1, path, 1 if path != "plain" else forwards([units(m) for m in together], path))
+    batch = pack(units(places), 1, path, forwards([units(m) for m in together], path) if in_rectangles(path) else 1)
     with torch.no_grad():
         sums = engine(batch.to(ranks.device()))
     chosen = batch.units[:, 0]

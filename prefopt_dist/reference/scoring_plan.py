@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefopt_dist.batching.layout import fill_in_order, group_by_prompt
-from prefopt_dist.batching.micro_batch import ComputePath, packed_tokens, sequence_lengths
+from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.packing import packed_tokens, sequence_lengths
 from prefopt_dist.batching.rectangles import fill
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.unit import Unit

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from prefopt_dist.batching.batches import ScoredRows
 from prefopt_dist.batching.layout import fill_micro_batches
-from prefopt_dist.batching.micro_batch import forwards, pack
 from prefopt_dist.batching.order import Order
+from prefopt_dist.batching.packing import forwards, pack
 from prefopt_dist.checkpoint.save import committed, step_of
 from prefopt_dist.distributed import out_of_memory, ranks
 from prefopt_dist.errors import AgreedUserError, UserError

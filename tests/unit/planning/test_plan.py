@@ -23,7 +23,7 @@ from prefopt_dist.planning.network import network
 from prefopt_dist.planning.rollouts import plan_answers
 from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.planning.work import disk_needed
-from prefopt_dist.setup.checks import adapter_of
+from prefopt_dist.setup.check_lora import adapter_of
 from prefopt_dist.setup.prepare_models import with_model_buckets
 
 GIB = 2**30

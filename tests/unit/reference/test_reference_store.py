@@ -20,8 +20,9 @@ from data_for_tests import ROWS, lines, prepare
 from transformers import AutoConfig, LlamaConfig
 
 from prefopt_dist.batching.layout import fill_micro_batches
-from prefopt_dist.batching.micro_batch import PATHS, ComputePath, packed_tokens
+from prefopt_dist.batching.micro_batch import PATHS, ComputePath
 from prefopt_dist.batching.order import Order, first_rows
+from prefopt_dist.batching.packing import packed_tokens
 from prefopt_dist.data import TokenisedRows, open_rows
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.fingerprint import file_digest, reference_key
@@ -506,7 +507,7 @@ def test_plan_name_holds_for_these_sets(sets: list[TokenisedRows]) -> None:
 def test_each_path_has_plans_of_its_own(store: ReferenceStore, sets: list[TokenisedRows]) -> None:
     """The path shared has the names from before there were others; another path takes none of its micro-batches."""
     names = {plan_name(sets, 2), *(plan_name(sets, 2, path) for path in PATHS)}
-    assert len(names) == 3
+    assert len(names) == len(PATHS)
     assert plan_name(sets, 2) == plan_name(sets, 2, "shared")
     shared = Starts(store, sets).plan(150)
     plain = first_pass._look_up(store, sets, 2, 150, "plain").micro_batches
