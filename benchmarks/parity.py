@@ -83,14 +83,15 @@ def cases() -> list[Case]:
         swapped = [(p, r, c) for p, c, r in rows]
         return peer.dpo(rows, ["sigmoid"], 0.1) * (1 - smoothing) + peer.dpo(swapped, ["sigmoid"], 0.1) * smoothing
 
-    def one_by_one(peer: Any, rows: Rows) -> Value:
-        found = [peer.dpo([row], ["sigmoid", "sft"], 0.1, loss_weights=[1.0, alpha]) for row in rows]
+    def one_by_one(peer: Any, rows: Rows, losses: list[str], weights: list[float]) -> Value:
+        found = [peer.dpo([row], losses, 0.1, loss_weights=weights) for row in rows]
         total = found[0]
         for value in found[1:]:
             total = total + value
         return total * (1 / len(rows))
 
     mix = {"dpo": {"weight": 0.8, "beta": 0.2}, "ipo": {"weight": 0.05, "beta": 0.2}}
+    mpo = {"dpo": {"weight": 0.8, "beta": 0.1}, "bco_pair": {"weight": 0.2, "beta": 0.1}, "sft": {"weight": 1.0}}
     return [
         Case("dpo", "DPO sigmoid", {"beta": 0.1}, lambda t, r: t.dpo(r, ["sigmoid"], 0.1)),
         Case(
@@ -109,7 +110,7 @@ def cases() -> list[Case]:
             "dpo, sft_weight",
             "DPO sigmoid + sft, one pair a batch",
             {"beta": 0.1, "sft_weight": alpha},
-            one_by_one,
+            lambda t, r: one_by_one(t, r, ["sigmoid", "sft"], [1.0, alpha]),
         ),
         Case(
             "robust",
@@ -119,13 +120,52 @@ def cases() -> list[Case]:
         ),
         Case("ipo", "DPO ipo", {"beta": 0.3}, lambda t, r: t.dpo(r, ["ipo"], 0.3)),
         Case("hinge", "DPO hinge", {"beta": 0.05}, lambda t, r: t.dpo(r, ["hinge"], 0.05)),
+        *(
+            Case(name, f"DPO {name}", {"beta": 0.1}, lambda t, r, name=name: t.dpo(r, [name], 0.1))
+            for name in ("apo_zero", "apo_down", "bco_pair", "nca_pair", "sppo_hard")
+        ),
+        Case(
+            "exo_pair",
+            "DPO exo_pair",
+            {"beta": 0.1, "label_smoothing": 0.01},
+            lambda t, r: t.dpo(r, ["exo_pair"], 0.1, label_smoothing=0.01),
+        ),
+        Case(
+            "discopop",
+            "DPO discopop",
+            {"beta": 0.05, "temperature": 0.05},
+            lambda t, r: t.dpo(r, ["discopop"], 0.05, discopop_tau=0.05),
+        ),
         Case(
             "mix of dpo and ipo",
             "DPO sigmoid + ipo, loss_weights",
             {"of": mix},
             lambda t, r: t.dpo(r, ["sigmoid", "ipo"], 0.2, loss_weights=[0.8, 0.05]),
         ),
-        Case("simpo", "CPO simpo, cpo_alpha 0", {"beta": 2.0, "gamma": 1.0}, lambda t, r: t.simpo(r, 2.0, 1.0)),
+        Case(
+            "mix of dpo, bco_pair and sft (MPO)",
+            "DPO sigmoid + bco_pair + sft, one pair a batch",
+            {"of": mpo},
+            lambda t, r: one_by_one(t, r, ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0]),
+        ),
+        Case(
+            "simpo",
+            "CPO simpo, cpo_alpha 0",
+            {"beta": 2.0, "gamma": 1.0},
+            lambda t, r: t.cpo(r, loss_type="simpo", beta=2.0, simpo_gamma=1.0),
+        ),
+        Case(
+            "alphapo",
+            "CPO alphapo",
+            {"beta": 2.0, "gamma": 0.5, "alpha": 0.25},
+            lambda t, r: t.cpo(r, loss_type="alphapo", beta=2.0, simpo_gamma=0.5, alpha=0.25),
+        ),
+        Case(
+            "cpo, sft_weight 0",
+            "CPO sigmoid, cpo_alpha 0",
+            {"beta": 0.05, "label_smoothing": smoothing, "sft_weight": 0.0},
+            lambda t, r: t.cpo(r, loss_type="sigmoid", beta=0.05, label_smoothing=smoothing),
+        ),
         Case(
             "orpo",
             "ORPO",

@@ -50,9 +50,9 @@ class Peer:
         )
         return _value(trainer, trainer.compute_loss(trainer.model, _batch(trainer)))
 
-    def simpo(self, rows: Rows, beta: float, gamma: float) -> Value:
-        """Return CPOTrainer's SimPO loss without its likelihood term."""
-        config = CPOConfig(loss_type="simpo", beta=beta, simpo_gamma=gamma, cpo_alpha=0.0, **self.common)
+    def cpo(self, rows: Rows, **options: Any) -> Value:
+        """Return CPOTrainer's loss without its likelihood term, which is over prompt and response."""
+        config = CPOConfig(cpo_alpha=0.0, **options, **self.common)
         trainer = self._reference_free(CPOTrainer, config, rows)
         return _value(trainer, trainer.compute_loss(trainer.model, _batch(trainer)))
 

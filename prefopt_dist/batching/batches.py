@@ -21,6 +21,7 @@ from prefopt_dist.batching.layout import (
     tokens_and_cost,
 )
 from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, forwards, pack, packed_tokens, to_device
+from prefopt_dist.batching.weights import with_mean_1
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, UnpairedRows
 from prefopt_dist.data.unit import Unit
@@ -66,7 +67,7 @@ class Batch:
         self._forwards = [forwards(by_rank, path) for by_rank in layout]
         self._packed: list[tuple[MicroBatch, torch.Tensor | None]] | None = None
         self.units = sum(len(units) for by_rank in layout for units in by_rank)
-        """Number of units on all ranks."""
+        """Number of units on all ranks, without those of weight 0."""
         self.tokens = 0
         """Number of input tokens of a step on all ranks, without padding; an evaluation does not count them."""
         self.padded_tokens = 0
@@ -121,13 +122,17 @@ class Batch:
 class Prefetcher:
     """The batches of steps, in order; a thread lays out and packs the next one while the current one is computed."""
 
-    def __init__(self, make: Callable[[int], Batch], steps: range) -> None:
+    def __init__(
+        self, make: Callable[[int], Batch], steps: range, not_ahead: Callable[[int], bool] = lambda step: False
+    ) -> None:
         """Start the thread.
 
         Args:
             make: makes the batch of a step, in host memory.
             steps: the steps whose batches will be taken, in order.
+            not_ahead: whether a step's batch can be made only when it is taken.
         """
+        self._not_ahead = not_ahead
         self._make = make
         self._steps = steps
         # A new thread uses the first GPU; the memory that it pins must belong to this rank's GPU.
@@ -145,7 +150,8 @@ class Prefetcher:
         """Return the step's batch and start to make the next one."""
         current = self._next or self._thread.submit(self._make, step)
         batch = current.result()
-        self._next = self._thread.submit(self._make, step + 1) if step + 1 in self._steps else None
+        ahead = step + 1 in self._steps and not self._not_ahead(step + 1)
+        self._next = self._thread.submit(self._make, step + 1) if ahead else None
         return batch
 
 
@@ -171,7 +177,7 @@ def step_batch(
     """
 
     def laid_out(first: int, passes: int) -> Batch:
-        units = data.units(rows, responses, first)
+        units = with_mean_1(data.units(rows, responses, first), data.rows)
         layout = lay_out(units, ranks.world_size(), budget, cost, path)
         batch = Batch(data, layout, responses, first, path)
         batch.tokens, forward = tokens_and_cost(group_by_prompt(units, budget, path), cost or Cost(), path)
@@ -202,7 +208,8 @@ def evaluation_batch(data: ScoredRows, responses: int, budget: int, path: Comput
     """
 
     def laid_out(first: int) -> Batch:
-        filled = fill_micro_batches(data.units(range(data.rows.n), responses, first), budget, path)
+        units = with_mean_1(data.units(range(data.rows.n), responses, first), data.rows)
+        filled = fill_micro_batches(units, budget, path)
         world = ranks.world_size()
         filled += [[]] * (-len(filled) % world)
         return Batch(data, [filled[j : j + world] for j in range(0, len(filled), world)], responses, first, path)

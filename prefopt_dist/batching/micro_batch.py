@@ -127,6 +127,10 @@ class MicroBatch:
     """int64 [U]: indices of the units, sorted by prompt."""
     prompts: tuple[PromptEnds, ...]
     """The ends of each distinct prompt; no state, sequence or unit belongs to two prompts."""
+    weight: torch.Tensor | None = None
+    """float64 [U]: the weight of each unit in sums over units; None: each weighs 1."""
+    margin: torch.Tensor | None = None
+    """float64 [U]: the margin of rewards that each pair should exceed; None: 0."""
     rectangles: tuple[torch.Tensor, ...] = ()
     """int64 [B, L] each, on the path plain: indices in the row of B sequences, padded on the right by the index of the
     sequence's last token."""
@@ -315,8 +319,16 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
         desirable=torch.tensor([u.desirable for u in units]),
         by_prompt=torch.from_numpy(of_unit.argsort(kind="stable")),
         prompts=_ends(of_unit, np.unique(np.concatenate(source)), counts, row_ends, sequence_ends),
+        weight=_numbers([u.weight for u in units]),
+        margin=_numbers([u.margin for u in units]),
         rectangles=rectangles,
     )
+
+
+def _numbers(values: Sequence[float | None]) -> torch.Tensor | None:
+    """Return a number of each unit as float64 [U]; None where the units have none."""
+    given = [value for value in values if value is not None]
+    return torch.tensor(given, dtype=torch.float64) if len(given) == len(values) else None
 
 
 def _rectangles(segments: Sequence[Segment], forwards: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:

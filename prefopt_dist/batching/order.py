@@ -101,3 +101,18 @@ class Order:
             rows_seen=epoch * self.rows_per_epoch + end,
             epoch_fraction=epoch + end / self.rows_per_epoch,
         )
+
+    def rows_between(self, first: int, end: int) -> NDArray[np.int64]:
+        """Return the distinct rows of the steps from `first` to `end`, without `end`: int64, ascending."""
+        return np.unique(np.concatenate([self.step(index).rows for index in range(first, end)]))
+
+
+def first_rows(order: Order, total_steps: int, every: int | None) -> NDArray[np.int64] | None:
+    """Return the rows that the first reference has to score: those before its first update; None: all.
+
+    Args:
+        order: the order of the training rows.
+        total_steps: steps of the run.
+        every: steps between two updates of the reference; None where it does not move.
+    """
+    return None if every is None else order.rows_between(0, min(every, total_steps))

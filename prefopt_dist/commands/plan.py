@@ -30,7 +30,7 @@ from prefopt_dist.planning.report import PlanReport
 from prefopt_dist.planning.rollouts import AnswersPlan, plan_answers
 from prefopt_dist.planning.work import disk_needed
 from prefopt_dist.setup.answer_engines import sampling_plan
-from prefopt_dist.setup.checks import eval_sets
+from prefopt_dist.setup.checks import check_moving_reference, eval_sets
 from prefopt_dist.setup.memory_needs import job_needs
 from prefopt_dist.setup.prepare_data import TRAIN, rows_for_loss, tokenised_folder, tokenised_train_folder
 from prefopt_dist.setup.prepare_models import DTYPES
@@ -47,6 +47,7 @@ def run(config: Config) -> None:
     path, lines = choose_path(config, scored, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for line in lines:
         say(line)
+    check_moving_reference(config, make_objective(config.loss, DTYPES[config.model.dtype]))
     machine = planned_machine(config.plan)
     cost = forward_cost(model)
     work_to_do = _work(config, model, cost, path)
@@ -125,6 +126,7 @@ def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], tod
         step_seconds=step_seconds,
         first_pass_seconds=seconds(todo.first_pass_flop),
         evaluation_seconds=seconds(todo.evaluation_flop),
+        updates_seconds=seconds(todo.updates_flop),
         network=traffic,
         answers=_answers(config, machine, needs, todo.steps),
         disk=disk,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prefopt_dist.batching.order import first_rows
 from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import AgreedUserError, StopRequested
@@ -26,7 +27,12 @@ def run(config: Config) -> None:
         reference = prepare_reference.reference_weights(config, models, objective)
         try:
             _, done = prepare_reference.score_reference(
-                config, models, [train, *evals.values()], reference, lambda: requests.look().stop
+                config,
+                models,
+                [train, *evals.values()],
+                reference,
+                lambda: requests.look().stop,
+                first_rows(*prepare_data.plan_steps(config, train), config.reference.update_every_steps),
             )
         except StopRequested:
             if ranks.rank() == 0:

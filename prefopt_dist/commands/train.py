@@ -11,7 +11,7 @@ import torch
 
 from prefopt_dist.batching.batches import ScoredRows
 from prefopt_dist.batching.layout import FROZEN_PASSES, TRAINING_PASSES
-from prefopt_dist.batching.order import Order
+from prefopt_dist.batching.order import Order, first_rows
 from prefopt_dist.checkpoint import load, save
 from prefopt_dist.checkpoint.manifest import Manifest
 from prefopt_dist.checkpoint.run_folder import RunFolder
@@ -38,6 +38,7 @@ from prefopt_dist.setup.own_answers import NotAnswered, OwnAnswers
 from prefopt_dist.setup.prepare_models import Models
 from prefopt_dist.setup.prepare_reference import HashedWeights, adapter_base
 from prefopt_dist.training import loop
+from prefopt_dist.training.moving_reference import MovingReference
 from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.stop import Requests
 
@@ -120,7 +121,7 @@ def _load_inputs(config: Config) -> _Inputs:
     objective = factory.make_objective(config.loss, models.dtype)
     train = prepare_data.load_train(config, models, objective)
     evals = prepare_data.load_evals(config, models, objective)
-    order, total_steps = _plan_steps(config, train)
+    order, total_steps = prepare_data.plan_steps(config, train)
     reference = prepare_reference.reference_weights(config, models, objective)
     facts = {"reference_key": reference and reference.key, "data_digest": train.report.digest}
     base = adapter_base(config, models)
@@ -140,7 +141,12 @@ def _score_and_answer(config: Config, folder: RunFolder, inputs: _Inputs, reques
     where = "in the first pass"
     try:
         (scored, *others), first_pass = prepare_reference.score_reference(
-            config, models, [inputs.train, *evals.values()], inputs.reference, stop_asked
+            config,
+            models,
+            [inputs.train, *evals.values()],
+            inputs.reference,
+            stop_asked,
+            first_rows(inputs.order, inputs.total_steps, config.reference.update_every_steps),
         )
         where, began = "while the start answers", time.perf_counter()
         answers = own_answers.prepare(config, models, next(iter(evals.values()), inputs.train))
@@ -193,6 +199,17 @@ def _make_job(
         ranks.run_on_rank_zero(lambda: save.prune(root, config.checkpoint.keep, best_checkpoint(config)))
         say(f"resuming from {save.folder_name(first)}")
     ranks.run_on_rank_zero(lambda: own_answers.remove_outdated(folder, answers, first))
+    moving = None
+    if (every := config.reference.update_every_steps) is not None:
+        moving = MovingReference.of(
+            start.train,
+            every=every,
+            order=inputs.order,
+            total_steps=inputs.total_steps,
+            budget=config.reference_micro_batch_tokens,
+            run_dir=config.run_dir,
+        )
+        moving.restore(first)
     in_between = None
     if isinstance(answers, OwnAnswers) and config.answers_every_steps is not None:
         in_between = partial(answers.intermediate_metrics, engine)
@@ -200,7 +217,7 @@ def _make_job(
         engine=engine,
         objective=objective,
         rounding=RoundingTolerance.of_model(models.policy.config, models.dtype),
-        train=start.train,
+        train=start.train if moving is None else moving.data,
         eval_sets=start.evals,
         order=inputs.order,
         total_steps=inputs.total_steps,
@@ -218,13 +235,9 @@ def _make_job(
         facts=inputs.facts,
         log=open_log(config, folder, first, inputs.total_steps, objective) if ranks.rank() == 0 else None,
         answer=in_between,
+        moving=moving,
     )
     return job, state
-
-
-def _plan_steps(config: Config, rows: TokenisedRows) -> tuple[Order, int]:
-    order = Order.of_run(rows.source, rows.weights, config.run.seed, config.train.global_batch_pairs)
-    return order, order.total_steps(config.train.epochs, config.train.max_steps)
 
 
 def _intervals(config: Config) -> loop.Intervals:
@@ -324,6 +337,8 @@ def _what_comes(config: Config, order: Order, start: int, total: int) -> str:
     times = [("checkpoint", config.checkpoint.every_steps)]
     if config.data.eval:
         times.insert(0, ("evaluation", config.eval.every_steps))
+    if (moves := config.reference.update_every_steps) is not None:
+        times.append(("new reference", moves))
     every = [f"{what} every {steps} steps" if steps else f"{what} at the end" for what, steps in times]
     return (
         f"training: {described(config.loss)}, steps {start + 1} to {total} of {per_step} rows "

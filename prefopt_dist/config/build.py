@@ -281,6 +281,8 @@ def _build_part(name: str, raw: Any, key: str) -> MixedLoss:
         )
     options = {option: value for option, value in raw.items() if option != "weight"}
     _refuse_foreign_options(name, options, key, remedy="remove it")
+    if "sft_weight" in _field_names(LOSSES[name]):
+        options["sft_weight"] = 0.0  # also where a loss has such a term by default
     # mypy cannot know that a name other than kto gives an option class of a loss on pairs.
     loss: Any = _build_dataclass(LOSSES[name], options, key)
     return MixedLoss(_build(Positive, raw["weight"], f"{key}.weight"), loss)

@@ -143,6 +143,12 @@ class Data:
     good}`."""
     pairs_from: PairsFrom | None = None
     """For rows with several scored answers: where these are, and which two make the pair; null: rows are not paired."""
+    weight: Text | None = None
+    """A column with the weight of each row in the loss and the metrics, a number that is at least 0: its name or dotted
+    path; null: all rows weigh the same. It holds for `data.eval` too."""
+    margin: Text | None = None
+    """A column with the margin of rewards that each pair should exceed, a number: its name or dotted path, or two with
+    ` - ` between them, such as `score_chosen - score_rejected`; null: none. It holds for `data.eval` too."""
     max_length: Annotated[int, Bound("at least 2", lambda v: v >= 2)] = 1024
     """Largest number of tokens of prompt and response together; longer rows are truncated."""
     max_prompt_length: Count = 512

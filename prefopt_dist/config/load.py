@@ -131,8 +131,9 @@ _ALWAYS: dict[str, tuple[str, ...]] = {
 _IF_NOT_DEFAULT: dict[str, tuple[str, ...]] = {
     "data": (
         *("template_date", "learn", "system", "thinking"),
-        *("chat_template", "template_kwargs", "columns", "pairs_from"),
+        *("chat_template", "template_kwargs", "columns", "pairs_from", "weight", "margin"),
     ),
+    "reference": ("update_every_steps",),
     "train": ("deterministic",),
 }
 """Keys that are part of the identity unless they have their defaults: earlier runs, which lack them, still resume."""

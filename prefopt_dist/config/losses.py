@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from prefopt_dist.config.anchored_losses import (
+    APODownLoss,
+    APOZeroLoss,
+    BCOPairLoss,
+    CalDPOLoss,
+    DPOPositiveLoss,
+    NCAPairLoss,
+    SPPOHardLoss,
+)
 from prefopt_dist.config.bounds import Bound, NotNegative, Positive
+from prefopt_dist.errors import UserError
 
 Smoothing = Annotated[float, Bound("in [0, 0.5)", lambda v: 0 <= v < 0.5)]
 
@@ -69,6 +79,34 @@ class HingeLoss:
 
 
 @dataclass(frozen=True)
+class EXOPairLoss:
+    """Efficient exact optimisation on pairs: the reverse KL from the policy's preference to the label."""
+
+    name: Literal["exo_pair"] = "exo_pair"
+    """Selects this loss."""
+    beta: Positive = 0.1
+    """β, as in `dpo`."""
+    label_smoothing: Annotated[float, Bound("in (0, 0.5)", lambda v: 0 < v < 0.5)] = 1e-3
+    """ε: the probability of a flipped preference; at 0 the loss would be infinite."""
+    sft_weight: NotNegative = 0.0
+    """α, as in `dpo`."""
+
+
+@dataclass(frozen=True)
+class DiscoPOPLoss:
+    """A loss that a language model found: DPO's for a margin below 0, an exponential one above."""
+
+    name: Literal["discopop"] = "discopop"
+    """Selects this loss."""
+    beta: Positive = 0.1
+    """β, as in `dpo`."""
+    temperature: Annotated[float, Bound("in (0, 1]", lambda v: 0 < v <= 1)] = 0.05
+    """The width in β · margin over which one loss goes over into the other."""
+    sft_weight: NotNegative = 0.0
+    """α, as in `dpo`."""
+
+
+@dataclass(frozen=True)
 class SimPOLoss:
     """Simple preference optimisation, on log-probs per token, without a reference."""
 
@@ -80,6 +118,36 @@ class SimPOLoss:
     """γ: the target margin of rewards."""
     sft_weight: NotNegative = 0.0
     """α, as in `dpo`."""
+
+
+@dataclass(frozen=True)
+class AlphaPOLoss:
+    """SimPO with a reward that bends: β (1 − p^(−α))/α of the mean probability p of a token, without a reference."""
+
+    name: Literal["alphapo"] = "alphapo"
+    """Selects this loss."""
+    beta: Positive = 2.0
+    """β, as in `simpo`."""
+    gamma: NotNegative = 1.0
+    """γ, as in `simpo`."""
+    alpha: Annotated[float, Bound("different from 0", lambda v: v != 0)] = 0.1
+    """The bend: above 0 unlikely responses have a steeper reward, below 0 a flatter one; `simpo` is the limit at 0."""
+    sft_weight: NotNegative = 0.0
+    """α, as in `dpo`."""
+
+
+@dataclass(frozen=True)
+class CPOLoss:
+    """Contrastive preference optimisation: −log σ(β · margin of summed log-probs) plus SFT, without a reference."""
+
+    name: Literal["cpo"] = "cpo"
+    """Selects this loss."""
+    beta: Positive = 0.1
+    """β: the factor of a summed log-prob."""
+    label_smoothing: Smoothing = 0.0
+    """ε, as in `dpo`."""
+    sft_weight: NotNegative = 1.0
+    """α, as in `dpo`: the paper's second term. In a mix the part `sft` is this term."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +184,26 @@ class SFTLoss:
     """Selects this loss."""
 
 
-PairLoss = DPOLoss | RobustLoss | IPOLoss | HingeLoss | SimPOLoss | ORPOLoss | SFTLoss
+PairLoss = (
+    DPOLoss
+    | RobustLoss
+    | IPOLoss
+    | HingeLoss
+    | EXOPairLoss
+    | DiscoPOPLoss
+    | APOZeroLoss
+    | APODownLoss
+    | BCOPairLoss
+    | NCAPairLoss
+    | SPPOHardLoss
+    | CalDPOLoss
+    | DPOPositiveLoss
+    | SimPOLoss
+    | AlphaPOLoss
+    | CPOLoss
+    | ORPOLoss
+    | SFTLoss
+)
 
 
 @dataclass(frozen=True)
@@ -141,19 +228,32 @@ class MixLoss:
     """Selects this loss."""
 
 
-Loss = DPOLoss | RobustLoss | IPOLoss | HingeLoss | SimPOLoss | ORPOLoss | KTOLoss | SFTLoss | MixLoss
+Loss = PairLoss | KTOLoss | MixLoss
 
 LOSSES: dict[str, type[PairLoss | KTOLoss]] = {
     "dpo": DPOLoss,
     "robust": RobustLoss,
     "ipo": IPOLoss,
     "hinge": HingeLoss,
+    "exo_pair": EXOPairLoss,
+    "discopop": DiscoPOPLoss,
+    "apo_zero": APOZeroLoss,
+    "apo_down": APODownLoss,
+    "bco_pair": BCOPairLoss,
+    "nca_pair": NCAPairLoss,
+    "sppo_hard": SPPOHardLoss,
+    "cal_dpo": CalDPOLoss,
+    "dpop": DPOPositiveLoss,
     "simpo": SimPOLoss,
+    "alphapo": AlphaPOLoss,
+    "cpo": CPOLoss,
     "orpo": ORPOLoss,
     "kto": KTOLoss,
     "sft": SFTLoss,
 }
 """Every loss by name, in the order of a mix's parts. docs/architecture.md lists the steps to add one."""
+WITH_MARGIN = ("dpo", "robust", "ipo", "hinge", "exo_pair", "discopop", "simpo", "alphapo", "cpo")
+"""The losses of the margin of rewards alone, from which `data.margin` is subtracted."""
 MIX = "mix"
 """The name of a weighted sum of losses."""
 NOT_MIXED = {
@@ -161,3 +261,13 @@ NOT_MIXED = {
     MIX: "write its parts here themselves",
 }
 """Losses that cannot be part of a mix, and the reason for messages."""
+
+
+def refuse_margin(loss: Loss, column: str) -> None:
+    """Raise UserError where no part of the loss has a margin of rewards; `column` is the value of data.margin."""
+    names = set(loss.of) if isinstance(loss, MixLoss) else {loss.name}
+    if not names & set(WITH_MARGIN):
+        raise UserError(
+            f"data.margin: got {column!r}, but the loss {loss.name} has no margin of rewards to subtract it from; "
+            f"remove it, or set loss.name to one of {', '.join(WITH_MARGIN)}"
+        )

@@ -59,6 +59,8 @@ class Reference:
     """Where the reference's parameters are kept during the first pass: on the device (`none`) or in CPU memory."""
     micro_batch_tokens: Count | None = None
     """Tokens in a micro-batch of the first pass; null: 2 × `train.micro_batch_tokens`, since it has no backward."""
+    update_every_steps: Count | None = None
+    """The policy becomes the reference after every so many steps (TR-DPO's hard update); null: it never moves."""
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
 from prefopt_dist.config.data import PairsFrom
-from prefopt_dist.data.example import BadRow
+from prefopt_dist.data.example import BadRow, Example
 from prefopt_dist.data.external_columns import best_and_worst, number_of
 from prefopt_dist.data.options import TextOptions
+
+DIFFERENCE = " - "
+"""Stands between two paths whose numbers are subtracted."""
 
 
 def rename_columns(row: dict[str, Any], options: TextOptions) -> dict[str, Any]:
@@ -27,6 +32,38 @@ def rename_columns(row: dict[str, Any], options: TextOptions) -> dict[str, Any]:
         taken |= {options.pairs_from.responses.split(".")[0], options.pairs_from.scores.split(".")[0]}
         named["chosen"], named["rejected"] = _pair(row, options.pairs_from)
     return {name: value for name, value in row.items() if name not in taken} | named
+
+
+def with_numbers(example: Example, row: Mapping[str, Any], options: TextOptions) -> Example:
+    """Return the example with the weight and the margin that data.weight and data.margin name.
+
+    Raises:
+        BadRow: A number is missing, or is none, or a weight is negative.
+    """
+    weight = 1.0 if options.weight is None else _number(row, options.weight, "data.weight")
+    margin = 0.0 if options.margin is None else _number(row, options.margin, "data.margin")
+    if weight < 0:
+        raise BadRow("wrong_type", f"{options.weight} (data.weight) must be at least 0", weight)
+    paths = [path for path in (options.weight, options.margin) if path is not None]
+    used = {part.split(".")[0] for path in paths for part in path.split(DIFFERENCE)}
+    ignored = tuple(name for name in example.ignored if name not in used)
+    return replace(example, weight=weight, margin=margin, ignored=ignored)
+
+
+def _number(row: Mapping[str, Any], path: str, key: str) -> float:
+    """Return the number at a path, or the difference of the numbers at two."""
+    first, *others = [_finite(row, part, key) for part in path.split(DIFFERENCE)]
+    return first - sum(others)
+
+
+def _finite(row: Mapping[str, Any], path: str, key: str) -> float:
+    value = value_at_path(row, path)
+    if value is None:
+        raise BadRow("missing_field", f"a row needs a number in {path} ({key})", sorted(row), f"correct {key}")
+    number = number_of(value)
+    if number is None or not math.isfinite(number):
+        raise BadRow("wrong_type", f"{path} ({key}) must be a finite number", value)
+    return number
 
 
 def value_at_path(value: Any, path: str) -> Any:

@@ -8,7 +8,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +33,8 @@ COLUMNS = {
     "offsets": "<i8",
     "digests": "|u1",
     "labels": "|i1",
+    "row_weights": "<f8",
+    "margins": "<f8",
     "source": "<i4",
     "line": "<i8",
     "flags": "<u2",
@@ -101,6 +103,10 @@ class TokenisedRows:
     weights: tuple[float, ...]
     """Passes per epoch, for each source"""
     report: DataReport
+    row_weights: NDArray[np.float64] | None = field(default=None, kw_only=True)
+    """[n] the weight of each row in the loss; None without data.weight"""
+    margins: NDArray[np.float64] | None = field(default=None, kw_only=True)
+    """[n] the margin of rewards that each pair should exceed; None without data.margin"""
 
     def prompt(self, i: int) -> NDArray[np.int32]:
         """Return the ids of row i's prompt [length]."""
@@ -142,7 +148,9 @@ class TokenisedRows:
         learnt = None if self.learnt is None else tuple(self.mask(i, k) for k in columns)
         desirable = self.labels is None or bool(self.labels[i])
         found = tuple(self.response(i, k) for k in columns)
-        return Unit(i if number is None else number, self.prompt(i), found, desirable, learnt)
+        weight = None if self.row_weights is None else float(self.row_weights[i])
+        margin = None if self.margins is None else float(self.margins[i])
+        return Unit(i if number is None else number, self.prompt(i), found, desirable, learnt, weight, margin)
 
     def lengths(self) -> NDArray[np.int64]:
         """Return the number of tokens of each row's prompt and responses [n, 1+R]."""
@@ -208,7 +216,7 @@ class ColumnWriter:
 def content_digest(files: dict[str, dict[str, Any]]) -> str:
     """Return a digest of the rows from their files' checksums; the line numbers of the rows do not count."""
     state = blake2b(digest_size=16)
-    for name in ("tokens", "offsets", "labels", "source", "learnt"):  # labels and learnt may be absent
+    for name in ("tokens", "offsets", "labels", "source", "learnt", "row_weights", "margins"):  # some may be absent
         if name in files:
             state.update(f"{name}:{files[name]['blake2b']};".encode())
     return state.hexdigest()
@@ -278,6 +286,8 @@ def open_rows(folder: Path, checksums: bool = True) -> TokenisedRows:
         source_names=tuple(body["source_names"]),
         weights=tuple(body["weights"]),
         report=DataReport(**{**report, "examples": examples}),
+        row_weights=arrays.get("row_weights"),
+        margins=arrays.get("margins"),
     )
 
 

@@ -28,6 +28,8 @@ from prefopt_dist.files import digest
 ROWS_PER_COPY = 4096
 """Number of rows that are copied at once."""
 
+OPTIONAL = ("labels", "learnt", "row_weights", "margins")
+"""Columns that a data set may lack."""
 REPAIRS = ("double_bos", "double_end", "system_dropped", "system_merged")
 DroppedRows = tuple[str, NDArray[np.int64], Sequence[str]]
 """The kind under which rows are dropped, their indices, and examples for the report."""
@@ -80,8 +82,7 @@ def _write_subset(
     dropped: dict[str, int],
     examples: dict[str, tuple[str, ...]],
 ) -> None:
-    absent = {name for name, held in (("labels", rows.labels), ("learnt", rows.learnt)) if held is None}
-    names = [name for name in COLUMNS if name not in absent]
+    names = [name for name in COLUMNS if name not in OPTIONAL or getattr(rows, name) is not None]
     with ExitStack() as stack:
         columns = {name: stack.enter_context(ColumnWriter(folder, name)) for name in names}
         columns["offsets"].append([0])
@@ -124,8 +125,9 @@ def _copy_rows(columns: dict[str, ColumnWriter], rows: TokenisedRows, chosen: ND
         ("flags", rows.flags),
     ):
         columns[name].append(values[chosen])
-    if rows.labels is not None:
-        columns["labels"].append(rows.labels[chosen])
+    for name, held in (("labels", rows.labels), ("row_weights", rows.row_weights), ("margins", rows.margins)):
+        if held is not None:
+            columns[name].append(held[chosen])
     return int(ends[-1])
 
 
@@ -231,6 +233,7 @@ def build_unpaired_rows(rows: TokenisedRows, longest: int) -> UnpairedRows:
         starts=np.ascontiguousarray(parts[..., 0]),
         ends=np.ascontiguousarray(parts[..., 1]),
         halves=halves,
+        row_weights=None if rows.row_weights is None else np.repeat(rows.row_weights, rows.responses),
     )
     unpaired.digests[:, 0] = rows.digests.reshape(n, 16)
     for i in range(n):

@@ -46,6 +46,10 @@ class Example:
     """The responses' strings continue the prompt's string, so their leading white space does not belong to them"""
     ignored: tuple[str, ...] = ()
     """Columns of the row that hold a value but were not used"""
+    weight: float = 1.0
+    """The row's weight in the loss, at least 0"""
+    margin: float = 0.0
+    """The margin of rewards that a pair should exceed"""
 
 
 SKIPPED_KINDS = ("tie", "joined")

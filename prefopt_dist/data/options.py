@@ -34,12 +34,18 @@ class TextOptions:
     columns: tuple[tuple[str, str], ...] = ()
     """The own name of each column, and the dotted path to its value in the data set"""
     pairs_from: PairsFrom | None = None
+    weight: str | None = None
+    """The path of each row's weight; None: all rows weigh the same"""
+    margin: str | None = None
+    """The path of each row's margin, or two with ` - ` between them; None: there is none"""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the options as a dictionary, for digests."""
-        return asdict(self)
+        """Return the options as a dictionary, for digests; earlier digests do not have the last two."""
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in NUMBERS}
 
 
+NUMBERS = ("weight", "margin")
+"""The options that name a number of each row."""
 DEFAULT_OPTIONS = TextOptions()
 
 CLOCK_FUNCTION = "strftime_now"

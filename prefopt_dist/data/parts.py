@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from prefopt_dist.data.columns import rename_columns
+from prefopt_dist.data.columns import rename_columns, with_numbers
 from prefopt_dist.data.dataset import COLUMNS, flag_bits, sequence_digest
 from prefopt_dist.data.example import BadRow, Example
 from prefopt_dist.data.forms import read_form
@@ -137,7 +137,7 @@ class PartTokeniser:
         how, options = self._reading.sources[source], self._settings.options
         try:
             example = read_form(how.form, rename_columns(row, options), options.learn)
-            return apply_text_kind(example, how.text_kind, tokeniser.template)
+            return apply_text_kind(with_numbers(example, row, options), how.text_kind, tokeniser.template)
         except BadRow as bad:
             return bad
 
@@ -159,6 +159,8 @@ def _columns(rows: Sequence[tuple[int, TokenisedRow]], source: int) -> tuple[dic
         "offsets": [len(part) for part in parts],
         "digests": np.frombuffer(digests, np.uint8),
         "labels": [row.label is True for _, row in rows],
+        "row_weights": [row.weight for _, row in rows],
+        "margins": [row.margin for _, row in rows],
         "source": [source] * len(rows),
         "line": [line for line, _ in rows],
         "flags": [flag_bits(row.flags) for _, row in rows],

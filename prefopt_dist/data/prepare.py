@@ -100,7 +100,7 @@ def prepare_rows(
         with closing(results):  # it ends its processes
             _write_rows(
                 building, results, reading, weights,
-                stop=on_bad_row == "stop", vocab_size=vocab_size, key=key, progress=progress,
+                stop=on_bad_row == "stop", vocab_size=vocab_size, key=key, options=options, progress=progress,
             )  # fmt: skip
 
     build_once(folder, write)
@@ -133,11 +133,17 @@ class _Columns:
         if len(result.columns["offsets"]):
             self._end += int(result.columns["offsets"][-1])
 
-    def finish(self, kind: Kind | None) -> dict[str, dict[str, Any]]:
-        """Flush the columns to disk and return size and checksum of each; None: the set has no rows."""
+    def finish(self, kind: Kind, options: TextOptions) -> dict[str, dict[str, Any]]:
+        """Flush the columns to disk and return size and checksum of each."""
         files = {name: column.finish() for name, column in self._columns.items()}
-        # Columns without information are removed: labels of rows that are not rated, and a mask that is all true.
-        for name, absent in (("labels", kind != "rated"), ("learnt", not self._masked)):
+        # Columns without information are removed: labels of rows that are not rated, a mask that is all true, and
+        # numbers that no option asks for.
+        for name, absent in (
+            ("labels", kind != "rated"),
+            ("learnt", not self._masked),
+            ("row_weights", options.weight is None),
+            ("margins", options.margin is None),
+        ):
             if absent:
                 del files[name]
                 (self._folder / f"{name}.bin").unlink()
@@ -153,6 +159,7 @@ def _write_rows(
     stop: bool,
     vocab_size: int,
     key: str,
+    options: TextOptions,
     progress: Progress | None,
 ) -> None:
     """Write all columns and the manifest.
@@ -165,6 +172,7 @@ def _write_rows(
         stop: Whether a bad row ends the job.
         vocab_size: Number of entries of the model's vocabulary.
         key: The dotted key of the sources, for messages.
+        options: Further options for reading rows.
         progress: Called after each part.
     """
     forms = ", ".join(dict.fromkeys(how.form for how in reading.sources if how.form != "auto"))
@@ -184,7 +192,7 @@ def _write_rows(
                 f"{key}: no row is left to use; correct data.format or the data\n{counts.report(forms, '').text()}"
             )
         kind = cast(Kind, kind_of(forms.split(", ")[0]))
-        files = columns.finish(kind)
+        files = columns.finish(kind, options)
     report = counts.report(forms, content_digest(files))
     names = [how.name for how in reading.sources]
     write_manifest(folder, kind=kind, files=files, names=names, weights=weights, report=report)

@@ -42,6 +42,8 @@ class TokenisedRow:
     """The end of the prompt at inference and in training, where they differ (`other_prompt`)"""
     cut_responses: frozenset[int] = frozenset()
     """Indices of the responses that truncation shortened"""
+    weight: float = 1.0
+    margin: float = 0.0
 
     def learnt_of(self, k: int) -> list[bool] | None:
         """Return which tokens of response k are scored and learnt; None: all of them."""
@@ -209,7 +211,7 @@ class Tokeniser:
             shortened = frozenset(k for k, response in enumerate(row.responses) if len(response) > budget)
             row = replace(row, responses=responses, learnt=masks, cut_responses=shortened)
             cut.add("response")
-        return replace(row, cut=frozenset(cut), label=example.label)
+        return replace(row, cut=frozenset(cut), label=example.label, weight=example.weight, margin=example.margin)
 
     def _excess(self, row: TokenisedRow) -> int:
         return len(row.prompt) + max(map(len, row.responses)) - self.max_length

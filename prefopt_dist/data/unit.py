@@ -21,6 +21,10 @@ class Unit:
     """For a rated row, whether its response is desirable"""
     learnt: tuple[Mask | None, ...] | None = None
     """For each response, the mask of its scored tokens; None: all of them are scored"""
+    weight: float | None = None
+    """Its weight in the sums over units; None: 1"""
+    margin: float | None = None
+    """The margin of rewards that a pair should exceed; None: 0"""
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,9 @@ def _sums(logps: torch.Tensor, scored: torch.Tensor, counts: torch.Tensor) -> to
 
 
 def _units(batch: MicroBatch, sums: torch.Tensor, reference: torch.Tensor | None) -> Sequences:
-    return Sequences(sums[batch.units], batch.counts[batch.units], reference, batch.desirable)
+    return Sequences(
+        sums[batch.units], batch.counts[batch.units], reference, batch.desirable, batch.weight, batch.margin
+    )
 
 
 def _units_of(
@@ -201,6 +203,10 @@ def _units_of(
     sums = _sums(logps, batch.scored[begin.scored : stop.scored] - begin.states * logps.shape[1], counts)
     indices = batch.by_prompt[begin.units : stop.units]
     units = batch.units[indices] - begin.sequences
+
+    def of(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values[indices]
+
     return Sequences(
-        sums[units], counts[units], None if reference is None else reference[indices], batch.desirable[indices]
+        sums[units], counts[units], of(reference), batch.desirable[indices], of(batch.weight), of(batch.margin)
     )

@@ -1,23 +1,35 @@
 """Losses and rewards: pure functions of summed log-probs, which know nothing of models or engines."""
 
-from prefopt_dist.objectives.dpo import DPO, IPO, Hinge, RobustDPO
+from prefopt_dist.objectives.anchored import APODown, APOZero, BCOPair, CalDPO, DPOPositive, NCAPair, SPPOHard
+from prefopt_dist.objectives.dpo import DPO, IPO, DiscoPOP, EXOPair, Hinge, RobustDPO
 from prefopt_dist.objectives.kto import KTO
 from prefopt_dist.objectives.mix import Mix, MixPart
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
-from prefopt_dist.objectives.reference_free import ORPO, SimPO
+from prefopt_dist.objectives.reference_free import CPO, ORPO, AlphaPO, SimPO
 from prefopt_dist.objectives.sft import SFT, WithSFT
 
 __all__ = [
+    "CPO",
     "DPO",
     "IPO",
     "KTO",
     "ORPO",
     "SFT",
+    "APODown",
+    "APOZero",
+    "AlphaPO",
+    "BCOPair",
+    "CalDPO",
+    "DPOPositive",
+    "DiscoPOP",
+    "EXOPair",
     "Hinge",
     "Mix",
     "MixPart",
+    "NCAPair",
     "Objective",
     "RobustDPO",
+    "SPPOHard",
     "Sequences",
     "SimPO",
     "Terms",

@@ -1,4 +1,4 @@
-"""DPO (Rafailov et al. 2023, arXiv:2305.18290) and losses on the same log-ratios: robust DPO, hinge, IPO."""
+"""DPO (Rafailov et al. 2023, arXiv:2305.18290) and losses of the same margin of log-ratios."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
-from prefopt_dist.objectives.pairs import REFERENCE_METRICS, TIE, logratios, pair_terms, reward_scale
+from prefopt_dist.objectives.pairs import (
+    REFERENCE_METRICS,
+    TIE,
+    OfRewards,
+    beyond_margin,
+    logratios,
+    pair_terms,
+    reward_scale,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class DPO(Objective):
         """Return the loss; rewards are r = β(log π − log π_ref) of the response (equation 5, up to Z)."""
         scale = reward_scale(units, self.beta, per_token=self.per_token)
         reward = scale * logratios(units)
-        margin = reward[:, 0] - reward[:, 1]
+        margin = beyond_margin(units, reward)
         loss = -(1 - self.label_smoothing) * F.logsigmoid(margin) - self.label_smoothing * F.logsigmoid(-margin)
         return pair_terms(units, loss, reward, scale, self.tie_tolerance)
 
@@ -74,7 +83,7 @@ class RobustDPO(Objective):
         """Return the loss; rewards as in DPO."""
         scale = reward_scale(units, self.beta, per_token=False)
         reward = scale * logratios(units)
-        margin = reward[:, 0] - reward[:, 1]
+        margin = beyond_margin(units, reward)
         eps = self.label_smoothing
         loss = (-(1 - eps) * F.logsigmoid(margin) + eps * F.logsigmoid(-margin)) / (1 - 2 * eps)
         return pair_terms(units, loss, reward, scale, self.tie_tolerance)
@@ -103,7 +112,7 @@ class Hinge(Objective):
         """Return the loss; rewards as in DPO."""
         scale = reward_scale(units, self.beta, per_token=False)
         reward = scale * logratios(units)
-        loss = (1 - (reward[:, 0] - reward[:, 1])).relu()
+        loss = (1 - beyond_margin(units, reward)).relu()
         return pair_terms(units, loss, reward, scale, self.tie_tolerance)
 
 
@@ -141,6 +150,51 @@ class IPO(Objective):
         """Return the loss; rewards are β(log π − log π_ref), per token where the loss is: the target margin is ½."""
         scale = reward_scale(units, self.beta, per_token=self.per_token)
         reward = scale * logratios(units)
-        h = (reward[:, 0] - reward[:, 1]) / self.beta
+        h = beyond_margin(units, reward) / self.beta
         loss = (h - 1 / (2 * self.beta)) ** 2
         return pair_terms(units, loss, reward, scale, self.tie_tolerance)
+
+
+@dataclass(frozen=True)
+class EXOPair(OfRewards):
+    """L = KL(q ‖ p),  q = (σ(m), σ(−m)),  p = (1 − ε, ε),  m as in DPO.
+
+    Equation 16 of Ji et al. 2024, arXiv:2402.00856, for two responses: the reverse KL from the policy's preference q to
+    the label p, which at ε = 0 would be infinite. It has its least value, 0, at m = log((1 − ε)/ε). Where policy and
+    reference are equal, L = −ln 2 − ½ ln(ε(1 − ε)).
+    """
+
+    label_smoothing: float = 1e-3
+    """ε in (0, 0.5)"""
+
+    @property
+    def start_loss(self) -> float | None:
+        """Return −ln 2 − ½ ln(ε(1 − ε))."""
+        return -math.log(2.0) - 0.5 * (math.log(self.label_smoothing) + math.log1p(-self.label_smoothing))
+
+    def of_rewards(self, reward: torch.Tensor, units: Sequences) -> torch.Tensor:
+        """Return the loss."""
+        margin = beyond_margin(units, reward)
+        right = torch.sigmoid(margin) * (F.logsigmoid(margin) - math.log1p(-self.label_smoothing))
+        wrong = torch.sigmoid(-margin) * (F.logsigmoid(-margin) - math.log(self.label_smoothing))
+        return right + wrong
+
+
+@dataclass(frozen=True)
+class DiscoPOP(OfRewards):
+    """L = −(1 − s) log σ(m) + s e^(−m),  s = σ(m/τ_s),  m as in DPO.
+
+    Equation 5 of Lu et al. 2024, arXiv:2406.08414, a loss found by a search with a language model: DPO's below a margin
+    of 0, an exponential one above. Where policy and reference are equal, L = ½ (ln 2 + 1).
+    """
+
+    temperature: float = 0.05
+    """τ_s in (0, 1]; beyond 1 the loss of a pair that is far on the wrong side would grow exponentially"""
+
+    start_loss: ClassVar[float | None] = 0.5 * (math.log(2.0) + 1)
+
+    def of_rewards(self, reward: torch.Tensor, units: Sequences) -> torch.Tensor:
+        """Return the loss; s e^(−m) is formed in the exponent, where e^(−m) alone would overflow."""
+        margin = beyond_margin(units, reward)
+        logistic = -torch.sigmoid(-margin / self.temperature) * F.logsigmoid(margin)
+        return logistic + torch.exp(F.logsigmoid(margin / self.temperature) - margin)

@@ -5,8 +5,21 @@ from __future__ import annotations
 import torch
 
 from prefopt_dist.config import Loss
+from prefopt_dist.config.anchored_losses import (
+    APODownLoss,
+    APOZeroLoss,
+    BCOPairLoss,
+    CalDPOLoss,
+    DPOPositiveLoss,
+    NCAPairLoss,
+    SPPOHardLoss,
+)
 from prefopt_dist.config.losses import (
+    AlphaPOLoss,
+    CPOLoss,
+    DiscoPOPLoss,
     DPOLoss,
+    EXOPairLoss,
     HingeLoss,
     IPOLoss,
     KTOLoss,
@@ -16,7 +29,31 @@ from prefopt_dist.config.losses import (
     SFTLoss,
     SimPOLoss,
 )
-from prefopt_dist.objectives import DPO, IPO, KTO, ORPO, SFT, Hinge, Mix, MixPart, Objective, RobustDPO, SimPO, WithSFT
+from prefopt_dist.objectives import (
+    CPO,
+    DPO,
+    IPO,
+    KTO,
+    ORPO,
+    SFT,
+    AlphaPO,
+    APODown,
+    APOZero,
+    BCOPair,
+    CalDPO,
+    DiscoPOP,
+    DPOPositive,
+    EXOPair,
+    Hinge,
+    Mix,
+    MixPart,
+    NCAPair,
+    Objective,
+    RobustDPO,
+    SimPO,
+    SPPOHard,
+    WithSFT,
+)
 from prefopt_dist.objectives.pairs import tie_tolerance
 
 
@@ -41,8 +78,30 @@ def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
             objective = IPO(loss.beta, loss.average == "tokens", tie)
         case HingeLoss():
             objective = Hinge(loss.beta, tie)
+        case EXOPairLoss():
+            objective = EXOPair(loss.beta, tie, loss.label_smoothing)
+        case DiscoPOPLoss():
+            objective = DiscoPOP(loss.beta, tie, loss.temperature)
+        case APOZeroLoss():
+            objective = APOZero(loss.beta, tie)
+        case APODownLoss():
+            objective = APODown(loss.beta, tie)
+        case BCOPairLoss():
+            objective = BCOPair(loss.beta, tie)
+        case NCAPairLoss():
+            objective = NCAPair(loss.beta, tie)
+        case SPPOHardLoss():
+            objective = SPPOHard(loss.beta, tie)
+        case CalDPOLoss():
+            objective = CalDPO(loss.beta, tie)
+        case DPOPositiveLoss():
+            objective = DPOPositive(loss.beta, tie, loss.penalty)
         case SimPOLoss():
             objective = SimPO(loss.beta, loss.gamma, tie)
+        case AlphaPOLoss():
+            objective = AlphaPO(loss.beta, loss.gamma, loss.alpha, tie)
+        case CPOLoss():
+            objective = CPO(loss.beta, loss.label_smoothing, tie)
     return WithSFT(objective, loss.sft_weight) if loss.sft_weight > 0 else objective
 
 

@@ -74,4 +74,4 @@ class Mix(Objective):
         per_unit = torch.stack([found[i].per_unit[:, column] for i, column in self._columns().values()], dim=1)
         per_unit[:, 0] = sum(w * terms.per_unit[:, 0] for w, terms in zip(weights, found, strict=True))
         loss = torch.stack([w * terms.loss for w, terms in zip(weights, found, strict=True)]).sum()
-        return Terms(loss, per_unit.sum(0), per_unit, units.sums.detach())
+        return Terms(loss, units.total(per_unit), per_unit, units.sums.detach())

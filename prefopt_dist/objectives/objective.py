@@ -24,6 +24,14 @@ class Sequences:
     """float64 [U, R]: log π_ref(response | prompt); None where the loss has no reference"""
     desirable: torch.Tensor | None = None
     """bool [U]: whether a rated response is desirable; None where nothing is rated"""
+    weight: torch.Tensor | None = None
+    """float64 [U]: the weight of each unit in the sums; None: 1"""
+    margin: torch.Tensor | None = None
+    """float64 [U]: the margin of rewards that each pair should exceed; None: 0"""
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum of values [U, …] over the units, each times its unit's weight."""
+        return values.sum(0) if self.weight is None else torch.tensordot(self.weight, values, 1)
 
 
 class Terms(NamedTuple):
@@ -33,11 +41,11 @@ class Terms(NamedTuple):
     """
 
     loss: torch.Tensor
-    """float64 []: the loss summed over the units, differentiable"""
+    """float64 []: the loss summed over the units with their weights, differentiable"""
     statistics: torch.Tensor
-    """float64 [K]: each metric of `Objective.metrics`, summed over the units, detached"""
+    """float64 [K]: each metric of `Objective.metrics`, summed over the units with their weights, detached"""
     per_unit: torch.Tensor
-    """float64 [U, K]: the same for each unit, detached"""
+    """float64 [U, K]: the same for each unit, without its weight, detached"""
     sums: torch.Tensor
     """float64 [U, R]: the policy's log-probs behind them, detached"""
 
@@ -99,4 +107,4 @@ class Objective(Protocol):
 def terms(units: Sequences, loss: torch.Tensor, metrics: list[torch.Tensor]) -> Terms:
     """Return the terms of units from the [U] loss of each and its further [U] metrics, in the objective's order."""
     per_unit = torch.stack([loss.detach(), *(m.detach().to(loss.dtype) for m in metrics)], dim=1)
-    return Terms(loss=loss.sum(), statistics=per_unit.sum(0), per_unit=per_unit, sums=units.sums.detach())
+    return Terms(units.total(loss), units.total(per_unit), per_unit, units.sums.detach())

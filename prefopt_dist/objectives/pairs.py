@@ -5,9 +5,14 @@ Legend: U pairs; column 0 is the chosen response, column 1 the rejected one.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 
-from prefopt_dist.objectives.objective import Sequences, Terms, terms
+from prefopt_dist.objectives.objective import Objective, Sequences, Terms, terms
 
 TIE = 1e-6
 """τ, relative to the rewards' own scale (see `pair_terms`): a margin within it is rounding, neither win nor loss.
@@ -47,6 +52,15 @@ def logratios(units: Sequences) -> torch.Tensor:
     return units.sums - units.reference
 
 
+def beyond_margin(units: Sequences, reward: torch.Tensor) -> torch.Tensor:
+    """Return m − Δ [U]: by how much the margin of rewards [U, 2] exceeds the one that the pair's row asks for.
+
+    Δ is the offset of ODPO (Amini et al. 2024, arXiv:2402.10571), in units of reward; 0 where the rows name none.
+    """
+    margin = reward[:, 0] - reward[:, 1]
+    return margin if units.margin is None else margin - units.margin
+
+
 def pair_terms(
     units: Sequences,
     loss: torch.Tensor,
@@ -75,3 +89,28 @@ def pair_terms(
     if units.reference is not None:
         metrics += logratios(units).unbind(1)
     return terms(units, loss, [*metrics, *more])
+
+
+@dataclass(frozen=True)
+class OfRewards(Objective):
+    """A loss on pairs that is a function of both rewards r = β Σ (log π − log π_ref), equation 5 of the DPO paper."""
+
+    beta: float
+    """β > 0"""
+    tie_tolerance: float = TIE
+    """τ; wider for bfloat16"""
+
+    responses: ClassVar[int] = 2
+    needs_reference: ClassVar[bool] = True
+    metrics: ClassVar[tuple[str, ...]] = REFERENCE_METRICS
+    counted_by: ClassVar[Mapping[str, str]] = {}
+
+    @abstractmethod
+    def of_rewards(self, reward: torch.Tensor, units: Sequences) -> torch.Tensor:
+        """Return the loss of each pair, float64 [U], from the rewards [U, 2] of its chosen and rejected response."""
+
+    def __call__(self, units: Sequences) -> Terms:
+        """Return the loss; rewards as in DPO."""
+        scale = reward_scale(units, self.beta, per_token=False)
+        reward = scale * logratios(units)
+        return pair_terms(units, self.of_rewards(reward, units), reward, scale, self.tie_tolerance)

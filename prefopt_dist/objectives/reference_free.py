@@ -1,4 +1,4 @@
-"""Losses on pairs that need no reference: SimPO and ORPO."""
+"""Losses on pairs that need no reference: SimPO, AlphaPO, CPO and ORPO."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
-from prefopt_dist.objectives.pairs import METRICS, TIE, pair_terms, reward_scale
+from prefopt_dist.objectives.pairs import METRICS, TIE, beyond_margin, pair_terms, reward_scale
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,81 @@ class SimPO(Objective):
         """Return the loss; rewards are β · mean log π of a token (equation 4), margins without γ."""
         scale = reward_scale(units, self.beta, per_token=True)
         reward = scale * units.sums
-        loss = -F.logsigmoid(reward[:, 0] - reward[:, 1] - self.gamma)
+        loss = -F.logsigmoid(beyond_margin(units, reward) - self.gamma)
+        return pair_terms(units, loss, reward, scale, self.tie_tolerance)
+
+
+LARGEST_EXPONENT = 80.0
+"""The exponent x up to which eˣ is computed as it is (`bounded_exp`), within the range of float32, as gradients are."""
+
+
+def bounded_exp(x: torch.Tensor) -> torch.Tensor:
+    """Return eˣ, continued beyond LARGEST_EXPONENT by its tangent, so that value and slope stay finite."""
+    low = x.clamp(max=LARGEST_EXPONENT)
+    return torch.exp(low) * (1 + (x - low))
+
+
+@dataclass(frozen=True)
+class AlphaPO(Objective):
+    """L = −log σ(r_c − r_r − γ),  r = β (1 − p^(−α))/α,  log p = log π / |y|.
+
+    Gupta et al. 2025, arXiv:2501.03884: SimPO with a reward that bends. With α > 0 an unlikely response has a steeper
+    reward than a likely one, with α < 0 a flatter one; SimPO is the limit α → 0. The loss depends on the start, so it
+    has no closed form there. Beyond −α log p = 80 the power is continued by its tangent.
+    """
+
+    beta: float
+    """β > 0, as in SimPO"""
+    gamma: float
+    """γ ≥ 0: the target margin of rewards"""
+    alpha: float
+    """α, not 0"""
+    tie_tolerance: float = TIE
+    """τ; wider for bfloat16"""
+
+    responses: ClassVar[int] = 2
+    needs_reference: ClassVar[bool] = False
+    start_loss: ClassVar[float | None] = None
+    metrics: ClassVar[tuple[str, ...]] = METRICS
+    counted_by: ClassVar[Mapping[str, str]] = {}
+
+    def __call__(self, units: Sequences) -> Terms:
+        """Return the loss; rewards are r, margins without γ."""
+        power = bounded_exp(-self.alpha * units.sums / units.counts)
+        reward = self.beta * (1 - power) / self.alpha
+        loss = -F.logsigmoid(beyond_margin(units, reward) - self.gamma)
+        slope = reward_scale(units, self.beta, per_token=True) * power.detach()
+        return pair_terms(units, loss, reward, slope, self.tie_tolerance)
+
+
+@dataclass(frozen=True)
+class CPO(Objective):
+    """L = −(1 − ε) log σ(m) − ε log σ(−m),  m = β (log π_c − log π_r).
+
+    The preference part of contrastive preference optimisation (equation 3 of Xu et al. 2024, arXiv:2401.08417): DPO
+    with a uniform reference. The paper adds the likelihood of the chosen response, which is `WithSFT`. The loss depends
+    on the start, so it has no closed form there.
+    """
+
+    beta: float
+    """β > 0"""
+    label_smoothing: float = 0.0
+    """ε in [0, 0.5), as in DPO"""
+    tie_tolerance: float = TIE
+    """τ; wider for bfloat16"""
+
+    responses: ClassVar[int] = 2
+    needs_reference: ClassVar[bool] = False
+    start_loss: ClassVar[float | None] = None
+    metrics: ClassVar[tuple[str, ...]] = METRICS
+    counted_by: ClassVar[Mapping[str, str]] = {}
+
+    def __call__(self, units: Sequences) -> Terms:
+        """Return the loss; rewards are β log π, summed over the response."""
+        scale = reward_scale(units, self.beta, per_token=False)
+        reward = scale * units.sums
+        margin = beyond_margin(units, reward)
+        loss = -(1 - self.label_smoothing) * F.logsigmoid(margin) - self.label_smoothing * F.logsigmoid(-margin)
         return pair_terms(units, loss, reward, scale, self.tie_tolerance)
 
 

@@ -75,4 +75,4 @@ class WithSFT(Objective):
         sft = -units.sums[:, 0] / units.counts[:, 0]
         per_unit = torch.cat([found.per_unit, sft.detach()[:, None]], dim=1)
         per_unit[:, 0] += self.weight * sft.detach()
-        return Terms(found.loss + self.weight * sft.sum(), per_unit.sum(0), per_unit, found.sums)
+        return Terms(found.loss + self.weight * units.total(sft), units.total(per_unit), per_unit, found.sums)

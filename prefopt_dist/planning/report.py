@@ -35,6 +35,8 @@ class PlanReport:
     export: ExportPlan
     network: Network | None = None
     """Traffic between the ranks; None on one rank, and where the device's peak is not known"""
+    updates_seconds: float | None = None
+    """Of a reference that moves"""
     answers: AnswersPlan | None = None
     """Plan of the run's own answers; None where the run has none"""
 
@@ -43,7 +45,8 @@ class PlanReport:
         """Return the seconds of first pass, training and evaluation, without loading, saving and waiting."""
         if self.step_seconds is None or self.work.steps is None:
             return None
-        return self.step_seconds * self.work.steps + (self.first_pass_seconds or 0) + (self.evaluation_seconds or 0)
+        forward = (self.first_pass_seconds, self.evaluation_seconds, self.updates_seconds)
+        return self.step_seconds * self.work.steps + sum(seconds or 0 for seconds in forward)
 
     def text(self) -> str:
         """Return the report as text."""
@@ -77,6 +80,7 @@ class PlanReport:
                 "step": self.step_seconds,
                 "first_pass": self.first_pass_seconds,
                 "evaluation": self.evaluation_seconds,
+                "updates_of_the_reference": self.updates_seconds,
                 "total": self.total_seconds,
                 "answers": None if self.answers is None else self.answers.seconds,
             },
@@ -126,6 +130,7 @@ class PlanReport:
         lines.append(f"time, at {self.machine.efficiency:.0%} of the peak: {self.step_seconds:.3g} s a step{most}")
         if self.total_seconds is not None:
             rest = [("first pass", self.first_pass_seconds), ("evaluation", self.evaluation_seconds)]
+            rest.append(("updates of the reference", self.updates_seconds))
             parts = "".join(f", {name} {_clock(s)}" for name, s in rest if s)
             left_out = "loading and saving"
             if any(phase.name == GENERATION for phase in self.fits[0].phases):

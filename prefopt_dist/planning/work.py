@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prefopt_dist.batching import layout
 from prefopt_dist.batching.layout import FROZEN_PASSES, TRAINING_PASSES, Cost, group_by_prompt, tokens_and_cost
 from prefopt_dist.batching.micro_batch import ComputePath, gathered_keys, packed_tokens
-from prefopt_dist.batching.order import Order
+from prefopt_dist.batching.order import Order, first_rows
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, UnpairedRows
@@ -49,6 +50,8 @@ class Work:
     """Sequences that the reference store will hold; None where they are not known"""
     evaluation_flop: float
     """FLOP of all evaluations"""
+    updates_flop: float = 0.0
+    """FLOP of all updates of a reference that moves"""
     keys_per_token: float = 1.0
     """Most gathered keys per token of a micro-batch of training, in the steps that were read"""
 
@@ -91,7 +94,9 @@ def work_from_rows(
             ahead += forward(train, step_rows, MISMATCHED)[1]
     sets = [train, *evals.values()]
     scored = objective.needs_reference
-    scored_tokens, scored_flop, sequences = _scored(config, sets, cost, path) if scored else (0, 0.0, 0)
+    every = config.reference.update_every_steps
+    due_first = first_rows(order, steps, every)
+    scored_tokens, scored_flop, sequences = _scored(config, sets, cost, path, due_first) if scored else (0, 0.0, 0)
     evaluated = 0.0
     for rows in evals.values():
         for first in (0, MISMATCHED) if isinstance(rows, UnpairedRows) else (0,):
@@ -106,6 +111,7 @@ def work_from_rows(
         first_pass_flop=scored_flop,
         sequences=sequences if scored else None,
         evaluation_flop=_evaluations(config, steps) * evaluated,
+        updates_flop=0.0 if every is None else max(0, steps - every) * (flop + ahead) / sampled_steps,
         keys_per_token=keys_per_token,
     )
 
@@ -191,10 +197,12 @@ def training_flop(work: Work, cost: Cost, recomputed: float, frozen: bool = Fals
     return work.ahead_flop + passes * work.step_flop + recomputed * layers_flop
 
 
-def _scored(config: Config, sets: Sequence[TokenisedRows], cost: Cost, path: ComputePath) -> tuple[int, float, int]:
+def _scored(
+    config: Config, sets: Sequence[TokenisedRows], cost: Cost, path: ComputePath, first: NDArray[np.int64] | None
+) -> tuple[int, float, int]:
     """Return distinct tokens, FLOP and number of the sequences that the reference scores."""
     responses = max(rows.responses for rows in sets)  # a pair has two; a KTO row has its own and a mismatched one
-    places = list(sequences_needed(sets, responses).values())
+    places = list(sequences_needed(sets, responses, first).values())
     units = [place.unit(sets, i) for i, place in enumerate(places)]
     tokens, flop = tokens_and_cost(group_by_prompt(units, config.reference_micro_batch_tokens, path), cost, path)
     return tokens, flop, len(places)

@@ -96,6 +96,7 @@ def run_first_pass(
     budget: int,
     stop_asked: Callable[[], bool],
     path: ComputePath = "shared",
+    first_set_rows: NDArray[np.int64] | None = None,
 ) -> FirstPass:
     """Score the sequences that the store lacks, and return the checked values of all sequences (all ranks call it).
 
@@ -110,6 +111,7 @@ def run_first_pass(
         budget: tokens of a micro-batch.
         stop_asked: whether this rank was asked to stop; the ranks agree on the answer in here.
         path: how the sequences are computed.
+        first_set_rows: int64, the rows of the first set that are needed, the values of its others are nan; None: all.
 
     Raises:
         StopRequested: a rank was asked to stop; what was scored is in the store.
@@ -117,17 +119,17 @@ def run_first_pass(
     """
     ranks.run_on_rank_zero(store.make_folder)
     require_shared_folder(store.folder, "reference.store", remedy="Set reference.store or run.cache to one that is.")
-    stored = ranks.run_on_rank_zero(lambda: _all_stored(store, sets, responses))
+    stored = ranks.run_on_rank_zero(lambda: _all_stored(store, sets, responses, first_set_rows))
     if stored is not None:
         return stored
     with scoring_lock(store.folder, plan_name(sets, responses, path), stop_asked):
         # A plan is made only while holding the lock. Another job may have scored everything while this one waited.
-        work = ranks.run_on_rank_zero(lambda: _look_up(store, sets, responses, budget, path))
+        work = ranks.run_on_rank_zero(lambda: _look_up(store, sets, responses, budget, path, first_set_rows))
         if work.micro_batches:
             _score_missing(model, store, check_loaded, sets, dtype, settings, budget, work, stop_asked, path)
     if not work.missing:
         _say_all_stored(work.reused)
-    sums = ranks.run_on_rank_zero(lambda: _collect(store, sets, responses))
+    sums = ranks.run_on_rank_zero(lambda: _collect(store, sets, responses, first_set_rows))
     return FirstPass(key=store.folder.name, sums=sums, scored=work.missing, reused=work.reused)
 
 
@@ -139,14 +141,20 @@ def _stored(store: ReferenceStore) -> dict[bytes, Score]:
     return scores
 
 
-def _all_stored(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int) -> FirstPass | None:
+def _all_stored(
+    store: ReferenceStore,
+    sets: Sequence[TokenisedRows],
+    responses: int,
+    first_set_rows: NDArray[np.int64] | None = None,
+) -> FirstPass | None:
     """Return the values of all sequences if the store has them, else None (rank 0 alone calls it)."""
-    places = sequences_needed(sets, responses)
+    places = sequences_needed(sets, responses, first_set_rows)
     scores = _stored(store)
     if not all(digest in scores for digest in places):
         return None
     _say_all_stored(len(places))
-    return FirstPass(store.folder.name, _aligned_sets(scores, sets, responses), scored=0, reused=len(places))
+    sums = _aligned_sets(scores, sets, responses, first_set_rows)
+    return FirstPass(store.folder.name, sums, scored=0, reused=len(places))
 
 
 def _say_all_stored(reused: int) -> None:
@@ -192,6 +200,7 @@ def _look_up(
     responses: int,
     budget: int,
     path: ComputePath = "shared",
+    first_set_rows: NDArray[np.int64] | None = None,
 ) -> _Work:
     """Return the micro-batches that score what the store lacks (rank 0 alone calls it).
 
@@ -203,8 +212,9 @@ def _look_up(
         responses: responses of a row that are needed.
         budget: tokens of a micro-batch.
         path: how the sequences are computed.
+        first_set_rows: int64, the rows of the first set that are needed; None: all.
     """
-    places = sequences_needed(sets, responses)
+    places = sequences_needed(sets, responses, first_set_rows)
     remove_stale(store.folder, ".*.tmp")
     scores = _stored(store)
     missing = {d: p for d, p in places.items() if d not in scores}
@@ -351,24 +361,37 @@ def _spot_check(
     ranks.run_on_rank_zero(compare)  # one decision, because a difference near the tolerance could divide the ranks
 
 
-def _collect(store: ReferenceStore, sets: Sequence[TokenisedRows], responses: int) -> list[torch.Tensor]:
+def _collect(
+    store: ReferenceStore,
+    sets: Sequence[TokenisedRows],
+    responses: int,
+    first_set_rows: NDArray[np.int64] | None,
+) -> list[torch.Tensor]:
     """Return the values of each data set, all present, finite and of the right length (rank 0 alone calls it)."""
     scores = _stored(store)
-    lacking = sum(d not in scores for d in sequences_needed(sets, responses))
+    lacking = sum(d not in scores for d in sequences_needed(sets, responses, first_set_rows))
     if lacking:
         raise UserError(f"reference: {store.folder} lost {lacking} sequences while this job started. Start again.")
-    return _aligned_sets(scores, sets, responses)
+    return _aligned_sets(scores, sets, responses, first_set_rows)
 
 
-def _aligned_sets(scores: dict[bytes, Score], sets: Sequence[TokenisedRows], responses: int) -> list[torch.Tensor]:
-    return [torch.from_numpy(_aligned(scores, rows, responses)) for rows in sets]
+def _aligned_sets(
+    scores: dict[bytes, Score],
+    sets: Sequence[TokenisedRows],
+    responses: int,
+    first_set_rows: NDArray[np.int64] | None,
+) -> list[torch.Tensor]:
+    needed = [first_set_rows, *[None] * (len(sets) - 1)]
+    return [torch.from_numpy(_aligned(scores, rows, responses, of)) for rows, of in zip(sets, needed, strict=True)]
 
 
-def _aligned(scores: dict[bytes, Score], rows: TokenisedRows, responses: int) -> NDArray[np.float64]:
+def _aligned(
+    scores: dict[bytes, Score], rows: TokenisedRows, responses: int, needed: NDArray[np.int64] | None
+) -> NDArray[np.float64]:
     """Return the values of a data set, float64 [n, responses]; raise UserError for one that cannot be right."""
-    sums = np.empty((rows.n, responses), dtype=np.float64)
+    sums = np.full((rows.n, responses), np.nan, dtype=np.float64)
     tokens = rows.learnt_lengths()
-    for i in range(rows.n):
+    for i in range(rows.n) if needed is None else needed.tolist():
         for k in range(responses):
             score = scores[rows.digests[i, k].tobytes()]
             if score.tokens != tokens[i, k] or not np.isfinite(score.sum):

@@ -51,10 +51,23 @@ ScoringPlan = list[list[Location]]
 """The micro-batches, large ones first."""
 
 
-def sequences_needed(sets: Sequence[TokenisedRows], responses: int) -> dict[bytes, Location]:
-    """Return the first place of each distinct sequence of the data sets, by digest."""
+def sequences_needed(
+    sets: Sequence[TokenisedRows], responses: int, first_set_rows: NDArray[np.int64] | None = None
+) -> dict[bytes, Location]:
+    """Return the first place of each distinct sequence of the data sets, by digest.
+
+    Args:
+        sets: the data sets.
+        responses: responses of a row that are needed.
+        first_set_rows: int64, the rows of the first set that are needed; None: all.
+    """
     found: dict[bytes, Location] = {}
     for s, rows in enumerate(sets):
+        if s == 0 and first_set_rows is not None:
+            for row in first_set_rows.tolist():
+                for response in range(responses):
+                    found.setdefault(rows.digests[row, response].tobytes(), Location(0, row, response))
+            continue
         flat = rows.digests[:, :responses].tobytes()
         for i in range(rows.n * responses):
             found.setdefault(flat[16 * i : 16 * i + 16], Location(s, *divmod(i, responses)))

@@ -53,8 +53,26 @@ class RoundingTolerance:
 class Step0Check:
     """A check of the first batch: it collects the largest differences on the device, then decides for all ranks."""
 
-    def __init__(self, objective: Objective, rounding: RoundingTolerance, device: torch.device) -> None:
-        self._start_loss = objective.start_loss
+    def __init__(
+        self,
+        objective: Objective,
+        rounding: RoundingTolerance,
+        device: torch.device,
+        step: int = 0,
+        *,
+        margins: bool = False,
+    ) -> None:
+        """Begin without a difference.
+
+        Args:
+            objective: the loss.
+            rounding: the tolerated differences.
+            device: of the sums.
+            step: updates done, where the policy has just become the reference.
+            margins: whether the rows have margins, with which no loss has a closed form at the start.
+        """
+        self._step = step
+        self._start_loss = None if margins else objective.start_loss
         self._rounding = rounding
         self._worst = torch.zeros(2, dtype=torch.float64, device=device)
 
@@ -78,17 +96,20 @@ class Step0Check:
         dist.all_reduce(self._worst, op=dist.ReduceOp.MAX)
         ratio, difference = self._worst.tolist()
         if ratio > 1:
+            remedy = "Set reference.store to a new folder, or check the model folder."
+            if self._step:  # scored by the policy itself a moment ago
+                remedy = "Set train.deterministic=true, or check the device: the same weights compute other numbers."
             raise AgreedUserError(
-                f"step 0: stored and live log-probs of a sequence differ by up to {difference:.6g} nats, and by "
-                f"{ratio:.3g} times what rounding explains in {self._rounding.dtype}. The reference store does not "
-                "belong to the policy's start. Set reference.store to a new folder, or check the model folder."
+                f"step {self._step}: stored and live log-probs of a sequence differ by up to {difference:.6g} nats, "
+                f"and by {ratio:.3g} times what rounding explains in {self._rounding.dtype}. The reference store does "
+                f"not belong to the policy's start. {remedy}"
             )
         if self._start_loss is None:
             return
         tolerance = self._rounding.of_loss * max(1.0, self._start_loss)
         if not abs(mean_loss - self._start_loss) <= tolerance:
             raise AgreedUserError(
-                f"step 0: the loss is {mean_loss:.6f}; where policy and reference are equal it must be "
+                f"step {self._step}: the loss is {mean_loss:.6f}; where policy and reference are equal it must be "
                 f"{self._start_loss:.6f} within {tolerance:.0e} in {self._rounding.dtype}. The log-probs "
                 "agree, so the fault is in the loss."
             )

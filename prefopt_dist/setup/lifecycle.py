@@ -119,7 +119,8 @@ def open_log(config: Config, folder: RunFolder, start: int, total_steps: int, ob
         Loggers(wandb_logger, TensorBoardLogger(folder.path, metrics)) if config.tracking.tensorboard else wandb_logger
     )
     loggers.sync()
-    run_facts = RunFacts(total_steps, config.tracking.log_every_steps, objective.start_loss)
+    start_loss = None if config.data.margin is not None else objective.start_loss  # with margins it depends on the data
+    run_facts = RunFacts(total_steps, config.tracking.log_every_steps, start_loss)
     folder.note(training=run_facts.as_json())
     return Log(folder, metrics, loggers, _open_watch(config, folder, metrics, loggers, run_facts))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from prefopt_dist.batching.order import Order
 from prefopt_dist.checkpoint.run_folder import SHOWN
 from prefopt_dist.config import Config, DataSource
 from prefopt_dist.config.losses import KTOLoss
@@ -58,6 +59,12 @@ def load_evals(config: Config, models: Models, objective: Objective) -> dict[str
     if not evals:
         say("data.eval is not set, so nothing is evaluated")
     return evals
+
+
+def plan_steps(config: Config, rows: TokenisedRows) -> tuple[Order, int]:
+    """Return the order of the training rows and the number of steps."""
+    order = Order.of_run(rows.source, rows.weights, config.run.seed, config.train.global_batch_pairs)
+    return order, order.total_steps(config.train.epochs, config.train.max_steps)
 
 
 def _load_set(
@@ -187,6 +194,8 @@ def text_options(config: Config) -> TextOptions:
         template_kwargs=tuple((data.template_kwargs or {}).items()),
         columns=tuple((data.columns or {}).items()),
         pairs_from=data.pairs_from,
+        weight=data.weight,
+        margin=data.margin,
     )
 
 

@@ -123,7 +123,9 @@ def _check_surroundings(config: Config) -> None:
     zero_settings(config.deepspeed.reference, "deepspeed.reference")
     checks.check_packages(config)
     checks.check_evaluations(config)
-    checks.check_folders(config, make_objective(config.loss, DTYPES[config.model.dtype]))
+    objective = make_objective(config.loss, DTYPES[config.model.dtype])
+    checks.check_moving_reference(config, objective)
+    checks.check_folders(config, objective)
 
 
 def model_folder(config: Config, name_or_path: str, key: str) -> ModelFolder:

@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from prefopt_dist.batching.batches import ScoredRows
 from prefopt_dist.checkpoint.manifest import Manifest
@@ -45,6 +47,7 @@ def score_reference(
     sets: Sequence[TokenisedRows],
     reference: HashedWeights | None,
     stop_asked: Callable[[], bool],
+    first_set_rows: NDArray[np.int64] | None = None,
 ) -> tuple[list[ScoredRows], FirstPass | None]:
     """Return the data sets with their log-probs under the reference, computed where missing (all ranks call it).
 
@@ -54,6 +57,7 @@ def score_reference(
         sets: the data sets.
         reference: the reference's weights; None for a loss without reference.
         stop_asked: whether this rank was asked to stop.
+        first_set_rows: int64, the rows of the first set that are needed; None: all.
 
     Returns:
         The data sets with log-probs, and the first pass; None for the latter without a reference.
@@ -72,6 +76,7 @@ def score_reference(
         budget=config.reference_micro_batch_tokens,
         stop_asked=stop_asked,
         path=models.path,
+        first_set_rows=first_set_rows,
     )
     return [ScoredRows(rows, sums) for rows, sums in zip(sets, done.sums, strict=True)], done
 

@@ -74,15 +74,17 @@ class Diagnosis:
             counts=micro_batch.counts[micro_batch.units],
             reference=reference,
             desirable=micro_batch.desirable,
+            weight=micro_batch.weight,
+            margin=micro_batch.margin,
         )
-        n = torch.ones_like(terms.sums[:, 0]).sum()
+        n = units.total(torch.ones_like(terms.sums[:, 0]))
         sums = [n, n if self._reference else torch.zeros_like(n)]
         for response in (0, 1):
             sums += self._response_sums(units, response)
         if self._pairs:
             sums += self._pair_sums(objective, units, terms)
             if self._sources:
-                sums += self._source_sums(terms, micro_batch)
+                sums += self._source_sums(units, terms, micro_batch)
         self._sums += torch.stack([s.double() for s in sums])
 
     def take(self) -> torch.Tensor:
@@ -110,7 +112,7 @@ class Diagnosis:
         # `where` instead of a product, because a NaN or an infinity in a row that is not selected must not count.
         zero = torch.zeros_like(logp)
         values = (selected, units.counts[:, column].double(), logp, logratio)
-        return [torch.where(selected > 0, value, zero).sum() for value in values]
+        return [units.total(torch.where(selected > 0, value, zero)) for value in values]
 
     def _pair_sums(self, objective: Objective, units: Sequences, terms: Terms) -> list[torch.Tensor]:
         """Return the sums of pairs: those of `_PAIR_SUMS`, the reference's where there is one, and the [B] bins."""
@@ -125,19 +127,19 @@ class Diagnosis:
         if units.reference is not None:
             mean = units.reference / counts
             values += [units.reference[:, 0] > units.reference[:, 1], mean[:, 0] > mean[:, 1]]
-        at_least = (margin[:, None] >= self._edges).sum(0)  # [B − 1] numbers of margins at or above each edge
-        above_lower = torch.cat([at_least.new_full((1,), len(margin)), at_least])
+        at_least = units.total((margin[:, None] >= self._edges).double())  # [B − 1] margins at or above each edge
+        above_lower = torch.cat([units.total(torch.ones_like(margin))[None], at_least])
         above_upper = torch.cat([at_least, at_least.new_zeros(1)])
-        return [v.sum() for v in values] + list((above_lower - above_upper).unbind())
+        return [units.total(v.double()) for v in values] + list((above_lower - above_upper).unbind())
 
-    def _source_sums(self, terms: Terms, micro_batch: MicroBatch) -> list[torch.Tensor]:
+    def _source_sums(self, units: Sequences, terms: Terms, micro_batch: MicroBatch) -> list[torch.Tensor]:
         """Return the number of pairs, the correct ones among them and the sum of margins of each source."""
         won, margin = (terms.per_unit[:, self._columns[f"rewards/{name}"]] for name in ("accuracies", "margins"))
         source = to_device(torch.from_numpy(self._source[list(micro_batch.rows)].astype("int64")), won.device)
         sums = []
         for i in range(len(self._sources)):
             selected = source == i
-            sums += [selected.sum(), (won * selected).sum(), (margin * selected).sum()]
+            sums += [units.total(value) for value in (selected.double(), won * selected, margin * selected)]
         return sums
 
 
@@ -204,12 +206,17 @@ def _metrics(sums: Mapping[str, float], sources: Sequence[str]) -> dict[str, Any
     counts = [sums[f"bin{i}"] for i in range(len(BIN_EDGES) + 1)]
     if n > 0:
         found |= {f"rewards/margins_{name}": quantile(counts, q) for name, q in QUANTILES.items()}
-        found["rewards/margins_histogram"] = [round(c) for c in counts]
+        found["rewards/margins_histogram"] = [_count(c) for c in counts]
     for label in sources:
         put(f"rewards/accuracies_of/{label}", sums[f"won:{label}"], sums[f"of:{label}"])
         put(f"rewards/margins_of/{label}", sums[f"margin:{label}"], sums[f"of:{label}"])
-        found[f"pairs_of/{label}"] = round(sums[f"of:{label}"])
+        found[f"pairs_of/{label}"] = _count(sums[f"of:{label}"])
     return found
+
+
+def _count(count: float) -> float:
+    """Return a count as a whole number, unless it is of pairs with weights."""
+    return round(count) if count == round(count) else count
 
 
 def _correlation(sums: Mapping[str, float]) -> dict[str, float]:

@@ -47,7 +47,7 @@ def evaluate(engine: Any, objective: Objective, sets: Mapping[str, ScoredRows], 
         loss = with_reference_point(engine, batch, objective)
         split_pairs = None
         if isinstance(data.rows, UnpairedRows) and data.rows.halves:
-            split_pairs = SplitPairs(data.rows.n, loss, ranks.device())
+            split_pairs = SplitPairs(data.rows, loss, ranks.device())
         with torch.no_grad(), Progress(len(batch), what, "micro-batches", ranks.rank()) as progress:
             for micro_batch, reference in batch:
                 terms = engine(micro_batch, loss, reference)

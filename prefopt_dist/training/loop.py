@@ -32,6 +32,7 @@ from prefopt_dist.training import evaluation, step
 from prefopt_dist.training.diagnosis import Diagnosis
 from prefopt_dist.training.evaluation import evaluate
 from prefopt_dist.training.meter import Meter
+from prefopt_dist.training.moving_reference import MovingReference
 from prefopt_dist.training.optimizer import learning_rate
 from prefopt_dist.training.skipped_updates import SkippedUpdates, SpikeDetector, record_skipped
 from prefopt_dist.training.stop import Request, Requests
@@ -111,6 +112,8 @@ class Job:
     facts: dict[str, Any]
     """For the checkpoints' manifests"""
     log: Log | None
+    moving: MovingReference | None = None
+    """The reference, where it moves"""
     answer: Callable[[int], Mapping[str, Any]] | None = None
     """Returns the metrics of the policy's answers after a step (all ranks); None where it answers at the end only"""
     ended: bool = False
@@ -174,7 +177,8 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
         job.restore(state)
     step0_check = None
     if start_step == 0 and job.reference_is_start:
-        step0_check = Step0Check(job.objective, job.rounding, ranks.device())
+        margins = job.train.rows.margins is not None
+        step0_check = Step0Check(job.objective, job.rounding, ranks.device(), margins=margins)
     if start_step == 0 and every.evaluate_at_start:
         _evaluate(job, 0)
     if start_step and (job.ended or _stops_early(job, start_step, {})):
@@ -183,10 +187,14 @@ def train(job: Job, start_step: int, state: dict[str, Any] | None) -> int | None
     steps = range(start_step, job.total_steps)
     with (
         Progress(job.total_steps, "train", "steps", ranks.rank(), done=start_step) as progress,
-        Prefetcher(lambda index: _batch(job, index), steps) as batches,
+        Prefetcher(lambda index: _batch(job, index), steps, partial(_reference_moves, job)) as batches,
         job.meter.communication,
     ):
         for index in steps:
+            if job.moving is not None and _reference_moves(job, index):
+                step0_check = _move_reference(job, job.moving, index)
+                if step0_check is None:
+                    return index
             job.meter.begin_step()
             with out_of_memory.phase("training step"):  # the thread that packs it may have run out
                 batch = batches.take(index)
@@ -255,6 +263,25 @@ def _batch(job: Job, index: int) -> Batch:
     rows = job.order.step(index).rows.tolist()
     budget = job.options.micro_batch_tokens
     return step_batch(job.train, rows, job.objective.responses, budget, job.cost, job.passes, job.engine.module.path)
+
+
+def _reference_moves(job: Job, index: int) -> bool:
+    """Return whether the policy becomes the reference before this step."""
+    return job.moving is not None and job.moving.is_due(index)
+
+
+def _move_reference(job: Job, moving: MovingReference, index: int) -> Step0Check | None:
+    """Make the policy the reference; return the check of the next step, or None where a stop was asked for (all ranks).
+
+    Policy and reference are then equal again, as at the start of a run.
+    """
+    if moving.update(job.engine, index, lambda: job.requests.look().stop):
+        margins = job.train.rows.margins is not None
+        return Step0Check(job.objective, job.rounding, ranks.device(), index, margins=margins)
+    checkpoint = job.run_dir / "checkpoints" / save.folder_name(index)
+    if not ranks.run_on_rank_zero(checkpoint.exists):
+        _save(job, index)
+    return None
 
 
 def _is_due(done: int, every: int | None) -> bool:

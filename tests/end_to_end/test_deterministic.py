@@ -70,6 +70,7 @@ def test_deterministic_settings_stand_before_the_first_collective() -> None:
     assert said[-1] == "True|False|[':4096:8', 'Ring', '0']"
 
 
+@pytest.mark.slow
 def test_the_same_bits_as_without_it(tmp_path: Path) -> None:
     worlds.write_model(tmp_path / "model")
     worlds.write_pairs(tmp_path / "pairs.jsonl", 24)

@@ -448,6 +448,7 @@ def test_mistakes_end_with_2_and_leave_nothing(world: World) -> None:
         assert not (world.folder / name).exists()
 
 
+@pytest.mark.slow
 def test_more_rows_a_step_than_there_are(world: World) -> None:
     """Found only when the data are read; the folder is as before, so the mended run is not refused as another."""
     run = world.run("too-large", train={"global_batch_pairs": 1000})

@@ -167,6 +167,36 @@ def pair_loss(
             loss = (difference - beta**-1 / 2).square()
         case "hinge":  # arXiv:2309.06657: max(0, 1 − γ[…])
             loss = torch.maximum(torch.zeros_like(difference), 1 - beta * difference)
+        case "exo_pair":  # arXiv:2402.00856, equation 16: KL of the policy's preference from the label's
+            q, p = torch.sigmoid(beta * difference), 1 - options["label_smoothing"]
+            loss = q * torch.log(q / p) + (1 - q) * torch.log((1 - q) / (1 - p))
+        case "discopop":  # arXiv:2406.08414, equation 5
+            share = 1 / (1 + torch.exp(-beta * difference / options["temperature"]))
+            loss = (1 - share) * torch.log1p(torch.exp(-beta * difference)) + share * torch.exp(-beta * difference)
+        case "apo_zero":  # arXiv:2408.06266, equation 7
+            loss = 1 - 1 / (1 + torch.exp(-reward[:, 0])) + 1 / (1 + torch.exp(-reward[:, 1]))
+        case "apo_down":  # arXiv:2408.06266, equation 8
+            loss = 1 / (1 + torch.exp(-reward[:, 0])) + 1 - 1 / (1 + torch.exp(-beta * difference))
+        case "bco_pair":  # arXiv:2404.04656, with a shift of 0
+            loss = torch.log1p(torch.exp(-reward[:, 0])) + torch.log1p(torch.exp(reward[:, 1]))
+        case "nca_pair":  # arXiv:2402.05369, two responses
+            up, down = torch.log1p(torch.exp(-reward)), torch.log1p(torch.exp(reward))
+            loss = up[:, 0] + (down[:, 0] + down[:, 1]) / 2
+        case "sppo_hard":  # arXiv:2405.00675, equation 4.7, with win rates of 1 and 0
+            loss = (ratio[:, 0] - 0.5 / beta).square() + (ratio[:, 1] + 0.5 / beta).square()
+        case "cal_dpo":  # arXiv:2412.14516, weighted as in its authors' code
+            squares = (ratio[:, 0] - 0.5 / beta).square() + (ratio[:, 1] + 0.5 / beta).square()
+            loss = torch.log1p(torch.exp(-difference)) + squares / 2
+        case "dpop":  # arXiv:2402.13228, equation 3
+            fall = torch.maximum(torch.zeros_like(difference), (ref_logps - logps)[:, 0])
+            loss = torch.log1p(torch.exp(-beta * (difference - options["penalty"] * fall)))
+        case "alphapo":  # arXiv:2501.03884
+            reward = beta * (1 - torch.exp(mean) ** -options["alpha"]) / options["alpha"]
+            loss = torch.log1p(torch.exp(options["gamma"] - (reward[:, 0] - reward[:, 1])))
+        case "cpo":  # arXiv:2401.08417, equation 3, smoothed as cDPO; its likelihood is the SFT term
+            reward, eps = beta * logps, options["label_smoothing"]
+            margin = reward[:, 0] - reward[:, 1]
+            loss = torch.log1p(torch.exp(-margin)) + eps * margin
         case "simpo":  # arXiv:2405.14734, equation 6
             reward = beta * mean
             loss = torch.log1p(torch.exp(options["gamma"] - (reward[:, 0] - reward[:, 1])))

@@ -199,6 +199,17 @@ FAMILY: dict[str, dict[str, Any]] = {
     "robust": {"name": "robust", "beta": 0.2, "label_smoothing": 0.2},
     "ipo on sums": {"name": "ipo", "beta": 0.05, "average": "sums"},
     "hinge": {"name": "hinge", "beta": 0.1, "sft_weight": 0.0},
+    "exo_pair": {"name": "exo_pair", "beta": 0.1, "label_smoothing": 0.01},
+    "discopop": {"name": "discopop", "beta": 0.05, "temperature": 0.05},
+    "apo_zero": {"name": "apo_zero", "beta": 0.05},
+    "apo_down": {"name": "apo_down", "beta": 0.05},
+    "bco_pair": {"name": "bco_pair", "beta": 0.05},
+    "nca_pair": {"name": "nca_pair", "beta": 0.05},
+    "sppo_hard": {"name": "sppo_hard", "beta": 0.2},
+    "cal_dpo": {"name": "cal_dpo", "beta": 0.1},
+    "dpop": {"name": "dpop", "beta": 0.05, "penalty": 5.0},
+    "alphapo": {"name": "alphapo", "beta": 2.0, "gamma": 0.5, "alpha": 0.25},
+    "cpo": {"name": "cpo", "beta": 0.05, "label_smoothing": 0.1, "sft_weight": 1.0},
     "simpo": {"name": "simpo", "beta": 2.0, "gamma": 1.0},
     "orpo": {"name": "orpo", "beta": 0.5},
     "mix": {
@@ -281,7 +292,23 @@ def whole_runs(folder: Path) -> dict:
                 train.run(config)
         train.run(config)
         found[config.run_dir.name] = ranks.run_on_rank_zero(partial(the_end, config.run_dir))
+    found["run-weighted-whole"] = weighted_run(folder)
     return found
+
+
+def weighted_run(folder: Path) -> dict[str, Any]:
+    """A run whose rows have weights, some of them 0, and margins of a half."""
+    file = folder / "weighted.jsonl"
+
+    def write() -> None:
+        rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+        file.write_text("".join(json.dumps(row | {"w": k % 3, "a": 2, "b": 1.5}) + "\n" for k, row in enumerate(rows)))
+
+    ranks.run_on_rank_zero(write)
+    data = {"train": str(file), "eval": str(file), "weight": "w", "margin": "a - b"}
+    config = config_for(folder, "weighted-whole", loss=DPO, data=data, train={"max_steps": 3})
+    train.run(config)
+    return ranks.run_on_rank_zero(partial(the_end, config.run_dir))
 
 
 class Crash:
@@ -320,6 +347,68 @@ KTO = {"name": "kto", "beta": 0.05, "desirable_weight": 1.0, "undesirable_weight
 def kto(folder: Path) -> dict:
     """The models in this order, since in the other z0 is 0."""
     return equality(folder, "kto", 150, KTO, of="reference", against="model", steps=2)
+
+
+def row_weights(folder: Path) -> dict:
+    """Weights 0, 1, 2: loss, metrics and gradient of a step are those of the rows 0, 1 or 2 times; an evaluation's too.
+
+    Many micro-batches for the weighted step, one for the other. Factors of all weights do not matter.
+    """
+    found: dict[str, Any] = {}
+    mix = {"name": "mix", "of": {"dpo": {"weight": 1.0}, "ipo": {"weight": 0.01}, "sft": {"weight": 0.1}}}
+    for name, loss in {"dpo": DPO, "kto": KTO, "mix": mix}.items():
+        reference = {"name_or_path": str(folder / "model")}
+        start = {"name_or_path": str(folder / "reference")}  # in this order, since in the other z0 is 0
+        config = config_for(folder, f"weights-{name}", loss=loss, model=start, reference=reference)
+        models, objective, scored, _ = ready(config)
+        engine = make_policy(config, models)
+        given = np.tile([1.0, 2.0, 0.0, 1.0, 2.0], scored.rows.n)[: scored.rows.n]
+        if name == "kto":
+            given = np.repeat(given[0::2], 2)  # of pairs, for the evaluation
+        weighted = ScoredRows(replace(scored.rows, row_weights=0.3 * given), scored.reference)
+        rows = list(range(G))
+        repeated = [i for i in rows for _ in range(int(given[i]))]
+        results = []
+        for data, numbers, budget in ((weighted, rows, 150), (scored, repeated, 100_000)):
+            batch = step_batch(data, numbers, objective.responses, budget)
+            sums, _ = step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
+            grads = {n: safe_get_full_grad(p).double() for n, p in engine.module.lm.named_parameters()}
+            engine.optimizer.zero_grad()
+            results.append((statistics.means(objective.metrics, sums, objective.counted_by), grads, len(batch)))
+        (a, grads_a, many), (b, grads_b, one) = results
+        evaluated = evaluate(engine, objective, {"": weighted}, 150)
+        every = [i for i in range(scored.rows.n) for _ in range(int(given[i]))]
+        batch = step_batch(scored, every, objective.responses, 100_000)
+        with torch.no_grad():
+            sums, _ = step.reduce_metrics(
+                step.forward_backward(_Forward(engine), batch, objective, None), Request(False, False)
+            )
+        of_every = statistics.means(objective.metrics, sums, objective.counted_by)
+        found[name] = {
+            "micro_batches": [many, one],
+            "metrics": [a, b],
+            "evaluation": [{key: evaluated[f"eval/{key}"] for key in of_every}, of_every],
+            "gradient": max(float((grads_a[n] - grads_b[n]).norm() / grads_b[n].norm()) for n in grads_a),
+        }
+        zero3.release(engine)
+    return found
+
+
+class _Forward:
+    """An engine whose backward pass does nothing."""
+
+    def __init__(self, engine: Any) -> None:
+        self.module = engine.module
+        self._engine = engine
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._engine(*arguments)
+
+    def backward(self, _: torch.Tensor) -> None:
+        pass
+
+    def set_gradient_accumulation_boundary(self, _: bool) -> None:
+        pass
 
 
 def kto_evaluation(folder: Path) -> dict:
@@ -962,6 +1051,7 @@ def prepare(folder: Path) -> None:
 
 if __name__ == "__main__":
     import lora_cases  # which has its cases from this file's parts, as the next has
+    import moving_cases
     import path_cases
 
-    case_runner.serve(globals() | vars(lora_cases) | vars(path_cases), prepare)
+    case_runner.serve(globals() | vars(lora_cases) | vars(path_cases) | vars(moving_cases), prepare)

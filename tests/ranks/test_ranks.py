@@ -19,6 +19,7 @@ BOTH = [
     "pairwise",
     "whole_evaluation",
     "kto_evaluation",
+    "row_weights",
     "other_reference_is_refused",
     "errors_reach_all",
     "packs_alone_and_together",
@@ -29,7 +30,11 @@ BOTH += ["early_stop"]
 TWO_ONLY = ["shards", "save_fails_on_one_rank", "killed_before_pruning", "idle_ranks"]
 TWO_ONLY += ["family", "kto_one_micro_batch", "whole_runs"]
 TWO_ONLY += ["lora_gemma2", "lora_resume", "reductions_in_float32"]
-TWO_ONLY += [*PATHS]
+TWO_ONLY += [*PATHS, "moved_values", "moving_reference"]
+
+
+SLOW = ["dpo_one_micro_batch", "dpo_small_blocks", "dpo_phi3", "ipo", "lora_gemma2", "kto_one_micro_batch"]
+"""Kin of cases that stay in the quick tests"""
 
 
 @pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["1 rank", "2 ranks"])
@@ -37,20 +42,37 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Runs all cases once for each world size."""
     n = request.param
     folder = tmp_path_factory.mktemp(f"world{n}")
-    case_runner.run_cases("rank_cases.py", n, folder, BOTH + (TWO_ONLY if n == 2 else []))
+    cases = BOTH + (TWO_ONLY if n == 2 else [])
+    case_runner.run_cases("rank_cases.py", n, folder, [case for case in cases if n == 1 or case not in SLOW])
     return n, folder
+
+
+@pytest.fixture(scope="module")
+def slow_world(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """Runs the slow cases, and what they are compared with, on two ranks."""
+    folder = tmp_path_factory.mktemp("slow-world")
+    case_runner.run_cases("rank_cases.py", 2, folder, [*SLOW, "kto"])
+    return 2, folder
 
 
 def found(world: tuple[int, Path], case: str) -> dict[str, Any]:
     return case_runner.found(world[1], case)
 
 
-@pytest.mark.parametrize("case", [*EQUALITY, *SHORT, *PATHS, "lora_gemma2"])
+@pytest.mark.parametrize("case", [*EQUALITY, *SHORT, *PATHS])
 def test_steps_equal_float64(world: tuple[int, Path], case: str) -> None:
     """G = 11 over 37 pairs: not divisible by two ranks, and a last partial batch of 4."""
     if case in TWO_ONLY and world[0] == 1:
         pytest.skip("two ranks")
+    if case in SLOW and world[0] == 2:
+        pytest.skip("test_slow_steps_equal_float64")
     check_steps(found(world, case), case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in SLOW if case != "kto_one_micro_batch"])
+def test_slow_steps_equal_float64(slow_world: tuple[int, Path], case: str) -> None:
+    check_steps(found(slow_world, case), case)
 
 
 def check_steps(result: dict[str, Any], case: str) -> None:
@@ -94,11 +116,21 @@ def test_every_loss_of_the_family_equals_float64(world: tuple[int, Path]) -> Non
     assert mix["orpo_loss"] == pytest.approx(result["orpo, 150"]["metrics"]["loss"], rel=1e-6)
 
 
-def test_kto_in_one_micro_batch(world: tuple[int, Path]) -> None:
+def test_weight_2_is_the_row_twice_and_weight_0_its_absence(world: tuple[int, Path]) -> None:
+    """For DPO, for KTO with its reference point, and for a mix; metrics, gradient and evaluation."""
+    for name, got in found(world, "row_weights").items():
+        assert got["micro_batches"][0] > got["micro_batches"][1], name
+        assert got["gradient"] <= 1e-5, name
+        for weighted, repeated in (got["metrics"], got["evaluation"]):
+            assert weighted.keys() == repeated.keys()
+            for key, value in repeated.items():
+                assert weighted[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (name, key)
+
+
+@pytest.mark.slow
+def test_kto_in_one_micro_batch(slow_world: tuple[int, Path]) -> None:
     """The reference point and the gradient are those of many micro-batches, which are float64's."""
-    if world[0] == 1:
-        pytest.skip("two ranks")
-    one, many = found(world, "kto_one_micro_batch"), found(world, "kto")
+    one, many = found(slow_world, "kto_one_micro_batch"), found(slow_world, "kto")
     assert one["micro_batches"][0] < many["micro_batches"][0]
     assert max(one["gradient"]) <= 1e-5
     (got, exact), (other, _) = one["metrics"][0], many["metrics"][0]
@@ -124,6 +156,49 @@ def test_whole_runs_of_kto_and_a_mix(world: tuple[int, Path]) -> None:
         assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
         assert (rows[0]["eval/rewards/accuracies"], rows[0]["eval/ties"]) == (0, 1)
         assert rows[-1]["eval/rewards/accuracies"] > 0.5
+
+
+def test_a_whole_run_with_weights_and_margins(world: tuple[int, Path]) -> None:
+    """Where policy and reference are equal, the loss is cDPO's at −½; rows of weight 0 are not evaluated."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    rows = found(world, "whole_runs")["run-weighted-whole"]["rows"]
+    exact = 0.9 * math.log1p(math.exp(0.5)) + 0.1 * math.log1p(math.exp(-0.5))
+    first = next(row for row in rows if row["kind"] == "train")
+    assert first["train/loss"] == pytest.approx(exact, rel=1e-5)
+    assert first["train/ties"] == 1
+    evaluated = [row for row in rows if row["kind"] == "eval"]
+    assert {row["eval/rows"] for row in evaluated} == {37 - 13}
+    if evaluated[0]["step"] == 0:
+        assert evaluated[0]["eval/loss"] == pytest.approx(exact, rel=1e-5)
+
+
+def test_the_policy_becomes_the_reference(world: tuple[int, Path]) -> None:
+    """Its log-probs of the rows that are due, beside float64's; nothing changes where a stop is asked for."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "moved_values")
+    assert (result["untouched"], result["others"], result["start"]) == (True, True, True)
+    assert result["due"] == 10
+    assert result["kept"] == ["step-00000004.npz"]
+    assert result["worst"] <= 1e-6 < result["moved"]
+
+
+def test_a_reference_that_moves(world: tuple[int, Path]) -> None:
+    """ln 2 again after each update; crashes around an update, and a stop in it, change no bit."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "moving_reference")
+    for name, at_start in (("whole", math.log(2)), ("kto", 0.5)):
+        losses = {row["step"]: row["train/loss"] for row in result[name]["rows"] if row["kind"] == "train"}
+        for step in (1, 3, 5):
+            assert losses[step] == pytest.approx(at_start, abs=1e-6)
+            assert abs(losses[step + 1] - at_start) > 1e-4
+    again = result["crashed"]
+    assert again["starts"] == [0, 3, 3, 4]
+    assert "after step 4, checkpoint committed" in result["stopped"]
+    assert again["weights"] == result["whole"]["weights"]
+    assert again["rows"] == result["whole"]["rows"]
 
 
 def check_matrix(result: dict[str, Any], settings: list[matrix_cases.Setting]) -> None:

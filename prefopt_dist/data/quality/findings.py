@@ -86,8 +86,10 @@ def set_findings(
         longer = longer_chosen(rows, kept)
         yield _set_finding("length_bias", longer.biased, longer.text())
     if rows.labels is not None:
-        desirable = int(np.count_nonzero(rows.labels[kept]))
-        yield _label_balance(desirable, n - desirable, label_weights)
+        good = rows.labels[kept] == 1
+        of_rows = np.ones(n) if rows.row_weights is None else rows.row_weights[kept]
+        totals = (label_weights[0] * of_rows[good].sum(), label_weights[1] * of_rows[~good].sum())
+        yield _label_balance(int(good.sum()), int((~good).sum()), label_weights, totals)
 
 
 @dataclass(frozen=True)
@@ -202,11 +204,14 @@ def _unfairly_truncated(rows: TokenisedRows) -> NDArray[np.bool_]:
     return unfair
 
 
-def _label_balance(desirable: int, undesirable: int, weights: tuple[float, float]) -> DataFinding:
+def _label_balance(
+    desirable: int, undesirable: int, weights: tuple[float, float], totals: tuple[float, float]
+) -> DataFinding:
+    """Return the finding from the number of rows of each label, its weight, and the weight of all its rows."""
     text = f"{desirable:,} rows of label true (weight {weights[0]:g}), {undesirable:,} of false (weight {weights[1]:g})"
-    if not desirable or not undesirable:
+    if not totals[0] or not totals[1]:
         return _set_finding("label_balance", True, text)
-    ratio = desirable * weights[0] / (undesirable * weights[1])
+    ratio = totals[0] / totals[1]
     return _set_finding("label_balance", not BALANCE[0] <= ratio <= BALANCE[1], f"{text}; weighted, {ratio:.2f} to 1")
 
 

@@ -10,6 +10,7 @@ from prefopt_dist.data.dataset import TokenisedRows
 from prefopt_dist.data.example import SKIPPED_KINDS
 from prefopt_dist.data.quality.findings import DataFinding, LongerChosen, longer_chosen
 from prefopt_dist.data.quality.lengths import Lengths
+from prefopt_dist.data.quality.numbers import Numbers
 from prefopt_dist.data.quality.policy import ADVICE, rows_left
 from prefopt_dist.data.row_counts import DataReport
 
@@ -53,6 +54,8 @@ class SetReport:
     truncated_sides: dict[str, int]
     """Number of pairs with a truncated response, by side: chosen only, rejected only, both"""
     distinct_prompts: int
+    numbers: dict[str, Numbers]
+    """The numbers of the rows, by the key that names their column: data.weight, data.margin"""
 
     @staticmethod
     def of(
@@ -104,6 +107,11 @@ class SetReport:
             longer=longer_chosen(rows, rows_left(rows.n, found, policies)) if pairs else None,
             truncated_sides=_truncated_sides(rows) if pairs else {},
             distinct_prompts=distinct_prompts,
+            numbers={
+                key: Numbers.of(values)
+                for key, values in (("data.weight", rows.row_weights), ("data.margin", rows.margins))
+                if values is not None
+            },
         )
 
     @property
@@ -120,6 +128,7 @@ class SetReport:
         lines = [f"{self.key}: {c.rows:,} rows ({c.form}), {c.used:,} can be used; {self.distinct_prompts:,} prompts"]
         lines += [line for one in self.findings if one.count for line in _finding_lines(one)]
         lines += self._figures()
+        lines += [f"  {key}: {numbers.text()}" for key, numbers in self.numbers.items()]
         lines += self.lengths.text()
         return "\n".join([*lines, f"  verdict: {self._verdict_text()}"])
 
@@ -136,6 +145,7 @@ class SetReport:
             else asdict(self.longer) | {"share": self.longer.share, "accuracy": self.longer.accuracy},
             "cut_responses": self.truncated_sides,
             "lengths": self.lengths.as_json(),
+            "numbers": {key: asdict(numbers) for key, numbers in self.numbers.items()},
             "verdict": self.verdict,
         }
 

@@ -256,6 +256,28 @@ def test_length_bias(tmp_path: Path, longer: int, shorter: int, biased: int) -> 
     assert all(part in finding.examples[0] for part in told)
 
 
+def test_the_distribution_of_weights_and_margins(world: World) -> None:
+    """Only where the keys name columns; in the text and in the JSON file."""
+    rows = [json.loads(line) for line in Path(worlds_pairs(world)).read_text().splitlines()]
+    given = lines(world.folder / "weighted.jsonl", [row | {"w": k % 3, "m": -1.5} for k, row in enumerate(rows)])
+    options = (f"data.train={given}", "data.eval=null")
+    assert world.report(*options)["data.train"]["numbers"] == {}
+    found = world.report(*options, "data.weight=w", "data.margin=m")["data.train"]["numbers"]
+    assert found["data.weight"]["zeros"] == 4
+    assert found["data.margin"] == {
+        "mean": -1.5, "quantiles": dict.fromkeys(("0", "5", "50", "95", "100"), -1.5), "zeros": 0, "negative": 12,
+    }  # fmt: skip
+    _, text, _ = world.inspect(*options, "data.weight=w", "data.margin=m", "data.on_bad_row=drop")
+    assert "  data.weight: mean 1, 0 % 0, 5 % 0, 50 % 1, 95 % 2, 100 % 2; 4 rows with 0, 0 below" in text
+
+
+def worlds_pairs(world: World) -> str:
+    """A file of twelve good pairs."""
+    words = "one two three four five six seven eight nine ten eleven twelve".split()
+    rows = [{"prompt": w, "chosen_response": f"{w} yes", "rejected_response": f"{w} no"} for w in words]
+    return lines(world.folder / "twelve.jsonl", rows)
+
+
 def test_special_tokens_of_strings_that_carry_the_template(tmp_path: Path) -> None:
     inst = small_tokenizer(INST)
     prompts = ["<s>[INST] a [/INST]", "[INST] b [/INST]", "<s><s>[INST] c [/INST]", "<s>[INST] d<|im_end|> [/INST]"]

@@ -80,7 +80,13 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "max_prompt_length": 512,
             "on_bad_row": "stop",
         },
-        "reference": {"name_or_path": None, "store": None, "offload": "none", "micro_batch_tokens": None},
+        "reference": {
+            "name_or_path": None,
+            "store": None,
+            "offload": "none",
+            "micro_batch_tokens": None,
+            "update_every_steps": None,
+        },
         "lora": None,
         "loss": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0, "average": "sums", "sft_weight": 0.0},
         "optim": {
@@ -239,7 +245,10 @@ def test_what_the_nulls_stand_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("data.eval={a: 1}", ["data.eval.a", "path"]),
         ("tracking.wandb.tags=a", ["tracking.wandb.tags", "list"]),
         ("tracking.wandb=offline", ["tracking.wandb", "mapping"]),
-        ("loss.name=opi", ["loss.name", "'opi'", "dpo, robust, ipo, hinge, simpo, orpo, kto, sft"]),
+        (
+            "loss.name=opi",
+            ["loss.name", "'opi'", "dpo, robust, ipo, hinge, exo_pair, ", "simpo, alphapo, cpo, orpo, kto, sft"],
+        ),
         ("loss.name=[dpo]", ["loss.name", "dpo, robust"]),
         ("loss.beta=0", ["loss.beta", "greater than 0"]),
         ("loss.label_smoothing=0.5", ["loss.label_smoothing", "[0, 0.5)"]),
@@ -295,7 +304,8 @@ def test_losses(tmp_path: Path) -> None:
     assert load(tmp_path, "loss.name=sft").loss == SFTLoss()
     message = complaint(tmp_path, "loss.name=sft", "loss.beta=0.1")
     assert "loss.beta" in message
-    assert "dpo, robust, ipo, hinge, simpo, orpo, kto have it" in message
+    assert "dpo, robust, ipo, hinge, exo_pair, " in message
+    assert "simpo, alphapo, cpo, orpo, kto have it" in message
     assert all(cls().name == name for name, cls in LOSSES.items())
 
 
@@ -310,6 +320,11 @@ def test_losses(tmp_path: Path) -> None:
         ("kto", "split_pairs", "1", ["loss.split_pairs", "got 1", "true or false"]),
         ("simpo", "gamma", "-0.5", ["loss.gamma", "got -0.5", "at least 0"]),
         ("orpo", "beta", "inf", ["loss.beta", "'inf'", "number"]),
+        ("exo_pair", "label_smoothing", "0", ["loss.label_smoothing", "got 0", "(0, 0.5)"]),
+        ("discopop", "temperature", "1.5", ["loss.temperature", "got 1.5", "(0, 1]"]),
+        ("dpop", "penalty", "0", ["loss.penalty", "got 0", "greater than 0"]),
+        ("alphapo", "alpha", "0", ["loss.alpha", "got 0", "different from 0"]),
+        ("apo_zero", "penalty", "1", ["loss.penalty", "not an option of the loss apo_zero; dpop has it"]),
     ],
 )
 def test_a_bad_value_of_a_loss_names_key_value_and_rule(
@@ -332,6 +347,9 @@ def test_an_option_of_another_loss_is_refused(tmp_path: Path, name: str) -> None
         "desirable_weight": "1.5",
         "undesirable_weight": "0.5",
         "split_pairs": "true",
+        "temperature": "0.3",
+        "penalty": "3.0",
+        "alpha": "0.3",
     }
     fields = {loss: {f.name for f in dataclasses.fields(cls)} - {"name"} for loss, cls in LOSSES.items()}
     assert set().union(*fields.values()) == set(given)
@@ -367,7 +385,10 @@ def test_a_mix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("loss.of.dpo.gamma=1", ["loss.of.dpo.gamma", "got 1", "not an option of the loss dpo; simpo has it"]),
+        (
+            "loss.of.dpo.gamma=1",
+            ["loss.of.dpo.gamma", "got 1", "not an option of the loss dpo; simpo, alphapo have it"],
+        ),
         ("loss.of.dpo.bata=1", ["loss.of.dpo.bata", "unknown key", "beta"]),
         ("loss.of.dpo.beta=0", ["loss.of.dpo.beta", "got 0", "greater than 0"]),
         ("loss.of.dpo.weight=0", ["loss.of.dpo.weight", "got 0", "greater than 0"]),
@@ -413,13 +434,13 @@ def test_the_pages_on_losses_and_other_tools_name_keys_that_exist(tmp_path: Path
         for part in key.rstrip(".").split("."):
             assert part in place, key
             place = place[part]
-    named = set(re.findall(r"`loss\.name[:=] ?([a-z]+)", page))
+    named = set(re.findall(r"`loss\.name[:=] ?([a-z_]+)", page))
     assert named <= {*LOSSES, "mix"}
     if name == "from-other-tools":
         assert {"dpo", "kto", "mix"} <= named
     else:
         table = page.split("## The losses")[1].split("\n## ")[0]
-        assert re.findall(r"^\| `([a-z]+)`", table, re.MULTILINE) == [*LOSSES, "mix"]
+        assert re.findall(r"^\| `([a-z_]+)`", table, re.MULTILINE) == [*LOSSES, "mix"]
 
 
 # Layers
@@ -573,6 +594,8 @@ def test_resolved_text_loads_back_equal(tmp_path: Path, overrides: list[str]) ->
         ("train.epochs=2", "train.epochs: was 1, now 2"),
         ("train.max_steps=2", "train.max_steps: was None, now 2"),
         ("train.deterministic=true", "train.deterministic: was absent, now True"),
+        ("data.weight=w", "data.weight: was absent, now w"),
+        ("data.margin=a - b", "data.margin: was absent, now a - b"),
         ("lora.r=8", "lora.r: was absent, now 8"),
         ("lora.target_modules=[q_proj]", "lora.target_modules: was absent, now ['q_proj']"),
         ("inspect.duplicates=drop", "inspect.duplicates: was absent, now drop"),
@@ -605,6 +628,18 @@ def test_identity_has_what_decides_which_rows_are_dropped(tmp_path: Path) -> Non
     drop = "inspect.eval_prompts=drop"
     before, after = identity(load(tmp_path, drop, "data.eval=e")), identity(load(tmp_path, drop, "data.eval=f"))
     assert differing_keys(before, after) == ["data.eval[0].path: was e, now f"]
+
+
+def test_a_margin_needs_a_loss_that_has_one(tmp_path: Path) -> None:
+    for loss in ("kto", "sft", "orpo", "apo_zero"):
+        message = complaint(tmp_path, f"loss.name={loss}", "data.margin=m")
+        assert message.startswith(f"data.margin: got 'm', but the loss {loss} has no margin of rewards")
+        assert "set loss.name to one of dpo, robust" in message
+    load(tmp_path, "loss.name=hinge", "data.margin=m")
+    parts = "loss.of={dpo: {weight: 1}, sft: {weight: 1}}"
+    assert load(tmp_path, "loss.name=mix", parts, "data.margin=m").data.margin == "m"
+    parts = "loss.of={apo_zero: {weight: 1}, sft: {weight: 1}}"
+    assert "data.margin: got 'm', but the loss mix" in complaint(tmp_path, "loss.name=mix", parts, "data.margin=m")
 
 
 # Secrets

@@ -86,21 +86,38 @@ def test_terms_are_sums_over_units_of_their_own(options: dict[str, Any]) -> None
     parts[1].loss.backward()  # an empty micro-batch takes part in the backward
 
 
+def form(name: str, options: dict[str, Any]) -> float | None:
+    """The loss where policy and reference are equal, by hand; None where it depends on the data."""
+    beta, eps = options.get("beta", 1.0), options.get("label_smoothing", 0.0)
+    if options.get("sft_weight") or name in ("simpo", "alphapo", "cpo", "orpo", "sft"):
+        return None
+    if name == "exo_pair":
+        return math.log(1 / (2 * math.sqrt(eps * (1 - eps))))
+    return {
+        **dict.fromkeys(("dpo", "robust", "dpop"), math.log(2)),
+        **dict.fromkeys(("hinge", "apo_zero", "apo_down"), 1.0),
+        **dict.fromkeys(("bco_pair", "nca_pair"), 2 * math.log(2)),
+        "ipo": 0.25 * beta**-2,
+        "discopop": (1 + math.log(2)) / 2,
+        "sppo_hard": 0.5 * beta**-2,
+        "cal_dpo": math.log(2) + 0.25 * beta**-2,
+    }[name]
+
+
 @pytest.mark.parametrize("options", FAMILY, ids=called)
 def test_closed_form_at_the_start(options: dict[str, Any]) -> None:
     """Policy and reference equal: each pair has the same loss, which the step-0 check requires."""
     objective = made(options)
     sums, _, lengths = drawn(20)
     found = objective(units(objective, sums, sums, lengths))
-    form = {"dpo": math.log(2), "robust": math.log(2), "ipo": 0.25 * options.get("beta", 1) ** -2, "hinge": 1.0}
-    if options["name"] == "mix" and options["of"].keys() <= form.keys():
-        form["ipo"] = 0.25 * options["of"]["ipo"]["beta"] ** -2
-        form["mix"] = sum(part["weight"] * form[name] for name, part in options["of"].items())
-    if options.get("sft_weight") or options["name"] not in form:
+    parts = options["of"] if options["name"] == "mix" else {options["name"]: {"weight": 1.0, **options}}
+    forms = [(part["weight"], form(name, part)) for name, part in parts.items()]
+    if any(value is None for _, value in forms):
         assert objective.start_loss is None
         return
-    assert objective.start_loss == pytest.approx(form[options["name"]], rel=1e-15)
-    torch.testing.assert_close(found.per_unit[:, 0], torch.full((20,), form[options["name"]], dtype=torch.float64))
+    value = sum(weight * value for weight, value in forms)
+    assert objective.start_loss == pytest.approx(value, rel=1e-15)
+    torch.testing.assert_close(found.per_unit[:, 0], torch.full((20,), value, dtype=torch.float64))
     ties = dict(zip(objective.metrics, found.per_unit.unbind(1), strict=True))["ties"]
     assert torch.equal(ties, torch.ones(20, dtype=torch.float64))
 
@@ -153,9 +170,43 @@ def _exact(options: dict[str, Any], s: list[Any]) -> Any:
         loss = max(mpmath.mpf(0), 1 - beta * h)
     elif name == "simpo":
         loss = ell(beta * h - options["gamma"])
+    elif name == "alphapo":
+        r = [beta * (1 - _power(-mpmath.mpf(options["alpha"]) * v)) / mpmath.mpf(options["alpha"]) for v in s]
+        loss = ell(r[0] - r[1] - options["gamma"])
+    elif name == "cpo":
+        loss = (1 - eps) * ell(beta * h) + eps * ell(-beta * h)
+    elif name in ANCHORED:
+        loss = ANCHORED[name](s[0] + 20, s[1] + 20, beta, ell, options)
+    elif name == "exo_pair":
+        loss = -ell(beta * h) * _sigma(beta * h) - ell(-beta * h) * _sigma(-beta * h)
+        loss -= _sigma(beta * h) * mpmath.log(1 - eps) + _sigma(-beta * h) * mpmath.log(eps)
+    elif name == "discopop":
+        share = beta * h / mpmath.mpf(options["temperature"])
+        loss = ell(beta * h) * _sigma(-share) + mpmath.exp(-beta * h) * _sigma(share)
     else:
         loss = -s[0] + beta * ell(_log_odds(s[0]) - _log_odds(s[1]))
     return loss - mpmath.mpf(options.get("sft_weight", 0)) * s[0]
+
+
+def _sigma(x: Any) -> Any:
+    return 1 / (1 + mpmath.exp(-x))
+
+
+def _power(x: Any) -> Any:
+    """eˣ, beyond 80 its tangent."""
+    return mpmath.exp(min(x, 80)) * (1 + max(x - 80, 0))
+
+
+ANCHORED: dict[str, Any] = {
+    "apo_zero": lambda c, r, beta, ell, o: _sigma(-beta * c) + _sigma(beta * r),
+    "apo_down": lambda c, r, beta, ell, o: _sigma(beta * c) + _sigma(-beta * (c - r)),
+    "bco_pair": lambda c, r, beta, ell, o: ell(beta * c) + ell(-beta * r),
+    "nca_pair": lambda c, r, beta, ell, o: ell(beta * c) + (ell(-beta * c) + ell(-beta * r)) / 2,
+    "sppo_hard": lambda c, r, beta, ell, o: (c - 0.5 / beta) ** 2 + (r + 0.5 / beta) ** 2,
+    "cal_dpo": lambda c, r, beta, ell, o: ell(c - r) + ((c - 0.5 / beta) ** 2 + (r + 0.5 / beta) ** 2) / 2,
+    "dpop": lambda c, r, beta, ell, o: ell(beta * (c - r - o["penalty"] * max(-c, 0))),
+}
+"""Losses of both log-ratios in nats, in 60 digits."""
 
 
 def _log_odds(logp: Any) -> Any:
@@ -327,7 +378,7 @@ def test_a_mix_shows_its_parts() -> None:
     assert objective == made({"name": "mix", "of": dict(reversed(parts.items()))}), "the file's order decides nothing"
 
 
-@pytest.mark.parametrize("name", ["dpo", "robust", "ipo", "hinge", "simpo"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("orpo", "kto", "sft")])
 def test_sft_in_a_mix_is_the_sft_weight_of_one_loss(name: str) -> None:
     sums, reference, lengths = drawn(9)
     one, mix = (
@@ -342,6 +393,26 @@ def test_sft_in_a_mix_is_the_sft_weight_of_one_loss(name: str) -> None:
     columns = [mix.metrics.index(metric) for metric in one.metrics]
     torch.testing.assert_close(b.per_unit[:, columns], a.per_unit, rtol=1e-14, atol=0)
     assert b.loss.item() == pytest.approx(a.loss.item(), rel=1e-14)
+
+
+def test_cpo_in_a_mix_has_no_term_of_its_own() -> None:
+    """Alone its default is the paper's loss, with the likelihood; in a mix that is the part sft."""
+    assert isinstance(made({"name": "cpo"}), WithSFT)
+    mix = made({"name": "mix", "of": {"cpo": {"weight": 1.0}, "ipo": {"weight": 1.0}}})
+    assert "sft_loss" not in mix.metrics
+
+
+@pytest.mark.parametrize(("fall", "slopes"), [(0.0, (-0.05, 0.05)), (1e-5, (-0.05, 0.05)), (1.0, None)])
+def test_dpop_takes_a_fall_within_rounding_for_none(fall: float, slopes: tuple[float, float] | None) -> None:
+    """At the start the sign of a rounding error would else decide between two slopes, β/2 and (1 + λ) β/2."""
+    objective = made({"name": "dpop", "beta": 0.1, "penalty": 5.0})
+    sums = torch.tensor([[-20.0 - fall, -20.0]], dtype=torch.float64, requires_grad=True)
+    found = slope(objective(Sequences(sums, torch.tensor([[4, 8]]), torch.full((1, 2), -20.0).double())).loss, sums)
+    if slopes is not None:
+        assert found[0].tolist() == pytest.approx(slopes, rel=1e-4)
+    else:
+        pull = 0.1 / (1 + math.exp(-0.1 * 6 * fall))
+        assert found[0].tolist() == pytest.approx((-6 * pull, pull))
 
 
 def test_an_sft_term_of_weight_0_is_none() -> None:

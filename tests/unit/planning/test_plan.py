@@ -487,6 +487,20 @@ def test_kto_s_rows_and_its_pass_before_the_step(world: Path, capsys: pytest.Cap
     assert plan["work"]["ahead_flop"] == plan["work"]["step_flop"] > 0
 
 
+def test_a_reference_that_moves_costs_a_pass(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first pass and the updates are about what the first pass of a reference that stays is."""
+    stays = planned_by(world, capsys)[2]["work"]
+    status, said, plan = planned_by(world, capsys, "reference.update_every_steps=1")
+    assert status == 0, said
+    work = plan["work"]
+    assert stays["updates_flop"] == 0 < work["updates_flop"]
+    assert work["first_pass_flop"] < 0.6 * stays["first_pass_flop"]
+    assert work["first_pass_flop"] + work["updates_flop"] == pytest.approx(stays["first_pass_flop"], rel=0.05)
+    status, said, _ = planned_by(world, capsys, "reference.update_every_steps=2", "loss.name=orpo")
+    assert status == 2
+    assert "reference.update_every_steps: got 2, but loss.name=orpo has no reference" in said
+
+
 def test_data_that_cannot_be_read(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (world / "pairs.jsonl").unlink()
     status, said, plan = planned_by(world, capsys)

@@ -18,6 +18,7 @@ from data_for_tests import ROWS, lines, prepare
 from transformers import AutoConfig, LlamaConfig
 
 from prefopt_dist.batching.micro_batch import PATHS, packed_tokens
+from prefopt_dist.batching.order import Order, first_rows
 from prefopt_dist.data import TokenisedRows, open_rows
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.fingerprint import file_digest, reference_key
@@ -309,6 +310,24 @@ def test_needed_has_each_sequence_once_at_its_first_place(sets: list[TokenisedRo
     for d, place in found.items():
         assert place.digest(sets) == d
     assert {p.response for p in sequences_needed(sets, 1).values()} == {0}
+
+
+def test_rows_before_the_first_update_of_the_reference_are_enough(sets: list[TokenisedRows]) -> None:
+    """The other rows of the first set have no value; those of the other sets all have one."""
+    order = Order(sets[0].source, sets[0].weights, 0, 3)
+    rows = first_rows(order, 10, 2)
+    assert rows is not None
+    assert sorted(rows) == sorted({*order.step(0).rows, *order.step(1).rows})
+    assert first_rows(order, 10, None) is None
+    assert first_rows(order, 1, 2).tolist() == sorted(order.step(0).rows)
+    needed = sequences_needed(sets[:2], 2, rows)
+    assert [p.row for p in needed.values() if p.data_set == 0] == [row for row in rows for _ in range(2)]
+    tokens = [s.learnt_lengths() for s in sets]
+    scores = {d: Score(-1.5, int(tokens[p.data_set][p.row, p.response])) for d, p in needed.items()}
+    first, second = first_pass._aligned_sets(scores, sets[:2], 2, rows)
+    assert (first[rows] == -1.5).all()
+    assert (second == -1.5).all()
+    assert first.isnan().all(1).sum() == sets[0].n - len(rows)
 
 
 @pytest.mark.parametrize("budget", [1, 40, 150, 10**6])

@@ -13,7 +13,31 @@ from prefopt_dist.data.row_counts import DataReport
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.monitoring import timers
 from prefopt_dist.monitoring.statistics import BIN_EDGES, quantile
-from prefopt_dist.objectives import DPO, IPO, KTO, ORPO, SFT, Hinge, Mix, MixPart, Objective, Sequences, SimPO, WithSFT
+from prefopt_dist.objectives import (
+    CPO,
+    DPO,
+    IPO,
+    KTO,
+    ORPO,
+    SFT,
+    AlphaPO,
+    APODown,
+    APOZero,
+    BCOPair,
+    CalDPO,
+    DiscoPOP,
+    DPOPositive,
+    EXOPair,
+    Hinge,
+    Mix,
+    MixPart,
+    NCAPair,
+    Objective,
+    Sequences,
+    SimPO,
+    SPPOHard,
+    WithSFT,
+)
 from prefopt_dist.training.diagnosis import Diagnosis, saturated, source_labels
 
 N = 60
@@ -105,6 +129,8 @@ PARTS = [list(range(7)), [], list(range(7, 31)), [31], list(range(32, N))]
     "objective",
     [
         *(DPO(0.1), DPO(5.0, per_token=True), IPO(0.2), Hinge(0.1), SimPO(2.0, 1.0), ORPO(0.1), WithSFT(DPO(0.1), 0.5)),
+        *(loss(0.1) for loss in (APODown, APOZero, BCOPair, CalDPO, DiscoPOP, DPOPositive, EXOPair, NCAPair, SPPOHard)),
+        *(CPO(0.1), AlphaPO(2.0, 0.5, 0.2)),
         Mix((MixPart("dpo", 0.5, DPO(0.1)), MixPart("simpo", 1.0, SimPO(2.0, 1.0)), MixPart("sft", 0.1, SFT()))),
     ],
     ids=lambda o: type(o).__name__,
@@ -152,6 +178,8 @@ def test_saturation_is_of_the_slope_whatever_the_loss() -> None:
     assert of(IPO(0.5, per_token=False), 0.0, 1.0, 3.0) == [False, True, False]
     # Without reference the level is that of equal means: SimPO's σ(γ − m) against σ(γ).
     assert of(SimPO(10.0, 1.0), 0.0, 5.8, 6.1) == [False, False, True]
+    # APO-zero's pull is the slope of σ at the chosen reward: at 0 a quarter, σ(r)σ(−r) < 1/400 from 6.0 on.
+    assert of(APOZero(1.0), 0.0, 5.9, 6.1) == [False, False, True]
     # An SFT term pulls for ever.
     assert of(WithSFT(DPO(1.0), 1.0), 0.0, 5.4, 50.0) == [False, False, False]
 
