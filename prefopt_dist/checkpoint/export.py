@@ -7,7 +7,6 @@ long for another and no rank holds the whole model.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import secrets
 import shutil
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 
-from prefopt_dist import __version__
 from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.checkpoint import export_check, export_weights, other_parts
 from prefopt_dist.checkpoint.export_check import LoadSharded
@@ -34,6 +32,7 @@ from prefopt_dist.files import fsync_folder, write_json
 from prefopt_dist.model import adapter as adapters
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.folder import ModelFolder
+from prefopt_dist.model.load import load_language_model
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,8 @@ def _write(checkpoint: Path, manifest: Manifest, what: Exported, folder: Path, w
     elif what.merged:  # peft merges a whole model, which rank 0 then writes
 
         def merged() -> WeightsInMemory:
-            return WeightsInMemory(adapters.merged_weights(what.model, adapter, _trained(read(), torch.float32)))
+            base = load_language_model(what.model, what.model.config, torch.float32)
+            return WeightsInMemory(adapters.merged_weights(base, adapter, _trained(read(), torch.float32)))
 
         _write_whole(merged, what, folder, [0])
     else:
@@ -168,7 +168,7 @@ def _write(checkpoint: Path, manifest: Manifest, what: Exported, folder: Path, w
             tokenizer.chat_template = what.chat_template
         tokenizer.save_pretrained(folder)
         if what.model.part_of_more and (adapter is None or what.merged):
-            other_parts.copy_settings(what.model.path, folder, what.dtype)
+            other_parts.copy_settings(what.model.path, folder, what.dtype, what.model.config.model_type)
         (folder / "README.md").write_text(what.card)
 
     ranks.run_on_rank_zero(write_others)
@@ -209,21 +209,3 @@ def _commit(staging: Path, target: Path, marker: dict[str, Any]) -> None:
     staging.rename(target)
     fsync_folder(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def model_card(*, base: str, loss: dict[str, Any], step: int, run_id: str, adapter: bool) -> str:
-    """Return the README.md of an exported folder.
-
-    Args:
-        base: name or path of the model that training started from.
-        loss: the configuration of the loss.
-        step: the checkpoint's step.
-        run_id: id of the run.
-        adapter: whether the folder holds adapters only.
-    """
-    options = json.dumps(loss, sort_keys=True)
-    library, origin = ("peft", "Adapters trained for") if adapter else ("transformers", "Trained from")
-    return (
-        f"---\nbase_model: {base}\nlibrary_name: {library}\ntags: [prefopt_dist, {loss['name']}]\n---\n\n"
-        f"{origin} `{base}` with prefopt_dist {__version__}, loss `{options}`, {step} steps, run `{run_id}`.\n"
-    )

@@ -10,7 +10,7 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.setup import prepare_models
-from prefopt_dist.setup.lifecycle import best_checkpoint, export_checkpoint, run_folder
+from prefopt_dist.setup.lifecycle import best_checkpoint, export_checkpoint, push_to_hub, run_folder
 
 BEST = "best"
 """Value of export.checkpoint: the checkpoint that checkpoint.keep_best keeps"""
@@ -22,6 +22,7 @@ def run(config: Config) -> None:
         models = prepare_models.load_models(config)
         source = ranks.run_on_rank_zero(lambda: chosen_checkpoint(config))
         say(export_checkpoint(config, models, source, folder, merged=config.export.merged))
+        push_to_hub(config)
 
 
 def chosen_checkpoint(config: Config) -> Path:

@@ -46,7 +46,7 @@ def run(config: Config, asked: Requests | None = None, *, served: bool = False) 
         job = prepare_rollouts.prepare(
             config,
             models,
-            models.policy,
+            models.start,
             config.prompt_sources,
             "data.train" if generate.prompts is None else "generate.prompts",
             n=generate.n,

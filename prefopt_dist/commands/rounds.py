@@ -130,7 +130,12 @@ def round_config(config: Config, number: int, hours_gone: float = 0.0) -> Config
         reference=reference,
         data=replace(config.data, train=(DataSource(str(folder / "pairs.jsonl")),)),
         generate=replace(config.generate, prompts=config.prompt_sources, pairs=None),
-        export=replace(config.export, dir=None, checkpoint=None),
+        export=replace(
+            config.export,
+            dir=None,
+            checkpoint=None,
+            push_to_hub=config.export.push_to_hub if number == config.rounds.count else None,
+        ),
         # The round's comparison judges its model on evaluate.prompts.
         answers=replace(config.answers, number=0),
         # The rounds' own watchdog covers all of them.
@@ -224,7 +229,7 @@ def _pairs(of_round: Config) -> int:
 
 
 def _folder(config: Config, path: Path) -> ModelFolder:
-    return ranks.run_on_all_ranks(lambda: inspect_folder(path, "run.dir", config.data.max_length))
+    return ranks.run_on_all_ranks(lambda: inspect_folder(path, "run.dir"))
 
 
 def table(done: list[dict[str, Any]]) -> str:

@@ -21,10 +21,10 @@ from prefopt_dist.data.template import template_name
 from prefopt_dist.distributed import out_of_memory, ranks, zero3
 from prefopt_dist.errors import AgreedUserError, StopRequested
 from prefopt_dist.model import activation_checkpointing
-from prefopt_dist.model.adapter import attach
+from prefopt_dist.model.adapter import attach, load_saved
 from prefopt_dist.model.cost import activation_memory, forward_cost
 from prefopt_dist.model.fingerprint import refuse_if_changed
-from prefopt_dist.model.load import load_sharded
+from prefopt_dist.model.load import load_sharded, under_zero3
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.objectives import Objective, factory
@@ -33,6 +33,7 @@ from prefopt_dist.planning.machine import device_peak
 from prefopt_dist.planning.work import most_keys_per_token, padding
 from prefopt_dist.reference.step0_check import RoundingTolerance
 from prefopt_dist.setup import own_answers, prepare_data, prepare_models, prepare_reference
+from prefopt_dist.setup.experts import expert_loads
 from prefopt_dist.setup.lifecycle import best_checkpoint, finish, open_log, requests_for, run_folder
 from prefopt_dist.setup.own_answers import NotAnswered, OwnAnswers
 from prefopt_dist.setup.prepare_models import Models
@@ -63,7 +64,7 @@ class _Inputs:
     reference: HashedWeights | None
     """None for a loss without a reference"""
     base: HashedWeights | None
-    """The frozen weights of a run with adapters"""
+    """The frozen weights of a run with adapters, with those of the adapter that it starts from"""
     facts: dict[str, Any]
     """What a resume must find unchanged"""
     checkpoint: Manifest | None
@@ -127,6 +128,9 @@ def _load_inputs(config: Config) -> _Inputs:
     base = adapter_base(config, models)
     if base is not None:
         facts["base_key"] = base.key
+    saved = prepare_reference.adapter_start(config, models)
+    if saved is not None:
+        facts["start_key"], base = saved.key, saved
     _check_resume(config, found, facts)
     return _Inputs(models, objective, train, evals, order, total_steps, reference, base, facts, found)
 
@@ -260,9 +264,10 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
             "Choose another run.dir, or set checkpoint.resume=auto."
         )
     for name, key, what in (
+        ("base_key", "model.name_or_path", "the weights or the configuration of the base model's folder"),
+        ("start_key", "lora.from", "the weights or the settings of the adapter"),
         ("reference_key", "reference", "the weights or the configuration of the model folder"),
         ("data_digest", "data.train", DATA),
-        ("base_key", "model.name_or_path", "the weights or the configuration of the base model's folder"),
     ):
         if name in facts and found.facts[name] != facts[name]:
             raise AgreedUserError(
@@ -292,8 +297,12 @@ def _policy(
     lm = load_sharded(models.policy, dtype=models.dtype, settings=settings, path=models.path)
     if models.adapter is not None:
         torch.manual_seed(config.run.seed)  # whatever loading has drawn: the same on any number of ranks
-        attach(lm, models.adapter)
-    scorer = Scorer(lm, models.path, cut=True).train()
+        with under_zero3(settings):  # DoRA reads whole weights
+            attach(lm, models.adapter)
+        if models.adapter.start is not None:
+            ranks.run_on_all_ranks(partial(load_saved, lm, models.adapter.start))
+    loads = ranks.run_on_all_ranks(lambda: expert_loads(config, models.policy.config, ranks.device()))
+    scorer = Scorer(lm, models.path, cut=True, loads=loads).train()
     optim = config.optim
     optimizer = adamw(
         scorer,

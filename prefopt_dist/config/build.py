@@ -43,6 +43,11 @@ def build_config(raw: dict[str, Any]) -> Config:
     return _build_dataclass(Config, raw, "")
 
 
+def key_of(name: str) -> str:
+    """Return the key of a field; a name that is a word of Python, such as `from`, has an underscore at its end."""
+    return name.removesuffix("_")
+
+
 def refuse_value(key: str, value: Any, rule: str, remedy: str) -> NoReturn:
     """Raise the UserError for a value at a dotted key that must be `rule`; `remedy` is an imperative."""
     raise UserError(f"{key}: got {_shown(value)}, must be {rule}; {remedy}")
@@ -77,7 +82,7 @@ def _build_dataclass(cls: type[T], raw: Any, path: str) -> T:
     if not isinstance(raw, dict):
         refuse_value(path, raw, "a mapping of options", f"write {path}: {{option: value}} or leave it out")
     # `dataclasses.fields` requires a dataclass, which a plain TypeVar cannot express.
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {key_of(field.name): field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in raw:
         if key not in fields:
             remedy = REPLACED_KEYS.get(_join(path, key)) or suggest_names(key, fields)
@@ -87,10 +92,11 @@ def _build_dataclass(cls: type[T], raw: Any, path: str) -> T:
     for name, field in fields.items():
         key = _join(path, name)
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        hint = hints[field.name]
         if name in raw:
-            values[name] = _build(hints[name], raw[name], key)
-        elif dataclasses.is_dataclass(hints[name]) and required:
-            values[name] = _build(hints[name], {}, key)  # so that the message names the missing option, not the section
+            values[field.name] = _build(hint, raw[name], key)
+        elif dataclasses.is_dataclass(hint) and required:
+            values[field.name] = _build(hint, {}, key)  # so that the message names the missing option, not the section
         elif required:
             raise UserError(f"{key}: missing, and it has no default; set it in the file or as {key}=VALUE")
     return cls(**values)

@@ -83,7 +83,8 @@ class DataSource:
     """
 
     path: Text
-    """A file, a pattern such as `parts/*.jsonl`, a folder of files, a saved `datasets` folder, or a hub name."""
+    """A file, a pattern such as `parts/*.jsonl`, a folder of files, a saved `datasets` folder, a hub name, or the URL
+    of a file or pattern, such as `s3://bucket/parts/*.parquet`, which is copied once into `run.cache`."""
     split: Text | None = None
     """Split of a folder of files, a saved data set or a hub data set; null: `train`. Single files have no splits."""
     weight: Positive = 1.0

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from prefopt_dist.config.bounds import Text
+from prefopt_dist.config.build import key_of
 from prefopt_dist.config.data import DataSource
 from prefopt_dist.config.load import identity_keys
 from prefopt_dist.config.losses import LOSSES, MIX, Loss, MixedLoss, MixLoss
@@ -142,7 +143,7 @@ def _rows(cls: type[Any], prefix: str) -> list[_Row]:
     hints, texts = get_type_hints(cls, include_extras=True), _field_texts(cls)
     rows = []
     for field in dataclasses.fields(cls):
-        key = f"{prefix}.{field.name}" if prefix else field.name
+        key = f"{prefix}.{key_of(field.name)}" if prefix else key_of(field.name)
         kind = _without_null(hints[field.name])
         row = _Row(key, _kind(hints[field.name]), _default(field), texts[field.name])
         if dataclasses.is_dataclass(kind):

@@ -22,7 +22,18 @@ class Lora:
     rslora: bool = False
     """Whether the scale is s = α/√r instead, which suits large ranks (Kalajdzievski 2023)."""
     target_modules: tuple[Text, ...] | None = None
-    """Names of the linear layers with an adapter, such as `[q_proj, v_proj]`; null: all but the output head."""
+    """Names of the linear layers with an adapter, such as `[q_proj, v_proj]`; null: all but the output head, or with
+    `from` those of its adapter."""
+    experts: bool = False
+    """Whether the experts of a mixture get adapters too, one for each expert's matrices."""
+    dora: bool = False
+    """Whether the direction alone is low-rank, with a trained length of each row of the weight (DoRA, Liu 2024)."""
+    modules_to_save: tuple[Text, ...] = ()
+    """Names of modules of the decoder that are trained whole beside the adapters, such as `[embed_tokens]` after an SFT
+    with new tokens."""
+    from_: Text | None = None
+    """A folder of peft, or its hub name, with an adapter of this base, rank and scale: training goes on from it, and
+    the reference is the base model with it. null: the adapters begin at 0."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +49,11 @@ class Model:
     checkpointing: Literal["auto", "none", "all"] = "auto"
     """Activation checkpointing of no layer (`none`) or all layers (`all`); `auto`: of as few layers as fit the free
     memory of the device."""
-    path: Literal["auto", "shared", "packed", "plain"] = "auto"
+    path: Literal["auto", "shared", "packed", "plain", "alone"] = "auto"
     """How a micro-batch is computed: each distinct token once in one packed row (`shared`), each sequence in one packed
-    row (`packed`), or padded rows with transformers' own attention (`plain`). `auto`: the first of them whose log-probs
-    and gradients are proven to be the model's own; another value is proven too (docs/models.md)."""
+    row (`packed`), padded rows with transformers' own attention (`plain`), or one sequence a forward pass (`alone`).
+    `auto`: the first of them whose log-probs and gradients are proven to be the model's own; another value is proven
+    too (docs/models.md)."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,9 @@ class Train:
     deterministic: bool = False
     """Whether a GPU computes with deterministic algorithms alone, which are slower. Then a resumed run ends with the
     same bits on equal GPUs, versions and numbers of ranks (not run on a GPU). On the CPU it always does."""
+    router_aux_loss_coef: Annotated[float, Bound("at least 0", lambda v: v >= 0)] = 0.0
+    """For a mixture of experts: coefficient of the loss that balances the experts' loads, per sequence as in
+    DeepSeek-V3; 0: none (docs/experts.md)."""
     on_spike: Literal["none", "skip", "stop"] = "none"
     """An update whose gradient norm is far above the previous ones is made (`none`), is skipped (`skip`), or ends the
     run (`stop`)."""
@@ -185,3 +200,6 @@ class Export:
     merged: bool = False
     """Whether a run with adapters exports the whole model with the adapters merged in, instead of the adapters
     alone."""
+    push_to_hub: Text | None = None
+    """Repository on the hub, as `OWNER/NAME` or `NAME`, to which the folder is pushed at the end, private where it does
+    not exist yet; a failure costs nothing but a message. null: it is not pushed."""

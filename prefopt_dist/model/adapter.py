@@ -22,14 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefopt_dist.model.folder import ModelFolder
-from prefopt_dist.model.load import load_language_model
 from prefopt_dist.model.parts import backbone
 from prefopt_dist.packages import import_optional
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """File names of peft."""
-_IN_FILES = "base_model.model."
+IN_FILES = "base_model.model."
 """Prefix of a parameter's name in peft's files."""
 _NAME = "default"
 """Name of the adapter in the model, peft's default; it is left out in peft's files."""
@@ -44,8 +42,15 @@ class Adapter:
     rslora: bool
     modules: tuple[str, ...]
     """Names of linear layers, the same in every decoder layer."""
+    parameters: tuple[str, ...]
+    """Ends of the names of matrices of experts that get adapters too."""
+    dora: bool
+    saved_modules: tuple[str, ...]
+    """Names of modules that are trained whole"""
     base: str
     """The base model as the saved adapter names it: a hub name or a folder."""
+    start: Path | None = None
+    """A saved folder with the values from which training starts; None to start from A random and B = 0."""
 
 
 def linear_layers(lm: PreTrainedModel) -> dict[str, int]:
@@ -61,6 +66,16 @@ def linear_layers(lm: PreTrainedModel) -> dict[str, int]:
     return found
 
 
+def expert_matrices(lm: PreTrainedModel) -> dict[str, int]:
+    """Return the smaller side of the matrices that hold all experts of a layer, by the ends of their names."""
+    found: dict[str, int] = {}
+    for name, p in backbone(lm).named_parameters():
+        if p.dim() == 3:
+            end = ".".join(name.split(".")[-2:])
+            found[end] = min(*p.shape[1:], found.get(end, sys.maxsize))
+    return found
+
+
 def attach(lm: PreTrainedModel, adapter: Adapter) -> None:
     """Add adapters with random A and B = 0; from now on they alone are trained.
 
@@ -70,17 +85,25 @@ def attach(lm: PreTrainedModel, adapter: Adapter) -> None:
 
 
 def attach_saved(lm: PreTrainedModel, folder: Path) -> None:
-    """Add the adapters of a saved folder, with their values."""
+    """Add the adapters of a saved folder, with their values and without dropout."""
     peft = _peft()
-    peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(folder), lm)
-    saved = {_in_model(name): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+    settings = peft.LoraConfig.from_pretrained(folder)
+    settings.lora_dropout = 0.0
+    peft.inject_adapter_in_model(settings, lm)
+    load_saved(lm, folder)
+
+
+def load_saved(lm: PreTrainedModel, folder: Path) -> None:
+    """Load the values of a saved folder into a model that has its adapters."""
+    names = {in_file(name): name for name, _ in lm.named_parameters() if is_adapter(name)}
+    saved = {names.get(name, name): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
     _load_weights(lm, saved)
 
 
 def save(folder: Path, adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> None:
     """Write an adapter folder that peft loads; `weights` has the names that they have in the language model."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({_in_file(name): t for name, t in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file({in_file(name): t for name, t in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
     settings = _settings(adapter)
     settings.inference_mode = True
     settings.save_pretrained(folder)
@@ -91,15 +114,16 @@ def load_with_peft(lm: PreTrainedModel, folder: Path) -> None:
     _peft().PeftModel.from_pretrained(lm, folder)
 
 
-def merged_weights(base: ModelFolder, adapter: Adapter, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return float32 W + s · B A of every layer with an adapter, and all other weights, by the base model's names.
+def merged_weights(
+    lm: PreTrainedModel, adapter: Adapter, weights: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return W + s · B A of every layer with an adapter, and all other weights, by the base model's names.
 
     Args:
-        base: the base model.
+        lm: the base model, which is changed.
         adapter: the adapters' settings.
         weights: the adapters' weights, by their names in the language model.
     """
-    lm = load_language_model(base, base.config, torch.float32)
     tuner = _peft().LoraModel(lm, _settings(adapter), _NAME)
     _load_weights(lm, weights)
     merged: dict[str, torch.Tensor] = tuner.merge_and_unload().state_dict()
@@ -110,22 +134,24 @@ def _load_weights(lm: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Load the adapters' weights into a model with adapters; raise RuntimeError where the names do not match."""
     # Not strict, because the base model's own weights are not among them.
     result = lm.load_state_dict(dict(weights), strict=False)
-    lacking = [name for name in result.missing_keys if ".lora_" in name]
+    lacking = [name for name in result.missing_keys if is_adapter(name)]
     if lacking or result.unexpected_keys:
         raise RuntimeError(
             f"the adapter's weights do not belong to this model: {(lacking + result.unexpected_keys)[:4]}"
         )
 
 
-def _in_file(name: str) -> str:
+def is_adapter(name: str) -> bool:
+    """Return whether a parameter with this name belongs to an adapter."""
+    return ".lora_" in name or ".modules_to_save." in name
+
+
+def in_file(name: str) -> str:
     """Return the name in peft's files of a parameter with this name in the model."""
-    return _IN_FILES + name.replace(f".{_NAME}.", ".")
-
-
-def _in_model(name: str) -> str:
-    """Return the name in the model of a parameter with this name in peft's files."""
-    layer, matrix, rest = name.removeprefix(_IN_FILES).rsplit(".", 2)
-    return f"{layer}.{matrix}.{_NAME}.{rest}"
+    name = name.replace(f".modules_to_save.{_NAME}.", ".")
+    # peft keeps the name that the vector had when it was no module.
+    name = name.replace(f".lora_magnitude_vector.{_NAME}.weight", ".lora_magnitude_vector")
+    return IN_FILES + name.replace(f".{_NAME}.", ".")
 
 
 def _settings(adapter: Adapter) -> Any:
@@ -134,11 +160,20 @@ def _settings(adapter: Adapter) -> Any:
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
         lora_dropout=0.0,
         target_modules=list(adapter.modules),
+        target_parameters=list(adapter.parameters) or None,
+        modules_to_save=list(adapter.saved_modules) or None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=adapter.base,
     )
+
+
+def default_settings() -> dict[str, Any]:
+    """Return peft's settings of LoRA with their defaults, as they are in a saved folder."""
+    settings: dict[str, Any] = _peft().LoraConfig().to_dict()
+    return settings
 
 
 def require_package() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,18 +105,20 @@ IGNORED_FIELDS = frozenset(
 """Fields of a model's configuration that change no log-prob. All others are part of the key, even unknown ones."""
 
 
-def reference_key(weight_digests: list[str], config: PreTrainedConfig, dtype: torch.dtype) -> str:
+def reference_key(
+    weight_digests: list[str], config: PreTrainedConfig, dtype: torch.dtype, adapter: Mapping[str, Any] | None = None
+) -> str:
     """Return the name under which reference log-probs of these weights are stored, 32 hexadecimal digits.
 
     Args:
         weight_digests: digests of the weight files, in the order of the files' names.
         config: the model's configuration.
         dtype: the dtype of the weights while scoring.
+        adapter: the settings of the model's saved adapter that change numbers; None without one.
     """
     fields = {k: v for k, v in config.to_dict().items() if k not in IGNORED_FIELDS and "dropout" not in k}
-    content = json.dumps(
-        {"weights": weight_digests, "config": fields, "dtype": str(dtype), "schema": SCORING_SCHEMA},
-        sort_keys=True,
-        default=str,
-    )
+    parts = {"weights": weight_digests, "config": fields, "dtype": str(dtype), "schema": SCORING_SCHEMA}
+    if adapter is not None:
+        parts["adapter"] = adapter
+    content = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

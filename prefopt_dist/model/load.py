@@ -18,9 +18,10 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging
 
-from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import attention
+from prefopt_dist.model.adapter import attach_saved
 from prefopt_dist.model.folder import ModelFolder
 
 
@@ -42,7 +43,9 @@ def load_tokenizer(path: Path, key: str) -> Any:
 def load_sharded(
     folder: ModelFolder, *, dtype: torch.dtype, settings: dict[str, Any], path: ComputePath = "shared"
 ) -> PreTrainedModel:
-    """Load the model under ZeRO-3: each rank has its part of every parameter, and every dropout is 0.
+    """Load the model under ZeRO-3, with its saved adapters: each rank has its part of every parameter.
+
+    Adapters are partitioned by the engine. Every dropout is 0.
 
     Args:
         folder: the model folder.
@@ -50,11 +53,18 @@ def load_sharded(
         settings: DeepSpeed configuration of the engine that will hold the model; its `bf16` decides the shards' dtype.
         path: how the model will compute micro-batches, which decides its attention.
     """
-    # transformers sees this object through a weak reference, so it must live until the model is loaded.
-    zero3 = HfDeepSpeedConfig(settings)
-    model = _load(folder, dtype, path)
-    del zero3
-    return model
+    with under_zero3(settings):
+        return _load(folder, dtype, path)
+
+
+@contextmanager
+def under_zero3(settings: dict[str, Any]) -> Iterator[None]:
+    """Let transformers and peft know within the block that parameters are partitioned; `settings` are DeepSpeed's."""
+    zero3 = HfDeepSpeedConfig(settings)  # it is seen through a weak reference, so it must live as long as the block
+    try:
+        yield
+    finally:
+        del zero3
 
 
 def load_unsharded(folder: ModelFolder, *, dtype: torch.dtype, path: ComputePath = "shared") -> PreTrainedModel:
@@ -64,18 +74,28 @@ def load_unsharded(folder: ModelFolder, *, dtype: torch.dtype, path: ComputePath
 
 def _load(folder: ModelFolder, dtype: torch.dtype, path: ComputePath) -> PreTrainedModel:
     config = without_dropout(folder.config)
-    return load_language_model(folder, config, dtype, attn_implementation=attention_of(config, path))
+    return load_with_adapter(folder, config, dtype, attn_implementation=attention_of(config, path))
+
+
+def load_with_adapter(
+    folder: ModelFolder, config: PreTrainedConfig, dtype: torch.dtype, **options: Any
+) -> PreTrainedModel:
+    """Load as `load_language_model` does, with the folder's saved adapters beside the model if it has any."""
+    model = load_language_model(folder, config, dtype, **options)
+    if folder.adapter is not None:
+        attach_saved(model, folder.adapter)
+    return model
 
 
 def attention_of(config: PreTrainedConfig, path: ComputePath) -> str:
     """Return the name of the attention with which a model computes the micro-batches of a path."""
-    return own_attention(config) if path == "plain" else attention.NAME
+    return own_attention(config) if in_rectangles(path) else attention.NAME
 
 
 def load_language_model(
     folder: ModelFolder, config: PreTrainedConfig, dtype: torch.dtype, **options: Any
 ) -> PreTrainedModel:
-    """Load the language model of a folder, without its other parts such as one for images.
+    """Load the language model of a folder, without adapters and without other parts such as one for images.
 
     Args:
         folder: the model folder.

@@ -18,7 +18,7 @@ from prefopt_dist.distributed.zero3 import copy_to_unsharded
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.adapter import Adapter, attach
 from prefopt_dist.model.folder import ModelFolder
-from prefopt_dist.model.load import load_language_model, own_attention, without_dropout
+from prefopt_dist.model.load import load_with_adapter, own_attention, without_dropout
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.sampling import Ids, Sampling, choose_tokens, free_memory, pad_lines, uniforms
 
@@ -29,7 +29,7 @@ Row = tuple[int, int]
 def load_for_sampling(folder: ModelFolder, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Load the model of a folder, unsharded, on the device, with transformers' own attention."""
     config = without_dropout(folder.config)
-    model = load_language_model(folder, config, dtype, attn_implementation=own_attention(config))
+    model = load_with_adapter(folder, config, dtype, attn_implementation=own_attention(config))
     loaded: PreTrainedModel = model.eval().to(device)
     return loaded
 

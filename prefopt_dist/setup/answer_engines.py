@@ -26,13 +26,13 @@ def start_engine(config: Config, models: Models, hashed: HashedWeights) -> Engin
     """Load the model that the run starts from, and check that its files have not changed (all ranks call it)."""
     if not _copy_fits(config, models, "the start", loads=True):
         settings = reference_settings(config, models)
-        lm = load_sharded(models.policy, dtype=models.dtype, settings=settings, path=models.path)
+        lm = load_sharded(models.start, dtype=models.dtype, settings=settings, path=models.path)
         sharded = zero3.reference_engine(Scorer(lm, models.path), settings)
         ranks.run_on_all_ranks(lambda: refuse_if_changed(hashed.states))
         return ShardedEngine(sharded, str(models.policy.path), batch_tokens=_batch_tokens(config), release=True)
 
     def load() -> Engine:
-        lm = load_for_sampling(models.policy, dtype=models.dtype, device=ranks.device())
+        lm = load_for_sampling(models.start, dtype=models.dtype, device=ranks.device())
         refuse_if_changed(hashed.states)
         return TransformersEngine(lm, str(models.policy.path), batch_tokens=_batch_tokens(config))
 

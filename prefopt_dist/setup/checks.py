@@ -12,20 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedConfig
 
-from prefopt_dist.batching.micro_batch import ComputePath, packed_tokens
+from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.packing import packed_tokens
 from prefopt_dist.checkpoint.export import check_target
-from prefopt_dist.config import Config, DataSource, Lora
-from prefopt_dist.config.build import suggest_names
+from prefopt_dist.config import Config, DataSource
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import UnpairedRows
 from prefopt_dist.data.template import read_template
 from prefopt_dist.errors import UserError
-from prefopt_dist.model.adapter import Adapter, linear_layers
-from prefopt_dist.model.counting import meta_model
 from prefopt_dist.model.folder import ModelFolder, read_generation_config
 from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.objectives import Objective
@@ -91,40 +87,6 @@ def check_packages(config: Config) -> None:
         require_package("tensorboard", "tracking.tensorboard", "it", "set tracking.tensorboard=false")
     if config.lora is not None:
         require_package("peft", "lora", "a run with adapters", "remove the section lora")
-
-
-def adapter_of(lora: Lora | None, model: PreTrainedConfig, base: str) -> Adapter | None:
-    """Return the adapters of the section lora, with layer names and rank checked against the model; None without it.
-
-    Args:
-        lora: the section.
-        model: the model's configuration.
-        base: the base model's folder or hub name.
-
-    Raises:
-        UserError: a name is not that of a linear layer, or the rank exceeds a layer's smaller side.
-    """
-    if lora is None:
-        return None
-    layers = linear_layers(meta_model(model, torch.bfloat16))
-    names = list(layers) if lora.target_modules is None else list(dict.fromkeys(lora.target_modules))
-    if not names:
-        raise UserError("lora.target_modules: got [], must name a layer; name layers, or leave it out for all of them")
-    for name in names:
-        if name not in layers:
-            raise UserError(
-                f"lora.target_modules: got {name!r}, but the decoder of this {model.model_type} model has no linear "
-                f"layer of that name; {suggest_names(name, layers)}"
-            )
-    smallest = min(names, key=layers.__getitem__)
-    if lora.r > layers[smallest]:
-        raise UserError(
-            f"lora.r: got {lora.r}, must be at most {layers[smallest]}, the smaller side of {smallest}: a higher rank "
-            "adds nothing; lower it"
-        )
-    folder = Path(base)
-    # peft resolves a relative folder from the working folder, which may be another one when the adapters are loaded.
-    return Adapter(lora.r, lora.alpha, lora.rslora, tuple(names), str(folder.resolve()) if folder.is_dir() else base)
 
 
 def check_moving_reference(config: Config, objective: Objective) -> None:
@@ -270,13 +232,14 @@ def check_lengths(
     """
     lengths = rows.lengths()
     prompts = lengths[:, 0]
+    responses = min(objective.responses, 2)  # beginnings of responses are not computed again
     if isinstance(rows, UnpairedRows):
         units = prompts + lengths[:, 1:].max(axis=1) - 1  # the mismatched response is a sequence by itself
     elif path != "shared":
-        units = (prompts[:, None] + lengths[:, 1 : 1 + objective.responses] - 1).sum(axis=1)
+        units = (prompts[:, None] + lengths[:, 1 : 1 + responses] - 1).sum(axis=1)
     else:
-        units = prompts + (lengths[:, 1 : 1 + objective.responses] - 1).sum(axis=1)
-        units = _packed_lengths(rows, units, objective.responses, config.train.micro_batch_tokens)
+        units = prompts + (lengths[:, 1 : 1 + responses] - 1).sum(axis=1)
+        units = _packed_lengths(rows, units, responses, config.train.micro_batch_tokens)
     # The lengths are less 1 per response, since a response's last token predicts nothing and is not an input.
     _refuse_longer(config, rows, units, key, "train.micro_batch_tokens", config.train.micro_batch_tokens)
     scored = [units] if not trained else [prompts + lengths[:, 1:].max(axis=1) - 1] if objective.needs_reference else []

@@ -128,7 +128,7 @@ def prepare(
     answering = {"policy": policy, "against": against} | ({} if start is None else {"start": start})
     jobs: dict[str, RolloutJob] = {}
     for what, model in answering.items():
-        same = [job for job in jobs.values() if job.model.path == model.path]
+        same = [job for job in jobs.values() if job.model.equals(model)]
         jobs[what] = (
             same[0]
             if same
@@ -153,7 +153,7 @@ def prepare(
         "on_bad_reward": config.generate.on_bad_reward,
         "reference": prepare_reference.hash_weights(reference, models.dtype, config.cache_dir).key,
     }
-    is_start = other is not None or against.path in (reference.path, models.policy.path)
+    is_start = other is not None or any(against.equals(model) for model in (reference, models.start))
     other = other or ("the start" if is_start else str(against.path))
     return Comparison(config, models, jobs, reference, fingerprint, name or str(policy.path), other, is_start)
 

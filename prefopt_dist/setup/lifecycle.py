@@ -6,20 +6,23 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prefopt_dist.checkpoint import save
-from prefopt_dist.checkpoint.export import Exported, export, model_card
+from prefopt_dist.checkpoint import hub, save
+from prefopt_dist.checkpoint.export import Exported, export
 from prefopt_dist.checkpoint.manifest import read_manifest
+from prefopt_dist.checkpoint.model_card import model_card
 from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config, mask_secrets, to_dict
 from prefopt_dist.data.options import TextOptions
 from prefopt_dist.data.template import PLAIN_TEMPLATE, read_template, response_end_ids
 from prefopt_dist.distributed import out_of_memory, ranks, zero3
 from prefopt_dist.distributed.flight_recorder import FlightRecorder
+from prefopt_dist.distributed.long_work import Node, run_on_node_leaders
 from prefopt_dist.distributed.ranks import require_shared_folder
 from prefopt_dist.distributed.watchdog import Watchdog
 from prefopt_dist.errors import StopRequested, UserError
@@ -208,6 +211,31 @@ def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, ans
         return summary
 
     say(ranks.run_on_rank_zero(conclude))
+    push_to_hub(config)
+
+
+def push_to_hub(config: Config) -> None:
+    """Push the exported folder where the configuration asks for it; report a failure (all ranks call it)."""
+    name = config.export.push_to_hub
+    if name is None:
+        return
+
+    def push(node: Node) -> None:
+        if node.number > 0:
+            return
+        say(f"pushing {config.export_dir} to {name} on the hub")
+        why = hub.push(config.export_dir, name)
+        if why is None:
+            say(f"pushed: {name}")
+            return
+        say(
+            f"export.push_to_hub: {config.export_dir} was not pushed to {name!r}: {why}. The folder is whole, and the "
+            "run is not affected. Check the network, and that HF_TOKEN may write there; then run the stage export with "
+            "the same configuration, which pushes again.",
+            logging.WARNING,
+        )
+
+    run_on_node_leaders(push)
 
 
 def _release_engine(job: loop.Job) -> None:
@@ -298,6 +326,10 @@ def export_checkpoint(
 
     of_step = ranks.run_on_rank_zero(step)
 
+    def card() -> str:
+        as_written = replace(config, export=replace(config.export, merged=merged))
+        return model_card(as_written, folder.facts, MetricsFile(folder.metrics).rows(), of_step)
+
     def describe() -> Exported:
         options = text_options(config)
         return Exported(
@@ -310,13 +342,7 @@ def export_checkpoint(
             trained_dtype=models.dtype,
             dtype=DTYPES[config.export.dtype or config.model.dtype],
             path=models.path,
-            card=model_card(
-                base=config.model.name_or_path,
-                loss=to_dict(config)["loss"],
-                step=of_step,
-                run_id=folder.facts["run_id"] if ranks.rank() == 0 else "",  # rank 0 alone writes the card
-                adapter=models.adapter is not None and not merged,
-            ),
+            card=card() if ranks.rank() == 0 else "",  # rank 0 alone writes it
         )
 
     def load_for_check(model: ModelFolder, adapters: Path | None, dtype: torch.dtype) -> Any:

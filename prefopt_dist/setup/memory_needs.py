@@ -12,7 +12,7 @@ from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.planning.fit import Needs
 from prefopt_dist.planning.memory import GenerationSettings, ZeroSettings
 from prefopt_dist.planning.sizes import model_sizes
-from prefopt_dist.setup.checks import adapter_of
+from prefopt_dist.setup.check_lora import adapter_of
 from prefopt_dist.setup.prepare_models import DTYPES, with_model_buckets, zero_settings
 
 

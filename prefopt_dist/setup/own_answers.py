@@ -254,13 +254,13 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
     settings = config.answers
     if settings.number == 0:
         return NotAnswered("answers.number is 0, so no prompt was answered; set it to a number such as 64")
-    fault = ranks.run_on_rank_zero(lambda: fault_of_sampling(models.policy.config))
+    fault = ranks.run_on_rank_zero(lambda: fault_of_sampling(models.policy.config, config.data.max_length))
     if fault:
         return NotAnswered(f"{fault}; set answers.number=0 to run without this line")
     rewards = configured_rewards(config, models)
     data = config.data
     tokeniser = tokeniser_of(config, models.tokenizer)
-    hashed = hash_weights(models.policy, models.dtype, config.cache_dir)
+    hashed = hash_weights(models.start, models.dtype, config.cache_dir)
     sampling = Sampling(
         n=1,
         temperature=settings.temperature,
@@ -314,7 +314,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
         sampling,
         tokeniser,
         lambda: start_engine(config, models, hashed),
-        models.policy,
+        models.start,
         hashed.key,
     )
     return OwnAnswers(config, models, prompts, start, _chosen(rows, settings.number))

@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from prefopt_dist import shipped
-from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
+from prefopt_dist.checkpoint import hub
 from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.distributed import ranks, zero3
@@ -30,7 +31,9 @@ from prefopt_dist.model.published import trainable_folder
 from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.setup import checks
+from prefopt_dist.setup.check_lora import adapter_of
 from prefopt_dist.setup.checks import eval_sets
+from prefopt_dist.setup.experts import check_balancing
 from prefopt_dist.setup.prove_path import choose_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,7 +48,7 @@ class Models:
 
     policy: ModelFolder
     reference: ModelFolder
-    """The policy's folder where the configuration names no other"""
+    """The model that the policy starts from, where the configuration names no other"""
     tokenizer: Any
     dtype: torch.dtype
     """Dtype of the computation"""
@@ -55,9 +58,14 @@ class Models:
     """How every micro-batch of the run is computed"""
 
     @property
+    def start(self) -> ModelFolder:
+        """Return the model that the policy starts from: its folder, with the adapter of lora.from if there is one."""
+        return self.policy if self.adapter is None else replace(self.policy, adapter=self.adapter.start)
+
+    @property
     def reference_is_start(self) -> bool:
         """Return whether the reference is the model that the policy starts from."""
-        return self.reference.path == self.policy.path
+        return self.reference.equals(self.start)
 
 
 def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | None = None) -> None:
@@ -123,6 +131,8 @@ def _check_surroundings(config: Config) -> None:
     zero_settings(config.deepspeed.reference, "deepspeed.reference")
     checks.check_packages(config)
     checks.check_evaluations(config)
+    if config.export.push_to_hub is not None:
+        hub.check_name(config.export.push_to_hub)
     objective = make_objective(config.loss, DTYPES[config.model.dtype])
     checks.check_moving_reference(config, objective)
     checks.check_folders(config, objective)
@@ -137,25 +147,26 @@ def model_folder(config: Config, name_or_path: str, key: str) -> ModelFolder:
         key: the configuration key that names it, for messages.
     """
     folder = trainable_folder(resolve(name_or_path, key), key, config.cache_dir, say)
-    return inspect_folder(folder, key, config.data.max_length)
+    return inspect_folder(folder, key)
 
 
 def _models(config: Config) -> Models:
     policy = model_folder(config, config.model.name_or_path, "model.name_or_path")
-    reference = policy
-    if config.reference.name_or_path is not None:
-        reference = model_folder(config, config.reference.name_or_path, "reference.name_or_path")
+    named = config.reference.name_or_path
+    reference = None if named is None else model_folder(config, named, "reference.name_or_path")
     tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
     checks.check_tokenizer(tokenizer, config.data.template, policy.config.vocab_size)
-    if reference is not policy:
+    if reference is not None:
         checks.check_reference_tokenizer(tokenizer, reference)
-    adapter = checks.adapter_of(config.lora, policy.config, config.model.name_or_path)
+    check_balancing(config, policy.config)
+    adapter = adapter_of(config.lora, policy.config, config.model.name_or_path)
     if adapter is not None and policy.part_of_more and not config.export.merged:
         raise UserError(
             f"export.merged: got false, but {policy.path} has other parts than its language model (such as one for "
             "images), whose layers peft would take for those of the adapters; set export.merged=true"
         )
-    return Models(policy, reference, tokenizer, DTYPES[config.model.dtype], adapter)
+    models = Models(policy, policy, tokenizer, DTYPES[config.model.dtype], adapter)
+    return replace(models, reference=reference or models.start)
 
 
 def load_models(config: Config, scored: Sequence[ModelFolder] = ()) -> Models:
@@ -171,6 +182,8 @@ def load_models(config: Config, scored: Sequence[ModelFolder] = ()) -> Models:
     models = ranks.run_on_all_ranks(partial(_models, config))
     ranks.run_on_rank_zero(partial(checks.check_exportable, models.policy, models.tokenizer))
     say(f"policy: {_described(models.policy)}, computed in {config.model.dtype}")
+    if models.start.adapter is not None:
+        say(f"lora: training goes on from the adapter in {models.start.adapter}, which is part of the start")
     if config.reference.name_or_path is not None:
         say(f"reference: {_described(models.reference)}")
     path, lines = ranks.run_on_rank_zero(partial(_path, config, models, ranks.device(), scored))
@@ -188,18 +201,18 @@ def _path(
     config: Config, models: Models, device: torch.device, scored: Sequence[ModelFolder] = ()
 ) -> tuple[ComputePath, list[str]]:
     """Choose the path of the run, with lines about it (one process calls it)."""
-    all_scored = [models.policy, *([] if models.reference is models.policy else [models.reference]), *scored]
+    all_scored = [models.policy, *([] if models.reference.path == models.policy.path else [models.reference]), *scored]
     return choose_path(config, [(model.key, model.config) for model in all_scored], device)
 
 
 def _kernels(models: Models) -> str:
     """Name the attention kernels, after a check that each argument of the models' attention is known.
 
-    On the path plain transformers computes the attention, so that every argument is.
+    Where transformers computes the attention, every argument is.
     """
 
     def text(model: ModelFolder) -> str:
-        if models.path == "plain":
+        if in_rectangles(models.path):
             return f"transformers' own, {own_attention(model.config)}"
         return kernels_text(model.config, models.dtype, ranks.device())
 

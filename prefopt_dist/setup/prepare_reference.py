@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.errors import AgreedUserError, UserError, shorten
-from prefopt_dist.model.adapter import attach_saved
+from prefopt_dist.model.adapter import CONFIG
 from prefopt_dist.model.fingerprint import FileState, cached_digest, reference_key, refuse_if_changed
 from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.model.load import load_sharded
+from prefopt_dist.model.saved_adapter import numbers_of
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import say
@@ -112,9 +113,9 @@ def scoring_engine(
         dtype: of the weights; None for that of the training.
     """
     settings = reference_settings(config, models, dtype)
-    lm = load_sharded(model, dtype=dtype or models.dtype, settings=settings, path=models.path)
     if adapters is not None:
-        ranks.run_on_all_ranks(partial(attach_saved, lm, adapters))
+        model = replace(model, adapter=adapters)
+    lm = load_sharded(model, dtype=dtype or models.dtype, settings=settings, path=models.path)
     return zero3.reference_engine(Scorer(lm, models.path), settings)
 
 
@@ -135,7 +136,8 @@ def hash_weights(model: ModelFolder, dtype: torch.dtype, cache: Path) -> HashedW
         AgreedUserError: a node has another folder under the same path. Rank 0 alone reads the tensors, so its files
             must be those that were hashed.
     """
-    files = model.weight_files
+    files = model.files
+    settings = None if model.adapter is None else ranks.run_on_all_ranks(partial(numbers_of, model.adapter))
     # Before the hashing, which may take minutes, so that a change during it is found.
     states = ranks.run_on_all_ranks(lambda: {file: FileState.of(file) for file in files})
     # Ranks that see the same files share the hashing, so that a folder on a shared disk is read once, not by every
@@ -153,14 +155,18 @@ def hash_weights(model: ModelFolder, dtype: torch.dtype, cache: Path) -> HashedW
 
     parts = ranks.all_gather(ranks.run_on_all_ranks(hash_mine))
     digests = [parts[sharing[i % len(sharing)]][i // len(sharing)] for i in range(len(files))]
-    _refuse_other_folders(model, dtype, digests)
-    return HashedWeights(reference_key(digests, model.config, dtype), states)
+    _refuse_other_folders(model, dtype, digests, settings)
+    return HashedWeights(reference_key(digests, model.config, dtype, settings), states)
 
 
-def _refuse_other_folders(model: ModelFolder, dtype: torch.dtype, digests: list[str]) -> None:
+def _refuse_other_folders(
+    model: ModelFolder, dtype: torch.dtype, digests: list[str], adapter: dict[str, Any] | None
+) -> None:
     """Raise AgreedUserError where a node has another model folder under the same path (all ranks call it)."""
     content = {"config.json": reference_key([], model.config, dtype)}  # the part of it that the key includes
-    content |= {file.name: digest for file, digest in zip(model.weight_files, digests, strict=True)}
+    content |= {file.name: digest for file, digest in zip(model.files, digests, strict=True)}
+    if adapter is not None:
+        content[CONFIG] = reference_key([], model.config, dtype, adapter)
     found = ranks.all_gather((socket.gethostname(), content))
     first, expected = found[0]
     places: dict[str, int] = {}
@@ -181,6 +187,11 @@ def _refuse_other_folders(model: ModelFolder, dtype: torch.dtype, digests: list[
 def adapter_base(config: Config, models: Models) -> HashedWeights | None:
     """Hash the base model's weights as they are now; None for a run without adapters (all ranks call it)."""
     return hash_weights(models.policy, models.dtype, config.cache_dir) if models.adapter is not None else None
+
+
+def adapter_start(config: Config, models: Models) -> HashedWeights | None:
+    """Hash the base model and the adapters that training starts from; None without such (all ranks call it)."""
+    return hash_weights(models.start, models.dtype, config.cache_dir) if models.start.adapter is not None else None
 
 
 def refuse_other_base(config: Config, models: Models, manifest: Manifest) -> None:

@@ -54,6 +54,9 @@ def sources_of(config: Config, stage: str) -> list[tuple[str, Sequence[DataSourc
     return None
 
 
+_MERGE = "merge the adapter into its base model by peft, and give that as model.name_or_path without lora.from"
+
+
 def check_for(config: Config, stage: str) -> None:
     """Check what a stage that samples needs (one process calls it).
 
@@ -77,6 +80,11 @@ def check_for(config: Config, stage: str) -> None:
         raise UserError(
             "export.merged: got false, but with the section lora a round's adapters must be merged into the model "
             "that the next round starts from; set export.merged=true"
+        )
+    if stage == "rounds" and config.lora is not None and config.lora.from_ is not None:
+        raise UserError(
+            f"lora.from: got {config.lora.from_!r}, must be null in the stage rounds, in which each round but the "
+            f"first starts from a whole model; {_MERGE}"
         )
     if stage in ("generate", "rounds") or (stage == "evaluate" and config.evaluate.prompts is not None):
         check(config)
@@ -106,6 +114,11 @@ def check(config: Config) -> None:
             "[{model: FOLDER}]"
         )
     check_rewards(config)
+    if config.generate.engine == "vllm" and config.lora is not None and config.lora.from_ is not None:
+        raise UserError(
+            f"generate.engine: got vllm, must be transformers with lora.from ({config.lora.from_!r}), since vllm is "
+            f"given whole models; change it, or {_MERGE}"
+        )
     if config.generate.engine == "vllm":
         vllm_engine.refuse_where_absent()
     prompt_tokens = config.data.max_length - config.generate.max_new_tokens
@@ -270,7 +283,7 @@ def prepare(
     """
     ranks.run_on_rank_zero(lambda: check(config))
     if config.generate.engine == "transformers":
-        ranks.run_on_rank_zero(lambda: _refuse_faults(model))
+        ranks.run_on_rank_zero(lambda: _refuse_faults(model, config.data.max_length))
     data = config.data
     rewards = configured_rewards(config, models)
     tokeniser = tokeniser_of(config, models.tokenizer)
@@ -311,9 +324,9 @@ def prepare(
     return RolloutJob(what, SampleStore(folder), rewards, sampling, tokeniser, open_engine, model, hashed.key)
 
 
-def _refuse_faults(model: ModelFolder) -> None:
+def _refuse_faults(model: ModelFolder, max_length: int) -> None:
     """Raise UserError where answers that this package samples would not be the model's own."""
-    fault = fault_of_sampling(model.config)
+    fault = fault_of_sampling(model.config, max_length)
     if fault:
         raise UserError(f"generate.engine: got transformers, but {fault}. Set generate.engine=vllm.")
 

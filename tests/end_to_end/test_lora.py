@@ -26,7 +26,7 @@ from prefopt_dist.model import adapter as adapters
 from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.model.load import load_unsharded
 from prefopt_dist.model.scorer import Scorer
-from prefopt_dist.setup.checks import adapter_of
+from prefopt_dist.setup.check_lora import adapter_of
 
 LORA: dict[str, object] = {"r": 4, "alpha": 12}
 SFT: dict[str, Any] = {"loss": {"name": "sft"}}
@@ -212,7 +212,7 @@ def test_a_checkpoint_of_another_kind_of_run(door: Door, whole: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["lora.target_modules=[lm_head]"], ["lora.target_modules: got 'lm_head'", "no linear layer", "known here: "]),
+        (["lora.target_modules=[lm_head]"], ["lora.target_modules: got 'lm_head'", "the output head", "remove it"]),
         (["lora.target_modules=[q_prj]"], ["lora.target_modules: got 'q_prj'", "did you mean q_proj"]),
         (["lora.target_modules=[]"], ["lora.target_modules: got []", "leave it out for all"]),
         (["lora.r=17"], ["lora.r: got 17", "at most 16", "k_proj", "lower it"]),

@@ -207,6 +207,9 @@ def test_training_reads_what_the_policies_leave(door: Door) -> None:
     said = door.capsys.readouterr().out
     assert f"dropped 1 duplicates\n    {data}:3 repeats {data}:1" in said
     assert "data.train: 3 rows are longer than the 5 positions of model.name_or_path" in said
+    made.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}  # made for longer ones
+    prepare_data.load_train(config, models, DPO(0.1, 0.0, 0.0, False))
+    assert "positions" not in door.capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "content"), [("zero.jsonl", b""), ("blank.jsonl", b"\n  \n\n"), ("z.jsonl.gz", b"")])

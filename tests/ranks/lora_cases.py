@@ -1,6 +1,5 @@
 """Cases of rank_cases.py with adapters: against peft in float64 in one process, and checkpoints."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import plain
 import rank_cases
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
+from saved_adapters import fill
 
 from prefopt_dist.batching.batches import ScoredRows, step_batch
 from prefopt_dist.checkpoint import load, save
@@ -23,14 +23,6 @@ from prefopt_dist.training.stop import Request
 
 G = rank_cases.G
 LORA: dict[str, object] = {"r": 4, "alpha": 12, "rslora": True}
-
-
-def fill(lm: Any) -> None:
-    """Numbers that depend on a parameter's name alone: with B = 0 the gradient of A would be 0."""
-    for name, p in lm.named_parameters():
-        if ".lora_" in name:
-            draw = torch.Generator().manual_seed(int(hashlib.blake2b(name.encode(), digest_size=4).hexdigest(), 16))
-            p.data.copy_(0.05 * torch.randn(p.shape, generator=draw))
 
 
 def filled_policy(config: Config, models: prepare_models.Models) -> Any:

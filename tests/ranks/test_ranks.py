@@ -20,6 +20,7 @@ BOTH = [
     "whole_evaluation",
     "kto_evaluation",
     "row_weights",
+    "aot",
     "other_reference_is_refused",
     "errors_reach_all",
     "packs_alone_and_together",
@@ -29,7 +30,7 @@ BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates", "spi
 BOTH += ["early_stop"]
 TWO_ONLY = ["shards", "save_fails_on_one_rank", "killed_before_pruning", "idle_ranks"]
 TWO_ONLY += ["family", "kto_one_micro_batch", "whole_runs"]
-TWO_ONLY += ["lora_gemma2", "lora_resume", "reductions_in_float32"]
+TWO_ONLY += ["lora_gemma2", "lora_resume", "lora_from", "reductions_in_float32"]
 TWO_ONLY += [*PATHS, "moved_values", "moving_reference"]
 
 
@@ -127,6 +128,13 @@ def test_weight_2_is_the_row_twice_and_weight_0_its_absence(world: tuple[int, Pa
                 assert weighted[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (name, key)
 
 
+def test_aot_sorts_the_pairs_of_all_ranks(world: tuple[int, Path]) -> None:
+    for case, got in found(world, "aot").items():
+        assert got["loss"][0] == pytest.approx(got["loss"][1], rel=1e-5), case
+        assert got.get("gradient", 0) <= 1e-5, case
+        assert (got.get("micro_batches", 1) > 1) == case.endswith(" 150"), case
+
+
 @pytest.mark.slow
 def test_kto_in_one_micro_batch(slow_world: tuple[int, Path]) -> None:
     """The reference point and the gradient are those of many micro-batches, which are float64's."""
@@ -159,7 +167,7 @@ def test_whole_runs_of_kto_and_a_mix(world: tuple[int, Path]) -> None:
 
 
 def test_a_whole_run_with_weights_and_margins(world: tuple[int, Path]) -> None:
-    """Where policy and reference are equal, the loss is cDPO's at −½; rows of weight 0 are not evaluated."""
+    """With LD-DPO: where policy and reference are equal, the loss is cDPO's at −½; weight 0 is not evaluated."""
     if world[0] == 1:
         pytest.skip("two ranks")
     rows = found(world, "whole_runs")["run-weighted-whole"]["rows"]
@@ -452,6 +460,24 @@ def test_adapters_start_at_the_base_and_resume_to_the_bit(world: tuple[int, Path
     assert result["step"] == 2
     assert result["equal"]
     assert result["again"] == result["losses"][2]
+
+
+def check_from_saved(result: dict[str, Any]) -> None:
+    """What the function `from_saved` of adapter_cases.py found is within the tolerances."""
+    got, exact = result["loss"]
+    assert exact == pytest.approx(math.log(2), rel=1e-12), "the reference is the base with the adapter"
+    assert got == pytest.approx(exact, rel=1e-6)
+    assert result["gradient"] <= 1e-5
+    assert result["reference"] <= 1e-6 < 1e-4 < result["beside base"]
+    assert result["equal"], "a resumed run ends with the same bits"
+    assert result["names"], "the export has the tensors of the adapter"
+    assert result["merged"] <= 1e-6 < 1e-4 < result["learnt"]
+
+
+def test_a_run_goes_on_from_a_saved_adapter(world: tuple[int, Path]) -> None:
+    if world[0] == 1:
+        pytest.skip("two ranks; on one tests/end_to_end/test_lora_from.py goes on from one")
+    check_from_saved(found(world, "lora_from"))
 
 
 def test_a_checkpoint_of_adapters_holds_them_alone(world: tuple[int, Path]) -> None:

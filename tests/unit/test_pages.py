@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 from places import REPOSITORY
+from transformers import TrainingArguments
 
 PAGES = sorted(
     [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md"), REPOSITORY / "tests" / "README.md"],
@@ -63,3 +65,31 @@ def has(file: Path, names: list[str]) -> bool:
 
 def test_the_readme_is_a_front_door() -> None:
     assert len((REPOSITORY / "README.md").read_text().splitlines()) <= LONGEST_README
+
+
+DPO_FIELDS = """
+    learning_rate model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout dataset_num_proc max_length
+    truncation_mode padding_free pad_to_multiple_of precompute_ref_log_probs precompute_ref_batch_size loss_type
+    loss_weights ld_alpha f_divergence_type f_alpha_divergence_coef label_smoothing beta use_weighting discopop_tau
+    activation_offloading sync_ref_model ref_model_mixup_alpha ref_model_sync_steps pad_token
+"""
+KTO_FIELDS = """
+    learning_rate train_sampling_strategy model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout
+    dataset_num_proc max_length pad_to_multiple_of precompute_ref_log_probs precompute_ref_batch_size loss_type beta
+    desirable_weight undesirable_weight activation_offloading sync_ref_model ref_model_mixup_alpha ref_model_sync_steps
+"""
+"""The fields that DPOConfig and KTOConfig of TRL 1.16 have beside TrainingArguments."""
+
+
+@pytest.mark.parametrize("kind", ["DPOConfig", "KTOConfig", "TrainingArguments"])
+def test_every_field_of_trl_has_a_line(kind: str) -> None:
+    """What it is here, or why it is not."""
+    page = (REPOSITORY / "docs" / "from-other-tools.md").read_text()
+    sections = re.split(r"^###? ", page, flags=re.M)
+    (section,) = [part for part in sections if part.startswith(kind)]
+    own = {"DPOConfig": DPO_FIELDS.split(), "KTOConfig": KTO_FIELDS.split()}
+    names = own.get(kind) or [field.name for field in dataclasses.fields(TrainingArguments)]
+    if kind == "KTOConfig":
+        section += next(part for part in sections if part.startswith("TrainingArguments"))
+    lacking = [name for name in names if not re.search(rf"`{name}[`:]", section)]
+    assert not lacking

@@ -23,14 +23,14 @@ import torch
 from flop_counting import admitted, counting
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.config import Lora
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import attention
 from prefopt_dist.model.adapter import attach
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
-from prefopt_dist.setup.checks import adapter_of
+from prefopt_dist.setup.check_lora import adapter_of
 
 WIDTH, LAYERS = 512, 3
 MIXES = {"UltraFeedback-like": (190, 305), "HH-like": (205, 75), "long": (1600, 255)}

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from prefopt_dist.batching.layout import most_keys_per_token
-from prefopt_dist.batching.micro_batch import gathered_keys, pack, packed_tokens
+from prefopt_dist.batching.packing import gathered_keys, pack, packed_tokens
 from prefopt_dist.config import Lora
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import zero3
@@ -39,7 +39,7 @@ from prefopt_dist.model.cost import (
 from prefopt_dist.model.load import own_attention
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.planning.sizes import model_sizes
-from prefopt_dist.setup.checks import adapter_of
+from prefopt_dist.setup.check_lora import adapter_of
 
 GIB = 2**30
 SHAPE = {
