@@ -112,8 +112,16 @@ def run_stage(run: str) -> None:
     print(json.dumps({"parts": took, "cpu": worked, "mib_at_start": watch.at_start, "mib_at_most": watch.at_most}))
 
 
-def write_rows(folder: Path, n: int, seed: int = 0) -> Counter[str]:
-    """Write n tokenised pairs of random tokens and digests; every thousandth is repeated and contradicted."""
+def write_rows(folder: Path, n: int, seed: int = 0, vocabulary: int = 30_000, planted: bool = True) -> Counter[str]:
+    """Write n tokenised pairs of random tokens and digests; every thousandth is repeated and contradicted.
+
+    Args:
+        folder: the folder to make.
+        n: number of pairs.
+        seed: of the random numbers.
+        vocabulary: number of different tokens.
+        planted: False to repeat and contradict none.
+    """
     import numpy as np
 
     from prefopt_dist.data.dataset import COLUMNS, ColumnWriter, content_digest, write_manifest
@@ -123,10 +131,11 @@ def write_rows(folder: Path, n: int, seed: int = 0) -> Counter[str]:
     draw = np.random.default_rng(seed)
     lengths = draw.integers(5, 60, 3 * n)
     digests = draw.integers(0, 256, (n, 2, 16)).astype(np.uint8)
-    digests[1::EVERY] = digests[: n - 1 : EVERY]
-    digests[2::EVERY] = digests[: n - 2 : EVERY, ::-1]
+    if planted:
+        digests[1::EVERY] = digests[: n - 1 : EVERY]
+        digests[2::EVERY] = digests[: n - 2 : EVERY, ::-1]
     values = {
-        "tokens": draw.integers(0, 30_000, lengths.sum()),
+        "tokens": draw.integers(0, vocabulary, lengths.sum()),
         "offsets": np.concatenate([[0], np.cumsum(lengths)]),
         "digests": digests,
         "source": np.zeros(n),

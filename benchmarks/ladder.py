@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import meter
 from benchmarks.world import Task
-from prefopt_dist.batching.micro_batch import MicroBatch, pack
+from prefopt_dist.batching.micro_batch import MicroBatch
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.model.load import load_unsharded

@@ -21,7 +21,7 @@ import torch
 from benchmarks.floor import Shape
 from benchmarks.ours import tokenised
 from benchmarks.world import Task
-from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.config.schema import Health
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.monitoring.health import RunFacts, Watch

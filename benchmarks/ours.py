@@ -102,7 +102,7 @@ def make_stepper(task: Task, folder: Path, budget: int) -> Callable[[int], None]
     cost = forward_cost(model.config)
 
     def one(k: int) -> None:
-        batch = step_batch(data, task.rows(k), objective.responses, budget, cost)
+        batch = step_batch(data, task.rows(k), objective.responses, budget, cost, path=task.path)
         step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
         step.optimizer_step(engine, task.learning_rate)
 
@@ -130,7 +130,7 @@ def score_reference(
     first_pass._score(engine, todo, store, [rows], lambda: False)
     took = meter.Mark.now().since(start)
     zero3.release(engine)
-    return first_pass._collect(store, [rows], 2)[0], took
+    return first_pass._collect(store, [rows], 2, None)[0], took
 
 
 def policy_engine(task: Task, model: Any, dtype: torch.dtype) -> Any:

@@ -22,7 +22,7 @@ import torch
 from benchmarks.floor import Shape
 from benchmarks.pairs import Lengths, Mix, draw_pairs
 from benchmarks.world import write_model
-from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.config.build import build_config
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model.folder import inspect_folder
@@ -39,6 +39,8 @@ SHAPE = Shape(vocabulary=211, hidden=48, mlp=96, layers=2, heads=4, key_value_he
 LENGTHS = Mix(Lengths(12, 0.5, 4, 30), Lengths(14, 0.7, 2, 40))
 PAIRS = 12
 
+DIVERGENCES = {"forward_kl": "forward_kl", "jensen_shannon": "js_divergence", "alpha": "alpha_divergence"}
+"""Our names of the divergences, and TRL's."""
 Rows = list[tuple[list[int], list[int], list[int]]]
 """Token ids of prompt, chosen and rejected."""
 
@@ -106,6 +108,21 @@ def cases() -> list[Case]:
             {"beta": 5.0, "average": "tokens"},
             lambda t, r: t.dpo(r, ["sigmoid_norm"], 5.0),
         ),
+        *(
+            Case(
+                f"dpo, divergence: {ours}",
+                f"DPO sigmoid, {theirs}",
+                {"beta": 0.1, "divergence": ours},
+                lambda t, r, theirs=theirs: t.dpo(r, ["sigmoid"], 0.1, f_divergence_type=theirs),
+            )
+            for ours, theirs in DIVERGENCES.items()
+        ),
+        Case(
+            "dpo, ld_alpha",
+            "DPO sigmoid, ld_alpha",
+            {"beta": 0.1, "ld_alpha": 0.3},
+            lambda t, r: t.dpo(r, ["sigmoid"], 0.1, ld_alpha=0.3),
+        ),
         Case(
             "dpo, sft_weight",
             "DPO sigmoid + sft, one pair a batch",
@@ -122,7 +139,7 @@ def cases() -> list[Case]:
         Case("hinge", "DPO hinge", {"beta": 0.05}, lambda t, r: t.dpo(r, ["hinge"], 0.05)),
         *(
             Case(name, f"DPO {name}", {"beta": 0.1}, lambda t, r, name=name: t.dpo(r, [name], 0.1))
-            for name in ("apo_zero", "apo_down", "bco_pair", "nca_pair", "sppo_hard")
+            for name in ("apo_zero", "apo_down", "bco_pair", "nca_pair", "sppo_hard", "aot", "aot_unpaired")
         ),
         Case(
             "exo_pair",
@@ -251,13 +268,23 @@ class Ours:
     def pairs(self, options: dict[str, Any], rows: Rows, *, less_sft: bool) -> Value:
         """Return the mean loss of the pairs, without −log π per token of the chosen response where `less_sft`."""
         objective = make_objective(_loss(options), torch.float32)
+        beginnings = objective.responses == 4
         units = [
-            Unit(i, np.array(p, np.int32), (np.array(c, np.int32), np.array(r, np.int32)))
+            Unit(
+                i,
+                np.array(p, np.int32),
+                (np.array(c, np.int32), np.array(r, np.int32)),
+                prefix=min(len(c), len(r)) if beginnings else None,
+            )
             for i, (p, c, r) in enumerate(rows)
         ]
-        sequences = self._sequences(units, 2)
+        sequences = self._sequences(units, objective.responses)
         if not objective.needs_reference:
             sequences = replace(sequences, reference=None)
+        if objective.couples_units:
+            assert sequences.reference is not None
+            partners = objective.partners(sequences.sums.detach(), sequences.reference, torch.arange(len(rows)))
+            sequences = replace(sequences, partner=partners)
         loss = objective(sequences).loss
         if less_sft:
             loss = loss - SFT()(sequences).loss

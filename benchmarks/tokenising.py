@@ -1,34 +1,33 @@
 """Speed of tokenising with one process and with two, beside `datasets.map`: python -m benchmarks.tokenising.
 
-Rows of UltraFeedback-like length, written from the words of the demo's letters, go through the demo's tokenizer and
-chat template. Every way has TOKENIZERS_PARALLELISM=false and does the same function; `datasets.map` writes the same
-token ids. The time of starting the processes counts.
+Rows of UltraFeedback-like length, written from the words of a tokenizer, go through that tokenizer and its chat
+template. Every way has TOKENIZERS_PARALLELISM=false and does the same function; `datasets.map` writes the same token
+ids. Each measurement is in a process of its own, and counts the start of further processes. The ways take turns, so
+that a machine that is busy for a while slows all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import random
+import resource
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-from transformers import AutoTokenizer
-
-from prefopt_dist.config import DataSource
-from prefopt_dist.data import prepare_rows, workers
-from prefopt_dist.data.forms import read_form
-from prefopt_dist.data.template import read_template
-from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
 from prefopt_dist.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
+SET_CHILD_SUBREAPER = 36
+"""Linux's number of this request to `prctl`."""
 LIMITS = {"max_length": 2048, "max_prompt_length": 1024}
 
 
@@ -48,6 +47,9 @@ def write_rows(file: Path, words: list[str], number: int) -> None:
 
 def ours(file: Path, tokenizer: Any, folder: Path, processes: int) -> None:
     """Tokenise with this number of processes."""
+    from prefopt_dist.config import DataSource
+    from prefopt_dist.data import prepare_rows, workers
+
     workers._cores = lambda: processes
     prepare_rows(
         [DataSource(str(file))],
@@ -66,6 +68,10 @@ def mapped(file: Path, tokenizer: Any, folder: Path, processes: int) -> None:
     """Do the same with `datasets.map`."""
     import datasets
 
+    from prefopt_dist.data.forms import read_form
+    from prefopt_dist.data.template import read_template
+    from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
+
     tokeniser: list[Tokeniser] = []
 
     def tokenise(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -80,32 +86,82 @@ def mapped(file: Path, tokenizer: Any, folder: Path, processes: int) -> None:
     loaded.map(tokenise, batched=True, batch_size=256, num_proc=processes, remove_columns=loaded.column_names)
 
 
+WAYS = {"prepare_rows": ours, "datasets.map": mapped}
+
+
+def measure(way: str, processes: int, file: Path, tokenizer_folder: Path) -> tuple[float, float]:
+    """Return the seconds of one way by the clock, and those of all its processes' work, which other work changes less.
+
+    It is measured in a process of its own; importing the tokenizer there counts in the work, not by the clock.
+    """
+    folder = file.parent / f"{way}-{processes}"
+    shutil.rmtree(folder, ignore_errors=True)
+    before = _worked()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.tokenising", "--one", way, "--processes", str(processes)),
+            *("--tokenizer", str(tokenizer_folder), "--folder", str(folder), "--file", str(file)),
+        ],
+        env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return float(done.stdout.splitlines()[-1]), _worked() - before
+
+
+def _worked() -> float:
+    """Return the processor's seconds of all processes that this one started, when they have ended."""
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> None:
     """Measure and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="a folder, such as that of the demo's SFT model")
-    parser.add_argument("--rows", type=int, default=30_000)
+    parser.add_argument("--rows", type=int, nargs="+", default=[30_000])
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each way")
     parser.add_argument("--folder", type=Path, default=Path("runs/tokenising"))
     parser.add_argument("--save", default="tokenising")
+    for hidden in ("--one", "--processes", "--file"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    from transformers import AutoTokenizer  # not at the top: the processes that are started read this file again
+
+    tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer)
+    if asked.one is not None:
+        began = time.perf_counter()
+        WAYS[asked.one](Path(asked.file), tokenizer, asked.folder, int(asked.processes))
+        print(time.perf_counter() - began)
+        return
+    # Processes whose parent has ended become this one's, so that their work is counted.
+    assert ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1) == 0
     shutil.rmtree(asked.folder, ignore_errors=True)
     asked.folder.mkdir(parents=True)
-    tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer)
     words = [word for word in (tokenizer.decode([i]).strip() for i in range(len(tokenizer))) if word.isalpha()]
-    file = asked.folder / "rows.jsonl"
-    write_rows(file, words, asked.rows)
-    ways: dict[str, Callable[[int], None]] = {
-        "prepare_rows": lambda n: ours(file, tokenizer, asked.folder / f"ours-{n}", n),
-        "datasets.map": lambda n: mapped(file, tokenizer, asked.folder / f"map-{n}", n),
-    }
-    found: dict[str, Any] = {"rows": asked.rows, "cores": os.cpu_count(), "rows_per_second": {}}
-    for processes in (1, 2):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way(processes)
-            found["rows_per_second"][f"{name}, {processes}"] = asked.rows / (time.perf_counter() - began)
-            print(name, processes, round(found["rows_per_second"][f"{name}, {processes}"]))
-    write_json(RESULTS / f"{asked.save}.json", found)
+    found: list[dict[str, Any]] = []
+    for rows in asked.rows:
+        file = asked.folder / f"rows-{rows}.jsonl"
+        write_rows(file, words, rows)
+        ways = [(way, n) for n in (1, 2) for way in WAYS]
+        speeds: dict[str, list[float]] = {f"{way}, {n}": [] for way, n in ways}
+        work: dict[str, list[float]] = {name: [] for name in speeds}
+        for _ in range(asked.rounds):
+            for (way, n), name in zip(ways, speeds, strict=True):
+                seconds, worked = measure(way, n, file, asked.tokenizer)
+                speeds[name].append(rows / seconds)
+                work[name].append(worked)
+        print(f"{rows:,} rows; rows/s:", {name: [*map(round, speed)] for name, speed in speeds.items()}, flush=True)
+        print("  processor's seconds:", {name: [round(s, 1) for s in many] for name, many in work.items()}, flush=True)
+        middle = {name: median(speed) for name, speed in speeds.items()}
+        gain = middle["prepare_rows, 2"] / middle["prepare_rows, 1"]
+        beside = [middle[f"prepare_rows, {n}"] / middle[f"datasets.map, {n}"] for n in (1, 2)]
+        print(f"  two processes {gain:.2f} of one; beside datasets.map {beside[0]:.2f} and {beside[1]:.2f}", flush=True)
+        found.append({"rows": rows, "rows_per_second": speeds, "processor_seconds": work, "two_of_one": gain})
+        file.unlink()
+    write_json(RESULTS / f"{asked.save}.json", {"cores": os.cpu_count(), "found": found})
 
 
 if __name__ == "__main__":

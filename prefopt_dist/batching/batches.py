@@ -20,7 +20,8 @@ from prefopt_dist.batching.layout import (
     lay_out,
     tokens_and_cost,
 )
-from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, forwards, pack, packed_tokens, to_device
+from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, to_device
+from prefopt_dist.batching.packing import forwards, pack, packed_tokens
 from prefopt_dist.batching.weights import with_mean_1
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, UnpairedRows
@@ -68,6 +69,8 @@ class Batch:
         self._packed: list[tuple[MicroBatch, torch.Tensor | None]] | None = None
         self.units = sum(len(units) for by_rank in layout for units in by_rank)
         """Number of units on all ranks, without those of weight 0."""
+        self.first_unit = sum(len(units) for by_rank in layout for units in by_rank[: ranks.rank()])
+        """Number of units on the ranks before this one."""
         self.tokens = 0
         """Number of input tokens of a step on all ranks, without padding; an evaluation does not count them."""
         self.padded_tokens = 0

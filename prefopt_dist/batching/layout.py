@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt_dist.batching.micro_batch import ComputePath, gathered_keys, packed_tokens, sequence_lengths
+from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.packing import gathered_keys, packed_tokens, sequence_lengths
 from prefopt_dist.batching.rectangles import fill, fill_evenly
 from prefopt_dist.data.unit import Unit, keyed_responses
 
@@ -76,7 +77,7 @@ class Cost:
 
 def tokens_and_cost(groups: Sequence[Sequence[Unit]], cost: Cost, path: ComputePath = "shared") -> tuple[int, float]:
     """Return the input tokens, without padding, and the cost of groups of units, each group of one prompt."""
-    tokens = [packed_tokens(g, "shared" if path == "shared" else "packed") for g in groups]
+    tokens = [packed_tokens(g, "packed" if path == "plain" else path) for g in groups]
     return sum(tokens), sum(cost.of(g, t, path) for g, t in zip(groups, tokens, strict=True))
 
 
@@ -128,23 +129,34 @@ def fill_micro_batches(units: Sequence[Unit], budget: int, path: ComputePath = "
             [u for i in members for u in of_prompts[i]]
             for members in fill([sequence_lengths(g) for g in of_prompts], budget)
         ]
-    groups = [(packed_tokens(g, path), g) for g in group_by_prompt(units, budget, path)]
-    groups.sort(key=lambda item: -item[0])  # stable: ties keep the order of the units
-    filled: list[list[Unit]] = []
-    prompts: set[bytes] = set()
+    groups = group_by_prompt(units, budget, path)
+    tokens = np.array([packed_tokens(g, path) for g in groups], dtype=np.int64)
+    filled = fill_in_order(tokens, [g[0].prompt.tobytes() for g in groups], budget)
+    return [[u for i in members for u in groups[i]] for members in filled]
+
+
+def fill_in_order(tokens: NDArray[np.int64], prompts: Sequence[Hashable], budget: int) -> list[list[int]]:
+    """Fill micro-batches of at most `budget` tokens with groups, large ones first; return the groups of each.
+
+    Args:
+        tokens: [groups].
+        prompts: [groups], equal for two parts of one prompt.
+        budget: tokens of a micro-batch.
+    """
+    filled: list[list[int]] = []
+    within: set[Hashable] = set()
     left = 0  # tokens that the last micro-batch may still take
-    for tokens, group in groups:
-        prompt = group[0].prompt.tobytes()
+    for i in np.argsort(-tokens, kind="stable").tolist():  # ties keep the order of the groups
         # Two parts of one prompt stay in different micro-batches. Packed together, the responses of the second would
         # share their beginnings with the first part's first response instead of their own, which can need more tokens
         # than the two parts alone.
-        if tokens > left or prompt in prompts:
+        if tokens[i] > left or prompts[i] in within:
             filled.append([])
-            prompts = set()
+            within = set()
             left = budget
-        filled[-1] += group
-        prompts.add(prompt)
-        left -= tokens
+        filled[-1].append(i)
+        within.add(prompts[i])
+        left -= int(tokens[i])
     return filled
 
 

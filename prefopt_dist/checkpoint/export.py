@@ -172,7 +172,7 @@ def _write(checkpoint: Path, manifest: Manifest, what: Exported, folder: Path, w
             tokenizer.chat_template = what.chat_template
         tokenizer.save_pretrained(folder)
         if what.model.part_of_more and (adapter is None or what.merged):
-            other_parts.copy_settings(what.model.path, folder, what.dtype)
+            other_parts.copy_settings(what.model.path, folder, what.dtype, what.model.config.model_type)
         (folder / "README.md").write_text(what.card)
 
     ranks.run_on_rank_zero(write_others)

@@ -52,21 +52,24 @@ def copy_part(tensors: Mapping[str, StoredTensor], target: Path) -> WrittenFile:
     )
 
 
-def copy_settings(source: Path, target: Path, dtype: torch.dtype) -> None:
+def copy_settings(source: Path, target: Path, dtype: torch.dtype, model_type: str) -> None:
     """Copy the configuration, and the settings of processors and whatever else the target does not have.
 
     Args:
         source: the folder that training started from.
         target: the exported folder, which has its weights, tokenizer and generation settings already.
         dtype: the dtype of the exported language model, which the configuration then names.
+        model_type: the language model's, by which its section of the configuration is known.
     """
     text = (source / "config.json").read_text()
     config = json.loads(text)
     written = str(dtype).removeprefix("torch.")
-    for name in ("dtype", "torch_dtype"):
-        if config.get(name, written) != written:
-            config[name] = written
-            text = json.dumps(config, indent=2) + "\n"
+    own = [part for part in config.values() if isinstance(part, dict) and part.get("model_type") == model_type]
+    for section in (config, *own):
+        for name in ("dtype", "torch_dtype"):
+            if section.get(name, written) != written:
+                section[name] = written
+                text = json.dumps(config, indent=2) + "\n"
     (target / "config.json").write_text(text)
     for file in sorted(source.iterdir()):
         is_setting = file.suffix in (".json", ".jinja", ".txt") and not file.name.endswith(_WEIGHTS)

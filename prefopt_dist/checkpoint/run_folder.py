@@ -20,7 +20,9 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.files import FileLock, read_json, write_atomic, write_json
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "wandb")
-START_FILES = ("run.json", "config.yaml", "STOPPED", "DONE")
+SHOWN = "shown.json"
+"""The file with two rows of data.train as the model sees them, for `report`."""
+START_FILES = ("run.json", "config.yaml", "STOPPED", "DONE", SHOWN)
 """The files that a start changes before it does any work."""
 
 

@@ -115,7 +115,7 @@ def _model(config: Config, models: Models, folder: RunFolder) -> _Evaluated:
     say(lifecycle.export_checkpoint(config, models, source, folder, target=target, merged=merged))
     if models.adapter is not None and not merged:
         return _Evaluated(source.name, models.policy, adapters=target, temporary=target)
-    model = ranks.run_on_all_ranks(lambda: inspect_folder(target, "run.dir", config.data.max_length))
+    model = ranks.run_on_all_ranks(lambda: inspect_folder(target, "run.dir"))
     return _Evaluated(source.name, model, temporary=target)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.checkpoint.export_weights import PART_BYTES
 from prefopt_dist.config import Config
 from prefopt_dist.data import open_rows
+from prefopt_dist.data.remote import copied_bytes
 from prefopt_dist.errors import NotHere, UserError
 from prefopt_dist.files import write_json
 from prefopt_dist.model.cost import forward_cost, uncounted_text
@@ -31,6 +33,7 @@ from prefopt_dist.planning.rollouts import AnswersPlan, plan_answers
 from prefopt_dist.planning.work import disk_needed
 from prefopt_dist.setup.answer_engines import sampling_plan
 from prefopt_dist.setup.checks import check_moving_reference, eval_sets
+from prefopt_dist.setup.experts import check_balancing
 from prefopt_dist.setup.memory_needs import job_needs
 from prefopt_dist.setup.prepare_data import TRAIN, rows_for_loss, tokenised_folder, tokenised_train_folder
 from prefopt_dist.setup.prepare_models import DTYPES
@@ -40,6 +43,7 @@ from prefopt_dist.setup.prove_path import choose_path
 def run(config: Config) -> None:
     """Plan in one process, without a process group."""
     model = _language_model(config, "model.name_or_path", config.model.name_or_path)
+    check_balancing(config, model)
     scored = [("model.name_or_path", model)]
     if config.reference.name_or_path is not None:
         key = "reference.name_or_path"
@@ -68,7 +72,7 @@ def _language_model(config: Config, key: str, name_or_path: str) -> PreTrainedCo
     """Return the checked configuration of a language model."""
     folder = resolve(name_or_path, key, weights=False)
     model = read_language_config(folder, key)
-    check_config(model, folder, key, config.data.max_length)
+    check_config(model, folder, key)
     return model
 
 
@@ -88,7 +92,10 @@ def _work(config: Config, model: PreTrainedConfig, cost: Cost, path: ComputePath
         }
     except NotHere as e:  # a row or a finding that would stop the job stops its plan, before any queue
         return _unread(config, cost, objective, path, e)
-    return work.work_from_rows(config, train, evals, cost, objective, path)
+    sources = [*config.data.train, *(source for some in eval_sets(config).values() for source in some)]
+    copies = sum(copied_bytes(source.path, config.cache_dir) for source in sources)
+    held = copies + sum(rows.disk_bytes for rows in (train, *evals.values()))
+    return replace(work.work_from_rows(config, train, evals, cost, objective, path), data_bytes=held)
 
 
 def _unread(config: Config, cost: Cost, objective: Objective, path: ComputePath, why: UserError) -> work.Work:
@@ -105,7 +112,9 @@ def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], tod
         return None if speed is None else flop / speed
 
     written, merged = DTYPES[config.export.dtype or config.model.dtype].itemsize, config.export.merged
-    disk = disk_needed(needs.sizes, config.checkpoint.keep, written, todo.sequences, merged=merged)
+    disk = disk_needed(
+        needs.sizes, config.checkpoint.keep, written, todo.sequences, merged=merged, data=todo.data_bytes
+    )
     step_seconds = seconds(work.training_flop(todo, cost, again, needs.sizes.frozen))
     traffic = None
     if step_seconds is not None and machine.ranks > 1:

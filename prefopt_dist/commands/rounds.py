@@ -229,7 +229,7 @@ def _pairs(of_round: Config) -> int:
 
 
 def _folder(config: Config, path: Path) -> ModelFolder:
-    return ranks.run_on_all_ranks(lambda: inspect_folder(path, "run.dir", config.data.max_length))
+    return ranks.run_on_all_ranks(lambda: inspect_folder(path, "run.dir"))
 
 
 def table(done: list[dict[str, Any]]) -> str:

@@ -33,6 +33,7 @@ from prefopt_dist.planning.machine import device_peak
 from prefopt_dist.planning.work import most_keys_per_token, padding
 from prefopt_dist.reference.step0_check import RoundingTolerance
 from prefopt_dist.setup import own_answers, prepare_data, prepare_models, prepare_reference
+from prefopt_dist.setup.experts import expert_loads
 from prefopt_dist.setup.lifecycle import best_checkpoint, finish, open_log, requests_for, run_folder
 from prefopt_dist.setup.own_answers import NotAnswered, OwnAnswers
 from prefopt_dist.setup.prepare_models import Models
@@ -300,7 +301,8 @@ def _policy(
             attach(lm, models.adapter)
         if models.adapter.start is not None:
             ranks.run_on_all_ranks(partial(load_saved, lm, models.adapter.start))
-    scorer = Scorer(lm, models.path, cut=True).train()
+    loads = ranks.run_on_all_ranks(lambda: expert_loads(config, models.policy.config, ranks.device()))
+    scorer = Scorer(lm, models.path, cut=True, loads=loads).train()
     optim = config.optim
     optimizer = adamw(
         scorer,

@@ -23,4 +23,6 @@ Positive = Annotated[float, Bound("greater than 0", lambda v: v > 0)]
 NotNegative = Annotated[float, Bound("at least 0", lambda v: v >= 0)]
 Fraction = Annotated[float, Bound("in [0, 1)", lambda v: 0 <= v < 1)]
 
+Smoothing = Annotated[float, Bound("in [0, 0.5)", lambda v: 0 <= v < 0.5)]
+
 Dtype = Literal["float32", "bfloat16"]

@@ -42,7 +42,8 @@ class Inspect:
     """Rows whose prompt ends with another token in generation than in training, where that token extends into the
     response."""
     lost_reasoning: RowPolicy = "keep"
-    """Rows with reasoning in earlier turns, which many chat templates leave out."""
+    """Rows with reasoning in earlier turns, which many chat templates leave out, or with another part of the prompt
+    that the chat template leaves out, such as a call."""
     length_bias: SetPolicy = "keep"
     """The longer response is chosen in less than 40% or more than 60% of the pairs, beyond chance."""
     label_balance: SetPolicy = "keep"
@@ -66,10 +67,10 @@ Day = Annotated[str, Bound("a date as YYYY-MM-DD", lambda v: re.fullmatch(r"\d{4
 
 Form = Literal[
     "auto", "raw_pair", "pair", "conversations", "transcripts", "implicit_prompt", "rated", "demonstration",
-    "sharegpt", "sharegpt_rated", "sharegpt_kto_tag", "sharegpt_messages", "messages_pair", "swift",
+    "sharegpt", "sharegpt_rated", "sharegpt_kto_tag", "sharegpt_messages", "messages_pair", "swift", "swift_query",
     "swift_messages", "messages_rated", "alpaca_pair", "alpaca_outputs", "alpaca_farm", "alpaca", "ultrafeedback",
-    "question_pair", "openai", "nemo", "nectar", "helpsteer2", "helpsteer3", "shp", "saferlhf", "webgpt", "arena",
-    "arena_texts",
+    "question_pair", "input_pair", "openai", "nemo", "nectar", "helpsteer2", "helpsteer2_rated", "helpsteer3", "shp",
+    "saferlhf", "webgpt", "arena", "arena_texts",
 ]  # fmt: skip
 """The forms of rows that prefopt_dist.data.forms reads; a test compares the two lists."""
 
@@ -82,7 +83,8 @@ class DataSource:
     """
 
     path: Text
-    """A file, a pattern such as `parts/*.jsonl`, a folder of files, a saved `datasets` folder, or a hub name."""
+    """A file, a pattern such as `parts/*.jsonl`, a folder of files, a saved `datasets` folder, a hub name, or the URL
+    of a file or pattern, such as `s3://bucket/parts/*.parquet`, which is copied once into `run.cache`."""
     split: Text | None = None
     """Split of a folder of files, a saved data set or a hub data set; null: `train`. Single files have no splits."""
     weight: Positive = 1.0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt_dist.config.build import build_config, key_of, refuse_value
-from prefopt_dist.config.losses import MixLoss
+from prefopt_dist.config.losses import DPOLoss, MixLoss
 from prefopt_dist.config.schema import Config
 from prefopt_dist.config.secrets import mask_secrets
 from prefopt_dist.config.strict_yaml import dump_yaml, load_yaml, parse_value
@@ -136,13 +136,19 @@ _IF_NOT_DEFAULT: dict[str, tuple[str, ...]] = {
         *("chat_template", "template_kwargs", "columns", "pairs_from", "weight", "margin"),
     ),
     "reference": ("update_every_steps",),
-    "train": ("deterministic",),
+    "train": ("deterministic", "router_aux_loss_coef"),
 }
 """Keys that are part of the identity unless they have their defaults: earlier runs, which lack them, still resume."""
 _WHOLE_SECTIONS = ("loss", "lora", "optim")
 """Sections whose keys are all part of the identity."""
 _LATER_KEYS: dict[str, tuple[str, ...]] = {"lora": ("base", "experts", "dora", "modules_to_save", "from_")}
 """Fields of these sections that earlier runs lack; they are part of the identity unless they have their defaults."""
+_LATER_OPTIONS = {
+    field.name: field.default
+    for field in fields(DPOLoss)
+    if field.name in ("divergence", "divergence_alpha", "ld_alpha")
+}
+"""Options of the loss dpo that earlier runs lack, with their defaults, at which they stay out of the identity."""
 _ABSENT = "absent"
 
 
@@ -174,6 +180,7 @@ def identity(config: Config) -> dict[str, Any]:
         if sections[section] is not None:  # earlier runs have no section lora
             later = _at_default(getattr(config, section), _LATER_KEYS.get(section, ()))
             _flatten(section, {key: value for key, value in sections[section].items() if key not in later}, flat)
+    flat = {key: value for key, value in flat.items() if not _is_later_default(key, value)}
     dropped = [name for name, policy in config.inspect.policies.items() if policy == "drop"]
     flat |= {f"inspect.{name}": "drop" for name in dropped}
     if {"eval_pairs", "eval_prompts"} & set(dropped):
@@ -184,6 +191,12 @@ def identity(config: Config) -> dict[str, Any]:
 def _at_default(section: Any, names: Sequence[str]) -> set[str]:
     """Return the keys of those fields of a section that have their defaults."""
     return {key_of(f.name) for f in fields(section) if f.name in names and getattr(section, f.name) == f.default}
+
+
+def _is_later_default(key: str, value: Any) -> bool:
+    """Return whether it is an option of `_LATER_OPTIONS`, of the loss or of a part of a mix, at its default."""
+    *path, option = key.split(".")
+    return path[:1] == ["loss"] and option in _LATER_OPTIONS and value == _LATER_OPTIONS[option]
 
 
 def _sources(data: dict[str, Any]) -> list[dict[str, Any]]:

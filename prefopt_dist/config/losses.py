@@ -14,10 +14,9 @@ from prefopt_dist.config.anchored_losses import (
     NCAPairLoss,
     SPPOHardLoss,
 )
-from prefopt_dist.config.bounds import Bound, NotNegative, Positive
+from prefopt_dist.config.bounds import Bound, NotNegative, Positive, Smoothing
+from prefopt_dist.config.reference_free_losses import AlphaPOLoss, CPOLoss, ORPOLoss, SimPOLoss
 from prefopt_dist.errors import UserError
-
-Smoothing = Annotated[float, Bound("in [0, 0.5)", lambda v: 0 <= v < 0.5)]
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,23 @@ class DPOLoss:
     """ε: the assumed share of flipped preferences. 0: plain DPO; above 0: conservative DPO (cDPO)."""
     average: Literal["sums", "tokens"] = "sums"
     """Log-ratios are summed over the tokens of a response (`sums`), or averaged (`tokens`): length-normalised DPO."""
+    divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl"
+    """The divergence from the reference that the reward stands for: f'(π/π_ref) in the place of the log-ratio."""
+    divergence_alpha: Annotated[float, Bound("in (0, 1)", lambda v: 0 < v < 1)] = 0.5
+    """α of the divergence `alpha`, between `forward_kl` at 0 and `reverse_kl` at 1."""
+    ld_alpha: Annotated[float, Bound("in [0, 1]", lambda v: 0 <= v <= 1)] = 1.0
+    """How much those tokens of the longer response count that are beyond the length of the shorter one:
+    length-desensitised DPO (LD-DPO). 1: as much as the others."""
     sft_weight: NotNegative = 0.0
     """α: weight of an SFT term that is added to the loss: the mean of −log π over the tokens of the chosen response
     (RPO). 0: no such term."""
+
+    def __post_init__(self) -> None:
+        if self.divergence_alpha != DPOLoss.divergence_alpha and self.divergence != "alpha":
+            raise UserError(
+                f"divergence_alpha of the loss dpo: got {self.divergence_alpha}, but divergence is {self.divergence}, "
+                "which has no α; remove it, or set divergence to alpha"
+            )
 
 
 @dataclass(frozen=True)
@@ -107,60 +120,6 @@ class DiscoPOPLoss:
 
 
 @dataclass(frozen=True)
-class SimPOLoss:
-    """Simple preference optimisation, on log-probs per token, without a reference."""
-
-    name: Literal["simpo"] = "simpo"
-    """Selects this loss."""
-    beta: Positive = 2.0
-    """β: the factor of the mean log-prob of a token."""
-    gamma: NotNegative = 1.0
-    """γ: the target margin of rewards."""
-    sft_weight: NotNegative = 0.0
-    """α, as in `dpo`."""
-
-
-@dataclass(frozen=True)
-class AlphaPOLoss:
-    """SimPO with a reward that bends: β (1 − p^(−α))/α of the mean probability p of a token, without a reference."""
-
-    name: Literal["alphapo"] = "alphapo"
-    """Selects this loss."""
-    beta: Positive = 2.0
-    """β, as in `simpo`."""
-    gamma: NotNegative = 1.0
-    """γ, as in `simpo`."""
-    alpha: Annotated[float, Bound("different from 0", lambda v: v != 0)] = 0.1
-    """The bend: above 0 unlikely responses have a steeper reward, below 0 a flatter one; `simpo` is the limit at 0."""
-    sft_weight: NotNegative = 0.0
-    """α, as in `dpo`."""
-
-
-@dataclass(frozen=True)
-class CPOLoss:
-    """Contrastive preference optimisation: −log σ(β · margin of summed log-probs) plus SFT, without a reference."""
-
-    name: Literal["cpo"] = "cpo"
-    """Selects this loss."""
-    beta: Positive = 0.1
-    """β: the factor of a summed log-prob."""
-    label_smoothing: Smoothing = 0.0
-    """ε, as in `dpo`."""
-    sft_weight: NotNegative = 1.0
-    """α, as in `dpo`: the paper's second term. In a mix the part `sft` is this term."""
-
-
-@dataclass(frozen=True)
-class ORPOLoss:
-    """SFT on the chosen responses plus an odds-ratio term, without a reference."""
-
-    name: Literal["orpo"] = "orpo"
-    """Selects this loss."""
-    beta: Positive = 0.1
-    """β (the paper's λ): the weight of the odds-ratio term; the SFT term has weight 1."""
-
-
-@dataclass(frozen=True)
 class KTOLoss:
     """Kahneman-Tversky optimisation, on single responses with the label true or false."""
 
@@ -174,6 +133,34 @@ class KTOLoss:
     """λ_U: weight of rows with the label false."""
     split_pairs: bool = False
     """Whether to accept pairs too: the chosen response as a row with the label true, the rejected one with false."""
+
+
+@dataclass(frozen=True)
+class AOTLoss:
+    """Alignment by optimal transport: the sorted margins of a step's pairs against the sorted ones of the reference."""
+
+    name: Literal["aot"] = "aot"
+    """Selects this loss."""
+    beta: Positive = 0.1
+    """β, as in `dpo`."""
+    label_smoothing: Smoothing = 0.0
+    """ε, as in `dpo`."""
+    sft_weight: NotNegative = 0.0
+    """α, as in `dpo`."""
+
+
+@dataclass(frozen=True)
+class AOTUnpairedLoss:
+    """Alignment by optimal transport: a step's sorted log-ratios of chosen responses against those of rejected ones."""
+
+    name: Literal["aot_unpaired"] = "aot_unpaired"
+    """Selects this loss."""
+    beta: Positive = 0.1
+    """β, as in `dpo`."""
+    label_smoothing: Smoothing = 0.0
+    """ε, as in `dpo`."""
+    sft_weight: NotNegative = 0.0
+    """α, as in `dpo`."""
 
 
 @dataclass(frozen=True)
@@ -228,9 +215,11 @@ class MixLoss:
     """Selects this loss."""
 
 
-Loss = PairLoss | KTOLoss | MixLoss
+CoupledLoss = AOTLoss | AOTUnpairedLoss
+"""Losses that compare the pairs of a step with each other."""
+Loss = PairLoss | CoupledLoss | KTOLoss | MixLoss
 
-LOSSES: dict[str, type[PairLoss | KTOLoss]] = {
+LOSSES: dict[str, type[PairLoss | CoupledLoss | KTOLoss]] = {
     "dpo": DPOLoss,
     "robust": RobustLoss,
     "ipo": IPOLoss,
@@ -248,6 +237,8 @@ LOSSES: dict[str, type[PairLoss | KTOLoss]] = {
     "alphapo": AlphaPOLoss,
     "cpo": CPOLoss,
     "orpo": ORPOLoss,
+    "aot": AOTLoss,
+    "aot_unpaired": AOTUnpairedLoss,
     "kto": KTOLoss,
     "sft": SFTLoss,
 }
@@ -256,7 +247,10 @@ WITH_MARGIN = ("dpo", "robust", "ipo", "hinge", "exo_pair", "discopop", "simpo",
 """The losses of the margin of rewards alone, from which `data.margin` is subtracted."""
 MIX = "mix"
 """The name of a weighted sum of losses."""
+_SORTS = "it compares each pair with others of its step, by a pass before the step"
 NOT_MIXED = {
+    "aot": _SORTS,
+    "aot_unpaired": _SORTS,
     "kto": "it rates single responses by a reference point from other rows, but a mix consists of losses on pairs",
     MIX: "write its parts here themselves",
 }
@@ -270,4 +264,13 @@ def refuse_margin(loss: Loss, column: str) -> None:
         raise UserError(
             f"data.margin: got {column!r}, but the loss {loss.name} has no margin of rewards to subtract it from; "
             f"remove it, or set loss.name to one of {', '.join(WITH_MARGIN)}"
+        )
+
+
+def refuse_weight(loss: Loss, column: str) -> None:
+    """Raise UserError where the loss has no weighted form; `column` is the value of data.weight."""
+    if isinstance(loss, CoupledLoss):
+        raise UserError(
+            f"data.weight: got {column!r}, but the loss {loss.name} compares pairs by their ranks, which have no "
+            "weights; remove it, or take another loss.name"
         )

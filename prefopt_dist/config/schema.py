@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from prefopt_dist.config.bounds import Bound, Count, Fraction, NotNegative, Positive, Text
 from prefopt_dist.config.data import Data, DataSource, Inspect
-from prefopt_dist.config.losses import DPOLoss, Loss, refuse_margin
+from prefopt_dist.config.losses import DPOLoss, Loss, refuse_margin, refuse_weight
 from prefopt_dist.config.training import Checkpoint, DeepSpeed, Eval, Export, Lora, Model, Optim, Reference, Train
 from prefopt_dist.errors import UserError
 
@@ -298,6 +298,8 @@ class Config:
                 f"answers.max_new_tokens: got {self.answers.max_new_tokens}, must be less than data.max_length "
                 f"({self.data.max_length}), so that a prompt fits; lower it or raise data.max_length"
             )
+        if self.data.weight is not None:
+            refuse_weight(self.loss, self.data.weight)
         if self.data.margin is not None:
             refuse_margin(self.loss, self.data.margin)
         if self.export.merged and self.lora is None:

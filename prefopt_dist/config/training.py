@@ -51,10 +51,11 @@ class Model:
     checkpointing: Literal["auto", "none", "all"] = "auto"
     """Activation checkpointing of no layer (`none`) or all layers (`all`); `auto`: of as few layers as fit the free
     memory of the device."""
-    path: Literal["auto", "shared", "packed", "plain"] = "auto"
+    path: Literal["auto", "shared", "packed", "plain", "alone"] = "auto"
     """How a micro-batch is computed: each distinct token once in one packed row (`shared`), each sequence in one packed
-    row (`packed`), or padded rows with transformers' own attention (`plain`). `auto`: the first of them whose log-probs
-    and gradients are proven to be the model's own; another value is proven too (docs/models.md)."""
+    row (`packed`), padded rows with transformers' own attention (`plain`), or one sequence a forward pass (`alone`).
+    `auto`: the first of them whose log-probs and gradients are proven to be the model's own; another value is proven
+    too (docs/models.md)."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,9 @@ class Train:
     deterministic: bool = False
     """Whether a GPU computes with deterministic algorithms alone, which are slower. Then a resumed run ends with the
     same bits on equal GPUs, versions and numbers of ranks (not run on a GPU). On the CPU it always does."""
+    router_aux_loss_coef: Annotated[float, Bound("at least 0", lambda v: v >= 0)] = 0.0
+    """For a mixture of experts: coefficient of the loss that balances the experts' loads, per sequence as in
+    DeepSeek-V3; 0: none (docs/experts.md)."""
     on_spike: Literal["none", "skip", "stop"] = "none"
     """An update whose gradient norm is far above the previous ones is made (`none`), is skipped (`skip`), or ends the
     run (`stop`)."""

@@ -4,14 +4,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from prefopt_dist.data.example import BadRow, Message, Messages
-from prefopt_dist.data.frame import reasoning_of
+from prefopt_dist.data.frame import PROBE_REPLY, reasoning_of, without_broken_mark
 from prefopt_dist.data.rendered_text import (
     Apply,
     Span,
     assistant_spans,
     common_prefix_length,
+    content_span,
     first_unwritten,
     has_reasoning,
+    opening_end,
 )
 from prefopt_dist.data.template import Template
 
@@ -37,6 +39,8 @@ class AnswerRenderer:
     prompt: Messages
     start: str
     """The generation prompt: the prompt rendered, with the opening of an answer"""
+    fulls: tuple[str, ...]
+    """The rendered conversations of prompt and each response"""
     apply: Apply
     """Renders turns with the tools and arguments of the row; the second argument adds the opening of an answer"""
 
@@ -50,50 +54,113 @@ class AnswerRenderer:
         Raises:
             BadRow: `unstable_template` or `unwritten_part`.
         """
-        keep, opener = self.template.thinking_mode == "keep", self.template.thinking.opener
-        single = len(response) == 1 and not keep
-        text = self._text_with_reasoning(response[-1], full) if single else None
+        thinking = self.template.thinking
+        if self.template.thinking_mode == "keep":
+            begin = self._begin_of_finished(response, full)
+            self._check_written(response, full)
+            ended = self._up_to_end_token(full)
+            return RenderedAnswer(full[:begin], ended, self._learnt_spans(response, ended))
+        text = self._text_with_reasoning(response[-1], full) if len(response) == 1 else None
         if text is not None:
-            return RenderedAnswer(self.start, f"{self.start}{text}{self.template.end_token}", None, bool(opener))
+            return RenderedAnswer(
+                self.start, f"{self.start}{text}{self.template.end_token}", None, bool(thinking.opener)
+            )
         stable = full.startswith(self.start)
-        begin = len(self.start) if stable else self._answer_begin(full)
-        if begin is None:
+        found = None if stable else self._after_generation_prompt(full)
+        if not stable and found is None:
             raise unstable_template(self.start, full)
         self._check_written(response, full)
         ended = self._up_to_end_token(full)
-        if stable or not single:
-            exact = stable and self.template.thinking_mode == "empty" and bool(opener)
-            return RenderedAnswer(full[:begin], ended, self._learnt_spans(response, ended), exact)
-        rest = ended[begin:]
-        if opener:
-            closed = self.template.thinking.closes + rest.lstrip("\n")
-            rest = rest.removeprefix(opener) if rest.startswith(opener) else closed
-        return RenderedAnswer(self.start, self.start + rest, None, bool(opener))
+        spans = self._learnt_spans(response, ended)
+        if found is None:
+            exact = self.template.thinking_mode == "empty" and bool(thinking.opener)
+            return RenderedAnswer(self.start, ended, spans, exact)
+        begin, lead = found
+        text = f"{self.start}{lead}{ended[begin:]}"
+        moved = len(text) - len(ended)
+        if spans is not None:
+            spans = tuple((len(self.start) if a <= begin else a + moved, b + moved) for a, b in spans)
+        return RenderedAnswer(self.start, text, spans, bool(thinking.opener) or moved != 0)
 
-    def _answer_begin(self, full: str) -> int | None:
-        """Return where the answer begins in a finished conversation that does not begin with the generation prompt.
+    def _after_generation_prompt(self, full: str) -> tuple[int, str] | None:
+        """Return how an answer follows the generation prompt, where its finished conversation begins otherwise.
 
-        Templates are known to do this in two ways: the generation prompt opens reasoning that the finished
-        conversation does not have, or a system turn is written next to the last turn only where that is the user's.
-        None: neither is the case.
+        Templates do this in three ways: the generation prompt opens reasoning, or opens and closes it, and the finished
+        conversation has none; a system turn is written next to the last turn only where that is the user's; an opening
+        of the answer is written for generation only.
+
+        Returns:
+            The place in `full` from which its text follows the generation prompt, and what comes between the two; None
+            where none of this is the case.
         """
+        for start in self._starts():
+            bare = start.removesuffix(self.template.thinking.opener)
+            if full.startswith(bare):
+                rest = full[len(bare) :]
+                return _place(full, rest, self.template.thinking.after_open(rest) if bare != start else rest)
+        added = self._added_for_generation()
+        rest = full[len(self.start) - len(added) :]
+        if not added or not full.startswith(self.start.removesuffix(added)):
+            return None
+        answer = self.template.thinking.after_closed(added, rest)
+        if answer is None and added.strip() == self.template.frame.reply:
+            answer = rest
+        return None if answer is None else _place(full, rest, answer)
+
+    def _starts(self) -> list[str]:
+        """Return the generation prompt, also as it is without a system turn."""
         starts = [self.start]
         if self.prompt[0].role == "system" and len(self.prompt) > 1:
             with suppress(Exception):  # the template may refuse the turns without the system turn
                 starts.append(self.apply(self.prompt[1:], True))
-        for start in starts:
-            bare = start.removesuffix(self.template.thinking.opener)
-            if full.startswith(bare):
-                return len(bare)
-        return None
+        return starts
+
+    def _added_for_generation(self) -> str:
+        """Return the end of the generation prompt that a finished conversation with a plain answer does not have."""
+        with suppress(Exception):  # a template may refuse one of the two conversations
+            finished = self.apply((*self.prompt, Message("assistant", PROBE_REPLY)), False)
+            shared = without_broken_mark(self.start[: common_prefix_length(self.start, finished)])
+            if len(shared) >= self._asked_length():
+                return self.start[len(shared) :]
+        return ""
+
+    def _asked_length(self) -> int:
+        """Return how many characters of the generation prompt the prompt's turns have, without an opened answer."""
+        with suppress(Exception):  # a template may refuse a conversation that ends with a question
+            asked = self.apply(self.prompt, False)
+            if self.start.startswith(asked):
+                return len(asked)
+        last = self.prompt[-1].content.strip()
+        at = self.start.rfind(last)
+        return at + len(last) if last and at >= 0 else len(self.start)
+
+    def _begin_of_finished(self, response: Messages, full: str) -> int:
+        """Return where the answer begins in the finished conversation, in the same way for all responses.
+
+        Raises:
+            BadRow: `unstable_template`: the answer's beginning cannot be found.
+        """
+        for start in self._starts():
+            if all(one.startswith(start) for one in self.fulls):
+                return len(start)
+        shared = min(common_prefix_length(self.start, one) for one in self.fulls)
+        begin = len(without_broken_mark(self.start[:shared]))
+        if begin >= self._asked_length():
+            return begin
+        # Earlier turns are rendered otherwise in the finished conversation.
+        content, _ = content_span((*self.prompt, *response), len(self.prompt), full, self.apply)
+        return opening_end(full, self.template.frame.reply, content)
 
     def _text_with_reasoning(self, turn: Message, full: str) -> str | None:
         """Return the text of an answer after the generation prompt, where the template leaves out its reasoning.
 
-        None: the turn has no reasoning, has tool calls, or the template writes all of it.
+        None: the turn has no reasoning, has tool calls, the template writes all of it, or the generation prompt has
+        no place for it.
         """
         thinking = self.template.thinking
         if not thinking.begins or not has_reasoning(turn) or dict(turn.extra).get("tool_calls"):
+            return None
+        if thinking.has_closed(self.start):
             return None
         turns = (*self.prompt, turn)
         if first_unwritten(turns, [len(self.prompt)], full, lambda changed: self.apply(changed, False)) is None:
@@ -146,6 +213,12 @@ class AnswerRenderer:
             return rendered if opened else self._up_to_end_token(rendered)
 
         return assistant_spans(turns, learnt, text, apply, self.template.frame.reply, self.template.special_tokens)
+
+
+def _place(full: str, rest: str, answer: str) -> tuple[int, str]:
+    """Return the place in `full` from which the answer is its end, and the part of the answer that stands before."""
+    common = common_prefix_length(rest[::-1], answer[::-1])
+    return len(full) - common, answer[: len(answer) - common]
 
 
 def unstable_template(start: str, full: str) -> BadRow:

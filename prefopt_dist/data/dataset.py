@@ -21,7 +21,7 @@ from prefopt_dist.data.row_counts import DataReport
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.files import checksum, json_digest, write_json
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of the folder's layout and of the meaning of the tokens."""
 SEQUENCE_SCHEMA = 1
 """Version of `sequence_digest`, by which stored log-probabilities are found."""
@@ -42,7 +42,7 @@ COLUMNS = {
 FLAGS = (
     *("cut_prompt", "cut_response_0", "cut_response_1"),
     *("double_bos", "double_end", "missing_bos", "missing_end", "stray_special", "as_is", "lost_reasoning"),
-    *("system_merged", "system_dropped", "other_prompt"),
+    *("system_merged", "system_dropped", "other_prompt", "lost_prompt"),
 )
 """Names of the bits that record how each row was made, from the lowest bit on (see `TokenisedRow`)."""
 MANIFEST = "manifest.json"
@@ -108,6 +108,11 @@ class TokenisedRows:
     margins: NDArray[np.float64] | None = field(default=None, kw_only=True)
     """[n] the margin of rewards that each pair should exceed; None without data.margin"""
 
+    @property
+    def disk_bytes(self) -> int:
+        """Return the size of the columns on disk."""
+        return sum(column.nbytes for name in COLUMNS if (column := getattr(self, name)) is not None)
+
     def prompt(self, i: int) -> NDArray[np.int32]:
         """Return the ids of row i's prompt [length]."""
         return self._part(i, 0)
@@ -130,11 +135,8 @@ class TokenisedRows:
         """Return the number of scored and learnt tokens of each response [n, R]."""
         if self.learnt is None:
             return self.lengths()[:, 1:]
-        counts = [
-            [np.count_nonzero(self.learnt[slice(*self._range(i, 1 + k))]) for k in range(self.responses)]
-            for i in range(self.n)
-        ]
-        return np.array(counts, dtype=np.int64)
+        counts: NDArray[np.int64] = np.add.reduceat(self.learnt, self.offsets[:-1], dtype=np.int64)
+        return counts.reshape(self.n, 1 + self.responses)[:, 1:]
 
     def unit(self, i: int, responses: Iterable[int], number: int | None = None) -> Unit:
         """Return row i with some of its responses as a unit to pack.

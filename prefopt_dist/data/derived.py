@@ -179,6 +179,16 @@ class UnpairedRows(TokenisedRows):
         """Return the number of tokens of prompt, own response and mismatched response [n, 3]."""
         return self.ends - self.starts
 
+    def learnt_lengths(self) -> NDArray[np.int64]:
+        """Return the number of scored and learnt tokens of both responses [n, 2]."""
+        if self.learnt is None:
+            return self.lengths()[:, 1:]
+        counts = [
+            [np.count_nonzero(self.learnt[slice(*self._range(i, 1 + k))]) for k in range(self.responses)]
+            for i in range(self.n)
+        ]
+        return np.array(counts, dtype=np.int64)
+
     def _range(self, i: int, part: int) -> tuple[int, int]:
         return int(self.starts[i, part]), int(self.ends[i, part])
 

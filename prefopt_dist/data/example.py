@@ -5,7 +5,7 @@ from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """The roles that a message may have."""
-TEMPLATE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+TEMPLATE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "reasoning", "tool_plan")
 """Further keys of a message that are passed to the template; all others are ignored, as unknown columns are."""
 
 
@@ -52,7 +52,7 @@ class Example:
     """The margin of rewards that a pair should exceed"""
 
 
-SKIPPED_KINDS = ("tie",)
+SKIPPED_KINDS = ("tie", "joined")
 """Kinds of rows that are valid but unusable: they are dropped and counted, and never stop the job."""
 SHOWN_CHARACTERS = 80
 """Number of characters of a value that a message shows."""

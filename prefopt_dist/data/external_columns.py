@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from prefopt_dist.data.example import BadRow
-from prefopt_dist.data.fields import Row, field_of, is_assistant, role_of
+from prefopt_dist.data.fields import Row, field_of, is_assistant, parsed_messages, role_of
 
 Columns = dict[str, Any]
 TURN_ROLES = ("user", "assistant")
@@ -111,7 +111,7 @@ def instruction_prompt(row: Row) -> Any:
 
 def read_swift(row: Row) -> Columns:
     """Read a row of ms-swift, whose conversation ends with the chosen answer."""
-    messages = field_of(row, "messages")
+    messages = parsed_messages(field_of(row, "messages"))
     if row.get("rejected_messages") is not None:
         return {"chosen": messages, "rejected": row["rejected_messages"], "tools": row.get("tools")}
     if not isinstance(messages, list) or len(messages) < 2:
@@ -119,11 +119,17 @@ def read_swift(row: Row) -> Columns:
     return pair_columns(messages[:-1], messages[-1:], row["rejected_response"], tools=row.get("tools"))
 
 
+def read_swift_query(row: Row) -> Columns:
+    """Read an older row of ms-swift: a question with earlier turns, its answer and a rejected one."""
+    prompt = instruction_prompt({"instruction": field_of(row, "query"), "history": row.get("history")})
+    return pair_columns(prompt, field_of(row, "response"), row["rejected_response"], tools=row.get("tools"))
+
+
 def rated_conversation_reader(name: str, label: str) -> Callable[[Row], Columns]:
     """Return a reader of conversations with a rating: the last turn is the rated completion."""
 
     def read(row: Row) -> Columns:
-        turns = field_of(row, name)
+        turns = parsed_messages(field_of(row, name))
         if not isinstance(turns, list) or len(turns) < 2:
             raise BadRow("bad_message", f"{name} must hold a question and an answer", turns)
         return {
@@ -159,6 +165,12 @@ def read_nectar(row: Row) -> Columns:
     return pair_columns(field_of(row, "prompt"), best, worst)
 
 
+def read_helpsteer2_rated(row: Row) -> Columns:
+    """Read the joined rows of a prompt of HelpSteer2: answers with ratings of their helpfulness."""
+    answers, ratings = _list(row, "response", str), field_of(row, "helpfulness")
+    return pair_columns(field_of(row, "prompt"), *best_and_worst(answers, ratings, "response"))
+
+
 def read_ultrafeedback(row: Row) -> Columns:
     """Read a row of UltraFeedback: completions with overall scores."""
     rated = _list(row, "completions")
@@ -190,8 +202,8 @@ def read_arena(row: Row) -> Columns:
 
 def read_arena_texts(row: Row) -> Columns:
     """Read a row of Arena human preference: questions and two lists of answers, each a list or JSON text of one."""
-    better = True if row.get("winner_model_a") else False if row.get("winner_model_b") else None
-    row.get("winner_tie")  # read only so that it does not count as ignored; it follows from the other two
+    first, second, _ = (row.get(f"winner_{which}") for which in ("model_a", "model_b", "tie"))  # all count as read
+    better = True if first else False if second else None
     chosen, rejected = pick(row, "response_a", "response_b", better)
     questions, good, bad = (_json_list(value) for value in (field_of(row, "prompt"), chosen, rejected))
     if not questions or len(good) != len(questions) or len(bad) != len(questions):
@@ -232,7 +244,7 @@ def read_alpaca_outputs(row: Row) -> Columns:
 
 def has_only_answers(row: Row) -> bool:
     """Return whether `chosen` and `rejected` are answers and not whole conversations."""
-    chosen = row["chosen"]
+    chosen = parsed_messages(row["chosen"])
     return not isinstance(chosen, list) or not chosen or is_assistant(role_of(chosen[0]))
 
 

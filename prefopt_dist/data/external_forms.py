@@ -20,10 +20,12 @@ from prefopt_dist.data.external_columns import (
     read_alpaca_outputs,
     read_arena,
     read_arena_texts,
+    read_helpsteer2_rated,
     read_nectar,
     read_nemo,
     read_openai,
     read_swift,
+    read_swift_query,
     read_ultrafeedback,
     read_webgpt,
     two_answers_reader,
@@ -94,6 +96,9 @@ EXTERNAL_FORMS: Mapping[str, ExternalForm] = {
         ("prompt",),
     ),
     "swift": ExternalForm(("messages", "rejected_response"), "pair", read_swift, "ms-swift"),
+    "swift_query": ExternalForm(
+        ("query", "response", "rejected_response"), "pair", read_swift_query, "ms-swift (older)", lacks=("messages",)
+    ),
     "swift_messages": ExternalForm(("messages", "rejected_messages"), "conversations", read_swift, "ms-swift"),
     "messages_rated": ExternalForm(
         ("messages", "label"),
@@ -135,6 +140,14 @@ EXTERNAL_FORMS: Mapping[str, ExternalForm] = {
         has_only_answers,
         ("prompt",),
     ),
+    "input_pair": ExternalForm(
+        ("input", "chosen", "rejected"),
+        "pair",
+        pair_reader("input"),
+        "Intel orca_dpo_pairs of Argilla",
+        has_only_answers,
+        ("prompt", "instruction", "question", "messages", "conversations"),
+    ),
     "openai": ExternalForm(
         ("input", "preferred_output", "non_preferred_output"), "pair", read_openai, "OpenAI preference fine-tuning"
     ),
@@ -150,6 +163,13 @@ EXTERNAL_FORMS: Mapping[str, ExternalForm] = {
             lambda row: preference_by_sign(row, "preference_strength", first_is=-1),
         ),
         "HelpSteer2",
+    ),
+    "helpsteer2_rated": ExternalForm(
+        ("prompt", "response", "helpfulness"),
+        "pair",
+        read_helpsteer2_rated,
+        "HelpSteer2 (ratings)",
+        has_list("response"),
     ),
     "helpsteer3": ExternalForm(
         ("context", "response1", "response2", "overall_preference"),

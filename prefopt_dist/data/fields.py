@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -79,7 +79,7 @@ def string_of(row: Row, name: str) -> str:
 
 def text_or_messages(row: Row, name: str) -> str | Messages:
     """Return the field's value: a string, or the messages of a list, of a single message or of JSON text."""
-    value = _parsed_messages(field_of(row, name))
+    value = parsed_messages(field_of(row, name))
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, str):
@@ -89,20 +89,28 @@ def text_or_messages(row: Row, name: str) -> str | Messages:
     return messages_of(value, name) if value else ()
 
 
-def _parsed_messages(value: Any) -> Any:
-    """Return the list of messages that a JSON text holds; return every other value unchanged."""
-    if isinstance(value, str) and value.lstrip().startswith("[") and ('"role"' in value or '"from"' in value):
+def parsed_messages(value: Any) -> Any:
+    """Return the list of messages that a JSON text holds, also of a single one; return every other value unchanged."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")) and ('"role"' in value or '"from"' in value):
         with suppress(ValueError, RecursionError):
             found = json.loads(value)
             json.dumps(found, ensure_ascii=False).encode()  # raises for a lone surrogate, which no tokenizer accepts
-            if isinstance(found, list) and found and all(role_of(item) in (*ROLES, *ROLE_ALIASES) for item in found):
+            found = [found] if isinstance(found, dict) else found
+            if isinstance(found, list) and found and all(_has_role(item) for item in found):
                 return found
     return value
 
 
+def _has_role(item: Any) -> bool:
+    """Return whether a value of JSON text is a message: text such as `{"role": "user"}` may also be an answer."""
+    role = role_of(item)
+    known = isinstance(role, str) and (role in ROLES or role.lower() in ROLE_ALIASES)
+    return known and any(key in item for key in ("content", "value", "tool_calls", "function_call"))
+
+
 def messages_of(value: Any, name: str) -> Messages:
     """Return the messages of a list or of JSON text of one; the list must not be empty."""
-    value = _parsed_messages(value)
+    value = parsed_messages(value)
     if not isinstance(value, list):
         raise BadRow("wrong_type", f"{name} must be a list of messages", value)
     if not value:
@@ -131,14 +139,14 @@ def _message(item: Any, name: str) -> Message:
 ROLE_ALIASES = {
     **{"human": "user", "user": "user", "system": "system"},
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot", "function_call"), "assistant"),
-    **dict.fromkeys(("function", "observation", "tool", "function_response"), "tool"),
+    **dict.fromkeys(("function", "observation", "tool", "function_response", "ipython"), "tool"),
 }
 """The names of the speakers in other forms, and the role that each stands for."""
 
 
 def is_assistant(role: Any) -> bool:
     """Return whether a role, in the words of any form, is the assistant's."""
-    return isinstance(role, str) and ROLE_ALIASES.get(role) == "assistant"
+    return isinstance(role, str) and ROLE_ALIASES.get(role.lower()) == "assistant"
 
 
 def _normalised(item: Any) -> Any:
@@ -159,7 +167,9 @@ def _normalised(item: Any) -> Any:
             item = {**item, "content": None}
     if isinstance(call, dict):
         item = {**item, "tool_calls": [{"type": "function", "function": call}]}
-    return {**item, "role": ROLE_ALIASES.get(role, role) if isinstance(role, str) else role}
+    if isinstance(item.get("reasoning"), str) and item["reasoning"] and not item.get("reasoning_content"):
+        item = {**item, "reasoning_content": item["reasoning"]}  # most templates read this name
+    return {**item, "role": ROLE_ALIASES.get(role.lower(), role) if isinstance(role, str) else role}
 
 
 def _joined_parts(content: Any, name: str) -> Any:
@@ -201,6 +211,17 @@ def _object(text: str, name: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise BadRow("wrong_type", rule, text)
     return found
+
+
+MESSAGE_KEYS = frozenset(("role", "content", "from", "value", "function_call", *TEMPLATE_KEYS))
+"""The keys of a message that are read."""
+
+
+def ignored_keys(name: str, value: Any) -> Iterator[str]:
+    """Yield `NAME[].KEY` for each key of the messages in a column that holds a value and is not read."""
+    for item in value if isinstance(value, list) else [value]:
+        if role_of(item) is not None:
+            yield from (f"{name}[].{key}" for key in item if key not in MESSAGE_KEYS and item[key] is not None)
 
 
 def role_of(item: Any) -> Any:

@@ -18,6 +18,12 @@ import yaml
 from prefopt_dist.errors import UserError
 
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])[\w.]*?(?=-\d|_\d{4,}|$)")
+NAMED = re.compile(
+    r"(?:^|[^a-z])(?:train|training|test|testing|validation|valid|val|dev|eval|evaluation|heldout|holdout)(?:[^a-z]|$)",
+    re.I,
+)
+"""A name that holds the word of a split elsewhere, as in dpo_train or Test."""
+NUMBER = re.compile(r"[-_.]?\d+$")
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 DEFAULT = "default"
 PLAIN_FOLDERS = ("data", ".")
@@ -69,9 +75,12 @@ def select_files(
         return tuple(part.file for part in parts)
     wanted = split or "train"
     found = tuple(part.file for part in parts if part.split == wanted)
+    if split is None and not found:
+        found = tuple(part.file for part in parts if part.split is not None and part.split.lower() == wanted)
     if not found:
         lacks = f"has no split {split!r}" if split else "has no split named 'train'"
-        has = f"name one of {splits}: {{path: {shown}, split: {splits[0]}}}" if splits else "remove the split"
+        example = next((name for name in splits if name.startswith("train")), splits[0]) if splits else None
+        has = f"name one of {splits}: {{path: {shown}, split: {example}}}" if example else "remove the split"
         raise UserError(f"{key}: {shown!r} {lacks}; {has}")
     return found
 
@@ -117,6 +126,8 @@ def _by_name(file: Path, relative: Path) -> SplitFile:
     if sharded and sharded.group(1) in PLAIN_FILES:
         sharded = None
     split = sharded.group(1) if sharded else named.group(0).rstrip("._") if named else None
+    if split is None and NAMED.search(stem):
+        split = NUMBER.sub("", stem)
     if folders and SPLIT.fullmatch(folders[-1]):
         split = split if sharded and named else folders[-1]
         folders = folders[:-1]

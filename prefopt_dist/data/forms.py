@@ -28,8 +28,10 @@ from prefopt_dist.data.fields import (
     TRANSCRIPT_TURN,
     Row,
     field_of,
+    ignored_keys,
     is_blank,
     messages_of,
+    parsed_messages,
     role_of,
     template_arguments,
     text_of,
@@ -70,8 +72,10 @@ class TrackedRow(Mapping[str, Any]):
         return len(self._row)
 
     def ignored(self) -> tuple[str, ...]:
-        """Return the columns that hold a value and were not read."""
-        return tuple(name for name, value in self._row.items() if value is not None and name not in self._read)
+        """Return the columns that hold a value and were not read, and the keys of messages that are never read."""
+        columns = [name for name, value in self._row.items() if value is not None and name not in self._read]
+        keys = [key for name in self._row if name in self._read for key in ignored_keys(name, self._row[name])]
+        return tuple(dict.fromkeys(columns + keys))
 
 
 def detect_form(rows: Sequence[Row], key: str) -> str:
@@ -103,7 +107,7 @@ def _form_of(row: Row) -> str | None:
     if {"prompt", "chosen_response", "rejected_response"} <= has:
         return "raw_pair"
     if {"chosen", "rejected"} <= has:
-        chosen = row["chosen"]
+        chosen = parsed_messages(row["chosen"])
         whole = isinstance(chosen, list) and bool(chosen) and role_of(chosen[0]) != "assistant"
         if "prompt" in has:
             # A conversation that repeats the prompt is not a response to it.

@@ -12,6 +12,10 @@ from prefopt_dist.data.rendered_text import REASONING, Apply, common_prefix_leng
 PROBE_USER, PROBE_REPLY = "prefopt-question", "prefopt-reply"
 PROBE_SYSTEM, PROBE_CALL = "prefopt-system", "prefopt-call"
 REASONING_OPENER = re.compile(r"<([^\s<>/]+)>\s*$")
+TAG_NAME = re.compile(r"[A-Za-z][\w:.-]*")
+MARK = re.compile(r"<[^\s<>]+>|\[/?[A-Z_]+\]")
+"""A mark that templates write around turns and reasoning."""
+BROKEN_MARK = re.compile(r"(<[^\s<>]*|\[/?[A-Z_]*)$")
 PROBE_THOUGHT = "prefopt-thought"
 
 
@@ -70,6 +74,8 @@ def probe_frame(apply: Apply, opened: str, full: str, bos: str | None) -> Frame:
     if not to_answer.startswith(user_end):
         user_end = ""
     shared = to_answer[: common_prefix_length(to_answer, between)]
+    if shared != to_answer:
+        shared = without_broken_mark(shared)
     begins = [_without(before.strip(), bos)]
     user = before
     with suppress(Exception):
@@ -114,11 +120,17 @@ class Thinking:
     """The marks of reasoning in a template."""
 
     opener: str
-    """The end of the generation prompt where it opens reasoning, such as "<think>\\n"; "" where it does not"""
+    """The end of the generation prompt where it opens reasoning, such as "<think>\n"; "" where it does not"""
     begins: str
     """The opening of reasoning, also where the generation prompt has none; "" where the template does not mark it"""
     closes: str
     """The text between reasoning and answer"""
+
+    @property
+    def closer(self) -> str:
+        """Return the mark that closes reasoning, such as "</think>"."""
+        found = MARK.search(self.closes)
+        return found.group(0) if found else self.closes.strip()
 
     def join(self, opened: bool, reasoning: str, answer: str) -> str:
         """Join reasoning and answer; `opened` says that the prompt already opens the reasoning."""
@@ -131,6 +143,47 @@ class Thinking:
             return bare
         return bare.removeprefix(self.opener.strip()).lstrip("\n") if bare.startswith(self.opener.strip()) else bare
 
+    def has_closed(self, prompt: str) -> bool:
+        """Return whether the prompt ends with reasoning that is closed already, so that an answer can hold none."""
+        return bool(self.begins) and prompt.rstrip().endswith(self.closer)
+
+    def after_open(self, rest: str) -> str:
+        """Return how a finished answer goes on after a generation prompt that has opened its reasoning.
+
+        Args:
+            rest: The finished answer as the template writes it after the opening of the turn, without `opener`.
+        """
+        bare, mark = rest.lstrip(), self.opener.strip()
+        if rest.startswith(self.opener):
+            return rest.removeprefix(self.opener)
+        if bare.startswith(mark):
+            return bare.removeprefix(mark)
+        if bare.startswith(self.closer):
+            return bare
+        before, closer, after = self.closes.partition(self.closer)
+        answer = rest.lstrip("\n")
+        # A mark behind the closing one opens the answer's text, and stands in `rest` where the answer has text.
+        return f"{before}{closer}{'' if MARK.search(after) else after}{answer}"
+
+    def after_closed(self, added: str, rest: str) -> str | None:
+        """Return how a finished answer goes on after a generation prompt that opens reasoning and closes it at once.
+
+        Args:
+            added: The end of the generation prompt that the finished conversation does not have.
+            rest: The finished answer as the template writes it after the opening of the turn.
+
+        Returns:
+            The text, or None where `added` does not end with a second mark.
+        """
+        marks = MARK.findall(added)
+        if len(marks) < 2 or not added.rstrip().endswith(marks[-1]):
+            return None
+        if rest.startswith(marks[-1]):
+            return rest.removeprefix(marks[-1])
+        if marks[-1] != self.closer or rest[:1].isspace() or added[-1:].isspace():
+            return rest
+        return self.closes.partition(self.closer)[2] + rest
+
 
 def probe_thinking(apply: Apply, template: str, opened: str, full: str) -> Thinking:
     """Return how the template marks reasoning.
@@ -141,20 +194,35 @@ def probe_thinking(apply: Apply, template: str, opened: str, full: str) -> Think
         opened: The probe's question, rendered with the opening of an answer.
         full: The probe's question and answer, rendered.
     """
+    begins, closes = _marks_of_a_thought(apply)
     found = REASONING_OPENER.search(opened)
-    tag = found.group(1) if found else "think"
-    opener = found.group(0) if found and (f"</{tag}>" in template or not full.startswith(opened)) else ""
-    if not opener:
-        tag = "think"
-    known = bool(opener) or f"</{tag}>" in template
-    closes = f"\n</{tag}>\n\n"
-    with suppress(Exception):
-        turn = Message("assistant", PROBE_REPLY, ((REASONING[0], PROBE_THOUGHT),))
-        rendered = apply((Message("user", PROBE_USER), turn), False)
-        between = rendered.partition(PROBE_THOUGHT)[2].partition(PROBE_REPLY)[0]
-        if f"</{tag}>" in between:
-            closes = between
-    return Thinking(opener, opener or (f"<{tag}>\n" if known else ""), closes)
+    tag, opener = (found.group(1), found.group(0)) if found else ("think", "")
+    # Only the closing mark of a plain tag follows from its opening mark.
+    paired = f"</{tag}>" in template or (TAG_NAME.fullmatch(tag) is not None and not full.startswith(opened))
+    if not paired and begins.strip() != opener.strip():
+        tag, opener = "think", ""
+    if not begins and (opener or f"</{tag}>" in template):
+        begins = opener or f"<{tag}>\n"
+    return Thinking(opener, opener or begins, closes or f"\n</{tag}>\n\n")
+
+
+def _marks_of_a_thought(apply: Apply) -> tuple[str, str]:
+    """Return what the template writes before and after reasoning in a field; two empty texts where it writes none."""
+    for key in REASONING:
+        with suppress(Exception):  # a template may refuse the key
+            turn = Message("assistant", PROBE_REPLY, ((key, PROBE_THOUGHT),))
+            written = apply((Message("user", PROBE_USER), turn), False).partition(PROBE_USER)[2]
+            before, thought, after = written.partition(PROBE_THOUGHT)
+            closes, reply, _ = after.partition(PROBE_REPLY)
+            begins = REASONING_OPENER.search(before)
+            if thought and reply and begins and MARK.search(closes):
+                return begins.group(0), closes
+    return "", ""
+
+
+def without_broken_mark(text: str) -> str:
+    """Return the text without the first characters of a mark such as "<think>" or "[INST]" at its end."""
+    return BROKEN_MARK.sub("", text)
 
 
 def reasoning_of(turn: Message) -> str | None:

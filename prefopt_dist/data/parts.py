@@ -29,8 +29,8 @@ from prefopt_dist.data.text_kinds import apply_text_kind
 from prefopt_dist.data.tokenise import TokenisedRow, Tokeniser
 from prefopt_dist.files import write_atomic
 
-PART_ROWS = 2048
-"""Number of rows of a part, which is what a kill can lose; a part takes a core some seconds."""
+PART_ROWS = 512
+"""Number of rows of a part, which is what a kill can lose on each core; a part takes a core about a second."""
 BLOCK_ROWS = 256
 """Number of rows that are encoded together."""
 
@@ -86,6 +86,11 @@ class PartTokeniser:
         self._settings = settings
         self._reading = reading
         self._tokeniser: Tokeniser | None = None
+
+    @property
+    def module(self) -> str:
+        """Return the module of the tokenizer's class, which another process needs first."""
+        return type(self._tokenizer).__module__
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_tokeniser": None}  # its compiled template cannot be sent

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from prefopt_dist.data.forms import kind_of
 from prefopt_dist.data.options import DEFAULT_OPTIONS, TextOptions, writes_date
 from prefopt_dist.data.parts import PartResult, PartTokeniser
 from prefopt_dist.data.reading import Reading, Settings, decide_reading
+from prefopt_dist.data.remote import copy_files
 from prefopt_dist.data.row_counts import RowCounts
 from prefopt_dist.data.sources import OpenSource, open_source
 from prefopt_dist.data.template import read_template
@@ -75,7 +77,8 @@ def prepare_rows(
     """
     settings = Settings(form, template, max_length, max_prompt_length, on_bad_row, options)
     settings.check()
-    opened = [open_source(source, index, key) for index, source in enumerate(sources)]
+    fetch = partial(copy_files, cache_dir=cache_dir, copies=share.node == 0, look=share.look)
+    opened = [open_source(source, index, key, fetch) for index, source in enumerate(sources)]
     weights = [source.weight for source in sources]
     folder = cached_folder(cache_dir, _cache_digest(opened, weights, tokenizer, settings))
     rows = open_intact_rows(folder, key, say)

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefopt_dist.data.example import BadRow, Message, Messages
 
-REASONING = ("reasoning_content", "thinking")
+REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")
 """The keys of a message that hold its reasoning; a template may read either."""
 REASONING_TAG = re.compile(r"(</?[^\s<>/][^\s<>]{0,40}>)")
 """Tags such as <think> and </think>; a template may treat the text between them separately."""
@@ -52,6 +52,42 @@ def first_unwritten(turns: Messages, indices: Sequence[int], text: str, render: 
     return None
 
 
+def leaves_out_of_prompt(turns: Messages, tools: Sequence[Any] | None, text: str, apply: Apply) -> bool:
+    """Return whether the text does not depend on some part of the prompt's turns, reasoning aside, or on the tools.
+
+    Args:
+        turns: The prompt.
+        tools: The tools of the row.
+        text: The generation prompt.
+        apply: Renders turns with the tools; used only where a turn has calls, or its content is not in the text.
+    """
+    names = [name for tool in tools or () if isinstance(name := _function_of(tool).get("name"), str)]
+    if any(name not in text for name in names):
+        return True
+    for k, turn in enumerate(turns):
+        plain = _without_reasoning(turn)
+        content, others = plain.content.strip(), (*turns[:k], *turns[k + 1 :])
+        # Once more than the other turns have it: it stands there as it is.
+        elsewhere = sum(_occurrences(other, content) for other in others) if content else -1
+        if text.count(content) > elsewhere and not dict(plain.extra).get("tool_calls"):
+            continue
+        changed = (*turns[:k], plain, *turns[k + 1 :])
+        rendered = _try(apply, changed, True)
+        if rendered is not None and first_unwritten(changed, [k], rendered, lambda some: apply(some, True)) is not None:
+            return True
+    return False
+
+
+def _without_reasoning(turn: Message) -> Message:
+    content = turn.content.rpartition("</think>")[2] if turn.role == "assistant" else turn.content
+    return replace(turn, content=content, extra=tuple((k, v) for k, v in turn.extra if k not in REASONING))
+
+
+def _function_of(call: Any) -> dict[str, Any]:
+    inner = call.get("function") if isinstance(call, dict) else None
+    return inner if isinstance(inner, dict) else call if isinstance(call, dict) else {}
+
+
 def has_reasoning(turn: Message) -> bool:
     """Return whether the turn holds reasoning, in a field or in tags in its text."""
     return any(dict(turn.extra).get(key) for key in REASONING) or "</think>" in turn.content
@@ -89,7 +125,7 @@ def _texts(turn: Message, others: Messages, text: str) -> Iterator[ResponsePart]
 
 
 def _occurrences(turn: Message, content: str) -> int:
-    return turn.content.count(content) + sum(value.count(content) for _, value in turn.extra if isinstance(value, str))
+    return turn.content.count(content) + sum(str(value).count(content) for _, value in turn.extra)
 
 
 def _call_parts(call: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -138,7 +174,7 @@ def assistant_spans(
 
 
 def _span(turns: Messages, index: int, text: str, apply: Apply, reply: str, specials: Sequence[str]) -> Span:
-    content = _content_span(turns, index, text, apply)
+    content = content_span(turns, index, text, apply)
     begin = _begin(turns, index, text, apply, reply, content)
     if index == len(turns) - 1:
         return begin, len(text)
@@ -148,7 +184,7 @@ def _span(turns: Messages, index: int, text: str, apply: Apply, reply: str, spec
         if text.startswith(rendered) and any(rendered.endswith(token) for token in specials):
             return begin, len(rendered)
     # A template may end earlier turns differently from the last one.
-    following = _content_span(turns, index + 1, text, apply)[0]
+    following = content_span(turns, index + 1, text, apply)[0]
     found = re.search("|".join(map(re.escape, specials)), text[content[1] : following]) if specials else None
     return begin, content[1] + found.end() if found else content[1]
 
@@ -158,13 +194,24 @@ def _begin(turns: Messages, index: int, text: str, apply: Apply, reply: str, con
     opened = _try(apply, turns[:index], True)
     if opened is not None and text.startswith(opened) and len(opened) <= content[0]:
         return len(opened)
-    at = text.rfind(reply, 0, content[0]) if reply else -1
+    return opening_end(text, reply, content[0])
+
+
+def opening_end(text: str, reply: str, content: int) -> int:
+    """Return where an answer begins: after its opening `reply` and a line break, at the latest where `content` begins.
+
+    Args:
+        text: The rendered conversation.
+        reply: The opening of an answer; "" where it is not known.
+        content: Where the answer's content begins.
+    """
+    at = text.rfind(reply, 0, content) if reply else -1
     if at < 0:
-        return content[0]
-    return at + len(reply) + len(re.match(r"\n?", text[at + len(reply) :]).group())  # type: ignore[union-attr]
+        return content
+    return at + len(reply) + text[at + len(reply) :].startswith("\n")
 
 
-def _content_span(turns: Messages, index: int, text: str, apply: Apply) -> Span:
+def content_span(turns: Messages, index: int, text: str, apply: Apply) -> Span:
     """Return the range of characters that change when another content is put into the turn at `index`."""
     first, last = len(text), 0
     for changed in _changed_turns(turns[index]):
@@ -190,7 +237,8 @@ def _changed_turns(turn: Message) -> list[Message]:
             changed += [replace(turn, extra=tuple((k, "\u2603" if k == key else v) for k, v in turn.extra))]
     calls = dict(turn.extra).get("tool_calls")
     if calls:
-        other = [{"type": "function", "function": {"name": "\u2603", "arguments": {"\u2603": "\u2603"}}}]
+        # Further keys stay, because a template may require them, such as the call's id.
+        other = [{**calls[0], "function": {"name": "\u2603", "arguments": {"\u2603": "\u2603"}}}]
         changed += [replace(turn, extra=tuple((k, other if k == "tool_calls" else v) for k, v in turn.extra))]
     return changed
 

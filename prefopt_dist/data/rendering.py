@@ -9,7 +9,7 @@ from typing import Any
 
 from prefopt_dist.data.answers import AnswerRenderer, unstable_template
 from prefopt_dist.data.example import BadRow, Example, Message, Messages
-from prefopt_dist.data.rendered_text import Span, first_unwritten, has_reasoning
+from prefopt_dist.data.rendered_text import Span, first_unwritten, has_reasoning, leaves_out_of_prompt
 from prefopt_dist.data.template import Template, error_summary
 from prefopt_dist.errors import UserError
 
@@ -36,8 +36,12 @@ class RenderedExample:
     """For each of `texts` the ranges of characters that are learnt; None: everything after the prompt"""
     lost_reasoning: bool = False
     """The template leaves out reasoning of the prompt's turns"""
+    lost_prompt: bool = False
+    """The template leaves out another part of the prompt's turns, or the tools"""
     exact: bool = False
     """The tokens of `prompt` are kept whatever text follows them"""
+    generation_prompt: str | None = None
+    """The prompt at inference, where it differs from `prompt`"""
 
     @property
     def plain(self) -> bool:
@@ -118,7 +122,7 @@ def _render_turns(template: Template, example: Example) -> RenderedExample:
             "template_refused", f"the chat template must accept the turns ({error_summary(error)})",
             [turn.role for turn in prompt], "correct the row, or use a tokenizer whose template accepts such turns",
         ) from error  # fmt: skip
-    renderer = AnswerRenderer(template, prompt, start, apply)
+    renderer = AnswerRenderer(template, prompt, start, texts, apply)
     answers = [renderer.render(response, text) for text, response in zip(texts, responses, strict=True)]
     if len({answer.prompt for answer in answers}) > 1:
         raise unstable_template(start, texts[-1])
@@ -133,7 +137,9 @@ def _render_turns(template: Template, example: Example) -> RenderedExample:
         repaired=frozenset(repaired),
         learnt=tuple(answer.learnt for answer in answers),
         lost_reasoning=bool(lost),
+        lost_prompt=leaves_out_of_prompt(prompt, example.tools, start, apply),
         exact=any(answer.exact for answer in answers),
+        generation_prompt=None if answers[0].prompt == start else start,
     )
 
 

@@ -7,7 +7,7 @@ import gzip
 import re
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob
@@ -27,6 +27,8 @@ from prefopt_dist.data.containers import (
 )
 from prefopt_dist.data.example import BadRow
 from prefopt_dist.data.folders import select_files
+from prefopt_dist.data.joined_rows import join_answers
+from prefopt_dist.data.remote import is_url
 from prefopt_dist.errors import NotHere, UserError
 from prefopt_dist.packages import import_optional
 
@@ -39,6 +41,10 @@ READ_ROWS = 1024
 
 Payload = bytes | dict[str, Any] | BadRow
 """A row that is not parsed yet: a line of JSON lines, otherwise its fields, or the error of an unreadable row"""
+
+
+Fetch = Callable[[str, tuple[str, ...], str], tuple[Path, ...]]
+"""Returns local copies of the files of a URL: of the URL, the endings that they may have, and the dotted key"""
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class OpenSource:
         else:
             rows = _json_rows(self)
         empty = True
-        for payload in rows:
+        for payload in join_answers(rows, parse_payload):
             empty = False
             yield payload
         if empty:
@@ -123,18 +129,22 @@ def parse_payload(payload: Payload) -> dict[str, Any] | BadRow:
     return parse_json_line(payload) if isinstance(payload, bytes) else payload
 
 
-def open_source(source: DataSource, index: int, key: str) -> OpenSource:
+def open_source(source: DataSource, index: int, key: str, fetch: Fetch | None = None) -> OpenSource:
     """Find the source on disk or, where no file or folder has its name, on the hub.
 
     Args:
         source: The source.
         index: Its index among the sources.
         key: The dotted key that named it, for messages.
+        fetch: Returns local copies of the files of a URL, given it, the endings they may have and the key; None where
+            a URL cannot be named.
 
     Raises:
         NotHere: There is nothing of this name.
         UserError: The source has an unknown file type or does not have the split, or cannot be read.
     """
+    if is_url(source.path):
+        return _open_url(source, index, key, fetch)
     path = Path(source.path)
     if path.is_file():
         if not path.name.endswith(FILE_SUFFIXES):
@@ -212,6 +222,14 @@ def _open_glob(source: DataSource, index: int, key: str) -> OpenSource:
     if source.split is not None:
         raise UserError(f"{key}: files that match a pattern have no splits; remove the split {source.split!r}")
     return OpenSource(source.path, index, files, None, key)
+
+
+def _open_url(source: DataSource, index: int, key: str, fetch: Fetch | None) -> OpenSource:
+    if fetch is None:
+        raise UserError(f"{key}: {source.path!r} is a URL, which only data sets take; copy the file and name the copy")
+    if source.split is not None:
+        raise UserError(f"{key}: the files of a URL have no splits; remove the split {source.split!r}")
+    return OpenSource(source.path, index, fetch(source.path, FILE_SUFFIXES, key), None, key)
 
 
 def _open_hub(source: DataSource, index: int, key: str) -> OpenSource:

@@ -7,8 +7,18 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.data.example import ROLES, Message, Messages
-from prefopt_dist.data.frame import PROBE_CALL, PROBE_REPLY, PROBE_USER, Frame, Thinking, probe_frame, probe_thinking
+from prefopt_dist.data.frame import (
+    PROBE_CALL,
+    PROBE_REPLY,
+    PROBE_SYSTEM,
+    PROBE_USER,
+    Frame,
+    Thinking,
+    probe_frame,
+    probe_thinking,
+)
 from prefopt_dist.data.options import DEFAULT_OPTIONS, TextOptions, check_date, fix_date
+from prefopt_dist.data.rendered_text import common_prefix_length
 from prefopt_dist.errors import UserError
 
 PLAIN_TEMPLATE = (
@@ -156,6 +166,11 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str, options: TextOp
             f"it rendered {full[:80]!r}; correct the template"
         )
     after = full[full.rindex(PROBE_REPLY) + len(PROBE_REPLY) :]
+    if _opens_another_answer(tokenizer, text, start, after):
+        raise UserError(
+            f"model.tokenizer: the chat template of {tokenizer.name_or_path} opens another answer after a finished "
+            f"one; it rendered {after[:80]!r} after an answer; make it do so only with add_generation_prompt"
+        )
     specials = _special_tokens(tokenizer)
     ends = [(after.rindex(token) + len(token), len(token), token) for token in specials if token in after]
     if ends:
@@ -195,6 +210,23 @@ def read_template(tokenizer: PreTrainedTokenizerBase, mode: str, options: TextOp
         system=options.system,
         learn=options.learn,
     )
+
+
+def _opens_another_answer(tokenizer: PreTrainedTokenizerBase, text: str, start: str, after: str) -> bool:
+    """Return whether the template `text` also writes the opening of an answer after a finished answer.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The Jinja template.
+        start: The probe's question, rendered with the opening of an answer.
+        after: What the template writes after the probe's answer.
+    """
+    turns = (Message("user", PROBE_USER), Message("assistant", PROBE_REPLY), Message("user", PROBE_SYSTEM))
+    with suppress(Exception):  # a template may refuse a conversation that ends with a question
+        later = apply_template(tokenizer, text, turns, None, False).rpartition(PROBE_REPLY)[2]
+        ending = after[common_prefix_length(after, later) :].strip()
+        return bool(ending) and start.rstrip().endswith(ending)
+    return False
 
 
 def _all_roles_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -33,8 +33,9 @@ class TokenisedRow:
     """The prompt was templated already, or `data.template` is none"""
     noticed: frozenset[str] = frozenset()
     """`missing_bos`, `missing_end`: added to templated strings that lack them; `stray_special`: a special token that
-    the template does not write; `lost_reasoning`: the template leaves out reasoning in the prompt; `other_prompt`: at
-    inference the prompt's last tokens differ, because one of them reaches into the response"""
+    the template does not write; `lost_reasoning`, `lost_prompt`: the template leaves out reasoning, or another part, of
+    the prompt; `other_prompt`: at inference the prompt's last tokens differ, because one of them reaches into the
+    response, or because the finished conversation is kept (`data.thinking=keep`) and begins otherwise"""
     learnt: tuple[list[bool] | None, ...] = ()
     """For each response, which of its tokens are scored and learnt; None, or no entry: all of them"""
     ends: tuple[str, str] | None = None
@@ -114,6 +115,8 @@ class Tokeniser:
         """
         boundary = len(prompt)
         at_inference = prompt
+        if rendered.generation_prompt is not None:
+            (at_inference,) = self._ids([rendered.generation_prompt])
         if rendered.exact and any(full[:boundary] != prompt for full in fulls):
             rests = self._ids([text[len(rendered.prompt) :] for text in rendered.texts])
             fulls = [prompt + rest for rest in rests]
@@ -148,6 +151,7 @@ class Tokeniser:
             "missing_bos": rendered.templated and self.template.writes_bos and len(prompt) > len(given),
             "missing_end": rendered.missing_end,
             "lost_reasoning": rendered.lost_reasoning,
+            "lost_prompt": rendered.lost_prompt,
             "other_prompt": given != at_inference and not rendered.as_is,
             "stray_special": not (
                 stray.isdisjoint(prompt) and all(stray.isdisjoint(response[:-1]) for response in responses)

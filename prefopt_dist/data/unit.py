@@ -25,6 +25,8 @@ class Unit:
     """Its weight in the sums over units; None: 1"""
     margin: float | None = None
     """The margin of rewards that a pair should exceed; None: 0"""
+    prefix: int | None = None
+    """Scored tokens of each response whose sum is needed too; None: only whole responses are"""
 
 
 @dataclass(frozen=True)

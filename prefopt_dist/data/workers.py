@@ -7,23 +7,22 @@ takes the parts in their order.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 from prefopt_dist.data.parts import PART_ROWS, Part, PartResult, PartTokeniser
+from prefopt_dist.data.processes import Processes, Work
 from prefopt_dist.data.sources import OpenSource
-from prefopt_dist.errors import UserError
 
-AHEAD = 2
+AHEAD = 4
 """Parts of a process that are read before it is free."""
+FEW_PARTS = 3
+"""Number of parts below which other processes would take longer to start than they save."""
 POLL_SECONDS = 0.2
 """Time between two looks for another node's part."""
 
@@ -50,7 +49,7 @@ def tokenised_parts(
 ) -> Generator[PartResult, None, None]:
     """Yield the results of all parts in order, on the first node.
 
-    A data set of one part, or one on a single core, is tokenised in this process and leaves no file.
+    A data set of few parts is tokenised in this process and leaves no file.
 
     Args:
         sources: The sources of the data set.
@@ -59,13 +58,12 @@ def tokenised_parts(
         share: The share of this node.
     """
     parts = _parts(sources)
-    first = list(islice(parts, 2))
-    parts = chain(first, parts)
-    if len(first) < 2 or (_cores() == share.nodes == 1):
-        yield from map(tokeniser.tokenise, parts)
+    first = list(islice(parts, FEW_PARTS))
+    if len(first) < FEW_PARTS:
+        yield from map(tokeniser.tokenise, first)
         return
-    for number in _in_work(parts, tokeniser, folder, share):
-        while (result := PartResult.load(_file(folder, number))) is None:
+    for file in _in_work(chain(first, parts), tokeniser, folder, share):
+        while (result := PartResult.load(file)) is None:
             share.look()  # another node's part
             time.sleep(POLL_SECONDS)
         yield result
@@ -74,44 +72,30 @@ def tokenised_parts(
 def tokenise_share(sources: Sequence[OpenSource], tokeniser: PartTokeniser, folder: Path, share: Share) -> None:
     """Do the share of another node than the first, which takes the results from the folder."""
     parts = _parts(sources)
-    first = list(islice(parts, 2))
-    if len(first) == 2:
+    first = list(islice(parts, FEW_PARTS))
+    if len(first) == FEW_PARTS:
         for _ in _in_work(chain(first, parts), tokeniser, folder, share):
             share.look()
 
 
-def _in_work(parts: Iterator[Part], tokeniser: PartTokeniser, folder: Path, share: Share) -> Iterator[int]:
-    """Have this node's parts done by a process per core; yield the number of each part, this node's when it is done."""
+def _in_work(parts: Iterator[Part], tokeniser: PartTokeniser, folder: Path, share: Share) -> Iterator[Path]:
+    """Have this node's parts tokenised; yield the file of each part, this node's when it is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Not forked: the threads of torch and of the tokenizer do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(_cores(), mp_context=context, initializer=_start, initargs=(tokeniser,)) as pool:
-        waiting: deque[tuple[int, Future[None] | None]] = deque()
-        try:
-            for part in parts:
-                file = _file(folder, part.number)
-                mine = share.has(part.number) and PartResult.load(file) is None
-                waiting.append((part.number, pool.submit(_tokenise, part, file) if mine else None))
-                while len(waiting) > AHEAD * _cores() * share.nodes:
-                    yield _finished(*waiting.popleft())
-            while waiting:
+    with Processes(tokeniser, _cores()) as processes:
+        waiting: deque[tuple[Path, Work]] = deque()
+        for part in parts:
+            file = _file(folder, part)
+            mine = share.has(part.number) and PartResult.load(file) is None
+            waiting.append((file, processes.tokenise(part, file) if mine else lambda: None))
+            while len(waiting) > AHEAD * _cores() * share.nodes:
                 yield _finished(*waiting.popleft())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        while waiting:
+            yield _finished(*waiting.popleft())
 
 
-def _finished(number: int, work: Future[None] | None) -> int:
-    """Wait for the work on a part, and return the part's number."""
-    try:
-        if work is not None:
-            work.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "data: a process that tokenises was killed, perhaps because the host's memory ran out. Start again: what "
-            "is finished is kept."
-        ) from error
-    return number
+def _finished(file: Path, work: Work) -> Path:
+    work()
+    return file
 
 
 def _cores() -> int:
@@ -128,21 +112,6 @@ def _parts(sources: Sequence[OpenSource]) -> Iterator[Part]:
             number, line = number + 1, line + len(block)
 
 
-def _file(folder: Path, number: int) -> Path:
-    return folder / f"part-{number:06d}.npz"
-
-
-_tokeniser: PartTokeniser | None = None
-"""The tokeniser of a process of the pool."""
-
-
-def _start(tokeniser: PartTokeniser) -> None:
-    global _tokeniser
-    # One thread a process: the processes use all cores together.
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-    _tokeniser = tokeniser
-
-
-def _tokenise(part: Part, file: Path) -> None:
-    assert _tokeniser is not None
-    _tokeniser.tokenise(part).save(file)
+def _file(folder: Path, part: Part) -> Path:
+    """Return the file of a part. Its name says which rows it has, so that no version takes another one's parts."""
+    return folder / f"part-{part.number:06d}-{part.source}-{part.first_line}-{len(part.payloads)}.npz"

@@ -149,7 +149,7 @@ def _compare(folder: Path, seed: int, config: Config) -> dict[str, Any]:
         "generate.max_new_tokens=96",
     )
     models = prepare_models.load_models(judging)  # the policy of the recipe is the SFT model
-    trained = ranks.run_on_all_ranks(lambda: inspect_folder(model, "evaluate.model", judging.data.max_length))
+    trained = ranks.run_on_all_ranks(lambda: inspect_folder(model, "evaluate.model"))
     comparison = compare.prepare(judging, models, trained, models.policy, models.policy)
     found = comparison.run()
     texts = {}

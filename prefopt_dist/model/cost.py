@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from prefopt_dist.batching.layout import Cost
-from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.attention import VARLEN_TAKES_GROUPED_HEADS, flash_takes
 from prefopt_dist.model.block_attention import GPU_BLOCKS, BlockBytes, most_block_bytes
@@ -177,17 +177,17 @@ def activation_memory(
 ) -> ActivationMemory:
     """Count the memory on a model of this configuration without weights, with adapters if given.
 
-    On the path plain a token is one of a padded row. Transformers' sdpa keeps no scores, as ours; its eager attention
-    does, for each pair of tokens of a row.
+    On the path plain a token is one of a padded row, on the path alone one of a sequence. Transformers' sdpa keeps no
+    scores, as ours; its eager attention does, for each pair of tokens of a row.
     """
-    plain = path == "plain"
+    plain = in_rectangles(path)
     found = count(config, dtype, adapter)
     hidden = config.hidden_size * dtype.itemsize
     capped = config.to_dict().get("final_logit_softcapping") is not None
     layers = tuple(layer.kept for layer in found.layers)
     number = len(layers)
     taken = [flash_takes(call.needs, dtype) for call in found.calls]
-    # On the path plain transformers computes the attention, without our blocks.
+    # On these paths transformers computes the attention, without our blocks.
     flash, gathers_all_heads = any(taken), any(taken) and not plain and not VARLEN_TAKES_GROUPED_HEADS
     own = sum(call.key_numbers for call in found.calls) * dtype.itemsize / number
     repeated = sum(call.repeated_key_numbers for call in found.calls) * dtype.itemsize / number
@@ -198,7 +198,7 @@ def activation_memory(
         layers=number,
         per_token_layer=sum(layers) / number,
         per_token_checkpoint=hidden,
-        # On the path plain the rectangles' hidden states are copied into one tensor, and have gradients of their own.
+        # The rectangles' hidden states are copied into one tensor, and have gradients of their own.
         per_token_ends=found.kept_beside_layers + (5 if plain else 3) * hidden,
         vocabulary=config.vocab_size,
         per_logit=4 + dtype.itemsize + (4 if capped else 0),

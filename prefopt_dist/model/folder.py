@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -23,9 +22,6 @@ from prefopt_dist.model.larger import check_language_part
 from prefopt_dist.model.published import quantization
 from prefopt_dist.model.weight_files import stored_tensors, weight_files
 from prefopt_dist.model.weight_names import Names, match
-
-LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rotary scalings that look at the longest sequence of a row."""
 
 
 @dataclass(frozen=True)
@@ -95,21 +91,19 @@ def resolve(name_or_path: str, key: str, *, weights: bool = True) -> Path:
         ) from e
 
 
-def inspect_folder(path: Path, key: str, max_length: int | None = None) -> ModelFolder:
+def inspect_folder(path: Path, key: str) -> ModelFolder:
     """Check a model folder without loading weights: config, family, weight files and their parameter names.
 
     Args:
         path: the folder.
         key: the configuration key that names it, for messages.
-        max_length: tokens of the run's longest sequence, or None where unknown; a rotary scaling that depends on the
-            length is accepted only where it is known.
 
     Raises:
         UserError: the folder is incomplete, damaged or of a model that is not supported.
     """
     whole = read_config(path, key)
     config = language_config(whole, path, key)
-    check_config(config, path, key, max_length)
+    check_config(config, path, key)
     if quantization(whole.to_dict()) is not None:
         raise UserError(f"{key}: the weights of {path} are quantised. Give a folder of the model in bfloat16.")
     config.return_dict = True  # the scoring module reads results by name
@@ -123,8 +117,8 @@ def inspect_folder(path: Path, key: str, max_length: int | None = None) -> Model
     return ModelFolder(path, config, files, key, names, part_of_more)
 
 
-def check_config(config: PreTrainedConfig, path: Path, key: str, max_length: int | None) -> None:
-    """Check a language model by its configuration alone; `max_length` as in `inspect_folder`."""
+def check_config(config: PreTrainedConfig, path: Path, key: str) -> None:
+    """Check a language model by its configuration alone."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
             f"{key}: transformers {transformers.__version__} has no causal language model for the model_type "
@@ -136,49 +130,6 @@ def check_config(config: PreTrainedConfig, path: Path, key: str, max_length: int
         raise UserError(
             f"{key}: {path} sets use_bidirectional_attention, so it is not a causal language model. Give a causal one."
         )
-    if length_dependent(config, max_length):
-        longest = original_length(config)
-        raise UserError(
-            f"{key}: {path} has a rotary scaling ({', '.join(_length_dependent_types(config))}) that changes beyond "
-            f"{longest} tokens, which a neighbour in a packed row would switch on. Set data.max_length to at most "
-            f"{longest} (it is {'unknown' if max_length is None else max_length})."
-        )
-
-
-def length_dependent(config: PreTrainedConfig, max_length: int | None = None) -> bool:
-    """Return whether a sequence's numbers depend on the length of the row in which it is computed.
-
-    `dynamic` and `longrope` choose their frequencies by the largest position of a row. Positions restart with each
-    sequence, so up to the original length the same frequencies are chosen for every row as for every sequence alone.
-    Every other rotary scaling looks at a token's own position only.
-
-    Args:
-        config: the language model's configuration.
-        max_length: tokens of the longest sequence; None where unknown.
-    """
-    if not _length_dependent_types(config):
-        return False
-    return max_length is None or max_length > original_length(config)
-
-
-def original_length(config: PreTrainedConfig) -> int:
-    """Return the tokens up to which a rotary scaling that depends on the length does not change."""
-    lengths = [
-        int(p.get("original_max_position_embeddings") or config.max_position_embeddings)
-        for p in _rotary_parameters(config)
-        if p.get("rope_type") in LENGTH_DEPENDENT
-    ]
-    return min(lengths, default=int(config.max_position_embeddings))
-
-
-def _length_dependent_types(config: PreTrainedConfig) -> list[str]:
-    return sorted({p["rope_type"] for p in _rotary_parameters(config) if p.get("rope_type") in LENGTH_DEPENDENT})
-
-
-def _rotary_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """Return the sets of rotary parameters; some families have one for each type of layer."""
-    found = getattr(config, "rope_parameters", None) or {}
-    return [p for p in found.values() if isinstance(p, dict)] or [found]
 
 
 def read_config(path: Path, key: str) -> PreTrainedConfig:

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging
 
-from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import attention, quantised
 from prefopt_dist.model.adapter import attach_saved
@@ -90,7 +90,7 @@ def load_with_adapter(
 
 def attention_of(config: PreTrainedConfig, path: ComputePath) -> str:
     """Return the name of the attention with which a model computes the micro-batches of a path."""
-    return own_attention(config) if path == "plain" else attention.NAME
+    return own_attention(config) if in_rectangles(path) else attention.NAME
 
 
 def load_language_model(

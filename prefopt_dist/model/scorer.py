@@ -14,10 +14,12 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, PromptEnds
+from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, PromptEnds, in_rectangles
+from prefopt_dist.model.expert_loads import ExpertLoads, Tokens
 from prefopt_dist.model.final import final_transform
 from prefopt_dist.model.head import attach_logp_head
 from prefopt_dist.model.parts import backbone, output_head
+from prefopt_dist.model.rotary import reset_before_each_use
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
 
 
@@ -37,7 +39,14 @@ class DecodingInputs:
 class Scorer(nn.Module):
     """A wrapper of a causal language model; the only prefix that it adds to parameter names is `lm.`."""
 
-    def __init__(self, lm: PreTrainedModel, path: ComputePath = "shared", *, cut: bool = False) -> None:
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        path: ComputePath = "shared",
+        *,
+        cut: bool = False,
+        loads: ExpertLoads | None = None,
+    ) -> None:
         """Wrap a model.
 
         Args:
@@ -45,13 +54,18 @@ class Scorer(nn.Module):
             path: for which its micro-batches are packed.
             cut: whether the loss's own backward pass ends at the hidden states where there are several rectangles, and
                 the caller goes on with `rest`, one rectangle at a time.
+            loads: sums over the experts that the tokens take, where there are any to be followed.
         """
         super().__init__()
         self.lm = lm
         self.path = path
+        self.loads = loads
         self._cut = cut
-        self._uncomputed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._balance: torch.Tensor | None = None
+        self._uncomputed: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         attach_logp_head(output_head(lm), final_transform(lm))
+        if path == "alone":
+            reset_before_each_use(lm)
 
     def sequence_sums(self, batch: MicroBatch) -> torch.Tensor:
         """Compute Σ log π(response token | prompt, response so far) of each sequence: float64 [Q]."""
@@ -93,7 +107,8 @@ class Scorer(nn.Module):
         ends = [prompt.states for prompt in batch.prompts]
         value, logps = self.lm.get_output_embeddings()(self._states(batch), batch.target, ends, loss)
         terms = objective(_units(batch, _sums(logps, batch.scored, batch.counts), reference))
-        return terms._replace(loss=value)
+        balance, self._balance = self._balance, None
+        return terms._replace(loss=value if balance is None else value + balance)
 
     @property
     def is_cut(self) -> bool:
@@ -108,9 +123,9 @@ class Scorer(nn.Module):
         the memory for the whole gradient of all layers.
         """
         while self._uncomputed:
-            hidden, leaf = self._uncomputed.pop()
-            yield _Seed.apply(hidden, leaf.grad)  # type: ignore[no-untyped-call]
-            del hidden, leaf
+            seeds = [_Seed.apply(x, leaf.grad) for x, leaf in self._uncomputed.pop()]  # type: ignore[no-untyped-call]
+            yield sum(seeds[1:], seeds[0])
+            del seeds
 
     def _next_logits(self, batch: DecodingInputs) -> torch.Tensor:
         logits: torch.Tensor = self.lm(
@@ -124,32 +139,56 @@ class Scorer(nn.Module):
         return logits
 
     def _states(self, batch: MicroBatch) -> torch.Tensor:
-        """Compute the hidden states that predict response tokens: [N, D]."""
-        if self.path == "plain":
+        """Compute the hidden states that predict response tokens, [N, D], and the balancing loss beside them."""
+        tokens = self.loads.tokens(batch) if self.loads is not None and torch.is_grad_enabled() else None
+        if in_rectangles(self.path):
             # A dummy rectangle is among the flattened ones too. Nothing indexes it, and its gradient is 0, but its
             # backward pass runs, so that this rank takes part in every collective.
-            flat = [self._rectangle(batch.input_ids[0, rectangle]).flatten(0, 1) for rectangle in batch.rectangles]
-            if self._cut and len(flat) > 1 and torch.is_grad_enabled():
-                leaves = [hidden.detach().requires_grad_() for hidden in flat]
-                self._uncomputed = list(zip(flat, leaves, strict=True))
-                flat = leaves
-            return torch.cat(flat)[batch.source]
-        hidden: torch.Tensor = backbone(self.lm)(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            segments=batch.segments,
-            gathered=batch.gathered,
-            use_cache=False,  # nothing is generated, so a cache would only take memory
-        ).last_hidden_state[0]
+            passes = [self._pass(batch, tokens, i) for i in range(len(batch.rectangles))]
+            if self._cut and len(passes) > 1 and torch.is_grad_enabled():
+                found = [[x for x in results if x is not None] for results in passes]
+                self._uncomputed = [[(x, x.detach().requires_grad_()) for x in results] for results in found]
+                leaves = [[leaf for _, leaf in pairs] for pairs in self._uncomputed]
+                passes = [(of[0], of[1] if len(of) > 1 else None) for of in leaves]
+            balances = [balance for _, balance in passes if balance is not None]
+            self._balance = torch.stack(balances).sum() if balances else None
+            return torch.cat([hidden for hidden, _ in passes])[batch.source]
+        hidden, self._balance = self._pass(batch, tokens, None)
         return hidden[batch.source]
 
-    def _rectangle(self, ids: torch.Tensor) -> torch.Tensor:
-        """Compute the hidden states of padded rows: [B, L] → [B, L, D].
+    def _pass(
+        self, batch: MicroBatch, tokens: Tokens | None, rectangle: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute the hidden states of the row or of a rectangle, flattened: [T, D] or [B·L, D].
 
-        No mask is needed, since a causal model does not see padding on the right.
+        Args:
+            batch: the micro-batch.
+            tokens: what the row's tokens count for; None where experts are not followed.
+            rectangle: number of the rectangle; None for the row.
+
+        Returns:
+            The states, and the pass's part of the balancing loss, or None.
         """
-        hidden: torch.Tensor = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state
-        return hidden
+
+        def compute() -> torch.Tensor:
+            hidden: torch.Tensor
+            if rectangle is not None:
+                # No mask is needed, since a causal model does not see padding on the right.
+                ids = batch.input_ids[0, batch.rectangles[rectangle]]
+                hidden = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state
+            else:
+                hidden = backbone(self.lm)(
+                    input_ids=batch.input_ids,
+                    position_ids=batch.position_ids,
+                    segments=batch.segments,
+                    gathered=batch.gathered,
+                    use_cache=False,  # nothing is generated, so a cache would only take memory
+                ).last_hidden_state
+            return hidden.flatten(0, 1)
+
+        if self.loads is None or tokens is None:
+            return compute(), None
+        return self.loads.through(self.lm, batch, tokens, rectangle, compute)
 
 
 class _Seed(torch.autograd.Function):
@@ -181,9 +220,8 @@ def _sums(logps: torch.Tensor, scored: torch.Tensor, counts: torch.Tensor) -> to
 
 
 def _units(batch: MicroBatch, sums: torch.Tensor, reference: torch.Tensor | None) -> Sequences:
-    return Sequences(
-        sums[batch.units], batch.counts[batch.units], reference, batch.desirable, batch.weight, batch.margin
-    )
+    numbers = batch.desirable, batch.weight, batch.margin, batch.partner
+    return Sequences(sums[batch.units], batch.counts[batch.units], reference, *numbers)
 
 
 def _units_of(
@@ -207,6 +245,5 @@ def _units_of(
     def of(values: torch.Tensor | None) -> torch.Tensor | None:
         return None if values is None else values[indices]
 
-    return Sequences(
-        sums[units], counts[units], of(reference), batch.desirable[indices], of(batch.weight), of(batch.margin)
-    )
+    numbers = batch.desirable[indices], of(batch.weight), of(batch.margin), of(batch.partner)
+    return Sequences(sums[units], counts[units], of(reference), *numbers)

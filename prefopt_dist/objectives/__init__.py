@@ -1,7 +1,8 @@
 """Losses and rewards: pure functions of summed log-probs, which know nothing of models or engines."""
 
 from prefopt_dist.objectives.anchored import APODown, APOZero, BCOPair, CalDPO, DPOPositive, NCAPair, SPPOHard
-from prefopt_dist.objectives.dpo import DPO, IPO, DiscoPOP, EXOPair, Hinge, RobustDPO
+from prefopt_dist.objectives.aot import AOT, AOTUnpaired
+from prefopt_dist.objectives.dpo import DPO, IPO, DiscoPOP, EXOPair, Hinge, LengthDesensitised, RobustDPO
 from prefopt_dist.objectives.kto import KTO
 from prefopt_dist.objectives.mix import Mix, MixPart
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
@@ -9,12 +10,14 @@ from prefopt_dist.objectives.reference_free import CPO, ORPO, AlphaPO, SimPO
 from prefopt_dist.objectives.sft import SFT, WithSFT
 
 __all__ = [
+    "AOT",
     "CPO",
     "DPO",
     "IPO",
     "KTO",
     "ORPO",
     "SFT",
+    "AOTUnpaired",
     "APODown",
     "APOZero",
     "AlphaPO",
@@ -24,6 +27,7 @@ __all__ = [
     "DiscoPOP",
     "EXOPair",
     "Hinge",
+    "LengthDesensitised",
     "Mix",
     "MixPart",
     "NCAPair",

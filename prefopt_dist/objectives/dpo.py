@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
+from prefopt_dist.objectives.divergence import Divergence, scores
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
 from prefopt_dist.objectives.pairs import (
     REFERENCE_METRICS,
@@ -40,6 +41,10 @@ class DPO(Objective):
     """τ; wider for bfloat16, whose log-probs differ more between layouts"""
     per_token: bool = False
     """Log-ratios per token instead of summed over the response"""
+    divergence: Divergence = "reverse_kl"
+    """Other than the reverse KL: f'(t) in the place of the log-ratio log t"""
+    alpha: float = 0.5
+    """α of the divergence alpha, in (0, 1)"""
 
     responses: ClassVar[int] = 2
     needs_reference: ClassVar[bool] = True
@@ -48,12 +53,63 @@ class DPO(Objective):
     counted_by: ClassVar[Mapping[str, str]] = {}
 
     def __call__(self, units: Sequences) -> Terms:
-        """Return the loss; rewards are r = β(log π − log π_ref) of the response (equation 5, up to Z)."""
+        """Return the loss; rewards are r = β(log π − log π_ref) of the response (equation 5, up to Z), or β f'(t)."""
+        score, slope = scores(logratios(units), self.divergence, self.alpha)
         scale = reward_scale(units, self.beta, per_token=self.per_token)
-        reward = scale * logratios(units)
+        reward, scale = scale * score, scale * slope
         margin = beyond_margin(units, reward)
         loss = -(1 - self.label_smoothing) * F.logsigmoid(margin) - self.label_smoothing * F.logsigmoid(-margin)
         return pair_terms(units, loss, reward, scale, self.tie_tolerance)
+
+
+@dataclass(frozen=True)
+class LengthDesensitised(Objective):
+    """A loss of log π_LD(y) = log π(y_≤n) + α log π(y_>n), n = the tokens of the shorter response; π_ref alike.
+
+    LD-DPO (Liu et al. 2024, arXiv:2409.06411): the tokens of the longer response beyond the length of the shorter one
+    count α. A unit has four sequences: chosen, rejected, and the beginning of each, whose log-prob is that of a shorter
+    response. Where policy and reference are equal, the loss is the other loss's.
+    """
+
+    of: Objective
+    """A loss on pairs with a reference"""
+    alpha: float
+    """α in [0, 1)"""
+
+    responses: ClassVar[int] = 4
+    needs_reference: ClassVar[bool] = True
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Return the other loss's names; their log-probs and log-ratios are those of π_LD."""
+        return self.of.metrics
+
+    @property
+    def counted_by(self) -> Mapping[str, str]:
+        """Return the other loss's counts."""
+        return self.of.counted_by
+
+    @property
+    def start_loss(self) -> float | None:
+        """Return the other loss's."""
+        return self.of.start_loss
+
+    def __call__(self, units: Sequences) -> Terms:
+        """Return the other loss of the log-probs of π_LD; log π(y) = log π(y_≤n) + log π(y_>n)."""
+        assert units.reference is not None
+
+        def desensitised(sums: torch.Tensor) -> torch.Tensor:
+            return self.alpha * sums[:, :2] + (1 - self.alpha) * sums[:, 2:]
+
+        found = self.of(
+            replace(
+                units,
+                sums=desensitised(units.sums),
+                reference=desensitised(units.reference),
+                counts=units.counts[:, :2],
+            )
+        )
+        return found._replace(sums=units.sums.detach())
 
 
 @dataclass(frozen=True)

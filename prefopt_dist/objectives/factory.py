@@ -15,8 +15,8 @@ from prefopt_dist.config.anchored_losses import (
     SPPOHardLoss,
 )
 from prefopt_dist.config.losses import (
-    AlphaPOLoss,
-    CPOLoss,
+    AOTLoss,
+    AOTUnpairedLoss,
     DiscoPOPLoss,
     DPOLoss,
     EXOPairLoss,
@@ -24,12 +24,12 @@ from prefopt_dist.config.losses import (
     IPOLoss,
     KTOLoss,
     MixLoss,
-    ORPOLoss,
     RobustLoss,
     SFTLoss,
-    SimPOLoss,
 )
+from prefopt_dist.config.reference_free_losses import AlphaPOLoss, CPOLoss, ORPOLoss, SimPOLoss
 from prefopt_dist.objectives import (
+    AOT,
     CPO,
     DPO,
     IPO,
@@ -37,6 +37,7 @@ from prefopt_dist.objectives import (
     ORPO,
     SFT,
     AlphaPO,
+    AOTUnpaired,
     APODown,
     APOZero,
     BCOPair,
@@ -45,6 +46,7 @@ from prefopt_dist.objectives import (
     DPOPositive,
     EXOPair,
     Hinge,
+    LengthDesensitised,
     Mix,
     MixPart,
     NCAPair,
@@ -68,10 +70,17 @@ def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
             return SFT()
         case ORPOLoss():
             return ORPO(loss.beta, tie)
+        case AOTLoss():
+            objective = AOT(loss.beta, loss.label_smoothing, tie)
+        case AOTUnpairedLoss():
+            objective = AOTUnpaired(loss.beta, loss.label_smoothing, tie)
         case KTOLoss():
             return KTO(loss.beta, loss.desirable_weight, loss.undesirable_weight, tie)
         case DPOLoss():
-            objective = DPO(loss.beta, loss.label_smoothing, tie, loss.average == "tokens")
+            per_token = loss.average == "tokens"
+            objective = DPO(loss.beta, loss.label_smoothing, tie, per_token, loss.divergence, loss.divergence_alpha)
+            if loss.ld_alpha < 1:
+                objective = LengthDesensitised(objective, loss.ld_alpha)
         case RobustLoss():
             objective = RobustDPO(loss.beta, loss.label_smoothing, tie)
         case IPOLoss():

@@ -34,8 +34,12 @@ class Mix(Objective):
     parts: tuple[MixPart, ...]
     """Two or more of different names; those that compare with a reference come first"""
 
-    responses: ClassVar[int] = 2
     counted_by: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def responses(self) -> int:
+        """Return the largest number of a part; the others take the first of these."""
+        return max(2, *(part.objective.responses for part in self.parts))
 
     @property
     def needs_reference(self) -> bool:
@@ -68,10 +72,21 @@ class Mix(Objective):
 
     def __call__(self, units: Sequences) -> Terms:
         """Return the weighted sum."""
-        alone = replace(units, reference=None)  # a loss without a reference has none of its metrics
-        found = [part.objective(units if part.objective.needs_reference else alone) for part in self.parts]
+        found = [part.objective(_units_for(part.objective, units)) for part in self.parts]
         weights = [part.weight for part in self.parts]
         per_unit = torch.stack([found[i].per_unit[:, column] for i, column in self._columns().values()], dim=1)
         per_unit[:, 0] = sum(w * terms.per_unit[:, 0] for w, terms in zip(weights, found, strict=True))
         loss = torch.stack([w * terms.loss for w, terms in zip(weights, found, strict=True)]).sum()
         return Terms(loss, units.total(per_unit), per_unit, units.sums.detach())
+
+
+def _units_for(objective: Objective, units: Sequences) -> Sequences:
+    """Return what a part takes of the units: a loss without a reference has none of its metrics."""
+    first = max(2, objective.responses)
+    reference = units.reference if objective.needs_reference else None
+    return replace(
+        units,
+        sums=units.sums[:, :first],
+        counts=units.counts[:, :first],
+        reference=None if reference is None else reference[:, :first],
+    )

@@ -28,6 +28,8 @@ class Sequences:
     """float64 [U]: the weight of each unit in the sums; None: 1"""
     margin: torch.Tensor | None = None
     """float64 [U]: the margin of rewards that each pair should exceed; None: 0"""
+    partner: torch.Tensor | None = None
+    """float64 [U, …]: what a loss that couples units compares each with (`Objective.partners`); None for the others"""
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum of values [U, …] over the units, each times its unit's weight."""
@@ -69,6 +71,11 @@ class Objective(Protocol):
         return False
 
     @property
+    def couples_units(self) -> bool:
+        """Return whether what a unit is compared with depends on the step's other units, as AOT's ranks do."""
+        return False
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Return the names of the K statistics; the first is `loss`."""
         ...
@@ -94,6 +101,16 @@ class Objective(Protocol):
     def at_reference_point(self, z0: torch.Tensor) -> Objective:
         """Return the loss with the reference point of a step, float64 [], where it needs one."""
         raise AssertionError(f"{type(self).__name__} has no reference point")
+
+    def partners(self, sums: torch.Tensor, reference: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return what each unit of a step is compared with, [G, …], where the loss couples units.
+
+        Args:
+            sums: float64 [G, R], the policy's log-probs of all units of the step, before the step.
+            reference: float64 [G, R], the reference's.
+            rows: [G] the row of each unit.
+        """
+        raise AssertionError(f"{type(self).__name__} does not couple units")
 
     def paired(self, per_unit: torch.Tensor) -> torch.Tensor:
         """Return reward and tolerance of ties of single responses that are halves of pairs, float64 [U, 2].

@@ -35,6 +35,9 @@ METRICS = (
 REFERENCE_METRICS = (*METRICS, "logratio/chosen", "logratio/rejected")
 """Metrics of losses with a reference; a log-ratio is summed over the response even where the loss averages."""
 
+LARGEST_EXPONENT = 80.0
+"""The exponent x up to which eˣ is computed as it is (`bounded_exp`), within the range of float32, as gradients are."""
+
 
 def tie_tolerance(dtype: torch.dtype) -> float:
     """Return τ for a model's dtype: how far two layouts of one pair may differ, relative to its log-probs."""
@@ -50,6 +53,12 @@ def logratios(units: Sequences) -> torch.Tensor:
     """Return log π(y|x) − log π_ref(y|x), summed over the response, float64 [U, 2]."""
     assert units.reference is not None
     return units.sums - units.reference
+
+
+def bounded_exp(x: torch.Tensor) -> torch.Tensor:
+    """Return eˣ, continued beyond LARGEST_EXPONENT by its tangent, so that value and slope stay finite."""
+    low = x.clamp(max=LARGEST_EXPONENT)
+    return torch.exp(low) * (1 + (x - low))
 
 
 def beyond_margin(units: Sequences, reward: torch.Tensor) -> torch.Tensor:

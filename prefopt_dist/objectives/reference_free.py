@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
-from prefopt_dist.objectives.pairs import METRICS, TIE, beyond_margin, pair_terms, reward_scale
+from prefopt_dist.objectives.pairs import METRICS, TIE, beyond_margin, bounded_exp, pair_terms, reward_scale
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,6 @@ class SimPO(Objective):
         reward = scale * units.sums
         loss = -F.logsigmoid(beyond_margin(units, reward) - self.gamma)
         return pair_terms(units, loss, reward, scale, self.tie_tolerance)
-
-
-LARGEST_EXPONENT = 80.0
-"""The exponent x up to which eˣ is computed as it is (`bounded_exp`), within the range of float32, as gradients are."""
-
-
-def bounded_exp(x: torch.Tensor) -> torch.Tensor:
-    """Return eˣ, continued beyond LARGEST_EXPONENT by its tangent, so that value and slope stay finite."""
-    low = x.clamp(max=LARGEST_EXPONENT)
-    return torch.exp(low) * (1 + (x - low))
 
 
 @dataclass(frozen=True)

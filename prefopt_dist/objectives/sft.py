@@ -55,6 +55,11 @@ class WithSFT(Objective):
         return self.of.needs_reference
 
     @property
+    def couples_units(self) -> bool:
+        """Return whether the other loss does."""
+        return self.of.couples_units
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Return the other loss's names, of which `loss` is now the sum of both, and the term's."""
         return (*self.of.metrics, "sft_loss")
@@ -68,6 +73,10 @@ class WithSFT(Objective):
     def start_loss(self) -> float | None:
         """Return None, since the likelihood of the chosen response depends on the data."""
         return None
+
+    def partners(self, sums: torch.Tensor, reference: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return the other loss's."""
+        return self.of.partners(sums, reference, rows)
 
     def __call__(self, units: Sequences) -> Terms:
         """Return the sum of both; rewards and ties are the other loss's."""

@@ -146,10 +146,11 @@ class PlanReport:
     def _disk(self) -> list[str]:
         d = self.disk
         store = "" if d.store is None else f"; reference store {format_bytes(d.store)}"
+        data = "" if d.data is None else f"; data in run.cache {format_bytes(d.data)}"
         return [
             f"disk: {format_bytes(d.checkpoints)} of checkpoints at most ({format_bytes(d.checkpoint)} each), "
             f"{format_bytes(d.conversion)} more to resume with another number of ranks, "
-            f"export {format_bytes(d.export)}{store}",
+            f"export {format_bytes(d.export)}{store}{data}",
             self.export.text(),
         ]
 

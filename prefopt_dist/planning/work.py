@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from prefopt_dist.batching import layout
 from prefopt_dist.batching.layout import FROZEN_PASSES, TRAINING_PASSES, Cost, group_by_prompt, tokens_and_cost
-from prefopt_dist.batching.micro_batch import ComputePath, gathered_keys, packed_tokens
+from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.batching.order import Order, first_rows
+from prefopt_dist.batching.packing import gathered_keys, packed_tokens
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, UnpairedRows
@@ -19,7 +20,8 @@ from prefopt_dist.data.unit import Unit
 from prefopt_dist.objectives import Objective
 from prefopt_dist.planning.memory import MASTER_BYTES, MOMENTS_BYTES
 from prefopt_dist.planning.sizes import ModelSizes
-from prefopt_dist.reference.scoring_plan import sequences_needed
+from prefopt_dist.reference.scoring_plan import prompt_groups
+from prefopt_dist.reference.sequences import sequences_needed
 from prefopt_dist.reference.store import ROW
 
 MAX_ROWS = 20_000
@@ -41,7 +43,7 @@ class Work:
     step_flop: float
     """FLOP of a forward pass over a step's tokens"""
     ahead_flop: float
-    """FLOP of the pass before a step, which only KTO has"""
+    """FLOP of the pass before a step, which only KTO and losses that couple units have"""
     first_pass_tokens: int | None
     """Distinct tokens that the reference scores, evaluation included; None where the rows are not known or no
     reference is needed"""
@@ -54,6 +56,8 @@ class Work:
     """FLOP of all updates of a reference that moves"""
     keys_per_token: float = 1.0
     """Most gathered keys per token of a micro-batch of training, in the steps that were read"""
+    data_bytes: int | None = None
+    """Disk space of the tokenised rows and of the copies of remote files; None where the rows are not known"""
 
 
 def work_from_rows(
@@ -92,6 +96,8 @@ def work_from_rows(
         tokens, flop = tokens + step_tokens, flop + step_flop
         if isinstance(train, UnpairedRows):
             ahead += forward(train, step_rows, MISMATCHED)[1]
+        elif objective.couples_units:
+            ahead += step_flop
     sets = [train, *evals.values()]
     scored = objective.needs_reference
     every = config.reference.update_every_steps
@@ -100,7 +106,7 @@ def work_from_rows(
     evaluated = 0.0
     for rows in evals.values():
         for first in (0, MISMATCHED) if isinstance(rows, UnpairedRows) else (0,):
-            evaluated += forward(rows, range(rows.n), first)[1]
+            evaluated += forward(rows, range(rows.n), first)[1] * (2 if objective.couples_units else 1)
     return Work(
         known=True,
         steps=steps,
@@ -162,7 +168,7 @@ def padding(train: TokenisedRows, order: Order, steps: int, responses: int, budg
 
 def worst_case_work(config: Config, cost: Cost, objective: Objective, path: ComputePath = "shared") -> Work:
     """Return the work with every row as long as `data.max_length` allows, for data that cannot be read."""
-    responses = objective.responses
+    responses = min(objective.responses, 2)  # beginnings of responses are not computed again
     prompt = config.data.max_prompt_length
     response = config.data.max_length - prompt
     ids = np.arange(response, dtype=np.int32)  # different for each response, so that they share no prefix
@@ -174,7 +180,7 @@ def worst_case_work(config: Config, cost: Cost, objective: Objective, path: Comp
         steps=config.train.max_steps,
         step_tokens=float(pairs * tokens),
         step_flop=pairs * of_unit,
-        ahead_flop=pairs * of_unit if objective.needs_reference_point else 0.0,
+        ahead_flop=pairs * of_unit if objective.needs_reference_point or objective.couples_units else 0.0,
         first_pass_tokens=None,
         first_pass_flop=0.0,
         sequences=None,
@@ -202,10 +208,12 @@ def _scored(
 ) -> tuple[int, float, int]:
     """Return distinct tokens, FLOP and number of the sequences that the reference scores."""
     responses = max(rows.responses for rows in sets)  # a pair has two; a KTO row has its own and a mismatched one
-    places = list(sequences_needed(sets, responses, first).values())
-    units = [place.unit(sets, i) for i, place in enumerate(places)]
-    tokens, flop = tokens_and_cost(group_by_prompt(units, config.reference_micro_batch_tokens, path), cost, path)
-    return tokens, flop, len(places)
+    sequences = sequences_needed(sets, responses, first)
+    tokens, flop = 0, 0.0
+    for group in prompt_groups(sequences, sets, config.reference_micro_batch_tokens, path):
+        of_group = tokens_and_cost([group], cost, path)
+        tokens, flop = tokens + of_group[0], flop + of_group[1]
+    return tokens, flop, len(sequences)
 
 
 def _evaluations(config: Config, steps: int) -> int:
@@ -229,9 +237,19 @@ class Disk:
     """The Hugging Face folder (s·N; s·Nₜ where only adapters are written)"""
     store: int | None
     """The reference store, 40 bytes a sequence; None where the number of sequences is not known"""
+    data: int | None = None
+    """The tokenised rows and the copies of remote files, both in `run.cache`; None where they could not be read"""
 
 
-def disk_needed(sizes: ModelSizes, keep: int, export_item: int, sequences: int | None, *, merged: bool = False) -> Disk:
+def disk_needed(
+    sizes: ModelSizes,
+    keep: int,
+    export_item: int,
+    sequences: int | None,
+    *,
+    merged: bool = False,
+    data: int | None = None,
+) -> Disk:
     """Return the disk space that a job takes.
 
     Args:
@@ -240,6 +258,7 @@ def disk_needed(sizes: ModelSizes, keep: int, export_item: int, sequences: int |
         export_item: bytes of a number in the exported weights.
         sequences: number of sequences in the reference store; None where it is not known.
         merged: whether adapters are exported merged into their model.
+        data: bytes of the data in the cache; None where they are not known.
     """
     states = (MASTER_BYTES + MOMENTS_BYTES) * sizes.trained
     return Disk(
@@ -248,4 +267,5 @@ def disk_needed(sizes: ModelSizes, keep: int, export_item: int, sequences: int |
         conversion=states,
         export=export_item * (sizes.parameters if merged else sizes.trained),
         store=None if sequences is None else ROW.itemsize * sequences,
+        data=data,
     )

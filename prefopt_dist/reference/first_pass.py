@@ -6,7 +6,7 @@ Legend: n rows of a data set, R responses of a row.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from prefopt_dist.batching.micro_batch import ComputePath, forwards, pack
+from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
+from prefopt_dist.batching.packing import forwards, pack
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import out_of_memory, ranks, zero3
@@ -27,7 +28,6 @@ from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring.console import Progress, format_bytes, say
 from prefopt_dist.reference.scoring_plan import (
-    Location,
     ScoringPlan,
     fits,
     make_plan,
@@ -35,10 +35,10 @@ from prefopt_dist.reference.scoring_plan import (
     plan_name,
     read_plan,
     save_plan,
-    sequences_needed,
 )
+from prefopt_dist.reference.sequences import Location, sequences_needed
 from prefopt_dist.reference.step0_check import RoundingTolerance
-from prefopt_dist.reference.store import ReferenceStore, Score, scoring_lock
+from prefopt_dist.reference.store import ReferenceStore, Score, Scores, scoring_lock
 
 SHARD_MICRO_BATCHES = 16
 SHARD_SECONDS = 30.0
@@ -71,8 +71,9 @@ class _Work:
 
     micro_batches: ScoringPlan
     """Micro-batches to compute."""
-    own: list[frozenset[bytes]]
-    """For each micro-batch the digests of the missing sequences that it stores; no two store the same sequence."""
+    stores: NDArray[np.bool_]
+    """For each sequence of each micro-batch whether it is missing and this micro-batch stores it; no two store the same
+    one."""
     checks: list[tuple[Location, Score]]
     """Stored sequences to score again."""
     reused: int
@@ -81,7 +82,12 @@ class _Work:
     @property
     def missing(self) -> int:
         """Return the number of distinct sequences to score."""
-        return sum(map(len, self.own))
+        return int(np.count_nonzero(self.stores))
+
+    def own(self, number: int, sets: Sequence[TokenisedRows]) -> frozenset[bytes]:
+        """Return the digests of the missing sequences that a micro-batch stores."""
+        stores = zip(self.micro_batches[number], self.stores[self.micro_batches.span(number)], strict=True)
+        return frozenset(place.digest(sets) for place, stored in stores if stored)
 
 
 def run_first_pass(
@@ -133,7 +139,7 @@ def run_first_pass(
     return FirstPass(key=store.folder.name, sums=sums, scored=work.missing, reused=work.reused)
 
 
-def _stored(store: ReferenceStore) -> dict[bytes, Score]:
+def _stored(store: ReferenceStore) -> Scores:
     """Return the valid values of the store; report shards that were damaged (rank 0 alone calls it)."""
     scores, messages = store.read()
     for message in messages:
@@ -148,13 +154,13 @@ def _all_stored(
     first_set_rows: NDArray[np.int64] | None = None,
 ) -> FirstPass | None:
     """Return the values of all sequences if the store has them, else None (rank 0 alone calls it)."""
-    places = sequences_needed(sets, responses, first_set_rows)
+    needed = sequences_needed(sets, responses, first_set_rows)
     scores = _stored(store)
-    if not all(digest in scores for digest in places):
+    if (scores.find(needed.digests) < 0).any():
         return None
-    _say_all_stored(len(places))
+    _say_all_stored(len(needed))
     sums = _aligned_sets(scores, sets, responses, first_set_rows)
-    return FirstPass(store.folder.name, sums, scored=0, reused=len(places))
+    return FirstPass(store.folder.name, sums, scored=0, reused=len(needed))
 
 
 def _say_all_stored(reused: int) -> None:
@@ -214,33 +220,42 @@ def _look_up(
         path: how the sequences are computed.
         first_set_rows: int64, the rows of the first set that are needed; None: all.
     """
-    places = sequences_needed(sets, responses, first_set_rows)
+    needed = sequences_needed(sets, responses, first_set_rows)
     remove_stale(store.folder, ".*.tmp")
     scores = _stored(store)
-    missing = {d: p for d, p in places.items() if d not in scores}
+    at = scores.find(needed.digests)
+    missing = at < 0
     name = plan_name(sets, responses, path)
-    to_compute: ScoringPlan = []
-    own: list[frozenset[bytes]] = []
-    owned: set[bytes] = set()
-    for micro_batch in (m for path in plan_files(store.folder, name) for m in read_plan(path)):
-        if not fits(micro_batch, sets, budget, path):
-            continue
-        # Plans of several budgets may overlap. A sequence belongs to the first micro-batch that has it, whether that is
-        # done or not: which one stores it must not depend on where the pass was interrupted or on which rank is faster.
-        digests = {p.digest(sets) for p in micro_batch} - owned
-        owned |= digests
-        if digests & missing.keys():
-            to_compute.append(micro_batch)
-            own.append(frozenset(digests & missing.keys()))
-    unowned = {d: p for d, p in missing.items() if d not in owned}
-    if unowned:
-        plan = make_plan(unowned, sets, budget, path)
+    to_compute = ScoringPlan.of([])
+    stores = [np.empty(0, dtype=bool)]
+    owned = np.zeros(len(needed), dtype=bool)
+    for file in plan_files(store.folder, name):
+        plan = read_plan(file)
+        numbers = needed.find(plan.digests(sets))  # -1 where a sequence of the plan is not needed now
+        taken = []
+        for i, micro_batch in enumerate(plan):
+            if not fits(micro_batch, sets, budget, path):
+                continue
+            # Plans of several budgets may overlap. A sequence belongs to the first micro-batch that has it, whether
+            # that is done or not: which one stores it must not depend on where the pass was interrupted or on which
+            # rank is faster.
+            here = numbers[plan.span(i)]
+            own = (here >= 0) & missing[here] & ~owned[here]
+            owned[here[here >= 0]] = True
+            if own.any():
+                taken.append(i)
+                stores.append(own)
+        to_compute = to_compute.followed_by(plan.part(taken))
+    unowned = missing & ~owned
+    if unowned.any():
+        plan = make_plan(needed.part(unowned), sets, budget, path)
         save_plan(store.folder, name, plan)
-        to_compute += plan
-        own += [frozenset(p.digest(sets) for p in m) for m in plan]
-    stored = [d for d in places if d in scores]
-    checks = [(places[d], scores[d]) for d in stored[:: max(1, len(stored) // SPOT_CHECK)][:SPOT_CHECK]]
-    return _Work(to_compute, own, checks, len(stored))
+        to_compute = to_compute.followed_by(plan)
+        stores.append(np.ones(len(plan.places), dtype=bool))
+    stored = np.flatnonzero(~missing)
+    checked = stored[:: max(1, len(stored) // SPOT_CHECK)][:SPOT_CHECK].tolist()
+    checks = [(needed.location(i), scores.score(at[i])) for i in checked]
+    return _Work(to_compute, np.concatenate(stores), checks, len(stored))
 
 
 def _sums(
@@ -262,7 +277,7 @@ def _sums(
         return [p.unit(sets, i) for i, p in enumerate(of)]
 
     path: ComputePath = engine.module.path
-    batch = pack(units(places), 1, path, 1 if path != "plain" else forwards([units(m) for m in together], path))
+    batch = pack(units(places), 1, path, forwards([units(m) for m in together], path) if in_rectangles(path) else 1)
     with torch.no_grad():
         sums = engine(batch.to(ranks.device()))
     chosen = batch.units[:, 0]
@@ -280,7 +295,8 @@ def _score(
     with Progress(len(work.micro_batches), "reference", "micro-batches", rank) as progress:
         for r in range(rounds):
             mine = r * world + rank
-            places, own = (work.micro_batches[mine], work.own[mine]) if mine < len(work.micro_batches) else ([], [])
+            holds = mine < len(work.micro_batches)
+            places, own = (work.micro_batches[mine], work.own(mine, sets)) if holds else ([], frozenset())
             fault = ""
             together = work.micro_batches[r * world : (r + 1) * world]
             for place, score in zip(places, _sums(engine, places, sets, together), strict=True):
@@ -369,35 +385,43 @@ def _collect(
 ) -> list[torch.Tensor]:
     """Return the values of each data set, all present, finite and of the right length (rank 0 alone calls it)."""
     scores = _stored(store)
-    lacking = sum(d not in scores for d in sequences_needed(sets, responses, first_set_rows))
+    needed = sequences_needed(sets, responses, first_set_rows)
+    lacking = int(np.count_nonzero(scores.find(needed.digests) < 0))
     if lacking:
         raise UserError(f"reference: {store.folder} lost {lacking} sequences while this job started. Start again.")
     return _aligned_sets(scores, sets, responses, first_set_rows)
 
 
 def _aligned_sets(
-    scores: dict[bytes, Score],
+    scores: Mapping[bytes, Score],
     sets: Sequence[TokenisedRows],
     responses: int,
     first_set_rows: NDArray[np.int64] | None,
 ) -> list[torch.Tensor]:
     needed = [first_set_rows, *[None] * (len(sets) - 1)]
-    return [torch.from_numpy(_aligned(scores, rows, responses, of)) for rows, of in zip(sets, needed, strict=True)]
+    found = scores if isinstance(scores, Scores) else Scores.of(scores)
+    return [torch.from_numpy(_aligned(found, rows, responses, of)) for rows, of in zip(sets, needed, strict=True)]
 
 
 def _aligned(
-    scores: dict[bytes, Score], rows: TokenisedRows, responses: int, needed: NDArray[np.int64] | None
+    scores: Scores, rows: TokenisedRows, responses: int, needed: NDArray[np.int64] | None
 ) -> NDArray[np.float64]:
     """Return the values of a data set, float64 [n, responses]; raise UserError for one that cannot be right."""
+    of = np.arange(rows.n) if needed is None else needed
+    digests = np.asarray(rows.digests if needed is None else rows.digests[needed])[:, :responses]
+    at = scores.find(digests).reshape(len(of), responses)
+    assert (at >= 0).all()
+    found, tokens = scores.sums[at], rows.learnt_lengths()[of, :responses]
+    wrong = np.argwhere((scores.tokens[at] != tokens) | ~np.isfinite(found))
+    if len(wrong):
+        i, k = wrong[0].tolist()
+        score = scores.score(at[i, k])
+        raise UserError(
+            f"reference store: the value for {rows.origin(int(of[i]))} ({score.sum} over {score.tokens} tokens) cannot "
+            f"belong to this response, which has {tokens[i, k]} scored tokens. Remove the store's folder."
+        )
+    if needed is None:
+        return found
     sums = np.full((rows.n, responses), np.nan, dtype=np.float64)
-    tokens = rows.learnt_lengths()
-    for i in range(rows.n) if needed is None else needed.tolist():
-        for k in range(responses):
-            score = scores[rows.digests[i, k].tobytes()]
-            if score.tokens != tokens[i, k] or not np.isfinite(score.sum):
-                raise UserError(
-                    f"reference store: the value for {rows.origin(i)} ({score.sum} over {score.tokens} tokens) cannot "
-                    f"belong to this response, which has {tokens[i, k]} scored tokens. Remove the store's folder."
-                )
-            sums[i, k] = score.sum
+    sums[needed] = found
     return sums

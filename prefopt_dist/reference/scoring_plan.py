@@ -13,65 +13,126 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt_dist.batching.layout import fill_micro_batches
-from prefopt_dist.batching.micro_batch import ComputePath, packed_tokens
+from prefopt_dist.batching.layout import fill_in_order, group_by_prompt
+from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.packing import packed_tokens, sequence_lengths
+from prefopt_dist.batching.rectangles import fill
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import write_atomic
+from prefopt_dist.reference.sequences import DIGEST_BYTES, DigestIndex, Digests, DistinctSequences, Location
 
 
-@dataclass(frozen=True)
-class Location:
-    """The place of a sequence in the data sets."""
+class ScoringPlan(Sequence[list[Location]]):
+    """The micro-batches, large ones first, as arrays; it equals a list of lists of the same places."""
 
-    data_set: int
-    row: int
-    response: int
+    def __init__(self, ends: NDArray[np.int64], places: NDArray[np.int64]) -> None:
+        """Take the arrays.
 
-    def unit(self, sets: Sequence[TokenisedRows], number: int) -> Unit:
-        """Return the sequence as a unit of its own with the row number `number`."""
-        return sets[self.data_set].unit(self.row, (self.response,), number)
+        Args:
+            ends: [micro-batches] where each ends in `places`.
+            places: [sequences, 3] data set, row and response of each.
+        """
+        self.ends = ends
+        self.places = places
 
-    def digest(self, sets: Sequence[TokenisedRows]) -> bytes:
-        """Return the sequence's key in the store."""
-        digest: bytes = sets[self.data_set].digests[self.row, self.response].tobytes()
-        return digest
+    @staticmethod
+    def of(micro_batches: Sequence[Sequence[Location]]) -> ScoringPlan:
+        """Return the micro-batches as a plan."""
+        if isinstance(micro_batches, ScoringPlan):
+            return micro_batches
+        places = [(p.data_set, p.row, p.response) for m in micro_batches for p in m]
+        ends = np.cumsum([len(m) for m in micro_batches], dtype=np.int64)
+        return ScoringPlan(ends, np.array(places, dtype=np.int64).reshape(-1, 3))
+
+    def span(self, number: int) -> slice:
+        """Return where a micro-batch lies in `places`."""
+        return slice(0 if number == 0 else int(self.ends[number - 1]), int(self.ends[number]))
+
+    def part(self, chosen: Sequence[int]) -> ScoringPlan:
+        """Return some micro-batches, by their numbers."""
+        parts = [self.places[self.span(i)] for i in chosen]
+        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        return ScoringPlan(ends, np.concatenate([np.empty((0, 3), np.int64), *parts]))
+
+    def followed_by(self, other: ScoringPlan) -> ScoringPlan:
+        """Return the micro-batches of both."""
+        return ScoringPlan(
+            np.concatenate([self.ends, len(self.places) + other.ends]), np.concatenate([self.places, other.places])
+        )
+
+    def digests(self, sets: Sequence[TokenisedRows]) -> Digests:
+        """Return the digests of all sequences [sequences, 16]."""
+        found = np.empty((len(self.places), DIGEST_BYTES), dtype=np.uint8)
+        for s, rows in enumerate(sets):
+            here = self.places[:, 0] == s
+            found[here] = rows.digests[self.places[here, 1], self.places[here, 2]]
+        return found
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> list[Location]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[Location]]: ...
+    def __getitem__(self, index: int | slice) -> list[Location] | list[list[Location]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return [Location(*place) for place in self.places[self.span(range(len(self))[index])].tolist()]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        plan = ScoringPlan.of(other)
+        return np.array_equal(self.ends, plan.ends) and np.array_equal(self.places, plan.places)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
-ScoringPlan = list[list[Location]]
-"""The micro-batches, large ones first."""
+def prompt_groups(
+    sequences: DistinctSequences, sets: Sequence[TokenisedRows], budget: int, path: ComputePath = "shared"
+) -> Iterator[list[Unit]]:
+    """Yield the sequences as units in groups of one prompt, as `group_by_prompt` does for all of them together.
 
-
-def sequences_needed(
-    sets: Sequence[TokenisedRows], responses: int, first_set_rows: NDArray[np.int64] | None = None
-) -> dict[bytes, Location]:
-    """Return the first place of each distinct sequence of the data sets, by digest.
+    The units of one prompt are in memory at a time.
 
     Args:
+        sequences: the sequences; a unit's row is its sequence's number among them.
         sets: the data sets.
-        responses: responses of a row that are needed.
-        first_set_rows: int64, the rows of the first set that are needed; None: all.
+        budget: tokens of a group.
+        path: how they are computed.
     """
-    found: dict[bytes, Location] = {}
-    for s, rows in enumerate(sets):
-        if s == 0 and first_set_rows is not None:
-            for row in first_set_rows.tolist():
-                for response in range(responses):
-                    found.setdefault(rows.digests[row, response].tobytes(), Location(0, row, response))
-            continue
-        flat = rows.digests[:, :responses].tobytes()
-        for i in range(rows.n * responses):
-            found.setdefault(flat[16 * i : 16 * i + 16], Location(s, *divmod(i, responses)))
-    return found
+    if not len(sequences):
+        return
+    digests = b"".join(
+        hashlib.blake2b(sets[s].prompt(row).tobytes(), digest_size=DIGEST_BYTES).digest()
+        for s, row, _ in _in_python(sequences.places)
+    )
+    prompts = np.frombuffer(digests, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+    first = DigestIndex(prompts).find(prompts)
+    order = np.argsort(first, kind="stable")
+    begins = np.flatnonzero(np.diff(first[order], prepend=-1))
+    for begin, end in zip(begins, [*begins[1:], len(order)], strict=True):
+        members = order[begin:end]
+        places = sequences.places[members].tolist()
+        units = [Location(*p).unit(sets, i) for i, p in zip(members.tolist(), places, strict=True)]
+        yield from group_by_prompt(units, budget, path)
+
+
+def _in_python(values: NDArray[np.int64], at_once: int = 4096) -> Iterator[list[int]]:
+    """Yield the rows of an array as lists, some thousand in memory at a time."""
+    for begin in range(0, len(values), at_once):
+        yield from values[begin : begin + at_once].tolist()
 
 
 def make_plan(
@@ -79,12 +140,34 @@ def make_plan(
 ) -> ScoringPlan:
     """Pack the missing sequences into micro-batches of at most `budget` tokens, sequences of a prompt together.
 
-    It is a pure function. Groups of one prompt that exceed the budget are split; a sequence that alone exceeds it is
-    its own micro-batch.
+    It is a pure function, with the micro-batches of `fill_micro_batches`. Groups of one prompt that exceed the budget
+    are split; a sequence that alone exceeds it is its own micro-batch.
     """
-    places = list(missing.values())
-    units = [p.unit(sets, i) for i, p in enumerate(places)]
-    return [[places[u.row] for u in micro_batch] for micro_batch in fill_micro_batches(units, budget, path)]
+    sequences = missing if isinstance(missing, DistinctSequences) else DistinctSequences.of(missing)
+    numbers, ends, tokens = array("q"), array("q"), array("q")  # of sequences; of groups
+    lengths: list[list[int]] = []
+    prompts = array("q")  # of each group: the first sequence of its prompt
+    last = b""
+    for group in prompt_groups(sequences, sets, budget, path):
+        prompt = group[0].prompt.tobytes()
+        prompts.append(prompts[-1] if prompts and prompt == last else group[0].row)  # parts of a prompt are neighbours
+        last = prompt
+        numbers.extend(unit.row for unit in group)
+        ends.append(len(numbers))
+        if path == "plain":
+            lengths.append(sequence_lengths(group))
+        else:
+            tokens.append(packed_tokens(group, path))
+    if path == "plain":
+        filled = fill(lengths, budget)
+    else:
+        filled = fill_in_order(np.array(tokens, dtype=np.int64), prompts, budget)
+    of_group = np.array(numbers, dtype=np.int64)
+    starts = [0, *ends]
+    chosen = [of_group[starts[g] : ends[g]] for members in filled for g in members]
+    in_batch = np.cumsum([sum(ends[g] - starts[g] for g in members) for members in filled], dtype=np.int64)
+    order = np.concatenate([np.empty(0, np.int64), *chosen])
+    return ScoringPlan(in_batch, sequences.places[order])
 
 
 def fits(
@@ -105,12 +188,12 @@ def plan_name(sets: Sequence[TokenisedRows], responses: int, path: ComputePath =
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
-def save_plan(folder: Path, name: str, plan: ScoringPlan) -> Path:
+def save_plan(folder: Path, name: str, plan: Sequence[Sequence[Location]]) -> Path:
     """Write the plan beside the shards, under the next free number of its name."""
     number = 1 + max((int(p.stem.rpartition("-")[2]) for p in plan_files(folder, name)), default=-1)
     path = folder / f"plan-{name}-{number:04d}.npz"
-    ends = np.cumsum([len(m) for m in plan], dtype=np.int64)
-    places = np.array([(p.data_set, p.row, p.response) for m in plan for p in m], dtype=np.int64).reshape(-1, 3)
+    arrays = ScoringPlan.of(plan)
+    ends, places = arrays.ends, arrays.places
     buffer = io.BytesIO()
     np.savez(buffer, ends=ends, places=places, check=_check(ends, places))
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,9 +215,7 @@ def read_plan(path: Path) -> ScoringPlan:
         raise UserError(_damaged(path)) from e
     if not np.array_equal(check, _check(ends, places)):
         raise UserError(_damaged(path))
-    located = [Location(*place) for place in places.tolist()]
-    starts = [0, *ends.tolist()]
-    return [located[a:b] for a, b in pairwise(starts)]
+    return ScoringPlan(ends, places)
 
 
 def _check(ends: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -7,9 +7,10 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from prefopt_dist.errors import StopRequested, UserError
 from prefopt_dist.files import FileLock, fsync_folder
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import say
+from prefopt_dist.reference.sequences import DigestIndex, Digests, first_occurrences
 
 MAGIC = b"PFREF\x00\x00\x01"
 ROW = np.dtype([("digest", "V16"), ("sum", "<f8"), ("tokens", "<i8"), ("zero", "<i8")])
@@ -34,6 +36,56 @@ class Score(NamedTuple):
     """Σ log π_ref over the response's scored tokens, in nats."""
     tokens: int
     """Scored tokens of the response."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(Mapping[bytes, Score]):
+    """Scores by digest, as arrays: 40 bytes for each, and 24 to find them."""
+
+    digests: Digests
+    """[n, 16], each once"""
+    sums: NDArray[np.float64]
+    """[n]"""
+    tokens: NDArray[np.int64]
+    """[n]"""
+
+    @staticmethod
+    def of_rows(rows: NDArray[np.void]) -> Scores:
+        """Return the scores of a store's rows; of several rows for a sequence the first one is used."""
+        digests = np.frombuffer(rows["digest"].tobytes(), dtype=np.uint8).reshape(-1, CHECK_BYTES)
+        first = first_occurrences(digests)
+        return Scores(digests[first], rows["sum"][first], rows["tokens"][first])
+
+    @staticmethod
+    def of(scores: Mapping[bytes, Score]) -> Scores:
+        """Return a mapping as arrays."""
+        digests = np.frombuffer(b"".join(scores), dtype=np.uint8).reshape(-1, CHECK_BYTES)
+        sums, tokens = ([score[k] for score in scores.values()] for k in (0, 1))
+        return Scores(digests, np.array(sums, dtype=np.float64), np.array(tokens, dtype=np.int64))
+
+    def find(self, digests: Digests) -> NDArray[np.int64]:
+        """Return the number of each of these sequences, -1 where one has none: int64 [n]."""
+        return self._index.find(digests)
+
+    def score(self, number: int) -> Score:
+        """Return a score by its number."""
+        return Score(float(self.sums[number]), int(self.tokens[number]))
+
+    @cached_property
+    def _index(self) -> DigestIndex:
+        return DigestIndex(self.digests)
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (digest.tobytes() for digest in self.digests)
+
+    def __getitem__(self, digest: bytes) -> Score:
+        number = int(self.find(np.frombuffer(digest, dtype=np.uint8))[0])
+        if number < 0:
+            raise KeyError(digest)
+        return self.score(number)
 
 
 @dataclass(frozen=True)
@@ -88,9 +140,9 @@ class ReferenceStore:
         """Return the shards; where a sequence is in two of them, the value of the first one is used."""
         return sorted(self.folder.glob("rows-????????.bin"))
 
-    def read(self) -> tuple[dict[bytes, Score], list[str]]:
+    def read(self) -> tuple[Scores, list[str]]:
         """Return the valid rows by digest, and a message for each shard that was damaged and is now set aside."""
-        scores: dict[bytes, Score] = {}
+        valid = [np.empty(0, dtype=ROW)]
         messages = []
         for shard in self.shards():
             try:
@@ -106,10 +158,8 @@ class ReferenceStore:
                     "and its sequences are scored again"
                 )
                 continue
-            digests = rows["digest"].tobytes()
-            for i, (total, tokens) in enumerate(zip(rows["sum"].tolist(), rows["tokens"].tolist(), strict=True)):
-                scores.setdefault(digests[16 * i : 16 * i + 16], Score(total, tokens))
-        return scores, messages
+            valid.append(rows)
+        return Scores.of_rows(np.concatenate(valid)), messages
 
     @staticmethod
     def _set_aside_name(shard: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from prefopt_dist.checkpoint.run_folder import SHOWN
 from prefopt_dist.config.schema import Health
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import read_json
@@ -49,6 +50,8 @@ class Record:
     """The content of evaluation.json."""
     inspection: dict[str, Any] | None
     """The content of inspection.json."""
+    shown: list[dict[str, Any]]
+    """The content of shown.json: rows of data.train as the model sees them."""
     samples: list[dict[str, Any]]
     """The content of answers.jsonl: prompts with their answers before and after training, and rewards if any."""
 
@@ -137,11 +140,12 @@ def read_run(path: Path, key: str) -> Record:
         active=active,
         evaluation=_read_json_if_any(path / "evaluation.json"),
         inspection=_read_json_if_any(path / "inspection.json"),
+        shown=_read_json_if_any(path / SHOWN) or [],
         samples=_read_json_lines(path / "answers.jsonl"),
     )
 
 
-def _read_json_if_any(file: Path) -> dict[str, Any] | None:
+def _read_json_if_any(file: Path) -> Any:
     return read_json(file) if file.exists() else None
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from prefopt_dist.batching.layout import fill_micro_batches
-from prefopt_dist.batching.micro_batch import forwards, pack
+from prefopt_dist.batching.packing import forwards, pack
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import out_of_memory, ranks
 from prefopt_dist.monitoring.console import Progress

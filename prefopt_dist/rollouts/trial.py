@@ -33,25 +33,26 @@ _found: dict[str, str] = {}
 """What came of earlier trials of this process, by the configuration."""
 
 
-def fault_of_sampling(config: PreTrainedConfig) -> str:
+def fault_of_sampling(config: PreTrainedConfig, max_length: int | None = None) -> str:
     """Return why answers that the job samples would not be the model's own; empty where they are.
 
     It is also empty where no copy can be computed. The result is kept in memory.
 
     Args:
         config: of a causal language model.
+        max_length: tokens of the longest prompt with its answer; None where unknown, so that it may be any.
     """
     config = without_dropout(config)
-    described = json.dumps([type(config).__name__, config.to_dict()], sort_keys=True, default=str)
+    described = json.dumps([type(config).__name__, config.to_dict(), max_length], sort_keys=True, default=str)
     if described not in _found:
-        _found[described] = _fault(config)
+        _found[described] = _fault(config, max_length)
     return _found[described]
 
 
-def _fault(config: PreTrainedConfig) -> str:
+def _fault(config: PreTrainedConfig, max_length: int | None) -> str:
     with torch.random.fork_rng([]):  # the run's own random numbers do not depend on the trial
         try:
-            for cut in islice(cuts(config, most_bytes=MOST_BYTES), MOST_CUTS):
+            for cut in islice(cuts(config, max_length, MOST_BYTES), MOST_CUTS):
                 try:
                     model, prompts, expected = _alone(cut.config)
                 except Exception:  # a cut that the family does not compute; the next has other widths

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt_dist.batching.micro_batch import ComputePath, packed_tokens
+from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.packing import packed_tokens
 from prefopt_dist.checkpoint.export import check_target
 from prefopt_dist.config import Config, DataSource
 from prefopt_dist.data import TokenisedRows
@@ -234,13 +235,14 @@ def check_lengths(
     """
     lengths = rows.lengths()
     prompts = lengths[:, 0]
+    responses = min(objective.responses, 2)  # beginnings of responses are not computed again
     if isinstance(rows, UnpairedRows):
         units = prompts + lengths[:, 1:].max(axis=1) - 1  # the mismatched response is a sequence by itself
     elif path != "shared":
-        units = (prompts[:, None] + lengths[:, 1 : 1 + objective.responses] - 1).sum(axis=1)
+        units = (prompts[:, None] + lengths[:, 1 : 1 + responses] - 1).sum(axis=1)
     else:
-        units = prompts + (lengths[:, 1 : 1 + objective.responses] - 1).sum(axis=1)
-        units = _packed_lengths(rows, units, objective.responses, config.train.micro_batch_tokens)
+        units = prompts + (lengths[:, 1 : 1 + responses] - 1).sum(axis=1)
+        units = _packed_lengths(rows, units, responses, config.train.micro_batch_tokens)
     # The lengths are less 1 per response, since a response's last token predicts nothing and is not an input.
     _refuse_longer(config, rows, units, key, "train.micro_batch_tokens", config.train.micro_batch_tokens)
     scored = [units] if not trained else [prompts + lengths[:, 1:].max(axis=1) - 1] if objective.needs_reference else []

@@ -254,7 +254,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
     settings = config.answers
     if settings.number == 0:
         return NotAnswered("answers.number is 0, so no prompt was answered; set it to a number such as 64")
-    fault = ranks.run_on_rank_zero(lambda: fault_of_sampling(models.policy.config))
+    fault = ranks.run_on_rank_zero(lambda: fault_of_sampling(models.policy.config, config.data.max_length))
     if fault:
         return NotAnswered(f"{fault}; set answers.number=0 to run without this line")
     rewards = configured_rewards(config, models)

@@ -10,20 +10,24 @@ from typing import Any
 import numpy as np
 
 from prefopt_dist.batching.order import Order
+from prefopt_dist.checkpoint.run_folder import SHOWN
 from prefopt_dist.config import Config, DataSource
-from prefopt_dist.config.losses import KTOLoss
+from prefopt_dist.config.losses import DPOLoss, KTOLoss, Loss, MixLoss
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows, prepare_rows
 from prefopt_dist.data.derived import PromptTooFrequent, build_unpaired_rows, without_rows
 from prefopt_dist.data.options import TextOptions
+from prefopt_dist.data.prefixes import build_prefixed_rows
 from prefopt_dist.data.quality.findings import DataFinding, row_findings, set_findings
 from prefopt_dist.data.quality.policy import refuse_stops, rows_left, rows_to_drop
-from prefopt_dist.data.quality.show import row_text, show_rows
+from prefopt_dist.data.quality.show import row_text, rows_for_report, show_rows
 from prefopt_dist.data.template import read_template, template_name
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.data.workers import ALONE, Share
 from prefopt_dist.distributed import ranks
 from prefopt_dist.distributed.long_work import run_on_node_leaders
 from prefopt_dist.errors import AgreedUserError, UserError
+from prefopt_dist.files import write_json
+from prefopt_dist.model.rotary import length_dependent_types
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import row_reporter, say
 from prefopt_dist.objectives import Objective
@@ -32,6 +36,8 @@ from prefopt_dist.setup.checks import eval_sets
 from prefopt_dist.setup.prepare_models import Models
 
 TRAIN = "data.train"
+REPORTED_ROWS = 2
+"""Number of rows of data.train that the report shows; the start of a training shows the first of them."""
 
 
 def load_train(config: Config, models: Models, objective: Objective) -> TokenisedRows:
@@ -77,8 +83,8 @@ def _load_set(
     """
     rows = _open(make)
     say(f"{key}: {rows.report.text()}")
-    for shown in show_rows(key, rows, models.tokenizer, 1) if key == TRAIN else ():
-        say(row_text(shown, rows.kind, models.tokenizer))
+    if key == TRAIN:
+        _show_first_rows(config, models, rows)
     _check_beside_models(models, rows, objective, key)
     check_rows(rows, objective, key)
     for_loss = rows_for_loss(config, rows, key)
@@ -86,6 +92,19 @@ def _load_set(
         lambda: checks.check_lengths(config, for_loss, objective, key, trained=key == TRAIN, path=models.path)
     )
     return for_loss
+
+
+def _show_first_rows(config: Config, models: Models, rows: TokenisedRows) -> None:
+    """Print the first row of data.train as the model sees it, and write the first ones for the report (all ranks)."""
+    shown = show_rows(TRAIN, rows, models.tokenizer, REPORTED_ROWS)
+    say(row_text(shown[0], rows.kind, models.tokenizer))
+    body = rows_for_report(shown, rows.kind, models.tokenizer)
+
+    def write() -> None:
+        if config.run_dir.is_dir():  # a stage has opened it
+            write_json(config.run_dir / SHOWN, body)
+
+    ranks.run_on_rank_zero(write)
 
 
 def _check_beside_models(models: Models, rows: TokenisedRows, objective: Objective, key: str) -> None:
@@ -99,6 +118,8 @@ def _check_beside_models(models: Models, rows: TokenisedRows, objective: Objecti
     longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     for model in {models.policy.path: models.policy, models.reference.path: models.reference}.values():
         positions = getattr(model.config, "max_position_embeddings", None)  # not every model family has it
+        if "dynamic" in length_dependent_types(model.config):  # it is made for positions beyond
+            continue
         beyond = np.flatnonzero(longest > positions) if positions is not None else ()
         if len(beyond):
             first = ", ".join(rows.origin(int(i)) for i in beyond[:3])
@@ -131,7 +152,7 @@ def _open(make: Callable[..., Path]) -> TokenisedRows:
 
 def check_rows(rows: TokenisedRows, objective: Objective, key: str) -> None:
     """Raise an error for data that the loss cannot use; key: the data set's dotted key."""
-    if rows.responses < objective.responses:
+    if rows.responses < min(objective.responses, 2):
         raise AgreedUserError(
             f"{key}: the rows are of the form {rows.kind!r}, with one response each, but this loss compares two. "
             f"Give pairs, or set loss.name={'kto' if rows.kind == 'rated' else 'sft'}."
@@ -139,13 +160,15 @@ def check_rows(rows: TokenisedRows, objective: Objective, key: str) -> None:
 
 
 def rows_for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRows:
-    """Return the rows as the loss reads them: for KTO rated rows with mismatched responses, otherwise unchanged.
+    """Return the rows as the loss reads them.
+
+    For KTO these are rated rows with mismatched responses, for LD-DPO pairs with the beginnings of their responses.
 
     Raises:
         AgreedUserError: the loss cannot use the rows.
     """
     if not isinstance(config.loss, KTOLoss):
-        return rows
+        return build_prefixed_rows(rows) if _is_length_desensitised(config.loss) else rows
     if rows.kind == "demonstration" or (rows.kind == "pair" and not config.loss.split_pairs):
         raise AgreedUserError(
             f"{key}: the rows are of the form {rows.kind!r}, but the loss kto reads rows with prompt, completion and "
@@ -163,6 +186,12 @@ def rows_for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRow
             f"{key}: {found} rows answer the same prompt, but the loss kto compares each row with a response to "
             "another prompt, so no prompt may have more than half of the rows. Give rows of more prompts."
         ) from None
+
+
+def _is_length_desensitised(loss: Loss) -> bool:
+    if isinstance(loss, MixLoss):
+        return any(_is_length_desensitised(part.loss) for part in loss.of.values())
+    return isinstance(loss, DPOLoss) and loss.ld_alpha < 1
 
 
 def text_options(config: Config) -> TextOptions:

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from prefopt_dist import shipped
-from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
 from prefopt_dist.checkpoint import hub
 from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config, DataSource, load_deepspeed_json
@@ -33,6 +33,7 @@ from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.setup import checks
 from prefopt_dist.setup.check_lora import adapter_of
 from prefopt_dist.setup.checks import eval_sets
+from prefopt_dist.setup.experts import check_balancing
 from prefopt_dist.setup.prove_path import choose_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -146,7 +147,7 @@ def model_folder(config: Config, name_or_path: str, key: str) -> ModelFolder:
         key: the configuration key that names it, for messages.
     """
     folder = trainable_folder(resolve(name_or_path, key), key, config.cache_dir, say)
-    return inspect_folder(folder, key, config.data.max_length)
+    return inspect_folder(folder, key)
 
 
 def _models(config: Config) -> Models:
@@ -157,6 +158,7 @@ def _models(config: Config) -> Models:
     checks.check_tokenizer(tokenizer, config.data.template, policy.config.vocab_size)
     if reference is not None:
         checks.check_reference_tokenizer(tokenizer, reference)
+    check_balancing(config, policy.config)
     adapter = adapter_of(config.lora, policy.config, config.model.name_or_path)
     if adapter is not None and policy.part_of_more and not config.export.merged:
         raise UserError(
@@ -208,11 +210,11 @@ def _path(
 def _kernels(models: Models) -> str:
     """Name the attention kernels, after a check that each argument of the models' attention is known.
 
-    On the path plain transformers computes the attention, so that every argument is.
+    Where transformers computes the attention, every argument is.
     """
 
     def text(model: ModelFolder) -> str:
-        if models.path == "plain":
+        if in_rectangles(models.path):
             return f"transformers' own, {own_attention(model.config)}"
         return kernels_text(model.config, models.dtype, ranks.device())
 

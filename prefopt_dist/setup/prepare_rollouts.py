@@ -288,7 +288,7 @@ def prepare(
     """
     ranks.run_on_rank_zero(lambda: check(config))
     if config.generate.engine == "transformers":
-        ranks.run_on_rank_zero(lambda: _refuse_faults(model))
+        ranks.run_on_rank_zero(lambda: _refuse_faults(model, config.data.max_length))
     data = config.data
     rewards = configured_rewards(config, models)
     tokeniser = tokeniser_of(config, models.tokenizer)
@@ -329,9 +329,9 @@ def prepare(
     return RolloutJob(what, SampleStore(folder), rewards, sampling, tokeniser, open_engine, model, hashed.key)
 
 
-def _refuse_faults(model: ModelFolder) -> None:
+def _refuse_faults(model: ModelFolder, max_length: int) -> None:
     """Raise UserError where answers that this package samples would not be the model's own."""
-    fault = fault_of_sampling(model.config)
+    fault = fault_of_sampling(model.config, max_length)
     if fault:
         raise UserError(f"generate.engine: got transformers, but {fault}. Set generate.engine=vllm.")
 

@@ -21,6 +21,7 @@ FOLDER = "proofs"
 COSTS = {
     "packed": "each prompt is computed once for each of its responses",
     "plain": "each prompt is computed once for each of its responses, and short sequences are padded",
+    "alone": "each prompt is computed once for each of its responses, and each sequence in a forward pass of its own",
 }
 """What a path costs beside those before it."""
 

@@ -42,7 +42,7 @@ class Diagnosis:
             rows: the data set of the units; where it has several sources, each gets metrics of its own.
             device: the device of the sums.
         """
-        self._pairs = objective.responses == 2
+        self._pairs = objective.responses >= 2
         self._reference = objective.needs_reference
         self._columns = {name: i for i, name in enumerate(objective.metrics)}
         self._source = rows.source
@@ -76,6 +76,7 @@ class Diagnosis:
             desirable=micro_batch.desirable,
             weight=micro_batch.weight,
             margin=micro_batch.margin,
+            partner=micro_batch.partner,
         )
         n = units.total(torch.ones_like(terms.sums[:, 0]))
         sums = [n, n if self._reference else torch.zeros_like(n)]
@@ -161,7 +162,9 @@ def _slope(objective: Objective, units: Sequences, sums: torch.Tensor) -> torch.
     with torch.enable_grad():
         leaf = sums.detach().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(objective(replace(units, sums=leaf)).loss, leaf)
-    return gradient[:, 0].abs()
+    return (
+        gradient[:, 0::2].sum(1).abs()
+    )  # of the whole chosen response, and of its beginning where that is one of four
 
 
 def source_labels(names: Sequence[str]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from prefopt_dist.monitoring.console import Progress
 from prefopt_dist.monitoring.metrics_file import Row
 from prefopt_dist.monitoring.statistics import Statistics, means
 from prefopt_dist.objectives import Objective
+from prefopt_dist.training.coupling import with_partners
 from prefopt_dist.training.diagnosis import Diagnosis
 from prefopt_dist.training.reference_point import SplitPairs, with_reference_point
 
@@ -25,7 +26,8 @@ from prefopt_dist.training.reference_point import SplitPairs, with_reference_poi
 def evaluate(engine: Any, objective: Objective, sets: Mapping[str, ScoredRows], budget: int) -> dict[str, Any]:
     """Evaluate data sets (all ranks call it); one collective per set.
 
-    KTO makes one more for its reference point over the whole set, and one for the halves of split pairs.
+    KTO makes one more for its reference point over the whole set, and one for the halves of split pairs; a loss that
+    couples units makes one more to compare those of the whole set.
 
     Args:
         engine: DeepSpeed's engine around the scorer.
@@ -49,7 +51,7 @@ def evaluate(engine: Any, objective: Objective, sets: Mapping[str, ScoredRows], 
         if isinstance(data.rows, UnpairedRows) and data.rows.halves:
             split_pairs = SplitPairs(data.rows, loss, ranks.device())
         with torch.no_grad(), Progress(len(batch), what, "micro-batches", ranks.rank()) as progress:
-            for micro_batch, reference in batch:
+            for micro_batch, reference in with_partners(engine, batch, loss):
                 terms = engine(micro_batch, loss, reference)
                 if split_pairs is not None:
                     split_pairs.add(micro_batch.rows, terms.per_unit)

@@ -20,6 +20,7 @@ from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config.training import Checkpoint, Optim, Train
 from prefopt_dist.distributed import out_of_memory, ranks, zero3
 from prefopt_dist.errors import AgreedUserError
+from prefopt_dist.model.expert_loads import ExpertLoads
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import Progress, say
 from prefopt_dist.monitoring.health import Watch
@@ -234,8 +235,8 @@ def train_step(job: Job, index: int, batch: Batch, step0_check: Step0Check | Non
     """Make one update with the step's G pairs and accumulate its metrics (all ranks call it)."""
     packed = step.forward_backward(job.engine, batch, job.objective, step0_check, job.diagnosis, job.meter.timer)
     mine = torch.cat([packed, job.diagnosis.take(), job.meter.rank_work(packed, batch.own_flop)])
-    everything, request = step.reduce_metrics(mine, job.requests.look())
-    sums, diagnosis, work = job.meter.accumulated.split(everything)
+    everything, request = step.reduce_metrics(mine, job.requests.look(), job.engine.module.loads)
+    sums, diagnosis, work, routed = job.meter.accumulated.split(everything)
     job.meter.end_part("forward_backward")
     loss = sums[0] / sums[-1]
     if index == 0 and not math.isfinite(loss):  # the start itself: no step would be better
@@ -249,20 +250,21 @@ def train_step(job: Job, index: int, batch: Batch, step0_check: Step0Check | Non
     if math.isfinite(loss):
         norm = step.optimizer_step(job.engine, rate, job.spikes)
     else:
-        sums, diagnosis = [0.0] * len(sums), [0.0] * len(diagnosis)
+        sums, diagnosis, routed = ([0.0] * len(x) for x in (sums, diagnosis, routed))
         zero3.drop_gradient(job.engine)
     job.skips.count(norm is None)
     if norm is None:
         norm = _skip(job, index, loss)
     job.meter.end_part("update")
-    job.meter.end_step(sums, diagnosis, work, batch)
+    job.meter.end_step(sums, diagnosis, work, routed, batch)
     return StepResult(loss, rate, norm, request)
 
 
 def _batch(job: Job, index: int) -> Batch:
     rows = job.order.step(index).rows.tolist()
     budget = job.options.micro_batch_tokens
-    return step_batch(job.train, rows, job.objective.responses, budget, job.cost, job.passes, job.engine.module.path)
+    passes = job.passes + job.objective.couples_units  # the pass before the step
+    return step_batch(job.train, rows, job.objective.responses, budget, job.cost, passes, job.engine.module.path)
 
 
 def _reference_moves(job: Job, index: int) -> bool:
@@ -306,6 +308,7 @@ def _write_row(job: Job, done: int, result: StepResult) -> None:
         return
     position = job.order.step(done - 1)
     found: dict[str, Any] = {}
+    loads: ExpertLoads | None = job.engine.module.loads
     if accumulated.sums[-1]:  # no pairs where every step was skipped
         found = means(job.objective.metrics, accumulated.sums, job.objective.counted_by)
         found |= job.diagnosis.metrics(accumulated.diagnosis)
@@ -321,6 +324,7 @@ def _write_row(job: Job, done: int, result: StepResult) -> None:
             "train/skipped_steps": job.skips.total,
             "train/epoch": position.epoch_fraction,
         }
+        | ({} if loads is None else loads.metrics(accumulated.routed, accumulated.sums[-1]))
         | accumulated.performance(None if job.peak is None else job.peak * ranks.world_size()),
     )
 

@@ -34,6 +34,8 @@ class MetricsAccumulator:
     """[D] sums of the diagnosis over the same pairs"""
     ranks: list[float]
     """[3W + 1] work and memory of each rank, and the number of steps (monitoring/timers.py)"""
+    routed: list[float] = field(default_factory=list)
+    """Summaries of a mixture's experts over the same steps (model/expert_loads.py); none for other models"""
     steps: int = 0
     tokens: int = 0
     """Input tokens of all ranks, each distinct one or those of each distinct sequence"""
@@ -49,16 +51,19 @@ class MetricsAccumulator:
         """Return an accumulator of K, D and W zeros."""
         return MetricsAccumulator([0.0] * (metrics + 1), [0.0] * diagnosis, [0.0] * timers.rank_work_size(world_size))
 
-    def split(self, everything: list[float]) -> tuple[list[float], list[float], list[float]]:
-        """Split a step's [K + 1 + D + 3W + 1] global sums into those of objective, diagnosis and ranks."""
-        k, d = len(self.sums), len(self.diagnosis)
-        return everything[:k], everything[k : k + d], everything[k + d :]
+    def split(self, everything: list[float]) -> tuple[list[float], list[float], list[float], list[float]]:
+        """Split a step's [K + 1 + D + 3W + 1 + …] global sums into those of objective, diagnosis, ranks and experts."""
+        k, d, w = len(self.sums), len(self.diagnosis), len(self.ranks)
+        return everything[:k], everything[k : k + d], everything[k + d : k + d + w], everything[k + d + w :]
 
-    def add(self, sums: list[float], diagnosis: list[float], work: list[float], batch: Batch) -> None:
+    def add(
+        self, sums: list[float], diagnosis: list[float], work: list[float], routed: list[float], batch: Batch
+    ) -> None:
         """Add one step's global sums."""
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
         self.diagnosis = [a + b for a, b in zip(self.diagnosis, diagnosis, strict=True)]
         self.ranks = [a + b for a, b in zip(self.ranks, work, strict=True)]
+        self.routed = [a + b for a, b in zip(self.routed or [0.0] * len(routed), routed, strict=True)]
         self.steps += 1
         self.tokens += batch.tokens
         self.padded_tokens += batch.padded_tokens
@@ -134,9 +139,11 @@ class Meter:
         slots = timers.rank_work_slots(ranks.rank(), ranks.world_size(), seconds, flop)
         return to_device(torch.tensor(slots, dtype=torch.float64), like.device)
 
-    def end_step(self, sums: list[float], diagnosis: list[float], work: list[float], batch: Batch) -> None:
+    def end_step(
+        self, sums: list[float], diagnosis: list[float], work: list[float], routed: list[float], batch: Batch
+    ) -> None:
         """Accumulate a step's global sums and the times of its parts."""
-        self.accumulated.add(sums, diagnosis, work, batch)
+        self.accumulated.add(sums, diagnosis, work, routed, batch)
         for part, seconds in (self.timer.take() | self._parts).items():
             self.accumulated.add_seconds(part, seconds)
 

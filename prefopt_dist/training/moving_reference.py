@@ -28,14 +28,14 @@ from numpy.typing import NDArray
 
 from prefopt_dist.batching.batches import ScoredRows
 from prefopt_dist.batching.layout import fill_micro_batches
-from prefopt_dist.batching.micro_batch import forwards, pack
 from prefopt_dist.batching.order import Order
+from prefopt_dist.batching.packing import forwards, pack
 from prefopt_dist.checkpoint.save import committed, step_of
 from prefopt_dist.distributed import out_of_memory, ranks
 from prefopt_dist.errors import AgreedUserError, UserError
 from prefopt_dist.files import write_atomic
 from prefopt_dist.monitoring.console import Progress, say
-from prefopt_dist.reference.scoring_plan import sequences_needed
+from prefopt_dist.reference.sequences import sequences_needed
 
 FOLDER = "reference"
 """Folder of the values in the run folder"""
@@ -87,22 +87,20 @@ class MovingReference:
         reference = self._reference
         rows = self._rows(step)
         wanted = sequences_needed([self.data.rows], reference.shape[1], rows)
-        units = [place.unit([self.data.rows], number) for number, place in enumerate(wanted.values())]
+        units = [wanted.location(number).unit([self.data.rows], number) for number in range(len(wanted))]
         sums = self._scored(engine, units, stop_asked)
         if sums is None:
             return False
         if not bool(sums.isfinite().all()):
-            place = list(wanted.values())[int((~sums.isfinite()).nonzero()[0])]
+            place = wanted.location(int((~sums.isfinite()).nonzero()[0]))
             raise AgreedUserError(
                 f"reference.update_every_steps: after step {step} the policy's log-prob of "
                 f"{self.data.rows.origin(place.row)} is not finite. Look at train/grad_norm and the warnings; the "
                 "committed checkpoints are sound."
             )
-        number = {digest: i for i, digest in enumerate(wanted)}
-        digests = self.data.rows.digests
-        for row in rows.tolist():
-            for response in range(reference.shape[1]):
-                reference[row, response] = sums[number[digests[row, response].tobytes()]]
+        responses = reference.shape[1]
+        numbers = wanted.find(self.data.rows.digests[rows][:, :responses]).reshape(len(rows), responses)
+        reference[torch.tensor(rows)] = sums[torch.from_numpy(numbers)]
         ranks.run_on_rank_zero(lambda: self._write(step, rows))
         say(
             f"step {step}: the policy is the reference now; {len(units)} sequences scored in "

@@ -14,10 +14,12 @@ import torch.distributed as dist
 from prefopt_dist.batching.batches import Batch
 from prefopt_dist.batching.micro_batch import to_device
 from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.model.expert_loads import ExpertLoads
 from prefopt_dist.monitoring.statistics import Statistics
 from prefopt_dist.monitoring.timers import StepTimer
 from prefopt_dist.objectives import Objective, Terms
 from prefopt_dist.reference.step0_check import Step0Check
+from prefopt_dist.training.coupling import with_partners
 from prefopt_dist.training.diagnosis import Diagnosis
 from prefopt_dist.training.reference_point import with_reference_point
 from prefopt_dist.training.skipped_updates import SpikeDetector
@@ -51,7 +53,7 @@ def forward_backward(
     statistics = Statistics(objective.metrics, ranks.device())
     timer = timer or StepTimer(ranks.device())
     weight = ranks.world_size() / batch.units
-    for j, (micro_batch, reference) in enumerate(batch):
+    for j, (micro_batch, reference) in enumerate(with_partners(engine, batch, objective)):
         engine.set_gradient_accumulation_boundary(j == len(batch) - 1)
         with timer.measure("forward"):
             terms: Terms = engine(micro_batch, objective, reference)
@@ -68,20 +70,26 @@ def forward_backward(
     return statistics.packed()
 
 
-def reduce_metrics(packed: torch.Tensor, request: Request) -> tuple[list[float], Request]:
+def reduce_metrics(
+    packed: torch.Tensor, request: Request, loads: ExpertLoads | None = None
+) -> tuple[list[float], Request]:
     """Sum the metrics and requests of all ranks: the step's one collective and one host read.
 
     Args:
         packed: float64 [N], this rank's sums.
         request: what this rank has been asked.
+        loads: the sums over a mixture's experts, which begin again.
 
     Returns:
-        The [N] global sums, and what any rank has been asked.
+        The [N] global sums, and behind them the summary of the experts; what any rank has been asked.
     """
     flags = to_device(torch.tensor([request.stop, request.save], dtype=packed.dtype), packed.device)
-    everything = torch.cat([packed, flags])
+    everything = torch.cat([flags, packed] if loads is None else [flags, packed, loads.take()])
     dist.all_reduce(everything)
-    *sums, stop, save = everything.tolist()
+    if loads is not None:  # the sums over single experts stay on the device
+        own = len(flags) + len(packed)
+        everything = torch.cat([everything[:own], loads.summary(everything[own:])])
+    stop, save, *sums = everything.tolist()
     return sums, Request(stop=stop > 0, save=save > 0)
 
 

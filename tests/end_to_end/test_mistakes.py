@@ -199,9 +199,17 @@ def test_training_reads_what_the_policies_leave(door: Door) -> None:
         assert rows.line.tolist() == left
         facts = prepare_data.data_facts(rows, {})["train"]
         assert (facts["rows"], facts["used"], sum(facts["dropped"].values())) == (3, len(left), 3 - len(left))
+    assert not config.run_dir.exists()
+    config.run_dir.mkdir(parents=True)
+    prepare_data.load_train(config, models, DPO(0.1, 0.0, 0.0, False))
+    (first, second) = json.loads((config.run_dir / "shown.json").read_text())
+    assert (first["origin"], second["origin"]) == (f"{data}:1", f"{data}:2")
     said = door.capsys.readouterr().out
     assert f"dropped 1 duplicates\n    {data}:3 repeats {data}:1" in said
     assert "data.train: 3 rows are longer than the 5 positions of model.name_or_path" in said
+    made.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}  # made for longer ones
+    prepare_data.load_train(config, models, DPO(0.1, 0.0, 0.0, False))
+    assert "positions" not in door.capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "content"), [("zero.jsonl", b""), ("blank.jsonl", b"\n  \n\n"), ("z.jsonl.gz", b"")])

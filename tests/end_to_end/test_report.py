@@ -7,14 +7,26 @@ from pathlib import Path
 
 import pytest
 import worlds
+from data_for_tests import lines, prepare
 from run_folders import add_answers, write_run_folder
 from run_page import page, slow_until
+from tokenizers_for_tests import CHATML, small_tokenizer
 
 from prefopt_dist.cli import main
+from prefopt_dist.data import open_rows
+from prefopt_dist.data.example import Message
+from prefopt_dist.data.quality.show import rows_for_report, show_rows
+from prefopt_dist.files import write_json
 from prefopt_dist.monitoring.metrics_file import MetricsFile
 from prefopt_dist.report.page import banner
 from prefopt_dist.report.record import read_run
 from prefopt_dist.report.sweep import sweep_table
+
+LOUD = "&lt;script&gt;alert(1)&lt;/script&gt;&lt;|im_end|&gt;"
+
+
+def says(text: str) -> Message:
+    return Message("assistant", text)
 
 
 def test_the_page_of_a_run(tmp_path: Path) -> None:
@@ -56,6 +68,28 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     ]
     assert not re.search(r"#0[123]0[123]0\d", text), "a stand-in of a colour is left"
     assert "mathdefault" not in text, "a label is a formula, as it is written"
+
+
+def test_the_page_shows_rows_as_the_model_sees_them(tmp_path: Path) -> None:
+    """Learnt text is marked, and what a row says is no markup."""
+    run = write_run_folder(tmp_path / "well", steps=20)
+    assert "as the model sees them" not in page(run)
+    asked, told = Message("user", "what is <b>blue</b>?"), Message("tool", "<i>sky</i>")
+    answers = [(says("look"), told, says("the <sky>")), (says("<script>alert(1)</script>"),)]
+    tokenizer = small_tokenizer(CHATML)
+    row = {"prompt": [asked.as_dict()], "chosen": [turn.as_dict() for turn in answers[0]], "extra": 1}
+    row |= {"rejected": [turn.as_dict() for turn in answers[1]]}
+    path = lines(tmp_path / "rows.jsonl", [row])
+    rows = open_rows(prepare(tmp_path, path, tokenizer=tokenizer))
+    shown = rows_for_report(show_rows("data.train", rows, tokenizer, 2), rows.kind, tokenizer)
+    write_json(run / "shown.json", shown)
+    text = page(run)
+    assert f"{path}:1 · prompt, {len(rows.prompt(0))} tokens · ignored columns: extra" in text
+    assert "&lt;|im_start|&gt;user\nwhat is &lt;b&gt;blue&lt;/b&gt;?&lt;|im_end|&gt;" in text
+    learnt = re.findall(r"<mark>(.*?)</mark>", text, re.DOTALL)
+    assert learnt == ["Marked", "look&lt;|im_end|&gt;", "the &lt;sky&gt;&lt;|im_end|&gt;", LOUD]
+    assert "tool\n&lt;i&gt;sky&lt;/i&gt;&lt;|im_end|&gt;" in text
+    assert f"rejected, {len(rows.response(0, 1))} tokens, {len(rows.response(0, 1))} learnt" in text
 
 
 def test_a_run_without_findings_and_one_that_has_not_begun(tmp_path: Path) -> None:

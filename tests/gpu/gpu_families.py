@@ -10,7 +10,8 @@ import torch
 from gpu_results import Place, Results, distance
 from models_for_tests import MODELS, make, pairs, references
 
-from prefopt_dist.batching.micro_batch import MicroBatch, pack
+from prefopt_dist.batching.micro_batch import MicroBatch
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
 

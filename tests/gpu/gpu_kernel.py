@@ -16,7 +16,8 @@ import torch
 from gpu_results import Place, Results, distance, synchronize, within
 from models_for_tests import pairs
 
-from prefopt_dist.batching.micro_batch import MicroBatch, pack
+from prefopt_dist.batching.micro_batch import MicroBatch
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import attention
 

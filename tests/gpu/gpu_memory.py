@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import meter
 from benchmarks.pairs import MIXES, draw_lengths
-from prefopt_dist.batching.micro_batch import MicroBatch, pack
+from prefopt_dist.batching.micro_batch import MicroBatch
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.commands import train
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.data.unit import Unit

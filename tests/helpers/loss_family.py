@@ -13,6 +13,13 @@ from prefopt_dist.objectives.factory import make_objective
 FAMILY: list[dict[str, Any]] = [
     {"name": "dpo", "beta": 5.0, "label_smoothing": 0.1, "average": "tokens", "sft_weight": 0.0},
     {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0, "average": "sums", "sft_weight": 0.7},
+    {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0, "average": "sums", "divergence": "forward_kl"},
+    {"name": "dpo", "beta": 0.5, "label_smoothing": 0.1, "average": "sums", "divergence": "jensen_shannon"},
+    {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0, "average": "sums", "divergence": "alpha"},
+    {
+        **{"name": "dpo", "beta": 2.0, "label_smoothing": 0.0, "average": "tokens"},
+        **{"divergence": "alpha", "divergence_alpha": 0.8, "sft_weight": 0.1},
+    },
     {"name": "robust", "beta": 0.2, "label_smoothing": 0.2, "sft_weight": 0.0},
     {"name": "ipo", "beta": 0.3, "average": "tokens", "sft_weight": 0.0},
     {"name": "ipo", "beta": 0.05, "average": "sums", "sft_weight": 0.0},

@@ -151,14 +151,24 @@ def pair_loss(
         return -logps[:, 0] / lengths[:, 0], torch.zeros_like(logps)
     name, beta = options["name"], options.get("beta")
     per_token = options.get("average") == "tokens"
-    ratio = (logps - ref_logps) / (lengths if per_token else torch.ones_like(logps))
+    ratio = logps - ref_logps
+    t, alpha = torch.exp(ratio), options.get("divergence_alpha", 0.5)
+    match options.get("divergence", "reverse_kl"):  # arXiv:2309.16240, f'(t) with f'(1) = 0
+        case "forward_kl":
+            ratio = 1 - 1 / t
+        case "jensen_shannon":
+            ratio = torch.log(2 * t / (1 + t))
+        case "alpha":
+            ratio = (t ** (alpha - 1) - 1) / (alpha - 1)
+    ratio = ratio / (lengths if per_token else torch.ones_like(logps))
     reward = beta * ratio
     difference = ratio[:, 0] - ratio[:, 1]
     mean = logps / lengths
     match name:
         case "dpo":  # arXiv:2305.18290, equation 7; per token arXiv:2411.15124; smoothed as cDPO
             eps = options["label_smoothing"]
-            loss = torch.log1p(torch.exp(-beta * difference)) + eps * beta * difference  # ℓ(−m) = ℓ(m) + m
+            right = torch.logaddexp(torch.zeros_like(difference), -beta * difference)
+            loss = right + eps * beta * difference  # ℓ(−m) = ℓ(m) + m
         case "robust":  # arXiv:2403.00409: the unbiased estimator
             eps = options["label_smoothing"]
             right, wrong = (torch.log1p(torch.exp(s * beta * difference)) for s in (-1, 1))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from prefopt_dist import cli
-from prefopt_dist.batching import batches, micro_batch
+from prefopt_dist.batching import batches, packing
 from prefopt_dist.batching.micro_batch import MicroBatch
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.reference import first_pass
@@ -21,12 +21,12 @@ class Own(np.ndarray):
         return super().tobytes() + id(self).to_bytes(8, "little")
 
 
-def pack(units: Sequence[Unit], responses_per_unit: int) -> MicroBatch:
+def pack(units: Sequence[Unit], responses_per_unit: int, *_: object) -> MicroBatch:
     """As the package's, with every response in a row part of its own."""
     if not units:
-        return micro_batch.pack(units, responses_per_unit)
+        return packing.pack(units, responses_per_unit)
     alone = [Unit(u.row, u.prompt.copy().view(Own), (r,)) for u in units for r in u.responses]
-    packed = micro_batch.pack(alone, 1)
+    packed = packing.pack(alone, 1)
     assert packed.tokens == sum(len(u.prompt) + len(r) - 1 for u in units for r in u.responses)
     # A unit hangs together although its responses have a prompt each.
     ends = packed.prompts[responses_per_unit - 1 :: responses_per_unit]

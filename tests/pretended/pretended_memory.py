@@ -35,7 +35,7 @@ def main() -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from prefopt_dist.batching.micro_batch import pack
+    from prefopt_dist.batching.packing import pack
     from prefopt_dist.data.unit import Unit
     from prefopt_dist.model import activation_checkpointing, attention
     from prefopt_dist.model.cost import activation_memory

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
 from prefopt_dist.batching.layout import lay_out
-from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.model import activation_checkpointing
 from prefopt_dist.model.folder import inspect_folder

@@ -1,6 +1,7 @@
 """Cases of rank_cases.py on the paths that share no prompt: packed, and plain, with its padded rectangles."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefopt_dist.batching.batches import evaluation_batch, step_batch
 from prefopt_dist.batching.layout import lay_out
-from prefopt_dist.batching.micro_batch import ComputePath, forwards, pack
+from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.packing import forwards, pack
 from prefopt_dist.commands import train
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.model.folder import ModelFolder
@@ -111,6 +113,37 @@ def lora_plain(folder: Path) -> dict[str, Any]:
     return rank_cases.equality(folder, "lora-plain", 150, rank_cases.DPO, steps=2, **common)
 
 
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 16}
+
+
+def write_dynamic(folder: Path) -> Path:
+    """Copy the model with a rotary scaling that looks at the length of the row, where the rows cross it."""
+    target = folder / "dynamic"
+    if not target.exists():
+        shutil.copytree(folder / "model", target)
+        file = target / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | DYNAMIC))
+    return target
+
+
+def forgetful(folder: Path) -> Any:
+    """A plain float64 model that begins each sequence with the frequencies of a short one."""
+    lm = plain.build_plain(folder)
+
+    def forget(module: Any, _: Any) -> None:
+        module.inv_freq, module.max_seq_len_cached = module.original_inv_freq, module.original_max_seq_len
+
+    lm.model.rotary_emb.register_forward_pre_hook(forget)
+    return lm
+
+
+def dpo_alone(folder: Path) -> dict[str, Any]:
+    """Each sequence in a forward pass of its own; the ranks have different numbers of them."""
+    ranks.run_on_rank_zero(lambda: str(write_dynamic(folder)))
+    common: dict[str, Any] = {"of": "dynamic", "steps": 2, "path": "alone", "exact_start": forgetful}
+    return rank_cases.equality(folder, "dpo-alone", 150, rank_cases.DPO, **common)
+
+
 def evaluation_by_path(folder: Path) -> dict[str, Any]:
     """Each path's evaluation of one engine of its own, and how many rectangles the ranks' micro-batches have."""
     found: dict[str, Any] = {}
@@ -135,20 +168,28 @@ def evaluation_by_path(folder: Path) -> dict[str, Any]:
     return found
 
 
-RUNS: tuple[tuple[ComputePath, bool], ...] = (("packed", False), ("plain", False), ("plain", True))
+RUNS: tuple[tuple[ComputePath, bool], ...] = (
+    *(("packed", False), ("plain", False), ("plain", True)),
+    *(("alone", False), ("alone", True)),
+)
 
 
 def runs_by_path(folder: Path) -> dict[str, Any]:
     """On each path with evaluation and export; on plain once more, crashed behind a checkpoint.
 
-    The start after the crash may take any path; it keeps that of the run.
+    The start after the crash may take any path; it keeps that of the run. Alone is a model that needs it.
     """
     found: dict[str, Any] = {}
+    ranks.run_on_rank_zero(lambda: str(write_dynamic(folder)))
     for path, crash in RUNS:
+        needed = path == "alone"
         config = rank_cases.config_for(
             folder,
             f"{path}-{'crashed' if crash else 'whole'}",
-            model={"name_or_path": str(folder / "model"), "path": path},
+            model={
+                "name_or_path": str(folder / ("dynamic" if needed else "model")),
+                "path": "auto" if needed else path,
+            },
             loss=rank_cases.DPO,
             data={"eval": str(folder / "pairs.jsonl")},
             train={"max_steps": 4, "micro_batch_tokens": 450},

@@ -15,7 +15,8 @@ import torch
 import worlds
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefopt_dist.batching.micro_batch import MicroBatch, pack
+from prefopt_dist.batching.micro_batch import MicroBatch
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.commands import train
 from prefopt_dist.config import load_config
 from prefopt_dist.data.unit import Unit

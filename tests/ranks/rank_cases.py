@@ -32,8 +32,9 @@ from places import REPOSITORY
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt_dist.batching.batches import Prefetcher, ScoredRows, evaluation_batch, step_batch
-from prefopt_dist.batching.micro_batch import ComputePath, Segment, pack
+from prefopt_dist.batching.micro_batch import ComputePath, Segment
 from prefopt_dist.batching.order import Order
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.checkpoint import load, save
 from prefopt_dist.commands import train
 from prefopt_dist.config import Config, load_config, load_deepspeed_json
@@ -195,6 +196,7 @@ def exact_kto(policy: Any, reference: Any, data: UnpairedRows, rows: list[int], 
 
 FAMILY: dict[str, dict[str, Any]] = {
     "dpo per token": {"name": "dpo", "beta": 5.0, "label_smoothing": 0.0, "average": "tokens"},
+    "dpo, alpha": {"name": "dpo", "beta": 0.02, "label_smoothing": 0.0, "divergence": "alpha"},
     "dpo with sft": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.7},
     "robust": {"name": "robust", "beta": 0.2, "label_smoothing": 0.2},
     "ipo on sums": {"name": "ipo", "beta": 0.05, "average": "sums"},
@@ -306,7 +308,8 @@ def weighted_run(folder: Path) -> dict[str, Any]:
 
     ranks.run_on_rank_zero(write)
     data = {"train": str(file), "eval": str(file), "weight": "w", "margin": "a - b"}
-    config = config_for(folder, "weighted-whole", loss=DPO, data=data, train={"max_steps": 3})
+    loss = DPO | {"ld_alpha": 0.5}  # its reference has beginnings of responses, which the step-0 check compares too
+    config = config_for(folder, "weighted-whole", loss=loss, data=data, train={"max_steps": 3})
     train.run(config)
     return ranks.run_on_rank_zero(partial(the_end, config.run_dir))
 
@@ -347,6 +350,50 @@ KTO = {"name": "kto", "beta": 0.05, "desirable_weight": 1.0, "undesirable_weight
 def kto(folder: Path) -> dict:
     """The models in this order, since in the other z0 is 0."""
     return equality(folder, "kto", 150, KTO, of="reference", against="model", steps=2)
+
+
+def aot(folder: Path) -> dict:
+    """A step under many micro-batches and one, against the sorted values of its pairs in float64; evaluation."""
+    found: dict[str, Any] = {}
+    for name in ("aot", "aot_unpaired"):
+        loss = {"name": name, "beta": 0.05, "label_smoothing": 0.1}
+        config = config_for(folder, name, loss=loss, reference={"name_or_path": str(folder / "reference")})
+        models, objective, scored, _ = ready(config)
+        engine = make_policy(config, models)
+        policy, reference = (plain.build_plain(folder / model) for model in ("model", "reference"))
+
+        def exact(
+            rows: list[int], name: str = name, scored: ScoredRows = scored, models: Any = (policy, reference)
+        ) -> Any:
+            live, start = (plain_pairs(model, scored.rows, rows) for model in models)
+            if name == "aot":
+                high, low = (torch.sort(x[:, 0] - x[:, 1])[0] for x in (live, start))
+            else:
+                high, low = (torch.sort((live - start)[:, k])[0] for k in (0, 1))
+            margin = 0.05 * (high - low)
+            zero = torch.zeros_like(margin)
+            return (0.9 * torch.logaddexp(zero, -margin) + 0.1 * torch.logaddexp(zero, margin)).mean()
+
+        rows = list(range(G))
+        expected = exact(rows)
+        policy.zero_grad()
+        expected.backward()
+        for budget in (150, 100_000):
+            batch = step_batch(scored, rows, 2, budget)
+            sums, _ = step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
+            grads = {n: safe_get_full_grad(p).double() for n, p in engine.module.lm.named_parameters()}
+            engine.optimizer.zero_grad()
+            of = {n: p.grad for n, p in policy.named_parameters()}
+            found[f"{name}, {budget}"] = {
+                "loss": [sums[0] / sums[-1], expected.item()],
+                "gradient": max(float((grads[n] - of[n]).norm() / of[n].norm()) for n in grads),
+                "micro_batches": len(batch),
+            }
+        with torch.no_grad():
+            whole = exact(list(range(scored.rows.n))).item()
+        found[f"{name}, evaluation"] = {"loss": [evaluate(engine, objective, {"": scored}, 150)["eval/loss"], whole]}
+        zero3.release(engine)
+    return found
 
 
 def row_weights(folder: Path) -> dict:
@@ -1050,10 +1097,11 @@ def prepare(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    import adapter_cases  # which has its cases from this file's parts, as the next have
+    import adapter_cases  # which has its cases from this file's parts, as the next ones have
+    import expert_cases
     import lora_cases
     import moving_cases
     import path_cases
 
-    more = vars(lora_cases) | vars(path_cases) | vars(moving_cases) | vars(adapter_cases)
+    more = vars(expert_cases) | vars(lora_cases) | vars(path_cases) | vars(moving_cases) | vars(adapter_cases)
     case_runner.serve(globals() | more, prepare)

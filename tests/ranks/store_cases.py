@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from prefopt_dist.batching.batches import ScoredRows
-from prefopt_dist.batching.micro_batch import MicroBatch, packed_tokens
+from prefopt_dist.batching.micro_batch import MicroBatch
+from prefopt_dist.batching.packing import packed_tokens
 from prefopt_dist.checkpoint import export_check
 from prefopt_dist.commands import reference, train
 from prefopt_dist.config import Config, load_config

@@ -6,7 +6,7 @@ import case_runner
 import pytest
 from test_ranks import check_steps
 
-STEPS = ["dpo_plain_gemma2", "dpo_plain_offloaded", "kto_plain", "lora_plain"]
+STEPS = ["dpo_plain_gemma2", "dpo_plain_offloaded", "dpo_alone", "kto_plain", "lora_plain"]
 RUNS = ["evaluation_by_path", "whole_evaluation", "runs_by_path", "hybrids_plain"]
 
 
@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", STEPS)
-def test_steps_on_padded_rows_equal_float64(folder: Path, case: str) -> None:
+def test_steps_by_path_equal_float64(folder: Path, case: str) -> None:
     check_steps(case_runner.found(folder, case), case)
 
 
@@ -49,6 +49,10 @@ def test_runs_by_path(folder: Path) -> None:
     assert again["starts"] == [0, 3]
     assert again["weights"] == whole["weights"]
     assert again["rows"] == whole["rows"]
+    alone, again = (result[f"run-alone-{name}"] for name in ("whole", "crashed"))
+    assert again["starts"] == [0, 3]
+    assert again["weights"] == alone["weights"] != whole["weights"]
+    assert again["rows"] == alone["rows"]
     for mine, other in zip(whole["rows"], packed["rows"], strict=True):
         loss = f"{mine['kind']}/loss"
         assert mine[loss] == pytest.approx(other[loss], rel=1e-5)

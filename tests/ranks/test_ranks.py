@@ -20,6 +20,7 @@ BOTH = [
     "whole_evaluation",
     "kto_evaluation",
     "row_weights",
+    "aot",
     "other_reference_is_refused",
     "errors_reach_all",
     "packs_alone_and_together",
@@ -127,6 +128,13 @@ def test_weight_2_is_the_row_twice_and_weight_0_its_absence(world: tuple[int, Pa
                 assert weighted[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (name, key)
 
 
+def test_aot_sorts_the_pairs_of_all_ranks(world: tuple[int, Path]) -> None:
+    for case, got in found(world, "aot").items():
+        assert got["loss"][0] == pytest.approx(got["loss"][1], rel=1e-5), case
+        assert got.get("gradient", 0) <= 1e-5, case
+        assert (got.get("micro_batches", 1) > 1) == case.endswith(" 150"), case
+
+
 @pytest.mark.slow
 def test_kto_in_one_micro_batch(slow_world: tuple[int, Path]) -> None:
     """The reference point and the gradient are those of many micro-batches, which are float64's."""
@@ -159,7 +167,7 @@ def test_whole_runs_of_kto_and_a_mix(world: tuple[int, Path]) -> None:
 
 
 def test_a_whole_run_with_weights_and_margins(world: tuple[int, Path]) -> None:
-    """Where policy and reference are equal, the loss is cDPO's at −½; rows of weight 0 are not evaluated."""
+    """With LD-DPO: where policy and reference are equal, the loss is cDPO's at −½; weight 0 is not evaluated."""
     if world[0] == 1:
         pytest.skip("two ranks")
     rows = found(world, "whole_runs")["run-weighted-whole"]["rows"]

@@ -66,7 +66,8 @@ def row_findings(rows: TokenisedRows, evals: Mapping[str, TokenisedRows]) -> Ite
         rows.flagged("other_prompt"),
         lambda i: first_ends if i == other[0] else "",
     )
-    yield _row_finding(rows, "lost_reasoning", "lost_reasoning", rows.flagged("lost_reasoning"))
+    for name in ("lost_reasoning", "lost_prompt"):
+        yield _row_finding(rows, name, "lost_reasoning", rows.flagged(name))
 
 
 def set_findings(

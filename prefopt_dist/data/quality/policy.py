@@ -107,12 +107,17 @@ ADVICE: dict[str, tuple[str, str]] = {
     "double_end": ("an end token that the template writes too; one was removed", "keep: it is repaired"),
     "stray_special": ("special tokens in the text that the template never writes", "remove them from the text"),
     "other_prompt": (
-        "a token extends over the end of the prompt, so in use the prompt ends with another token",
+        "a token extends over the end of the prompt, or data.thinking=keep begins the answer otherwise than generation "
+        "does, so in use the prompt ends with another token",
         "set data.thinking=empty where the template opens reasoning; otherwise keep them",
     ),
     "lost_reasoning": (
         "the chat template omits the reasoning of earlier turns, as at generation",
         "keep, since generation does the same; or choose a template that keeps it",
+    ),
+    "lost_prompt": (
+        "the chat template omits a part of the prompt: a turn's text, a call, or the tools",
+        "choose a template that writes it (data.chat_template), or remove it from the rows",
     ),
     # The data set as a whole.
     "few_rows": (

@@ -85,16 +85,44 @@ def row_text(shown: ShownRow, kind: str, tokenizer: PreTrainedTokenizerBase) -> 
     return "\n".join(lines)
 
 
+def rows_for_report(rows: list[ShownRow], kind: str, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Return rows for the page of `report`, which has no tokenizer; kind: the data set's kind of rows."""
+    return [
+        {
+            "origin": shown.origin,
+            "prompt": shown.prompt_text,
+            "prompt_tokens": len(shown.prompt_ids),
+            "responses": [
+                {
+                    "name": name,
+                    "tokens": len(ids),
+                    "learnt": sum(learnt),
+                    "pieces": [{"text": text, "learnt": mine} for text, mine in _pieces(tokenizer, ids, learnt)],
+                }
+                for name, ids, learnt in zip(NAMES[kind], shown.responses_ids, shown.learnt, strict=True)
+            ],
+            "cut": shown.cut,
+            "ignored_columns": shown.ignored_columns,
+        }
+        for shown in rows
+    ]
+
+
 def _marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], learnt: list[bool]) -> str:
     """Return the text with marks around each run of learnt tokens."""
-    pieces: list[str] = []
+    pieces = _pieces(tokenizer, ids, learnt)
+    return "".join(f"{OPENS}{text}{CLOSES}" if mine else text for text, mine in pieces)
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], learnt: list[bool]) -> list[tuple[str, bool]]:
+    """Return the text of each run of tokens that are all learnt or all not learnt."""
+    pieces: list[tuple[str, bool]] = []
     start = 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or learnt[end] != learnt[start]:
-            text = _decoded(tokenizer, ids[start:end])
-            pieces.append(f"{OPENS}{text}{CLOSES}" if learnt[start] else text)
+            pieces.append((_decoded(tokenizer, ids[start:end]), learnt[start]))
             start = end
-    return "".join(pieces)
+    return pieces
 
 
 def _on_one_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Proofs that are kept in the cache, under the digest of all that they depend on."""
+"""Proofs and refusals that are kept in the cache, under the digest of all that they depend on."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig
 from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.files import write_json
 from prefopt_dist.model.fingerprint import IGNORED_FIELDS
-from prefopt_dist.model.folder import length_dependent
-from prefopt_dist.model.proof.prove import Proof, Tried, prove
+from prefopt_dist.model.proof.prove import Proof, Refusal, Tried, try_paths
+from prefopt_dist.model.rotary import length_dependent
 
 LIBRARIES = ("torch", "transformers", "kernels", "flash-attn", "flash-linear-attention", "mamba-ssm", "causal-conv1d")
 """Packages that compute a model, or that transformers takes kernels from where they are installed."""
@@ -48,19 +48,27 @@ def proven_path(
         cache: the folder of proofs; one that cannot be written costs time, but never a result.
 
     Raises:
-        UserError: as `prove`; a refusal is not kept.
+        UserError: as `prove`.
     """
     file = cache / f"{_digest(config, path, max_length, device)}.json"
     # A resume names the path that its first start has found among all.
     for known in (file, cache / f"{_digest(config, None, max_length, device)}.json"):
         found = _read(known)
-        if found is not None and path in (None, found.path):
+        if isinstance(found, Refusal) and known == file:
+            raise found.error(
+                key, remedy if found.tried else None, f"(Found in the cache; remove {file} to try again.) "
+            )
+        if isinstance(found, Proof) and path in (None, found.path):
             return found, True
-    proof = prove(config, key=key, path=path, remedy=remedy, max_length=max_length, device=device)
-    with contextlib.suppress(OSError):
-        cache.mkdir(parents=True, exist_ok=True)
-        write_json(file, asdict(proof))
-    return proof, False
+    made = try_paths(config, path=path, max_length=max_length, device=device)
+    # Where memory ran out, another time may show more.
+    if not any(tried.no_memory for tried in made.tried) and not (isinstance(made, Refusal) and made.no_memory):
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            write_json(file, asdict(made))
+    if isinstance(made, Refusal):
+        raise made.error(key, remedy if made.tried else None)
+    return made, False
 
 
 def _digest(config: PreTrainedConfig, path: ComputePath | None, max_length: int | None, device: torch.device) -> str:
@@ -94,11 +102,13 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _read(file: Path) -> Proof | None:
-    """Return a kept proof; None where it is missing or damaged."""
+def _read(file: Path) -> Proof | Refusal | None:
+    """Return a kept proof or refusal; None where it is missing or damaged."""
     try:
         content: dict[str, Any] = json.loads(file.read_text())
         tried = tuple(Tried(**one) for one in content.pop("tried"))
+        if "remedy" in content:
+            return Refusal(**content | {"tried": tried})
         return Proof(**content | {"tried": tried, "cuts": tuple(content["cuts"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

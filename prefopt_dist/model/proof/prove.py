@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -14,13 +14,16 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from prefopt_dist.batching.micro_batch import PATHS, ComputePath, pack
+from prefopt_dist.batching.micro_batch import PATHS, ComputePath
+from prefopt_dist.batching.packing import pack
+from prefopt_dist.distributed.out_of_memory import is_out_of_memory
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.load import attention_of, without_dropout
 from prefopt_dist.model.proof import alone, differences, sequences
 from prefopt_dist.model.proof.alone import Gradients
 from prefopt_dist.model.proof.cut import MOST_BYTES, CannotCut, Cut, cuts, text_of
 from prefopt_dist.model.proof.weights import randomise
+from prefopt_dist.model.rotary import length_dependent, length_dependent_types
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives.objective import Sequences, Terms, terms
 
@@ -59,6 +62,8 @@ class Tried:
     """The tensor of that difference."""
     why: str = ""
     """Why it is not equal, or which noise explains a difference above the tolerances."""
+    no_memory: bool = False
+    """Whether memory ran out, so that another time the path may be equal."""
 
     def text(self) -> str:
         """Name the numbers or the error."""
@@ -78,6 +83,28 @@ class Proof:
     influence: float
     """By how much a later token changes an earlier logit, relative to the largest."""
     seconds: float
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The result of a proof that found no path, with what was tried."""
+
+    why: str
+    """Why the model is refused, with the numbers; the words after its dotted key."""
+    remedy: str
+    tried: tuple[Tried, ...] = ()
+    no_memory: bool = False
+    """Whether memory ran out before any path was tried."""
+
+    def error(self, key: str, remedy: str | None = None, where: str = "") -> UserError:
+        """Return the error for the user.
+
+        Args:
+            key: the dotted key that names the model.
+            remedy: another remedy than the refusal's own, where a path was asked for.
+            where: where the refusal was found.
+        """
+        return UserError(f"{key}: {self.why} {where}{self.remedy if remedy is None else remedy}")
 
 
 class _Weighted:
@@ -128,28 +155,52 @@ def prove(
     Raises:
         UserError: no path computes the model's own numbers, or the model is not causal, or no cut of it can be built.
     """
+    found = try_paths(config, path=path, max_length=max_length, device=device, most_bytes=most_bytes)
+    if isinstance(found, Refusal):
+        raise found.error(key, remedy if found.tried else None)
+    return found
+
+
+def try_paths(
+    config: PreTrainedConfig,
+    *,
+    path: ComputePath | None = None,
+    max_length: int | None = None,
+    device: torch.device | None = None,
+    most_bytes: int = MOST_BYTES,
+) -> Proof | Refusal:
+    """Return what `prove` returns, or why it raises.
+
+    Args:
+        config: as in `prove`, as are path, max_length, device and most_bytes.
+        path: see there.
+        max_length: see there.
+        device: see there.
+        most_bytes: see there.
+    """
     device = device or torch.device("cpu")
     # The run's own random numbers do not depend on whether its proof is found in the cache.
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-        return _prove(config, key, path, remedy, max_length, device, most_bytes)
+        return _prove(config, path, max_length, device, most_bytes)
 
 
 def _prove(
     config: PreTrainedConfig,
-    key: str,
     path: ComputePath | None,
-    remedy: str | None,
     max_length: int | None,
     device: torch.device,
     most_bytes: int,
-) -> Proof:
+) -> Proof | Refusal:
     begin = time.perf_counter()
-    small, case = _first_that_works(config, key, max_length, most_bytes, device)
+    first = _first_that_works(config, max_length, most_bytes, device)
+    if isinstance(first, Refusal):
+        return first
+    small, case = first
     if case.influence > CAUSAL_TOLERANCE:
-        raise UserError(
-            f"{key}: this {config.model_type} model is not causal: a later token changes an earlier logit by "
-            f"{case.influence:.1e} of the largest, so that the log-prob of a token would depend on those after it. "
-            "Give a causal language model."
+        return Refusal(
+            f"this {config.model_type} model is not causal: a later token changes an earlier logit by "
+            f"{case.influence:.1e} of the largest, so that the log-prob of a token would depend on those after it.",
+            "Give a causal language model.",
         )
     tried: list[Tried] = []
     for candidate in PATHS if path is None else (path,):
@@ -157,39 +208,42 @@ def _prove(
         if tried[-1].equal:
             return Proof(candidate, tuple(tried), small.changes, case.influence, time.perf_counter() - begin)
     which = "no path computes" if path is None else f"the path {path} does not compute"
-    raise UserError(
-        f"{key}: {which} the numbers of this {config.model_type} model alone. "
+    return Refusal(
+        f"{which} the numbers of this {config.model_type} model alone. "
         + "; ".join(t.text() for t in tried)
-        + f". Allowed are {SUM_TOLERANCE:.0e} and {GRADIENT_TOLERANCE:.0e}. "
-        + ("Give a model of another family." if path is None else remedy or "Set model.path=auto.")
+        + f". Allowed are {SUM_TOLERANCE:.0e} and {GRADIENT_TOLERANCE:.0e}.",
+        "Give a model of another family." if path is None else "Set model.path=auto.",
+        tuple(tried),
     )
 
 
 def _first_that_works(
-    config: PreTrainedConfig, key: str, max_length: int | None, most_bytes: int, device: torch.device
-) -> tuple[Cut, _Case]:
+    config: PreTrainedConfig, max_length: int | None, most_bytes: int, device: torch.device
+) -> tuple[Cut, _Case] | Refusal:
     """Return the first cut that plain transformers computes."""
     why: Exception | None = None
     try:
         for small in islice(cuts(without_dropout(config), max_length, most_bytes), MOST_CUTS):
             try:
-                return small, _Case(small, device)
+                return small, _Case(small, device, of_length=length_dependent(config, max_length))
             except Exception as e:  # the family needs widths, or ratios of them, that this cut does not have
                 why = why or e
     except CannotCut as e:
         why = why or e
     assert why is not None
-    raise UserError(
-        f"{key}: no small copy of this {config.model_type} model can be computed, so that no path can be proven "
-        f"({why if isinstance(why, CannotCut) else text_of(why)}). Give a model of another family."
-    ) from why
+    return Refusal(
+        f"no small copy of this {config.model_type} model can be computed, so that no path can be proven "
+        f"({why if isinstance(why, CannotCut) else text_of(why)}).",
+        "Give a model of another family.",
+        no_memory=is_out_of_memory(why),
+    )
 
 
 class _Case:
     """A cut with weights, and what plain transformers computes with them."""
 
-    def __init__(self, small: Cut, device: torch.device) -> None:
-        self._config, self._device = small.config, device
+    def __init__(self, small: Cut, device: torch.device, *, of_length: bool) -> None:
+        self._config, self._device, self._of_length = small.config, device, of_length
         model = _build(small.config, "eager")
         randomise(model)  # on the host, so that every device proves the same weights
         model.to(device)
@@ -197,11 +251,11 @@ class _Case:
         self._units = sequences.units(_tokens(small.config.to_dict()), _special(small.config.to_dict()))
         self._by = sequences.weights().to(device)
         ids = torch.from_numpy(np.concatenate([self._units[-1].prompt, self._units[-1].responses[1]]).astype(np.int64))
-        self.influence = alone.influence_of_later_tokens(model, ids.to(device))
+        self.influence = alone.influence_of_later_tokens(model, ids.to(device), of_length=of_length)
         if CAUSAL_TOLERANCE < self.influence <= MOST_ROUNDING:
             exact = self._filled("eager").double()
             with _float64_by_default():
-                self.influence = alone.influence_of_later_tokens(exact, ids.to(device))
+                self.influence = alone.influence_of_later_tokens(exact, ids.to(device), of_length=of_length)
         self._sums, self._gradients = alone.sums_and_gradients(model, self._units, self._by)
         self._exact: tuple[torch.Tensor, Gradients] | None = None
 
@@ -210,8 +264,12 @@ class _Case:
         try:
             sums, gradients = self._by_path(path)
         except Exception as e:  # whatever the family's code or ours raises on this path ends it
-            return Tried(path, False, why=f"{text_of(e)}")
-        return self._compare(path, sums, gradients)
+            return Tried(path, False, why=text_of(e), no_memory=is_out_of_memory(e))
+        found = self._compare(path, sums, gradients)
+        if self._of_length and path != "alone":  # the tables of a cut may be too like each other to show it
+            scalings = ", ".join(length_dependent_types(self._config))
+            return replace(found, equal=False, why=f"the rotary scaling {scalings} looks at the longest of the row")
+        return found
 
     def _by_path(self, path: ComputePath) -> tuple[torch.Tensor, Gradients]:
         model = self._filled(attention_of(self._config, path))

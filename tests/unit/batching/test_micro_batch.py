@@ -7,7 +7,8 @@ import pytest
 import torch
 from models_for_tests import pairs, tokens
 
-from prefopt_dist.batching.micro_batch import PromptEnds, Segment, pack, packed_tokens
+from prefopt_dist.batching.micro_batch import PromptEnds, Segment
+from prefopt_dist.batching.packing import pack, packed_tokens
 from prefopt_dist.data.unit import Unit
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from prefopt_dist.batching.layout import fill_micro_batches, group_by_prompt, lay_out
-from prefopt_dist.batching.micro_batch import pack, packed_tokens
 from prefopt_dist.batching.order import Order
+from prefopt_dist.batching.packing import pack, packed_tokens
 from prefopt_dist.data.unit import Unit
 
 # Order

@@ -11,16 +11,8 @@ from models_for_tests import pairs, tokens
 
 from benchmarks.pairs import MIXES, draw_lengths
 from prefopt_dist.batching.layout import Cost, fill_micro_batches, lay_out, most_keys_per_token, tokens_and_cost
-from prefopt_dist.batching.micro_batch import (
-    MicroBatch,
-    PromptEnds,
-    Segment,
-    forwards,
-    gathered_keys,
-    pack,
-    packed_tokens,
-    sequence_lengths,
-)
+from prefopt_dist.batching.micro_batch import MicroBatch, PromptEnds, Segment
+from prefopt_dist.batching.packing import forwards, gathered_keys, pack, packed_tokens, sequence_lengths
 from prefopt_dist.batching.rectangles import fill, fill_evenly, padded_tokens, shapes
 from prefopt_dist.data.unit import Unit
 
@@ -67,6 +59,23 @@ def test_rectangles_of_a_hand_made_row() -> None:
     assert torch.equal(flat[batch.source], packed.source), "each state is that of the packed row, at another place"
     assert row[flat].tolist()[4:9] == [1, 2, 3, 4, 4]
     assert batch.prompts == packed.prompts
+
+
+def test_sequences_by_themselves() -> None:
+    """With their last token, which predicts nothing: transformers chooses rotary frequencies by the whole length."""
+    batch = pack(HAND_MADE, 2, "alone")
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 1, 2, 6, 1, 2, 3, 4, 7, 7, 8, 3, 4, 8, 9, 9, 9]]
+    spans = [(0, 5), (5, 8), (8, 14), (14, 17), (17, 21)]
+    assert [rectangle.tolist() for rectangle in batch.rectangles] == [[list(range(a, b))] for a, b in spans]
+    packed = pack(HAND_MADE, 2, "packed")
+    assert torch.equal(batch.input_ids[0, batch.source], packed.input_ids[0, packed.source])
+    assert torch.equal(batch.position_ids[0, batch.source], packed.position_ids[0, packed.source])
+    for name in ("target", "scored", "counts", "units", "by_prompt"):
+        assert torch.equal(getattr(batch, name), getattr(packed, name)), name
+    assert batch.prompts == packed.prompts
+    assert batch.tokens == 21 == packed_tokens(HAND_MADE, "alone")
+    assert forwards([HAND_MADE, HAND_MADE[:1], []], "alone") == 5
+    assert forwards([[]], "alone") == 1
 
 
 @pytest.mark.parametrize("units", [pairs(), pairs()[:1], pairs()[5:7]])
@@ -155,7 +164,7 @@ def test_padding_on_lengths_like_those_of_data(mix: str, pairs_of_step: int, wor
     assert wait <= 0.1
 
 
-@pytest.mark.parametrize("path", ["packed", "plain"])
+@pytest.mark.parametrize("path", ["packed", "plain", "alone"])
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("budget", [60, 200, 10**6])
 def test_lay_out_by_path(path: str, world: int, budget: int) -> None:

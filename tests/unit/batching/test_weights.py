@@ -8,9 +8,9 @@ import pytest
 import torch
 from loss_family import FAMILY, called, made
 
-from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.batching.weights import with_mean_1
-from prefopt_dist.config.losses import LOSSES, WITH_MARGIN
+from prefopt_dist.config.losses import LOSSES, NOT_MIXED, WITH_MARGIN
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.row_counts import DataReport
 from prefopt_dist.data.unit import Unit
@@ -109,7 +109,7 @@ def test_weight_2_is_the_pair_twice(objective: Objective) -> None:
     assert diagnosis_a == pytest.approx(diagnosis_b, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("kto", "sft")])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("sft", *NOT_MIXED)])
 def test_a_margin_is_subtracted_where_the_loss_has_one(name: str) -> None:
     """m − Δ for m: by hand for DPO; IPO's target grows; the others keep their loss, and the rewards stay the same."""
     objective = made({"name": name})

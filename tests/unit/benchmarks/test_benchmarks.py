@@ -8,7 +8,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -17,12 +19,13 @@ from places import REPOSITORY
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from benchmarks import frontier, imbalance, parity, profile, report
+from benchmarks import frontier, imbalance, ours, parity, profile, report
 from benchmarks.floor import SHAPES, distinct_tokens, first_pass_flop, forward_flop, step_flop
 from benchmarks.pairs import END, FIRST_TOKEN, MIXES, draw_lengths, draw_pairs, padding, usual_padding
 from benchmarks.step import STEPS
 from benchmarks.world import Task, load_task, save_task, text, write_model
-from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.batching.micro_batch import PATHS
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.config import load_config
 from prefopt_dist.config.losses import DPOLoss
 from prefopt_dist.data.unit import Unit
@@ -55,6 +58,18 @@ def test_timed_steps_are_padded_as_the_mix(mix: str) -> None:
     assert padding(lengths[8:], 8) == pytest.approx(usual, rel=0.02)
     assert padding(lengths[:8], 8) == pytest.approx(usual, rel=0.06)  # eight pairs cannot be nearer
     assert np.mean(lengths[8:], axis=0) == pytest.approx(np.mean(draw_lengths(MIXES[mix], 4096), axis=0), rel=0.01)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_profiled_step_takes_the_path_of_its_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: Any) -> None:
+    """A packed row given to a model of padded ones would end with an error, the plain one with other times."""
+    task, taken = Task(TINY, "hh-like", 2, 1, 0, "cpu", 0, path=path), []
+    for name in ("inspect_folder", "policy_engine", "forward_cost"):
+        monkeypatch.setattr(ours, name, lambda *_: SimpleNamespace(config=None))
+    monkeypatch.setattr(ours, "step", MagicMock())
+    monkeypatch.setattr(ours, "step_batch", lambda *_, path="shared": taken.append(path))
+    ours.make_stepper(task, tmp_path, 4096)(0)
+    assert taken == [path]
 
 
 def test_padding_by_hand() -> None:

@@ -29,7 +29,7 @@ from prefopt_dist.setup.prepare_data import tokenised_train_folder
 
 ROW_KINDS = (
     "duplicates contradictions eval_pairs eval_prompts cut_prompt cut_response unfair_cut missing_bos missing_end "
-    "double_bos double_end stray_special lost_reasoning other_prompt"
+    "double_bos double_end stray_special lost_reasoning lost_prompt other_prompt"
 ).split()
 
 

@@ -90,7 +90,16 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "update_every_steps": None,
         },
         "lora": None,
-        "loss": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0, "average": "sums", "sft_weight": 0.0},
+        "loss": {
+            "name": "dpo",
+            "beta": 0.1,
+            "label_smoothing": 0.0,
+            "average": "sums",
+            "divergence": "reverse_kl",
+            "divergence_alpha": 0.5,
+            "ld_alpha": 1.0,
+            "sft_weight": 0.0,
+        },
         "optim": {
             "learning_rate": 5e-7,
             "schedule": "linear",
@@ -106,6 +115,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "global_batch_pairs": 64,
             "micro_batch_tokens": 8192,
             "deterministic": False,
+            "router_aux_loss_coef": 0.0,
             "on_spike": "none",
             "spike_factor": 10.0,
             "max_skipped_steps": 3,
@@ -249,7 +259,12 @@ def test_what_the_nulls_stand_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("tracking.wandb=offline", ["tracking.wandb", "mapping"]),
         (
             "loss.name=opi",
-            ["loss.name", "'opi'", "dpo, robust, ipo, hinge, exo_pair, ", "simpo, alphapo, cpo, orpo, kto, sft"],
+            [
+                "loss.name",
+                "'opi'",
+                "dpo, robust, ipo, hinge, exo_pair, ",
+                "simpo, alphapo, cpo, orpo, aot, aot_unpaired, kto, sft",
+            ],
         ),
         ("loss.name=[dpo]", ["loss.name", "dpo, robust"]),
         ("loss.beta=0", ["loss.beta", "greater than 0"]),
@@ -307,7 +322,7 @@ def test_losses(tmp_path: Path) -> None:
     message = complaint(tmp_path, "loss.name=sft", "loss.beta=0.1")
     assert "loss.beta" in message
     assert "dpo, robust, ipo, hinge, exo_pair, " in message
-    assert "simpo, alphapo, cpo, orpo, kto have it" in message
+    assert "simpo, alphapo, cpo, orpo, aot, aot_unpaired, kto have it" in message
     assert all(cls().name == name for name, cls in LOSSES.items())
 
 
@@ -325,6 +340,15 @@ def test_losses(tmp_path: Path) -> None:
         ("exo_pair", "label_smoothing", "0", ["loss.label_smoothing", "got 0", "(0, 0.5)"]),
         ("discopop", "temperature", "1.5", ["loss.temperature", "got 1.5", "(0, 1]"]),
         ("dpop", "penalty", "0", ["loss.penalty", "got 0", "greater than 0"]),
+        (
+            "dpo",
+            "divergence",
+            "kl",
+            ["loss.divergence", "'kl'", "one of reverse_kl, forward_kl, jensen_shannon, alpha"],
+        ),
+        ("dpo", "ld_alpha", "1.5", ["loss.ld_alpha", "got 1.5", "in [0, 1]"]),
+        ("dpo", "divergence_alpha", "1", ["loss.divergence_alpha", "got 1", "(0, 1)"]),
+        ("dpo", "divergence_alpha", "0.3", ["divergence_alpha", "got 0.3", "reverse_kl, which has no α"]),
         ("alphapo", "alpha", "0", ["loss.alpha", "got 0", "different from 0"]),
         ("apo_zero", "penalty", "1", ["loss.penalty", "not an option of the loss apo_zero; dpop has it"]),
     ],
@@ -350,6 +374,9 @@ def test_an_option_of_another_loss_is_refused(tmp_path: Path, name: str) -> None
         "undesirable_weight": "0.5",
         "split_pairs": "true",
         "temperature": "0.3",
+        "divergence": "alpha",
+        "divergence_alpha": "0.5",
+        "ld_alpha": "0.5",
         "penalty": "3.0",
         "alpha": "0.3",
     }
@@ -619,6 +646,19 @@ def test_identity_leaves_out_what_may_change(tmp_path: Path) -> None:
     assert differing_keys(identity(load(tmp_path)), identity(load(tmp_path, *changed))) == []
 
 
+def test_later_options_of_a_loss_are_no_part_of_the_identity_at_their_defaults(tmp_path: Path) -> None:
+    """A run folder that was begun before they existed resumes."""
+    assert [key for key in identity(load(tmp_path)) if key.startswith("loss.")] == [
+        *("loss.name", "loss.beta", "loss.label_smoothing", "loss.average", "loss.sft_weight")
+    ]
+    mix = identity(load(tmp_path, "loss.name=mix", "loss.of={dpo: {weight: 1}, ipo: {weight: 1}}"))
+    assert not any("divergence" in key for key in mix)
+    changed = load(tmp_path, "loss.divergence=forward_kl")
+    assert differing_keys(identity(load(tmp_path)), identity(changed)) == [
+        "loss.divergence: was absent, now forward_kl"
+    ]
+
+
 def test_a_policy_about_evaluation_needs_evaluation(tmp_path: Path) -> None:
     for policy in ("drop", "stop"):
         with pytest.raises(UserError, match=rf"^inspect\.eval_pairs: got {policy}, but data\.eval is null.*keep$"):
@@ -637,6 +677,8 @@ def test_a_margin_needs_a_loss_that_has_one(tmp_path: Path) -> None:
         message = complaint(tmp_path, f"loss.name={loss}", "data.margin=m")
         assert message.startswith(f"data.margin: got 'm', but the loss {loss} has no margin of rewards")
         assert "set loss.name to one of dpo, robust" in message
+    message = complaint(tmp_path, "loss.name=aot", "data.weight=w")
+    assert message.startswith("data.weight: got 'w', but the loss aot compares pairs by their ranks")
     load(tmp_path, "loss.name=hinge", "data.margin=m")
     parts = "loss.of={dpo: {weight: 1}, sft: {weight: 1}}"
     assert load(tmp_path, "loss.name=mix", parts, "data.margin=m").data.margin == "m"

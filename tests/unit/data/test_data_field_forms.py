@@ -1,5 +1,6 @@
 """Forms of tools and sets of the field, in rows of our own; none needs a configuration."""
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,6 +42,8 @@ PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("swift", {"messages": [*ASKED, *YES], "rejected_response": BAD}),
     ("swift", {"messages": [*ASKED, *YES], "rejected_response": NO}),
     ("swift_messages", {"messages": [*ASKED, *YES], "rejected_messages": [*ASKED, *NO]}),
+    ("swift", {"messages": json.dumps([*ASKED, *YES]), "rejected_response": BAD}),
+    ("swift_query", {"query": Q, "response": GOOD, "rejected_response": BAD, "history": []}),
     ("alpaca_pair", {"instruction": Q, "input": "", "chosen": GOOD, "rejected": BAD}),
     ("alpaca_outputs", {"instruction": Q, "input": "", "output": [GOOD, BAD]}),
     ("alpaca_farm", {"instruction": Q, "input": "", "output_1": BAD, "output_2": GOOD, "preference": 2}),
@@ -48,6 +51,7 @@ PAIRS: list[tuple[str, dict[str, Any]]] = [
         {"response": "green", "overall_score": 4.0}, {"response": GOOD, "overall_score": 7.5},
         {"response": BAD, "overall_score": 2.0}]}),
     ("question_pair", {"question": Q, "chosen": GOOD, "rejected": BAD}),
+    ("input_pair", {"input": Q, "chosen": GOOD, "rejected": BAD, "rating": [9.0, 4.0]}),
     ("openai", {"input": {"messages": ASKED, "tools": []}, "preferred_output": YES, "non_preferred_output": NO}),
     ("nemo", {"context": ASKED, "completions": [{"rank": 1, "completion": NO}, {"rank": 0, "completion": YES}]}),
     ("nectar", {"prompt": f"\n\nHuman: {Q}\n\nAssistant: ", "answers": [
@@ -63,6 +67,12 @@ PAIRS: list[tuple[str, dict[str, Any]]] = [
                      "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}),
     ("implicit_prompt", {"chosen": f"{Q} {GOOD}", "rejected": f"{Q} {BAD}"}),
     ("pair", {"prompt": [said("user", [{"type": "text", "text": Q}])], "chosen": YES[0], "rejected": NO}),
+    ("pair", {"prompt": Q, "chosen": json.dumps(YES[0]), "rejected": json.dumps(NO[0])}),
+    ("sharegpt", {"conversations": json.dumps(HUMAN), "chosen": json.dumps(gpt(GOOD)),
+                  "rejected": json.dumps(gpt(BAD))}),
+    ("sharegpt", {"conversations": [{"from": "Human", "value": Q}], "chosen": {"from": "GPT", "value": GOOD},
+                  "rejected": gpt(BAD)}),
+    ("conversations", {"chosen": json.dumps([*ASKED, *YES]), "rejected": json.dumps([*ASKED, *NO])}),
     ("conversations", {"chosen": [*ASKED, *YES], "rejected": [*ASKED, *NO], "chosen_rating": 5.0, "messages": ASKED}),
     ("pair", {"prompt": Q, "chosen": GOOD, "rejected": BAD, "messages": [*ASKED, *YES]}),
 ]  # fmt: skip
@@ -105,6 +115,42 @@ def test_rated_rows_and_demonstrations_of_the_field(
     assert TOKENIZER.decode(rows.prompt(0)) == FRAME
     assert TOKENIZER.decode(rows.response(0, 0)) == f"{BAD}<|im_end|>"
     assert (None if rows.labels is None else rows.labels.tolist()) == (None if label is None else [label])
+
+
+def test_rated_answers_in_successive_rows_are_joined(tmp_path: Path) -> None:
+    """Each row keeps its line; a prompt with one answer, or with equal ratings, has no preference."""
+    rated = [
+        (Q, BAD, 1),
+        (Q, "green", 3),
+        (Q, GOOD, 4),
+        ("who?", "a", 2),
+        ("why?", "a", 2),
+        ("why?", "b", 2),
+        (Q, BAD, 0),
+    ]
+    rows = [{"prompt": p, "response": r, "helpfulness": h, "verbosity": 1} for p, r, h in rated]
+    path = lines(tmp_path / "r.jsonl", [*rows, {"prompt": "who?", "response": 3, "helpfulness": 4}])
+    made = open_rows(prepare(tmp_path, path, on_bad_row="drop"))
+    assert made.report.form == "helpsteer2_rated"
+    assert [made.origin(i) for i in range(made.n)] == [f"{path}:3"]
+    found = [TOKENIZER.decode(part) for part in (made.prompt(0), made.response(0, 0), made.response(0, 1))]
+    assert found == [FRAME, f"{GOOD}<|im_end|>", f"{BAD}<|im_end|>"]
+    assert made.report.dropped == {"joined": 3, "tie": 3, "wrong_type": 1}
+    assert made.report.ignored == {path: {"verbosity": 1}}
+
+
+def test_a_key_of_messages_that_is_not_read_is_named(tmp_path: Path) -> None:
+    row = {"prompt": [ASKED[0] | {"id": 3}], "chosen": [YES[0] | {"weight": 0, "name": "x", "audio": None}]}
+    path = lines(tmp_path / "r.jsonl", [row | {"rejected": BAD}, row | {"rejected": BAD, "note": 1}])
+    made = open_rows(prepare(tmp_path, path))
+    assert made.report.ignored == {path: {"prompt[].id": 2, "chosen[].weight": 2, "note": 1}}
+
+
+def test_the_field_reasoning_is_reasoning() -> None:
+    """It is the name that some servers give; most templates read another."""
+    row = {"prompt": ASKED, "chosen": [YES[0] | {"reasoning": "hm"}], "rejected": NO}
+    (turn,) = read_form("pair", row).responses[0]
+    assert dict(turn.extra) == {"reasoning_content": "hm", "reasoning": "hm"}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

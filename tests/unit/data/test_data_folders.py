@@ -42,7 +42,7 @@ HUB = [f"data/{split}-0000{k}-of-00002.parquet" for split in ("test_a", "train_a
 
 def test_one_split_is_taken(tmp_path: Path) -> None:
     several = write(tmp_path / "hub", *HUB)
-    with pytest.raises(UserError, match=r"no split named 'train'; name one of \['test_a', 'train_a', 'tr"):
+    with pytest.raises(UserError, match=r"no split named 'train'; name one of \['test_a', 'train_a', .*split: train_a"):
         taken(several)
     assert taken(several, "train_b") == HUB[4:]
     with pytest.raises(UserError, match=r"no split 'train'; name one of \['test_a'"):
@@ -58,6 +58,24 @@ def test_one_split_is_taken(tmp_path: Path) -> None:
         taken(tmp_path / "parts", "test")
     with pytest.raises(UserError, match=r"no split named 'train'; name one of \['validation'\]"):
         taken(write(tmp_path / "held", "validation.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("names", "listed"),
+    [
+        (("dpo_train.jsonl", "dpo_test.jsonl"), "['dpo_test', 'dpo_train']"),
+        (("pairs-train-0.parquet", "pairs-train-1.parquet", "pairs-val-0.parquet"), "['pairs-train', 'pairs-val']"),
+        (("training.jsonl", "holdout.jsonl"), "['holdout', 'training']"),
+    ],
+)
+def test_splits_with_further_words_are_not_mixed(tmp_path: Path, names: tuple[str, ...], listed: str) -> None:
+    folder = write(tmp_path / "hub", *names)
+    with pytest.raises(UserError) as caught:
+        taken(folder)
+    assert f"no split named 'train'; name one of {listed}" in str(caught.value)
+    first = listed.split("'")[3]
+    assert taken(folder, first) == [name for name in names if name.startswith(first)]
+    assert taken(write(tmp_path / "capitals", "Train.jsonl", "Test.jsonl")) == ["Train.jsonl"]
 
 
 def test_one_configuration_is_taken(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from encoding import encode, fault, pair
 from models_for_tests import apart, make, pairs
 from tokenizers_for_tests import CHATML, small_tokenizer
 
-from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.data import open_rows, sequence_digest
 from prefopt_dist.data.derived import build_unpaired_rows, without_rows
 from prefopt_dist.data.example import Message

@@ -16,6 +16,7 @@ from places import PYTHONPATH, REPOSITORY
 
 from prefopt_dist.data import workers
 from prefopt_dist.data.parts import PartResult
+from prefopt_dist.data.processes import Processes
 from prefopt_dist.data.workers import Share
 from prefopt_dist.errors import UserError
 
@@ -105,13 +106,13 @@ def test_finished_parts_are_used_and_damaged_ones_made_again(tmp_path: Path, mon
     files[7].unlink()
     stamps = {path: path.stat().st_mtime_ns for path in files if path.exists()}
     made: list[str] = []
-    submit = workers.ProcessPoolExecutor.submit
+    tokenise = Processes.tokenise
 
-    def noted(pool: Any, function: Any, part: Any, file: Path) -> Any:
+    def noted(processes: Processes, part: Any, file: Path) -> Any:
         made.append(file.name)
-        return submit(pool, function, part, file)
+        return tokenise(processes, part, file)
 
-    monkeypatch.setattr(workers.ProcessPoolExecutor, "submit", noted)
+    monkeypatch.setattr(Processes, "tokenise", noted)
     two = prepare(tmp_path / "two", *sources)
     assert made == [files[4].name, files[7].name]
     assert len(stamps) == 9

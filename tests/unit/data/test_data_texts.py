@@ -179,6 +179,39 @@ def test_reasoning_that_earlier_turns_lose_is_counted(tmp_path: Path) -> None:
     assert tokenizer.decode(made.response(0, 0)) == "<think>sky</think>five<|im_end|>"
 
 
+CALLED = "{% if tools %}{{ tools[0].name }}{% endif %}" + CALLS
+
+
+@pytest.mark.parametrize(
+    ("template", "lost"),
+    [
+        (CALLED, []),
+        (CALLED.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}"), ["tool"]),
+        (CALLED.replace("c.function.name", "''"), ["tool"]),
+        (CALLED.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}"), ["system"]),
+        (CALLED.replace("tools[0].name", "''"), ["tools"]),
+        (CALLED.replace("{{ m['content'] }}", "{{ m['content'] | trim | replace('a', 'A') }}"), []),
+    ],
+)  # fmt: skip
+def test_what_the_template_leaves_out_of_a_prompt_is_counted(tmp_path: Path, template: str, lost: list[str]) -> None:
+    def turn(role: str, content: str, **extra: Any) -> dict[str, Any]:
+        return {"role": role, "content": content, **extra}
+
+    calling = turn("assistant", "", tool_calls=call("look", at="sky")[0][1])
+    prompts = {
+        "tool": [turn("user", "what is blue?"), calling, turn("tool", "sky")],
+        "system": [turn("user", "a?"), turn("assistant", "b"), turn("system", "be kind"), turn("user", "what?")],
+        "tools": [turn("user", "what?")],
+        "none": [turn("user", "a thought? "), turn("assistant", "b", thinking="<think>"), turn("user", "what?")],
+    }
+    rows = [{"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in prompts.values()]
+    rows[2]["tools"] = [{"name": "seek"}]
+    tokenizer = small_tokenizer(template)
+    made = open_rows(prepare(tmp_path, lines(tmp_path / "r.jsonl", rows), tokenizer=tokenizer))
+    found = dict(zip(prompts, made.flagged("lost_prompt").tolist(), strict=True))
+    assert [name for name, is_lost in found.items() if is_lost] == lost
+
+
 def test_the_date_of_a_template_is_fixed(tmp_path: Path) -> None:
     dated = "{% set day = strftime_now('%d %b %Y, %-d.%-m.') %}{{ day }}: {{ strftime_now('%A %Y-%m-%d') }}\n" + CHATML
     tokenizer = small_tokenizer(dated)

@@ -10,7 +10,8 @@ from models_for_tests import apart, gradients, make, pairs, references, worst
 from transformers import AttentionInterface, PreTrainedConfig
 
 from benchmarks.launches import count, gemma2, packed
-from prefopt_dist.batching.micro_batch import MicroBatch, Segment, pack
+from prefopt_dist.batching.micro_batch import MicroBatch, Segment
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import attention, block_attention, layer_kernels
 from prefopt_dist.model.attention import LayerNeeds

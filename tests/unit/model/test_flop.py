@@ -23,7 +23,7 @@ import torch
 from flop_counting import admitted, counting
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.config import Lora
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import attention

@@ -10,7 +10,8 @@ import pytest
 import torch
 from models_for_tests import SIZES, VOCABULARY, apart, gradients, make, pairs, plain_sums, references, worst
 
-from prefopt_dist.batching.micro_batch import Segment, pack
+from prefopt_dist.batching.micro_batch import Segment
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.model import head
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO

@@ -13,7 +13,8 @@ from flop_counting import counting
 from loss_family import FAMILY, called, made
 from models_for_tests import VOCABULARY, apart, gradients, make, pairs, plain_sums, references, worst
 
-from prefopt_dist.batching.micro_batch import MicroBatch, pack
+from prefopt_dist.batching.micro_batch import MicroBatch
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import head
 from prefopt_dist.model.scorer import Scorer

@@ -50,7 +50,7 @@ def export(source: ModelFolder, lm: PreTrainedModel, target: Path, dtype: torch.
     written = export_weights.write_share(weights, empty, dtype, target, [0], source)
     export_weights.write_index(target, written)
     if source.part_of_more:
-        other_parts.copy_settings(source.path, target, dtype)
+        other_parts.copy_settings(source.path, target, dtype, source.config.model_type)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -75,6 +75,9 @@ def test_the_export_is_the_whole_folder_again(tmp_path: Path, family: str, monke
     monkeypatch.setattr(export_weights, "PART_BYTES", 30_000)
     source, target = tmp_path / "source", tmp_path / "target"
     larger_model(family).to(torch.bfloat16).save_pretrained(source)
+    file = source / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"text_config": config["text_config"] | {"dtype": "bfloat16"}}))
     (source / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
     folder = inspect_folder(source, KEY)
     lm = load(folder)
@@ -92,7 +95,7 @@ def test_the_export_is_the_whole_folder_again(tmp_path: Path, family: str, monke
     own = before.keys() - set(folder.names.kept)
     assert all(after[name].dtype == torch.float32 for name in own)
     config, written = (json.loads((f / "config.json").read_text()) for f in (source, target))
-    assert written == config | {"dtype": "float32"}
+    assert written == config | {"dtype": "float32", "text_config": config["text_config"] | {"dtype": "float32"}}
     served = AutoModelForImageTextToText.from_pretrained(target, dtype=torch.float32, attn_implementation="eager")
     assert type(served).__name__ == config["architectures"][0]
     ids = torch.randint(1, 59, (2, 14))

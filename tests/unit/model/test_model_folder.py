@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.fingerprint import file_digest
-from prefopt_dist.model.folder import inspect_folder, length_dependent, resolve
+from prefopt_dist.model.folder import inspect_folder, resolve
 from prefopt_dist.model.load import load_tokenizer, load_unsharded, without_dropout
+from prefopt_dist.model.rotary import length_dependent, length_dependent_types
 
 KEY = "model.name_or_path"
 NO_SPECIAL: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -174,8 +175,7 @@ def test_rope_is_looked_at_in_every_type_of_layer(tmp_path: Path, layer: str) ->
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert inspect_folder(tmp_path, KEY).config.rope_parameters == rope
     rope[layer] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    configure(tmp_path, rope_parameters=rope)
-    assert "rotary scaling (dynamic)" in complaint(tmp_path)
+    assert length_dependent(small("gemma3_text", rope_parameters=rope))
 
 
 def test_longrope_up_to_the_length_of_its_short_factors(tmp_path: Path) -> None:
@@ -188,10 +188,7 @@ def test_longrope_up_to_the_length_of_its_short_factors(tmp_path: Path) -> None:
     }
     config = small("phi3", rope_parameters=rope, original_max_position_embeddings=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    assert inspect_folder(tmp_path, KEY, max_length=64).config.model_type == "phi3"
-    with pytest.raises(UserError, match=r"Set data.max_length to at most 64 \(it is 65\)"):
-        inspect_folder(tmp_path, KEY, max_length=65)
-    assert "rotary scaling (longrope)" in complaint(tmp_path)
+    assert inspect_folder(tmp_path, KEY).config.model_type == "phi3"
     assert length_dependent(config)
     assert length_dependent(config, 65)
     assert not length_dependent(config, 64)
@@ -207,7 +204,7 @@ def test_a_rope_type_that_looks_at_the_row(folder: Path, rope: str, field: str) 
     if field == "rope_scaling":
         file = folder / "config.json"
         file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "rope_parameters"}))
-    assert f"rotary scaling ({rope})" in complaint(folder)
+    assert length_dependent_types(inspect_folder(folder, KEY).config) == [rope]
 
 
 @pytest.mark.parametrize("fields", [{"hidden_size": "32"}, {"num_attention_heads": 5}])

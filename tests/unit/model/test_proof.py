@@ -12,7 +12,8 @@ import tiny_families
 import torch
 from transformers import AttentionInterface, AutoConfig, PreTrainedConfig
 
-from prefopt_dist.batching.micro_batch import MicroBatch, Segment, gather, pack
+from prefopt_dist.batching.micro_batch import MicroBatch, Segment, gather
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import attention, scorer
 from prefopt_dist.model.attention import shared_prefix_attention
@@ -49,6 +50,47 @@ def test_a_family_takes_its_path(family: str) -> None:
     for tried in found.tried[:-1]:
         assert not tried.equal
         assert tried.text().startswith(f"{tried.path}: ")
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+FACTORS = {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [4.0, 8.0, 12.0, 16.0]}
+LONGROPE = FACTORS | {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128}
+STATIC = {"rope_type": "default", "rope_theta": 1e3}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {"rope_parameters": DYNAMIC}),
+        ("mistral", {"rope_parameters": LONGROPE}),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {"full_attention": DYNAMIC, "sliding_attention": STATIC},
+                "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            },
+        ),
+    ],
+)
+def test_a_rotary_scaling_that_looks_at_the_length(family: str, fields: dict[str, Any]) -> None:
+    """Up to the original length nothing changes; beyond it each sequence is computed by itself, and that is proven."""
+    config = tiny(family, **fields)
+    assert prove(config, key=KEY, max_length=128).path == "shared"
+    for max_length in (1000, None):
+        found = prove(config, key=KEY, max_length=max_length)
+        assert found.path == "alone"
+        assert found.influence < 1e-5
+        for tried in found.tried[:2]:
+            assert (tried.gradients or 0) > 1e-3
+        assert all(tried.why.endswith("looks at the longest of the row") for tried in found.tried[:-1])
+    with pytest.raises(UserError, match=r"the path plain does not .*looks at the longest of the row.*model.path=auto"):
+        prove(config, key=KEY, path="plain", max_length=1000)
+
+
+def test_a_length_that_is_remembered_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer, "reset_before_each_use", lambda lm: None)
+    with pytest.raises(UserError, match=r"no path computes .*; alone: log-probs differ by"):
+        prove(tiny("llama", rope_parameters=DYNAMIC), key=KEY, max_length=1000)
 
 
 def test_weights_are_drawn_on_the_host_whatever_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +232,42 @@ def test_a_proof_is_kept_for_the_same_model_and_code(tmp_path: Path, monkeypatch
     assert not asked(tiny("llama"))[1]
     monkeypatch.setattr(cache, "_sources", lambda: "other code")
     assert not asked(tiny("llama"))[1]
+
+
+def test_a_refusal_is_kept_with_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For this path alone, and with the remedy of whoever asks; not where memory ran out."""
+
+    def asked(path: Any, remedy: str | None = None) -> str:
+        given: dict[str, Any] = {"max_length": 64, "device": torch.device("cpu"), "cache": tmp_path}
+        with pytest.raises(UserError) as raised:
+            cache.proven_path(tiny("qwen3_5_text"), key=KEY, path=path, remedy=remedy, **given)
+        return str(raised.value)
+
+    first = asked("shared")
+    assert first.startswith(f"{KEY}: the path shared does not compute the numbers of this qwen3_5_text model alone. ")
+    assert first.endswith(". Allowed are 1e-06 and 1e-05. Set model.path=auto.")
+    (file,) = tmp_path.glob("*.json")
+    kept = f". (Found in the cache; remove {file} to try again.) "
+    monkeypatch.setattr(cache, "try_paths", lambda *_, **__: pytest.fail("proven again"))
+    assert asked("shared") == first.replace(". Set model", f"{kept}Set model")
+    assert asked("shared", "Begin anew.") == first.replace(". Set model.path=auto.", f"{kept}Begin anew.")
+    monkeypatch.undo()
+    assert (
+        cache.proven_path(
+            tiny("qwen3_5_text"), key=KEY, path=None, max_length=64, device=torch.device("cpu"), cache=tmp_path
+        )[0].path
+        == "plain"
+    )
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    before = set(tmp_path.glob("*.json"))
+    monkeypatch.setattr(proving, "pack", full)
+    assert "packed: OutOfMemoryError: CUDA out of memory" in asked("packed")
+    monkeypatch.setattr(proving, "randomise", full)
+    assert "no small copy of this qwen3_5_text model" in asked("alone")
+    assert set(tmp_path.glob("*.json")) == before
 
 
 def test_the_random_numbers_of_a_run_do_not_depend_on_the_proof() -> None:

@@ -22,7 +22,7 @@ from models_for_tests import (
     worst,
 )
 
-from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import head
 from prefopt_dist.model.scorer import Scorer

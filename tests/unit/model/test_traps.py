@@ -14,7 +14,8 @@ import torch
 from models_for_tests import MODELS, apart, make, tokens
 from transformers import AttentionMaskInterface
 
-from prefopt_dist.batching.micro_batch import MicroBatch, pack
+from prefopt_dist.batching.micro_batch import MicroBatch
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import attention
 from prefopt_dist.model.scorer import Scorer

@@ -16,7 +16,8 @@ import torch
 from models_for_tests import MODELS, apart, gradients, make, pairs, references, tokens, worst
 from torch.nn.attention.varlen import varlen_attn
 
-from prefopt_dist.batching.micro_batch import Segment, gather, pack
+from prefopt_dist.batching.micro_batch import Segment, gather
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import attention
 from prefopt_dist.model.scorer import Scorer

@@ -11,13 +11,18 @@ import pytest
 import torch
 from loss_family import FAMILY, called, made
 
-from prefopt_dist.config.losses import LOSSES
+from prefopt_dist.config.losses import LOSSES, NOT_MIXED
 from prefopt_dist.objectives import IPO, ORPO, Hinge, Objective, Sequences, SimPO, WithSFT
 from prefopt_dist.objectives.reference_free import CERTAIN, log1mexp, log_odds
 
 
-def drawn(n: int, *, longest: int = 200, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log π, log π_ref and lengths, [n, 2]; a token has 0 to 2 nats, lengths begin with 1, 1 and are very unequal."""
+def drawn(
+    n: int, *, longest: int = 200, seed: int = 0, apart: float = 0.2
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log π, log π_ref and lengths, [n, 2]; a token has 0 to 2 nats, lengths begin with 1, 1 and are very unequal.
+
+    log π_ref differs by the share `apart` of it times a normal number.
+    """
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (n, 2), generator=draw)
     lengths[0], lengths[1], lengths[2], lengths[3] = (
@@ -25,7 +30,7 @@ def drawn(n: int, *, longest: int = 200, seed: int = 0) -> tuple[torch.Tensor, t
     )
     tokens = 2 * torch.rand(n, 2, generator=draw, dtype=torch.float64) + 1e-3
     sums = -tokens * lengths
-    return sums, sums * (1 + 0.2 * torch.randn(n, 2, generator=draw, dtype=torch.float64)), lengths
+    return sums, sums * (1 + apart * torch.randn(n, 2, generator=draw, dtype=torch.float64)), lengths
 
 
 def slope(loss: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
@@ -38,14 +43,15 @@ def units(objective: Objective, sums: torch.Tensor, reference: torch.Tensor, len
 
 
 def test_the_family_has_every_loss_on_pairs() -> None:
-    """KTO and SFT have tests of their own, test_kto.py and test_objectives.py; a mix is no entry of LOSSES."""
-    assert {options["name"] for options in FAMILY} == LOSSES.keys() - {"kto", "sft"} | {"mix"}
+    """KTO, SFT and AOT have tests of their own (test_kto.py, test_objectives.py, test_aot.py); a mix is no entry."""
+    assert {options["name"] for options in FAMILY} == LOSSES.keys() - {"kto", "sft", "aot", "aot_unpaired"} | {"mix"}
 
 
 @pytest.mark.parametrize("options", FAMILY, ids=called)
 def test_losses_equal_their_papers(options: dict[str, Any]) -> None:
     objective = made(options)
-    sums, reference, lengths = drawn(60)
+    # Of a divergence up to e⁸⁰ = t⁻¹, beyond which the loss is another one than the paper's on purpose.
+    sums, reference, lengths = drawn(60, apart=0.05 if "divergence" in options else 0.2)
     sums.requires_grad_()
     found = objective(units(objective, sums, reference, lengths))
     loss, reward = plain.pair_loss(options, sums, reference, lengths.double())
@@ -160,6 +166,8 @@ def _exact(options: dict[str, Any], s: list[Any]) -> Any:
         return mpmath.log(1 + mpmath.exp(-x))
 
     h, eps = s[0] - s[1], mpmath.mpf(options.get("label_smoothing", 0))
+    if "divergence" in options:
+        h = _score(s[0] + 20, options) - _score(s[1] + 20, options)
     if name == "dpo":
         loss = (1 - eps) * ell(beta * h) + eps * ell(-beta * h)
     elif name == "robust":
@@ -186,6 +194,14 @@ def _exact(options: dict[str, Any], s: list[Any]) -> Any:
     else:
         loss = -s[0] + beta * ell(_log_odds(s[0]) - _log_odds(s[1]))
     return loss - mpmath.mpf(options.get("sft_weight", 0)) * s[0]
+
+
+def _score(logratio: Any, options: dict[str, Any]) -> Any:
+    """f'(t) of an f-divergence, with powers beyond e⁸⁰ as `_power` has them."""
+    if options["divergence"] == "jensen_shannon":
+        return mpmath.log(2) - mpmath.log(1 + mpmath.exp(-logratio))
+    exponent = -1 if options["divergence"] == "forward_kl" else mpmath.mpf(options.get("divergence_alpha", 0.5)) - 1
+    return (_power(exponent * logratio) - 1) / exponent
 
 
 def _sigma(x: Any) -> Any:
@@ -329,7 +345,11 @@ def test_robust_is_dpo_on_average_over_flips() -> None:
     torch.testing.assert_close(0.7 * true + 0.3 * flipped, dpo, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [o for o in FAMILY if "tokens" in o.values() or o["name"] == "simpo"], ids=called)
+@pytest.mark.parametrize(
+    "options",
+    [o for o in FAMILY if ("tokens" in o.values() or o["name"] == "simpo") and "divergence" not in o],
+    ids=called,
+)
 def test_losses_per_token_know_no_length(options: dict[str, Any]) -> None:
     objective = made(options)
     sums, reference, lengths = drawn(20)
@@ -378,7 +398,7 @@ def test_a_mix_shows_its_parts() -> None:
     assert objective == made({"name": "mix", "of": dict(reversed(parts.items()))}), "the file's order decides nothing"
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("orpo", "kto", "sft")])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("orpo", "sft", *NOT_MIXED)])
 def test_sft_in_a_mix_is_the_sft_weight_of_one_loss(name: str) -> None:
     sums, reference, lengths = drawn(9)
     one, mix = (

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from prefopt_dist.batching.layout import most_keys_per_token
-from prefopt_dist.batching.micro_batch import gathered_keys, pack, packed_tokens
+from prefopt_dist.batching.packing import gathered_keys, pack, packed_tokens
 from prefopt_dist.config import Lora
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import zero3

@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import worlds
 from transformers import Gemma2Config, LlamaConfig, MixtralConfig
 
 from prefopt_dist.cli import main
-from prefopt_dist.config import Lora, Plan, load_deepspeed_json
+from prefopt_dist.config import Lora, Plan, load_config, load_deepspeed_json
 from prefopt_dist.errors import UserError
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.export import export_plan
@@ -449,6 +450,18 @@ def planned_by(world: Path, capsys: pytest.CaptureFixture[str], *overrides: str)
     return status, said.out + said.err, json.loads(file.read_text()) if file.exists() else {}
 
 
+def test_copies_of_a_store_are_in_the_plan(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside the tokenised rows, which are those of the local file."""
+    status, said, local = planned_by(world, capsys)
+    assert status == 0, said
+    url = "memory://bucket/pairs.jsonl"
+    (pairs,) = (source.path for source in load_config(world / "run.yaml", []).data.train)
+    fsspec.filesystem("memory").pipe("/bucket/pairs.jsonl", Path(pairs).read_bytes())
+    status, said, plan = planned_by(world, capsys, f"data.train={url}")
+    assert status == 0, said
+    assert plan["disk_bytes"]["data"] - local["disk_bytes"]["data"] == Path(pairs).stat().st_size
+
+
 def test_the_command(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, said, plan = planned_by(world, capsys)
     assert status == 0, said
@@ -456,6 +469,9 @@ def test_the_command(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["work"]["steps"] == 4
     assert plan["work"]["known"]
     assert plan["disk_bytes"]["store"] == 40 * plan["work"]["sequences"]
+    columns = [file for file in world.rglob("tokenised/*/*.bin") if file.is_file()]
+    assert plan["disk_bytes"]["data"] == sum(file.stat().st_size for file in columns) > 0
+    assert "; data in run.cache " in said
     assert plan["memory"][0]["fits"]
     assert plan["seconds"]["total"] > 4 * plan["seconds"]["step"] > 0
     assert not (world / "runs" / "run").exists()

@@ -6,7 +6,9 @@ import copy
 import multiprocessing
 import os
 import struct
+import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -17,22 +19,16 @@ import torch
 from data_for_tests import ROWS, lines, prepare
 from transformers import AutoConfig, LlamaConfig
 
-from prefopt_dist.batching.micro_batch import PATHS, packed_tokens
+from prefopt_dist.batching.layout import fill_micro_batches
+from prefopt_dist.batching.micro_batch import PATHS, ComputePath
 from prefopt_dist.batching.order import Order, first_rows
+from prefopt_dist.batching.packing import packed_tokens
 from prefopt_dist.data import TokenisedRows, open_rows
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.fingerprint import file_digest, reference_key
 from prefopt_dist.reference import first_pass
-from prefopt_dist.reference.scoring_plan import (
-    Location,
-    ScoringPlan,
-    make_plan,
-    plan_files,
-    plan_name,
-    read_plan,
-    save_plan,
-    sequences_needed,
-)
+from prefopt_dist.reference.scoring_plan import make_plan, plan_files, plan_name, read_plan, save_plan
+from prefopt_dist.reference.sequences import Location, sequences_needed
 from prefopt_dist.reference.store import ReferenceStore, Score
 
 
@@ -214,11 +210,12 @@ def test_concurrent_commits_lose_nothing(store: ReferenceStore) -> None:
 
 # Plan
 
-PLAN: ScoringPlan = [[Location(0, 1, 0), Location(0, 2, 1)], [Location(1, 5, 0)], [Location(0, 0, 1)]]
+Plan = Sequence[list[Location]]
+PLAN: Plan = [[Location(0, 1, 0), Location(0, 2, 1)], [Location(1, 5, 0)], [Location(0, 0, 1)]]
 
 
 @pytest.mark.parametrize("plan", [PLAN, [], [[Location(3, 2**40, 1)]]])
-def test_plan_round_trip(tmp_path: Path, plan: ScoringPlan) -> None:
+def test_plan_round_trip(tmp_path: Path, plan: Plan) -> None:
     path = save_plan(tmp_path / "new", "abc", plan)
     assert path.name == "plan-abc-0000.npz"
     assert read_plan(path) == plan
@@ -355,6 +352,43 @@ def test_make_plan_of_a_part(sets: list[TokenisedRows]) -> None:
     assert len(placed) == len(missing)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("budget", [1, 40, 150, 10**6])
+def test_make_plan_fills_as_all_units_together_would(sets: list[TokenisedRows], budget: int, path: ComputePath) -> None:
+    """The plan holds the units of one prompt at a time, but saved plans must be those of one call with all of them."""
+    missing = sequences_needed(sets, 2)
+    places = list(missing.values())
+    filled = fill_micro_batches([place.unit(sets, i) for i, place in enumerate(places)], budget, path)
+    assert make_plan(missing, sets, budget, path) == [[places[unit.row] for unit in m] for m in filled]
+
+
+def test_a_plan_and_a_full_store_take_little_memory(store: ReferenceStore, sets: list[TokenisedRows]) -> None:
+    """Some hundred bytes for each sequence, so that ten million pairs fit a host; objects took a kilobyte."""
+    n, rows = 20_000, sets[0]
+    draw = np.random.RandomState(0)
+    many = replace(
+        rows,
+        n=n,
+        tokens=draw.randint(0, 1000, 30 * n).astype(np.int32),
+        offsets=np.arange(0, 30 * n + 1, 10),
+        learnt=None,
+        digests=draw.randint(0, 256, (n, 2, 16)).astype(np.uint8),
+    )
+    tracemalloc.start()
+    todo = first_pass._look_up(store, [many], 2, 8192)
+    planned = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert todo.missing == 2 * n
+    store.commit({digest: Score(-1.0, 10) for digest in sequences_needed([many], 2)})
+    tracemalloc.start()
+    found = first_pass._all_stored(store, [many], 2)
+    looked_up = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found is not None
+    assert planned / (2 * n) < 400
+    assert looked_up / (2 * n) < 400
+
+
 class Starts:
     """What several starts of a first pass over the same data sets find to be done in one store."""
 
@@ -364,12 +398,13 @@ class Starts:
         self.stored_by: dict[bytes, list[Location]] = {}
         """As the newest start has it"""
 
-    def plan(self, budget: int) -> ScoringPlan:
+    def plan(self, budget: int) -> Plan:
         """Of one start; every missing sequence is scored, and stored by one micro-batch."""
         todo = first_pass._look_up(self.store, self.sets, 2, budget)
         assert todo.missing == len(self.missing)
-        assert frozenset().union(*todo.own) == self.missing
-        for micro_batch, own in zip(todo.micro_batches, todo.own, strict=True):
+        stored = [todo.own(i, self.sets) for i in range(len(todo.micro_batches))]
+        assert frozenset().union(*stored) == self.missing
+        for micro_batch, own in zip(todo.micro_batches, stored, strict=True):
             assert own <= {p.digest(self.sets) for p in micro_batch}
             self.stored_by |= dict.fromkeys(own, micro_batch)
         return todo.micro_batches
@@ -378,10 +413,10 @@ class Starts:
         self.store.commit({p.digest(self.sets): Score(-1.0, 1) for p in places})
         self.missing -= {p.digest(self.sets) for p in places}
 
-    def tokens(self, plan: ScoringPlan) -> list[int]:
+    def tokens(self, plan: Plan) -> list[int]:
         return [packed_tokens([p.unit(self.sets, i) for i, p in enumerate(m)]) for m in plan]
 
-    def saved(self) -> list[ScoringPlan]:
+    def saved(self) -> list[Plan]:
         return [read_plan(p) for p in plan_files(self.store.folder, plan_name(self.sets, 2))]
 
 
@@ -472,7 +507,7 @@ def test_plan_name_holds_for_these_sets(sets: list[TokenisedRows]) -> None:
 def test_each_path_has_plans_of_its_own(store: ReferenceStore, sets: list[TokenisedRows]) -> None:
     """The path shared has the names from before there were others; another path takes none of its micro-batches."""
     names = {plan_name(sets, 2), *(plan_name(sets, 2, path) for path in PATHS)}
-    assert len(names) == 3
+    assert len(names) == len(PATHS)
     assert plan_name(sets, 2) == plan_name(sets, 2, "shared")
     shared = Starts(store, sets).plan(150)
     plain = first_pass._look_up(store, sets, 2, 150, "plain").micro_batches

@@ -193,7 +193,7 @@ def test_batches_with_a_cache_sample_what_each_response_alone_does(family: str, 
     draw = np.random.RandomState(0)
     prompts = [prompt(i, draw.randint(5, 300, size=n).tolist()) for i, n in enumerate([1, 3, 4, 9, 15])]
     sampling = Sampling(n=3, temperature=0.9, top_p=0.95, max_new_tokens=10, seed=5, stop_ids=tuple(range(40, 90)))
-    model = inspect_folder(folder, "model.name_or_path", 64)
+    model = inspect_folder(folder, "model.name_or_path")
     expected = alone(folder, prompts, sampling)
     lengths = Counter(len(ids) for responses in expected for ids in responses)
     assert len(lengths) > 2, lengths  # rows did leave at different times
@@ -216,7 +216,7 @@ def test_lines_are_padded_on_either_side() -> None:
 
 
 def test_a_model_without_numbers_is_named(llama: Path) -> None:
-    lm = load_for_sampling(inspect_folder(llama, "k", 64), dtype=FLOAT32, device=CPU)
+    lm = load_for_sampling(inspect_folder(llama, "k"), dtype=FLOAT32, device=CPU)
     engine = TransformersEngine(lm, "a model", batch_tokens=100)
     torch.nn.init.constant_(engine._model.get_output_embeddings().weight, float("nan"))
     sampling = Sampling(n=2, temperature=0.9, top_p=0.9, max_new_tokens=4, seed=0, stop_ids=())

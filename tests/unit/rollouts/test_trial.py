@@ -37,6 +37,14 @@ def test_padding_that_is_seen_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> Non
     assert said.startswith("olmo3 computes other answers in batches with a cache than each by itself (")
 
 
+def test_a_rotary_scaling_by_length_has_a_fault_only_where_the_run_reaches_it() -> None:
+    rotary = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0, 4.0, 8.0, 16.0]}
+    config = LlamaConfig(**tiny_families.SIZES, rope_parameters=rotary | factors)
+    assert fault_of_sampling(config, 64) == ""
+    assert fault_of_sampling(config, 65).startswith("llama computes other answers in batches with a cache")
+
+
 def test_a_trial_that_cannot_be_made_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def no_cut(*_: object, **__: object) -> None:
         raise trial.CannotCut("it has no layers")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from prefopt_dist.batching.micro_batch import pack
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.row_counts import DataReport
 from prefopt_dist.data.unit import Unit
