@@ -9,6 +9,7 @@ from prefopt_dist.objectives.objective import Objective, Sequences, Terms
 from prefopt_dist.objectives.ranked import AllPairs, PlackettLuce
 from prefopt_dist.objectives.reference_free import CPO, ORPO, AlphaPO, SimPO
 from prefopt_dist.objectives.sft import SFT, WithSFT
+from prefopt_dist.objectives.wpo import WPO
 
 __all__ = [
     "AOT",
@@ -18,6 +19,7 @@ __all__ = [
     "KTO",
     "ORPO",
     "SFT",
+    "WPO",
     "AOTUnpaired",
     "APODown",
     "APOZero",

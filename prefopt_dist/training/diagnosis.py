@@ -80,6 +80,7 @@ class Diagnosis:
             margin=micro_batch.margin,
             ranks=micro_batch.ranks,
             partner=micro_batch.partner,
+            relative=torch.zeros_like(terms.sums),  # a weight that is a common factor of the slopes compared below
         )
         whole = units
         if objective.ranked:
