@@ -104,7 +104,7 @@ def rows_for_report(rows: list[ShownRow], kind: str, tokenizer: PreTrainedTokeni
                     "learnt": sum(learnt),
                     "pieces": [{"text": text, "learnt": mine} for text, mine in _pieces(tokenizer, ids, learnt)],
                 }
-                for name, ids, learnt in zip(NAMES[kind], shown.responses_ids, shown.learnt, strict=True)
+                for name, ids, learnt in zip(_names(shown, kind), shown.responses_ids, shown.learnt, strict=True)
             ],
             "cut": shown.cut,
             "ignored_columns": shown.ignored_columns,

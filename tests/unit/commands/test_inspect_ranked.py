@@ -15,6 +15,7 @@ from prefopt_dist.cli import main
 from prefopt_dist.config import load_config
 from prefopt_dist.data import open_rows
 from prefopt_dist.data.derived import UnpairedRows
+from prefopt_dist.data.quality.show import rows_for_report, show_rows
 from prefopt_dist.errors import UserError
 from prefopt_dist.setup.prepare_data import TRAIN, rows_for_loss, text_options, tokenised_train_folder
 
@@ -83,7 +84,10 @@ def test_a_loss_on_pairs_and_kto_take_the_best_and_the_last(run: Path) -> None:
     assert unpaired.labels is not None
     assert unpaired.labels[:2].tolist() == [1, 0]
     ranked = load_config(run, ["data.eval=null"])
-    assert open_rows(tokenised_train_folder(ranked, tokenizer, len(tokenizer))).responses == 4
+    rows = open_rows(tokenised_train_folder(ranked, tokenizer, len(tokenizer)))
+    assert rows.responses == 4
+    (of_page,) = rows_for_report(show_rows(TRAIN, rows, tokenizer, 1), rows.kind, tokenizer)
+    assert [one["name"] for one in of_page["responses"]] == [f"response {k}, score {3 - k}" for k in (1, 2, 3)]
     paths = ["data.pairs_from.responses=responses", "data.pairs_from.scores=scores"]
     with pytest.raises(UserError, match=r"data\.pairs_from\.pairing: got best_random, but the loss plackett_luce"):
         text_options(load_config(run, [*paths, "data.pairs_from.pairing=best_random"]))
