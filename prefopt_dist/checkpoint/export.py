@@ -30,6 +30,7 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import AgreedUserError, UserError
 from prefopt_dist.files import fsync_folder, write_json
 from prefopt_dist.model import adapter as adapters
+from prefopt_dist.model import quantised
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.model.load import load_language_model
@@ -154,7 +155,10 @@ def _write(checkpoint: Path, manifest: Manifest, what: Exported, folder: Path, w
     elif what.merged:  # peft merges a whole model, which rank 0 then writes
 
         def merged() -> WeightsInMemory:
-            base = load_language_model(what.model, what.model.config, torch.float32)
+            dtype = what.trained_dtype if what.model.quantised else torch.float32  # quantised as in training
+            base = load_language_model(what.model, what.model.config, dtype)
+            if what.model.quantised:
+                quantised.dequantise(base)
             return WeightsInMemory(adapters.merged_weights(base, adapter, _trained(read(), torch.float32)))
 
         _write_whole(merged, what, folder, [0])

@@ -71,6 +71,8 @@ def _introduction(config: Config, facts: Mapping[str, Any], step: int) -> str:
         what = f"Trained from `{base}` with adapters, which are merged into it,"
     else:
         what = f"Adapters trained for `{base}`"
+    if config.lora is not None and config.lora.base == "nf4":
+        what += " beside its linear layers in 4 bit (NF4, bitsandbytes),"
     if config.lora is not None and config.lora.from_ is not None:
         what += f" from the adapter `{_shown(config.lora.from_)}`,"
     return f"{what} with prefopt_dist {__version__}: {step} steps, run `{facts.get('run_id', '')}`.\n"

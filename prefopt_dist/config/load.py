@@ -141,7 +141,7 @@ _IF_NOT_DEFAULT: dict[str, tuple[str, ...]] = {
 """Keys that are part of the identity unless they have their defaults: earlier runs, which lack them, still resume."""
 _WHOLE_SECTIONS = ("loss", "lora", "optim")
 """Sections whose keys are all part of the identity."""
-_LATER_KEYS: dict[str, tuple[str, ...]] = {"lora": ("experts", "dora", "modules_to_save", "from_")}
+_LATER_KEYS: dict[str, tuple[str, ...]] = {"lora": ("base", "experts", "dora", "modules_to_save", "from_")}
 """Fields of these sections that earlier runs lack; they are part of the identity unless they have their defaults."""
 _LATER_OPTIONS = {
     field.name: field.default

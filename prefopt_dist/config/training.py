@@ -24,6 +24,8 @@ class Lora:
     target_modules: tuple[Text, ...] | None = None
     """Names of the linear layers with an adapter, such as `[q_proj, v_proj]`; null: all but the output head, or with
     `from` those of its adapter."""
+    base: Literal["full", "nf4"] = "full"
+    """The weights of the frozen linear layers: as they are, or in 4 bit by bitsandbytes (QLoRA)."""
     experts: bool = False
     """Whether the experts of a mixture get adapters too, one for each expert's matrices."""
     dora: bool = False

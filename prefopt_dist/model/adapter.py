@@ -49,6 +49,8 @@ class Adapter:
     """Names of modules that are trained whole"""
     base: str
     """The base model as the saved adapter names it: a hub name or a folder."""
+    quantised: bool = False
+    """Whether the base is in 4 bit"""
     start: Path | None = None
     """A saved folder with the values from which training starts; None to start from A random and B = 0."""
 
@@ -82,6 +84,7 @@ def attach(lm: PreTrainedModel, adapter: Adapter) -> None:
     A is drawn by torch's global generator, whole on every rank, in the dtype of the layer.
     """
     _peft().inject_adapter_in_model(_settings(adapter), lm)
+    _in_dtype_of(lm)
 
 
 def attach_saved(lm: PreTrainedModel, folder: Path) -> None:
@@ -90,7 +93,15 @@ def attach_saved(lm: PreTrainedModel, folder: Path) -> None:
     settings = peft.LoraConfig.from_pretrained(folder)
     settings.lora_dropout = 0.0
     peft.inject_adapter_in_model(settings, lm)
+    _in_dtype_of(lm)
     load_saved(lm, folder)
+
+
+def _in_dtype_of(lm: PreTrainedModel) -> None:
+    """Give the adapters the model's dtype, which they do not find where the base is quantised."""
+    for name, p in lm.named_parameters():
+        if is_adapter(name) and p.device.type != "meta":
+            p.data = p.data.to(lm.dtype)
 
 
 def load_saved(lm: PreTrainedModel, folder: Path) -> None:

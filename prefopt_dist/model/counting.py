@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 from transformers.integrations.moe import ExpertsInterface
 
 from prefopt_dist.errors import UserError
-from prefopt_dist.model.adapter import Adapter, attach, require_package
+from prefopt_dist.model.adapter import Adapter, attach, is_adapter, require_package
 from prefopt_dist.model.attention import CHOOSING, LayerNeeds, needs_of_call
 from prefopt_dist.model.parts import backbone, decoder_layers, output_head
 
@@ -80,6 +80,8 @@ class Counts:
     """Every attention of the forward pass"""
     experts: bool
     """Whether a layer has experts, of which a token uses some"""
+    quantised: int
+    """Elements of the weights of linear layers of the decoder that adapters leave in 4 bit"""
     failure: str
     """Why no forward pass could be counted; empty where it was"""
 
@@ -173,7 +175,17 @@ def _counted(described: str, held: _Held, dtype: torch.dtype, adapter: Adapter |
         kept_beside_layers=kept[-1] / _TOKENS,
         calls=tuple(call for _, call in record.calls),
         experts=bool(factor),
+        quantised=_in_4_bit(model) if adapter is not None and adapter.quantised else 0,
         failure=failure,
+    )
+
+
+def _in_4_bit(model: PreTrainedModel) -> int:
+    """Count the weights that bitsandbytes quantises: of the decoder's linear layers, but for adapters."""
+    return sum(
+        module.weight.numel()
+        for name, module in backbone(model).named_modules()
+        if isinstance(module, nn.Linear) and not is_adapter(name + ".") and module.weight.ndim == 2
     )
 
 

@@ -42,6 +42,8 @@ class ModelFolder:
     and `config` is the language model's."""
     adapter: Path | None = None
     """A folder of saved adapters that belong to the model: it is loaded with them."""
+    quantised: bool = False
+    """Whether the linear layers are quantised to 4 bit as they are loaded."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -50,7 +52,7 @@ class ModelFolder:
 
     def equals(self, other: ModelFolder) -> bool:
         """Return whether both are the same model."""
-        return (self.path, self.adapter) == (other.path, other.adapter)
+        return (self.path, self.adapter, self.quantised) == (other.path, other.adapter, other.quantised)
 
 
 def resolve(name_or_path: str, key: str, *, weights: bool = True) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers.utils import logging
 
 from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
 from prefopt_dist.errors import UserError
-from prefopt_dist.model import attention
+from prefopt_dist.model import attention, quantised
 from prefopt_dist.model.adapter import attach_saved
 from prefopt_dist.model.folder import ModelFolder
 
@@ -103,12 +104,17 @@ def load_language_model(
         dtype: dtype of the weights.
         options: further options of from_pretrained.
     """
+    if folder.quantised:
+        config = copy.deepcopy(config)  # which the settings are added to
+        options["quantization_config"] = quantised.settings(dtype)
     # The other parts' weights are left out on purpose, of which transformers would print a long table.
     with _quiet() if folder.part_of_more else nullcontext():
         model = AutoModelForCausalLM.from_pretrained(
             folder.path, config=config, dtype=dtype, key_mapping=folder.names.key_mapping, **options
         )
     assert isinstance(model, PreTrainedModel)
+    if folder.quantised:
+        quantised.settle(model)
     return model
 
 

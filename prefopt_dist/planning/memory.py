@@ -154,6 +154,11 @@ def shard_size(sizes: ModelSizes, place: Placement) -> int:
     return -(-(sizes.parameters - sizes.persistent) // place.ranks) + sizes.persistent
 
 
+def shard_bytes(sizes: ModelSizes, place: Placement) -> int:
+    """Return the bytes of the parameters that a rank holds."""
+    return int(sizes.mean_bytes * shard_size(sizes, place))
+
+
 def trained_shard_size(sizes: ModelSizes, place: Placement) -> int:
     """Return the number of parameters whose gradient, master weight and moments a rank holds.
 
@@ -167,7 +172,9 @@ def loading_phase(sizes: ModelSizes, place: Placement) -> Phase:
     return Phase(
         LOADING,
         (
-            MemoryPart("parameters", sizes.dtype_bytes * shard_size(sizes, place), "s·N/W"),
+            MemoryPart("parameters, whole", sizes.whole_bytes, "s·N, 4 bit")
+            if sizes.quantised  # they are partitioned when the engine starts
+            else MemoryPart("parameters", shard_bytes(sizes, place), "s·N/W"),
             MemoryPart(
                 "the checkpoint, mapped", sizes.file_dtype_bytes * sizes.parameters, "bytes of the files", place.is_gpu
             ),
@@ -186,9 +193,8 @@ def first_pass_phase(sizes: ModelSizes, zero: ZeroSettings, place: Placement, to
     return Phase(
         "first pass",
         (
-            MemoryPart(
-                "parameters", sizes.dtype_bytes * shard_size(sizes, place), "s·N/W", zero.offload_param and place.is_gpu
-            ),
+            MemoryPart("parameters", shard_bytes(sizes, place), "s·N/W", zero.offload_param and place.is_gpu),
+            *_scales(sizes),
             *_gathered_parameters(sizes, zero, place),
             MemoryPart("one layer", int(layer + tokens * memory.per_token_ends), "tokens × bytes a layer")
             if place.is_gpu
@@ -227,7 +233,7 @@ def generation_phase(sizes: ModelSizes, place: Placement, asked: GenerationSetti
     Every rank has a copy of its own, so more ranks do not reduce it.
     """
     memory = sizes.activations
-    whole = sizes.dtype_bytes * sizes.parameters
+    whole = sizes.whole_bytes
     tokens = max(asked.batch_tokens, asked.prompt_tokens + asked.new_tokens)
     sequences = asked.batch(asked.prompt_tokens)
     # The first and the last prompt of a batch may have only some of their answers in it.
@@ -262,9 +268,8 @@ def training_states(sizes: ModelSizes, zero: ZeroSettings, place: Placement) -> 
     offloaded_optimizer = zero.offload_optimizer and place.is_gpu
     n = _symbol(sizes)
     return (
-        MemoryPart(
-            "parameters", sizes.dtype_bytes * shard_size(sizes, place), "s·N/W", zero.offload_param and place.is_gpu
-        ),
+        MemoryPart("parameters", shard_bytes(sizes, place), "s·N/W", zero.offload_param and place.is_gpu),
+        *_scales(sizes),
         MemoryPart("gradients", zero.gradient_dtype_bytes * owned, f"grad_accum_dtype·{n}/W", offloaded_optimizer),
         MemoryPart("master weights", MASTER_BYTES * owned, f"4·{n}/W", offloaded_optimizer),
         MemoryPart("AdamW's moments", MOMENTS_BYTES * owned, f"8·{n}/W", offloaded_optimizer),
@@ -414,20 +419,27 @@ def _gathered_parameters(sizes: ModelSizes, zero: ZeroSettings, place: Placement
     if place.ranks == 1 and not zero.offload_param:
         return ()
     whole = sizes.parameters - sizes.persistent
-    second = sizes.dtype_bytes * -(-whole // zero.secondary)
+    second = int(sizes.mean_bytes * -(-whole // zero.secondary))
     # A single module above the limit, such as many experts, is gathered nevertheless.
     limit, name = max((zero.max_live, "stage3_max_live_parameters"), (sizes.largest_module, "the largest module's"))
     return (
         *([MemoryPart("second shard (hpZ)", second, "s·N/zero_hpz_partition_size")] if zero.secondary > 1 else []),
         MemoryPart(
             "gathered parameters",
-            int((1.0 if place.is_gpu else GATHERED_FACTOR) * sizes.dtype_bytes * min(whole, limit)),
+            int((1.0 if place.is_gpu else GATHERED_FACTOR) * sizes.mean_bytes * min(whole, limit)),
             ("" if place.is_gpu else f"{GATHERED_FACTOR}·") + f"s·min(N, {name})",
         ),
         MemoryPart(
-            "prefetch buffer", sizes.dtype_bytes * min(whole, zero.prefetch), "s·min(N, stage3_prefetch_bucket_size)"
+            "prefetch buffer",
+            int(sizes.mean_bytes * min(whole, zero.prefetch)),
+            "s·min(N, stage3_prefetch_bucket_size)",
         ),
     )
+
+
+def _scales(sizes: ModelSizes) -> tuple[MemoryPart, ...]:
+    """Return the scales of weights in 4 bit, which ZeRO-3 does not know."""
+    return (MemoryPart("scales of 4-bit weights", sizes.scale_bytes, "4·N/64"),) if sizes.quantised else ()
 
 
 def _freed_blocks(place: Placement, name: str, factor: float, how: str, size: int) -> tuple[MemoryPart, ...]:

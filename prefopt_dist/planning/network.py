@@ -45,5 +45,5 @@ def network(
     micro_batches = max(1, math.ceil(step_tokens / (budget * ranks)))
     # With hpZ the gathers of the backward pass stay within a group of ranks, usually a node.
     gathers = 2 if zero.secondary == 1 else 1
-    moved = gathers * sizes.dtype_bytes * sizes.parameters + zero.reduced_dtype_bytes * sizes.trained
+    moved = gathers * int(sizes.mean_bytes * sizes.parameters) + zero.reduced_dtype_bytes * sizes.trained
     return Network(moved, step_seconds / micro_batches, ranks)

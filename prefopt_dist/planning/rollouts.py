@@ -104,9 +104,9 @@ def _seconds(
     speed = machine.peak * machine.efficiency
     shards = -(-prompts // SHARD_PROMPTS)
     shards_of_rank = -(-shards // machine.ranks)
-    reading = 0.0 if machine.bandwidth is None else sizes.dtype_bytes * sizes.parameters / machine.bandwidth
+    reading = 0.0 if machine.bandwidth is None else sizes.mean_bytes * sizes.parameters / machine.bandwidth
     product = 2 * sizes.parameters * min(SHARD_PROMPTS, prompts) / speed
-    sending = sizes.dtype_bytes * sizes.parameters / NETWORK_SPEED if gathered else 0.0
+    sending = sizes.mean_bytes * sizes.parameters / NETWORK_SPEED if gathered else 0.0
     token = max(reading, product, LAYER_SECONDS * sizes.activations.layers, sending)
     prefill = product * asked.prompt_tokens
     scored = (

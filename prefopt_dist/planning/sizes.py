@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.model import quantised
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.cost import ActivationMemory, activation_memory
 from prefopt_dist.model.counting import count
@@ -32,6 +33,8 @@ class ModelSizes:
     """Whether the layers have experts"""
     persistent: int
     """Elements of the parameters so small that ZeRO-3 leaves them whole on every rank"""
+    quantised: int
+    """Elements of the frozen weights that are in 4 bit; they count as all others in N"""
     dtype_bytes: int
     """Bytes of a number in the model's dtype"""
     file_dtype_bytes: int
@@ -42,6 +45,22 @@ class ModelSizes:
     cached_kv_bytes: int
     """Bytes per token and layer, on average, of the key-value cache of sampling: s · 2 · key-value heads · head size"""
     activations: ActivationMemory
+
+    @property
+    def mean_bytes(self) -> float:
+        """Return the bytes of a parameter on average, which is s without weights in 4 bit; scales left out."""
+        saved = (self.dtype_bytes - quantised.BYTES) * self.quantised
+        return self.dtype_bytes - saved / self.parameters
+
+    @property
+    def scale_bytes(self) -> int:
+        """Return the bytes of the scales of weights in 4 bit, which are whole on every rank."""
+        return int(quantised.SCALE_BYTES * self.quantised)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Return the bytes of the whole model with its scales."""
+        return int(self.mean_bytes * self.parameters) + self.scale_bytes
 
     @property
     def frozen(self) -> bool:
@@ -77,6 +96,7 @@ def model_sizes(
         largest_module=max(found.modules),
         experts=found.experts,
         persistent=sum(n for n, _ in found.sizes if n <= persistence_threshold),
+        quantised=found.quantised,
         dtype_bytes=item,
         file_dtype_bytes=stored.itemsize,
         repeated_kv_bytes=(sum(call.repeated_key_numbers for call in found.calls) - keys) * item // layers,

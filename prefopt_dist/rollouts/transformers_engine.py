@@ -18,7 +18,7 @@ from prefopt_dist.distributed.zero3 import copy_to_unsharded
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.adapter import Adapter, attach
 from prefopt_dist.model.folder import ModelFolder
-from prefopt_dist.model.load import load_with_adapter, own_attention, without_dropout
+from prefopt_dist.model.load import load_language_model, load_with_adapter, own_attention, without_dropout
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.sampling import Ids, Sampling, choose_tokens, free_memory, pad_lines, uniforms
 
@@ -50,9 +50,12 @@ def copy_for_sampling(
     """
     config = without_dropout(folder.config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        copy: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=own_attention(config)
-        )
+        attention = own_attention(config)
+        copy: PreTrainedModel
+        if folder.quantised:  # with the scales of its layers, which are not parameters
+            copy = load_language_model(folder, config, dtype, attn_implementation=attention).to(device)
+        else:
+            copy = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         if adapter is not None:
             attach(copy, adapter)
     copy_to_unsharded(sharded, copy)

@@ -62,6 +62,12 @@ def adapter_of(lora: Lora | None, model: PreTrainedConfig, base: str) -> Adapter
             )
     experts = expert_matrices(bare) if lora.experts else {}
     _check_experts(lora, model, experts)
+    if lora.base == "nf4" and (lora.dora or lora.experts):
+        key = "lora.dora" if lora.dora else "lora.experts"
+        raise UserError(
+            f"{key}: got true, must be false with lora.base=nf4, beside which it was never proven; set one of them to "
+            "its default"
+        )
     _check_whole_modules(lora, bare, {*names, *(name.split(".")[0] for name in experts)})
     sides = {name: layers[name] for name in names} | experts
     smallest = min(sides, key=sides.__getitem__)
@@ -80,6 +86,7 @@ def adapter_of(lora: Lora | None, model: PreTrainedConfig, base: str) -> Adapter
         parameters=tuple(experts),
         dora=lora.dora,
         saved_modules=lora.modules_to_save,
+        quantised=lora.base == "nf4",
         base=str(folder.resolve()) if folder.is_dir() else base,
     )
     return adapter if saved is None else replace(adapter, start=_fitting(saved, lora, adapter, model, base))

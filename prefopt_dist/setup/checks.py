@@ -22,6 +22,7 @@ from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import UnpairedRows
 from prefopt_dist.data.template import read_template
 from prefopt_dist.errors import UserError
+from prefopt_dist.model import quantised
 from prefopt_dist.model.folder import ModelFolder, read_generation_config
 from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.objectives import Objective
@@ -87,6 +88,8 @@ def check_packages(config: Config) -> None:
         require_package("tensorboard", "tracking.tensorboard", "it", "set tracking.tensorboard=false")
     if config.lora is not None:
         require_package("peft", "lora", "a run with adapters", "remove the section lora")
+        if config.lora.base == "nf4":
+            quantised.require_package()
 
 
 def check_moving_reference(config: Config, objective: Objective) -> None:

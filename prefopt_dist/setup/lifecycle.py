@@ -224,7 +224,10 @@ def push_to_hub(config: Config) -> None:
         if node.number > 0:
             return
         say(f"pushing {config.export_dir} to {name} on the hub")
-        why = hub.push(config.export_dir, name)
+        try:
+            why = hub.push(config.export_dir, name)
+        except Exception as e:  # the run is done, whatever this is
+            why = f"{type(e).__name__}: {e}"
         if why is None:
             say(f"pushed: {name}")
             return

@@ -165,6 +165,8 @@ def _models(config: Config) -> Models:
             f"export.merged: got false, but {policy.path} has other parts than its language model (such as one for "
             "images), whose layers peft would take for those of the adapters; set export.merged=true"
         )
+    if adapter is not None:
+        policy = replace(policy, quantised=adapter.quantised)
     models = Models(policy, policy, tokenizer, DTYPES[config.model.dtype], adapter)
     return replace(models, reference=reference or models.start)
 

@@ -137,7 +137,7 @@ def hash_weights(model: ModelFolder, dtype: torch.dtype, cache: Path) -> HashedW
             must be those that were hashed.
     """
     files = model.files
-    settings = None if model.adapter is None else ranks.run_on_all_ranks(partial(numbers_of, model.adapter))
+    settings = ranks.run_on_all_ranks(partial(settings_of, model))
     # Before the hashing, which may take minutes, so that a change during it is found.
     states = ranks.run_on_all_ranks(lambda: {file: FileState.of(file) for file in files})
     # Ranks that see the same files share the hashing, so that a folder on a shared disk is read once, not by every
@@ -157,6 +157,12 @@ def hash_weights(model: ModelFolder, dtype: torch.dtype, cache: Path) -> HashedW
     digests = [parts[sharing[i % len(sharing)]][i // len(sharing)] for i in range(len(files))]
     _refuse_other_folders(model, dtype, digests, settings)
     return HashedWeights(reference_key(digests, model.config, dtype, settings), states)
+
+
+def settings_of(model: ModelFolder) -> dict[str, Any] | None:
+    """Return what changes the numbers of a model beside its files: its adapter's settings, and a base in 4 bit."""
+    found = {} if model.adapter is None else numbers_of(model.adapter)
+    return (found | {"base": "nf4"} if model.quantised else found) or None
 
 
 def _refuse_other_folders(
@@ -210,7 +216,7 @@ def refuse_other_base(config: Config, models: Models, manifest: Manifest) -> Non
     if models.adapter is None:
         return
     digests = [cached_digest(file, config.cache_dir / "digests") for file in models.policy.weight_files]
-    key = reference_key(digests, models.policy.config, models.dtype)
+    key = reference_key(digests, models.policy.config, models.dtype, settings_of(models.policy))
     if key != manifest.facts["base_key"]:
         raise UserError(
             f"model.name_or_path: the adapters of step {manifest.step} were trained on a base model with the digest "

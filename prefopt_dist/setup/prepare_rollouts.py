@@ -119,6 +119,11 @@ def check(config: Config) -> None:
             f"generate.engine: got vllm, must be transformers with lora.from ({config.lora.from_!r}), since vllm is "
             f"given whole models; change it, or {_MERGE}"
         )
+    if config.generate.engine == "vllm" and config.lora is not None and config.lora.base != "full":
+        raise UserError(
+            f"generate.engine: got vllm, must be transformers with lora.base={config.lora.base}, since vllm would "
+            "sample from the base as it is stored; change one of them"
+        )
     if config.generate.engine == "vllm":
         vllm_engine.refuse_where_absent()
     prompt_tokens = config.data.max_length - config.generate.max_new_tokens

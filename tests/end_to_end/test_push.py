@@ -10,6 +10,7 @@ import worlds
 from door import Door, one_process_group
 from fake_hub import FakeHub, fake_hub
 
+from prefopt_dist.checkpoint import hub as pushing
 from prefopt_dist.checkpoint.model_card import model_card
 from prefopt_dist.cli import main
 from prefopt_dist.config import load_config
@@ -68,7 +69,7 @@ def test_the_server_saw_exactly_the_folder(door: Door, hub: FakeHub) -> None:
     assert "base_model" not in card, "a path is no name of the hub"
 
 
-def test_a_refusal_costs_a_message(door: Door, hub: FakeHub) -> None:
+def test_a_refusal_costs_a_message(door: Door, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run is done; later the stage export pushes."""
     hub.status = 401
     run = door.run("refused", export={"push_to_hub": "someone/model"})
@@ -80,6 +81,9 @@ def test_a_refusal_costs_a_message(door: Door, hub: FakeHub) -> None:
         assert word in said, said
     assert hub.files == {}
     hub.status = None
+    with monkeypatch.context() as patch:
+        patch.setattr(pushing, "push", lambda folder, name: folder / None)
+        assert main(["export", str(run)]) == 0, "whatever happens in the push"
     assert main(["export", str(run)]) == 0
     assert hub.files == {"someone/model": content(folder / "final")}
 

@@ -1,6 +1,7 @@
 """Cases of rank_cases.py with adapters that a run goes on from, against peft alone in float64 in one process."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import saved_adapters
 import torch
 import worlds
 from deepspeed.utils import safe_get_full_grad
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from prefopt_dist.batching.batches import step_batch
 from prefopt_dist.commands import export, train
@@ -61,27 +62,34 @@ def first_step(config: Any, models: Any, scored: Any, rows: list[int], exact: An
 
 
 def from_saved(
-    folder: Path, name: str, section: dict[str, object], of: str = "model", **settings: Any
+    folder: Path, name: str, section: dict[str, object], of: str = "model", beside: str | None = None, **settings: Any
 ) -> dict[str, Any]:
-    """A run that goes on from an adapter: first pass, first step, whole, crashed and resumed, exported and merged."""
+    """A run that goes on from an adapter: first pass, first step, whole, crashed and resumed, exported and merged.
+
+    `beside` is the model that the exact computation has for `of`.
+    """
+    base = folder / (beside or of)
     adapter = folder / f"sft-{name}"
     ranks.run_on_rank_zero(partial(saved_adapters.write_adapter, adapter, folder / of, **settings))
+    kept = folder / "nothing_kept.json"
     sections: dict[str, Any] = {
+        "deepspeed": {"policy": str(kept), "reference": str(kept)} if kept.exists() else {},
         "model": {"name_or_path": str(folder / of)},
         "lora": {"r": 4, "alpha": 12, "from": str(adapter), **section},
         "loss": rank_cases.DPO,
         "train": {"max_steps": 4},
-        "eval": {"every_steps": None},
+        "data": {"eval": str(folder / "pairs.jsonl")},
+        "eval": {"every_steps": 1},
         "checkpoint": {"every_steps": 3},
     }
     config = rank_cases.config_for(folder, f"{name}-whole", **sections)
     models, _, scored, key = rank_cases.ready(config)
     rows = list(range(G))
-    exact = exact_with(folder / of, adapter)
+    exact = exact_with(base, adapter)
     reference = logps(exact, scored.rows, rows)
     found = first_step(config, models, scored, rows, exact, exact)
     found["reference"] = difference(scored.reference[rows], reference)
-    found["beside base"] = difference(logps(plain.build_plain(folder / of), scored.rows, rows), reference)
+    found["beside base"] = difference(logps(plain.build_plain(base), scored.rows, rows), reference)
     train.run(config)
     crashed = rank_cases.config_for(folder, f"{name}-crashed", **sections)
     with rank_cases.Crash(step=4), pytest.raises(ConnectionAbortedError):
@@ -92,7 +100,7 @@ def from_saved(
 
     def ends() -> dict[str, Any]:
         mine, theirs = (load_file(c.run_dir / "final" / lora_cases.adapters.WEIGHTS) for c in (config, crashed))
-        beside = logps(exact_with(folder / of, config.run_dir / "final"), scored.rows, rows)
+        beside = logps(exact_with(base, config.run_dir / "final"), scored.rows, rows)
         return {
             "equal": mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine),
             "names": mine.keys() == load_file(adapter / lora_cases.adapters.WEIGHTS).keys(),
@@ -156,6 +164,26 @@ def kinds_of_adapters(folder: Path) -> dict[str, Any]:
             deepspeed={"policy": str(folder / "nothing_kept.json")},
         )
     return found
+
+
+def write_quantised(folder: Path) -> None:
+    """A folder with the weights that the linear layers of `model` compute with in 4 bit, by bitsandbytes' functions."""
+    from bitsandbytes import functional
+
+    shutil.copytree(folder / "model", folder / "model-nf4")
+    tensors = load_file(folder / "model" / "model.safetensors")
+    for name, w in tensors.items():
+        if "_proj" in name:
+            packed, state = functional.quantize_4bit(w, quant_type="nf4", blocksize=64)
+            tensors[name] = functional.dequantize_4bit(packed, state).contiguous()
+    save_file(tensors, folder / "model-nf4" / "model.safetensors", metadata={"format": "pt"})
+
+
+def qlora(folder: Path) -> dict[str, Any]:
+    """A base in 4 bit: first pass, training, evaluations between its steps, checkpoints, a resume, exports."""
+    ranks.run_on_rank_zero(partial(write_quantised, folder))
+    ranks.run_on_rank_zero(partial(models, folder))
+    return from_saved(folder, "qlora", {"base": "nf4"}, beside="model-nf4")
 
 
 def kinds_from_saved(folder: Path) -> dict[str, Any]:

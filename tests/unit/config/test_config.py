@@ -799,3 +799,19 @@ def test_a_monstrous_key_is_shown_in_short(tmp_path: Path, text: str) -> None:
         load_config(file)
     assert "xxx" in str(caught.value) or "is not a string" in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+def test_later_keys_of_adapters_at_their_defaults_are_not_part_of_a_run(tmp_path: Path) -> None:
+    """So that runs of earlier versions resume; set, each is part of it, under its key in the file."""
+
+    def of(**lora: object) -> dict[str, Any]:
+        file = tmp_path / "run.yaml"
+        sections = {"run": {"dir": "r"}, "model": {"name_or_path": "m"}, "data": {"train": "t"}, "lora": lora}
+        file.write_text(json.dumps(sections))
+        found = identity(load_config(file))
+        return {key: value for key, value in found.items() if key.startswith("lora")}
+
+    earlier = {"lora.r": 16, "lora.alpha": 32, "lora.rslora": False, "lora.target_modules": None}
+    assert of() == earlier
+    later = {"from": "folder", "dora": True, "experts": True, "base": "nf4", "modules_to_save": ["norm"]}
+    assert of(**later) == earlier | {f"lora.{key}": value for key, value in later.items()}

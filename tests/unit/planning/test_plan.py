@@ -284,6 +284,22 @@ def test_adapters_by_hand() -> None:
     assert named.sizes.trained == 32 * 8 * (4096 + 4096 + 4096 + 1024)
 
 
+def test_a_base_in_4_bit_by_hand() -> None:
+    """Of an 8B's linear layers: half a byte a weight, shared out, and 4/64 of scales, whole on each rank."""
+    needs, whole = with_adapters("8B", r=16, base="nf4"), with_adapters("8B", r=16)
+    linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
+    n = needs.sizes.parameters
+    assert (needs.sizes.quantised, whole.sizes.quantised) == (linear, 0)
+    assert n == whole.sizes.parameters
+    place = Placement(8, True)
+    parts = by_name(memory.backward_phase(needs.sizes, needs.policy, place, 10, 0))
+    assert parts["parameters"] == pytest.approx((2 * (n - linear) + linear / 2) / 8, rel=0.01)
+    assert parts["scales of 4-bit weights"] == linear // 16
+    loading = by_name(memory.loading_phase(needs.sizes, place))
+    assert loading["parameters, whole"] == pytest.approx(2 * (n - linear) + linear / 2 + linear / 16, rel=1e-6)
+    assert "scales of 4-bit weights" not in by_name(memory.backward_phase(whole.sizes, whole.policy, place, 10, 0))
+
+
 def test_adapters_let_a_70b_fit_on_8_gpus() -> None:
     """Which training all of its weights does not: see below."""
     assert find_fit(needs_of("70B"), h200(1)).checkpointed is None

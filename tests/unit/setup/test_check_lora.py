@@ -37,6 +37,8 @@ def test_what_is_trained() -> None:
         (llama(), {"target_modules": ("lm_head",)}, ["lora.target_modules: got 'lm_head'", "output head", "remove it"]),
         (llama(), {"experts": True}, ["lora.experts: got true", "llama", "set it to false"]),
         (mixtral(), {"experts": True, "dora": True}, ["lora.dora: got true", "must be false with lora.experts"]),
+        (mixtral(), {"experts": True, "base": "nf4"}, ["lora.experts: got true", "must be false with lora.base=nf4"]),
+        (llama(), {"dora": True, "base": "nf4"}, ["lora.dora: got true", "must be false with lora.base=nf4"]),
         (mixtral(), {"experts": True, "r": 25}, ["lora.r: got 25", "at most 16", "k_proj"]),
         (llama(), {"modules_to_save": ("lm_head",)}, ["lora.modules_to_save: got 'lm_head'", "output head", "merge"]),
         (
