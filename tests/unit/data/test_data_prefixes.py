@@ -9,7 +9,7 @@ from data_for_tests import ROWS, lines, prepare
 from prefopt_dist.data import open_rows
 from prefopt_dist.data.dataset import sequence_digest
 from prefopt_dist.data.prefixes import build_prefixed_rows
-from prefopt_dist.reference.scoring_plan import sequences_needed
+from prefopt_dist.reference.sequences import sequences_needed
 
 
 def test_beginnings_are_ordinary_sequences(tmp_path: Path) -> None:
