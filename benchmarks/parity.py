@@ -124,6 +124,12 @@ def cases() -> list[Case]:
             lambda t, r: t.dpo(r, ["sigmoid"], 0.1, ld_alpha=0.3),
         ),
         Case(
+            "dpo, wpo",
+            "DPO sigmoid, use_weighting",
+            {"beta": 0.1, "wpo": True},
+            lambda t, r: t.dpo(r, ["sigmoid"], 0.1, use_weighting=True),
+        ),
+        Case(
             "dpo, sft_weight",
             "DPO sigmoid + sft, one pair a batch",
             {"beta": 0.1, "sft_weight": alpha},
@@ -220,10 +226,13 @@ def compare(folder: Path) -> int:
         failed |= print_line(case.ours, case.theirs, case.only or "loss", mine, case.peer(theirs, rows))
     rated = [(p, c if i % 3 else r, i % 3 != 0) for i, (p, c, r) in enumerate(rows)]
     options = {"name": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.4}
-    kl, value = theirs.kto(rated, 0.1, 1.4)
+    kl, value = theirs.kto(rated, 0.1, 1.4, "kto")
     z0, mine = ours.kto(options, rated)
     failed |= print_line("kto", "KTO", "loss, z₀ of TRL's partners", mine, value)
     failed |= print_line("kto", "KTO", "z₀ alone", Value(z0, {}), Value(kl, {}))
+    _, value = theirs.kto(rated, 0.1, 1.4, "apo_zero_unpaired")
+    _, mine = ours.kto({**options, "reference_point": "zero"}, rated)
+    failed |= print_line("kto, reference_point: zero", "KTO apo_zero_unpaired", "loss", mine, value)
     return int(failed)
 
 
@@ -278,6 +287,11 @@ class Ours:
             )
             for i, (p, c, r) in enumerate(rows)
         ]
+        if objective.needs_squares:  # it takes the head's own pass
+            batch = pack(units, objective.responses)
+            with torch.no_grad():
+                reference = self.reference(batch)[batch.units]
+            return self._value(self.policy(batch, objective, reference).loss / len(rows))
         sequences = self._sequences(units, objective.responses)
         if not objective.needs_reference:
             sequences = replace(sequences, reference=None)

@@ -64,7 +64,7 @@ class Peer:
         return _value(trainer, -weighted.mean())
 
     def kto(
-        self, rated: list[tuple[list[int], list[int], bool]], beta: float, undesirable_weight: float
+        self, rated: list[tuple[list[int], list[int], bool]], beta: float, undesirable_weight: float, loss_type: str
     ) -> tuple[float, Value]:
         """Return KTOTrainer's reference point and loss of the rows as one batch."""
         rows = Dataset.from_list(
@@ -72,6 +72,7 @@ class Peer:
         )
         config = KTOConfig(
             beta=beta,
+            loss_type=loss_type,
             undesirable_weight=undesirable_weight,
             per_device_train_batch_size=len(rated),
             **self.common,
@@ -85,7 +86,8 @@ class Peer:
         )
         trainer.model.train()  # its metrics are read below; the model has no dropout
         value = _value(trainer, trainer.compute_loss(trainer.model, _batch(trainer)))
-        return trainer._metrics["train"]["kl"][-1], value
+        found = trainer._metrics["train"].get("kl", [0.0])
+        return found[-1], value
 
     def _reference_free(self, trainer: Any, config: Any, rows: Rows) -> Any:
         return trainer(

@@ -24,7 +24,7 @@ from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, to_device
 from prefopt_dist.batching.packing import forwards, pack, packed_tokens
 from prefopt_dist.batching.weights import with_mean_1
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.data.derived import MISMATCHED, UnpairedRows
+from prefopt_dist.data.derived import MISMATCHED, has_mismatched
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import ranks
 
@@ -194,7 +194,7 @@ def step_batch(
 
     rows = list(rows)
     batch = laid_out(0, passes)
-    if isinstance(data.rows, UnpairedRows):
+    if has_mismatched(data.rows):
         batch.with_mismatched(laid_out(MISMATCHED, 1))  # scored without gradient
     batch.prepare()
     return batch
@@ -217,6 +217,6 @@ def evaluation_batch(data: ScoredRows, responses: int, budget: int, path: Comput
         filled += [[]] * (-len(filled) % world)
         return Batch(data, [filled[j : j + world] for j in range(0, len(filled), world)], responses, first, path)
 
-    if isinstance(data.rows, UnpairedRows):
+    if has_mismatched(data.rows):
         return laid_out(0).with_mismatched(laid_out(MISMATCHED))
     return laid_out(0)

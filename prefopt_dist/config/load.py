@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt_dist.config.build import build_config, key_of, refuse_value
-from prefopt_dist.config.losses import DPOLoss, MixLoss
+from prefopt_dist.config.losses import DPOLoss, KTOLoss, MixLoss
 from prefopt_dist.config.schema import Config
 from prefopt_dist.config.secrets import mask_secrets
 from prefopt_dist.config.strict_yaml import dump_yaml, load_yaml, parse_value
@@ -145,10 +145,10 @@ _LATER_KEYS: dict[str, tuple[str, ...]] = {"lora": ("base", "experts", "dora", "
 """Fields of these sections that earlier runs lack; they are part of the identity unless they have their defaults."""
 _LATER_OPTIONS = {
     field.name: field.default
-    for field in fields(DPOLoss)
-    if field.name in ("divergence", "divergence_alpha", "ld_alpha")
+    for field in (*fields(DPOLoss), *fields(KTOLoss))
+    if field.name in ("divergence", "divergence_alpha", "ld_alpha", "wpo", "reference_point")
 }
-"""Options of the loss dpo that earlier runs lack, with their defaults, at which they stay out of the identity."""
+"""Options of losses that earlier runs lack, with their defaults, at which they stay out of the identity."""
 _ABSENT = "absent"
 
 

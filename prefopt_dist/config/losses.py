@@ -38,6 +38,8 @@ class DPOLoss:
     ld_alpha: Annotated[float, Bound("in [0, 1]", lambda v: 0 <= v <= 1)] = 1.0
     """How much those tokens of the longer response count that are beyond the length of the shorter one:
     length-desensitised DPO (LD-DPO). 1: as much as the others."""
+    wpo: bool = False
+    """Whether a pair counts by how likely the policy is to write its responses itself (WPO)."""
     sft_weight: NotNegative = 0.0
     """α: weight of an SFT term that is added to the loss: the mean of −log π over the tokens of the chosen response
     (RPO). 0: no such term."""
@@ -131,6 +133,9 @@ class KTOLoss:
     """λ_D: weight of rows with the label true."""
     undesirable_weight: Positive = 1.0
     """λ_U: weight of rows with the label false."""
+    reference_point: Literal["mean", "zero"] = "mean"
+    """What a response's log-ratio is compared with: the mean one of responses to other prompts (`mean`), or 0, which
+    needs no such responses (`zero`: APO-zero for rated responses)."""
     split_pairs: bool = False
     """Whether to accept pairs too: the chosen response as a row with the label true, the rejected one with false."""
 

@@ -314,4 +314,5 @@ def _map_column(folder: Path, name: str, expected: dict[str, Any], checksums: bo
         raise DamagedRows(f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}")
     if checksums and checksum(path) != expected["blake2b"]:
         raise DamagedRows(f"{path} does not match its checksum")
-    return np.memmap(path, dtype=np.dtype(COLUMNS[name]), mode="r")
+    # As a plain array, of which a slice takes a fraction of the time of a slice of numpy's class of maps.
+    return np.asarray(np.memmap(path, dtype=np.dtype(COLUMNS[name]), mode="r"))

@@ -165,18 +165,19 @@ MISMATCHED = 1
 class UnpairedRows(TokenisedRows):
     """Rated rows with two responses: 0 is the row's own, rated by `labels`; 1 is its partner's, which is mismatched.
 
-    Nothing is copied: prompts and responses are ranges of the tokens on disk.
+    A loss without a reference point has rows without the second one. Nothing is copied: prompts and responses are
+    ranges of the tokens on disk.
     """
 
     starts: NDArray[np.int64]
-    """[n, 3] where prompt, own response and mismatched response begin in `tokens`"""
+    """[n, 1+R] where prompt, own response and mismatched response begin in `tokens`"""
     ends: NDArray[np.int64]
-    """[n, 3] where they end"""
+    """[n, 1+R] where they end"""
     halves: bool
     """Whether the rows were split from pairs: rows 2i and 2i + 1 are the chosen and the rejected response of a pair"""
 
     def lengths(self) -> NDArray[np.int64]:
-        """Return the number of tokens of prompt, own response and mismatched response [n, 3]."""
+        """Return the number of tokens of prompt, own response and mismatched response [n, 1+R]."""
         return self.ends - self.starts
 
     def learnt_lengths(self) -> NDArray[np.int64]:
@@ -193,17 +194,23 @@ class UnpairedRows(TokenisedRows):
         return int(self.starts[i, part]), int(self.ends[i, part])
 
 
+def has_mismatched(rows: TokenisedRows) -> bool:
+    """Return whether the rows have mismatched responses."""
+    return isinstance(rows, UnpairedRows) and rows.responses > MISMATCHED
+
+
 class PromptTooFrequent(Exception):
     """The error where more than half of the rows have the same prompt, so some cannot get a mismatched response."""
 
 
-def build_unpaired_rows(rows: TokenisedRows, longest: int) -> UnpairedRows:
+def build_unpaired_rows(rows: TokenisedRows, longest: int, *, mismatched: bool = True) -> UnpairedRows:
     """Return the rated rows, or both halves of each pair, with mismatched responses from their partners.
 
     Args:
         rows: Rated rows or pairs; at least two responses in all.
         longest: Maximal number of tokens of a sequence. Prompt and own response are within it already; mismatched
             responses are truncated to it.
+        mismatched: Whether mismatched responses are needed.
 
     Raises:
         PromptTooFrequent: More than half of the rows have the same prompt.
@@ -212,44 +219,60 @@ def build_unpaired_rows(rows: TokenisedRows, longest: int) -> UnpairedRows:
     prompts = np.repeat(bounds[:, 0], rows.responses, axis=0)  # [n, 2]
     own = bounds[:, 1:].reshape(-1, 2)  # row by row; the chosen response of a pair comes first
     n = len(own)
-    first_partner = partners(n)
-    partner = exchange_partners(first_partner, np.repeat(group_equal(prompt_keys(rows)).of, rows.responses))
-    mismatched = own[partner]
-    budget = longest - (prompts[:, 1] - prompts[:, 0])
-    mismatched[:, 1] = np.minimum(mismatched[:, 1], mismatched[:, 0] + budget)
-    if rows.learnt is not None:
-        _keep_learnt(mismatched, own[partner][:, 1], rows.learnt)
-    parts = np.stack([prompts, own, mismatched], axis=1)  # [n, 3, 2]
+    parts, content = np.stack([prompts, own], axis=1), f"{rows.report.digest}:alone"  # [n, 2, 2]
+    if mismatched:
+        others, exchanged = _mismatched(rows, prompts, own, longest)
+        parts = np.concatenate([parts, others[:, None]], axis=1)  # [n, 3, 2]
+        content = f"{rows.report.digest}:{PARTNER_SEED}:{longest}{exchanged}"
     halves = rows.responses == 2
     labels = np.tile(np.array([1, 0], dtype=np.int8), rows.n) if halves else rows.labels
     assert labels is not None
-    exchanged = "" if np.array_equal(partner, first_partner) else ":exchanged"
-    content = f"{rows.report.digest}:{PARTNER_SEED}:{longest}{exchanged}".encode()
     unpaired = UnpairedRows(
         kind="rated",
         n=n,
-        responses=2,
+        responses=parts.shape[1] - 1,
         tokens=rows.tokens,
         offsets=rows.offsets,
         learnt=rows.learnt,
-        digests=np.empty((n, 2, 16), dtype=np.uint8),
+        digests=np.empty((n, parts.shape[1] - 1, 16), dtype=np.uint8),
         labels=labels,
         source=np.repeat(rows.source, rows.responses),
         line=np.repeat(rows.line, rows.responses),
         flags=np.repeat(rows.flags, rows.responses),
         source_names=rows.source_names,
         weights=rows.weights,
-        report=replace(rows.report, digest=digest(content)),
+        report=replace(rows.report, digest=digest(content.encode())),
         starts=np.ascontiguousarray(parts[..., 0]),
         ends=np.ascontiguousarray(parts[..., 1]),
         halves=halves,
         row_weights=None if rows.row_weights is None else np.repeat(rows.row_weights, rows.responses),
     )
     unpaired.digests[:, 0] = rows.digests.reshape(n, 16)
-    for i in range(n):
+    for i in range(n) if mismatched else ():
         sequence = sequence_digest(unpaired.prompt(i), unpaired.response(i, 1), unpaired.mask(i, 1))
         unpaired.digests[i, 1] = np.frombuffer(sequence, dtype=np.uint8)
     return unpaired
+
+
+def _mismatched(
+    rows: TokenisedRows, prompts: NDArray[np.int64], own: NDArray[np.int64], longest: int
+) -> tuple[NDArray[np.int64], str]:
+    """Return the range of each row's mismatched response [n, 2], and what the digest says of the partners.
+
+    Args:
+        rows: Rated rows or pairs.
+        prompts: [n, 2] the range of each prompt.
+        own: [n, 2] the range of each row's own response.
+        longest: Maximal number of tokens of a sequence.
+    """
+    first_partner = partners(len(own))
+    partner = exchange_partners(first_partner, np.repeat(group_equal(prompt_keys(rows)).of, rows.responses))
+    found = own[partner]
+    budget = longest - (prompts[:, 1] - prompts[:, 0])
+    found[:, 1] = np.minimum(found[:, 1], found[:, 0] + budget)
+    if rows.learnt is not None:
+        _keep_learnt(found, own[partner][:, 1], rows.learnt)
+    return found, "" if np.array_equal(partner, first_partner) else ":exchanged"
 
 
 def _keep_learnt(truncated: NDArray[np.int64], full_ends: NDArray[np.int64], learnt: NDArray[np.uint8]) -> None:

@@ -47,7 +47,10 @@ class Frame:
             return False
         last = bare[at + len(self.user) :]
         if "" in self.begins:  # no marker at the beginning, so the text must end as a generation prompt does
-            return any(last.endswith(answer) and last != answer for answer in self.answers)
+            without_thought = REASONING_OPENER.sub("", last).rstrip()  # the prompt may open the reasoning itself
+            return any(
+                end.endswith(answer) and end != answer for end in (last, without_thought) for answer in self.answers
+            )
         ended = bool(self.user_end) and last.endswith(self.user_end)
         return ended or any(answer in last for answer in (*self.answers, self.reply) if answer)
 

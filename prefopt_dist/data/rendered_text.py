@@ -14,6 +14,8 @@ REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")
 """The keys of a message that hold its reasoning; a template may read either."""
 REASONING_TAG = re.compile(r"(</?[^\s<>/][^\s<>]{0,40}>)")
 """Tags such as <think> and </think>; a template may treat the text between them separately."""
+TEMPLATE_TAGS = ("think", "thinking")
+"""The tags that a template may write in another way; every other tag is text."""
 OTHER_TEXT = "prefopt-other"
 """The text that is put into a part to change it."""
 
@@ -117,11 +119,12 @@ def _texts(turn: Message, others: Messages, text: str) -> Iterator[ResponsePart]
     if text.count(content.strip()) > sum(_occurrences(other, content.strip()) for other in others):
         return
     pieces = REASONING_TAG.split(content)  # text and tags in turn
-    for k in range(0, len(pieces), 2):
-        if pieces[k].strip():
-            changed = "".join([*pieces[:k], f"{OTHER_TEXT} {pieces[k]} {OTHER_TEXT}", *pieces[k + 1 :]])
-            name = "text" if len(pieces) == 1 else f"text beside {pieces[max(k - 1, 1)]}"
-            yield ResponsePart(name, pieces[k].strip(), replace(turn, content=changed))
+    for k, piece in enumerate(pieces):
+        is_tag = k % 2 == 1
+        if piece.strip() and not (is_tag and piece.strip("</>") in TEMPLATE_TAGS):
+            changed = "".join([*pieces[:k], f"{OTHER_TEXT} {piece} {OTHER_TEXT}", *pieces[k + 1 :]])
+            beside = f"tag {piece}" if is_tag else f"text beside {pieces[max(k - 1, 1)]}" if len(pieces) > 1 else "text"
+            yield ResponsePart(beside, piece.strip(), replace(turn, content=changed))
 
 
 def _occurrences(turn: Message, content: str) -> int:

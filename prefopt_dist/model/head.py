@@ -48,9 +48,9 @@ MAX_LOGITS_ON_GPU = 256 * 2**20
 (2 GiB of an 8B's), which by arithmetic takes a third of the time of the products of 800 rows, and an eighth of that of
 2,000 rows (989 TFLOP/s at 70 %, 3.35 TB/s). Not run on a GPU."""
 
-PartialLoss = Callable[[int, int, torch.Tensor], torch.Tensor]
+PartialLoss = Callable[..., torch.Tensor]
 """(first part, end, log-probs float32 [n, K] of the parts from `first` to before `end`) → float64 [], differentiable:
-what these parts add to the loss."""
+what these parts add to the loss. Where squares are asked for, the last argument is log Σ p² of the states, [n]."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,12 @@ def _score(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, to
     return chosen - largest - log_total, largest + log_total, total
 
 
+def _log_squares(exponentials: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Return log Σ p² over the vocabulary, float32 [n], of p = exponentials [n, V] / total [n, 1], without a copy."""
+    norm: torch.Tensor = torch.linalg.vector_norm(exponentials, dim=-1)
+    return 2 * (norm.log() - total[:, 0].log())
+
+
 class _TokenLogps(torch.autograd.Function):
     """log softmax(z)[target] in blocks of rows; the backward pass computes each block of logits again."""
 
@@ -217,12 +223,17 @@ class _TokenLogps(torch.autograd.Function):
         bias: nn.Parameter | None,
         target: torch.Tensor,
         transform: FinalTransform,
+        squares: torch.Tensor | None,
     ) -> torch.Tensor:
         head = _Head(weight, bias, transform)
         logps = torch.empty(target.shape, dtype=torch.float32, device=hidden.device)
         normaliser = logps.new_empty(len(target), 1)
         for rows in head.blocks(slice(0, len(target))):
-            logps[rows], normaliser[rows], _ = _score(head.logits(hidden[rows]), target[rows])
+            block = head.logits(hidden[rows])
+            logps[rows], normaliser[rows], total = _score(block, target[rows])
+            if squares is not None:
+                squares[rows] = _log_squares(block, total)
+            del block  # frees it before the next block is made
         ctx.save_for_backward(hidden, target, normaliser)
         # Not among the saved tensors: between the passes ZeRO-3 takes the parameter's data away and gives it
         # back, which autograd would see as a change.
@@ -234,7 +245,7 @@ class _TokenLogps(torch.autograd.Function):
         hidden, target, normaliser = ctx.saved_tensors
         gradients = _Gradients(ctx.head, hidden, ctx.needs_input_grad)
         gradients.add_recomputed(slice(0, len(target)), normaliser, target, grad)
-        return (*gradients.in_model_dtype(), None, None)
+        return (*gradients.in_model_dtype(), None, None, None)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -250,6 +261,7 @@ class _FusedLoss(torch.autograd.Function):
         transform: FinalTransform,
         ends: Sequence[int],
         loss: PartialLoss,
+        squares: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         head = _Head(weight, bias, transform)
         gradients = _Gradients(head, hidden, ctx.needs_input_grad)
@@ -262,12 +274,18 @@ class _FusedLoss(torch.autograd.Function):
                 block = head.logits(hidden[group])
                 cap_derivative = head.cap_derivative(block)
                 logps[group], normaliser[group], total = _score(block, target[group])
+                if squares is not None:
+                    squares[group] = _log_squares(block, total)
             else:
                 for rows in blocks:
-                    logps[rows], normaliser[rows], _ = _score(head.logits(hidden[rows]), target[rows])
+                    part = head.logits(hidden[rows])
+                    logps[rows], normaliser[rows], total = _score(part, target[rows])
+                    if squares is not None:
+                        squares[rows] = _log_squares(part, total)
+                    del part  # frees it before the next block is made
             with torch.enable_grad():
                 leaf = logps[group].requires_grad_()
-                value = loss(first, end, leaf)
+                value = loss(first, end, leaf) if squares is None else loss(first, end, leaf, squares[group])
             (grad,) = torch.autograd.grad(value, leaf)
             sum_of_losses += value.detach()
             if len(blocks) == 1:
@@ -283,7 +301,7 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         gradients.scale(grad)
-        return (*gradients.in_model_dtype(), None, None, None, None)
+        return (*gradients.in_model_dtype(), None, None, None, None, None)
 
 
 def _group_parts(ends: Sequence[int], max_rows: int) -> list[tuple[int, int, slice]]:
@@ -317,6 +335,7 @@ class LogpHead(nn.Linear):
         target: torch.Tensor | None = None,
         ends: Sequence[int] | None = None,
         loss: PartialLoss | None = None,
+        squares: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Score targets, or return the plain logits where there are none.
 
@@ -326,6 +345,8 @@ class LogpHead(nn.Linear):
             ends: the index in N at which each part of the loss ends; the log-probs of a part are all that its loss
                 needs. Given together with `loss`.
             loss: the loss of some neighbouring parts.
+            squares: float32 [N], which is filled with log Σ p² over the vocabulary of each state, without gradient;
+                None: it is not needed.
 
         Returns:
             Without targets the logits [N, V]; without a loss the log-probs, float32 [N, K]; with a loss (float64 [],
@@ -335,10 +356,10 @@ class LogpHead(nn.Linear):
             return super().forward(hidden)
         operands = hidden, self.weight, self.bias, target, self.transform
         if loss is None:
-            logps: torch.Tensor = _TokenLogps.apply(*operands)  # type: ignore[no-untyped-call]
+            logps: torch.Tensor = _TokenLogps.apply(*operands, squares)  # type: ignore[no-untyped-call]
             return logps
         both: tuple[torch.Tensor, torch.Tensor] = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-            *operands, ends, loss
+            *operands, ends, loss, squares
         )
         return both
 

@@ -95,18 +95,21 @@ class Scorer(nn.Module):
             return self._next_logits(batch)
         if objective is None:
             return self.sequence_sums(batch)
+        states = self._states(batch)
+        squares = states.new_empty(len(states), dtype=torch.float32) if objective.needs_squares else None
         if not torch.is_grad_enabled():
-            return objective(_units(batch, self.sequence_sums(batch), reference))
+            logps = self.lm.get_output_embeddings()(states, batch.target, squares=squares)
+            return objective(_units(batch, logps, reference, squares))
 
-        def loss(first: int, end: int, logps: torch.Tensor) -> torch.Tensor:
+        def loss(first: int, end: int, logps: torch.Tensor, squares: torch.Tensor | None = None) -> torch.Tensor:
             """Compute the loss of the units of some prompts from the log-probs of these prompts' states alone."""
-            return objective(_units_of(batch, first, end, logps, reference)).loss
+            return objective(_units_of(batch, first, end, logps, reference, squares)).loss
 
         # In an empty micro-batch the loss is an empty sum *over the sequence sums*: its backward pass still runs
         # through every layer, so this rank takes part in every collective.
         ends = [prompt.states for prompt in batch.prompts]
-        value, logps = self.lm.get_output_embeddings()(self._states(batch), batch.target, ends, loss)
-        terms = objective(_units(batch, _sums(logps, batch.scored, batch.counts), reference))
+        value, logps = self.lm.get_output_embeddings()(states, batch.target, ends, loss, squares)
+        terms = objective(_units(batch, logps, reference, squares))
         balance, self._balance = self._balance, None
         return terms._replace(loss=value if balance is None else value + balance)
 
@@ -219,13 +222,38 @@ def _sums(logps: torch.Tensor, scored: torch.Tensor, counts: torch.Tensor) -> to
     return torch.segment_reduce(logps.flatten()[scored].double(), "sum", lengths=counts, unsafe=True)
 
 
-def _units(batch: MicroBatch, sums: torch.Tensor, reference: torch.Tensor | None) -> Sequences:
+def _relative(
+    logps: torch.Tensor, squares: torch.Tensor | None, scored: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor | None:
+    """Return the mean of log p − log Σ p² over each sequence's scored tokens, float64 [Q]; None without squares."""
+    if squares is None:
+        return None
+    return _sums(logps.detach() - squares[:, None], scored, counts) / counts
+
+
+def _units(
+    batch: MicroBatch, logps: torch.Tensor, reference: torch.Tensor | None, squares: torch.Tensor | None
+) -> Sequences:
+    """Return all units, from the log-probs [N, K] and log Σ p² [N] of all states."""
+    sums = _sums(logps, batch.scored, batch.counts)
+    relative = _relative(logps, squares, batch.scored, batch.counts)
     numbers = batch.desirable, batch.weight, batch.margin, batch.partner
-    return Sequences(sums[batch.units], batch.counts[batch.units], reference, *numbers)
+    return Sequences(
+        sums[batch.units],
+        batch.counts[batch.units],
+        reference,
+        *numbers,
+        None if relative is None else relative[batch.units],
+    )
 
 
 def _units_of(
-    batch: MicroBatch, first: int, end: int, logps: torch.Tensor, reference: torch.Tensor | None
+    batch: MicroBatch,
+    first: int,
+    end: int,
+    logps: torch.Tensor,
+    reference: torch.Tensor | None,
+    squares: torch.Tensor | None,
 ) -> Sequences:
     """Return the units of the prompts from `first` to before `end`.
 
@@ -235,10 +263,13 @@ def _units_of(
         end: index after the last prompt.
         logps: float32 [n, K], the log-probs of these prompts' states.
         reference: float64 [U, R], or None.
+        squares: float32 [n], log Σ p² of these states, or None.
     """
     begin, stop = batch.prompts[first - 1] if first else PromptEnds(0, 0, 0, 0), batch.prompts[end - 1]
     counts = batch.counts[begin.sequences : stop.sequences]
-    sums = _sums(logps, batch.scored[begin.scored : stop.scored] - begin.states * logps.shape[1], counts)
+    scored = batch.scored[begin.scored : stop.scored] - begin.states * logps.shape[1]
+    sums = _sums(logps, scored, counts)
+    relative = _relative(logps, squares, scored, counts)
     indices = batch.by_prompt[begin.units : stop.units]
     units = batch.units[indices] - begin.sequences
 
@@ -246,4 +277,4 @@ def _units_of(
         return None if values is None else values[indices]
 
     numbers = batch.desirable[indices], of(batch.weight), of(batch.margin), of(batch.partner)
-    return Sequences(sums[units], counts[units], of(reference), *numbers)
+    return Sequences(sums[units], counts[units], of(reference), *numbers, None if relative is None else relative[units])

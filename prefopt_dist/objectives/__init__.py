@@ -8,6 +8,7 @@ from prefopt_dist.objectives.mix import Mix, MixPart
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
 from prefopt_dist.objectives.reference_free import CPO, ORPO, AlphaPO, SimPO
 from prefopt_dist.objectives.sft import SFT, WithSFT
+from prefopt_dist.objectives.wpo import WPO
 
 __all__ = [
     "AOT",
@@ -17,6 +18,7 @@ __all__ = [
     "KTO",
     "ORPO",
     "SFT",
+    "WPO",
     "AOTUnpaired",
     "APODown",
     "APOZero",

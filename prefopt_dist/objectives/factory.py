@@ -36,6 +36,7 @@ from prefopt_dist.objectives import (
     KTO,
     ORPO,
     SFT,
+    WPO,
     AlphaPO,
     AOTUnpaired,
     APODown,
@@ -75,12 +76,15 @@ def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
         case AOTUnpairedLoss():
             objective = AOTUnpaired(loss.beta, loss.label_smoothing, tie)
         case KTOLoss():
-            return KTO(loss.beta, loss.desirable_weight, loss.undesirable_weight, tie)
+            at_zero = loss.reference_point == "zero"
+            return KTO(loss.beta, loss.desirable_weight, loss.undesirable_weight, tie, at_zero=at_zero)
         case DPOLoss():
             per_token = loss.average == "tokens"
             objective = DPO(loss.beta, loss.label_smoothing, tie, per_token, loss.divergence, loss.divergence_alpha)
             if loss.ld_alpha < 1:
                 objective = LengthDesensitised(objective, loss.ld_alpha)
+            if loss.wpo:
+                objective = WPO(objective)
         case RobustLoss():
             objective = RobustDPO(loss.beta, loss.label_smoothing, tie)
         case IPOLoss():

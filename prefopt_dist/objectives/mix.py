@@ -57,6 +57,11 @@ class Mix(Objective):
         return total
 
     @property
+    def needs_squares(self) -> bool:
+        """Return whether a part does."""
+        return any(part.objective.needs_squares for part in self.parts)
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Return the first part's names (`loss` is the sum), each part's own loss, and other names of later parts."""
         return tuple(self._columns())

@@ -30,6 +30,8 @@ class Sequences:
     """float64 [U]: the margin of rewards that each pair should exceed; None: 0"""
     partner: torch.Tensor | None = None
     """float64 [U, …]: what a loss that couples units compares each with (`Objective.partners`); None for the others"""
+    relative: torch.Tensor | None = None
+    """float64 [U, R]: mean over the tokens of log p − log Σ p² over the vocabulary, where the loss `needs_squares`"""
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum of values [U, …] over the units, each times its unit's weight."""
@@ -73,6 +75,11 @@ class Objective(Protocol):
     @property
     def couples_units(self) -> bool:
         """Return whether what a unit is compared with depends on the step's other units, as AOT's ranks do."""
+        return False
+
+    @property
+    def needs_squares(self) -> bool:
+        """Return whether it needs log Σ p² over the vocabulary of each state, as WPO's weights do."""
         return False
 
     @property

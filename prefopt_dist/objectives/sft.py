@@ -60,6 +60,11 @@ class WithSFT(Objective):
         return self.of.couples_units
 
     @property
+    def needs_squares(self) -> bool:
+        """Return whether the other loss does."""
+        return self.of.needs_squares
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Return the other loss's names, of which `loss` is now the sum of both, and the term's."""
         return (*self.of.metrics, "sft_loss")

@@ -15,7 +15,7 @@ from prefopt_dist.batching.order import Order, first_rows
 from prefopt_dist.batching.packing import gathered_keys, packed_tokens
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.data.derived import MISMATCHED, UnpairedRows
+from prefopt_dist.data.derived import MISMATCHED, has_mismatched
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.objectives import Objective
 from prefopt_dist.planning.memory import MASTER_BYTES, MOMENTS_BYTES
@@ -94,7 +94,7 @@ def work_from_rows(
         step_rows = order.step(index).rows.tolist()
         step_tokens, step_flop = forward(train, step_rows, 0)
         tokens, flop = tokens + step_tokens, flop + step_flop
-        if isinstance(train, UnpairedRows):
+        if has_mismatched(train):
             ahead += forward(train, step_rows, MISMATCHED)[1]
         elif objective.couples_units:
             ahead += step_flop
@@ -105,7 +105,7 @@ def work_from_rows(
     scored_tokens, scored_flop, sequences = _scored(config, sets, cost, path, due_first) if scored else (0, 0.0, 0)
     evaluated = 0.0
     for rows in evals.values():
-        for first in (0, MISMATCHED) if isinstance(rows, UnpairedRows) else (0,):
+        for first in (0, MISMATCHED) if has_mismatched(rows) else (0,):
             evaluated += forward(rows, range(rows.n), first)[1] * (2 if objective.couples_units else 1)
     return Work(
         known=True,

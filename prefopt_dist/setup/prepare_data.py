@@ -174,13 +174,14 @@ def rows_for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRow
             f"{key}: the rows are of the form {rows.kind!r}, but the loss kto reads rows with prompt, completion and "
             "label. Give such rows, or pairs and loss.split_pairs=true."
         )
-    if rows.n * rows.responses < 2:
+    compared = config.loss.reference_point == "mean"
+    if compared and rows.n * rows.responses < 2:
         raise AgreedUserError(
             f"{key}: got {rows.n} row, but the loss kto needs at least two, since it compares a row with another one. "
             "Give more rows."
         )
     try:
-        return build_unpaired_rows(rows, config.data.max_length)
+        return build_unpaired_rows(rows, config.data.max_length, mismatched=compared)
     except PromptTooFrequent as found:
         raise AgreedUserError(
             f"{key}: {found} rows answer the same prompt, but the loss kto compares each row with a response to "

@@ -77,6 +77,7 @@ class Diagnosis:
             weight=micro_batch.weight,
             margin=micro_batch.margin,
             partner=micro_batch.partner,
+            relative=torch.zeros_like(terms.sums),  # a weight that is a common factor of the slopes compared below
         )
         n = units.total(torch.ones_like(terms.sums[:, 0]))
         sums = [n, n if self._reference else torch.zeros_like(n)]

@@ -256,7 +256,7 @@ def train_step(job: Job, index: int, batch: Batch, step0_check: Step0Check | Non
     if norm is None:
         norm = _skip(job, index, loss)
     job.meter.end_part("update")
-    job.meter.end_step(sums, diagnosis, work, routed, batch)
+    job.meter.end_step(sums, diagnosis, work, batch, routed)
     return StepResult(loss, rate, norm, request)
 
 

@@ -6,6 +6,7 @@ Legend: K metrics of the objective, D sums of the diagnosis, W ranks.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,7 +58,7 @@ class MetricsAccumulator:
         return everything[:k], everything[k : k + d], everything[k + d : k + d + w], everything[k + d + w :]
 
     def add(
-        self, sums: list[float], diagnosis: list[float], work: list[float], routed: list[float], batch: Batch
+        self, sums: list[float], diagnosis: list[float], work: list[float], batch: Batch, routed: Sequence[float] = ()
     ) -> None:
         """Add one step's global sums."""
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
@@ -140,10 +141,10 @@ class Meter:
         return to_device(torch.tensor(slots, dtype=torch.float64), like.device)
 
     def end_step(
-        self, sums: list[float], diagnosis: list[float], work: list[float], routed: list[float], batch: Batch
+        self, sums: list[float], diagnosis: list[float], work: list[float], batch: Batch, routed: Sequence[float]
     ) -> None:
         """Accumulate a step's global sums and the times of its parts."""
-        self.accumulated.add(sums, diagnosis, work, routed, batch)
+        self.accumulated.add(sums, diagnosis, work, batch, routed)
         for part, seconds in (self.timer.take() | self._parts).items():
             self.accumulated.add_seconds(part, seconds)
 

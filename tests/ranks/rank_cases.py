@@ -272,6 +272,7 @@ def plain_pairs(model: Any, data: TokenisedRows, rows: list[int]) -> torch.Tenso
 
 WHOLE_RUNS: dict[str, dict[str, object]] = {
     "kto": {"name": "kto", "beta": 0.5, "split_pairs": True},
+    "kto-zero": {"name": "kto", "beta": 0.5, "split_pairs": True, "reference_point": "zero"},
     "mix": {"name": "mix", "of": {"dpo": {"weight": 1.0}, "ipo": {"weight": 0.05}, "robust": {"weight": 0.5}}},
 }
 
@@ -393,6 +394,43 @@ def aot(folder: Path) -> dict:
             whole = exact(list(range(scored.rows.n))).item()
         found[f"{name}, evaluation"] = {"loss": [evaluate(engine, objective, {"": scored}, 150)["eval/loss"], whole]}
         zero3.release(engine)
+    return found
+
+
+def wpo(folder: Path) -> dict:
+    """A step whose head also gives log Σ p², under many micro-batches and one; its weights by plain float64."""
+    loss = {"name": "dpo", "beta": 0.1, "wpo": True}
+    config = config_for(folder, "wpo", loss=loss, reference={"name_or_path": str(folder / "reference")})
+    models, objective, scored, _ = ready(config)
+    engine = make_policy(config, models)
+    policy, reference = (plain.build_plain(folder / model) for model in ("model", "reference"))
+    rows, data = list(range(G)), scored.rows
+    live = plain_pairs(policy, data, rows)
+    weight = torch.zeros(G, dtype=torch.float64)
+    with torch.no_grad():
+        start = plain_pairs(reference, data, rows)
+        for i, k in ((i, k) for i in rows for k in (0, 1)):
+            ids = torch.tensor([[*map(int, data.prompt(i)), *map(int, data.response(i, k))]])
+            p = torch.softmax(policy(input_ids=ids, use_cache=False).logits[0], -1)[len(data.prompt(i)) - 1 : -1]
+            own = p.gather(-1, ids[0, len(data.prompt(i)) :, None])[:, 0]
+            weight[i] += (own.log() - p.square().sum(-1).log()).mean()
+    expected = (weight.exp() * plain.dpo_loss(live, start, 0.1)).mean()
+    expected.backward()
+    of = {n: p.grad for n, p in policy.named_parameters()}
+    found: dict[str, Any] = {}
+    for budget in (150, 100_000):
+        batch = step_batch(scored, rows, 2, budget)
+        sums, _ = step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
+        grads = {n: safe_get_full_grad(p).double() for n, p in engine.module.lm.named_parameters()}
+        engine.optimizer.zero_grad()
+        means = statistics.means(objective.metrics, sums, objective.counted_by)
+        found[str(budget)] = {
+            "loss": [means["loss"], expected.item()],
+            "weight": [means["wpo_weight"], weight.exp().mean().item()],
+            "gradient": max(float((grads[n] - of[n]).norm() / of[n].norm()) for n in grads),
+            "micro_batches": len(batch),
+        }
+    zero3.release(engine)
     return found
 
 

@@ -21,6 +21,7 @@ BOTH = [
     "kto_evaluation",
     "row_weights",
     "aot",
+    "wpo",
     "other_reference_is_refused",
     "errors_reach_all",
     "packs_alone_and_together",
@@ -135,6 +136,15 @@ def test_aot_sorts_the_pairs_of_all_ranks(world: tuple[int, Path]) -> None:
         assert (got.get("micro_batches", 1) > 1) == case.endswith(" 150"), case
 
 
+def test_wpo_equals_float64(world: tuple[int, Path]) -> None:
+    result = found(world, "wpo")
+    assert result["150"]["micro_batches"] > result["100000"]["micro_batches"] == 1
+    for got in result.values():
+        assert got["loss"][0] == pytest.approx(got["loss"][1], rel=1e-5)
+        assert got["weight"][0] == pytest.approx(got["weight"][1], rel=1e-5)
+        assert got["gradient"] <= 1e-5
+
+
 @pytest.mark.slow
 def test_kto_in_one_micro_batch(slow_world: tuple[int, Path]) -> None:
     """The reference point and the gradient are those of many micro-batches, which are float64's."""
@@ -155,8 +165,10 @@ def test_whole_runs_of_kto_and_a_mix(world: tuple[int, Path]) -> None:
     assert again["starts"] == [0, 3]
     assert again["weights"] == result["run-kto-whole"]["weights"]
     assert again["rows"] == result["run-kto-whole"]["rows"]
-    # Both have a closed form at the start: λ/2, and ln 2 + ½ ln 2 + 0.05 / (2 · 0.1)².
-    for name, own, at_start in (("kto", "kto/z0", 0.5), ("mix", "robust_loss", 1.5 * math.log(2) + 1.25)):
+    assert {row.get("eval/kto/z0", 0) for row in result["run-kto-zero-whole"]["rows"]} == {0}
+    # All have a closed form at the start: λ/2, and ln 2 + ½ ln 2 + 0.05 / (2 · 0.1)².
+    cases = (("kto", "kto/z0", 0.5), ("kto-zero", "kto/z0", 0.5), ("mix", "robust_loss", 1.5 * math.log(2) + 1.25))
+    for name, own, at_start in cases:
         rows = result[f"run-{name}-whole"]["rows"]
         assert [r["step"] for r in rows if r["kind"] == "eval"] == [0, 2, 4]
         assert all(f"{row['kind']}/{own}" in row for row in rows)

@@ -64,6 +64,10 @@ ADVICE: dict[str, tuple[str, str]] = {
         "the prompt is rendered differently with and without its response, so training and use would differ",
         "use a template that keeps earlier turns unchanged",
     ),
+    "joined": (
+        "a row whose answer is compared with the others of its prompt, in the prompt's last row",
+        "keep: nothing is lost",
+    ),
     "tie": ("no answer is preferred, so there is nothing to learn", "nothing to do: such rows are left out"),
     "two_systems": ("a system column beside another system turn", "remove one of them"),
     "no_place_for_system": (

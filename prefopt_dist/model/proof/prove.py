@@ -113,6 +113,7 @@ class _Weighted:
     responses = 2
     needs_reference = True
     needs_reference_point = False
+    needs_squares = False
     metrics = ("loss",)
     counted_by: Mapping[str, str] = {}
     start_loss = None

@@ -98,6 +98,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "divergence": "reverse_kl",
             "divergence_alpha": 0.5,
             "ld_alpha": 1.0,
+            "wpo": False,
             "sft_weight": 0.0,
         },
         "optim": {
@@ -373,10 +374,12 @@ def test_an_option_of_another_loss_is_refused(tmp_path: Path, name: str) -> None
         "desirable_weight": "1.5",
         "undesirable_weight": "0.5",
         "split_pairs": "true",
+        "reference_point": "zero",
         "temperature": "0.3",
         "divergence": "alpha",
         "divergence_alpha": "0.5",
         "ld_alpha": "0.5",
+        "wpo": "true",
         "penalty": "3.0",
         "alpha": "0.3",
     }
@@ -653,6 +656,7 @@ def test_later_options_of_a_loss_are_no_part_of_the_identity_at_their_defaults(t
     ]
     mix = identity(load(tmp_path, "loss.name=mix", "loss.of={dpo: {weight: 1}, ipo: {weight: 1}}"))
     assert not any("divergence" in key for key in mix)
+    assert "loss.reference_point" not in identity(load(tmp_path, "loss.name=kto"))
     changed = load(tmp_path, "loss.divergence=forward_kl")
     assert differing_keys(identity(load(tmp_path)), identity(changed)) == [
         "loss.divergence: was absent, now forward_kl"

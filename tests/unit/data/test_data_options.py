@@ -131,3 +131,29 @@ def test_the_configuration_says_it(tmp_path: Path) -> None:
             load_config(file, [override])
     with pytest.raises(UserError, match=r"^data\.chat_template: .*nothing cannot be read"):
         text_options(load_config(file, [f"data.chat_template={tmp_path}/nothing"]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        TextOptions(template_kwargs=(("loud", True),)),
+        TextOptions(system="merge"),
+        TextOptions(chat_template=INST.replace("[INST]", "[ASK]")),
+        TextOptions(template_date="2025-01-01"),
+        TextOptions(columns=(("prompt", "chosen"), ("chosen", "prompt"))),
+    ],
+)
+def test_samples_and_data_are_keyed_by_the_settings(tmp_path: Path, options: TextOptions) -> None:
+    """The digest of prompts names the folder of samples."""
+    tokenizer = small_tokenizer("{% if loud %}!{% endif %}{{ strftime_now('%Y') }}" + INST)
+    path = lines(tmp_path / "r.jsonl", [PAIR, PAIR | {"system": "be kind"}])
+
+    def digests(settings: TextOptions) -> tuple[str, str]:
+        of = Tokeniser(read_template(tokenizer, "auto", settings), 512, 256, settings)
+        asked = read_prompts([DataSource(path)], tokeniser=of, longest=99, on_bad_row="drop", key="k")
+        folder = prepare(tmp_path, path, tokenizer=tokenizer, options=settings, on_bad_row="drop")
+        return asked.digest(), folder.name
+
+    before, after = digests(TextOptions()), digests(options)
+    assert before[0] != after[0]
+    assert before[1] != after[1]

@@ -22,6 +22,12 @@ SPOKEN = (
     "{% else %}{{ 'A: ' + m['content'] + eos_token + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
 )
+# A system text stands at the beginning without a marker of its own.
+BARE_SYSTEM = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}</s>{{ m['content'] }}<|im_end|>{% else %}{{ m['content'] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}</s>{% endif %}"
+)
 WITH_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nyou are a helpful assistant.<|im_end|>\n{% endif %}"
     + CHATML
@@ -50,6 +56,8 @@ def frame(template: str | None, **changes: Any) -> Frame:
         (INST, "<s>[INST] what? [/INST]"),
         (INST, "[INST] what? [/INST]"),
         (None, "### user:\nwhat?\n\n### assistant:\n"),
+        (BARE_SYSTEM, "<s><|im_start|>what?</s>"),
+        (BARE_SYSTEM, "<|im_start|>what?</s><think>\n"),
     ],
 )
 def test_rendered_turns_are_known_by_their_order(template: str | None, turns: str) -> None:
@@ -67,6 +75,8 @@ def test_rendered_turns_are_known_by_their_order(template: str | None, turns: st
         (INST, "<s>what?"),
         (INST, "[INST] what?"),
         (SPOKEN, "what is Q: and A: in this text?"),
+        (BARE_SYSTEM, "does <|im_start|> come before <think>?"),
+        (BARE_SYSTEM, "<|im_start|>, </s> and <think>?"),
         (None, "a headline is ### user: here"),
         (None, "${content} and ### assistant:"),
         ("{% for m in messages %}{{ m['content'] }}|{% endfor %}", "a|"),

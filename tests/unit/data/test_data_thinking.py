@@ -119,6 +119,13 @@ def test_a_thought_that_the_template_hides_is_said() -> None:
         said(CHATML, a("yes", reasoning_content="the sky"), a("no"))
 
 
+@pytest.mark.parametrize("template", [DROPS, WRITES_EMPTY, HIDES])
+@pytest.mark.parametrize("content", ["<s> </think> maybe", "<b> <think>\nhm\n</think>\n\nmaybe"])
+def test_a_tag_before_reasoning_is_not_lost(template: str, content: str) -> None:
+    text = "".join(said(template, a(content), a("no"))[:2])
+    assert all(word in text for word in content.split())
+
+
 def test_a_system_turn_beside_the_last_user(tmp_path: Path) -> None:
     prompt: Messages = (Message("system", "be kind"), *QUESTION)
     expected = ["<s>[INST]be kind\n\nwhat is blue?[/INST]", "yes</s>", "no</s>"]

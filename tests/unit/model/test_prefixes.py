@@ -10,7 +10,8 @@ import torch
 from loss_family import made
 from models_for_tests import VOCABULARY, make
 
-from prefopt_dist.batching.micro_batch import PATHS, ComputePath, pack
+from prefopt_dist.batching.micro_batch import PATHS, ComputePath, in_rectangles
+from prefopt_dist.batching.packing import pack
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model.load import own_attention
 from prefopt_dist.model.scorer import Scorer
@@ -46,7 +47,7 @@ def exact_sums(model: Any, units: list[Unit]) -> torch.Tensor:
 @pytest.mark.parametrize("path", PATHS)
 def test_beginnings_equal_sequences_of_their_own(path: ComputePath) -> None:
     model = make("llama-tied")
-    if path == "plain":
+    if in_rectangles(path):
         model.set_attn_implementation(own_attention(model.config))
     scorer, units = Scorer(model, path), pairs(prefix=True)
     batch, without = pack(units, 4, path), pack(pairs(prefix=False), 2, path)

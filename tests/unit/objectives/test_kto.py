@@ -13,7 +13,13 @@ import torch
 from data_for_tests import ROWS, lines, prepare
 
 from prefopt_dist.data import TokenisedRows, open_rows, sequence_digest
-from prefopt_dist.data.derived import PromptTooFrequent, build_unpaired_rows, exchange_partners, partners
+from prefopt_dist.data.derived import (
+    PromptTooFrequent,
+    build_unpaired_rows,
+    exchange_partners,
+    has_mismatched,
+    partners,
+)
 from prefopt_dist.monitoring.statistics import means
 from prefopt_dist.objectives import KTO, Sequences
 
@@ -53,6 +59,24 @@ def test_kto_equals_its_paper(z0: float) -> None:
         assert shown[f"logratio/{response}"] == pytest.approx(ratio)
         assert shown[f"rewards/{response}"] == pytest.approx(0.2 * ratio)
         assert shown[f"logps/{response}"] == pytest.approx(logps.detach()[mine].mean().item())
+
+
+def test_with_the_reference_point_at_zero_nothing_comes_before_the_step(tmp_path: Path) -> None:
+    """The same as z₀ = 0, and the rows have no mismatched responses, so that a single row is enough."""
+    at_zero = KTO(**OPTIONS, at_zero=True)
+    assert KTO(**OPTIONS).needs_reference_point
+    assert not at_zero.needs_reference_point
+    given = sequences(*drawn(40))
+    assert torch.equal(at_zero(given).per_unit, kto(0.0)(given).per_unit)
+    assert at_zero(sequences(*(values[:0] for values in drawn(4)))).loss.item() == 0
+    base = open_rows(prepare(tmp_path, lines(tmp_path / "one.jsonl", ROWS[:1])))
+    rows = build_unpaired_rows(base, 512, mismatched=False)
+    assert (rows.n, rows.responses, rows.halves) == (2, 1, True)
+    assert not has_mismatched(rows)
+    assert rows.digests[:, 0].tolist() == base.digests[0].tolist()
+    for k in (0, 1):
+        assert rows.response(k, 0).tolist() == base.response(0, k).tolist()
+        assert rows.unit(k, (0,)).desirable == (k == 0)
 
 
 @pytest.mark.parametrize("far", [1e3, -1e3, 1e6, -1e6])
