@@ -1,8 +1,8 @@
-"""A micro-batch: one packed row of distinct sequences, and the units (pairs or single responses) made of them.
+"""A micro-batch: one packed row of distinct sequences, and the units (pairs, single responses, ranked rows) of them.
 
 Legend: T packed input tokens, S scored tokens (the response tokens that are learnt), N tokens whose hidden states
 reach the output head, K largest number of different tokens that one of them predicts, Q distinct sequences (prompt and
-response), U units, R responses of a unit.
+response), U units, R responses of a unit (of ranked rows the most that a row of the data set has).
 
 Each distinct prompt of the micro-batch is in the row once, followed by its distinct responses:
 
@@ -132,7 +132,8 @@ class MicroBatch:
     counts: torch.Tensor
     """int64 [Q]: scored tokens of each sequence; their sum is S."""
     units: torch.Tensor
-    """int64 [U, R]: indices of the sequences of each unit (for a pair: chosen, rejected, perhaps their beginnings)."""
+    """int64 [U, R]: indices of the sequences of each unit (for a pair: chosen, rejected, perhaps their beginnings);
+    responses that a ranked row lacks repeat its first."""
     rows: tuple[int, ...]
     """[U]: the data-set row of each unit."""
     desirable: torch.Tensor
@@ -147,6 +148,8 @@ class MicroBatch:
     """float64 [U]: the weight of each unit in sums over units; None: each weighs 1."""
     margin: torch.Tensor | None = None
     """float64 [U]: the margin of rewards that each pair should exceed; None: 0."""
+    ranks: torch.Tensor | None = None
+    """int64 [U, R]: the rank of each response of ranked rows, best first, -1 for one that a row lacks."""
     partner: torch.Tensor | None = None
     """float64 [U, …]: what each unit is compared with under a loss that couples units, set before the step."""
     rectangles: tuple[torch.Tensor, ...] = ()

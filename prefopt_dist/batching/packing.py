@@ -102,7 +102,7 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
 
     Args:
         units: the units; none make a micro-batch with a dummy token.
-        responses_per_unit: responses of a unit.
+        responses_per_unit: responses of a unit; ranked rows may have fewer.
         path: how the model will compute them.
         forwards: where there are rectangles, the fewest; dummy ones fill up.
     """
@@ -112,7 +112,8 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
         assert len(u.prompt) > 0, f"row {u.row}: empty prompt"
         assert all(r.scored > 0 for _, r in keyed_responses(u)), f"row {u.row}: nothing of a response is scored"
         columns = len(u.responses) * (1 if u.prefix is None else 2)
-        assert columns == responses_per_unit, f"row {u.row}: {len(u.responses)} responses"
+        assert 0 < columns <= responses_per_unit, f"row {u.row}: {len(u.responses)} responses"
+        assert columns == responses_per_unit or u.ranks is not None, f"row {u.row}: it is not ranked"
 
     ids: list[Tokens] = []
     positions: list[NDArray[np.int64]] = []
@@ -188,7 +189,7 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
         gathered=gather(segments),
         **distinct,
         counts=torch.tensor(counts),
-        units=torch.tensor(of_units),
+        units=torch.tensor([row + row[:1] * (responses_per_unit - len(row)) for row in of_units]),
         rows=tuple(u.row for u in units),
         desirable=torch.tensor([u.desirable for u in units]),
         by_prompt=torch.from_numpy(of_unit.argsort(kind="stable")),
@@ -196,9 +197,18 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
         spans=tuple(Span(*span, n) for span, n in zip(spans, share.tolist(), strict=True)),
         weight=_numbers([u.weight for u in units]),
         margin=_numbers([u.margin for u in units]),
+        ranks=_rank_table(units, responses_per_unit),
         rectangles=rectangles + (torch.zeros(1, 1, dtype=torch.int64),) * dummies,
         dummies=dummies,
     )
+
+
+def _rank_table(units: Sequence[Unit], responses: int) -> torch.Tensor | None:
+    """Return the ranks of the units' responses as int64 [U, R]; None where they are not ranked."""
+    ranks = [u.ranks for u in units if u.ranks is not None]
+    if len(ranks) < len(units):
+        return None
+    return torch.tensor([[*of_unit, *[-1] * (responses - len(of_unit))] for of_unit in ranks])
 
 
 def _beginnings(units: Sequence[Unit]) -> dict[tuple[bytes, ResponseKey], set[int]]:

@@ -70,10 +70,13 @@ def export_check_batches(probe: dict[str, Any], path: ComputePath = "shared") ->
         The micro-batches, and the log-probs as float64 [U, R].
     """
     units = [
-        Unit(i, np.array(p, dtype=np.int32), tuple(np.array(r, dtype=np.int32) for r in rs))
+        Unit(
+            i, np.array(p, dtype=np.int32), tuple(np.array(r, dtype=np.int32) for r in rs), ranks=tuple(range(len(rs)))
+        )
         for i, (p, rs) in enumerate(zip(probe["prompts"], probe["responses"], strict=True))
     ]
-    return [pack([unit], len(unit.responses), path) for unit in units], torch.tensor(probe["sums"], dtype=torch.float64)
+    sums = torch.tensor(probe["sums"], dtype=torch.float64)
+    return [pack([unit], sums.shape[1], path) for unit in units], sums
 
 
 def verify(

@@ -137,7 +137,8 @@ def _write_pairs(config: Config, job: RolloutJob) -> str:
     rule = pairs.PairingRule(generate.pairing, generate.min_margin, job.reward_weights, config.run.seed)
     about = {"model": job.model_key, "sampling": asdict(job.sampling), "rewards": job.scores}
     tally = pairs.PairCounts()
-    rows = [pairs.pair_row(one.prompt, pair, about) for one in found for pair in pairs.make_pairs(one, rule, tally)]
+    make_row = pairs.ranked_row if generate.pairing == "ranked" else pairs.pair_row
+    rows = [make_row(one.prompt, answers, about) for one in found for answers in pairs.make_pairs(one, rule, tally)]
     if not rows:
         raise UserError(
             f"generate: no pair is left of {len(found)} prompts ({_counts(tally.prompts)}; answers left out: "
@@ -181,11 +182,12 @@ def _counts(tally: dict[str, int]) -> str:
 
 def _text(config: Config, facts: dict[str, Any]) -> str:
     reward, answers = facts["reward"], facts["answers"]
+    rows = "ranked rows" if config.generate.pairing == "ranked" else "pairs"
     return (
-        f"done: {facts['pairs']} pairs of {facts['prompts']} prompts in {config.pairs_file}\n"
+        f"done: {facts['pairs']} {rows} of {facts['prompts']} prompts in {config.pairs_file}\n"
         f"  reward: mean {interval_text(reward)}, best of {config.generate.n} {facts['best_of_n']:.3f}; "
         f"{facts['tokens']:.1f} tokens an answer\n"
         f"  answers left out: {_counts(answers['left_out'])}; prompts without a pair: "
         f"{_counts(facts['prompts_without_pair'])}\n"
-        f"  answers in pairs that training splits into other tokens than were sampled: {answers['retokenised']}"
+        f"  answers in {rows} that training splits into other tokens than were sampled: {answers['retokenised']}"
     )

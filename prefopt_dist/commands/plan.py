@@ -99,7 +99,8 @@ def _work(config: Config, model: PreTrainedConfig, cost: Cost, path: ComputePath
 
 
 def _unread(config: Config, cost: Cost, objective: Objective, path: ComputePath, why: UserError) -> work.Work:
-    say(f"the data cannot be read here, so every row is taken to be as long as data.max_length allows: {why}")
+    few = ", with two responses" if objective.ranked else ""
+    say(f"the data cannot be read here, so every row is taken to be as long as data.max_length allows{few}: {why}")
     return work.worst_case_work(config, cost, objective, path)
 
 

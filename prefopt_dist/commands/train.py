@@ -182,10 +182,11 @@ def _make_job(
     Nobody but the job holds the engine, so that its end can free the engine's memory.
     """
     models, objective, answers = inputs.models, inputs.objective, start.answers
-    read_keys = partial(most_keys_per_token, inputs.train, inputs.order, inputs.total_steps, objective.responses)
+    responses = objective.responses_of(inputs.train.responses)
+    read_keys = partial(most_keys_per_token, inputs.train, inputs.order, inputs.total_steps, responses)
     keys = ranks.run_on_rank_zero(lambda: read_keys(config.train.micro_batch_tokens, models.path))
     if models.path == "plain":
-        measure = partial(padding, inputs.train, inputs.order, inputs.total_steps, objective.responses)
+        measure = partial(padding, inputs.train, inputs.order, inputs.total_steps, responses)
         share = ranks.run_on_rank_zero(lambda: measure(config.train.micro_batch_tokens, ranks.world_size()))
         say(f"path plain: {share:.1%} of the tokens that the first steps compute are padding")
     engine, checkpointing = _policy(config, models, keys)

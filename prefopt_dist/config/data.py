@@ -67,7 +67,8 @@ Day = Annotated[str, Bound("a date as YYYY-MM-DD", lambda v: re.fullmatch(r"\d{4
 
 Form = Literal[
     "auto", "raw_pair", "pair", "conversations", "transcripts", "implicit_prompt", "rated", "demonstration",
-    "sharegpt", "sharegpt_rated", "sharegpt_kto_tag", "sharegpt_messages", "messages_pair", "swift", "swift_query",
+    "ranked", "sharegpt", "sharegpt_rated", "sharegpt_kto_tag", "sharegpt_messages", "messages_pair", "swift",
+    "swift_query",
     "swift_messages", "messages_rated", "alpaca_pair", "alpaca_outputs", "alpaca_farm", "alpaca", "ultrafeedback",
     "question_pair", "input_pair", "openai", "nemo", "nectar", "helpsteer2", "helpsteer2_rated", "helpsteer3", "shp",
     "saferlhf", "webgpt", "arena", "arena_texts",
@@ -95,7 +96,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class PairsFrom:
-    """Rule by which a row with several scored answers becomes a pair."""
+    """Rule by which a row with several scored answers becomes a pair, or a ranked row for a loss that takes such."""
 
     responses: Text
     """Dotted path to the list of answers; it may lead through a list of objects, such as `completions.text`."""
@@ -103,7 +104,8 @@ class PairsFrom:
     """Dotted path to the list of their scores, such as `completions.score`."""
     pairing: Literal["best_worst", "best_random"] = "best_worst"
     """The chosen answer has the highest score. The rejected one has the lowest (`best_worst`), or is any answer with a
-    lower score, drawn by a hash of the row (`best_random`)."""
+    lower score, drawn by a hash of the row (`best_random`). A loss on ranked rows takes all answers, so it has
+    `best_worst` only."""
     min_margin: NotNegative = 0.0
     """Smallest difference of the two scores; a row with a smaller one is left out as a tie."""
 

@@ -15,6 +15,7 @@ from prefopt_dist.config.anchored_losses import (
     SPPOHardLoss,
 )
 from prefopt_dist.config.bounds import Bound, NotNegative, Positive, Smoothing
+from prefopt_dist.config.ranked_losses import AllPairsLoss, PlackettLuceLoss, RankedLoss
 from prefopt_dist.config.reference_free_losses import AlphaPOLoss, CPOLoss, ORPOLoss, SimPOLoss
 from prefopt_dist.errors import UserError
 
@@ -222,9 +223,9 @@ class MixLoss:
 
 CoupledLoss = AOTLoss | AOTUnpairedLoss
 """Losses that compare the pairs of a step with each other."""
-Loss = PairLoss | CoupledLoss | KTOLoss | MixLoss
+Loss = PairLoss | CoupledLoss | KTOLoss | RankedLoss | MixLoss
 
-LOSSES: dict[str, type[PairLoss | CoupledLoss | KTOLoss]] = {
+LOSSES: dict[str, type[PairLoss | CoupledLoss | KTOLoss | RankedLoss]] = {
     "dpo": DPOLoss,
     "robust": RobustLoss,
     "ipo": IPOLoss,
@@ -238,6 +239,8 @@ LOSSES: dict[str, type[PairLoss | CoupledLoss | KTOLoss]] = {
     "sppo_hard": SPPOHardLoss,
     "cal_dpo": CalDPOLoss,
     "dpop": DPOPositiveLoss,
+    "plackett_luce": PlackettLuceLoss,
+    "all_pairs": AllPairsLoss,
     "simpo": SimPOLoss,
     "alphapo": AlphaPOLoss,
     "cpo": CPOLoss,
@@ -250,6 +253,8 @@ LOSSES: dict[str, type[PairLoss | CoupledLoss | KTOLoss]] = {
 """Every loss by name, in the order of a mix's parts. docs/architecture.md lists the steps to add one."""
 WITH_MARGIN = ("dpo", "robust", "ipo", "hinge", "exo_pair", "discopop", "simpo", "alphapo", "cpo")
 """The losses of the margin of rewards alone, from which `data.margin` is subtracted."""
+ON_ROWS = "it takes all responses of a row, but a mix consists of losses on pairs"
+"""Why a loss on ranked rows cannot be part of a mix."""
 MIX = "mix"
 """The name of a weighted sum of losses."""
 _SORTS = "it compares each pair with others of its step, by a pass before the step"
@@ -257,6 +262,8 @@ NOT_MIXED = {
     "aot": _SORTS,
     "aot_unpaired": _SORTS,
     "kto": "it rates single responses by a reference point from other rows, but a mix consists of losses on pairs",
+    "plackett_luce": ON_ROWS,
+    "all_pairs": ON_ROWS,
     MIX: "write its parts here themselves",
 }
 """Losses that cannot be part of a mix, and the reason for messages."""

@@ -195,11 +195,13 @@ class Generate:
     batch_tokens: Count = 32768
     """Tokens of prompts and responses that a rank samples at once. It changes memory and speed, and the
     result within rounding alone."""
-    pairing: Literal["best_worst", "best_random", "margin"] = "best_worst"
+    pairing: Literal["best_worst", "best_random", "margin", "ranked"] = "best_worst"
     """Which two responses to a prompt make a pair: the best and the worst, the best and a random one with a lower
-    score, or (`margin`) every two whose scores differ by at least `min_margin`."""
+    score, or (`margin`) every two whose scores differ by at least `min_margin`. With `ranked` all responses make one
+    row with their scores, for the losses `plackett_luce` and `all_pairs`."""
     min_margin: NotNegative = 0.0
-    """Smallest difference of the rewards of a pair; pairs with equal rewards are always left out."""
+    """Smallest difference of the rewards of a pair, or of the best and the worst response of a ranked row; equal ones
+    are always left out."""
     on_bad_reward: Literal["stop", "drop"] = "stop"
     """A reward that raises an exception or is not a finite number ends the job (`stop`), or its response is left out
     (`drop`)."""

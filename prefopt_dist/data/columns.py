@@ -11,7 +11,7 @@ from typing import Any
 
 from prefopt_dist.config.data import PairsFrom
 from prefopt_dist.data.example import BadRow, Example
-from prefopt_dist.data.external_columns import best_and_worst, number_of
+from prefopt_dist.data.external_columns import best_first, number_of
 from prefopt_dist.data.options import TextOptions
 
 DIFFERENCE = " - "
@@ -30,7 +30,7 @@ def rename_columns(row: dict[str, Any], options: TextOptions) -> dict[str, Any]:
     named = {ours: value for ours, path in options.columns if (value := value_at_path(row, path)) is not None}
     if options.pairs_from is not None:
         taken |= {options.pairs_from.responses.split(".")[0], options.pairs_from.scores.split(".")[0]}
-        named["chosen"], named["rejected"] = _pair(row, options.pairs_from)
+        named["chosen"], named["rejected"] = _pair(row, options.pairs_from, ranked=options.ranked)
     return {name: value for name, value in row.items() if name not in taken} | named
 
 
@@ -82,20 +82,21 @@ def value_at_path(value: Any, path: str) -> Any:
     return value
 
 
-def _pair(row: dict[str, Any], options: PairsFrom) -> tuple[Any, Any]:
-    """Return (chosen, rejected) of the rated answers."""
+def _pair(row: dict[str, Any], options: PairsFrom, *, ranked: bool) -> tuple[Any, Any]:
+    """Return (chosen, rejected) of the rated answers; for ranked rows all lesser answers are the rejected ones."""
     answers, scores = value_at_path(row, options.responses), value_at_path(row, options.scores)
     if not isinstance(answers, list) or not isinstance(scores, list) or len(answers) != len(scores):
         rule = f"{options.responses} and {options.scores} (data.pairs_from) must be lists of the same length"
         raise BadRow("missing_field", rule, sorted(row), "correct the paths of data.pairs_from")
-    best, worst = best_and_worst(answers, scores, options.responses)
+    best, lesser = best_first(answers, scores, options.responses)
+    worst = lesser[-1]
     if options.pairing == "best_random":
         worst = _random_worse(row, answers, scores, best)
     margin = _score(answers, scores, best) - _score(answers, scores, worst)
     if margin < options.min_margin:
         rule = f"the scores must differ by at least data.pairs_from.min_margin={options.min_margin:g}"
         raise BadRow("tie", rule, scores, "leave the row as it is (it is dropped), or lower min_margin")
-    return best, worst
+    return best, lesser if ranked else worst
 
 
 def _random_worse(row: dict[str, Any], answers: Sequence[Any], scores: Sequence[Any], best: Any) -> Any:

@@ -1,7 +1,8 @@
 """The tokenised data set on disk, memory-mapped.
 
-Shapes: n rows; R responses per row (2 for pairs, otherwise 1). The tokens of a row are stored consecutively: the
-prompt, then its responses. `offsets` has an entry for the start of each of these parts and one for the end.
+Shapes: n rows; R responses per row (2 for pairs, of ranked rows the most that one has, otherwise 1). The tokens of a
+row are stored consecutively: the prompt, then its responses. `offsets` has an entry for the start of each of these
+parts and one for the end. A response that a ranked row lacks has no tokens, the digest ABSENT and the score nan.
 """
 
 import json
@@ -10,6 +11,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -35,6 +37,7 @@ COLUMNS = {
     "labels": "|i1",
     "row_weights": "<f8",
     "margins": "<f8",
+    "scores": "<f8",
     "source": "<i4",
     "line": "<i8",
     "flags": "<u2",
@@ -47,7 +50,9 @@ FLAGS = (
 """Names of the bits that record how each row was made, from the lowest bit on (see `TokenisedRow`)."""
 MANIFEST = "manifest.json"
 
-Kind = Literal["pair", "demonstration", "rated"]
+Kind = Literal["pair", "demonstration", "rated", "ranked"]
+ABSENT = bytes(16)
+"""The digest of a response that a ranked row lacks."""
 
 
 class DamagedRows(Exception):
@@ -107,6 +112,8 @@ class TokenisedRows:
     """[n] the weight of each row in the loss; None without data.weight"""
     margins: NDArray[np.float64] | None = field(default=None, kw_only=True)
     """[n] the margin of rewards that each pair should exceed; None without data.margin"""
+    scores: NDArray[np.float64] | None = field(default=None, kw_only=True)
+    """[n, R] the score of each response of ranked rows, best first, nan for an absent one; None for other kinds"""
 
     @property
     def disk_bytes(self) -> int:
@@ -118,7 +125,7 @@ class TokenisedRows:
         return self._part(i, 0)
 
     def response(self, i: int, k: int) -> NDArray[np.int32]:
-        """Return the ids of row i's response k [length]; in a pair, 0 is the chosen and 1 the rejected response."""
+        """Return the ids of row i's response k [length]; 0 is a pair's chosen response, or a ranked row's best one."""
         assert 0 <= k < self.responses
         return self._part(i, 1 + k)
 
@@ -135,7 +142,9 @@ class TokenisedRows:
         """Return the number of scored and learnt tokens of each response [n, R]."""
         if self.learnt is None:
             return self.lengths()[:, 1:]
-        counts: NDArray[np.int64] = np.add.reduceat(self.learnt, self.offsets[:-1], dtype=np.int64)
+        counts = np.zeros(len(self.offsets) - 1, dtype=np.int64)
+        held = np.diff(self.offsets) > 0  # reduceat would count a token of the next part for an empty one
+        counts[held] = np.add.reduceat(self.learnt, self.offsets[:-1][held], dtype=np.int64)
         return counts.reshape(self.n, 1 + self.responses)[:, 1:]
 
     def unit(self, i: int, responses: Iterable[int], number: int | None = None) -> Unit:
@@ -143,16 +152,43 @@ class TokenisedRows:
 
         Args:
             i: The row.
-            responses: Indices of the responses.
+            responses: Indices of the responses; those that a ranked row lacks are left out.
             number: The number that names the unit; None: i.
         """
-        columns = tuple(responses)
+        held = self.responses_held(i)
+        columns = tuple(k for k in responses if k < held)
         learnt = None if self.learnt is None else tuple(self.mask(i, k) for k in columns)
         desirable = self.labels is None or bool(self.labels[i])
         found = tuple(self.response(i, k) for k in columns)
         weight = None if self.row_weights is None else float(self.row_weights[i])
         margin = None if self.margins is None else float(self.margins[i])
-        return Unit(i if number is None else number, self.prompt(i), found, desirable, learnt, weight, margin)
+        ranks = None if self.scores is None else tuple(self.ranks(i)[k] for k in columns)
+        return Unit(
+            i if number is None else number, self.prompt(i), found, desirable, learnt, weight, margin, ranks=ranks
+        )
+
+    def responses_held(self, i: int) -> int:
+        """Return the number of responses of row i, which is R but for ranked rows."""
+        return self.responses if self.scores is None else int(np.count_nonzero(~np.isnan(self.scores[i])))
+
+    def ranks(self, i: int) -> tuple[int, ...]:
+        """Return the ranks of the responses of a ranked row: 0 for the first, one more after each fall of the score."""
+        assert self.scores is not None
+        scores = self.scores[i, : self.responses_held(i)].tolist()
+        return tuple(accumulate([0, *(int(later < earlier) for earlier, later in pairwise(scores))]))
+
+    def held(self) -> NDArray[np.int64]:
+        """Return the number of responses of each row [n]."""
+        held: NDArray[np.int64] = self.present().sum(axis=1)
+        return held
+
+    def best_and_worst(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return what `values` [n, R] have for the first and for the last response of each row [n, 2]."""
+        return np.stack([values[:, 0], values[np.arange(self.n), self.held() - 1]], axis=1)
+
+    def present(self) -> NDArray[np.bool_]:
+        """Return whether each response is there [n, R]."""
+        return np.ones((self.n, self.responses), bool) if self.scores is None else ~np.isnan(np.asarray(self.scores))
 
     def lengths(self) -> NDArray[np.int64]:
         """Return the number of tokens of each row's prompt and responses [n, 1+R]."""
@@ -218,7 +254,16 @@ class ColumnWriter:
 def content_digest(files: dict[str, dict[str, Any]]) -> str:
     """Return a digest of the rows from their files' checksums; the line numbers of the rows do not count."""
     state = blake2b(digest_size=16)
-    for name in ("tokens", "offsets", "labels", "source", "learnt", "row_weights", "margins"):  # some may be absent
+    for name in (
+        "tokens",
+        "offsets",
+        "labels",
+        "source",
+        "learnt",
+        "row_weights",
+        "margins",
+        "scores",
+    ):  # some may be absent
         if name in files:
             state.update(f"{name}:{files[name]['blake2b']};".encode())
     return state.hexdigest()
@@ -270,7 +315,11 @@ def open_rows(folder: Path, checksums: bool = True) -> TokenisedRows:
         raise DamagedRows(f"{folder / MANIFEST} has schema {body['schema']}, not {SCHEMA}")
     arrays = {name: _map_column(folder, name, file, checksums) for name, file in body["files"].items()}
     kind: Kind = body["kind"]
-    responses = 2 if kind == "pair" else 1
+    if kind == "ranked":
+        responses = (len(arrays["offsets"]) - 1) // body["n"] - 1
+    else:
+        responses = 2 if kind == "pair" else 1
+    scores = arrays.get("scores")
     report = body["report"]
     examples = {name: tuple(shown) for name, shown in report["examples"].items()}
     return TokenisedRows(
@@ -290,6 +339,7 @@ def open_rows(folder: Path, checksums: bool = True) -> TokenisedRows:
         report=DataReport(**{**report, "examples": examples}),
         row_weights=arrays.get("row_weights"),
         margins=arrays.get("margins"),
+        scores=None if scores is None else scores.reshape(body["n"], responses),
     )
 
 

@@ -28,7 +28,7 @@ from prefopt_dist.files import digest
 ROWS_PER_COPY = 4096
 """Number of rows that are copied at once."""
 
-OPTIONAL = ("labels", "learnt", "row_weights", "margins")
+OPTIONAL = ("labels", "learnt", "row_weights", "margins", "scores")
 """Columns that a data set may lack."""
 REPAIRS = ("double_bos", "double_end", "system_dropped", "system_merged")
 DroppedRows = tuple[str, NDArray[np.int64], Sequence[str]]
@@ -125,7 +125,8 @@ def _copy_rows(columns: dict[str, ColumnWriter], rows: TokenisedRows, chosen: ND
         ("flags", rows.flags),
     ):
         columns[name].append(values[chosen])
-    for name, held in (("labels", rows.labels), ("row_weights", rows.row_weights), ("margins", rows.margins)):
+    for name in ("labels", "row_weights", "margins", "scores"):
+        held = getattr(rows, name)
         if held is not None:
             columns[name].append(held[chosen])
     return int(ends[-1])

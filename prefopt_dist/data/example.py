@@ -32,7 +32,7 @@ class Example:
 
     prompt: str | Messages
     responses: tuple[str, ...] | tuple[Messages, ...]
-    """(chosen, rejected) of a pair, otherwise a single response"""
+    """(chosen, rejected) of a pair, all of a ranked row with the best first, otherwise a single response"""
     label: bool | None = None
     """The rating of a rated row"""
     tools: tuple[Any, ...] | None = None
@@ -50,6 +50,8 @@ class Example:
     """The row's weight in the loss, at least 0"""
     margin: float = 0.0
     """The margin of rewards that a pair should exceed"""
+    scores: tuple[float, ...] | None = None
+    """The score of each response of a ranked row, not ascending"""
 
 
 SKIPPED_KINDS = ("tie", "joined")

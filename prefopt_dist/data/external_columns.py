@@ -1,13 +1,14 @@
 """Turn rows of external forms (those of other tools and of published data sets) into the columns of our own forms.
 
-Of ranked and rated answers, the best and the worst become the pair. A row without a preference is dropped and counted
+Of ranked and rated answers all are kept, best first; for a loss on pairs, `forms.py` then takes the best and the worst
+one. A row without a preference is dropped and counted
 as `tie`, which is not a fault of the data.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -48,13 +49,42 @@ def best_and_worst(answers: Sequence[Any], scores: Sequence[Any], name: str) -> 
     Raises:
         BadRow: `missing_field`: no score is a number; `tie`: all scores are equal.
     """
+    best, lesser = best_first(answers, scores, name)
+    return best, lesser[-1]
+
+
+class Lesser(list[Any]):
+    """All answers of a row but the best one, best first, in the place of a pair's rejected one."""
+
+    def __init__(self, answers: Sequence[Any], scores: Sequence[float]) -> None:
+        """Keep the answers.
+
+        Args:
+            answers: All but the best one, best first.
+            scores: The scores of all answers, the best one's included.
+        """
+        super().__init__(answers)
+        self.scores = tuple(scores)
+
+
+def best_first(answers: Sequence[Any], scores: Sequence[Any], name: str) -> tuple[Any, Lesser]:
+    """Return the best answer and the others in descending order of their scores; equal scores keep their order.
+
+    Args:
+        answers: The answers.
+        scores: Their scores; answers without a number are left out.
+        name: The name of the answers in messages.
+
+    Raises:
+        BadRow: `missing_field`: no score is a number; `tie`: all scores are equal.
+    """
     rated = [(score, answer) for score, answer in zip(scores, answers, strict=True) if number_of(score) is not None]
     if not rated:
         raise BadRow("missing_field", f"{name} must have scores that are numbers", list(scores))
-    ranked = sorted(rated, key=lambda pair: -float(pair[0]))
-    if float(ranked[0][0]) == float(ranked[-1][0]):
+    ranked = sorted(((float(score), answer) for score, answer in rated), key=lambda pair: -pair[0])
+    if ranked[0][0] == ranked[-1][0]:
         raise BadRow("tie", f"{name} must differ in their scores", list(scores), TIE_REMEDY)
-    return ranked[0][1], ranked[-1][1]
+    return ranked[0][1], Lesser([answer for _, answer in ranked[1:]], [score for score, _ in ranked])
 
 
 def number_of(value: Any) -> float | None:
@@ -152,23 +182,39 @@ def read_openai(row: Row) -> Columns:
 def read_nemo(row: Row) -> Columns:
     """Read a row of NeMo-RL: completions with ranks, where the lowest rank is the best."""
     ranked = _list(row, "completions")
-    ranks = [-rank if (rank := number_of(one.get("rank"))) is not None else None for one in ranked]
-    best, worst = best_and_worst([one.get("completion") for one in ranked], ranks, "completions")
-    return pair_columns(field_of(row, "context"), best, worst, tools=row.get("tools"))
+    answers = best_first(
+        [one.get("completion") for one in ranked], _negated(one.get("rank") for one in ranked), "completions"
+    )
+    return pair_columns(field_of(row, "context"), *answers, tools=row.get("tools"))
 
 
 def read_nectar(row: Row) -> Columns:
     """Read a row of Nectar: answers with ranks, where the lowest rank is the best."""
     ranked = _list(row, "answers")
-    ranks = [-rank if (rank := number_of(one.get("rank"))) is not None else None for one in ranked]
-    best, worst = best_and_worst([one.get("answer") for one in ranked], ranks, "answers")
-    return pair_columns(field_of(row, "prompt"), best, worst)
+    answers = best_first([one.get("answer") for one in ranked], _negated(one.get("rank") for one in ranked), "answers")
+    return pair_columns(field_of(row, "prompt"), *answers)
+
+
+def _negated(ranks: Iterable[Any]) -> list[float | None]:
+    """Return scores of ranks, of which the lowest is the best; None for one that is not a number."""
+    return [None if (rank := number_of(value)) is None else -rank for value in ranks]
+
+
+def read_ranked(row: Row) -> Columns:
+    """Read a row of this package's form for several responses with ranks (1 is the best) or scores."""
+    responses = field_of(row, "responses")
+    by = "ranks" if row.get("ranks") is not None else "scores"
+    numbers = field_of(row, by)
+    if not isinstance(responses, list) or not isinstance(numbers, list) or len(responses) != len(numbers):
+        raise BadRow("wrong_type", f"responses and {by} must be lists of the same length", numbers)
+    answers = best_first(responses, _negated(numbers) if by == "ranks" else numbers, "responses")
+    return pair_columns(field_of(row, "prompt"), *answers, tools=row.get("tools"))
 
 
 def read_helpsteer2_rated(row: Row) -> Columns:
     """Read the joined rows of a prompt of HelpSteer2: answers with ratings of their helpfulness."""
     answers, ratings = _list(row, "response", str), field_of(row, "helpfulness")
-    return pair_columns(field_of(row, "prompt"), *best_and_worst(answers, ratings, "response"))
+    return pair_columns(field_of(row, "prompt"), *best_first(answers, ratings, "response"))
 
 
 def read_ultrafeedback(row: Row) -> Columns:
@@ -176,7 +222,7 @@ def read_ultrafeedback(row: Row) -> Columns:
     rated = _list(row, "completions")
     scores = [one.get("overall_score") for one in rated]
     return pair_columns(
-        instruction_prompt(row), *best_and_worst([one.get("response") for one in rated], scores, "completions")
+        instruction_prompt(row), *best_first([one.get("response") for one in rated], scores, "completions")
     )
 
 

@@ -24,6 +24,7 @@ from prefopt_dist.data.external_columns import (
     read_nectar,
     read_nemo,
     read_openai,
+    read_ranked,
     read_swift,
     read_swift_query,
     read_ultrafeedback,
@@ -68,6 +69,14 @@ def detect_external_form(row: Row, has: set[str]) -> str | None:
 
 
 EXTERNAL_FORMS: Mapping[str, ExternalForm] = {
+    "ranked": ExternalForm(
+        ("prompt", "responses"),
+        "pair",
+        read_ranked,
+        "this package",
+        lambda row: isinstance(row.get("scores"), list) or isinstance(row.get("ranks"), list),
+        ("chosen", "rejected"),
+    ),
     "sharegpt": ExternalForm(
         ("conversations", "chosen", "rejected"), "pair", pair_reader("conversations"), "LLaMA-Factory, Axolotl"
     ),

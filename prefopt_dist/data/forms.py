@@ -3,7 +3,7 @@ r"""The accepted forms of preference data: detect the form of a row, and read th
 | form | fields |
 | --- | --- |
 | raw_pair | `prompt`, `chosen_response`, `rejected_response`: strings |
-| pair | `prompt`, `chosen`, `rejected`: strings or message lists |
+| pair | `prompt`, `chosen`, `rejected`: strings or message lists; `rejected` may be a list of several |
 | conversations | `chosen`, `rejected`: whole message lists; their common prefix is the prompt |
 | transcripts | `chosen`, `rejected`: whole `\n\nHuman: … \n\nAssistant: …` texts |
 | demonstration | `prompt`, `completion`: strings or message lists; or `messages`: a conversation |
@@ -20,9 +20,10 @@ ignored and reported as ignored.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from prefopt_dist.data.example import BadRow, Example, Message, Messages
+from prefopt_dist.data.external_columns import Lesser
 from prefopt_dist.data.external_forms import EXTERNAL_FORMS, detect_external_form
 from prefopt_dist.data.fields import (
     TRANSCRIPT_TURN,
@@ -38,7 +39,7 @@ from prefopt_dist.data.fields import (
     text_or_messages,
     tools_of,
 )
-from prefopt_dist.data.own_forms import OWN_FORMS
+from prefopt_dist.data.own_forms import OWN_FORMS, read_answers
 from prefopt_dist.errors import UserError
 
 FIRST_ROWS = 64
@@ -120,13 +121,14 @@ def _form_of(row: Row) -> str | None:
     return "demonstration" if "messages" in has else None
 
 
-def read_form(form: str, row: Row, learn: str = "last") -> Example:
+def read_form(form: str, row: Row, learn: str = "last", *, ranked: bool = False) -> Example:
     """Return the row as an `Example`.
 
     Args:
         form: One of `FORMS`.
         row: The row.
         learn: For a conversation in `messages`, which assistant turns are the response: `all` or the `last`.
+        ranked: Whether all answers are kept, with scores; otherwise the best and the last one are the pair.
 
     Raises:
         BadRow: The row does not have this form, a text is blank, or the two responses are identical.
@@ -137,7 +139,7 @@ def read_form(form: str, row: Row, learn: str = "last") -> Example:
         for name in EXTERNAL_FORMS[form].columns:
             field_of(reading, name)
         columns, form = EXTERNAL_FORMS[form].read(reading), EXTERNAL_FORMS[form].becomes
-    example = OWN_FORMS[form](columns)
+    example = _ranked_or_pair(form, columns, ranked=ranked)
     _check_prompt_end(example.prompt, form, given)
     if learn == "all" and form == "demonstration" and columns.get("messages") is not None:
         example = _from_first_answer(example)
@@ -151,7 +153,57 @@ def read_form(form: str, row: Row, learn: str = "last") -> Example:
             raise BadRow("empty_response", rule, text_of(response))
     if len(example.responses) == 2 and example.responses[0] == example.responses[1]:
         raise BadRow("identical_responses", "chosen and rejected must differ", text_of(example.responses[0]))
-    return example
+    return example if example.scores is None else _without_repeats(example, example.scores)
+
+
+def _ranked_or_pair(form: str, columns: Row, *, ranked: bool) -> Example:
+    """Return the columns of an own form as an example, of several answers with all or with the best and the last one.
+
+    Args:
+        form: The own form.
+        columns: Its columns.
+        ranked: Whether pairs are read as ranked rows.
+
+    Raises:
+        BadRow: The columns do not have the form, or have several rejected answers of equal rank for a pair.
+    """
+    rejected = columns.get("rejected") if form == "pair" else None
+    if not _are_several(rejected):
+        example = OWN_FORMS[form](columns)
+        return replace(example, scores=(1.0, 0.0)) if ranked and len(example.responses) == 2 else example
+    answers = [field_of(columns, "chosen"), *rejected]
+    if not ranked:
+        if not isinstance(rejected, Lesser):  # none of them is the worst
+            remedy = "give one, or set loss.name to plackett_luce or all_pairs, which take several"
+            raise BadRow("bad_message", "rejected must be one answer for a loss on pairs", rejected, remedy)
+        return read_answers(columns, [answers[0], answers[-1]])
+    scores = rejected.scores if isinstance(rejected, Lesser) else (1.0, *([0.0] * len(rejected)))
+    return replace(read_answers(columns, answers), scores=scores)
+
+
+def _are_several(rejected: Any) -> TypeGuard[list[Any]]:
+    """Return whether a value is a list of answers, not one answer as a string or a list of messages."""
+    if isinstance(rejected, Lesser) or not isinstance(rejected, list) or not rejected:
+        return isinstance(rejected, Lesser)
+    return any(all(isinstance(answer, of) for answer in rejected) for of in (str, list))
+
+
+def _without_repeats(example: Example, scores: tuple[float, ...]) -> Example:
+    """Return a ranked row with each different response once.
+
+    Raises:
+        BadRow: `identical_responses`: the same response has two scores.
+    """
+    kept: list[int] = []
+    given: Sequence[str | Messages] = example.responses
+    for k, response in enumerate(given):
+        first = next((j for j in kept if given[j] == response), None)
+        if first is None:
+            kept.append(k)
+        elif scores[first] != scores[k]:
+            raise BadRow("identical_responses", "the same response must have one score", text_of(response))
+    responses: Any = tuple(given[k] for k in kept)
+    return replace(example, responses=responses, scores=tuple(scores[k] for k in kept))
 
 
 def read_prompt(row: Row) -> Example:
@@ -165,7 +217,8 @@ def read_prompt(row: Row) -> Example:
     form, given = _form_of(row), row
     given_form = form
     if form is not None and form in EXTERNAL_FORMS:
-        row, form = EXTERNAL_FORMS[form].read(row), EXTERNAL_FORMS[form].becomes
+        # A ranked row names its prompt as a pair does, and has one even where its responses are equally good.
+        row, form = row if form == "ranked" else EXTERNAL_FORMS[form].read(row), EXTERNAL_FORMS[form].becomes
     if form in ("conversations", "transcripts", "implicit_prompt"):
         prompt = OWN_FORMS[form](row).prompt
     elif row.get("prompt") is not None:

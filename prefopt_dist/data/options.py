@@ -38,14 +38,17 @@ class TextOptions:
     """The path of each row's weight; None: all rows weigh the same"""
     margin: str | None = None
     """The path of each row's margin, or two with ` - ` between them; None: there is none"""
+    ranked: bool = False
+    """Whether rows keep all their responses with their ranking, for a loss on ranked rows; otherwise the best and the
+    worst one are the pair"""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the options as a dictionary, for digests; earlier digests do not have the last two."""
-        return {name: value for name, value in asdict(self).items() if value is not None or name not in NUMBERS}
+        """Return the options as a dictionary, for digests; earlier digests do not have the last three."""
+        return {name: value for name, value in asdict(self).items() if LATER.get(name, ()) != value}
 
 
-NUMBERS = ("weight", "margin")
-"""The options that name a number of each row."""
+LATER = {"weight": None, "margin": None, "ranked": False}
+"""The options that came after the first digests, with their defaults, which are left out of a digest."""
 DEFAULT_OPTIONS = TextOptions()
 
 CLOCK_FUNCTION = "strftime_now"

@@ -1,6 +1,6 @@
 """The own forms of preference data, each read into an `Example` (see `forms.py` for their fields)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from prefopt_dist.data.example import BadRow, Example, Message, Messages
@@ -14,6 +14,14 @@ def _raw_pair(row: Row) -> Example:
 
 def _pair(row: Row) -> Example:
     return _prompted(row, ("chosen", "rejected"), None)
+
+
+def read_answers(row: Row, answers: Sequence[Any]) -> Example:
+    """Read the prompt of a pair with all its answers, best first."""
+    several = len(answers) > 2
+    names = ("chosen", *(f"rejected[{k}]" if several else "rejected" for k in range(len(answers) - 1)))
+    columns = {"prompt": row.get("prompt"), "tools": row.get("tools"), **dict(zip(names, answers, strict=True))}
+    return _prompted(columns, names, None)
 
 
 def _rated(row: Row) -> Example:

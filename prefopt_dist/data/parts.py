@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.data.columns import rename_columns, with_numbers
-from prefopt_dist.data.dataset import COLUMNS, flag_bits, sequence_digest
+from prefopt_dist.data.dataset import ABSENT, COLUMNS, flag_bits, sequence_digest
 from prefopt_dist.data.example import BadRow, Example
 from prefopt_dist.data.forms import read_form
 from prefopt_dist.data.reading import Reading, Settings
@@ -54,7 +55,8 @@ class PartResult:
     """The tokenised rows of a part."""
 
     columns: dict[str, NDArray[Any]]
-    """The values of `dataset.COLUMNS`; `offsets` are the ends, counted from the part's beginning"""
+    """The values of `dataset.COLUMNS`; `offsets` are the ends, counted from the part's beginning. Ranked rows have as
+    many responses as the part's longest one, the absent ones as in `dataset`; only such rows have `scores`"""
     masked: bool
     """Whether some token of a response is not learnt"""
     counts: RowCounts
@@ -63,7 +65,8 @@ class PartResult:
         """Write the file whole or not at all; its parts have checksums."""
         content = json.dumps({"masked": self.masked, "counts": self.counts.as_json()}).encode()
         stream = io.BytesIO()
-        np.savez(stream, allow_pickle=False, content=np.frombuffer(content, np.uint8), **self.columns)
+        columns = {name: values for name, values in self.columns.items() if name != "scores" or len(values)}
+        np.savez(stream, allow_pickle=False, content=np.frombuffer(content, np.uint8), **columns)
         write_atomic(path, stream.getvalue())
 
     @classmethod
@@ -71,8 +74,9 @@ class PartResult:
         """Read a file of `save`; None where there is none or it is damaged."""
         try:
             with np.load(path) as found:
-                columns = {name: found[name] for name in COLUMNS}
+                columns = {name: found[name] for name in COLUMNS if name != "scores" or name in found}
                 content = json.loads(found["content"].tobytes())
+            columns.setdefault("scores", np.empty(0, COLUMNS["scores"]))  # only ranked rows have them
             return cls(columns, content["masked"], RowCounts.from_json(content["counts"]))
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             return None
@@ -110,7 +114,8 @@ class PartTokeniser:
                 blocks.append(_columns(rows, part.source))
         if blocks:
             result.masked = any(masked for _, masked in blocks)
-            result.columns = {name: np.concatenate([block[name] for block, _ in blocks]) for name in COLUMNS}
+            of_blocks = as_wide([columns for columns, _ in blocks])
+            result.columns = {name: np.concatenate([columns[name] for columns in of_blocks]) for name in COLUMNS}
             result.columns["offsets"] = np.cumsum(result.columns["offsets"])  # until here the parts' lengths
         return result
 
@@ -141,31 +146,69 @@ class PartTokeniser:
             return row
         how, options = self._reading.sources[source], self._settings.options
         try:
-            example = read_form(how.form, rename_columns(row, options), options.learn)
+            example = read_form(how.form, rename_columns(row, options), options.learn, ranked=options.ranked)
             return apply_text_kind(with_numbers(example, row, options), how.text_kind, tokeniser.template)
         except BadRow as bad:
             return bad
 
 
+def as_wide(blocks: Sequence[dict[str, NDArray[Any]]]) -> list[dict[str, NDArray[Any]]]:
+    """Return blocks of columns, whose `offsets` are lengths, with as many responses a row as the widest of them.
+
+    Blocks that are not of ranked rows are returned as they are.
+    """
+    widest = max(map(_responses_of, blocks), default=0)
+    return [columns if _responses_of(columns) in (0, widest) else _widened(columns, widest) for columns in blocks]
+
+
+def _responses_of(columns: dict[str, NDArray[Any]]) -> int:
+    """Return the number of responses of each row of a block of ranked rows, absent ones included; else 0."""
+    return len(columns["scores"]) // max(len(columns["line"]), 1)
+
+
+def _widened(columns: dict[str, NDArray[Any]], responses: int) -> dict[str, NDArray[Any]]:
+    """Return a block of ranked rows with absent responses up to the given number."""
+    n = len(columns["line"])
+    more = responses - _responses_of(columns)
+
+    def wide(name: str, shape: tuple[int, ...], absent: float) -> NDArray[Any]:
+        widths = [(0, 0), (0, more), *([(0, 0)] * (len(shape) - 2))]
+        return np.pad(columns[name].reshape(shape), widths, constant_values=absent).reshape(-1)
+
+    return columns | {
+        "offsets": wide("offsets", (n, -1), 0),
+        "digests": wide("digests", (n, -1, len(ABSENT)), 0),
+        "scores": wide("scores", (n, -1), math.nan),
+    }
+
+
 def _columns(rows: Sequence[tuple[int, TokenisedRow]], source: int) -> tuple[dict[str, NDArray[Any]], bool]:
     """Return a block's columns, with the lengths of its parts as `offsets`, and whether a token is not learnt."""
+    widest = max(len(row.responses) for _, row in rows)  # only ranked rows have fewer
     parts = [np.asarray(part, np.int64) for _, row in rows for part in (row.prompt, *row.responses)]
     masks = [
         [False] * len(row.prompt)
         + [learnt for k, ids in enumerate(row.responses) for learnt in row.learnt_of(k) or [True] * len(ids)]
         for _, row in rows
     ]
-    digests = b"".join(
-        sequence_digest(row.prompt, ids, row.learnt_of(k)) for _, row in rows for k, ids in enumerate(row.responses)
-    )
+    lengths: list[int] = []
+    digests: list[bytes] = []
+    scores: list[float] = []
+    for _, row in rows:
+        absent = widest - len(row.responses)
+        lengths += [len(row.prompt), *map(len, row.responses), *[0] * absent]
+        digests += [sequence_digest(row.prompt, ids, row.learnt_of(k)) for k, ids in enumerate(row.responses)]
+        digests += [ABSENT] * absent
+        scores += [] if row.scores is None else [*row.scores, *[math.nan] * absent]
     values: dict[str, Any] = {
         "tokens": np.concatenate(parts),
         "learnt": np.concatenate(masks),
-        "offsets": [len(part) for part in parts],
-        "digests": np.frombuffer(digests, np.uint8),
+        "offsets": lengths,
+        "digests": np.frombuffer(b"".join(digests), np.uint8),
         "labels": [row.label is True for _, row in rows],
         "row_weights": [row.weight for _, row in rows],
         "margins": [row.margin for _, row in rows],
+        "scores": scores,
         "source": [source] * len(rows),
         "line": [line for line, _ in rows],
         "flags": [flag_bits(row.flags) for _, row in rows],

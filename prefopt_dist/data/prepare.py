@@ -9,6 +9,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.config.data import DataSource
@@ -16,7 +18,7 @@ from prefopt_dist.data.cache import Say, build_once, cached_folder, open_intact_
 from prefopt_dist.data.dataset import COLUMNS, SCHEMA, ColumnWriter, Kind, content_digest, write_manifest
 from prefopt_dist.data.forms import kind_of
 from prefopt_dist.data.options import DEFAULT_OPTIONS, TextOptions, writes_date
-from prefopt_dist.data.parts import PartResult, PartTokeniser
+from prefopt_dist.data.parts import PartResult, PartTokeniser, as_wide
 from prefopt_dist.data.reading import Reading, Settings, decide_reading
 from prefopt_dist.data.remote import copy_files
 from prefopt_dist.data.row_counts import RowCounts
@@ -28,6 +30,9 @@ from prefopt_dist.files import remove_stale
 
 PARTS = ".parts-"
 """Prefix of the folder of finished parts, beside the folder that they become."""
+
+OF_RESPONSES = ("offsets", "digests", "scores")
+"""The columns with values of each response."""
 
 Progress = Callable[[int, int | None], None]
 """Takes the number of rows read so far, and their total where it is known."""
@@ -126,18 +131,29 @@ class _Columns:
         self._end = 0
         self._masked = False
         self._folder = folder
+        self._ranked: list[dict[str, NDArray[Any]]] = []
 
     def append(self, result: PartResult) -> None:
         """Append the rows of a part and add its counts."""
         self.counts.add(result.counts)
         self._masked |= result.masked
+        ranked = len(result.columns["scores"]) > 0
+        if ranked:  # kept in memory, since only the last part decides how many responses a row has
+            kept = {name: result.columns[name] for name in (*OF_RESPONSES, "line")}
+            self._ranked.append(kept | {"offsets": np.diff(result.columns["offsets"], prepend=0)})
         for name, values in result.columns.items():
-            self._columns[name].append(values + self._end if name == "offsets" else values)
+            if not (ranked and name in OF_RESPONSES):
+                self._columns[name].append(values + self._end if name == "offsets" else values)
         if len(result.columns["offsets"]):
             self._end += int(result.columns["offsets"][-1])
 
     def finish(self, kind: Kind, options: TextOptions) -> dict[str, dict[str, Any]]:
         """Flush the columns to disk and return size and checksum of each."""
+        end = 0
+        for block in as_wide(self._ranked):
+            for name in OF_RESPONSES:
+                self._columns[name].append(end + np.cumsum(block[name]) if name == "offsets" else block[name])
+            end += int(block["offsets"].sum())
         files = {name: column.finish() for name, column in self._columns.items()}
         # Columns without information are removed: labels of rows that are not rated, a mask that is all true, and
         # numbers that no option asks for.
@@ -146,6 +162,7 @@ class _Columns:
             ("learnt", not self._masked),
             ("row_weights", options.weight is None),
             ("margins", options.margin is None),
+            ("scores", kind != "ranked"),
         ):
             if absent:
                 del files[name]
@@ -195,6 +212,8 @@ def _write_rows(
                 f"{key}: no row is left to use; correct data.format or the data\n{counts.report(forms, '').text()}"
             )
         kind = cast(Kind, kind_of(forms.split(", ")[0]))
+        if options.ranked and kind == "pair":
+            kind = "ranked"
         files = columns.finish(kind, options)
     report = counts.report(forms, content_digest(files))
     names = [how.name for how in reading.sources]

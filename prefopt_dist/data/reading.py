@@ -130,7 +130,7 @@ def _text_kind(
     examples = []
     for fields in rows:
         with suppress(BadRow):
-            examples.append(read_form(form, rename_columns(fields, options), options.learn))
+            examples.append(read_form(form, rename_columns(fields, options), options.learn, ranked=options.ranked))
     kind = detect_text_kind(examples, template)
     if kind in TEXT_KIND_MESSAGES:
         say(f"{source.key}: the prompts of {source.name} {TEXT_KIND_MESSAGES[kind]}")

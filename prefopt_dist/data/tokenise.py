@@ -44,6 +44,8 @@ class TokenisedRow:
     """Indices of the responses that truncation shortened"""
     weight: float = 1.0
     margin: float = 0.0
+    scores: tuple[float, ...] | None = None
+    """The score of each response of a ranked row, not ascending"""
 
     def learnt_of(self, k: int) -> list[bool] | None:
         """Return which tokens of response k are scored and learnt; None: all of them."""
@@ -51,8 +53,8 @@ class TokenisedRow:
 
     @property
     def flags(self) -> set[str]:
-        """Return the row's names of `dataset.FLAGS`."""
-        names = {*self.repaired, *self.noticed, *(f"cut_response_{k}" for k in self.cut_responses)}
+        """Return the row's names of `dataset.FLAGS`; a ranked row's responses but the best have one in common."""
+        names = {*self.repaired, *self.noticed, *(f"cut_response_{min(k, 1)}" for k in self.cut_responses)}
         return names | {name for name, holds in (("cut_prompt", "prompt" in self.cut), ("as_is", self.as_is)) if holds}
 
 
@@ -192,8 +194,12 @@ class Tokeniser:
         return prompt, False
 
     def _truncate(self, example: Example, row: TokenisedRow) -> TokenisedRow:
-        """Truncate the prompt first, then both responses to the same number of tokens."""
+        """Truncate the prompt first, then all responses to the same number of tokens."""
         cut: set[str] = set()
+        row = replace(row, scores=example.scores)
+        if _scored_twice(row):
+            rule = "responses with the same tokens must have the same score"
+            raise BadRow("identical_responses", rule, self.tokenizer.decode(row.responses[0][:64]))
         if self._excess(row) > 0 and len(row.prompt) > self.max_prompt_length:
             row = self._truncate_prompt(example, row)
             cut.add("prompt")
@@ -204,14 +210,21 @@ class Tokeniser:
             if any(mask is not None and not any(mask) for mask in masks):
                 rule = f"a token that the assistant wrote must be within data.max_length={self.max_length} tokens"
                 raise BadRow("nothing_learnt", rule, f"{budget} tokens left for a response", "raise data.max_length")
-            if _learnt_tokens_equal(responses, masks):
+            if _learnt_tokens_equal(responses, masks) or _scored_twice(replace(row, responses=responses, learnt=masks)):
                 rule = f"the responses must differ within data.max_length={self.max_length} tokens"
                 text = self.tokenizer.decode(responses[0][:64])
                 raise BadRow("identical_after_cut", rule, text, "raise data.max_length")
             shortened = frozenset(k for k, response in enumerate(row.responses) if len(response) > budget)
             row = replace(row, responses=responses, learnt=masks, cut_responses=shortened)
             cut.add("response")
-        return replace(row, cut=frozenset(cut), label=example.label, weight=example.weight, margin=example.margin)
+        return replace(
+            row,
+            cut=frozenset(cut),
+            label=example.label,
+            weight=example.weight,
+            margin=example.margin,
+            scores=example.scores,
+        )
 
     def _excess(self, row: TokenisedRow) -> int:
         return len(row.prompt) + max(map(len, row.responses)) - self.max_length
@@ -301,11 +314,21 @@ def _learnt_tokens_equal(responses: Sequence[Ids], masks: Sequence[list[bool] | 
     """Return whether there are two responses with equal learnt tokens, so that neither can be preferred."""
     if len(responses) != 2:
         return False
-    first, second = (
-        ids if mask is None else [token for token, learnt in zip(ids, mask, strict=True) if learnt]
-        for ids, mask in zip(responses, masks or (None, None), strict=True)
-    )
+    first, second = (_learnt_tokens(*each) for each in zip(responses, masks or (None, None), strict=True))
     return first == second
+
+
+def _scored_twice(row: TokenisedRow) -> bool:
+    """Return whether two responses of a ranked row have equal learnt tokens and different scores."""
+    found: dict[tuple[int, ...], float] = {}
+    for k, score in enumerate(row.scores or ()):
+        if found.setdefault(tuple(_learnt_tokens(row.responses[k], row.learnt_of(k))), score) != score:
+            return True
+    return False
+
+
+def _learnt_tokens(ids: Ids, mask: list[bool] | None) -> Ids:
+    return ids if mask is None else [token for token, learnt in zip(ids, mask, strict=True) if learnt]
 
 
 def _common_prefix_length(sequences: Sequence[Ids]) -> int:

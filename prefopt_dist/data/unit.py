@@ -1,4 +1,4 @@
-"""The unit of a loss: a pair or a single response, with its prompt and the mask of its learnt tokens."""
+"""The unit of a loss: a pair, a single response or a ranked row, with its prompt and the mask of its learnt tokens."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Unit:
-    """One term of the objective: a pair (chosen, rejected) or a single response, with its prompt."""
+    """One term of the objective: a pair (chosen, rejected), a single response, or a ranked row, with its prompt."""
 
     row: int
     """Index of the row in its data set, which names the unit in messages"""
@@ -25,6 +25,8 @@ class Unit:
     """Its weight in the sums over units; None: 1"""
     margin: float | None = None
     """The margin of rewards that a pair should exceed; None: 0"""
+    ranks: tuple[int, ...] | None = None
+    """For a ranked row, the rank of each response, best first from 0 on, equal where no one is preferred"""
     prefix: int | None = None
     """Scored tokens of each response whose sum is needed too; None: only whole responses are"""
 

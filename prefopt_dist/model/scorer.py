@@ -244,6 +244,7 @@ def _units(
         reference,
         *numbers,
         None if relative is None else relative[batch.units],
+        batch.ranks,
     )
 
 
@@ -277,4 +278,11 @@ def _units_of(
         return None if values is None else values[indices]
 
     numbers = batch.desirable[indices], of(batch.weight), of(batch.margin), of(batch.partner)
-    return Sequences(sums[units], counts[units], of(reference), *numbers, None if relative is None else relative[units])
+    return Sequences(
+        sums[units],
+        counts[units],
+        of(reference),
+        *numbers,
+        None if relative is None else relative[units],
+        of(batch.ranks),
+    )

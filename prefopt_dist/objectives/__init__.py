@@ -6,6 +6,7 @@ from prefopt_dist.objectives.dpo import DPO, IPO, DiscoPOP, EXOPair, Hinge, Leng
 from prefopt_dist.objectives.kto import KTO
 from prefopt_dist.objectives.mix import Mix, MixPart
 from prefopt_dist.objectives.objective import Objective, Sequences, Terms
+from prefopt_dist.objectives.ranked import AllPairs, PlackettLuce
 from prefopt_dist.objectives.reference_free import CPO, ORPO, AlphaPO, SimPO
 from prefopt_dist.objectives.sft import SFT, WithSFT
 from prefopt_dist.objectives.wpo import WPO
@@ -22,6 +23,7 @@ __all__ = [
     "AOTUnpaired",
     "APODown",
     "APOZero",
+    "AllPairs",
     "AlphaPO",
     "BCOPair",
     "CalDPO",
@@ -34,6 +36,7 @@ __all__ = [
     "MixPart",
     "NCAPair",
     "Objective",
+    "PlackettLuce",
     "RobustDPO",
     "SPPOHard",
     "Sequences",

@@ -27,6 +27,7 @@ from prefopt_dist.config.losses import (
     RobustLoss,
     SFTLoss,
 )
+from prefopt_dist.config.ranked_losses import AllPairsLoss, PlackettLuceLoss
 from prefopt_dist.config.reference_free_losses import AlphaPOLoss, CPOLoss, ORPOLoss, SimPOLoss
 from prefopt_dist.objectives import (
     AOT,
@@ -37,6 +38,7 @@ from prefopt_dist.objectives import (
     ORPO,
     SFT,
     WPO,
+    AllPairs,
     AlphaPO,
     AOTUnpaired,
     APODown,
@@ -52,6 +54,7 @@ from prefopt_dist.objectives import (
     MixPart,
     NCAPair,
     Objective,
+    PlackettLuce,
     RobustDPO,
     SimPO,
     SPPOHard,
@@ -109,6 +112,10 @@ def make_objective(loss: Loss, dtype: torch.dtype) -> Objective:
             objective = CalDPO(loss.beta, tie)
         case DPOPositiveLoss():
             objective = DPOPositive(loss.beta, tie, loss.penalty)
+        case PlackettLuceLoss():
+            objective = PlackettLuce(loss.beta, tie)
+        case AllPairsLoss():
+            objective = AllPairs(loss.beta, tie)
         case SimPOLoss():
             objective = SimPO(loss.beta, loss.gamma, tie)
         case AlphaPOLoss():

@@ -1,12 +1,13 @@
 """The interface of a loss: from log-probs of policy and reference to a loss and its metrics.
 
-Legend: U units (pairs, or single rows), R responses of a unit (2 for a pair: chosen, rejected).
+Legend: U units (pairs, single or ranked rows), R responses of a unit (2 for a pair: chosen, rejected; of ranked rows
+the most that one has).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -32,6 +33,25 @@ class Sequences:
     """float64 [U, …]: what a loss that couples units compares each with (`Objective.partners`); None for the others"""
     relative: torch.Tensor | None = None
     """float64 [U, R]: mean over the tokens of log p − log Σ p² over the vocabulary, where the loss `needs_squares`"""
+    ranks: torch.Tensor | None = None
+    """int64 [U, R]: 0 for the best response of a ranked row, equal numbers for responses of equal rank, -1 where a row
+    has fewer than R, whose other values then repeat column 0; None: the columns are in their order, best first"""
+
+    def best_and_worst(self) -> Sequences:
+        """Return the units with their first and their last response alone, as pairs."""
+        if self.ranks is None:
+            last = torch.full_like(self.counts[:, 0], self.sums.shape[1] - 1, dtype=torch.int64)
+        else:
+            last = (self.ranks >= 0).sum(1) - 1
+        columns = torch.stack([torch.zeros_like(last), last], dim=1)
+        reference = None if self.reference is None else self.reference.gather(1, columns)
+        return replace(
+            self,
+            sums=self.sums.gather(1, columns),
+            counts=self.counts.gather(1, columns),
+            reference=reference,
+            ranks=None,
+        )
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum of values [U, …] over the units, each times its unit's weight."""
@@ -59,8 +79,20 @@ class Objective(Protocol):
 
     @property
     def responses(self) -> int:
-        """Return R, the responses of a unit that it needs: 2 for pairs, 1 for a single response."""
+        """Return R, the responses of a unit that it needs: 2 for pairs, 1 for a single response.
+
+        A loss on ranked rows needs two of each and takes all (`responses_of`).
+        """
         ...
+
+    @property
+    def ranked(self) -> bool:
+        """Return whether it takes ranked rows: all responses of a row, whose number differs by row."""
+        return False
+
+    def responses_of(self, held: int) -> int:
+        """Return R for rows that hold so many responses at most."""
+        return held if self.ranked else self.responses
 
     @property
     def needs_reference(self) -> bool:

@@ -50,6 +50,11 @@ class WithSFT(Objective):
         return self.of.responses
 
     @property
+    def ranked(self) -> bool:
+        """Return whether the other loss takes ranked rows, of which the term takes the best response."""
+        return self.of.ranked
+
+    @property
     def needs_reference(self) -> bool:
         """Return whether the other loss needs one."""
         return self.of.needs_reference

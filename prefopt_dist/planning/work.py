@@ -78,15 +78,17 @@ def work_from_rows(
         objective: the loss.
         path: how micro-batches are computed.
     """
-    responses = objective.responses
     per_step = config.train.global_batch_pairs
     order = Order.of_run(train.source, train.weights, config.run.seed, per_step)
     steps = order.total_steps(config.train.epochs, config.train.max_steps)
     sampled_steps = min(steps, order.steps_per_epoch, max(1, MAX_ROWS // per_step))
     tokens = flop = ahead = 0.0
-    keys_per_token = most_keys_per_token(train, order, sampled_steps, responses, config.train.micro_batch_tokens, path)
+    keys_per_token = most_keys_per_token(
+        train, order, sampled_steps, objective.responses_of(train.responses), config.train.micro_batch_tokens, path
+    )
 
     def forward(rows: TokenisedRows, indices: Iterable[int], first: int) -> tuple[int, float]:
+        responses = objective.responses_of(rows.responses)
         units = [rows.unit(i, range(first, first + responses)) for i in indices]
         return tokens_and_cost(group_by_prompt(units, config.train.micro_batch_tokens, path), cost, path)
 

@@ -406,13 +406,19 @@ def _aligned_sets(
 def _aligned(
     scores: Scores, rows: TokenisedRows, responses: int, needed: NDArray[np.int64] | None
 ) -> NDArray[np.float64]:
-    """Return the values of a data set, float64 [n, responses]; raise UserError for one that cannot be right."""
+    """Return the values of a data set, float64 [n, R]; raise UserError for one that cannot be right.
+
+    Those of responses that a ranked row lacks repeat its first, as in a micro-batch.
+    """
+    responses = min(responses, rows.responses)
     of = np.arange(rows.n) if needed is None else needed
     digests = np.asarray(rows.digests if needed is None else rows.digests[needed])[:, :responses]
+    present = rows.present()[of, :responses]
     at = scores.find(digests).reshape(len(of), responses)
-    assert (at >= 0).all()
+    assert (at[present] >= 0).all()
+    at = np.where(present, at, at[:, :1])
     found, tokens = scores.sums[at], rows.learnt_lengths()[of, :responses]
-    wrong = np.argwhere((scores.tokens[at] != tokens) | ~np.isfinite(found))
+    wrong = np.argwhere(present & ((scores.tokens[at] != tokens) | ~np.isfinite(found)))
     if len(wrong):
         i, k = wrong[0].tolist()
         score = scores.score(at[i, k])

@@ -131,13 +131,20 @@ def sequences_needed(
     chosen = [np.arange(rows.n) for rows in sets]
     if first_set_rows is not None:
         chosen[0] = first_set_rows
+    widths = np.array(
+        [min(responses, rows.responses) for rows in sets]
+    )  # sets of ranked rows differ in the most of a row
     digests = np.concatenate(
         [
-            np.asarray(rows.digests[of, :responses]).reshape(-1, DIGEST_BYTES)
-            for rows, of in zip(sets, chosen, strict=True)
+            np.asarray(rows.digests[of, :width]).reshape(-1, DIGEST_BYTES)
+            for rows, of, width in zip(sets, chosen, widths, strict=True)
         ]
     )
     first = first_occurrences(digests)
-    row, response = np.divmod(first, responses)
-    of_set = np.searchsorted(np.cumsum([len(of) for of in chosen]), row, side="right")
+    first = first[digests[first].any(axis=1)]  # without ABSENT
+    counts = np.array([len(of) for of in chosen])
+    ends = np.cumsum(counts * widths)
+    of_set = np.searchsorted(ends, first, side="right")
+    row, response = np.divmod(first - (ends - counts * widths)[of_set], widths[of_set])
+    row += (np.cumsum(counts) - counts)[of_set]
     return DistinctSequences(digests[first], np.stack([of_set, np.concatenate(chosen)[row], response], axis=1))

@@ -1,4 +1,4 @@
-"""Make preference pairs of scored answers, with pure functions."""
+"""Make preference pairs of scored answers, or ranked rows of all of them, with pure functions."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class PairingRule:
     """The rule by which answers to a prompt become pairs."""
 
     pairing: str
-    """`best_worst`, `best_random` or `margin`"""
+    """`best_worst`, `best_random`, `margin`, or `ranked` for one row of all answers"""
     min_margin: float
-    """Smallest difference of the two rewards"""
+    """Smallest difference of the two rewards, in a ranked row of the highest and the lowest"""
     weights: tuple[float, ...]
     """Weight of each reward in the mean"""
     seed: int
@@ -29,7 +29,7 @@ class PairingRule:
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """An answer that can be part of a pair."""
+    """An answer that can be part of a row."""
 
     number: int
     """Index among the answers to its prompt"""
@@ -52,8 +52,11 @@ class PairCounts:
     """Number of answers in pairs whose text training splits into other tokens than were sampled"""
 
 
-def make_pairs(found: AnsweredPrompt, rule: PairingRule, tally: PairCounts) -> list[tuple[ScoredAnswer, ScoredAnswer]]:
-    """Return the pairs (chosen, rejected) of one prompt, and count in `tally` what gave no pair."""
+def make_pairs(found: AnsweredPrompt, rule: PairingRule, tally: PairCounts) -> list[tuple[ScoredAnswer, ...]]:
+    """Return the pairs (chosen, rejected) of one prompt, or all its answers, best first, as one ranked row.
+
+    What gave no pair or row is counted in `tally`.
+    """
     usable = _usable(found, rule, tally)
     if len(usable) < 2:
         tally.prompts["fewer than two answers"] += 1
@@ -64,6 +67,7 @@ def make_pairs(found: AnsweredPrompt, rule: PairingRule, tally: PairCounts) -> l
     if best.reward == worst.reward:
         tally.prompts["tie"] += 1
         return []
+    candidates: list[tuple[ScoredAnswer, ...]]
     if rule.pairing == "margin":
         candidates = [(a, b) for i, a in enumerate(ranked) for b in ranked[i + 1 :] if a.reward > b.reward]
     elif rule.pairing == "best_random":
@@ -71,8 +75,8 @@ def make_pairs(found: AnsweredPrompt, rule: PairingRule, tally: PairCounts) -> l
         u = uniforms(rule.seed, found.prompt.key, 0, 1, "rejected")[0]
         candidates = [(best, lesser[int(u * len(lesser))])]
     else:
-        candidates = [(best, worst)]
-    pairs = [(a, b) for a, b in candidates if a.reward - b.reward >= rule.min_margin]
+        candidates = [tuple(ranked) if rule.pairing == "ranked" else (best, worst)]
+    pairs = [answers for answers in candidates if answers[0].reward - answers[-1].reward >= rule.min_margin]
     if not pairs:
         tally.prompts["margin below min_margin"] += 1
     tally.retokenised += sum(not s.answer.exact for s in {s.number: s for pair in pairs for s in pair}.values())
@@ -99,12 +103,31 @@ def _usable(found: AnsweredPrompt, rule: PairingRule, tally: PairCounts) -> list
 
 def pair_row(prompt: Prompt, pair: Sequence[ScoredAnswer], about: dict[str, Any]) -> dict[str, Any]:
     """Return a row of the pairs file: the form `pair`, with the scores and with `about` as the field `generated`."""
-    texts: list[Any] = [s.answer.text for s in pair]
-    if not isinstance(prompt.prompt, str):
-        texts = [[{"role": "assistant", "content": text}] for text in texts]
-    row: dict[str, Any] = {"prompt": prompt.prompt, "chosen": texts[0], "rejected": texts[1]}
+    chosen, rejected = _responses(prompt, pair)
+    row: dict[str, Any] = {"prompt": prompt.prompt, "chosen": chosen, "rejected": rejected}
     if prompt.tools:
         row["tools"] = prompt.tools
     for name, s in zip(("chosen", "rejected"), pair, strict=True):
-        row[f"{name}_score"] = {"reward": s.reward, "rewards": s.values, "sample": s.number, "exact": s.answer.exact}
+        row[f"{name}_score"] = _score(s)
     return row | {"origin": prompt.origin, "generated": about}
+
+
+def ranked_row(prompt: Prompt, answers: Sequence[ScoredAnswer], about: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the form `ranked`, with the rewards as its scores and with `about` as the field `generated`."""
+    row: dict[str, Any] = {"prompt": prompt.prompt, "responses": _responses(prompt, answers)}
+    row["scores"] = [s.reward for s in answers]
+    if prompt.tools:
+        row["tools"] = prompt.tools
+    return row | {"response_scores": [_score(s) for s in answers], "origin": prompt.origin, "generated": about}
+
+
+def _responses(prompt: Prompt, answers: Sequence[ScoredAnswer]) -> list[Any]:
+    """Return the answers as texts, or as messages where the prompt is messages."""
+    texts = [s.answer.text for s in answers]
+    if isinstance(prompt.prompt, str):
+        return texts
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def _score(s: ScoredAnswer) -> dict[str, Any]:
+    return {"reward": s.reward, "rewards": s.values, "sample": s.number, "exact": s.answer.exact}

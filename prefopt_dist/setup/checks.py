@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.batching.packing import packed_tokens
+from prefopt_dist.batching.rectangles import padded_tokens
 from prefopt_dist.checkpoint.export import check_target
 from prefopt_dist.config import Config, DataSource
 from prefopt_dist.data import TokenisedRows
@@ -231,17 +232,25 @@ def check_lengths(
         key: the data set's dotted key.
         trained: whether the rows are those of data.train. Evaluation packs whole units under the budget of the first
             pass, so its rows must fit into both budgets.
-        path: how the rows are computed. A row alone has no padding on the path plain, since it has two lengths at most.
+        path: how the rows are computed. A pair alone has no padding on the path plain, as it has two lengths at most.
     """
     lengths = rows.lengths()
     prompts = lengths[:, 0]
-    responses = min(objective.responses, 2)  # beginnings of responses are not computed again
+    # Beginnings of responses are not computed again.
+    responses = rows.responses if objective.ranked else min(objective.responses, 2)
+    present = lengths[:, 1 : 1 + responses] > 0  # a ranked row may have fewer
+    inputs = lengths[:, 1 : 1 + responses] - present
     if isinstance(rows, UnpairedRows):
         units = prompts + lengths[:, 1:].max(axis=1) - 1  # the mismatched response is a sequence by itself
     elif path != "shared":
-        units = (prompts[:, None] + lengths[:, 1 : 1 + responses] - 1).sum(axis=1)
+        sequences = (prompts[:, None] + inputs) * present
+        units = sequences.sum(axis=1)
+        if path == "plain" and responses > 2:  # more than two lengths, which are padded
+            most = present.sum(axis=1) * sequences.max(axis=1)
+            for i in np.flatnonzero(most > config.train.micro_batch_tokens).tolist():
+                units[i] = padded_tokens(sequences[i][present[i]].tolist())
     else:
-        units = prompts + (lengths[:, 1 : 1 + responses] - 1).sum(axis=1)
+        units = prompts + inputs.sum(axis=1)
         units = _packed_lengths(rows, units, responses, config.train.micro_batch_tokens)
     # The lengths are less 1 per response, since a response's last token predicts nothing and is not an input.
     _refuse_longer(config, rows, units, key, "train.micro_batch_tokens", config.train.micro_batch_tokens)

@@ -13,6 +13,7 @@ from prefopt_dist.batching.order import Order
 from prefopt_dist.checkpoint.run_folder import SHOWN
 from prefopt_dist.config import Config, DataSource
 from prefopt_dist.config.losses import DPOLoss, KTOLoss, Loss, MixLoss
+from prefopt_dist.config.ranked_losses import RankedLoss
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows, prepare_rows
 from prefopt_dist.data.derived import PromptTooFrequent, build_unpaired_rows, without_rows
 from prefopt_dist.data.options import TextOptions
@@ -196,8 +197,18 @@ def _is_length_desensitised(loss: Loss) -> bool:
 
 
 def text_options(config: Config) -> TextOptions:
-    """Return the settings by which the texts of rows and prompts become tokens."""
+    """Return the settings by which the texts of rows and prompts become tokens.
+
+    Raises:
+        UserError: data.chat_template cannot be read, or data.pairs_from pairs rows of which the loss takes all answers.
+    """
     data = config.data
+    ranked = isinstance(config.loss, RankedLoss)
+    if ranked and data.pairs_from is not None and data.pairs_from.pairing != "best_worst":
+        raise UserError(
+            f"data.pairs_from.pairing: got {data.pairs_from.pairing}, but the loss {config.loss.name} takes all "
+            "answers of a row, so none is drawn; remove it, or take a loss on pairs"
+        )
     return TextOptions(
         template_date=data.template_date,
         learn=data.learn,
@@ -209,6 +220,7 @@ def text_options(config: Config) -> TextOptions:
         pairs_from=data.pairs_from,
         weight=data.weight,
         margin=data.margin,
+        ranked=ranked,
     )
 
 

@@ -3,6 +3,8 @@
 All of them come from sums over the units, which are added over micro-batches, steps and, in the step's single
 all-reduce, ranks.
 
+Of ranked rows the best response counts as the chosen one and the last as the rejected one.
+
 Legend: U units of a micro-batch, R responses of a unit, D sums, B bins of margins.
 """
 
@@ -76,15 +78,19 @@ class Diagnosis:
             desirable=micro_batch.desirable,
             weight=micro_batch.weight,
             margin=micro_batch.margin,
+            ranks=micro_batch.ranks,
             partner=micro_batch.partner,
             relative=torch.zeros_like(terms.sums),  # a weight that is a common factor of the slopes compared below
         )
+        whole = units
+        if objective.ranked:
+            units = units.best_and_worst()
         n = units.total(torch.ones_like(terms.sums[:, 0]))
         sums = [n, n if self._reference else torch.zeros_like(n)]
         for response in (0, 1):
             sums += self._response_sums(units, response)
         if self._pairs:
-            sums += self._pair_sums(objective, units, terms)
+            sums += self._pair_sums(units, terms, saturated(objective, whole))
             if self._sources:
                 sums += self._source_sums(units, terms, micro_batch)
         self._sums += torch.stack([s.double() for s in sums])
@@ -116,15 +122,21 @@ class Diagnosis:
         values = (selected, units.counts[:, column].double(), logp, logratio)
         return [units.total(torch.where(selected > 0, value, zero)) for value in values]
 
-    def _pair_sums(self, objective: Objective, units: Sequences, terms: Terms) -> list[torch.Tensor]:
-        """Return the sums of pairs: those of `_PAIR_SUMS`, the reference's where there is one, and the [B] bins."""
+    def _pair_sums(self, units: Sequences, terms: Terms, saturated: torch.Tensor) -> list[torch.Tensor]:
+        """Return the sums of pairs: those of `_PAIR_SUMS`, the reference's where there is one, and the [B] bins.
+
+        Args:
+            units: the pairs; of ranked rows the best and the last response.
+            terms: of the pairs, or of the whole ranked rows, whose accuracy is a share of their pairs.
+            saturated: bool [U].
+        """
         margin = terms.per_unit[:, self._columns["rewards/margins"]]
-        won = terms.per_unit[:, self._columns["rewards/accuracies"]] > 0
+        won = terms.per_unit[:, self._columns["rewards/accuracies"]]
         counts = units.counts.double()
         length = counts[:, 0] - counts[:, 1]
         longer, shorter = length > 0, length < 0
         mean = units.sums / counts
-        values = [longer, longer & won, shorter, shorter & won, mean[:, 0] > mean[:, 1], saturated(objective, units)]
+        values = [longer, longer * won, shorter, shorter * won, mean[:, 0] > mean[:, 1], saturated]
         values += [margin, margin.square(), length, length.square(), margin * length]
         if units.reference is not None:
             mean = units.reference / counts
@@ -163,9 +175,9 @@ def _slope(objective: Objective, units: Sequences, sums: torch.Tensor) -> torch.
     with torch.enable_grad():
         leaf = sums.detach().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(objective(replace(units, sums=leaf)).loss, leaf)
-    return (
-        gradient[:, 0::2].sum(1).abs()
-    )  # of the whole chosen response, and of its beginning where that is one of four
+    # Of the whole chosen response, and of its beginning where a loss takes that too, as the third of four sequences.
+    by_chosen = gradient[:, 0] if objective.ranked else gradient[:, 0::2].sum(1)
+    return by_chosen.abs()
 
 
 def source_labels(names: Sequence[str]) -> tuple[str, ...]:

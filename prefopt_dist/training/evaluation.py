@@ -44,7 +44,7 @@ def evaluate(engine: Any, objective: Objective, sets: Mapping[str, ScoredRows], 
     for name, data in sets.items():
         statistics = Statistics(objective.metrics, ranks.device())
         diagnosis = Diagnosis(objective, data.rows, ranks.device())
-        batch = evaluation_batch(data, objective.responses, budget, engine.module.path)
+        batch = evaluation_batch(data, objective.responses_of(data.rows.responses), budget, engine.module.path)
         what = f"eval {name}".rstrip()
         loss = with_reference_point(engine, batch, objective)
         split_pairs = None

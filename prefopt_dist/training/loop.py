@@ -119,6 +119,8 @@ class Job:
     """Returns the metrics of the policy's answers after a step (all ranks); None where it answers at the end only"""
     ended: bool = False
     """Training has ended before the planned steps, by train.early_stop."""
+    responses: int = field(init=False)
+    """R, responses of a unit of the training set"""
     diagnosis: Diagnosis = field(init=False)
     meter: Meter = field(init=False)
     skips: SkippedUpdates = field(init=False)
@@ -126,6 +128,7 @@ class Job:
     """None with train.on_spike=none"""
 
     def __post_init__(self) -> None:
+        self.responses = self.objective.responses_of(self.train.rows.responses)
         self.skips = SkippedUpdates()
         self.diagnosis = Diagnosis(self.objective, self.train.rows, ranks.device())
         self.meter = Meter(len(self.objective.metrics), len(self.diagnosis.names))
@@ -264,7 +267,7 @@ def _batch(job: Job, index: int) -> Batch:
     rows = job.order.step(index).rows.tolist()
     budget = job.options.micro_batch_tokens
     passes = job.passes + job.objective.couples_units  # the pass before the step
-    return step_batch(job.train, rows, job.objective.responses, budget, job.cost, passes, job.engine.module.path)
+    return step_batch(job.train, rows, job.responses, budget, job.cost, passes, job.engine.module.path)
 
 
 def _reference_moves(job: Job, index: int) -> bool:
@@ -412,7 +415,7 @@ def _best(job: Job, steps: Collection[int]) -> int | None:
 def _save(job: Job, done: int) -> None:
     began = time.perf_counter()
     heartbeat.beat(f"the checkpoint of step {done}")
-    facts = job.facts | {"probe": export_check.record_export_check(job.engine, job.train, job.objective.responses)}
+    facts = job.facts | {"probe": export_check.record_export_check(job.engine, job.train, job.responses)}
     if job.log is not None:
         job.log.metrics.sync()  # a checkpoint stands for the rows up to its step
     save.save(

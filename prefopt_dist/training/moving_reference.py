@@ -100,6 +100,7 @@ class MovingReference:
             )
         responses = reference.shape[1]
         numbers = wanted.find(self.data.rows.digests[rows][:, :responses]).reshape(len(rows), responses)
+        numbers = np.where(numbers < 0, numbers[:, :1], numbers)  # what a ranked row lacks repeats its first response
         reference[torch.tensor(rows)] = sums[torch.from_numpy(numbers)]
         ranks.run_on_rank_zero(lambda: self._write(step, rows))
         say(

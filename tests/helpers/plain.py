@@ -221,6 +221,16 @@ def pair_loss(
     return loss, reward
 
 
+def ranked_loss(name: str, rewards: Sequence[torch.Tensor], ranks: Sequence[int]) -> torch.Tensor:
+    """[] of one row of K rewards [] and ranks (the lowest is the best), by loops over the responses."""
+    below = [[j for j in range(len(ranks)) if ranks[j] > ranks[i]] for i in range(len(ranks))]
+    if name == "plackett_luce":  # arXiv:2305.18290, appendix A.3: each against those below it
+        of = [r.exp() / (r.exp() + sum(rewards[j].exp() for j in b)) for r, b in zip(rewards, below, strict=True)]
+        return -sum(share.log() for share in of)
+    pairs = [(i, j) for i, b in enumerate(below) for j in b]
+    return sum(torch.log1p(torch.exp(rewards[j] - rewards[i])) for i, j in pairs) / len(pairs)
+
+
 def kto_loss(
     logps: torch.Tensor, ref_logps: torch.Tensor, desirable: Sequence[bool], z0: float, options: dict[str, Any]
 ) -> torch.Tensor:

@@ -1140,6 +1140,7 @@ if __name__ == "__main__":
     import lora_cases
     import moving_cases
     import path_cases
+    import ranked_cases
 
     more = vars(expert_cases) | vars(lora_cases) | vars(path_cases) | vars(moving_cases) | vars(adapter_cases)
-    case_runner.serve(globals() | more, prepare)
+    case_runner.serve(globals() | more | vars(ranked_cases), prepare)

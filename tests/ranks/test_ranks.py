@@ -32,7 +32,7 @@ BOTH += ["early_stop"]
 TWO_ONLY = ["shards", "save_fails_on_one_rank", "killed_before_pruning", "idle_ranks"]
 TWO_ONLY += ["family", "kto_one_micro_batch", "whole_runs"]
 TWO_ONLY += ["lora_gemma2", "lora_resume", "lora_from", "reductions_in_float32"]
-TWO_ONLY += [*PATHS, "moved_values", "moving_reference"]
+TWO_ONLY += [*PATHS, "moved_values", "moving_reference", "ranked_values", "ranked_run"]
 
 
 SLOW = ["dpo_one_micro_batch", "dpo_small_blocks", "dpo_phi3", "ipo", "lora_gemma2", "kto_one_micro_batch", "wpo"]
@@ -221,6 +221,41 @@ def test_a_reference_that_moves(world: tuple[int, Path]) -> None:
     assert "after step 4, checkpoint committed" in result["stopped"]
     assert again["weights"] == result["whole"]["weights"]
     assert again["rows"] == result["whole"]["rows"]
+
+
+def test_ranked_rows_equal_float64(world: tuple[int, Path]) -> None:
+    """2 to 5 responses, with ties: loss and gradient of a step, and an evaluation, in one and many micro-batches."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "ranked_values")
+    assert set(result.pop("held")) == {2, 3, 4, 5}
+    assert result.pop("responses") == 5
+    for case, got in result.items():
+        assert (got["micro_batches"] > 1) == case.endswith(" 150"), case
+        assert got["rows"] == 37, case
+        for name in ("loss", "logps", "evaluated"):
+            assert got[name][0] == pytest.approx(got[name][1], rel=1e-5), (case, name)
+        assert got["gradient"] <= 1e-5, case
+
+
+def test_a_whole_run_on_ranked_rows(world: tuple[int, Path]) -> None:
+    """ln 2 at the start and after each update of the reference; a crash changes no bit."""
+    if world[0] == 1:
+        pytest.skip("two ranks")
+    result = found(world, "ranked_run")
+    rows = result["whole"]["rows"]
+    losses = {row["step"]: row["train/loss"] for row in rows if row["kind"] == "train"}
+    for step in (1, 3):
+        assert losses[step] == pytest.approx(math.log(2), abs=1e-6)
+        assert abs(losses[step + 1] - math.log(2)) > 1e-4
+    evaluated = [row for row in rows if row["kind"] == "eval"]
+    assert [row["eval/rows"] for row in evaluated] == [37, 37, 37]
+    assert (evaluated[0]["eval/rewards/accuracies"], evaluated[0]["eval/ties"]) == (0, 1)
+    assert evaluated[-1]["eval/rewards/accuracies"] > 0.5
+    again = result["crashed"]
+    assert again["starts"] == [0, 3]
+    assert again["weights"] == result["whole"]["weights"]
+    assert again["rows"] == rows
 
 
 def check_matrix(result: dict[str, Any], settings: list[matrix_cases.Setting]) -> None:

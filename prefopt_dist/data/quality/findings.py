@@ -5,8 +5,10 @@ Rows are compared by digests of fixed size.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +84,7 @@ def set_findings(
     """
     n = int(np.count_nonzero(kept))
     yield _set_finding("few_rows", n < FEW_ROWS, f"{n:,} rows, fewer than {FEW_ROWS:,}")
-    if rows.kind == "pair":
+    if rows.kind in ("pair", "ranked"):
         longer = longer_chosen(rows, kept)
         yield _set_finding("length_bias", longer.biased, longer.text())
     if rows.labels is not None:
@@ -127,14 +129,20 @@ class LongerChosen:
 
 
 def longer_chosen(rows: TokenisedRows, kept: NDArray[np.bool_]) -> LongerChosen:
-    """Count pairs by the longer response, in learnt tokens after truncation; kept: bool [n], the rows that count."""
-    chosen, rejected = rows.learnt_lengths()[kept].T
+    """Count pairs by the longer response, in learnt tokens after truncation; kept: bool [n], the rows that count.
+
+    Of a ranked row the best and the last response are the pair.
+    """
+    chosen, rejected = rows.best_and_worst(rows.learnt_lengths())[kept].T
     longer, shorter = int((chosen > rejected).sum()), int((chosen < rejected).sum())
     return LongerChosen(longer, shorter, len(chosen) - longer - shorter)
 
 
 def _equal(rows: TokenisedRows) -> Iterator[DataFinding]:
     """Yield the findings of duplicates and of contradictions."""
+    if rows.kind == "ranked":
+        yield from _equal_rankings(rows)
+        return
     keys = sequence_keys(rows)
     side = np.zeros(rows.n, dtype=bool)  # the preference among equal sequences: which one is chosen, or the label
     if rows.kind == "pair":
@@ -156,6 +164,32 @@ def _equal(rows: TokenisedRows) -> Iterator[DataFinding]:
         yield _row_finding(rows, "contradictions", "contradictions", opposite >= 0, note)
 
 
+def _equal_rankings(rows: TokenisedRows) -> Iterator[DataFinding]:
+    """Yield the findings of ranked rows with the same responses: ranked alike, or in another order."""
+    alike, same_set = bytearray(), bytearray()
+    for i in range(rows.n):
+        ranks = rows.ranks(i)
+        digests = [rows.digests[i, k].tobytes() for k in range(len(ranks))]
+        ranked = sorted(zip(ranks, digests, strict=True))
+        alike += blake2b(b"".join(struct.pack("<q", rank) + one for rank, one in ranked), digest_size=16).digest()
+        same_set += blake2b(b"".join(sorted(digests)), digest_size=16).digest()
+    order = group_equal(np.frombuffer(alike, "<u8").reshape(rows.n, 2))
+    same = order.first[order.of]
+    yield _row_finding(
+        rows, "duplicates", "duplicates", same != np.arange(rows.n), _compared_row(rows, same, "repeats")
+    )
+    groups = group_equal(np.frombuffer(same_set, "<u8").reshape(rows.n, 2))
+    first = groups.first[groups.of]
+    differs = order.of != order.of[first]
+    # For the first row of a group, the first one that is ranked otherwise; for those ranked as the first, the same.
+    other = np.full(len(groups.first), -1)
+    later = np.flatnonzero(differs)[::-1]
+    other[groups.of[later]] = later
+    opposite = np.where(differs, first, other[groups.of])
+    note = _compared_row(rows, opposite, "contradicts")
+    yield _row_finding(rows, "contradictions", "contradictions", opposite >= 0, note)
+
+
 def _greater(left: Keys, right: Keys) -> NDArray[np.bool_]:
     more: NDArray[np.bool_] = (left[:, 0] > right[:, 0]) | ((left[:, 0] == right[:, 0]) & (left[:, 1] > right[:, 1]))
     return more
@@ -166,6 +200,7 @@ def _leaked(rows: TokenisedRows, evals: Mapping[str, TokenisedRows]) -> Iterator
     sets = list(evals.values())
     sequences = np.concatenate([sequence_keys(one).reshape(-1, 2) for one in sets])
     at = first_of_group(sequence_keys(rows).reshape(-1, 2), sequences).reshape(rows.n, rows.responses)
+    found = np.asarray(((at >= 0) | ~rows.present()).all(axis=1))
     prompt_at = first_of_group(prompt_keys(rows), np.concatenate([prompt_keys(one) for one in sets]))
     rows_of = [np.repeat(np.arange(one.n), one.responses) for one in sets]
 
@@ -175,7 +210,7 @@ def _leaked(rows: TokenisedRows, evals: Mapping[str, TokenisedRows]) -> Iterator
     def same_prompt(i: int) -> str:
         return f"has the prompt of {_origin(sets, [np.arange(one.n) for one in sets], prompt_at[i])}"
 
-    yield _row_finding(rows, "eval_pairs", "eval_pairs", np.asarray((at >= 0).all(axis=1)), same_row)
+    yield _row_finding(rows, "eval_pairs", "eval_pairs", found, same_row)
     yield _row_finding(rows, "eval_prompts", "eval_prompts", prompt_at >= 0, same_prompt)
 
 
@@ -198,9 +233,9 @@ def _unfairly_truncated(rows: TokenisedRows) -> NDArray[np.bool_]:
     """Return whether a truncated response is shorter than the row's other one, so their budgets differed: bool [n]."""
     responses = rows.lengths()[:, 1:]
     budget = responses.max(axis=1)
-    unfair = np.zeros(rows.n, dtype=bool)
-    for k in range(rows.responses):
-        unfair |= rows.flagged(f"cut_response_{k}") & (responses[:, k] < budget)
+    unfair: NDArray[np.bool_] = rows.flagged("cut_response_0") & (responses[:, 0] < budget)
+    if rows.responses > 1:  # the other responses of a ranked row have one flag
+        unfair |= rows.flagged("cut_response_1") & (responses[:, 1:].max(axis=1) < budget)
     return unfair
 
 

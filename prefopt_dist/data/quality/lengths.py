@@ -24,16 +24,21 @@ class Lengths:
     """Lengths of the parts of a data set's rows, in tokens after truncation."""
 
     parts: dict[str, NDArray[np.int64]]
-    """[n] for each part: prompt; the learnt tokens of chosen and rejected (or response); sequence, which is the prompt
-    with the longer response"""
+    """[n] for each part: prompt; the learnt tokens of chosen and rejected (or response), of ranked rows those of the
+    best and the last response; sequence, which is the prompt with the longest response; of ranked rows also the whole
+    row, which has all its responses"""
 
     @staticmethod
     def of(rows: TokenisedRows) -> Lengths:
         """Return the lengths of a data set's rows."""
         lengths = rows.lengths()
-        names = ("prompt", "chosen", "rejected") if rows.kind == "pair" else ("prompt", "response")
-        parts = dict(zip(names, np.c_[lengths[:, 0], rows.learnt_lengths()].T, strict=True))
-        return Lengths(parts | {"sequence": lengths[:, 0] + lengths[:, 1:].max(axis=1)})
+        names: tuple[str, ...] = ("prompt", "response")
+        learnt = rows.learnt_lengths()
+        if rows.kind in ("pair", "ranked"):
+            names, learnt = ("prompt", "chosen", "rejected"), rows.best_and_worst(learnt)
+        parts = dict(zip(names, np.c_[lengths[:, 0], learnt].T, strict=True))
+        parts |= {"sequence": lengths[:, 0] + lengths[:, 1:].max(axis=1)}
+        return Lengths(parts | ({"row": lengths.sum(axis=1)} if rows.kind == "ranked" else {}))
 
     def text(self) -> list[str]:
         """Return the lines of a table of quantiles and of a histogram, whose bars are those of the sequences."""
@@ -71,7 +76,7 @@ class Lengths:
     def _edges(self) -> list[int]:
         """Return the edges of the bins, two per doubling, until above the longest: 1, 8, 12, 16, 24, 32, …."""
         edges = [1, 8]
-        while edges[-1] <= self.parts["sequence"].max():
+        while edges[-1] <= max(int(found.max()) for found in self.parts.values()):
             power = 1 << (edges[-1].bit_length() - 1)
             edges.append(power * 3 // 2 if edges[-1] == power else 2 * power)
         return edges
@@ -121,7 +126,8 @@ def draw_lengths(file: Path, sets: Mapping[str, Lengths], max_length: int) -> No
 
 
 def _draw_parts(axes: Any, lengths: Lengths, max_length: int) -> None:
-    edges = np.unique(np.geomspace(1, lengths.parts["sequence"].max() + 1, BINS).astype(int))
+    longest = max(int(found.max()) for found in lengths.parts.values())
+    edges = np.unique(np.geomspace(1, longest + 1, BINS).astype(int))
     for name, found in lengths.parts.items():
         axes.hist(found, bins=edges, histtype="step", label=name)
     axes.axvline(max_length, color="grey", linestyle=":", label="data.max_length")

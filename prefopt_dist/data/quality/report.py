@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from prefopt_dist.data.dataset import TokenisedRows
 from prefopt_dist.data.example import SKIPPED_KINDS
 from prefopt_dist.data.quality.findings import DataFinding, LongerChosen, longer_chosen
@@ -50,10 +52,12 @@ class SetReport:
     """Kinds of rows that cannot be used, then all kinds of findings, also those of which there is none"""
     lengths: Lengths
     longer: LongerChosen | None
-    """Counts by the longer response; None for rows that are not pairs"""
+    """Counts by the longer response, of ranked rows of the best and the last one; None for rows of single responses"""
     truncated_sides: dict[str, int]
     """Number of pairs with a truncated response, by side: chosen only, rejected only, both"""
     distinct_prompts: int
+    responses: dict[int, int]
+    """Number of ranked rows by their number of responses; empty for other kinds"""
     numbers: dict[str, Numbers]
     """The numbers of the rows, by the key that names their column: data.weight, data.margin"""
 
@@ -98,14 +102,15 @@ class SetReport:
             )
             for f in found
         ]
-        pairs = rows.kind == "pair"
+        pairs = rows.kind in ("pair", "ranked")
         return SetReport(
             key=key,
             counts=rows.report,
             findings=[*bad, *others],
             lengths=Lengths.of(rows),
             longer=longer_chosen(rows, rows_left(rows.n, found, policies)) if pairs else None,
-            truncated_sides=_truncated_sides(rows) if pairs else {},
+            truncated_sides=_truncated_sides(rows) if rows.kind == "pair" else {},
+            responses=_held(rows) if rows.kind == "ranked" else {},
             distinct_prompts=distinct_prompts,
             numbers={
                 key: Numbers.of(values)
@@ -145,11 +150,15 @@ class SetReport:
             else asdict(self.longer) | {"share": self.longer.share, "accuracy": self.longer.accuracy},
             "cut_responses": self.truncated_sides,
             "lengths": self.lengths.as_json(),
+            **({"responses": self.responses} if self.responses else {}),
             "numbers": {key: asdict(numbers) for key, numbers in self.numbers.items()},
             "verdict": self.verdict,
         }
 
     def _figures(self) -> Iterator[str]:
+        if self.responses:
+            found = ", ".join(f"{held}: {rows:,}" for held, rows in self.responses.items())
+            yield f"  responses of a row, with the number of such rows: {found}"
         for field, counts in self.counts.named.items():
             shown = ", ".join(f"{name} {n:,}" for name, n in list(counts.items())[:NAMES_SHOWN])
             more = f", {len(counts) - NAMES_SHOWN} more" if len(counts) > NAMES_SHOWN else ""
@@ -187,6 +196,11 @@ def _finding_lines(finding: ReportedFinding) -> Iterator[str]:
     yield f"  {count}{finding.name} ({policy}): {meaning}"
     yield from (f"      {example}" for example in finding.examples)
     yield f"    → {remedy}"
+
+
+def _held(rows: TokenisedRows) -> dict[int, int]:
+    numbers, counts = np.unique(rows.held(), return_counts=True)
+    return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
 
 
 def _truncated_sides(rows: TokenisedRows) -> dict[str, int]:

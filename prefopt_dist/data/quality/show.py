@@ -5,6 +5,7 @@ Legend: R responses of a row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,20 +28,22 @@ class ShownRow:
     """FILE:LINE"""
     prompt_ids: list[int]
     responses_ids: list[list[int]]
-    """[R][tokens]"""
+    """[R][tokens]; of a ranked row all that it has, best first"""
     learnt: list[list[bool]]
     """[R][tokens], whether the token is scored and learnt"""
     prompt_text: str
     """Decoded prompt, special tokens included"""
     responses_text: list[str]
     cut: list[str]
-    """Truncated parts: prompt, response_0, response_1"""
+    """Truncated parts: prompt, response_0, response_1 (of a ranked row any response but the best one)"""
     ignored_columns: list[str]
     """Columns of the row's source that are not used"""
+    scores: list[float] | None = None
+    """Of a ranked row, the score of each response, or the negative of its rank"""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return asdict(self)
+        """Return the fields as JSON values, `scores` only of ranked rows."""
+        return {name: value for name, value in asdict(self).items() if name != "scores" or value is not None}
 
 
 def show_rows(key: str, rows: TokenisedRows, tokenizer: PreTrainedTokenizerBase, number: int) -> list[ShownRow]:
@@ -50,18 +53,20 @@ def show_rows(key: str, rows: TokenisedRows, tokenizer: PreTrainedTokenizerBase,
 
 def _shown(key: str, rows: TokenisedRows, tokenizer: PreTrainedTokenizerBase, i: int) -> ShownRow:
     prompt = rows.prompt(i).tolist()
-    responses = [rows.response(i, k).tolist() for k in range(rows.responses)]
-    parts = ("prompt", *(f"response_{k}" for k in range(rows.responses)))
+    held = rows.responses_held(i)
+    responses = [rows.response(i, k).tolist() for k in range(held)]
+    parts = ("prompt", *(f"response_{k}" for k in range(min(held, 2))))
     return ShownRow(
         set=key,
         origin=rows.origin(i),
         prompt_ids=prompt,
         responses_ids=responses,
-        learnt=[_learnt(rows, i, k) for k in range(rows.responses)],
+        learnt=[_learnt(rows, i, k) for k in range(held)],
         prompt_text=_decoded(tokenizer, prompt),
         responses_text=[_decoded(tokenizer, response) for response in responses],
         cut=[part for part in parts if rows.flagged(f"cut_{part}")[i]],
         ignored_columns=list(rows.report.ignored.get(rows.source_names[rows.source[i]], ())),
+        scores=None if rows.scores is None else rows.scores[i, :held].tolist(),
     )
 
 
@@ -75,7 +80,7 @@ def row_text(shown: ShownRow, kind: str, tokenizer: PreTrainedTokenizerBase) -> 
     """Return a row for the terminal; kind: the data set's kind of rows."""
     lines = [f"{shown.set} {shown.origin}, as the model sees it; tokens between {OPENS} and {CLOSES} are learnt"]
     lines.append(f"  prompt ({len(shown.prompt_ids)} tokens): {_on_one_line(shown.prompt_text)}")
-    for name, ids, learnt in zip(NAMES[kind], shown.responses_ids, shown.learnt, strict=True):
+    for name, ids, learnt in zip(_names(shown, kind), shown.responses_ids, shown.learnt, strict=True):
         text = _on_one_line(_marked(tokenizer, ids, learnt))
         lines.append(f"  {name} ({len(ids)} tokens, {sum(learnt)} learnt): {text}")
     if shown.cut:
@@ -99,13 +104,19 @@ def rows_for_report(rows: list[ShownRow], kind: str, tokenizer: PreTrainedTokeni
                     "learnt": sum(learnt),
                     "pieces": [{"text": text, "learnt": mine} for text, mine in _pieces(tokenizer, ids, learnt)],
                 }
-                for name, ids, learnt in zip(NAMES[kind], shown.responses_ids, shown.learnt, strict=True)
+                for name, ids, learnt in zip(_names(shown, kind), shown.responses_ids, shown.learnt, strict=True)
             ],
             "cut": shown.cut,
             "ignored_columns": shown.ignored_columns,
         }
         for shown in rows
     ]
+
+
+def _names(shown: ShownRow, kind: str) -> Sequence[str]:
+    if shown.scores is None:
+        return NAMES[kind]
+    return [f"response {k}, score {score:g}" for k, score in enumerate(shown.scores, 1)]
 
 
 def _marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], learnt: list[bool]) -> str:

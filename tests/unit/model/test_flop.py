@@ -23,13 +23,14 @@ import torch
 from flop_counting import admitted, counting
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefopt_dist.batching.packing import pack
+from prefopt_dist.batching.layout import Cost, tokens_and_cost
+from prefopt_dist.batching.packing import pack, packed_tokens
 from prefopt_dist.config import Lora
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import attention
 from prefopt_dist.model.adapter import attach
 from prefopt_dist.model.scorer import Scorer
-from prefopt_dist.objectives import DPO
+from prefopt_dist.objectives import DPO, PlackettLuce
 from prefopt_dist.setup.check_lora import adapter_of
 
 WIDTH, LAYERS = 512, 3
@@ -85,10 +86,12 @@ def floor(units: list[Unit], share: str = "8B") -> float:
     n = matrices(lm)
     total = 0.0
     for u in units:
-        p, c, r = len(u.prompt), *map(len, u.responses)
-        pairs = admitted(p + c - 1, p + c - 1) + admitted(r - 1, p + r - 1)
-        scored = 2 * lm.config.vocab_size * WIDTH * (c + r - 1)  # one state predicts the first token of both
-        total += 3 * (2 * n * (p + c + r - 2) + 4 * WIDTH * LAYERS * pairs) + 3 * scored
+        p, (c, *others) = len(u.prompt), map(len, u.responses)
+        pairs = admitted(p + c - 1, p + c - 1) + sum(admitted(r - 1, p + r - 1) for r in others)
+        # One state predicts the first token of all responses.
+        scored = 2 * lm.config.vocab_size * WIDTH * (c + sum(r - 1 for r in others))
+        tokens = p + c - 1 + sum(r - 1 for r in others)
+        total += 3 * (2 * n * tokens + 4 * WIDTH * LAYERS * pairs) + 3 * scored
     return total
 
 
@@ -101,6 +104,34 @@ def test_a_step_computes_little_more_than_the_floor(mix: str, share: str) -> Non
     ratio = counter.get_total_flops() / floor(units, share)
     print(f"{mix}, {share}: a step is {ratio:.4f} of the floor")
     assert 1 < ratio <= 1.05
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_ranked_rows_compute_their_prompt_once(mix: str) -> None:
+    """Rows of 2 to 7 responses: the prompt and its last state's logits once, whatever the number of responses."""
+    draw, vocabulary = np.random.RandomState(6), scorer().lm.config.vocab_size
+    prompt, response = (m / SCALE for m in MIXES[mix])
+    units = []
+    for i, k in enumerate((2, 4, 4, 7)):
+        lengths = [max(2, round(mean * draw.lognormal(-0.18, 0.6))) for mean in (prompt, *[response] * k)]
+        first, *others = (draw.randint(0, vocabulary, n).astype(np.int32) for n in lengths)
+        units.append(Unit(i, first, tuple(others), ranks=tuple(range(k))))
+    with counting() as counter:
+        scorer()(pack(units, 7), PlackettLuce(0.1), torch.zeros(4, 7, dtype=torch.float64)).loss.backward()
+    ratio = counter.get_total_flops() / floor(units)
+    print(f"{mix}: a step on ranked rows is {ratio:.4f} of the floor")
+    assert 1 < ratio <= 1.05
+    whole = sum(len(u.prompt) + len(r) - 1 for u in units for r in u.responses)
+    assert packed_tokens(units) < whole - 10 * len(units), "the sharing is much of the work"
+    forward = Cost(2 * matrices(scorer().lm), 4 * WIDTH * LAYERS, 0.0)
+    counted = tokens_and_cost([[u] for u in units], forward)[1] + sum(map(head_flop, units))
+    assert 3 * counted == pytest.approx(floor(units), rel=1e-12), "the cost that plan and perf/mfu take"
+
+
+def head_flop(unit: Unit) -> float:
+    """One state predicts the first token of all responses."""
+    scored = sum(map(len, unit.responses)) - len(unit.responses) + 1
+    return 2 * scorer().lm.config.vocab_size * WIDTH * scored
 
 
 def test_frozen_weights_get_no_gradient() -> None:

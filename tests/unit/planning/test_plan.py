@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 import worlds
@@ -13,7 +14,9 @@ from transformers import Gemma2Config, LlamaConfig, MixtralConfig
 
 from prefopt_dist.cli import main
 from prefopt_dist.config import Lora, Plan, load_config, load_deepspeed_json
+from prefopt_dist.data import open_rows
 from prefopt_dist.errors import UserError
+from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.export import export_plan
 from prefopt_dist.planning.fit import Fit, Needs, check_fit, find_fit, fits_with_offloading
@@ -24,6 +27,7 @@ from prefopt_dist.planning.rollouts import plan_answers
 from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.planning.work import disk_needed
 from prefopt_dist.setup.check_lora import adapter_of
+from prefopt_dist.setup.prepare_data import tokenised_train_folder
 from prefopt_dist.setup.prepare_models import with_model_buckets
 
 GIB = 2**30
@@ -549,6 +553,33 @@ def test_a_refusal_ends_with_2(world: Path, capsys: pytest.CaptureFixture[str]) 
     assert "error: plan: " in said
     assert "train.micro_batch_tokens from 900000000 to at most" in said
     assert not plan
+
+
+def test_ranked_rows_are_planned_with_their_prompt_once(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tokens of a step, all of the data, and the store's sequences, counted here; one letter is one token or less."""
+    draw, rows = np.random.RandomState(4), []
+    for i in range(12):
+        texts = [f"{'abcdefgh'[k]} " * int(draw.randint(3, 9)) + str(i) for k in range(2 + i % 3)]
+        rows.append({"prompt": f"say {i} " * 9, "responses": texts, "ranks": list(range(len(texts)))})
+    (world / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [f"data.train={world / 'ranked.jsonl'}", "train.global_batch_pairs=12", "loss.name=plackett_luce"]
+    status, said, plan = planned_by(world, capsys, *overrides)
+    assert status == 0, said
+    config = load_config(world / "run.yaml", overrides)
+    tokenizer = load_tokenizer(world / "model", "model.tokenizer")
+    data = open_rows(tokenised_train_folder(config, tokenizer, 300))
+    assert plan["work"]["sequences"] == sum(2 + i % 3 for i in range(12))
+    tokens = 0
+    for i in range(data.n):
+        beginnings = set()
+        for k in range(data.responses_held(i)):
+            ids = data.response(i, k).tolist()[:-1]
+            beginnings |= {tuple(ids[:n]) for n in range(1, len(ids) + 1)} if k == 0 else set()
+            tokens += sum(k == 0 or tuple(ids[:n]) not in beginnings for n in range(1, len(ids) + 1))
+        tokens += len(data.prompt(i))
+    assert plan["work"]["step_tokens"] == tokens
+    status, said, _ = planned_by(world, capsys, *overrides[1:], "data.train=elsewhere/rows")
+    assert "as data.max_length allows, with two responses" in said
 
 
 def test_data_that_would_stop_the_job_stops_its_plan(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

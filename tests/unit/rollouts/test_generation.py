@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from prefopt_dist.config import DataSource
 from prefopt_dist.data.dataset import open_rows
+from prefopt_dist.data.forms import detect_form, read_form
 from prefopt_dist.data.prepare import prepare_rows
 from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import Tokeniser
@@ -382,6 +384,27 @@ def test_every_two_beyond_a_margin() -> None:
     assert set(made(found, "margin", 2.0)[0]) == {(1, 4), (3, 4), (1, 0), (3, 0), (1, 2), (3, 2), (4, 2)}
     assert set(made(found, "margin", 0.0)[0]) >= {(4, 0), (0, 2)}
     assert made(found, "margin", 5.0) == ([], {"margin below min_margin": 1}, {})
+
+
+def test_all_answers_as_a_ranked_row() -> None:
+    """Best first, equal rewards included; the row is of the form `ranked`, and a loss on pairs takes its ends."""
+    found, tally = answered(1.0, 4.0, 0.0, "raised", 4.0, 2.0), pairs.PairCounts()
+    rule = pairs.PairingRule("ranked", 4.0, (1.0,), 0)
+    (answers,) = pairs.make_pairs(found, rule, tally)
+    assert [a.number for a in answers] == [1, 4, 5, 0, 2]
+    assert tally.answers == {"no reward": 1}
+    row = json.loads(json.dumps(pairs.ranked_row(found.prompt, answers, {})))
+    assert row["scores"] == [4.0, 4.0, 2.0, 1.0, 0.0]
+    assert [one["sample"] for one in row["response_scores"]] == [1, 4, 5, 0, 2]
+    assert detect_form([row], "data.format") == "ranked"
+    example = read_form("ranked", row, ranked=True)
+    assert (example.responses, example.scores) == (("b", "e", "f", "a", "c"), (4, 4, 2, 1, 0))
+    assert set(example.ignored) == {"response_scores", "origin", "generated"}
+    assert read_form("ranked", row).responses == ("b", "c")
+    assert pairs.make_pairs(found, replace(rule, min_margin=4.5), tally) == []
+    assert tally.prompts == {"margin below min_margin": 1}
+    turns = replace(found.prompt, prompt=[{"role": "user", "content": "q"}])
+    assert pairs.ranked_row(turns, answers, {})["responses"][0] == [{"role": "assistant", "content": "b"}]
 
 
 def test_the_mean_of_rewards_is_weighted() -> None:

@@ -13,10 +13,11 @@ import worlds
 from data_for_tests import ROWS, lines, prepare
 
 from prefopt_dist.data import open_rows
+from prefopt_dist.data.unit import Unit
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.model.load import load_tokenizer
-from prefopt_dist.objectives import DPO
+from prefopt_dist.objectives import DPO, PlackettLuce
 from prefopt_dist.setup import checks
 
 
@@ -58,6 +59,33 @@ def test_a_reference_of_another_tokenizer(tmp_path: Path) -> None:
     reference.config.vocab_size = 10
     with pytest.raises(UserError, match=r"^reference\.name_or_path: .* has 10 tokens, but the tokenizer has ids up"):
         checks.check_reference_tokenizer(tokenizer, reference)
+
+
+def test_a_ranked_row_too_long_for_a_micro_batch_by_path() -> None:
+    """Three of up to four responses, of 3, 4 and 6 tokens: the prompt once, thrice, or with a token of padding."""
+    config: Any = SimpleNamespace(
+        train=SimpleNamespace(micro_batch_tokens=16),
+        reference_micro_batch_tokens=16,
+        data=SimpleNamespace(max_length=64),
+    )
+    packed = {"shared": 17, "packed": 31, "plain": 2 * 10 + 12}
+    for path, tokens in packed.items():
+        rows: Any = SimpleNamespace(
+            n=1,
+            responses=4,
+            lengths=lambda: np.array([[7, 3, 4, 6, 0]]),
+            origin=str,
+            unit=lambda i, of: Unit(0, *RANKED),
+        )
+        checked: Any = (config, rows, PlackettLuce(0.1), "data.train")
+        with pytest.raises(UserError, match=rf"train\.micro_batch_tokens: got 16, .* has {tokens} packed tokens"):
+            checks.check_lengths(*checked, trained=True, path=path)  # type: ignore[arg-type]
+        config.train.micro_batch_tokens = tokens
+        checks.check_lengths(*checked, trained=True, path=path)  # type: ignore[arg-type]
+        config.train.micro_batch_tokens = 16
+
+
+RANKED = (np.zeros(7, np.int32), tuple(np.full(n, n, np.int32) for n in (3, 4, 6)))
 
 
 def test_a_pair_too_long_for_a_micro_batch_by_path() -> None:
