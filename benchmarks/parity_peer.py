@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from benchmarks.parity import Rows, Value
+from benchmarks.parity_cases import Rows, Value
 from benchmarks.world import text
 
 

@@ -24,19 +24,23 @@ class PrefixedRows(TokenisedRows):
     """[n, 5] where prompt and responses begin in `tokens`"""
     ends: NDArray[np.int64]
     """[n, 5] where they end"""
-    shorter: NDArray[np.int64]
-    """[n] scored tokens of the shorter response"""
+    counts: NDArray[np.int64]
+    """[n, 4] scored tokens of each response"""
 
     def lengths(self) -> NDArray[np.int64]:
         """Return the number of tokens of each row's prompt and responses [n, 5]."""
         return self.ends - self.starts
+
+    def learnt_lengths(self) -> NDArray[np.int64]:
+        """Return the number of scored and learnt tokens of each response [n, 4]."""
+        return self.counts
 
     def unit(self, i: int, responses: Iterable[int], number: int | None = None) -> Unit:
         """Return row i as a unit: all four responses are the pair with the length of the beginnings."""
         columns = tuple(responses)
         if len(columns) < self.responses:
             return super().unit(i, columns, number)
-        return replace(super().unit(i, (0, 1), number), prefix=int(self.shorter[i]))
+        return replace(super().unit(i, (0, 1), number), prefix=int(self.counts[i, 2]))
 
     def _range(self, i: int, part: int) -> tuple[int, int]:
         return int(self.starts[i, part]), int(self.ends[i, part])
@@ -57,7 +61,7 @@ def build_prefixed_rows(rows: TokenisedRows) -> PrefixedRows:
         **given | {"responses": 4, "digests": np.repeat(rows.digests[:, None], 2, axis=1).reshape(rows.n, 4, 16)},
         starts=np.c_[bounds[..., 0], bounds[:, 1:, 0]],
         ends=np.c_[bounds[..., 1], ends],
-        shorter=shorter,
+        counts=np.c_[counts, shorter, shorter],
     )
     for i, k in np.argwhere(counts > shorter[:, None]).tolist():
         sequence = sequence_digest(prefixed.prompt(i), prefixed.response(i, 2 + k), prefixed.mask(i, 2 + k))

@@ -35,7 +35,7 @@ TWO_ONLY += ["lora_gemma2", "lora_resume", "lora_from", "reductions_in_float32"]
 TWO_ONLY += [*PATHS, "moved_values", "moving_reference", "ranked_values", "ranked_run"]
 
 
-SLOW = ["dpo_one_micro_batch", "dpo_small_blocks", "dpo_phi3", "ipo", "lora_gemma2", "kto_one_micro_batch"]
+SLOW = ["dpo_one_micro_batch", "dpo_small_blocks", "dpo_phi3", "ipo", "lora_gemma2", "kto_one_micro_batch", "wpo"]
 """Kin of cases that stay in the quick tests"""
 
 
@@ -72,7 +72,7 @@ def test_steps_equal_float64(world: tuple[int, Path], case: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in SLOW if case != "kto_one_micro_batch"])
+@pytest.mark.parametrize("case", [case for case in SLOW if case not in ("kto_one_micro_batch", "wpo")])
 def test_slow_steps_equal_float64(slow_world: tuple[int, Path], case: str) -> None:
     check_steps(found(slow_world, case), case)
 
@@ -136,8 +136,10 @@ def test_aot_sorts_the_pairs_of_all_ranks(world: tuple[int, Path]) -> None:
         assert (got.get("micro_batches", 1) > 1) == case.endswith(" 150"), case
 
 
-def test_wpo_equals_float64(world: tuple[int, Path]) -> None:
-    result = found(world, "wpo")
+@pytest.mark.slow
+def test_wpo_equals_float64(slow_world: tuple[int, Path]) -> None:
+    """Under many micro-batches and one; on the CPU without ranks: unit/model/test_wpo.py."""
+    result = found(slow_world, "wpo")
     assert result["150"]["micro_batches"] > result["100000"]["micro_batches"] == 1
     for got in result.values():
         assert got["loss"][0] == pytest.approx(got["loss"][1], rel=1e-5)
