@@ -343,6 +343,7 @@ def test_kill_with_another_loss(world: World, name: str) -> None:
         assert found[f"eval/{metric}"] == pytest.approx(last[f"eval/{metric}"], rel=1e-4), metric
 
 
+@pytest.mark.slow
 def test_evaluate_and_export_on_one_rank(world: World, whole: Path) -> None:
     """Stages on a checkpoint of two ranks, run by one."""
     run = world.run("whole")

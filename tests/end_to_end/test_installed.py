@@ -51,6 +51,7 @@ def make_world(installed: Path, here: Path) -> str:
     return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_the_command_trains_the_demo(installed: Path, tmp_path: Path) -> None:
     shipped = installed / "prefopt_dist" / "shipped_files"
     assert os.access(shipped / "launch" / "node.sh", os.X_OK)

@@ -134,6 +134,7 @@ def test_nats_and_rewards_of_a_run(world: Path, name: str, sections: dict[str, A
     assert str(run / "final") in facts["verdict_text"]
 
 
+@pytest.mark.slow
 def test_a_sweep_samples_the_start_once(world: Path) -> None:
     """Three betas: the first run samples the start, the others find its answers in the cache; so does a resume."""
     loads = 0
@@ -309,6 +310,7 @@ def test_a_reward_that_fails_at_the_end_costs_no_export(world: Path, door: Door)
     assert (folder / "final").is_dir()
 
 
+@pytest.mark.slow
 def test_other_answers_than_before_are_made_anew(world: Path, door: Door) -> None:
     """Prompts or rewards that change once all is done but DONE: no row of the old ones stays."""
     run, folder = write_run(world, "changed"), world / "runs" / "changed"

@@ -33,6 +33,7 @@ def door(made: Path, capsys: pytest.CaptureFixture[str]) -> Door:
     return Door(made, capsys)
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16(door: Door) -> None:
     """Evaluated, answered before and after; merged it is the base that it was trained on."""
     sections: dict[str, Any] = {

@@ -36,6 +36,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_every_part_runs_and_nothing_fails(results: Path) -> None:
     found = last_run(results / gpu_parts.RESULTS)
     assert [r for r in found if r["ok"] is False] == []
@@ -44,6 +45,7 @@ def test_every_part_runs_and_nothing_fails(results: Path) -> None:
         assert sum(r["part"] == name for r in found) >= least
 
 
+@pytest.mark.slow
 def test_results_on_the_cpu_are_not_taken_for_a_gpus(results: Path) -> None:
     gpu_parts.write_table(results)
     table = (results / gpu_parts.TABLE).read_text()

@@ -35,7 +35,8 @@ TWO_ONLY += ["lora_gemma2", "lora_resume", "lora_from", "reductions_in_float32"]
 TWO_ONLY += [*PATHS, "moved_values", "moving_reference", "ranked_values", "ranked_run"]
 
 
-SLOW = ["dpo_one_micro_batch", "dpo_small_blocks", "dpo_phi3", "ipo", "lora_gemma2", "kto_one_micro_batch", "wpo"]
+SLOW_STEPS = ["dpo_one_micro_batch", "dpo_small_blocks", "dpo_phi3", "ipo", "lora_gemma2"]
+SLOW = [*SLOW_STEPS, "kto_one_micro_batch", "wpo", "moving_reference", "lora_from", "early_stop"]
 """Kin of cases that stay in the quick tests"""
 
 
@@ -72,7 +73,7 @@ def test_steps_equal_float64(world: tuple[int, Path], case: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in SLOW if case not in ("kto_one_micro_batch", "wpo")])
+@pytest.mark.parametrize("case", SLOW_STEPS)
 def test_slow_steps_equal_float64(slow_world: tuple[int, Path], case: str) -> None:
     check_steps(found(slow_world, case), case)
 
@@ -206,11 +207,10 @@ def test_the_policy_becomes_the_reference(world: tuple[int, Path]) -> None:
     assert result["worst"] <= 1e-6 < result["moved"]
 
 
-def test_a_reference_that_moves(world: tuple[int, Path]) -> None:
+@pytest.mark.slow
+def test_a_reference_that_moves(slow_world: tuple[int, Path]) -> None:
     """ln 2 again after each update; crashes around an update, and a stop in it, change no bit."""
-    if world[0] == 1:
-        pytest.skip("two ranks")
-    result = found(world, "moving_reference")
+    result = found(slow_world, "moving_reference")
     for name, at_start in (("whole", math.log(2)), ("kto", 0.5)):
         losses = {row["step"]: row["train/loss"] for row in result[name]["rows"] if row["kind"] == "train"}
         for step in (1, 3, 5):
@@ -432,9 +432,10 @@ def test_too_many_skipped_updates_end_the_run(world: tuple[int, Path]) -> None:
     assert result["ended"]
 
 
-def test_training_ends_early_and_the_best_checkpoint_stays(world: tuple[int, Path]) -> None:
+@pytest.mark.slow
+def test_training_ends_early_and_the_best_checkpoint_stays(slow_world: tuple[int, Path]) -> None:
     """After three evaluations without a new best; the one of step 1 is best, since step 0 has no checkpoint."""
-    result = found(world, "early_stop")
+    result = found(slow_world, "early_stop")
     assert [row for row in result["rows"] if row[0] == "train"] == [["train", 1], ["train", 2], ["train", 3]]
     assert result["checkpoints"] == ["step-00000001", "step-00000002", "step-00000003"]
     assert result["best"] == {"metric": "eval/lengths/chosen", "step": 1}
@@ -523,10 +524,10 @@ def check_from_saved(result: dict[str, Any]) -> None:
     assert result["merged"] <= 1e-6 < 1e-4 < result["learnt"]
 
 
-def test_a_run_goes_on_from_a_saved_adapter(world: tuple[int, Path]) -> None:
-    if world[0] == 1:
-        pytest.skip("two ranks; on one tests/end_to_end/test_lora_from.py goes on from one")
-    check_from_saved(found(world, "lora_from"))
+@pytest.mark.slow
+def test_a_run_goes_on_from_a_saved_adapter(slow_world: tuple[int, Path]) -> None:
+    """On two ranks; on one tests/end_to_end/test_lora_from.py goes on from one."""
+    check_from_saved(found(slow_world, "lora_from"))
 
 
 def test_a_checkpoint_of_adapters_holds_them_alone(world: tuple[int, Path]) -> None:

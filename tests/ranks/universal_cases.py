@@ -240,6 +240,7 @@ class RunFacts:
     """As much of a run folder as an export reads."""
 
     facts: ClassVar[dict[str, Any]] = {"run_id": "r"}
+    metrics = Path("no-metrics.jsonl")
 
 
 @contextmanager
