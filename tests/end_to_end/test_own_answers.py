@@ -190,6 +190,7 @@ EVERY = {
 }
 
 
+@pytest.mark.slow
 def test_answers_between_start_and_end(world: Path, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     """At every evaluation; training itself is not changed by it, and a rollback takes them back."""
     monkeypatch.chdir(world)

@@ -53,9 +53,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
-@pytest.mark.parametrize(
-    "fault", [STEP, *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)], ids=lambda f: f.stage
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [STEP, *OTHERS], ids=lambda fault: fault.stage)
 def test_both_ranks_end_at_once_with_one_message(world: World, fault: Fault, request: pytest.FixtureRequest) -> None:
     name = fault.stage.replace(" ", "-")
     start = campaign.Start(world, name, [fault])

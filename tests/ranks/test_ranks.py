@@ -35,8 +35,8 @@ TWO_ONLY += ["lora_gemma2", "lora_resume", "lora_from", "reductions_in_float32"]
 TWO_ONLY += [*PATHS, "moved_values", "moving_reference", "ranked_values", "ranked_run"]
 
 
-SLOW_STEPS = ["dpo_one_micro_batch", "dpo_small_blocks", "dpo_phi3", "ipo", "lora_gemma2"]
-SLOW = [*SLOW_STEPS, "kto_one_micro_batch", "wpo", "moving_reference", "lora_from", "early_stop"]
+SLOW_STEPS = ["dpo_one_micro_batch", "dpo_small_blocks", "dpo_phi3", "dpo_gemma2", "dpo_stage_2", "ipo", "lora_gemma2"]
+SLOW = [*SLOW_STEPS, "kto_one_micro_batch", "wpo", "moving_reference", "lora_from", "early_stop", "ranked_run"]
 """Kin of cases that stay in the quick tests"""
 
 
@@ -238,11 +238,10 @@ def test_ranked_rows_equal_float64(world: tuple[int, Path]) -> None:
         assert got["gradient"] <= 1e-5, case
 
 
-def test_a_whole_run_on_ranked_rows(world: tuple[int, Path]) -> None:
+@pytest.mark.slow
+def test_a_whole_run_on_ranked_rows(slow_world: tuple[int, Path]) -> None:
     """ln 2 at the start and after each update of the reference; a crash changes no bit."""
-    if world[0] == 1:
-        pytest.skip("two ranks")
-    result = found(world, "ranked_run")
+    result = found(slow_world, "ranked_run")
     rows = result["whole"]["rows"]
     losses = {row["step"]: row["train/loss"] for row in rows if row["kind"] == "train"}
     for step in (1, 3):

@@ -65,6 +65,7 @@ def test_a_token_that_may_not_write(hub: FakeHub, folder: Path) -> None:
     assert [r for r in hub.requests if "repos/create" in r] == ["POST /api/repos/create"]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_down(hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.status = 503
     why = push.push(folder, "someone/model")
