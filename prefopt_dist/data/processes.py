@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from prefopt_dist.data.parts import Part, PartTokeniser
+from prefopt_dist.data.parts import Part, PartResult, PartTokeniser
 from prefopt_dist.errors import UserError
 
 ONE_THREAD = {
@@ -45,12 +45,12 @@ class Processes:
         self._any = False
 
     def tokenise(self, part: Part, file: Path) -> Work:
-        """Begin to tokenise the part; the file is there when the returned function has ended."""
+        """Begin to tokenise the part; its file is there when the returned function has ended, or the folder is not."""
         if self._pool is None and (self._cores == 1 or not self._any):
             self._any = True
             if self._cores > 1:
                 _start_server(self._tokeniser.module)
-            self._tokeniser.tokenise(part).save(file)
+            _save(self._tokeniser.tokenise(part), file)
             return lambda: None
         try:
             if self._pool is None:
@@ -125,4 +125,10 @@ def _end_with_parent() -> None:
 
 def _tokenise(part: Part, file: Path) -> None:
     assert _tokeniser is not None
-    _tokeniser.tokenise(part).save(file)
+    _save(_tokeniser.tokenise(part), file)
+
+
+def _save(result: PartResult, file: Path) -> None:
+    """Save the result, unless another job with the same data set is done and has removed the folder."""
+    with suppress(FileNotFoundError):
+        result.save(file)

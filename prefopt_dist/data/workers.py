@@ -62,8 +62,12 @@ def tokenised_parts(
     if len(first) < FEW_PARTS:
         yield from map(tokeniser.tokenise, first)
         return
-    for file in _in_work(chain(first, parts), tokeniser, folder, share):
+    for file, part, mine in _in_work(chain(first, parts), tokeniser, folder, share):
         while (result := PartResult.load(file)) is None:
+            # Another job that made the same data set has removed the finished parts, as it needs them no more.
+            if mine or not folder.exists():
+                result = tokeniser.tokenise(part)
+                break
             share.look()  # another node's part
             time.sleep(POLL_SECONDS)
         yield result
@@ -78,24 +82,27 @@ def tokenise_share(sources: Sequence[OpenSource], tokeniser: PartTokeniser, fold
             share.look()
 
 
-def _in_work(parts: Iterator[Part], tokeniser: PartTokeniser, folder: Path, share: Share) -> Iterator[Path]:
-    """Have this node's parts tokenised; yield the file of each part, this node's when it is there."""
+def _in_work(
+    parts: Iterator[Part], tokeniser: PartTokeniser, folder: Path, share: Share
+) -> Iterator[tuple[Path, Part, bool]]:
+    """Have this node's parts tokenised; yield each part's file, this node's when it is done, the part, whose it is."""
     folder.mkdir(parents=True, exist_ok=True)
     with Processes(tokeniser, _cores()) as processes:
-        waiting: deque[tuple[Path, Work]] = deque()
+        waiting: deque[tuple[Path, Part, bool, Work]] = deque()
         for part in parts:
             file = _file(folder, part)
             mine = share.has(part.number) and PartResult.load(file) is None
-            waiting.append((file, processes.tokenise(part, file) if mine else lambda: None))
+            work = processes.tokenise(part, file) if mine else lambda: None
+            waiting.append((file, part, share.has(part.number), work))
             while len(waiting) > AHEAD * _cores() * share.nodes:
                 yield _finished(*waiting.popleft())
         while waiting:
             yield _finished(*waiting.popleft())
 
 
-def _finished(file: Path, work: Work) -> Path:
+def _finished(file: Path, part: Part, mine: bool, work: Work) -> tuple[Path, Part, bool]:
     work()
-    return file
+    return file, part, mine
 
 
 def _cores() -> int:

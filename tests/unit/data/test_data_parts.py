@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,29 @@ def test_several_processes_and_nodes_make_the_same_bytes(tmp_path: Path, monkeyp
     assert nodes == found["other"]
     assert content(nodes) == content(one)
     assert [path.name for path in nodes.parent.iterdir()] == [nodes.name]  # no part is left
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.usefixtures("parts")
+def test_another_job_that_is_done_first_takes_its_parts_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    """Two jobs with one cache, as of a sweep: the first to end removes the folder of parts under the other's hands."""
+    sources = write_sources(tmp_path)
+    alone(monkeypatch, cores)
+    whole = prepare(tmp_path / "whole", *sources)
+    load, seen = PartResult.load, []
+
+    def removed_by_another_job(path: Path) -> PartResult | None:
+        if path.name.startswith("part-000004") and path.parent.exists():
+            shutil.rmtree(path.parent)
+            seen.append(path)
+        return load(path)
+
+    monkeypatch.setattr(PartResult, "load", removed_by_another_job)
+    other = prepare(tmp_path / "other", *sources)
+    assert seen
+    assert content(other) == content(whole)
 
 
 @pytest.mark.usefixtures("parts")
