@@ -1,4 +1,4 @@
-"""How the experts of a mixture share the tokens of a step, and the loss that balances them.
+"""Shares of the experts of a mixture in the tokens of a step, and the loss that balances them.
 
 Both look at the sequences of the step's units, a response with its prompt each, without the last token, which predicts
 nothing: a token that stands in the row once for several sequences counts once for each. So neither depends on ranks,

@@ -27,7 +27,7 @@ SAME = 1e-4
 """Largest relative difference of numbers that are equal but for rounding."""
 
 Affinity = Literal["softmax", "sigmoid", "given"]
-"""How a token's scores become its affinities to the experts, which add up to 1: the softmax of the scores, their
+"""Ways from a token's scores to its affinities to the experts, which add up to 1: the softmax of the scores, their
 sigmoids divided by their sum, or the scores themselves."""
 
 
