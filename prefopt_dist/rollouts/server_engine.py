@@ -113,10 +113,30 @@ class _OpenShard:
 class ServerEngine:
     """Asks the servers of one rank's shards for answers."""
 
-    def __init__(self, settings: ServerSettings, found: Sequence[Found], tokenizer: Any) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        found: Sequence[Found],
+        tokenizer: Any,
+        end_launched: Callable[[], None] | None = None,
+    ) -> None:
+        """Take servers that were checked.
+
+        Args:
+            settings: of the servers.
+            found: what the check found of each.
+            tokenizer: of the prompts.
+            end_launched: ends the server that this rank has started; None where it has started none.
+        """
         self._settings, self._found, self._tokenizer = settings, found, tokenizer
+        self._end_launched = end_launched
         self.record: dict[str, Any] = {}
         """What was asked, after `answer`; empty before it"""
+
+    def close(self) -> None:
+        """End the server that this rank has started, if there is one."""
+        if self._end_launched is not None:
+            self._end_launched()
 
     def answer(
         self,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from functools import partial
+import socket
+from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 from prefopt_dist.config import Config
@@ -13,6 +13,7 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.monitoring.console import say
+from prefopt_dist.rollouts.launched_server import LaunchedServer
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.sampling import Sampling
 from prefopt_dist.rollouts.server_check import HALF, TOLERANCES, Checker
@@ -35,17 +36,29 @@ def check(config: Config) -> None:
     """
     generate = config.generate
     if generate.engine != "server":
-        for name in ("servers", "key_variable"):
+        for name in ("servers", "launch", "key_variable"):
             if value := getattr(generate, name):
                 raise UserError(
                     f"generate.{name}: got {value!r}, must not be given with generate.engine=transformers, which asks "
                     "no server; leave it out, or set generate.engine=server"
                 )
         return
-    if not generate.servers:
+    if generate.launch is not None:
+        if generate.servers:
+            raise UserError(
+                f"generate.launch: got {generate.launch.command!r} beside generate.servers, must be given without; "
+                "leave one of them out"
+            )
+        for word in ("{model}", "{port}"):
+            if word not in generate.launch.command:
+                raise UserError(
+                    f"generate.launch.command: got {generate.launch.command!r}, must have the word {word}; write it "
+                    "like: /opt/vllm/bin/vllm serve {model} --port {port}"
+                )
+    elif not generate.servers:
         raise UserError(
             "generate.servers: not set, must name servers with generate.engine=server; give their addresses, such as "
-            "[http://node1:8000], or set generate.engine=transformers"
+            "[http://node1:8000], or set generate.launch.command or generate.engine=transformers"
         )
     for i, url in enumerate(generate.servers):
         parts = urlsplit(url)
@@ -84,8 +97,11 @@ def open_servers(
     tokeniser: Tokeniser,
     prompts: Sequence[Prompt],
     sampling: Sampling,
+    what: str,
 ) -> ServerEngine:
     """Check that the servers hold this model, and return the engine that asks them (all ranks call it).
+
+    A server that the job starts itself is started first, and ends when the engine is closed.
 
     The model is loaded for the check: on rank 0 alone where it fits there, else sharded over all ranks.
 
@@ -97,42 +113,77 @@ def open_servers(
         tokeniser: of the prompts.
         prompts: of which the check asks some.
         sampling: as the answers will be sampled.
+        what: name of the model, for a log file.
     """
-    generate = config.generate
-    vocabulary = model.config.get_text_config().vocab_size
-    settings = ServerSettings(
-        urls=generate.servers,
-        key=os.environ.get(generate.key_variable) if generate.key_variable is not None else None,
-        in_flight=max(1, generate.requests_in_flight // ranks.world_size()),
-        request_seconds=generate.request_seconds,
-        vocabulary=vocabulary,
-    )
-
-    def checker(pool: ServerPool, own: TransformersEngine) -> Checker:
-        return Checker(
-            pool=pool,
-            own=own,
-            prompts=prompts,
-            sampling=sampling,
-            tokeniser=tokeniser,
-            tolerance=TOLERANCES.get(models.dtype, HALF),
-            names=(str(model.path.resolve()), str(model.path)),
+    generate, vocabulary = config.generate, model.config.get_text_config().vocab_size
+    launched = ranks.run_on_all_ranks(lambda: _launch(config, model, what) if ranks.rank() == 0 else None)
+    try:
+        settings = ServerSettings(
+            urls=ranks.run_on_rank_zero(lambda: generate.servers if launched is None else (launched.url,)),
+            key=os.environ.get(generate.key_variable) if generate.key_variable is not None else None,
+            in_flight=max(1, generate.requests_in_flight // ranks.world_size()),
+            request_seconds=generate.request_seconds,
             vocabulary=vocabulary,
         )
 
-    own = checking_engine(config, models, model, hashed)
+        def checker(pool: ServerPool, own: TransformersEngine) -> Checker:
+            return Checker(
+                pool=pool,
+                own=own,
+                prompts=prompts,
+                sampling=sampling,
+                tokeniser=tokeniser,
+                tolerance=TOLERANCES.get(models.dtype, HALF),
+                names=(str(model.path.resolve()), str(model.path)),
+                vocabulary=vocabulary,
+            )
+
+        found = _check_servers(settings, checker, checking_engine(config, models, model, hashed))
+    except BaseException:
+        if launched is not None:
+            launched.close()
+        raise
+    return ServerEngine(settings, found, tokeniser.tokenizer, None if launched is None else launched.close)
+
+
+def _launch(config: Config, model: ModelFolder, what: str) -> LaunchedServer | None:
+    """Start the server of generate.launch; None without the section (rank 0)."""
+    launch = config.generate.launch
+    if launch is None:
+        return None
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    one_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == ranks.world_size()
+    say(f"generate.launch: starting a server of {model.path} on port {port}")
+    return LaunchedServer(
+        launch.command,
+        model=model.path.resolve(),
+        port=port,
+        host="127.0.0.1" if one_node else socket.gethostname(),
+        log=config.run_dir / f"server-{what}.log",
+        start_seconds=launch.start_seconds,
+    )
+
+
+def _check_servers(
+    settings: ServerSettings,
+    checker: Callable[[ServerPool, TransformersEngine], Checker],
+    own: TransformersEngine | None,
+) -> list[Found]:
+    """Check the servers on rank 0, beside a model that is released then; return what was found (all ranks call it)."""
     found: list[Found] = []
     messages: list[str] = []
     error: Exception | None = None
     if own is not None and ranks.rank() == 0:
+        model = own
         try:
-            found, messages = check_servers(settings, partial(checker, own=own))
+            found, messages = check_servers(settings, lambda pool: checker(pool, model))
         except Exception as e:  # raised below, when the other ranks have left the passes
             error = e
     if own is not None:
         own.meet()
         own.close()
-    del own
 
     def agreed() -> list[Found]:
         if error is not None:
@@ -142,4 +193,4 @@ def open_servers(
     found = ranks.run_on_rank_zero(agreed)
     for message in messages:
         say(message)
-    return ServerEngine(settings, found, tokeniser.tokenizer)
+    return found

@@ -253,6 +253,7 @@ class RolloutJob:
         try:
             share_out(self.store.folder, todo, do_share, stop_asked)
         finally:  # an error of one rank is raised on all
+            engine.close()
             record = together(ranks.all_gather(engine.record))
             ranks.run_on_rank_zero(lambda: self.store.note_asked(record))
             say(f"{self.what}: {record_text(record)}")
@@ -352,7 +353,7 @@ def prepare(
         return ranks.run_on_all_ranks(lambda: _engine(config, models, model, lambda: refuse_if_changed(hashed.states)))
 
     def open_servers(some: Sequence[Prompt]) -> ServerEngine:
-        return answer_servers.open_servers(config, models, model, hashed, tokeniser, some, sampling)
+        return answer_servers.open_servers(config, models, model, hashed, tokeniser, some, sampling, what)
 
     servers = open_servers if config.generate.engine == "server" else None
     return RolloutJob(what, SampleStore(folder), rewards, sampling, tokeniser, open_engine, model, hashed.key, servers)

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import patience
+import psutil
 import pytest
 import worlds
 from door import Door, one_process_group
 from fake_server import FakeServer, serving
 from generation_cases import TORCHRUN
 from generation_world import write_run, write_world
-from places import PYTHONPATH
+from places import PYTHONPATH, REPOSITORY
 
 from prefopt_dist.cli import main
 from prefopt_dist.rollouts import server_pool
@@ -274,6 +275,19 @@ def test_a_killed_job_asks_nothing_twice(world: Path, door: Door, servers: Any, 
     assert answers(world, "killed") == expected
 
 
+def test_the_job_starts_a_server_and_ends_it(
+    world: Path, door: Door, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
+    command = f"{sys.executable} {REPOSITORY / 'tests' / 'helpers' / 'serve_fake.py'} {{model}} {{port}}"
+    run = run_of(world, "launched", launch={"command": command})
+    assert door.ends(run, stage="generate")[0] == 0
+    assert answers(world, "launched") == expected
+    assert "serving" in (world / "runs" / "launched" / "server-generate.log").read_text()
+    (file,) = world.glob("child-of-*")
+    assert not psutil.pid_exists(int(file.read_text()))
+
+
 # Mistakes
 
 
@@ -290,6 +304,14 @@ def test_mistakes_about_servers(world: Path, door: Door) -> None:
         (
             ["generate.servers: got ('http://node1',)", "generate.engine=server"],
             ["generate.servers=['http://node1']", "generate.engine=transformers"],
+        ),
+        (
+            ["generate.launch.command: got 'serve'", "must have the word {model}"],
+            ["generate.launch={command: serve}"],
+        ),
+        (
+            ["generate.launch: got 'x {model} {port}' beside generate.servers"],
+            ["generate.launch={command: 'x {model} {port}'}", "generate.servers=['http://node1']"],
         ),
         (["generate.engine: got 'vllm'", "generate.engine=server"], ["generate.engine=vllm"]),
     ]:

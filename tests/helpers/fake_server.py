@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(fake: FakeServer) -> Iterator[FakeServer]:
+def serving(fake: FakeServer, port: int = 0) -> Iterator[FakeServer]:
     """Run the server in threads of this process; its address is `fake.url`."""
     handler = type("Handler", (_Handler,), {"server_of": fake})
 
@@ -155,7 +155,7 @@ def serving(fake: FakeServer) -> Iterator[FakeServer]:
         def handle_error(self, request: Any, client_address: Any) -> None:
             pass
 
-    with Server(("127.0.0.1", 0), handler) as server:
+    with Server(("127.0.0.1", port), handler) as server:
         fake.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()

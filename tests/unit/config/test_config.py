@@ -184,6 +184,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "on_bad_reward": "stop",
             "engine": "transformers",
             "servers": [],
+            "launch": None,
             "key_variable": None,
             "requests_in_flight": 64,
             "request_seconds": 600.0,
