@@ -157,21 +157,43 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """A model behind a server that is asked which of two answers is better, in both orders."""
+
+    server: Text
+    """Address of an OpenAI-compatible server, such as `http://node1:8000`; it is asked at `/v1/chat/completions`."""
+    prompt: Text
+    """File with the text of the question, with `{prompt}`, `{first}` and `{second}` in it; it must tell the judge to
+    end with a line `first`, `second` or `tie`."""
+    model: Text
+    """Name of the model at the server."""
+    max_tokens: Count = 512
+    """Largest number of tokens of the judge's reply."""
+    key_variable: Text | None = None
+    """Name of the environment variable with the secret that the server asks for; null: it asks for none."""
+
+
+@dataclass(frozen=True)
 class RewardSource:
-    """One reward of the weighted mean: either a function or a model."""
+    """One reward of the weighted mean: a function, a model or a judge."""
 
     function: Text | None = None
     """A Python function as `module:name`, which is called as `score(prompt, response, row)` and returns a number."""
     model: Text | None = None
     """A sequence-classification model with one output and a chat template: a Hugging Face folder or a hub name."""
+    judge: Judge | None = None
+    """A model that compares each two answers to a prompt; an answer's reward is the share of the others that it beats,
+    ties counted half. For the stage `generate` alone."""
     weight: Positive = 1.0
     """Weight in the mean."""
 
     def __post_init__(self) -> None:
-        if (self.function is None) == (self.model is None):
+        if sum(part is not None for part in (self.function, self.model, self.judge)) != 1:
+            judge = None if self.judge is None else self.judge.server
             raise UserError(
-                f"generate.rewards: an entry has function {self.function!r} and model {self.model!r}, must have just "
-                "one of them; write {function: my_module:score} or {model: FOLDER}"
+                f"generate.rewards: an entry has function {self.function!r}, model {self.model!r} and judge {judge!r}, "
+                "must have just one of them; write {function: my_module:score}, {model: FOLDER} or "
+                "{judge: {server: URL, prompt: FILE, model: NAME}}"
             )
 
 
@@ -242,6 +264,9 @@ class Rounds:
     reference: Literal["start", "first"] = "start"
     """Reference of each round: the model that the round starts from (`start`), or the very first model, or
     `reference.name_or_path` if it is set (`first`)."""
+    prompts_per_round: Count | None = None
+    """Number of prompts of a round, for small steps: each round takes the next ones of a shuffled order, which begins
+    again after the last one; null: each round takes all prompts."""
 
 
 @dataclass(frozen=True)
@@ -349,6 +374,11 @@ class Config:
             return Path(self.run.cache)
         from_environment = os.environ.get("PREFOPT_CACHE")
         return Path(from_environment) if from_environment else self.run_dir.parent / ".prefopt"
+
+    def without_judges(self) -> Config:
+        """Return a copy without the rewards that compare answers of one model: they cannot compare two models."""
+        rewards = tuple(reward for reward in self.generate.rewards if reward.judge is None)
+        return replace(self, generate=replace(self.generate, rewards=rewards))
 
     def with_cache(self) -> Config:
         """Return a copy with the cache set, since $PREFOPT_CACHE may differ on another rank or at another start."""

@@ -123,7 +123,7 @@ def prepare(
         name: the policy's name for people; None for its folder.
         other: the name of the model that the policy was trained from, which is `against`; None to find out by folders.
     """
-    evaluate = config.evaluate
+    config, evaluate = config.without_judges(), config.evaluate
     assert evaluate.prompts is not None
     answering = {"policy": policy, "against": against} | ({} if start is None else {"start": start})
     jobs: dict[str, RolloutJob] = {}

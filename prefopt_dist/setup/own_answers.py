@@ -257,7 +257,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
     fault = ranks.run_on_rank_zero(lambda: fault_of_sampling(models.policy.config, config.data.max_length))
     if fault:
         return NotAnswered(f"{fault}; set answers.number=0 to run without this line")
-    rewards = configured_rewards(config, models)
+    rewards = configured_rewards(config.without_judges(), models)
     data = config.data
     tokeniser = tokeniser_of(config, models.tokenizer)
     hashed = hash_weights(models.start, models.dtype, config.cache_dir)

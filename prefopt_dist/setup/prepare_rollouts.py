@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.reference.store import scoring_lock
-from prefopt_dist.rollouts.prompts import Prompt, Prompts, read_prompts
+from prefopt_dist.rollouts.judge import JudgeCounts, JudgeReward
+from prefopt_dist.rollouts.prompts import Prompt, Prompts, Turn, read_prompts
 from prefopt_dist.rollouts.sampling import Engine, Response, Sampling, seed_of_model, stop_ids_of
 from prefopt_dist.rollouts.server_engine import ServerEngine
 from prefopt_dist.rollouts.server_record import record_text, together
@@ -87,8 +89,13 @@ def check_for(config: Config, stage: str) -> None:
         )
     if stage in ("generate", "rounds") or (stage == "evaluate" and config.evaluate.prompts is not None):
         check(config)
+        if stage != "generate" and not config.without_judges().generate.rewards:
+            raise UserError(
+                "generate.rewards: has judges alone, must have a function or a model too in the stages rounds and "
+                "evaluate, since a judge compares answers of one model with each other; add {function: my_module:score}"
+            )
     elif stage == "train" and config.answers.number:
-        check_rewards(config)  # a training may have none
+        check_rewards(config.without_judges())  # a training may have none
 
 
 def _refuse_answers_in_rounds(config: Config) -> None:
@@ -283,6 +290,20 @@ class RolloutJob:
         finally:
             for reward in rewards:
                 reward.close()
+            self._note_judges(name, [reward.counts for reward in rewards if isinstance(reward, JudgeReward)])
+
+    def _note_judges(self, scores: str, counts: list[JudgeCounts]) -> None:
+        """Keep and report what all ranks' judges were asked (all ranks call it)."""
+        if counts:
+            for of_ranks in zip(*ranks.all_gather(counts), strict=True):
+                together = sum(of_ranks, JudgeCounts())
+                ranks.run_on_rank_zero(partial(self.store.note_judged, scores, together.as_json()))
+                say(f"{self.what}: {together.text()}")
+
+    def judged(self) -> JudgeCounts | None:
+        """Return what judges were asked for these scores at all starts; None without a judge."""
+        counts = [] if self.scores is None else self.store.judged(self.scores)
+        return sum((JudgeCounts(**one) for one in counts), JudgeCounts()) if counts else None
 
 
 def prepare(
@@ -297,6 +318,7 @@ def prepare(
     top_p: float,
     what: str,
     own_draws: bool = False,
+    turn: Turn | None = None,
 ) -> RolloutJob:
     """Read the prompts on rank 0 and plan their answers, without sampling (all ranks call it).
 
@@ -310,6 +332,7 @@ def prepare(
         temperature: of sampling.
         top_p: of sampling.
         what: name of the model, for people.
+        turn: the part of the prompts to take; None for all.
         own_draws: whether to derive the seed from the weights, so that different models sample independently.
     """
     ranks.run_on_rank_zero(lambda: check(config))
@@ -338,6 +361,9 @@ def prepare(
             key=key,
         )
         say(f"{key}: {prompts.text()}")
+        if turn is not None:
+            prompts = turn.of(prompts)
+            say(f"{key}: {len(prompts.all)} of them are taken")
         settings = {
             "model": hashed.key,
             "prompts": prompts.digest(),

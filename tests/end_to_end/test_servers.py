@@ -19,7 +19,7 @@ import psutil
 import pytest
 import worlds
 from door import Door, one_process_group
-from fake_server import FakeServer, serving
+from fake_server import FakeJudge, FakeServer, serving
 from generation_cases import TORCHRUN
 from generation_world import write_run, write_world
 from places import PYTHONPATH, REPOSITORY
@@ -316,3 +316,44 @@ def test_mistakes_about_servers(world: Path, door: Door) -> None:
         (["generate.engine: got 'vllm'", "generate.engine=server"], ["generate.engine=vllm"]),
     ]:
         door.fails(words, *overrides, stage="generate", run=run, early=True)
+
+
+# Judges
+
+
+def judge_of(world: Path, fake: FakeJudge) -> dict[str, Any]:
+    (world / "judge.txt").write_text("{prompt}\n<<{first}>>\n<<{second}>>\nEnd with first, second or tie.")
+    return {"judge": {"server": fake.url, "model": "m", "prompt": str(world / "judge.txt")}}
+
+
+def test_a_judge_makes_pairs_by_what_it_prefers_in_both_orders(world: Path, door: Door) -> None:
+    def more_letters(first: str, second: str) -> str:
+        a, b = (sum(c.islower() for c in text) for text in (first, second))
+        return "first" if a > b else "second" if b > a else "tie"
+
+    few = {"prompts": str(world / "few.jsonl")}
+    with serving(FakeJudge(more_letters)) as fake:
+        run = write_run(world, "judged", cache="cache-judged", generate=few | {"rewards": [judge_of(world, fake)]})
+        assert door.ends(run, stage="generate")[0] == 0
+        # Models are compared by the other rewards alone.
+        words = ["generate.rewards: has judges alone", "function or a model too"]
+        door.fails(words, f"evaluate.prompts={world / 'few.jsonl'}", stage="rounds", run=run, early=True)
+    pairs = [json.loads(line) for line in (world / "runs" / "judged" / "pairs.jsonl").read_text().splitlines()]
+    assert pairs
+    for row in pairs:
+        assert sum(c.islower() for c in row["chosen"]) > sum(c.islower() for c in row["rejected"])
+    counts = facts(world, "judged")["judged"]
+    assert 2 * counts["comparisons"] == len(fake.answered)
+    assert counts["orders_disagree"] == counts["unreadable"] == 0
+    assert counts["tokens"] == 100 * len(fake.answered)
+
+
+def test_a_judge_that_prefers_the_first_answer_changes_nothing_and_this_is_said(world: Path, door: Door) -> None:
+    few = {"prompts": str(world / "few.jsonl")}
+    with serving(FakeJudge(lambda first, second: "first")) as fake:
+        run = write_run(world, "biased", cache="cache-judged", generate=few | {"rewards": [judge_of(world, fake)]})
+        (world / "judge.txt").write_text((world / "judge.txt").read_text() + "\n")  # another question: other scores
+        status, said = door.ends(run, stage="generate")
+    assert status == 2
+    assert "no pair is left of 12 prompts" in said
+    assert "All are ties, so the judge decides nothing: it takes whatever is shown first" in said
