@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -89,6 +90,26 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path: Path) -> None:
         assert rows.origin(2) == f"{source.path}:3"
     assert open_rows(prepare(tmp_path, DataSource(str(tmp_path / "splits"), split="test"))).n == 1
     assert open_rows(prepare(tmp_path, DataSource(str(folder), split="test"))).n == 2
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_a_folder_of_other_files_is_read_as_one_source(tmp_path: Path, kind: str) -> None:
+    """Beside a description; without splits in the names, all files in the order of their names."""
+    expected = open_rows(prepare(tmp_path, lines(tmp_path / "rows.jsonl", ROWS)))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "dataset_infos.json").write_text('{"default": {}}')
+    for number, part in enumerate((ROWS[:2], ROWS[2:])):
+        if kind == "csv":
+            text = pd.DataFrame(part).to_csv(index=False)
+        else:
+            text = json.dumps(part)
+        (folder / f"part-{number}.{kind}").write_text(text)
+    assert contents(open_rows(prepare(tmp_path, str(folder)))) == contents(expected)
+    lines(folder / "rows.jsonl", ROWS)
+    if kind == "csv":
+        with pytest.raises(UserError, match=r"holds \.jsonl files and CSV files, perhaps of the same rows"):
+            prepare(tmp_path, str(folder))
 
 
 def test_sources_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
