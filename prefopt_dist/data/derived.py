@@ -94,7 +94,8 @@ def _write_subset(
         files = {name: column.finish() for name, column in columns.items()}
     report = _report_of_subset(rows, keep, dropped, examples, content_digest(files))
     write_manifest(
-        folder, kind=rows.kind, files=files, names=rows.source_names, weights=rows.weights, report=report
+        folder, kind=rows.kind, files=files, names=rows.source_names, weights=rows.weights, report=report,
+        shares=rows.shares,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import pytest
 from data_for_tests import ROWS, TOKENIZER, contents, lines, prepare
 from tokenizers_for_tests import ids
 
+from prefopt_dist.batching.order import Order
 from prefopt_dist.config import DataSource
 from prefopt_dist.data import open_rows, sequence_digest
 from prefopt_dist.errors import UserError
@@ -145,6 +146,23 @@ def test_sources_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
         prepare(tmp_path, "someone/pairs", key="data.eval")
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(ROWS))
     assert open_rows(prepare(tmp_path, "someone/pairs")).origin(0) == "someone/pairs:1"
+
+
+def test_shares_of_the_epoch_decide_the_passes(tmp_path: Path) -> None:
+    """One row and four rows, half of the epoch each; a repeated preparation with other shares is another data set."""
+    few, many = lines(tmp_path / "a.jsonl", ROWS[:1]), lines(tmp_path / "b.jsonl", [ROWS[0], *ROWS])
+    folder = prepare(tmp_path, DataSource(few, share=2), DataSource(many, share=2))
+    rows = open_rows(folder)
+    assert rows.weights == pytest.approx((2.5, 0.625))
+    order = Order.of_run(rows.source, rows.weights, 0, 1)
+    drawn = np.concatenate([rows.source[order.epoch(epoch)] for epoch in range(20)])
+    assert order.rows_per_epoch in (4, 5)
+    assert 0.4 <= (drawn == 0).mean() <= 0.6
+    assert prepare(tmp_path, DataSource(few, share=1), DataSource(many, share=3)) != folder
+    assert open_rows(prepare(tmp_path, DataSource(few), DataSource(many))).weights == (1, 1)
+    (tmp_path / "c.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    with pytest.raises(UserError, match=r"data\.train\[1\]\.share: 3 of the rows shall come from .*c\.jsonl"):
+        prepare(tmp_path, DataSource(few, share=1), DataSource(str(tmp_path / "c.jsonl"), share=3), on_bad_row="drop")
 
 
 BAD_LINES = [
