@@ -5,6 +5,7 @@ import json
 import os
 from hashlib import blake2b
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_for_tests import ROWS, TOKENIZER, contents, lines, prepare
+from huggingface_hub.errors import HfHubHTTPError
 from tokenizers_for_tests import ids
 
 from prefopt_dist.batching.order import Order
@@ -146,6 +148,25 @@ def test_sources_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
         prepare(tmp_path, "someone/pairs", key="data.eval")
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(ROWS))
     assert open_rows(prepare(tmp_path, "someone/pairs")).origin(0) == "someone/pairs:1"
+
+
+def test_a_hub_that_refuses_is_asked_again_by_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub has answered, so the library goes there too, and its reason is in the message."""
+    asked: list[bool] = []
+
+    def refuse(*_: object, **__: object) -> None:
+        raise HfHubHTTPError("401", response=Mock(headers={}))
+
+    def not_found(*_: object, **__: object) -> None:
+        asked.append(datasets.config.HF_HUB_OFFLINE)
+        raise datasets.exceptions.DatasetNotFoundError("it does not exist on the Hub or cannot be accessed")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.auth_check", refuse)
+    monkeypatch.setattr(datasets, "load_dataset", not_found)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match=r"data\.train: 'someone/pairs'.*does not exist on the Hub or cannot be"):
+        prepare(tmp_path, "someone/pairs")
+    assert asked == [False]
 
 
 def test_shares_of_the_epoch_decide_the_passes(tmp_path: Path) -> None:
