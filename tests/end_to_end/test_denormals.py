@@ -49,37 +49,7 @@ def within(module, name, place):
     setattr(module, name, inside)
 
 
-forward, states = Scorer.forward, Scorer._states
-
-
-def looking_forward(self, batch, *given, **named):
-    look(where[0])
-    return forward(self, batch, *given, **named)
-
-
-def looking_states(self, batch):
-    hidden = states(self, batch)
-    if hidden.requires_grad:
-        hidden.register_hook(lambda gradient: look("backward"))
-    return hidden
-
-
-Scorer.forward, Scorer._states
-
-
-def looking_forward(self, batch, *given, **named):
-    look(where[0])
-    return forward(self, batch, *given, **named)
-
-
-def looking_states(self, batch):
-    hidden = states(self, batch)
-    if hidden.requires_grad:
-        hidden.register_hook(lambda gradient: look("backward"))
-    return hidden
-
-
-summed = torch.distributed.all_reduce
+forward, states = summed = torch.distributed.all_reduce
 
 
 def looking_sum(tensor, *given, **named):
