@@ -29,6 +29,12 @@ REPLACED_KEYS = {
 }
 """Keys of earlier versions, and what replaces each."""
 
+REPLACED_VALUES = {
+    ("generate.engine", "vllm"): "start vLLM as a server in an environment of its own, and set generate.engine=server "
+    "and generate.servers"
+}
+"""Values of earlier versions, and what replaces each."""
+
 
 def build_config(raw: dict[str, Any]) -> Config:
     """Return the configuration that a merged mapping of sections describes.
@@ -126,7 +132,8 @@ def _build(kind: Any, value: Any, key: str) -> Any:
         return built
     if origin is Literal:
         if not isinstance(value, str) or value not in arguments:
-            refuse_value(key, value, f"one of {', '.join(arguments)}", "choose one of them")
+            remedy = REPLACED_VALUES.get((key, value), "choose one of them") if isinstance(value, str) else None
+            refuse_value(key, value, f"one of {', '.join(arguments)}", remedy or "choose one of them")
         return value
     if origin is tuple:
         return _build_tuple(arguments, value, key)
