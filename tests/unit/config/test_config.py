@@ -115,6 +115,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "max_steps": None,
             "global_batch_pairs": 64,
             "micro_batch_tokens": 8192,
+            "sequence_parallel": 1,
             "deterministic": False,
             "router_aux_loss_coef": 0.0,
             "on_spike": "none",
