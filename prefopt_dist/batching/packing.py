@@ -147,6 +147,7 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
         ranks=_rank_table(units, responses_per_unit),
         rectangles=rectangles + (torch.zeros(1, 1, dtype=torch.int64),) * dummies,
         dummies=dummies,
+        part=None,
     )
 
 

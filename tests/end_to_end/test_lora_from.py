@@ -178,5 +178,6 @@ def test_stages_that_take_whole_models_alone(door: Door) -> None:
     words = ["lora.from: got", "must be null in the stage rounds", "merge the adapter"]
     door.fails(words, stage="rounds", run=run_from(door, "wrong", **rounds))
     rewards = {"generate": {"rewards": [{"function": "rewards_for_tests:letters"}]}}
-    words = ["generate.engine: got vllm", "must be transformers with lora.from", "merge the adapter"]
-    door.fails(words, "generate.engine=vllm", stage="generate", run=run_from(door, "wrong", **rewards))
+    words = ["generate.engine: got server", "must be transformers with lora.from", "merge the adapter"]
+    server = ["generate.engine=server", "generate.servers=[http://node1]"]
+    door.fails(words, *server, stage="generate", run=run_from(door, "wrong", **rewards))
