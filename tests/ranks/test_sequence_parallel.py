@@ -20,7 +20,13 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module", params=WORLDS, ids=lambda n: f"{n} ranks")
 def slow_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     folder = tmp_path_factory.mktemp(f"more-rows{request.param}")
-    cases = ["shared_rows", "steps_of_shared_rows", "runs_of_shared_rows", "units_of_shared_rows"]
+    cases = [
+        "shared_rows",
+        "steps_of_shared_rows",
+        "runs_of_shared_rows",
+        "units_of_shared_rows",
+        "kept_by_shared_rows",
+    ]
     case_runner.run_cases("rank_cases.py", request.param, folder, cases)
     return request.param, folder
 
@@ -80,6 +86,15 @@ def test_runs_with_shared_rows(slow_world: tuple[int, Path]) -> None:
                 key = f"{mine['kind']}/{name}"
                 assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-4), key
             assert mine["pairs_seen"] == theirs["pairs_seen"]
+
+
+@pytest.mark.slow
+def test_bytes_that_a_rank_keeps(slow_world: tuple[int, Path]) -> None:
+    """A half and a quarter of those of a whole row, and little more."""
+    kept = case_runner.found(slow_world[1], "kept_by_shared_rows")
+    print(kept)
+    assert kept["2"] <= 0.55 * kept["1"]
+    assert kept.get("4", 0) <= 0.3 * kept["1"]
 
 
 @pytest.mark.slow
