@@ -62,6 +62,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "dtype": "bfloat16",
             "checkpointing": "auto",
             "path": "auto",
+            "compile": "auto",
         },
         "data": {
             "train": [source],
