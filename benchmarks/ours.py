@@ -14,7 +14,7 @@ from benchmarks.world import Task
 from prefopt_dist.batching.batches import Batch, Prefetcher, ScoredRows, step_batch
 from prefopt_dist.data import DataReport, TokenisedRows, sequence_digest
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.model import activation_checkpointing
+from prefopt_dist.model import activation_checkpointing, compiled_layers
 from prefopt_dist.model.cost import activation_memory, forward_cost
 from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.model.load import load_sharded
@@ -57,6 +57,8 @@ def tokenised(task: Task) -> TokenisedRows:
 def run(task: Task, folder: Path) -> dict[str, Any]:
     """Run the reference's first pass and the steps; return their times and the loss of each step."""
     ranks.start()
+    if task.compiled:
+        compiled_layers.prepare(folder)
     model = inspect_folder(folder / "model", "model")
     rows = tokenised(task)
     dtype = getattr(torch, task.dtype)
@@ -94,14 +96,19 @@ def run(task: Task, folder: Path) -> dict[str, Any]:
     }
 
 
-def make_stepper(task: Task, folder: Path, budget: int) -> Callable[[int], None]:
-    """Return a function that runs the task's k-th step as the training loop does, with zeros as reference log-probs."""
-    model, rows = inspect_folder(folder, "model"), tokenised(task)
-    engine = policy_engine(task, model, getattr(torch, task.dtype))
-    data, objective = ScoredRows(rows, torch.zeros(rows.n, 2, dtype=torch.float64)), DPO(task.beta)
-    cost = forward_cost(model.config)
+def make_stepper(task: Task, folder: Path, budget: int) -> Callable[..., None]:
+    """Return a function that runs the task's k-th step as the training loop does, on the model in FOLDER/model.
 
-    def one(k: int) -> None:
+    Its second argument, 0 if left out, is the number of nats by which the reference's sum of each chosen response is
+    lowered, so that the pairs' margins begin at β times it.
+    """
+    model, rows, dtype = inspect_folder(folder / "model", "model"), tokenised(task), getattr(torch, task.dtype)
+    reference, _ = score_reference(task, folder, model, rows, dtype)
+    engine = policy_engine(task, model, dtype)
+    objective, cost = DPO(task.beta), forward_cost(model.config)
+
+    def one(k: int, lowered: float = 0.0) -> None:
+        data = ScoredRows(rows, reference - torch.tensor([lowered, 0.0], dtype=torch.float64))
         batch = step_batch(data, task.rows(k), objective.responses, budget, cost, path=task.path)
         step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
         step.optimizer_step(engine, task.learning_rate)
@@ -141,6 +148,8 @@ def policy_engine(task: Task, model: Any, dtype: torch.dtype) -> Any:
         max_grad_norm=task.max_grad_norm,
     )
     lm = load_sharded(model, dtype=dtype, settings=settings, path=task.path)
+    if task.compiled:
+        compiled_layers.compile_layers(lm)
     scorer = Scorer(lm, task.path, cut=True).train()
     optimizer = adamw(scorer, learning_rate=task.learning_rate, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
     engine = zero3.policy_engine(scorer, optimizer, settings)

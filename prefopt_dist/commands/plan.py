@@ -25,14 +25,16 @@ from prefopt_dist.objectives import Objective
 from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.planning import work
 from prefopt_dist.planning.export import export_plan
-from prefopt_dist.planning.fit import Needs, check_fit, fits_with_offloading
+from prefopt_dist.planning.fit import Needs, check_fit, fits_with_offloading, longest_row
 from prefopt_dist.planning.machine import Machine, planned_machine
 from prefopt_dist.planning.network import network
 from prefopt_dist.planning.report import PlanReport
 from prefopt_dist.planning.rollouts import AnswersPlan, plan_answers
 from prefopt_dist.planning.work import disk_needed
+from prefopt_dist.setup import check_sequence_parallel
 from prefopt_dist.setup.answer_engines import sampling_plan
-from prefopt_dist.setup.checks import check_moving_reference, eval_sets
+from prefopt_dist.setup.check_loss import check_beginnings, check_moving_reference
+from prefopt_dist.setup.checks import eval_sets
 from prefopt_dist.setup.experts import check_balancing
 from prefopt_dist.setup.memory_needs import job_needs
 from prefopt_dist.setup.prepare_data import TRAIN, rows_for_loss, tokenised_folder, tokenised_train_folder
@@ -48,11 +50,15 @@ def run(config: Config) -> None:
     if config.reference.name_or_path is not None:
         key = "reference.name_or_path"
         scored.append((key, _language_model(config, key, config.reference.name_or_path)))
+    for of_key, one in scored:
+        check_beginnings(config, one, of_key)
     path, lines = choose_path(config, scored, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for line in lines:
         say(line)
+    check_sequence_parallel.check(config, scored, path)
     check_moving_reference(config, make_objective(config.loss, DTYPES[config.model.dtype]))
     machine = planned_machine(config.plan)
+    check_sequence_parallel.check_ranks(config, machine.ranks, machine.text())
     cost = forward_cost(model)
     work_to_do = _work(config, model, cost, path)
     needs = job_needs(config, model, work_to_do.keys_per_token, path)
@@ -139,6 +145,7 @@ def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], tod
         updates_seconds=seconds(todo.updates_flop),
         network=traffic,
         answers=_answers(config, machine, needs, todo.steps),
+        longest_row=longest_row(needs, machine),
         disk=disk,
         export=export_plan(needs.sizes, disk, machine, export_item=written, part=PART_BYTES, merged=merged),
     )

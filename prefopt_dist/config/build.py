@@ -203,8 +203,25 @@ def _build_sources(value: Any, key: str) -> tuple[DataSource, ...]:
     if isinstance(value, list):
         if not value:
             refuse_value(key, value, "at least one source", "name a path")
-        return tuple(_build_source(item, f"{key}[{index}]") for index, item in enumerate(value))
-    return (_build_source(value, key),)
+        return _check_shares(tuple(_build_source(item, f"{key}[{index}]") for index, item in enumerate(value)), key)
+    return _check_shares((_build_source(value, key),), key)
+
+
+def _check_shares(sources: tuple[DataSource, ...], key: str) -> tuple[DataSource, ...]:
+    """Return the sources; raise UserError where some have a share and others not, or one has a weight too."""
+    if any(source.share is not None for source in sources):
+        for index, source in enumerate(sources):
+            if source.share is None:
+                raise UserError(
+                    f"{key}[{index}].share: missing, while another source of {key} has one; give each source a share, "
+                    "or none"
+                )
+            if source.weight != 1:
+                raise UserError(
+                    f"{key}[{index}].weight: got {source.weight:g} beside share {source.share:g}, which decides the "
+                    "passes; remove one of them"
+                )
+    return sources
 
 
 def _build_source(value: Any, key: str) -> DataSource:

@@ -395,6 +395,16 @@ class Config:
         return self.reference.micro_batch_tokens or 2 * self.train.micro_batch_tokens
 
     @property
+    def row_tokens(self) -> int:
+        """Return the most tokens of a packed row of training, on all ranks that share it."""
+        return self.train.sequence_parallel * self.train.micro_batch_tokens
+
+    @property
+    def reference_row_tokens(self) -> int:
+        """Return the most tokens of a packed row of the first pass, on all ranks that share it."""
+        return self.train.sequence_parallel * self.reference_micro_batch_tokens
+
+    @property
     def tokenizer(self) -> str:
         """Return the tokenizer's folder or hub name."""
         return self.model.tokenizer or self.model.name_or_path

@@ -56,6 +56,10 @@ class Model:
     row (`packed`), padded rows with transformers' own attention (`plain`), or one sequence a forward pass (`alone`).
     `auto`: the first of them whose log-probs and gradients are proven to be the model's own; another value is proven
     too (docs/models.md)."""
+    compile: Literal["auto", "none", "layers", "liger"] = "auto"
+    """Fusion of the small operations of a layer in training: none (`none`), by torch.compile, layer by layer
+    (`layers`), or by Liger's kernels on a GPU (`liger`; not run on a GPU). `auto`: `layers` on a CPU in a run that is
+    long enough to gain more than the compilation takes, else `none` (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,10 @@ class Train:
     micro_batch_tokens: Count = 8192
     """Packed tokens in one forward and backward pass of one rank. It changes memory and speed, and the
     result within rounding alone."""
+    sequence_parallel: Count = 1
+    """S: ranks that share each packed row, for pairs that are too long for one; a row then has up to S times
+    `train.micro_batch_tokens` (in the first pass S times `reference.micro_batch_tokens`). It divides the number of
+    ranks and the attention heads of each layer (docs/long-pairs.md)."""
     deterministic: bool = False
     """Whether a GPU computes with deterministic algorithms alone, which are slower. Then a resumed run ends with the
     same bits on equal GPUs, versions and numbers of ranks (not run on a GPU). On the CPU it always does."""

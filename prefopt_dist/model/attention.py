@@ -21,8 +21,11 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from prefopt_dist.batching.micro_batch import Gathered, Segment
+from prefopt_dist.distributed.sequence_group import ALONE, SequenceGroup
 from prefopt_dist.errors import UserError
-from prefopt_dist.model.block_attention import block_attention
+from prefopt_dist.model.block_attention import block_attention, block_gradients
+from prefopt_dist.model.head_exchange import heads_for_tokens, own_heads, tokens_for_heads
+from prefopt_dist.model.query_blocks import attention_in_blocks
 
 NAME = "prefopt_shared_prefix"
 
@@ -86,6 +89,10 @@ class Operands:
     """[H]: the further score of each head."""
 
 
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""The gradients of queries, keys, values and sinks."""
+
+
 @dataclass(frozen=True)
 class AttentionKernel:
     """A way to compute attention."""
@@ -94,6 +101,8 @@ class AttentionKernel:
     takes: Callable[[LayerNeeds, torch.dtype, torch.device], bool]
     compute: Callable[[Operands, LayerNeeds], torch.Tensor]
     """Compute [1, T, H, d], d of the values."""
+    differentiate: Callable[[Operands, LayerNeeds, torch.Tensor], Gradients | None] = lambda *_: None
+    """Compute from the gradient of the result those of queries, keys, values and sinks; None where autograd must."""
 
 
 def shared_prefix_attention(
@@ -104,13 +113,17 @@ def shared_prefix_attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
-    segments: tuple[Segment, ...],
+    segments: tuple[Segment, ...] | torch.Tensor,
     gathered: Gathered | None = None,
+    sequence_group: SequenceGroup = ALONE,
     dropout: float = 0.0,
     s_aux: torch.Tensor | None = None,
     **given: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute lower-right causal attention of each segment; a mask over the whole row is never made.
+
+    Where ranks share the row, T is the tokens of this rank's part. Each rank then computes the whole row for a part of
+    the heads.
 
     Args:
         module: the attention layer, for messages.
@@ -119,8 +132,9 @@ def shared_prefix_attention(
         value: [1, J, T, d], or another size of head.
         attention_mask: None.
         scaling: factor of the scores.
-        segments: the segments of the row.
+        segments: the segments of the row; in a compiled layer the row's number (row_operator.py).
         gathered: the segments for one variable-length call.
+        sequence_group: the ranks that share the row.
         dropout: 0.
         s_aux: [H], transformers' name of the sinks: a further score of each head, whose probability is lost.
         given: the layer's further arguments: what it needs (`needs_of_call`), or what changes nothing (`HARMLESS`).
@@ -135,8 +149,16 @@ def shared_prefix_attention(
     assert attention_mask is None, "a packed row takes no attention mask"
     assert dropout == 0.0
     needs = needs_of_call(module, query, value, given | {"s_aux": s_aux})
+    if isinstance(segments, torch.Tensor):
+        operands = query, key, value, s_aux, segments
+        return torch.ops.prefopt.row_attention(*operands, scaling, needs.window, needs.cap), None
     kernel = choose_kernel(needs, query.dtype, query.device)
-    return kernel.compute(Operands(query, key, value, segments, gathered, scaling, s_aux), needs), None
+    if sequence_group.size == 1:
+        return kernel.compute(Operands(query, key, value, segments, gathered, scaling, s_aux), needs), None
+    query, key, value = tokens_for_heads(query, key, value, sequence_group)
+    sinks = None if s_aux is None else own_heads(s_aux, sequence_group)
+    out = kernel.compute(Operands(query, key, value, segments, gathered, scaling, sinks), needs)
+    return heads_for_tokens(out, sequence_group), None
 
 
 def needs_of_call(module: Any, query: torch.Tensor, value: torch.Tensor, given: dict[str, Any]) -> LayerNeeds:
@@ -213,14 +235,25 @@ def _blocks_or_segments(x: Operands, needs: LayerNeeds) -> torch.Tensor:
     return segment_attention(x.query, x.key, x.value, x.segments, x.scaling, needs.window)
 
 
+def _blocks_unless_long(x: Operands, needs: LayerNeeds, grad: torch.Tensor) -> Gradients | None:
+    short = keys_per_query(x.segments, needs.window) <= MOST_KEYS_IN_BLOCKS
+    return _block_gradients(x, needs, grad) if short else None
+
+
 def _blocks(x: Operands, needs: LayerNeeds) -> torch.Tensor:
     return block_attention(x.query, x.key, x.value, x.segments, x.scaling, needs.window, needs.cap, x.sinks)
 
 
+def _block_gradients(x: Operands, needs: LayerNeeds, grad: torch.Tensor) -> Gradients:
+    return block_gradients(x.query, x.key, x.value, x.segments, x.scaling, needs.window, needs.cap, x.sinks, grad)
+
+
 KERNELS = (
     AttentionKernel("flash attention of variable length", _varlen_takes, _varlen),
-    AttentionKernel("blocks of short segments, a call for each long one", _cpu_takes, _blocks_or_segments),
-    AttentionKernel("blocks of segments", lambda *_: True, _blocks),
+    AttentionKernel(
+        "blocks of short segments, a call for each long one", _cpu_takes, _blocks_or_segments, _blocks_unless_long
+    ),
+    AttentionKernel("blocks of segments", lambda *_: True, _blocks, _block_gradients),
 )
 """The kernels in order of preference."""
 
@@ -317,17 +350,18 @@ def _one_segment(
         return torch.cat([x[:, :, s.prefix_start : s.prefix_end], own_keys], dim=2) if prefix else own_keys
 
     q, k, v = query[:, :, s.start : s.end], keys_of(key), keys_of(value)
-    repeat = q.shape[1] // k.shape[1]
+    repeat, size = q.shape[1] // k.shape[1], v.shape[-1]
     k, v = _repeat_heads(k, repeat), _repeat_heads(v, repeat)
-    windowed = window is not None and window < prefix + own
-    if not prefix and not windowed:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-    # Lower-right causal: query i stands at position prefix + i of its sequence.
-    mask = torch.ones(own, prefix + own, dtype=torch.bool, device=q.device).tril(prefix)
-    if windowed:
-        assert window is not None
-        mask = mask.triu(prefix - window + 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    # The flash kernel takes equal sizes alone, and without it all scores would be kept. Zeros change no number.
+    q, k, v = (_padded_to(x, max(size, q.shape[-1])) for x in (q, k, v))
+    if prefix or (window is not None and window < own):
+        return attention_in_blocks(q, k, v, scaling, window)[..., :size]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)[..., :size]
+
+
+def _padded_to(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Pad heads to a size by zeros."""
+    return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
 def _repeat_heads(x: torch.Tensor, repeat: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt_dist.config import Config, DataSource
+from prefopt_dist.data.columns import DIFFERENCE
 from prefopt_dist.data.prepare import tokenizer_content
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.distributed import out_of_memory, ranks
@@ -25,6 +26,7 @@ from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.reference.store import scoring_lock
 from prefopt_dist.rollouts.judge import JudgeCounts, JudgeReward
+from prefopt_dist.rollouts.pairs import PAIR_COLUMNS, RANKED_COLUMNS
 from prefopt_dist.rollouts.prompts import Prompt, Prompts, Turn, read_prompts
 from prefopt_dist.rollouts.sampling import Engine, Response, Sampling, seed_of_model, stop_ids_of
 from prefopt_dist.rollouts.server_engine import ServerEngine
@@ -77,6 +79,7 @@ def check_for(config: Config, stage: str) -> None:
         )
     if stage == "rounds":
         _refuse_answers_in_rounds(config)
+        _refuse_absent_numbers(config)
     if stage == "rounds" and config.lora is not None and not config.export.merged:
         raise UserError(
             "export.merged: got false, but with the section lora a round's adapters must be merged into the model "
@@ -96,6 +99,21 @@ def check_for(config: Config, stage: str) -> None:
             )
     elif stage == "train" and config.answers.number:
         check_rewards(config.without_judges())  # a training may have none
+
+
+def _refuse_absent_numbers(config: Config) -> None:
+    """Raise UserError for a weight or a margin that the rows which a round makes of its answers do not have."""
+    if config.generate.pairing == "ranked":
+        columns, example = RANKED_COLUMNS, "scores.0 - scores.1"
+    else:
+        columns, example = PAIR_COLUMNS, "chosen_score.reward - rejected_score.reward"
+    for key, path in (("data.weight", config.data.weight), ("data.margin", config.data.margin)):
+        for part in () if path is None else path.split(DIFFERENCE):
+            if part.split(".")[0] not in columns:
+                raise UserError(
+                    f"{key}: got {path!r}, but the rows of a round are made of its answers and have no number in "
+                    f"{part!r}; leave it out, or name one that they have, such as {example}"
+                )
 
 
 def _refuse_answers_in_rounds(config: Config) -> None:

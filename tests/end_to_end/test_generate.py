@@ -430,6 +430,18 @@ def mistakes(world: Path) -> list[tuple[list[str], list[str], str, bool]]:
             "rounds",
             True,
         ),
+        (
+            ["data.weight: got 'confidence'", "made of its answers", "chosen_score.reward"],
+            [f"evaluate.prompts={world / 'new.jsonl'}", "data.weight=confidence"],
+            "rounds",
+            True,
+        ),
+        (
+            ["data.margin: got 'chosen_score.reward - other'", "no number in 'other'"],
+            [f"evaluate.prompts={world / 'new.jsonl'}", "data.margin=chosen_score.reward - other"],
+            "rounds",
+            True,
+        ),
     ]
 
 
