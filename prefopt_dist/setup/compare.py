@@ -22,7 +22,7 @@ from prefopt_dist.rollouts.measures import answer_sums, units_of
 from prefopt_dist.rollouts.store import AnsweredPrompt
 from prefopt_dist.setup import prepare_reference, prepare_rollouts
 from prefopt_dist.setup.prepare_models import Models
-from prefopt_dist.setup.prepare_rollouts import RolloutJob
+from prefopt_dist.setup.rollout_job import RolloutJob
 
 
 @dataclass(frozen=True)
