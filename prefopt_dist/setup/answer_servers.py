@@ -36,8 +36,13 @@ def check(config: Config) -> None:
     """
     generate = config.generate
     if generate.engine != "server":
-        for name in ("servers", "launch", "key_variable"):
-            if value := getattr(generate, name):
+        given = {
+            "servers": ", ".join(generate.servers),
+            "launch": "" if generate.launch is None else generate.launch.command,
+            "key_variable": generate.key_variable,
+        }
+        for name, value in given.items():
+            if value:
                 raise UserError(
                     f"generate.{name}: got {value!r}, must not be given with generate.engine=transformers, which asks "
                     "no server; leave it out, or set generate.engine=server"

@@ -21,7 +21,7 @@ import worlds
 from door import Door, one_process_group
 from fake_server import FakeJudge, FakeServer, serving
 from generation_cases import TORCHRUN
-from generation_world import write_run, write_world
+from generation_world import PROMPTS, write_run, write_world
 from places import PYTHONPATH, REPOSITORY
 
 from prefopt_dist.cli import main
@@ -275,6 +275,23 @@ def test_a_killed_job_asks_nothing_twice(world: Path, door: Door, servers: Any, 
     assert answers(world, "killed") == expected
 
 
+@pytest.mark.slow
+def test_two_ranks_ask_for_each_answer_once(world: Path, servers: Any) -> None:
+    fake = servers()
+    run = run_of(world, "ranks", fake, prompts=str(world / "prompts.jsonl"), n=2)
+    environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN} | {"PYTHONPATH": PYTHONPATH}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen([*torchrun, "-m", "prefopt_dist", "generate", str(run)], env=environment)
+    done = world / "runs" / "ranks" / "pairs.jsonl"
+    patience.wait_until(process, done.exists, world / "cache-ranks")
+    assert process.wait() == 0
+    asked = job_requests(fake)
+    assert len(asked) == len(set(asked)) == len(answers(world, "ranks")) == PROMPTS * 2
+    (record,) = facts(world, "ranks")["asked"]
+    assert record["answers"] == PROMPTS * 2
+    assert fake.most_at_once <= 16
+
+
 def test_the_job_starts_a_server_and_ends_it(
     world: Path, door: Door, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,7 +319,7 @@ def test_mistakes_about_servers(world: Path, door: Door) -> None:
             ["generate.servers=['http://node1']", "generate.key_variable=NO_SUCH"],
         ),
         (
-            ["generate.servers: got ('http://node1',)", "generate.engine=server"],
+            ["generate.servers: got 'http://node1'", "generate.engine=server"],
             ["generate.servers=['http://node1']", "generate.engine=transformers"],
         ),
         (
