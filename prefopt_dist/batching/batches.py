@@ -21,15 +21,18 @@ from prefopt_dist.batching.layout import (
     tokens_and_cost,
 )
 from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, to_device
-from prefopt_dist.batching.packing import forwards, pack, packed_tokens
+from prefopt_dist.batching.packing import forwards, packed_tokens
+from prefopt_dist.batching.row_parts import divided_tokens, pack_part
 from prefopt_dist.batching.weights import with_mean_1
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.derived import MISMATCHED, has_mismatched
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import ranks
+from prefopt_dist.distributed.sequence_group import ALONE, SequenceGroup
 
 Layout = Sequence[Sequence[Sequence[Unit]]]
-"""layout[j][rank]: the units of the rank's j-th micro-batch."""
+"""layout[j][group]: the units of the j-th micro-batch of a group of ranks; a group is one rank, or the ranks that share
+each row."""
 
 
 @dataclass(frozen=True)
@@ -49,32 +52,40 @@ class Batch:
     """This rank's micro-batches of a step or an evaluation; packed one by one when used, or all by `prepare`."""
 
     def __init__(
-        self, data: ScoredRows, layout: Layout, responses: int, first: int = 0, path: ComputePath = "shared"
+        self,
+        data: ScoredRows,
+        layout: Layout,
+        responses: int,
+        first: int = 0,
+        path: ComputePath = "shared",
+        group: SequenceGroup = ALONE,
     ) -> None:
         """Take the units of this rank from the layout.
 
         Args:
             data: the data set.
-            layout: the units of each micro-batch and rank.
+            layout: the units of each micro-batch and group.
             responses: responses of a unit.
             first: number of a unit's first response.
             path: how the units are computed.
+            group: the ranks that share each row.
         """
         self._data = data
+        self._group = group
         self._responses = responses
         self._first = first
         self._path = path
-        self._own = [by_rank[ranks.rank()] for by_rank in layout]
+        self._own = [by_group[group.number] for by_group in layout]
         self._forwards = [forwards(by_rank, path) for by_rank in layout]
         self._packed: list[tuple[MicroBatch, torch.Tensor | None]] | None = None
         self.units = sum(len(units) for by_rank in layout for units in by_rank)
         """Number of units on all ranks, without those of weight 0."""
-        self.first_unit = sum(len(units) for by_rank in layout for units in by_rank[: ranks.rank()])
-        """Number of units on the ranks before this one."""
+        self.first_unit = sum(len(units) for by_group in layout for units in by_group[: group.number])
+        """Number of units of the groups before this rank's."""
         self.tokens = 0
         """Number of input tokens of a step on all ranks, without padding; an evaluation does not count them."""
         self.padded_tokens = 0
-        """The same with padding, on the path plain; 0 on the others, which have none."""
+        """The same with padding, on the path plain and where ranks share a row; 0 elsewhere, where there is none."""
         self.flop = 0.0
         """FLOP of a training step on them, of all ranks; 0 where no cost was given."""
         self.own_flop = 0.0
@@ -83,8 +94,13 @@ class Batch:
         """The same rows with responses of other rows, for a pass without gradient before the step; only KTO has it."""
 
     @property
+    def leads(self) -> bool:
+        """Return whether this rank counts the units of its group, which each rank of the group computes."""
+        return self._group.leads
+
+    @property
     def own_units(self) -> list[Unit]:
-        """Return the units of this rank."""
+        """Return the units of this rank, or of its group."""
         return [unit for units in self._own for unit in units]
 
     def with_mismatched(self, mismatched: Batch) -> Batch:
@@ -114,7 +130,8 @@ class Batch:
             yield packed.to(device), None if reference is None else to_device(reference, device)
 
     def _pack(self, units: Sequence[Unit], forwards: int, pin: bool = False) -> tuple[MicroBatch, torch.Tensor | None]:
-        packed, reference = pack(units, self._responses, self._path, forwards), self._data.reference
+        packed = pack_part(units, self._responses, self._path, forwards, self._group)
+        reference = self._data.reference
         if reference is not None:
             reference = reference[[u.row for u in units], self._first : self._first + self._responses]
         if pin:
@@ -166,6 +183,7 @@ def step_batch(
     cost: Cost | None = None,
     passes: int = TRAINING_PASSES,
     path: ComputePath = "shared",
+    group: SequenceGroup = ALONE,
 ) -> Batch:
     """Lay out the rows of a step over ranks and micro-batches, with loads as equal as possible, and pack them.
 
@@ -177,19 +195,23 @@ def step_batch(
         cost: FLOP of a forward pass; None to balance tokens.
         passes: FLOP of a step, in forward passes.
         path: how the rows are computed.
+        group: the ranks that share each packed row.
     """
 
     def laid_out(first: int, passes: int) -> Batch:
         units = with_mean_1(data.units(rows, responses, first), data.rows)
-        layout = lay_out(units, ranks.world_size(), budget, cost, path)
-        batch = Batch(data, layout, responses, first, path)
+        layout = lay_out(units, group.groups, budget, cost, path)
+        batch = Batch(data, layout, responses, first, path, group)
         batch.tokens, forward = tokens_and_cost(group_by_prompt(units, budget, path), cost or Cost(), path)
         if path == "plain":
             batch.padded_tokens = sum(packed_tokens(own, path) for by_rank in layout for own in by_rank)
+        elif group.size > 1:
+            packed = [packed_tokens(own, path) for by_group in layout for own in by_group]
+            batch.padded_tokens = sum(divided_tokens(tokens, group.size) for tokens in packed)
         if cost is not None:
             own = group_by_prompt(batch.own_units, budget, path)
             batch.flop = passes * forward
-            batch.own_flop = passes * tokens_and_cost(own, cost, path)[1]
+            batch.own_flop = passes * tokens_and_cost(own, cost, path)[1] / group.size
         return batch
 
     rows = list(rows)
@@ -200,7 +222,9 @@ def step_batch(
     return batch
 
 
-def evaluation_batch(data: ScoredRows, responses: int, budget: int, path: ComputePath = "shared") -> Batch:
+def evaluation_batch(
+    data: ScoredRows, responses: int, budget: int, path: ComputePath = "shared", group: SequenceGroup = ALONE
+) -> Batch:
     """Lay out every row of the data set once, for an evaluation.
 
     Args:
@@ -208,14 +232,15 @@ def evaluation_batch(data: ScoredRows, responses: int, budget: int, path: Comput
         responses: responses of a unit.
         budget: tokens of a micro-batch.
         path: how the rows are computed.
+        group: the ranks that share each packed row.
     """
 
     def laid_out(first: int) -> Batch:
         units = with_mean_1(data.units(range(data.rows.n), responses, first), data.rows)
         filled = fill_micro_batches(units, budget, path)
-        world = ranks.world_size()
-        filled += [[]] * (-len(filled) % world)
-        return Batch(data, [filled[j : j + world] for j in range(0, len(filled), world)], responses, first, path)
+        filled += [[]] * (-len(filled) % group.groups)
+        layout = [filled[j : j + group.groups] for j in range(0, len(filled), group.groups)]
+        return Batch(data, layout, responses, first, path, group)
 
     if has_mismatched(data.rows):
         return laid_out(0).with_mismatched(laid_out(MISMATCHED))

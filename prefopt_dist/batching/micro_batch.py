@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-Fields = TypeVar("Fields", "MicroBatch", "Gathered")
+Fields = TypeVar("Fields", "MicroBatch", "Gathered", "RowPart")
 
 ComputePath = Literal["shared", "packed", "plain", "alone"]
 """How a model computes a micro-batch: one row with each prompt once; one row of whole sequences; padded rectangles; or
@@ -111,6 +111,22 @@ class PromptEnds(NamedTuple):
 
 
 @dataclass(frozen=True)
+class RowPart:
+    """The part of a row that one rank of a sequence-parallel group holds, row[start:end], and what it predicts."""
+
+    start: int
+    end: int
+    source: torch.Tensor
+    """int64 [n]: index in the part of each of its tokens that predicts a scored token."""
+    target: torch.Tensor
+    """int64 [n, K]: the rows of the micro-batch's `target` of these tokens."""
+    scored: torch.Tensor
+    """int64 [s]: the index in the flattened `target` of this part of each scored token that the part predicts."""
+    counts: torch.Tensor
+    """int64 [Q]: how many of them belong to each sequence."""
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """A packed row and its units. An empty one (no units) has a dummy token, so that every rank runs every layer."""
 
@@ -157,6 +173,8 @@ class MicroBatch:
     index of the sequence's last token."""
     dummies: int = 0
     """Rectangles at the end that are dummy ones."""
+    part: RowPart | None = None
+    """This rank's part of the row, where several ranks share it; None where the rank computes the whole row."""
 
     @property
     def tokens(self) -> int:
@@ -174,7 +192,10 @@ class MicroBatch:
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         rectangles = tuple(change(rectangle) for rectangle in self.rectangles)
         return replace(
-            _with_tensors(self, change), gathered=_with_tensors(self.gathered, change), rectangles=rectangles
+            _with_tensors(self, change),
+            gathered=_with_tensors(self.gathered, change),
+            rectangles=rectangles,
+            part=None if self.part is None else _with_tensors(self.part, change),
         )
 
 

@@ -15,10 +15,11 @@ import torch
 
 from prefopt_dist.batching.batches import ScoredRows
 from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch
-from prefopt_dist.batching.packing import pack
+from prefopt_dist.batching.row_parts import pack_part
 from prefopt_dist.checkpoint.manifest import Manifest
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.distributed.sequence_group import ALONE, SequenceGroup
 from prefopt_dist.model import adapter as adapters
 from prefopt_dist.model.folder import ModelFolder, inspect_folder
 from prefopt_dist.model.load import load_unsharded
@@ -50,7 +51,8 @@ def record_export_check(engine: Any, data: ScoredRows, responses: int) -> dict[s
     units = [replace(unit, learnt=None) for unit in rows]  # every token counts, also one that is not learnt
     was_training = engine.module.training
     engine.module.eval()
-    sums = _score(engine, [pack([unit], responses, engine.module.path) for unit in units], ranks.device())
+    path, group = engine.module.path, engine.module.group
+    sums = _score(engine, [pack_part([unit], responses, path, 1, group) for unit in units], ranks.device())
     engine.module.train(was_training)
     return {
         "prompts": [u.prompt.tolist() for u in units],
@@ -59,12 +61,15 @@ def record_export_check(engine: Any, data: ScoredRows, responses: int) -> dict[s
     }
 
 
-def export_check_batches(probe: dict[str, Any], path: ComputePath = "shared") -> tuple[list[MicroBatch], torch.Tensor]:
+def export_check_batches(
+    probe: dict[str, Any], path: ComputePath = "shared", group: SequenceGroup = ALONE
+) -> tuple[list[MicroBatch], torch.Tensor]:
     """Return the micro-batches of the export check, one row in each and on the CPU, and the policy's log-probs.
 
     Args:
         probe: the result of `record_export_check`.
         path: how they are computed.
+        group: the ranks that share each row.
 
     Returns:
         The micro-batches, and the log-probs as float64 [U, R].
@@ -76,7 +81,7 @@ def export_check_batches(probe: dict[str, Any], path: ComputePath = "shared") ->
         for i, (p, rs) in enumerate(zip(probe["prompts"], probe["responses"], strict=True))
     ]
     sums = torch.tensor(probe["sums"], dtype=torch.float64)
-    return [pack([unit], sums.shape[1], path) for unit in units], sums
+    return [pack_part([unit], sums.shape[1], path, 1, group) for unit in units], sums
 
 
 def verify(
@@ -105,7 +110,8 @@ def verify(
     Raises:
         RuntimeError: the log-probs differ by more than rounding explains.
     """
-    batches, expected = export_check_batches(manifest.facts["probe"], path)
+    probe = manifest.facts["probe"]
+    batches, expected = export_check_batches(probe, path)
 
     def inspect() -> ModelFolder:
         return base or inspect_folder(folder, "export.dir")
@@ -121,7 +127,7 @@ def verify(
     else:
         engine = load_sharded(ranks.run_on_all_ranks(inspect), None if base is None else folder, dtype)
         try:
-            sums = _score(engine, batches, ranks.device())
+            sums = _score(engine, export_check_batches(probe, path, engine.module.group)[0], ranks.device())
         finally:
             zero3.release(engine)
             del engine

@@ -85,7 +85,7 @@ def _on_given(
 ) -> dict[str, Any]:
     """Return the metrics on given responses."""
     engine = prepare_reference.scoring_engine(config, models, evaluated.model, evaluated.adapters)
-    found = evaluate(engine, objective, sets, config.reference_micro_batch_tokens)
+    found = evaluate(engine, objective, sets, config.reference_row_tokens)
     zero3.release(engine)
     del engine
     return statistics.with_intervals(found)

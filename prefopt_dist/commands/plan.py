@@ -25,12 +25,13 @@ from prefopt_dist.objectives import Objective
 from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.planning import work
 from prefopt_dist.planning.export import export_plan
-from prefopt_dist.planning.fit import Needs, check_fit, fits_with_offloading
+from prefopt_dist.planning.fit import Needs, check_fit, fits_with_offloading, longest_row
 from prefopt_dist.planning.machine import Machine, planned_machine
 from prefopt_dist.planning.network import network
 from prefopt_dist.planning.report import PlanReport
 from prefopt_dist.planning.rollouts import AnswersPlan, plan_answers
 from prefopt_dist.planning.work import disk_needed
+from prefopt_dist.setup import check_sequence_parallel
 from prefopt_dist.setup.answer_engines import sampling_plan
 from prefopt_dist.setup.checks import check_moving_reference, eval_sets
 from prefopt_dist.setup.experts import check_balancing
@@ -51,8 +52,10 @@ def run(config: Config) -> None:
     path, lines = choose_path(config, scored, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for line in lines:
         say(line)
+    check_sequence_parallel.check(config, scored, path)
     check_moving_reference(config, make_objective(config.loss, DTYPES[config.model.dtype]))
     machine = planned_machine(config.plan)
+    check_sequence_parallel.check_ranks(config, machine.ranks, machine.text())
     cost = forward_cost(model)
     work_to_do = _work(config, model, cost, path)
     needs = job_needs(config, model, work_to_do.keys_per_token, path)
@@ -139,6 +142,7 @@ def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], tod
         updates_seconds=seconds(todo.updates_flop),
         network=traffic,
         answers=_answers(config, machine, needs, todo.steps),
+        longest_row=longest_row(needs, machine),
         disk=disk,
         export=export_plan(needs.sizes, disk, machine, export_item=written, part=PART_BYTES, merged=merged),
     )

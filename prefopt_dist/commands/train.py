@@ -196,7 +196,7 @@ def _make_job(
     models, objective, answers = inputs.models, inputs.objective, start.answers
     responses = objective.responses_of(inputs.train.responses)
     read_keys = partial(most_keys_per_token, inputs.train, inputs.order, inputs.total_steps, responses)
-    keys = ranks.run_on_rank_zero(lambda: read_keys(config.train.micro_batch_tokens, models.path))
+    keys = ranks.run_on_rank_zero(lambda: read_keys(config.row_tokens, models.path))
     if models.path == "plain":
         measure = partial(padding, inputs.train, inputs.order, inputs.total_steps, responses)
         share = ranks.run_on_rank_zero(lambda: measure(config.train.micro_batch_tokens, ranks.world_size()))
@@ -223,7 +223,7 @@ def _make_job(
             every=every,
             order=inputs.order,
             total_steps=inputs.total_steps,
-            budget=config.reference_micro_batch_tokens,
+            budget=config.reference_row_tokens,
             run_dir=config.run_dir,
         )
         moving.restore(first)
@@ -242,7 +242,7 @@ def _make_job(
         optim=config.optim,
         options=config.train,
         checkpoint=config.checkpoint,
-        evaluation_tokens=config.reference_micro_batch_tokens,
+        evaluation_tokens=config.reference_row_tokens,
         run_dir=config.run_dir,
         requests=requests,
         cost=forward_cost(models.policy.config),
@@ -319,7 +319,7 @@ def _policy(
         compiled_layers.prepare(config.cache_dir)
     ranks.run_on_all_ranks(partial(fuse, lm, fusion))
     loads = ranks.run_on_all_ranks(lambda: expert_loads(config, models.policy.config, ranks.device()))
-    scorer = Scorer(lm, models.path, cut=True, loads=loads).train()
+    scorer = Scorer(lm, models.path, cut=True, loads=loads, group=models.group).train()
     optim = config.optim
     optimizer = adamw(
         scorer,
@@ -333,7 +333,7 @@ def _policy(
     say(f"policy: each rank holds {format_bytes(held)} of {format_bytes(whole)} of parameters")
     if models.adapter is not None:
         say(f"lora: {zero3.trained_parameters(scorer):,} parameters are trained, the others are frozen")
-    memory = activation_memory(models.policy.config, models.dtype, models.adapter, models.path)
+    memory = activation_memory(models.policy.config, models.dtype, models.adapter, models.path, models.group.size)
     memory = replace(
         memory, keys_per_token=keys_per_token, longest=config.data.max_length, on_gpu=torch.cuda.is_available()
     )
@@ -370,4 +370,5 @@ def _what_comes(config: Config, order: Order, start: int, total: int) -> str:
         f"training: {described(config.loss)}, steps {start + 1} to {total} of {per_step} rows "
         f"({order.rows_per_epoch} an epoch, {epochs} {'epoch' if epochs == 1 else 'epochs'}) "
         f"on {ranks.world_size()} ranks; {'; '.join(every)}"
+        + ("; the reference does not move, as the run ends before" if moves is not None and moves >= total else "")
     )

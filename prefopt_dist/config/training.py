@@ -125,6 +125,10 @@ class Train:
     micro_batch_tokens: Count = 8192
     """Packed tokens in one forward and backward pass of one rank. It changes memory and speed, and the
     result within rounding alone."""
+    sequence_parallel: Count = 1
+    """S: ranks that share each packed row, for pairs that are too long for one; a row then has up to S times
+    `train.micro_batch_tokens` (in the first pass S times `reference.micro_batch_tokens`). It divides the number of
+    ranks and the attention heads of each layer (docs/long-pairs.md)."""
     deterministic: bool = False
     """Whether a GPU computes with deterministic algorithms alone, which are slower. Then a resumed run ends with the
     same bits on equal GPUs, versions and numbers of ranks (not run on a GPU). On the CPU it always does."""

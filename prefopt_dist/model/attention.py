@@ -21,8 +21,11 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from prefopt_dist.batching.micro_batch import Gathered, Segment
+from prefopt_dist.distributed.sequence_group import ALONE, SequenceGroup
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.block_attention import block_attention, block_gradients
+from prefopt_dist.model.head_exchange import heads_for_tokens, own_heads, tokens_for_heads
+from prefopt_dist.model.query_blocks import attention_in_blocks
 
 NAME = "prefopt_shared_prefix"
 
@@ -112,11 +115,15 @@ def shared_prefix_attention(
     scaling: float,
     segments: tuple[Segment, ...] | torch.Tensor,
     gathered: Gathered | None = None,
+    sequence_group: SequenceGroup = ALONE,
     dropout: float = 0.0,
     s_aux: torch.Tensor | None = None,
     **given: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute lower-right causal attention of each segment; a mask over the whole row is never made.
+
+    Where ranks share the row, T is the tokens of this rank's part. Each rank then computes the whole row for a part of
+    the heads.
 
     Args:
         module: the attention layer, for messages.
@@ -127,6 +134,7 @@ def shared_prefix_attention(
         scaling: factor of the scores.
         segments: the segments of the row; in a compiled layer the row's number (row_operator.py).
         gathered: the segments for one variable-length call.
+        sequence_group: the ranks that share the row.
         dropout: 0.
         s_aux: [H], transformers' name of the sinks: a further score of each head, whose probability is lost.
         given: the layer's further arguments: what it needs (`needs_of_call`), or what changes nothing (`HARMLESS`).
@@ -145,7 +153,12 @@ def shared_prefix_attention(
         operands = query, key, value, s_aux, segments
         return torch.ops.prefopt.row_attention(*operands, scaling, needs.window, needs.cap), None
     kernel = choose_kernel(needs, query.dtype, query.device)
-    return kernel.compute(Operands(query, key, value, segments, gathered, scaling, s_aux), needs), None
+    if sequence_group.size == 1:
+        return kernel.compute(Operands(query, key, value, segments, gathered, scaling, s_aux), needs), None
+    query, key, value = tokens_for_heads(query, key, value, sequence_group)
+    sinks = None if s_aux is None else own_heads(s_aux, sequence_group)
+    out = kernel.compute(Operands(query, key, value, segments, gathered, scaling, sinks), needs)
+    return heads_for_tokens(out, sequence_group), None
 
 
 def needs_of_call(module: Any, query: torch.Tensor, value: torch.Tensor, given: dict[str, Any]) -> LayerNeeds:
@@ -337,17 +350,18 @@ def _one_segment(
         return torch.cat([x[:, :, s.prefix_start : s.prefix_end], own_keys], dim=2) if prefix else own_keys
 
     q, k, v = query[:, :, s.start : s.end], keys_of(key), keys_of(value)
-    repeat = q.shape[1] // k.shape[1]
+    repeat, size = q.shape[1] // k.shape[1], v.shape[-1]
     k, v = _repeat_heads(k, repeat), _repeat_heads(v, repeat)
-    windowed = window is not None and window < prefix + own
-    if not prefix and not windowed:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-    # Lower-right causal: query i stands at position prefix + i of its sequence.
-    mask = torch.ones(own, prefix + own, dtype=torch.bool, device=q.device).tril(prefix)
-    if windowed:
-        assert window is not None
-        mask = mask.triu(prefix - window + 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    # The flash kernel takes equal sizes alone, and without it all scores would be kept. Zeros change no number.
+    q, k, v = (_padded_to(x, max(size, q.shape[-1])) for x in (q, k, v))
+    if prefix or (window is not None and window < own):
+        return attention_in_blocks(q, k, v, scaling, window)[..., :size]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)[..., :size]
+
+
+def _padded_to(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Pad heads to a size by zeros."""
+    return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
 def _repeat_heads(x: torch.Tensor, repeat: int) -> torch.Tensor:

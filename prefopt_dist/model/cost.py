@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedConfig
@@ -14,6 +15,7 @@ from prefopt_dist.model.attention import VARLEN_TAKES_GROUPED_HEADS, flash_takes
 from prefopt_dist.model.block_attention import GPU_BLOCKS, BlockBytes, most_block_bytes
 from prefopt_dist.model.counting import AttentionCall, Counts, count
 from prefopt_dist.model.head import MAX_LOGITS_ON_GPU, MAX_LOGITS_PER_BLOCK
+from prefopt_dist.model.head_exchange import repeated_key_heads
 from prefopt_dist.model.load import own_attention
 
 
@@ -107,6 +109,10 @@ class ActivationMemory:
     """Bytes for each layer, token and token of its padded row: the scores that transformers' eager attention keeps."""
     longest: int = 0
     """Tokens of the longest row that `per_token_key` is counted for."""
+    shared: int = 1
+    """Ranks that share each row; `tokens` are those of one rank's part."""
+    per_token_exchanged: float = 0.0
+    """Bytes for each token of the largest exchange between them: what is sent, what is received, and it in order."""
 
     @property
     def per_token_whole_layer(self) -> float:
@@ -133,7 +139,7 @@ class ActivationMemory:
 
     def attention_block(self, tokens: int) -> int:
         """Return a bound of the bytes of a block of scores on a GPU; 0 where the flash kernel takes every layer."""
-        return 0 if self.block_sizes is None else most_block_bytes(tokens, self.block_sizes, GPU_BLOCKS)
+        return 0 if self.block_sizes is None else most_block_bytes(tokens * self.shared, self.block_sizes, GPU_BLOCKS)
 
     def attention_backward(self, tokens: int) -> int:
         """Return the bytes that the attention of a layer allocates in its backward pass on a GPU."""
@@ -146,7 +152,7 @@ class ActivationMemory:
         kept = whole + checkpointed * self.per_token_checkpoint
         # One layer at a time is recomputed, all of it, and gradients of its own size are in memory then.
         recomputed = max(layers[:checkpointed]) + self._of_attention if checkpointed else 0.0
-        return int(tokens * (kept + recomputed + self.per_token_ends)) + self.block(tokens)
+        return int(tokens * (kept + recomputed + self.per_token_ends + self.per_token_exchanged)) + self.block(tokens)
 
     def block(self, tokens: int) -> int:
         """Return the bytes of the head's block of logits, whose size is bounded."""
@@ -174,11 +180,13 @@ def activation_memory(
     dtype: torch.dtype,
     adapter: Adapter | None = None,
     path: ComputePath = "shared",
+    shared: int = 1,
 ) -> ActivationMemory:
     """Count the memory on a model of this configuration without weights, with adapters if given.
 
     On the path plain a token is one of a padded row, on the path alone one of a sequence. Transformers' sdpa keeps no
-    scores, as ours; its eager attention does, for each pair of tokens of a row.
+    scores, as ours; its eager attention does, for each pair of tokens of a row. Where `shared` ranks share each row, a
+    token is one of a rank's part.
     """
     plain = in_rectangles(path)
     found = count(config, dtype, adapter)
@@ -194,7 +202,7 @@ def activation_memory(
     in_blocks = [call for call, by_flash in zip(found.calls, taken, strict=True) if not by_flash and not plain]
     # Of the layers that are computed in blocks, the one whose blocks are largest.
     largest = max(in_blocks, key=lambda call: (call.heads, call.key_numbers), default=None)
-    return ActivationMemory(
+    memory = ActivationMemory(
         layers=number,
         per_token_layer=sum(layers) / number,
         per_token_checkpoint=hidden,
@@ -212,6 +220,48 @@ def activation_memory(
         block_sizes=None if largest is None else BlockBytes.of_heads(largest.heads, largest.key_numbers),
         block_per_token=max((_block_per_token(call, dtype) for call in in_blocks), default=0),
         per_token_key=_kept_scores(found, dtype) if plain and own_attention(config) == "eager" else 0.0,
+    )
+    return memory if shared == 1 else _of_shared_rows(memory, found.calls, largest, dtype, shared)
+
+
+def _of_shared_rows(
+    memory: ActivationMemory,
+    calls: Sequence[AttentionCall],
+    in_blocks: AttentionCall | None,
+    dtype: torch.dtype,
+    ranks: int,
+) -> ActivationMemory:
+    """Return the memory of a rank that holds a part of each row (model/head_exchange.py).
+
+    For each of its tokens the attention has as many numbers as without the exchange, of other tokens' heads; only
+    key-value heads that are fewer than the ranks are repeated. The kernel keeps its results, and the next layer keeps
+    those that were sent back.
+
+    Args:
+        memory: of whole rows.
+        calls: the shapes of the layers' attention.
+        in_blocks: the one whose blocks are largest on a GPU, where there is one.
+        dtype: of the activations.
+        ranks: that share each row.
+    """
+
+    def keys(call: AttentionCall) -> int:
+        return call.key_numbers * repeated_key_heads(call.key_heads, ranks)
+
+    more_keys = sum(keys(call) - call.key_numbers for call in calls) * dtype.itemsize / memory.layers
+    results = sum(call.heads * call.needs.value_size for call in calls) * dtype.itemsize / memory.layers
+    exchanged = max(call.heads * call.needs.head_size + keys(call) for call in calls)
+    blocks = None if in_blocks is None else BlockBytes.of_heads(in_blocks.heads // ranks, keys(in_blocks) // ranks)
+    return replace(
+        memory,
+        per_token_layer=memory.per_token_layer + more_keys + results,
+        of_layers=tuple(of + more_keys + results for of in memory.of_layers),
+        per_token_kv=memory.per_token_kv + more_keys,
+        per_gathered_key=memory.per_gathered_key + more_keys,
+        block_sizes=blocks,
+        block_per_token=memory.block_per_token + (0 if in_blocks is None else 4 * int(more_keys / dtype.itemsize)),
+        shared=ranks,
+        per_token_exchanged=3 * exchanged * dtype.itemsize,
     )
 
 

@@ -7,7 +7,7 @@ gather the head's weight and form its gradient correctly.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, PromptEnds, in_rectangles
+from prefopt_dist.distributed.sequence_group import ALONE, SequenceGroup
 from prefopt_dist.model import compiled_layers, row_operator
 from prefopt_dist.model.expert_loads import ExpertLoads, Tokens
 from prefopt_dist.model.final import final_transform
@@ -47,6 +48,7 @@ class Scorer(nn.Module):
         *,
         cut: bool = False,
         loads: ExpertLoads | None = None,
+        group: SequenceGroup = ALONE,
     ) -> None:
         """Wrap a model.
 
@@ -56,11 +58,13 @@ class Scorer(nn.Module):
             cut: whether the loss's own backward pass ends at the hidden states where there are several rectangles, and
                 the caller goes on with `rest`, one rectangle at a time.
             loads: sums over the experts that the tokens take, where there are any to be followed.
+            group: the ranks that share each row with this one.
         """
         super().__init__()
         self.lm = lm
         self.path = path
         self.loads = loads
+        self.group = group
         self._cut = cut
         self._compiled = compiled_layers.is_compiled(lm)
         self._balance: torch.Tensor | None = None
@@ -71,6 +75,8 @@ class Scorer(nn.Module):
 
     def sequence_sums(self, batch: MicroBatch) -> torch.Tensor:
         """Compute Σ log π(response token | prompt, response so far) of each sequence: float64 [Q]."""
+        if batch.part is not None:
+            return self._group_sums(batch, squares=False)[0]
         return _sums(self.lm.get_output_embeddings()(self._states(batch), batch.target), batch.scored, batch.counts)
 
     def forward(
@@ -81,7 +87,9 @@ class Scorer(nn.Module):
     ) -> Terms | torch.Tensor:
         """Compute an objective's loss, summed over the units, and its statistics.
 
-        With gradients the loss runs inside the output head's forward pass (see model/head.py).
+        With gradients the loss runs inside the output head's forward pass (see model/head.py); where ranks share the
+        row it runs after it, since it depends on what the others score, and the backward pass computes the logits
+        again. Each of these ranks returns the same terms.
 
         Args:
             batch: a micro-batch, or sequences that are being sampled.
@@ -97,6 +105,8 @@ class Scorer(nn.Module):
             return self._next_logits(batch)
         if objective is None:
             return self.sequence_sums(batch)
+        if batch.part is not None:
+            return self._group_terms(batch, objective, reference)
         states = self._states(batch)
         squares = states.new_empty(len(states), dtype=torch.float32) if objective.needs_squares else None
         if not torch.is_grad_enabled():
@@ -114,6 +124,38 @@ class Scorer(nn.Module):
         terms = objective(_units(batch, logps, reference, squares))
         balance, self._balance = self._balance, None
         return terms._replace(loss=value if balance is None else value + balance)
+
+    def _group_terms(self, batch: MicroBatch, objective: Objective, reference: torch.Tensor | None) -> Terms:
+        """Compute what `forward` does for a row that the ranks of a group share."""
+        sums, relative = self._group_sums(batch, squares=objective.needs_squares)
+        units = _units_of_sums(batch, sums.detach(), relative, reference)
+        terms = objective(units)
+        if not torch.is_grad_enabled():
+            return terms
+        balance, self._balance = self._balance, None
+        assert balance is None, "the balancing loss needs whole rows"
+        return terms._replace(loss=objective(replace(units, sums=sums[batch.units])).loss)
+
+    def _group_sums(self, batch: MicroBatch, *, squares: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute the sums of the sequences of a row that the ranks of a group share: one reduction over the group.
+
+        Args:
+            batch: the micro-batch.
+            squares: whether log p − log Σ p² is needed too.
+
+        Returns:
+            float64 [Q] log-probs; float64 [Q] the mean of log p − log Σ p² over each sequence, or None.
+        """
+        part = batch.part
+        assert part is not None
+        states = self._states(batch)
+        of_states = states.new_empty(len(states), dtype=torch.float32) if squares else None
+        logps = self.lm.get_output_embeddings()(states, part.target, squares=of_states)
+        found = [_sums(logps, part.scored, part.counts)]
+        if of_states is not None:
+            found.append(_sums(logps.detach() - of_states[:, None], part.scored, part.counts))
+        sums, *rest = self.group.sum(torch.stack(found)).unbind()
+        return sums, rest[0].detach() / batch.counts if rest else None
 
     @property
     def is_cut(self) -> bool:
@@ -144,7 +186,10 @@ class Scorer(nn.Module):
         return logits
 
     def _states(self, batch: MicroBatch) -> torch.Tensor:
-        """Compute the hidden states that predict response tokens, [N, D], and the balancing loss beside them."""
+        """Compute the hidden states that predict response tokens, [N, D], and the balancing loss beside them.
+
+        Where ranks share the row they are those of this rank's part, [n, D].
+        """
         tokens = self.loads.tokens(batch) if self.loads is not None and torch.is_grad_enabled() else None
         if in_rectangles(self.path):
             # A dummy rectangle is among the flattened ones too. Nothing indexes it, and its gradient is 0, but its
@@ -159,12 +204,12 @@ class Scorer(nn.Module):
             self._balance = torch.stack(balances).sum() if balances else None
             return torch.cat([hidden for hidden, _ in passes])[batch.source]
         hidden, self._balance = self._pass(batch, tokens, None)
-        return hidden[batch.source]
+        return hidden[batch.source if batch.part is None else batch.part.source]
 
     def _pass(
         self, batch: MicroBatch, tokens: Tokens | None, rectangle: int | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Compute the hidden states of the row or of a rectangle, flattened: [T, D] or [B·L, D].
+        """Compute the hidden states of the row, of this rank's part of it, or of a rectangle: [T, D] or [B·L, D].
 
         Args:
             batch: the micro-batch.
@@ -182,18 +227,24 @@ class Scorer(nn.Module):
                 ids = batch.input_ids[0, batch.rectangles[rectangle]]
                 hidden = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state
             else:
-                compiled = self._compiled and compiled_layers.takes(batch.tokens)
+                compiled = self._compiled and batch.part is None and compiled_layers.takes(batch.tokens)
+                shared, own = {}, slice(None)
+                if batch.part is not None:
+                    shared, own = {"sequence_group": self.group}, slice(batch.part.start, batch.part.end)
                 hidden = backbone(self.lm)(
-                    input_ids=batch.input_ids,
-                    position_ids=batch.position_ids,
+                    input_ids=batch.input_ids[:, own],
+                    position_ids=batch.position_ids[:, own],
                     segments=row_operator.number_of(batch) if compiled else batch.segments,
                     gathered=None if compiled else batch.gathered,
                     use_cache=False,  # nothing is generated, so a cache would only take memory
+                    **shared,
                 ).last_hidden_state
             return hidden.flatten(0, 1)
 
         if self.loads is None or tokens is None:
             return compute(), None
+        if batch.part is not None:
+            tokens = tokens._replace(uses=tokens.uses[batch.part.start : batch.part.end])
         return self.loads.through(self.lm, batch, tokens, rectangle, compute)
 
 
@@ -239,7 +290,13 @@ def _units(
 ) -> Sequences:
     """Return all units, from the log-probs [N, K] and log Σ p² [N] of all states."""
     sums = _sums(logps, batch.scored, batch.counts)
-    relative = _relative(logps, squares, batch.scored, batch.counts)
+    return _units_of_sums(batch, sums, _relative(logps, squares, batch.scored, batch.counts), reference)
+
+
+def _units_of_sums(
+    batch: MicroBatch, sums: torch.Tensor, relative: torch.Tensor | None, reference: torch.Tensor | None
+) -> Sequences:
+    """Return all units, from the sequences' sums [Q] and their means of log p − log Σ p², [Q] or None."""
     numbers = batch.desirable, batch.weight, batch.margin, batch.partner
     return Sequences(
         sums[batch.units],

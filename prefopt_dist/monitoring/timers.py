@@ -49,7 +49,10 @@ class StepTimer:
         return event
 
 
-_COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor")
+_COLLECTIVES = (
+    *("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor"),
+    "all_to_all_single",
+)
 
 
 class CommunicationTimer:

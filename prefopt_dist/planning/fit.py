@@ -13,6 +13,8 @@ from prefopt_dist.planning.machine import Machine
 from prefopt_dist.planning.memory import LOADING, GenerationSettings, Phase, Placement, ZeroSettings
 from prefopt_dist.planning.sizes import ModelSizes
 
+MAX_ROW = 2**26
+"""Tokens of a rank's part of a row at which the search for the longest one ends."""
 MAX_RANKS = 65_536
 """Number of ranks at which the search for a machine that is large enough ends."""
 
@@ -99,6 +101,22 @@ def find_fit(needs: Needs, machine: Machine, ranks: int | None = None, name: str
         if fit.device <= available:
             return fit
     return Fit(name, None, phases(candidates[-1]), available)
+
+
+def longest_row(needs: Needs, machine: Machine) -> int | None:
+    """Return the most tokens of a packed row that fit the machine with every layer recomputed, unless none may be.
+
+    The ranks that share a row each hold a part of it. None where no number of tokens fits.
+    """
+    recomputed = replace(needs, checkpointing="none" if needs.checkpointing == "none" else "all")
+
+    def fits(tokens: int) -> bool:
+        # The reference scores one sequence of the row at a time, where it has to.
+        reference = None if needs.reference_tokens is None else tokens
+        return find_fit(replace(recomputed, tokens=tokens, reference_tokens=reference), machine).fits
+
+    found = _largest_that_fits(fits, MAX_ROW)
+    return None if found is None else found * needs.sizes.activations.shared
 
 
 def fits_with_offloading(needs: Needs, machine: Machine) -> list[Fit]:

@@ -39,6 +39,8 @@ class PlanReport:
     """Of a reference that moves"""
     answers: AnswersPlan | None = None
     """Plan of the run's own answers; None where the run has none"""
+    longest_row: int | None = None
+    """Most tokens of a packed row that fit; None where no number of tokens fits"""
 
     @property
     def total_seconds(self) -> float | None:
@@ -63,6 +65,7 @@ class PlanReport:
                 "trained": self.sizes.trained,
                 "layers": self.sizes.activations.layers,
             },
+            "rows": {"ranks": self.sizes.activations.shared, "longest": self.longest_row},
             "memory": [
                 {
                     "settings": f.name,
@@ -103,8 +106,14 @@ class PlanReport:
             size += f" (only the {_parameters(self.sizes.trained)} of the adapters are trained)"
         return [
             f"plan: a model of {size} on {m.text()}, {format_bytes(m.memory)} each",
-            f"  micro-batches of {self.micro_batch_tokens} tokens",
+            f"  micro-batches of {self.micro_batch_tokens} tokens{self._shared()}",
         ]
+
+    def _shared(self) -> str:
+        shared = self.sizes.activations.shared
+        if shared == 1:
+            return ""
+        return f" on each rank; {shared} ranks share a row of up to {shared * self.micro_batch_tokens:,} tokens"
 
     def _settings(self) -> list[str]:
         lines = ["settings                  each rank    host, a node    recomputed layers"]
@@ -116,7 +125,14 @@ class PlanReport:
             )
         available = self.fits[0].available
         kept_free = format_bytes(self.machine.memory - available)
-        return [*lines, f"  a rank may use {format_bytes(available)}; {kept_free} stay free"]
+        lines.append(f"  a rank may use {format_bytes(available)}; {kept_free} stay free")
+        if self.longest_row is not None:
+            of = self.sizes.activations.shared
+            ranks = "one rank" if of == 1 else f"{of} ranks"
+            lines.append(
+                f"  longest row that fits, on {ranks}, with the most recomputed layers: {self.longest_row:,} tokens"
+            )
+        return lines
 
     def _work(self) -> list[str]:
         w = self.work

@@ -74,6 +74,7 @@ def model_sizes(
     persistence_threshold: int,
     adapter: Adapter | None = None,
     path: ComputePath = "shared",
+    shared: int = 1,
 ) -> ModelSizes:
     """Return the sizes of a model, counted on a model without weights.
 
@@ -83,6 +84,7 @@ def model_sizes(
         persistence_threshold: `stage3_param_persistence_threshold`, in elements.
         adapter: the run's adapters; None where the whole model is trained.
         path: how micro-batches are computed.
+        shared: ranks that share each row.
     """
     found = count(config, dtype, adapter)
     item, layers = dtype.itemsize, len(found.layers)
@@ -101,5 +103,5 @@ def model_sizes(
         file_dtype_bytes=stored.itemsize,
         repeated_kv_bytes=(sum(call.repeated_key_numbers for call in found.calls) - keys) * item // layers,
         cached_kv_bytes=keys * item // layers,
-        activations=activation_memory(config, dtype, adapter, path),
+        activations=activation_memory(config, dtype, adapter, path, shared),
     )

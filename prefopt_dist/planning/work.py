@@ -84,13 +84,13 @@ def work_from_rows(
     sampled_steps = min(steps, order.steps_per_epoch, max(1, MAX_ROWS // per_step))
     tokens = flop = ahead = 0.0
     keys_per_token = most_keys_per_token(
-        train, order, sampled_steps, objective.responses_of(train.responses), config.train.micro_batch_tokens, path
+        train, order, sampled_steps, objective.responses_of(train.responses), config.row_tokens, path
     )
 
     def forward(rows: TokenisedRows, indices: Iterable[int], first: int) -> tuple[int, float]:
         responses = objective.responses_of(rows.responses)
         units = [rows.unit(i, range(first, first + responses)) for i in indices]
-        return tokens_and_cost(group_by_prompt(units, config.train.micro_batch_tokens, path), cost, path)
+        return tokens_and_cost(group_by_prompt(units, config.row_tokens, path), cost, path)
 
     for index in range(sampled_steps):
         step_rows = order.step(index).rows.tolist()
@@ -212,7 +212,7 @@ def _scored(
     responses = max(rows.responses for rows in sets)  # a pair has two; a KTO row has its own and a mismatched one
     sequences = sequences_needed(sets, responses, first)
     tokens, flop = 0, 0.0
-    for group in prompt_groups(sequences, sets, config.reference_micro_batch_tokens, path):
+    for group in prompt_groups(sequences, sets, config.reference_row_tokens, path):
         of_group = tokens_and_cost([group], cost, path)
         tokens, flop = tokens + of_group[0], flop + of_group[1]
     return tokens, flop, len(sequences)

@@ -16,11 +16,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
-from prefopt_dist.batching.packing import forwards, pack
+from prefopt_dist.batching.packing import forwards
+from prefopt_dist.batching.row_parts import pack_part
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import out_of_memory, ranks, zero3
 from prefopt_dist.distributed.ranks import require_shared_folder
+from prefopt_dist.distributed.sequence_group import ALONE, SequenceGroup
 from prefopt_dist.errors import AgreedUserError, StopRequested, UserError
 from prefopt_dist.files import remove_stale
 from prefopt_dist.model.folder import ModelFolder
@@ -103,6 +105,7 @@ def run_first_pass(
     stop_asked: Callable[[], bool],
     path: ComputePath = "shared",
     first_set_rows: NDArray[np.int64] | None = None,
+    group: SequenceGroup = ALONE,
 ) -> FirstPass:
     """Score the sequences that the store lacks, and return the checked values of all sequences (all ranks call it).
 
@@ -114,10 +117,11 @@ def run_first_pass(
         responses: responses of a row that are needed.
         dtype: dtype of the weights.
         settings: DeepSpeed configuration of the reference engine.
-        budget: tokens of a micro-batch.
+        budget: tokens of a micro-batch, on all ranks that share a row.
         stop_asked: whether this rank was asked to stop; the ranks agree on the answer in here.
         path: how the sequences are computed.
         first_set_rows: int64, the rows of the first set that are needed, the values of its others are nan; None: all.
+        group: the ranks that share each packed row.
 
     Raises:
         StopRequested: a rank was asked to stop; what was scored is in the store.
@@ -132,7 +136,7 @@ def run_first_pass(
         # A plan is made only while holding the lock. Another job may have scored everything while this one waited.
         work = ranks.run_on_rank_zero(lambda: _look_up(store, sets, responses, budget, path, first_set_rows))
         if work.micro_batches:
-            _score_missing(model, store, check_loaded, sets, dtype, settings, budget, work, stop_asked, path)
+            _score_missing(model, store, check_loaded, sets, dtype, settings, budget, work, stop_asked, path, group)
     if not work.missing:
         _say_all_stored(work.reused)
     sums = ranks.run_on_rank_zero(lambda: _collect(store, sets, responses, first_set_rows))
@@ -179,10 +183,11 @@ def _score_missing(
     work: _Work,
     stop_asked: Callable[[], bool],
     path: ComputePath,
+    group: SequenceGroup,
 ) -> None:
     """Load the reference, check it by stored values, score the missing sequences, and free it (all ranks call it)."""
     lm = load_sharded(model, dtype=dtype, settings=settings, path=path)
-    engine = zero3.reference_engine(Scorer(lm, path), settings)
+    engine = zero3.reference_engine(Scorer(lm, path, group=group), settings)
     del lm
     try:
         check_loaded()
@@ -270,14 +275,15 @@ def _sums(
         engine: the reference engine.
         places: the sequences.
         sets: the data sets.
-        together: the micro-batches of all ranks; none where they all have this one.
+        together: the micro-batches of all groups; none where they all have this one.
     """
 
     def units(of: Sequence[Location]) -> list[Unit]:
         return [p.unit(sets, i) for i, p in enumerate(of)]
 
     path: ComputePath = engine.module.path
-    batch = pack(units(places), 1, path, forwards([units(m) for m in together], path) if in_rectangles(path) else 1)
+    passes = forwards([units(m) for m in together], path) if in_rectangles(path) else 1
+    batch = pack_part(units(places), 1, path, passes, engine.module.group)
     with torch.no_grad():
         sums = engine(batch.to(ranks.device()))
     chosen = batch.units[:, 0]
@@ -287,18 +293,18 @@ def _sums(
 def _score(
     engine: Any, work: _Work, store: ReferenceStore, sets: Sequence[TokenisedRows], stop_asked: Callable[[], bool]
 ) -> None:
-    """Score the micro-batches, one on each rank at a time, and store the values (all ranks call it)."""
-    rank, world = ranks.rank(), ranks.world_size()
+    """Score the micro-batches, one on each group at a time, and store the values (all ranks call it)."""
+    group: SequenceGroup = engine.module.group
     pending: dict[bytes, Score] = {}
     uncommitted, committed_at = 0, time.monotonic()
-    rounds = -(-len(work.micro_batches) // world)
-    with Progress(len(work.micro_batches), "reference", "micro-batches", rank) as progress:
+    rounds = -(-len(work.micro_batches) // group.groups)
+    with Progress(len(work.micro_batches), "reference", "micro-batches", ranks.rank()) as progress:
         for r in range(rounds):
-            mine = r * world + rank
+            mine = r * group.groups + group.number
             holds = mine < len(work.micro_batches)
             places, own = (work.micro_batches[mine], work.own(mine, sets)) if holds else ([], frozenset())
             fault = ""
-            together = work.micro_batches[r * world : (r + 1) * world]
+            together = work.micro_batches[r * group.groups : (r + 1) * group.groups]
             for place, score in zip(places, _sums(engine, places, sets, together), strict=True):
                 if not np.isfinite(score.sum):
                     fault = (
@@ -309,7 +315,7 @@ def _score(
                 digest = place.digest(sets)
                 # A micro-batch that is stored in part is computed whole, to get the same bits (on the CPU, and on a
                 # GPU under train.deterministic); stored values stay.
-                if digest in own:
+                if digest in own and group.leads:
                     pending[digest] = score
             uncommitted += 1
             # The ranks must stop together, or the collectives of the next round would wait for ever.
@@ -323,7 +329,7 @@ def _score(
             if pending and (due or last):
                 store.commit(pending)
                 pending, uncommitted, committed_at = {}, 0, time.monotonic()
-            progress.update(min(world, len(work.micro_batches) - r * world))
+            progress.update(min(group.groups, len(work.micro_batches) - r * group.groups))
             if stopping and r < rounds - 1:
                 ranks.all_gather(None)  # a barrier: every rank's shard is written
                 raise StopRequested

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from prefopt_dist.batching.layout import fill_micro_batches
-from prefopt_dist.batching.packing import forwards, pack
+from prefopt_dist.batching.packing import forwards
+from prefopt_dist.batching.row_parts import pack_part
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import out_of_memory, ranks
 from prefopt_dist.monitoring.console import Progress
@@ -36,22 +37,22 @@ def answer_sums(engine: Any, units: Sequence[Unit], budget: int, what: str) -> N
     Args:
         engine: DeepSpeed's engine around a Scorer.
         units: the same on all ranks.
-        budget: packed tokens of a micro-batch.
+        budget: packed tokens of a micro-batch, on all ranks that share a row.
         what: the progress bar's label.
     """
-    rank, world = ranks.rank(), ranks.world_size()
-    path = engine.module.path
+    path, group = engine.module.path, engine.module.group
     micro_batches = fill_micro_batches(units, budget, path)
     mine: dict[int, float] = {}
-    with torch.no_grad(), Progress(len(micro_batches), what, "micro-batches", rank) as progress:
+    with torch.no_grad(), Progress(len(micro_batches), what, "micro-batches", ranks.rank()) as progress:
         # Each rank runs the same number of passes, some with an empty micro-batch, since the engine's gathers are
         # collective.
-        for turn in range(0, len(micro_batches), world):
-            share = micro_batches[turn + rank] if turn + rank < len(micro_batches) else []
-            batch = pack(share, 1, path, forwards(micro_batches[turn : turn + world], path))
+        for turn in range(0, len(micro_batches), group.groups):
+            together = micro_batches[turn : turn + group.groups]
+            share = together[group.number] if group.number < len(together) else []
+            batch = pack_part(share, 1, path, forwards(together, path), group)
             sums = engine(batch.to(ranks.device())).cpu()[batch.units[:, 0]]
             mine |= dict(zip((u.row for u in share), sums.tolist(), strict=True))
-            progress.update(min(world, len(micro_batches) - turn))
+            progress.update(len(together))
     sums_by_row = {row: value for part in ranks.all_gather(mine) for row, value in part.items()}
     return np.array([sums_by_row[u.row] for u in units])
 

@@ -235,6 +235,7 @@ def check_lengths(
         path: how the rows are computed. A pair alone has no padding on the path plain, as it has two lengths at most.
     """
     lengths = rows.lengths()
+    most_tokens = config.train.sequence_parallel * config.train.micro_batch_tokens
     prompts = lengths[:, 0]
     # Beginnings of responses are not computed again.
     responses = rows.responses if objective.ranked else min(objective.responses, 2)
@@ -247,11 +248,11 @@ def check_lengths(
         units = sequences.sum(axis=1)
         if path == "plain" and responses > 2:  # more than two lengths, which are padded
             most = present.sum(axis=1) * sequences.max(axis=1)
-            for i in np.flatnonzero(most > config.train.micro_batch_tokens).tolist():
+            for i in np.flatnonzero(most > most_tokens).tolist():
                 units[i] = padded_tokens(sequences[i][present[i]].tolist())
     else:
         units = prompts + inputs.sum(axis=1)
-        units = _packed_lengths(rows, units, responses, config.train.micro_batch_tokens)
+        units = _packed_lengths(rows, units, responses, most_tokens)
     # The lengths are less 1 per response, since a response's last token predicts nothing and is not an input.
     _refuse_longer(config, rows, units, key, "train.micro_batch_tokens", config.train.micro_batch_tokens)
     scored = [units] if not trained else [prompts + lengths[:, 1:].max(axis=1) - 1] if objective.needs_reference else []
@@ -279,10 +280,12 @@ def _packed_lengths(rows: TokenisedRows, units: NDArray[np.int64], responses: in
 def _refuse_longer(
     config: Config, rows: TokenisedRows, tokens: NDArray[np.int64], key: str, budget_key: str, budget: int
 ) -> None:
-    longest = int(tokens.argmax())
-    if tokens[longest] > budget:
+    """Raise UserError where a row of `tokens` exceeds the budget, which each of the ranks that share the row has."""
+    longest, shared = int(tokens.argmax()), config.train.sequence_parallel
+    if tokens[longest] > budget * shared:
+        on_ranks = "" if shared == 1 else f" on the {shared} ranks that share it (train.sequence_parallel)"
         raise UserError(
             f"{budget_key}: got {budget}, but {rows.origin(longest)} ({key}) has {tokens[longest]} packed tokens, and "
-            f"every row must fit into one micro-batch; raise it to at least {tokens[longest]}, or lower "
-            f"data.max_length (now {config.data.max_length})"
+            f"every row must fit into one micro-batch{on_ranks}; raise it to at least "
+            f"{-(-int(tokens[longest]) // shared)}, or lower data.max_length (now {config.data.max_length})"
         )

@@ -92,6 +92,8 @@ def _obstacle(config: Config, models: Models) -> str | None:
     """Return why nothing can be fused; None where it can."""
     if in_rectangles(models.path):
         return f"on the path {models.path} transformers' own attention computes padded rows"
+    if config.train.sequence_parallel > 1:
+        return "ranks that share a row (train.sequence_parallel) exchange heads inside the layers"
     if find_routers(models.policy.config):
         return "the loads of the experts are counted inside the layers"
     if models.policy.quantised:

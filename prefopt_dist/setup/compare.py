@@ -59,7 +59,7 @@ class Comparison:
         of = {what: found[job.store.folder] for what, job in self.jobs.items()}
         weights, evaluate = self.jobs["policy"].reward_weights, self.config.evaluate
         units = [units_of(of["policy"]), units_of(of["against"])]
-        budget, policy = self.config.reference_micro_batch_tokens, self.jobs["policy"]
+        budget, policy = self.config.reference_row_tokens, self.jobs["policy"]
         own = sums_under(self.config, self.models, policy.model, units[0], budget)
         both = [replace(unit, row=i) for i, unit in enumerate([*units[0], *units[1]])]
         reference = sums_under(self.config, self.models, self.reference, both, budget)

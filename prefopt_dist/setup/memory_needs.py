@@ -34,7 +34,7 @@ def job_needs(config: Config, model: PreTrainedConfig, keys_per_token: float, pa
     for_reference = ZeroSettings.of(reference, dtype.itemsize)
     if config.reference.offload == "cpu":
         for_reference = for_reference.offloading(False, True)
-    sizes = model_sizes(model, dtype, for_policy.persistence, adapter, path)
+    sizes = model_sizes(model, dtype, for_policy.persistence, adapter, path, config.train.sequence_parallel)
     activations = replace(sizes.activations, keys_per_token=keys_per_token, longest=config.data.max_length)
     return Needs(
         sizes=replace(sizes, activations=activations),
@@ -49,9 +49,9 @@ def job_needs(config: Config, model: PreTrainedConfig, keys_per_token: float, pa
 
 
 def _sampled(config: Config) -> GenerationSettings | None:
-    """Return how generate, rounds and evaluate.prompts sample; None without rewards, or with vLLM."""
+    """Return how generate, rounds and evaluate.prompts sample; None without rewards, or where servers sample."""
     generate = config.generate
-    if not generate.rewards or generate.engine == "vllm":
+    if not generate.rewards or generate.engine == "server":
         return None
     return GenerationSettings(
         batch_tokens=generate.batch_tokens,

@@ -209,7 +209,7 @@ class OwnAnswers:
     def _budget(self, units: Sequence[Unit]) -> int:
         """Return a token budget for micro-batches into which the longest unit fits."""
         longest = max(len(unit.prompt) + max(map(len, unit.responses)) for unit in units)
-        return max(self.config.reference_micro_batch_tokens, longest)
+        return max(self.config.reference_row_tokens, longest)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from prefopt_dist.batching.order import Order
+from prefopt_dist.batching.weights import refuse_set_without_weight, refuse_steps_without_weight
 from prefopt_dist.checkpoint.run_folder import SHOWN
 from prefopt_dist.config import Config, DataSource
 from prefopt_dist.config.losses import DPOLoss, KTOLoss, Loss, MixLoss
@@ -59,15 +60,22 @@ def load_evals(config: Config, models: Models, objective: Objective) -> dict[str
     for name, (key, sources) in zip(config.data.eval or {}, eval_sets(config).items(), strict=True):
         make = partial(tokenised_folder, config, models.tokenizer, models.policy.config.vocab_size, sources, key)
         evals[name] = _load_set(config, models, objective, make, key)
+        refuse_set_without_weight(evals[name], key)
     if not evals:
         say("data.eval is not set, so nothing is evaluated")
     return evals
 
 
 def plan_steps(config: Config, rows: TokenisedRows) -> tuple[Order, int]:
-    """Return the order of the training rows and the number of steps."""
+    """Return the order of the training rows and the number of steps.
+
+    Raises:
+        AgreedUserError: all rows of a step have the weight 0.
+    """
     order = Order.of_run(rows.source, rows.weights, config.run.seed, config.train.global_batch_pairs)
-    return order, order.total_steps(config.train.epochs, config.train.max_steps)
+    steps = order.total_steps(config.train.epochs, config.train.max_steps)
+    refuse_steps_without_weight(rows, order, steps)
+    return order, steps
 
 
 def _load_set(

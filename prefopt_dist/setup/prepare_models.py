@@ -21,6 +21,7 @@ from prefopt_dist.checkpoint import hub
 from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config, DataSource, load_deepspeed_json
 from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.distributed.sequence_group import ALONE, SequenceGroup, sequence_group
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.cost import adapter_parameters, layer_parameters, uncounted_text
@@ -30,7 +31,7 @@ from prefopt_dist.model.load import load_tokenizer, own_attention
 from prefopt_dist.model.published import trainable_folder
 from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.objectives.factory import make_objective
-from prefopt_dist.setup import checks
+from prefopt_dist.setup import check_sequence_parallel, checks
 from prefopt_dist.setup.check_lora import adapter_of
 from prefopt_dist.setup.checks import eval_sets
 from prefopt_dist.setup.experts import check_balancing
@@ -56,6 +57,8 @@ class Models:
     """The adapters that are trained; None where all of the policy's weights are trained"""
     path: ComputePath = "shared"
     """How every micro-batch of the run is computed"""
+    group: SequenceGroup = ALONE
+    """The ranks that share each packed row with this one"""
 
     @property
     def start(self) -> ModelFolder:
@@ -178,6 +181,7 @@ def load_models(config: Config, scored: Sequence[ModelFolder] = ()) -> Models:
         config: the configuration.
         scored: further models that are scored, which take the same path.
     """
+    group = sequence_group(config.train.sequence_parallel)
     ranks.run_on_rank_zero(partial(_check_surroundings, config))
     # The first rank of each node downloads; the others then find the files.
     ranks.run_on_all_ranks(partial(_models, config) if os.environ["LOCAL_RANK"] == "0" else lambda: None)
@@ -191,7 +195,9 @@ def load_models(config: Config, scored: Sequence[ModelFolder] = ()) -> Models:
     path, lines = ranks.run_on_rank_zero(partial(_path, config, models, ranks.device(), scored))
     for line in lines:
         say(line)
-    models = replace(models, path=path)
+    models = replace(models, path=path, group=group)
+    if group.size > 1:
+        say(f"sequence parallelism: {group.groups} groups of {group.size} ranks, which share each packed row")
     say(f"attention: {ranks.run_on_rank_zero(partial(_kernels, models))}")
     uncounted = ranks.run_on_rank_zero(partial(uncounted_text, models.policy.config))
     if uncounted:
@@ -204,7 +210,10 @@ def _path(
 ) -> tuple[ComputePath, list[str]]:
     """Choose the path of the run, with lines about it (one process calls it)."""
     all_scored = [models.policy, *([] if models.reference.path == models.policy.path else [models.reference]), *scored]
-    return choose_path(config, [(model.key, model.config) for model in all_scored], device)
+    named = [(model.key, model.config) for model in all_scored]
+    path, lines = choose_path(config, named, device)
+    check_sequence_parallel.check(config, named, path)
+    return path, lines
 
 
 def _kernels(models: Models) -> str:

@@ -74,10 +74,11 @@ def score_reference(
         responses=max(rows.responses for rows in sets),  # a pair's two, or KTO's own and mismatched response
         dtype=models.dtype,
         settings=reference_settings(config, models),
-        budget=config.reference_micro_batch_tokens,
+        budget=config.reference_row_tokens,
         stop_asked=stop_asked,
         path=models.path,
         first_set_rows=first_set_rows,
+        group=models.group,
     )
     return [ScoredRows(rows, sums) for rows, sums in zip(sets, done.sums, strict=True)], done
 
@@ -116,7 +117,7 @@ def scoring_engine(
     if adapters is not None:
         model = replace(model, adapter=adapters)
     lm = load_sharded(model, dtype=dtype or models.dtype, settings=settings, path=models.path)
-    return zero3.reference_engine(Scorer(lm, models.path), settings)
+    return zero3.reference_engine(Scorer(lm, models.path, group=models.group), settings)
 
 
 def reference_weights(config: Config, models: Models, objective: Objective) -> HashedWeights | None:

@@ -39,7 +39,7 @@ def _joined(batch: Batch, partners: torch.Tensor) -> Iterator[Scored]:
 
 
 def _partners(engine: Any, batch: Batch, objective: Objective) -> torch.Tensor:
-    """Return the partners of this rank's units in their order."""
+    """Return the partners of the units of this rank, or of its group, in their order."""
     device = ranks.device()
     table = torch.zeros(batch.units, 5, dtype=torch.float64, device=device)  # policy's, reference's, row
     begin = batch.first_unit
@@ -50,9 +50,10 @@ def _partners(engine: Any, batch: Batch, objective: Objective) -> torch.Tensor:
             assert reference is not None
             end = begin + len(micro_batch.rows)
             rows = to_device(torch.tensor(micro_batch.rows, dtype=torch.float64), device)
-            table[begin:end] = torch.cat([engine(micro_batch)[micro_batch.units], reference, rows[:, None]], dim=1)
+            found = torch.cat([engine(micro_batch)[micro_batch.units], reference, rows[:, None]], dim=1)
+            if batch.leads:
+                table[begin:end] = found
             begin = end
     engine.module.train(was_training)
     dist.all_reduce(table)
-    found = objective.partners(table[:, :2], table[:, 2:4], table[:, 4])
-    return found[batch.first_unit : begin]
+    return objective.partners(table[:, :2], table[:, 2:4], table[:, 4])[batch.first_unit : begin]

@@ -33,7 +33,7 @@ def evaluate(engine: Any, objective: Objective, sets: Mapping[str, ScoredRows], 
         engine: DeepSpeed's engine around the scorer.
         objective: the loss.
         sets: data sets by name; "" for an unnamed one.
-        budget: tokens of a micro-batch.
+        budget: tokens of a micro-batch, on all ranks that share a row.
 
     Returns:
         Metrics under `eval/…`, those of a named set under `eval/<name>/…`.
@@ -44,7 +44,8 @@ def evaluate(engine: Any, objective: Objective, sets: Mapping[str, ScoredRows], 
     for name, data in sets.items():
         statistics = Statistics(objective.metrics, ranks.device())
         diagnosis = Diagnosis(objective, data.rows, ranks.device())
-        batch = evaluation_batch(data, objective.responses_of(data.rows.responses), budget, engine.module.path)
+        responses = objective.responses_of(data.rows.responses)
+        batch = evaluation_batch(data, responses, budget, engine.module.path, engine.module.group)
         what = f"eval {name}".rstrip()
         loss = with_reference_point(engine, batch, objective)
         split_pairs = None
@@ -53,11 +54,13 @@ def evaluate(engine: Any, objective: Objective, sets: Mapping[str, ScoredRows], 
         with torch.no_grad(), Progress(len(batch), what, "micro-batches", ranks.rank()) as progress:
             for micro_batch, reference in with_partners(engine, batch, loss):
                 terms = engine(micro_batch, loss, reference)
+                progress.update()
+                if not batch.leads:
+                    continue
                 if split_pairs is not None:
                     split_pairs.add(micro_batch.rows, terms.per_unit)
                 statistics.add(terms.statistics, len(micro_batch.rows))
                 diagnosis.add(loss, terms, micro_batch, reference)
-                progress.update()
         packed = torch.cat([statistics.packed(), diagnosis.take()])
         dist.all_reduce(packed)
         everything, k = packed.tolist(), len(objective.metrics) + 1

@@ -99,7 +99,7 @@ class Job:
     checkpoint: Checkpoint
     """The section checkpoint of the configuration"""
     evaluation_tokens: int
-    """Tokens of a micro-batch without gradient"""
+    """Tokens of a micro-batch without gradient, on all ranks that share a row"""
     run_dir: Path
     requests: Requests
     cost: Cost
@@ -265,9 +265,10 @@ def train_step(job: Job, index: int, batch: Batch, step0_check: Step0Check | Non
 
 def _batch(job: Job, index: int) -> Batch:
     rows = job.order.step(index).rows.tolist()
-    budget = job.options.micro_batch_tokens
+    module = job.engine.module
+    budget = job.options.micro_batch_tokens * module.group.size
     passes = job.passes + job.objective.couples_units  # the pass before the step
-    return step_batch(job.train, rows, job.responses, budget, job.cost, passes, job.engine.module.path)
+    return step_batch(job.train, rows, job.responses, budget, job.cost, passes, module.path, module.group)
 
 
 def _reference_moves(job: Job, index: int) -> bool:

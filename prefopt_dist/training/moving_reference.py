@@ -2,7 +2,7 @@
 
 Gorbatovski et al. 2024, https://arxiv.org/abs/2404.09656, equation 5. Nothing is copied: as the reference is used only
 through its log-probs, the policy scores the rows that are due before the next update, and no others. So all updates
-cost about one pass over the data.
+of an epoch cost about one pass over the data.
 
 The values stand in the run folder, `reference/step-00000100.npz`, since a start that resumes between two updates no
 longer has the weights that made them. Evaluation sets keep the values of the run's first reference, so that their
@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from prefopt_dist.batching.batches import ScoredRows
 from prefopt_dist.batching.layout import fill_micro_batches
 from prefopt_dist.batching.order import Order
-from prefopt_dist.batching.packing import forwards, pack
+from prefopt_dist.batching.packing import forwards
+from prefopt_dist.batching.row_parts import pack_part
 from prefopt_dist.checkpoint.save import committed, step_of
 from prefopt_dist.distributed import out_of_memory, ranks
 from prefopt_dist.errors import AgreedUserError, UserError
@@ -133,24 +134,27 @@ class MovingReference:
 
     def _scored(self, engine: Any, units: list[Any], stop_asked: Callable[[], bool]) -> torch.Tensor | None:
         """Return Σ log π of each unit, float64 [units], on the CPU of every rank; None after a request to stop."""
-        rank, world, path = ranks.rank(), ranks.world_size(), engine.module.path
+        path, group = engine.module.path, engine.module.group
         micro_batches = fill_micro_batches(units, self.budget, path)
-        # A rank without a micro-batch in the last turn has an empty one, since the engine's gathers are collective.
+        # A group without a micro-batch in the last turn has an empty one, since the engine's gathers are collective.
         sums = torch.zeros(len(units), dtype=torch.float64, device=ranks.device())
         was_training = engine.module.training
         engine.module.eval()
         try:
-            with torch.no_grad(), Progress(len(micro_batches), "new reference", "micro-batches", rank) as progress:
-                for turn in range(0, len(micro_batches), world):
-                    share = micro_batches[turn + rank] if turn + rank < len(micro_batches) else []
-                    batch = pack(share, 1, path, forwards(micro_batches[turn : turn + world], path))
+            total = len(micro_batches)
+            with torch.no_grad(), Progress(total, "new reference", "micro-batches", ranks.rank()) as progress:
+                for turn in range(0, total, group.groups):
+                    together = micro_batches[turn : turn + group.groups]
+                    share = together[group.number] if group.number < len(together) else []
+                    batch = pack_part(share, 1, path, forwards(together, path), group)
                     found = engine(batch.to(ranks.device()))[batch.units[:, 0].to(ranks.device())]
-                    sums[[unit.row for unit in share]] = found.to(sums.dtype)
+                    if group.leads:
+                        sums[[unit.row for unit in share]] = found.to(sums.dtype)
                     asked = torch.tensor([float(stop_asked())], device=ranks.device())
                     dist.all_reduce(asked)
                     if asked.item():
                         return None
-                    progress.update(min(world, len(micro_batches) - turn))
+                    progress.update(len(together))
         finally:
             engine.module.train(was_training)
         dist.all_reduce(sums)

@@ -37,6 +37,8 @@ def reference_point(engine: Any, mismatched: Batch) -> torch.Tensor:
         for micro_batch, reference in mismatched:
             assert reference is not None
             logratio = engine(micro_batch)[micro_batch.units] - reference
+            if not mismatched.leads:
+                continue
             found[0] += (logratio if micro_batch.weight is None else micro_batch.weight[:, None] * logratio).sum()
             found[1] += len(micro_batch.rows)
     engine.module.train(was_training)

@@ -36,7 +36,8 @@ def forward_backward(
 ) -> torch.Tensor:
     """Accumulate the gradient of the mean loss over the step's G pairs (all ranks call it).
 
-    Each pair weighs 1/G wherever it stands; the engine averages over the ranks, hence the factor world size.
+    Each pair weighs 1/G wherever it stands; the engine averages over the ranks, hence the factor world size. Ranks that
+    share a row each form the part of its gradient that passes their tokens; the parts add up to the whole.
 
     Args:
         engine: DeepSpeed's engine around the scorer.
@@ -47,7 +48,8 @@ def forward_backward(
         timer: times the forward and backward passes, where there is one.
 
     Returns:
-        float64 [K + 1]: this rank's sums of the metrics, and its number of pairs.
+        float64 [K + 1]: this rank's sums of the metrics, and its number of pairs. Of the ranks that share each row, one
+        counts the pairs of all.
     """
     objective = with_reference_point(engine, batch, objective)
     statistics = Statistics(objective.metrics, ranks.device())
@@ -62,6 +64,8 @@ def forward_backward(
                 zero3.backward_in_parts(engine, terms.loss * weight, engine.module.rest())
             else:
                 engine.backward(terms.loss * weight)
+        if not batch.leads:
+            continue
         statistics.add(terms.statistics, len(micro_batch.rows))
         if diagnosis is not None:
             diagnosis.add(objective, terms, micro_batch, reference)

@@ -64,32 +64,6 @@ def looking_states(self, batch):
     return hidden
 
 
-Scorer.forward, Scorer._states
-
-
-def looking_forward(self, batch, *given, **named):
-    look(where[0])
-    return forward(self, batch, *given, **named)
-
-
-def looking_states(self, batch):
-    hidden = states(self, batch)
-    if hidden.requires_grad:
-        hidden.register_hook(lambda gradient: look("backward"))
-    return hidden
-
-
-summed = torch.distributed.all_reduce
-
-
-def looking_sum(tensor, *given, **named):
-    done = summed(tensor, *given, **named)
-    tiny = torch.full((LARGE,), 0.75e-38)  # a denormal, which gloo's threads take for 0
-    summed(tiny)
-    found["sum over ranks"] = [int(tiny.count_nonzero()) == 0]
-    return done
-
-
 next_logits = TransformersEngine._forward
 
 

@@ -100,16 +100,21 @@ def equality(
     exact_start: Callable[[Path], Any] = plain.build_plain,
     steps: int | None = None,
     path: ComputePath = "shared",
+    shared: int = 1,
     **sections: dict[str, object],
 ) -> dict:
-    """One epoch's steps, their gradients, losses and metrics, against float64, unsharded, one sequence at a time."""
+    """One epoch's steps, their gradients, losses and metrics, against float64, unsharded, one sequence at a time.
+
+    `shared` ranks share each row.
+    """
     sections["model"] = {"name_or_path": str(folder / of)} | sections.get("model", {})
     config = config_for(
         folder,
         name,
         loss=loss,
         reference={"name_or_path": str(folder / against)} if loss["name"] in ("dpo", "ipo", "kto") else {},
-        train={"global_batch_pairs": G, "micro_batch_tokens": 512},  # what a run may say; the budget here is smaller
+        # What a run may say; the budget here is smaller.
+        train={"global_batch_pairs": G, "micro_batch_tokens": 512, "sequence_parallel": shared},
         **sections,
     )
     models, objective, scored, _ = ready(config, path)
@@ -120,7 +125,7 @@ def equality(
     found: dict[str, Any] = {"loss": [], "metrics": [], "gradient": [], "sizes": [], "micro_batches": [], "ids": []}
     for index in range(steps or order.steps_per_epoch):
         rows = order.step(index).rows.tolist()
-        batch = step_batch(scored, rows, objective.responses, budget, path=path)
+        batch = step_batch(scored, rows, objective.responses, budget, path=path, group=models.group)
         packed = step.forward_backward(engine, batch, objective, None)
         sums, _ = step.reduce_metrics(packed, Request(False, False))
         means = statistics.means(objective.metrics, sums, objective.counted_by)
@@ -1141,6 +1146,7 @@ if __name__ == "__main__":
     import moving_cases
     import path_cases
     import ranked_cases
+    import sequence_cases
 
     more = vars(expert_cases) | vars(lora_cases) | vars(path_cases) | vars(moving_cases) | vars(adapter_cases)
-    case_runner.serve(globals() | more | vars(ranked_cases), prepare)
+    case_runner.serve(globals() | more | vars(ranked_cases) | vars(sequence_cases), prepare)

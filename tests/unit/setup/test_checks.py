@@ -64,7 +64,7 @@ def test_a_reference_of_another_tokenizer(tmp_path: Path) -> None:
 def test_a_ranked_row_too_long_for_a_micro_batch_by_path() -> None:
     """Three of up to four responses, of 3, 4 and 6 tokens: the prompt once, thrice, or with a token of padding."""
     config: Any = SimpleNamespace(
-        train=SimpleNamespace(micro_batch_tokens=16),
+        train=SimpleNamespace(micro_batch_tokens=16, sequence_parallel=1),
         reference_micro_batch_tokens=16,
         data=SimpleNamespace(max_length=64),
     )
@@ -91,7 +91,7 @@ RANKED = (np.zeros(7, np.int32), tuple(np.full(n, n, np.int32) for n in (3, 4, 6
 def test_a_pair_too_long_for_a_micro_batch_by_path() -> None:
     """The prompt counts once where it is shared, twice where it is not: 7 + 2 + 3 tokens, or 9 + 10."""
     config = SimpleNamespace(
-        train=SimpleNamespace(micro_batch_tokens=12),
+        train=SimpleNamespace(micro_batch_tokens=12, sequence_parallel=1),
         reference_micro_batch_tokens=24,
         data=SimpleNamespace(max_length=64),
     )
@@ -101,3 +101,19 @@ def test_a_pair_too_long_for_a_micro_batch_by_path() -> None:
     for path in ("packed", "plain"):
         with pytest.raises(UserError, match=r"train\.micro_batch_tokens: got 12, .* has 19 packed tokens"):
             checks.check_lengths(config, rows, objective, "data.train", trained=True, path=path)  # type: ignore[arg-type]
+
+
+def test_a_pair_too_long_for_the_ranks_that_share_a_row() -> None:
+    """Of 19 packed tokens: more than three ranks with 6 each have, as many as they have with 7."""
+    config = SimpleNamespace(
+        train=SimpleNamespace(micro_batch_tokens=6, sequence_parallel=3),
+        reference_micro_batch_tokens=24,
+        data=SimpleNamespace(max_length=64),
+    )
+    rows: Any = SimpleNamespace(n=1, responses=2, lengths=lambda: np.array([[7, 3, 4]]), origin=str)
+    checked: Any = (config, rows, DPO(0.1, 0.0, 1e-6), "data.train")
+    words = r"got 6, .* has 19 packed tokens, .* on the 3 ranks that share it .* raise it to at least 7, or"
+    with pytest.raises(UserError, match=words):
+        checks.check_lengths(*checked, trained=True, path="packed")
+    config.train.micro_batch_tokens = 7
+    checks.check_lengths(*checked, trained=True, path="packed")

@@ -125,6 +125,8 @@ def test_what_is_asked_for_is_done_or_refused(tmp_path: Path, proofs: list[dict[
     assert choose(of(tmp_path, "model.compile=none"), models(), NEW, LONG, CPU).fusion == "none"
     with pytest.raises(UserError, match=r"^model\.compile: got layers, but on the path plain .*; set it to none$"):
         choose(asked, models("plain"), NEW, LONG, CPU)
+    with pytest.raises(UserError, match=r"train\.sequence_parallel"):
+        choose(of(tmp_path, "model.compile=layers", "train.sequence_parallel=2"), models(), NEW, LONG, CPU)
     dora = of(tmp_path, "model.compile=layers", "lora.dora=true")
     with pytest.raises(UserError, match=r"lora\.dora"):
         choose(dora, models(), NEW, LONG, CPU)
