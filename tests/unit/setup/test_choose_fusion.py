@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from prefopt_dist.config import Config, identity, load_config
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import compiled_layers, fusion
-from prefopt_dist.setup import choose_fusion
+from prefopt_dist.setup import checks, choose_fusion
 from prefopt_dist.setup.choose_fusion import LEAST_FLOP, choose
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -141,6 +141,8 @@ def test_liger_needs_a_gpu_and_its_package_and_the_family(
         choose(asked, models(), NEW, LONG, CPU)
     with pytest.raises(UserError, match=r"^model\.compile: .*needs the package liger_kernel.*set model\.compile=none"):
         choose(asked, models(), NEW, LONG, GPU)
+    with pytest.raises(UserError, match=r"^model\.compile: .*liger_kernel"):
+        checks.check_packages(asked)  # before a queue
     calls: list[dict[str, Any]] = []
     patches: Any = ModuleType("liger_kernel.transformers.monkey_patch")
     patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
