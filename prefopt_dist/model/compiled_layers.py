@@ -94,7 +94,9 @@ def _mark_lengths(values: Iterable[Any], tokens: int) -> None:
         elif isinstance(value, torch.Tensor):
             for d in range(min(2, value.dim())):
                 if value.shape[d] == tokens and value.shape[:d].numel() == 1:
-                    torch._dynamo.mark_dynamic(value, d, hint_override=GUESSED_TOKENS)
+                    torch._dynamo.decorators.mark_unbacked(
+                        value, d, hint_override=GUESSED_TOKENS, shape_id="tokens", min=2
+                    )
 
 
 def prepare(folder: Path) -> None:
