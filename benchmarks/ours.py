@@ -94,14 +94,19 @@ def run(task: Task, folder: Path) -> dict[str, Any]:
     }
 
 
-def make_stepper(task: Task, folder: Path, budget: int) -> Callable[[int], None]:
-    """Return a function that runs the task's k-th step as the training loop does, with zeros as reference log-probs."""
-    model, rows = inspect_folder(folder, "model"), tokenised(task)
-    engine = policy_engine(task, model, getattr(torch, task.dtype))
-    data, objective = ScoredRows(rows, torch.zeros(rows.n, 2, dtype=torch.float64)), DPO(task.beta)
-    cost = forward_cost(model.config)
+def make_stepper(task: Task, folder: Path, budget: int) -> Callable[..., None]:
+    """Return a function that runs the task's k-th step as the training loop does, on the model in FOLDER/model.
 
-    def one(k: int) -> None:
+    Its second argument, 0 if left out, is the number of nats by which the reference's sum of each chosen response is
+    lowered, so that the pairs' margins begin at β times it.
+    """
+    model, rows, dtype = inspect_folder(folder / "model", "model"), tokenised(task), getattr(torch, task.dtype)
+    reference, _ = score_reference(task, folder, model, rows, dtype)
+    engine = policy_engine(task, model, dtype)
+    objective, cost = DPO(task.beta), forward_cost(model.config)
+
+    def one(k: int, lowered: float = 0.0) -> None:
+        data = ScoredRows(rows, reference - torch.tensor([lowered, 0.0], dtype=torch.float64))
         batch = step_batch(data, task.rows(k), objective.responses, budget, cost, path=task.path)
         step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
         step.optimizer_step(engine, task.learning_rate)

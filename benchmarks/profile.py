@@ -64,7 +64,7 @@ def _run(task: Task, budget: int) -> None:
 
     ranks.start()
     with tempfile.TemporaryDirectory() as name:
-        write_model(Path(name), task.shape, task.dtype, task.seed)
+        write_model(Path(name) / "model", task.shape, task.dtype, task.seed)
         one = ours.make_stepper(task, Path(name), budget)
     rate = meter.matrix_rate("cpu")
     one(0)

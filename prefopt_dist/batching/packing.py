@@ -21,6 +21,7 @@ from prefopt_dist.batching.micro_batch import (
     in_rectangles,
 )
 from prefopt_dist.batching.rectangles import padded_tokens, shapes
+from prefopt_dist.batching.row import Beginnings, Row, SequenceKey, shared_prefix
 from prefopt_dist.data.unit import Response, ResponseKey, Tokens, Unit, keyed_responses
 
 
@@ -32,13 +33,6 @@ def _responses_by_prompt(units: Sequence[Unit]) -> dict[bytes, tuple[Tokens, dic
         for key, response in keyed_responses(u):
             responses.setdefault(key, response)
     return groups
-
-
-def _shared_prefix(first: Tokens, response: Tokens) -> int:
-    """Count the input tokens at the beginning of a response that the first response to its prompt has too."""
-    most = min(len(first), len(response)) - 1  # the last token is not an input
-    differing = np.flatnonzero(first[:most] != response[:most])
-    return int(differing[0]) if len(differing) else most
 
 
 def sequence_lengths(units: Sequence[Unit]) -> list[int]:
@@ -59,7 +53,7 @@ def packed_tokens(units: Sequence[Unit], path: ComputePath = "shared") -> int:
     total = 0
     for prompt, responses in _responses_by_prompt(units).values():
         first, *others = (response.tokens for response in responses.values())
-        total += len(prompt) + len(first) - 1 + sum(len(r) - 1 - _shared_prefix(first, r) for r in others)
+        total += len(prompt) + len(first) - 1 + sum(len(r) - 1 - shared_prefix(first, r) for r in others)
     return total
 
 
@@ -75,7 +69,7 @@ def gathered_keys(units: Sequence[Unit], path: ComputePath = "shared") -> int:
     for prompt, responses in _responses_by_prompt(units).values():
         first, *others = (response.tokens for response in responses.values())
         total += len(prompt) + len(first) - 1
-        total += sum(len(prompt) + len(r) - 1 for r in others if len(r) - 1 > _shared_prefix(first, r))
+        total += sum(len(prompt) + len(r) - 1 for r in others if len(r) - 1 > shared_prefix(first, r))
     return total
 
 
@@ -115,86 +109,39 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
         assert 0 < columns <= responses_per_unit, f"row {u.row}: {len(u.responses)} responses"
         assert columns == responses_per_unit or u.ranks is not None, f"row {u.row}: it is not ranked"
 
-    ids: list[Tokens] = []
-    positions: list[NDArray[np.int64]] = []
-    segments: list[Segment] = []
-    source: list[NDArray[np.int64]] = []
-    target: list[Tokens] = []
-    counts: list[int] = []
-    index: dict[tuple[bytes, ResponseKey, int | None], int] = {}
-    row_ends: list[int] = []  # the end of each prompt and its responses in the row
-    sequence_ends: list[int] = []
-    spans: list[tuple[int, int, int, int]] = []
-    at = 0
+    row = Row(path, _beginnings(units))
     groups = _responses_by_prompt(units)
-    beginnings = _beginnings(units)
-    for key, (prompt, responses) in groups.items():
-        first = next(iter(responses.values())).tokens
-        for i, (response_key, scored) in enumerate(responses.items()):
-            response = scored.tokens
-            # The first response continues the prompt in one causal segment, so that one attention call computes both.
-            whole = i == 0 or path != "shared"
-            if whole:
-                p_start, p_end = at, at + len(prompt)
-                ids.append(prompt)
-                positions.append(np.arange(len(prompt)))
-                at = p_end
-            shared = 0 if whole else _shared_prefix(first, response)
-            # By itself a sequence is as long as for transformers, since its length may choose the rotary frequencies.
-            inputs = response[shared:] if path == "alone" else response[shared:-1]
-            start, at = at, at + len(inputs)
-            prefix_end = at - len(inputs) if whole else p_end + shared
-            span = (p_start, prefix_end, start, start + len(response) - 1 - shared)
-            ids.append(inputs)
-            positions.append(len(prompt) + shared + np.arange(len(inputs)))
-            # The beginning that another response shares with the first follows the prompt, so its prefix is one range.
-            if whole:
-                segments.append(Segment(p_start, p_start, p_start, at))
-            elif len(inputs):
-                segments.append(Segment(p_start, p_end + shared, start, at))
-            predicts = np.r_[p_end - 1 : p_end + shared, start:at][: len(response)]
-            states = predicts if scored.learnt is None else predicts[scored.learnt]
-            targets = response if scored.learnt is None else response[scored.learnt]
-            # A beginning is a sequence of its own, whose tokens are computed already.
-            for n in (None, *sorted(beginnings.get((key, response_key), ()))):
-                source.append(states[:n])
-                target.append(targets[:n])
-                index[key, response_key, n] = len(counts)
-                counts.append(scored.scored if n is None else n)
-                spans.append(span)
-        row_ends.append(at)
-        sequence_ends.append(len(counts))
+    for prompt, responses in groups.values():
+        row.add(prompt, responses.items())
 
-    def row(parts: Sequence[NDArray[np.int32] | NDArray[np.int64]]) -> torch.Tensor:
+    def joined(parts: Sequence[NDArray[np.int32] | NDArray[np.int64]]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     number = {prompt: i for i, prompt in enumerate(groups)}
     of_unit = np.array([number[u.prompt.tobytes()] for u in units])
-    distinct = _distinct_targets(np.concatenate(source), np.concatenate(target))
-    of_units = [[index[sequence] for sequence in _sequences(u)] for u in units]
-    whole_responses = np.concatenate([row[: len(u.responses)] for row, u in zip(of_units, units, strict=True)])
-    shares = [(1.0 if u.weight is None else u.weight) / len(u.responses) for u in units for _ in u.responses]
-    share = np.bincount(whole_responses, shares, minlength=len(spans))
+    source = np.concatenate(row.source)
+    distinct = _distinct_targets(source, np.concatenate(row.target))
+    of_units = [[row.index[sequence] for sequence in _sequences(u)] for u in units]
     rectangles: tuple[torch.Tensor, ...] = ()
     if path == "plain":
-        rectangles, place = _rectangles(segments)
+        rectangles, place = _rectangles(row.segments)
         distinct["source"] = place[distinct["source"]]
     elif path == "alone":
-        rectangles = tuple(torch.arange(s.start, s.end)[None] for s in segments)
+        rectangles = tuple(torch.arange(s.start, s.end)[None] for s in row.segments)
     dummies = max(0, forwards - len(rectangles)) if in_rectangles(path) else 0
     return MicroBatch(
-        input_ids=row(ids)[None],
-        position_ids=row(positions)[None],
-        segments=tuple(segments),
-        gathered=gather(segments),
+        input_ids=joined(row.ids)[None],
+        position_ids=joined(row.positions)[None],
+        segments=tuple(row.segments),
+        gathered=gather(row.segments),
         **distinct,
-        counts=torch.tensor(counts),
-        units=torch.tensor([row + row[:1] * (responses_per_unit - len(row)) for row in of_units]),
+        counts=torch.tensor(row.counts),
+        units=torch.tensor([numbers + numbers[:1] * (responses_per_unit - len(numbers)) for numbers in of_units]),
         rows=tuple(u.row for u in units),
         desirable=torch.tensor([u.desirable for u in units]),
         by_prompt=torch.from_numpy(of_unit.argsort(kind="stable")),
-        prompts=_ends(of_unit, np.unique(np.concatenate(source)), counts, row_ends, sequence_ends),
-        spans=tuple(Span(*span, n) for span, n in zip(spans, share.tolist(), strict=True)),
+        prompts=_ends(of_unit, np.unique(source), row),
+        spans=_spans(units, of_units, row),
         weight=_numbers([u.weight for u in units]),
         margin=_numbers([u.margin for u in units]),
         ranks=_rank_table(units, responses_per_unit),
@@ -202,6 +149,14 @@ def pack(units: Sequence[Unit], responses_per_unit: int, path: ComputePath = "sh
         dummies=dummies,
         part=None,
     )
+
+
+def _spans(units: Sequence[Unit], of_units: Sequence[Sequence[int]], row: Row) -> tuple[Span, ...]:
+    """Return `spans` of a MicroBatch; `of_units` has the numbers of each unit's sequences, beginnings last."""
+    whole = np.concatenate([numbers[: len(u.responses)] for numbers, u in zip(of_units, units, strict=True)])
+    shares = [(1.0 if u.weight is None else u.weight) / len(u.responses) for u in units for _ in u.responses]
+    share = np.bincount(whole, shares, minlength=len(row.spans)).tolist()
+    return tuple(Span(*span, n) for span, n in zip(row.spans, share, strict=True))
 
 
 def _rank_table(units: Sequence[Unit], responses: int) -> torch.Tensor | None:
@@ -212,7 +167,7 @@ def _rank_table(units: Sequence[Unit], responses: int) -> torch.Tensor | None:
     return torch.tensor([[*of_unit, *[-1] * (responses - len(of_unit))] for of_unit in ranks])
 
 
-def _beginnings(units: Sequence[Unit]) -> dict[tuple[bytes, ResponseKey], set[int]]:
+def _beginnings(units: Sequence[Unit]) -> Beginnings:
     """Return the lengths of the beginnings that are needed of each response, by prompt and response."""
     found: dict[tuple[bytes, ResponseKey], set[int]] = {}
     for u in units:
@@ -222,10 +177,10 @@ def _beginnings(units: Sequence[Unit]) -> dict[tuple[bytes, ResponseKey], set[in
     return found
 
 
-def _sequences(unit: Unit) -> list[tuple[bytes, ResponseKey, int | None]]:
+def _sequences(unit: Unit) -> list[SequenceKey]:
     """Return prompt, response and length (None: the whole) of each of the unit's sequences, beginnings last."""
     prompt, keyed = unit.prompt.tobytes(), keyed_responses(unit)
-    whole: list[tuple[bytes, ResponseKey, int | None]] = [(prompt, key, None) for key, _ in keyed]
+    whole: list[SequenceKey] = [(prompt, key, None) for key, _ in keyed]
     if unit.prefix is None:
         return whole
     return whole + [(prompt, key, unit.prefix if r.scored > unit.prefix else None) for key, r in keyed]
@@ -262,26 +217,18 @@ def _rectangles(segments: Sequence[Segment]) -> tuple[tuple[torch.Tensor, ...], 
     return tuple(found), torch.from_numpy(place)
 
 
-def _ends(
-    of_unit: NDArray[np.int64],
-    states: NDArray[np.int64],
-    counts: list[int],
-    row_ends: list[int],
-    sequence_ends: list[int],
-) -> tuple[PromptEnds, ...]:
+def _ends(of_unit: NDArray[np.int64], states: NDArray[np.int64], row: Row) -> tuple[PromptEnds, ...]:
     """Return `prompts` of a MicroBatch.
 
     Args:
         of_unit: [U] index of each unit's prompt.
         states: [N] `source` of the MicroBatch.
-        counts: [Q] scored tokens of each sequence.
-        row_ends: end of each prompt and its responses in the row.
-        sequence_ends: end of each prompt's sequences.
+        row: the finished row.
     """
     ends = zip(
-        np.searchsorted(states, row_ends).tolist(),
-        np.cumsum(counts)[np.array(sequence_ends) - 1].tolist(),
-        sequence_ends,
+        np.searchsorted(states, row.ends).tolist(),
+        np.cumsum(row.counts)[np.array(row.sequence_ends) - 1].tolist(),
+        row.sequence_ends,
         np.cumsum(np.bincount(of_unit)).tolist(),
         strict=True,
     )

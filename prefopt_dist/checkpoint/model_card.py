@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
     "run": ("seed",),
 }
 """Keys that are shown beside those of the sections loss, optim and lora."""
+_IF_NOT_DEFAULT: dict[str, tuple[str, ...]] = {
+    "data": ("weight", "margin"),
+    "reference": ("update_every_steps",),
+    "train": ("router_aux_loss_coef",),
+}
+"""Keys that are shown too where they change the training."""
 _EVALUATED = ("loss", "rewards/accuracies", "rewards/margins")
 """Ends of the names of the metrics that are shown."""
 _INTERVALS = {
@@ -100,6 +107,11 @@ def _settings(config: Config) -> str:
         start = plain["lora"]["from"]
         shown["lora"] = plain["lora"] | {"from": None if start is None else _shown(start)}
     shown |= {section: {key: plain[section][key] for key in keys} for section, keys in _SETTINGS.items()}
+    for section, keys in _IF_NOT_DEFAULT.items():
+        defaults = {field.name: field.default for field in fields(getattr(config, section))}
+        changed = {key: plain[section][key] for key in keys if plain[section][key] != defaults[key]}
+        if changed:
+            shown[section] = shown.get(section, {}) | changed
     lines = [f"- {section}: `{json.dumps(values)}`" for section, values in shown.items()]
     return "\n".join(["## Loss and settings", "", *lines, ""])
 

@@ -158,6 +158,7 @@ def _write_pairs(config: Config, job: RolloutJob) -> str:
         },
         "best_of_n": _best(found, job.reward_weights),
         **comparison.summary(found, job.reward_weights),
+        **({"asked": asked} if (asked := job.store.asked()) else {}),
         "made_of": _pairs_fingerprint(job),
         "sampled_by": _sampled_by(job),
         "pairs_blake2b": pairs_digest,
@@ -189,5 +190,6 @@ def _text(config: Config, facts: dict[str, Any]) -> str:
         f"{facts['tokens']:.1f} tokens an answer\n"
         f"  answers left out: {_counts(answers['left_out'])}; prompts without a pair: "
         f"{_counts(facts['prompts_without_pair'])}\n"
-        f"  answers in {rows} that training splits into other tokens than were sampled: {answers['retokenised']}"
+        f"  answers in {rows} that training splits into other tokens than were sampled, or whose sampled tokens are "
+        f"not known: {answers['retokenised']}"
     )

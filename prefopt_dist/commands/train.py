@@ -354,4 +354,5 @@ def _what_comes(config: Config, order: Order, start: int, total: int) -> str:
         f"training: {described(config.loss)}, steps {start + 1} to {total} of {per_step} rows "
         f"({order.rows_per_epoch} an epoch, {epochs} {'epoch' if epochs == 1 else 'epochs'}) "
         f"on {ranks.world_size()} ranks; {'; '.join(every)}"
+        + ("; the reference does not move, as the run ends before" if moves is not None and moves >= total else "")
     )

@@ -29,6 +29,12 @@ REPLACED_KEYS = {
 }
 """Keys of earlier versions, and what replaces each."""
 
+REPLACED_VALUES = {
+    ("generate.engine", "vllm"): "start vLLM as a server in an environment of its own, and set generate.engine=server "
+    "and generate.servers"
+}
+"""Values of earlier versions, and what replaces each."""
+
 
 def build_config(raw: dict[str, Any]) -> Config:
     """Return the configuration that a merged mapping of sections describes.
@@ -126,7 +132,8 @@ def _build(kind: Any, value: Any, key: str) -> Any:
         return built
     if origin is Literal:
         if not isinstance(value, str) or value not in arguments:
-            refuse_value(key, value, f"one of {', '.join(arguments)}", "choose one of them")
+            remedy = REPLACED_VALUES.get((key, value), "choose one of them") if isinstance(value, str) else None
+            refuse_value(key, value, f"one of {', '.join(arguments)}", remedy or "choose one of them")
         return value
     if origin is tuple:
         return _build_tuple(arguments, value, key)
@@ -196,8 +203,25 @@ def _build_sources(value: Any, key: str) -> tuple[DataSource, ...]:
     if isinstance(value, list):
         if not value:
             refuse_value(key, value, "at least one source", "name a path")
-        return tuple(_build_source(item, f"{key}[{index}]") for index, item in enumerate(value))
-    return (_build_source(value, key),)
+        return _check_shares(tuple(_build_source(item, f"{key}[{index}]") for index, item in enumerate(value)), key)
+    return _check_shares((_build_source(value, key),), key)
+
+
+def _check_shares(sources: tuple[DataSource, ...], key: str) -> tuple[DataSource, ...]:
+    """Return the sources; raise UserError where some have a share and others not, or one has a weight too."""
+    if any(source.share is not None for source in sources):
+        for index, source in enumerate(sources):
+            if source.share is None:
+                raise UserError(
+                    f"{key}[{index}].share: missing, while another source of {key} has one; give each source a share, "
+                    "or none"
+                )
+            if source.weight != 1:
+                raise UserError(
+                    f"{key}[{index}].weight: got {source.weight:g} beside share {source.share:g}, which decides the "
+                    "passes; remove one of them"
+                )
+    return sources
 
 
 def _build_source(value: Any, key: str) -> DataSource:

@@ -92,6 +92,9 @@ class DataSource:
     """Passes over the source in each epoch; 0.5 uses a random half of its rows, drawn with `run.seed`."""
     name: Text | None = None
     """Configuration (subset) of a hub data set or a folder of files, such as `en`; null: the only one."""
+    share: Positive | None = None
+    """Instead of `weight`: this source's part of the rows of an epoch, beside those of the other sources, which all
+    have a share then. An epoch has as many rows as the sources together; a source takes the passes that this needs."""
 
 
 @dataclass(frozen=True)

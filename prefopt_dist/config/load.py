@@ -165,8 +165,9 @@ def identity(config: Config) -> dict[str, Any]:
     """
     sections = mask_secrets(to_dict(config))
     for source in _sources(sections["data"]):
-        if source["name"] is None:  # earlier runs have no such key
-            del source["name"]
+        for key_of_source in ("name", "share"):  # earlier runs have no such keys
+            if source[key_of_source] is None:
+                del source[key_of_source]
     flat: dict[str, Any] = {}
     for section, keys in _ALWAYS.items():
         for key in keys:

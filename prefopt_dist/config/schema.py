@@ -176,6 +176,17 @@ class RewardSource:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """A server that the job starts itself with the folder of the model, and ends with its answers."""
+
+    command: Text
+    """The command, run without a shell on the machine of rank 0; `{model}` in it becomes the model's folder, and
+    `{port}` the port on which it must listen."""
+    start_seconds: Positive = 600.0
+    """Longest time until the server is healthy."""
+
+
+@dataclass(frozen=True)
 class Generate:
     """The stage `generate`: n responses to each prompt, their scores, and pairs of them (docs/rollouts.md)."""
 
@@ -205,8 +216,19 @@ class Generate:
     on_bad_reward: Literal["stop", "drop"] = "stop"
     """A reward that raises an exception or is not a finite number ends the job (`stop`), or its response is left out
     (`drop`)."""
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """Engine for sampling; `vllm` needs the package vllm and GPUs."""
+    engine: Literal["transformers", "server"] = "transformers"
+    """What samples: a copy of the model on each rank (`transformers`), or servers that are asked over HTTP
+    (`server`)."""
+    servers: tuple[Text, ...] = ()
+    """Addresses of OpenAI-compatible servers that hold the model, such as `http://node1:8000`."""
+    launch: Launch | None = None
+    """The server that the job starts itself, instead of `servers`; null: none."""
+    key_variable: Text | None = None
+    """Name of the environment variable with the secret that the servers ask for; null: they ask for none."""
+    requests_in_flight: Count = 64
+    """Largest number of requests to each server at once, over all ranks."""
+    request_seconds: Positive = 600.0
+    """Longest time of one request; a server that does not answer within it is left out."""
     pairs: Text | None = None
     """File for the pairs; null: `pairs.jsonl` in the run folder."""
 

@@ -108,6 +108,8 @@ class TokenisedRows:
     weights: tuple[float, ...]
     """Passes per epoch, for each source"""
     report: DataReport
+    shares: tuple[float, ...] | None = field(default=None, kw_only=True)
+    """The sources' parts of an epoch, from which `weights` follow; None where the passes are given"""
     row_weights: NDArray[np.float64] | None = field(default=None, kw_only=True)
     """[n] the weight of each row in the loss; None without data.weight"""
     margins: NDArray[np.float64] | None = field(default=None, kw_only=True)
@@ -277,6 +279,7 @@ def write_manifest(
     names: Iterable[str],
     weights: Iterable[float],
     report: DataReport,
+    shares: Iterable[float] | None = None,
 ) -> None:
     """Write the manifest of a folder's finished columns; it is written last and flushed to disk.
 
@@ -287,6 +290,7 @@ def write_manifest(
         names: The names of the sources.
         weights: Passes per epoch, for each source.
         report: The counts of the rows.
+        shares: The part of each source of an epoch, which then decides its passes.
     """
     body = {
         "schema": SCHEMA,
@@ -297,6 +301,8 @@ def write_manifest(
         "weights": list(weights),
         "report": asdict(report),
     }
+    if shares is not None:
+        body["shares"] = list(shares)
     write_json(folder / MANIFEST, {"body": body, "blake2b": json_digest(body)})
 
 
@@ -335,12 +341,19 @@ def open_rows(folder: Path, checksums: bool = True) -> TokenisedRows:
         line=arrays["line"],
         flags=arrays["flags"],
         source_names=tuple(body["source_names"]),
-        weights=tuple(body["weights"]),
+        weights=_passes(body["shares"], arrays["source"]) if "shares" in body else tuple(body["weights"]),
+        shares=tuple(body["shares"]) if "shares" in body else None,
         report=DataReport(**{**report, "examples": examples}),
         row_weights=arrays.get("row_weights"),
         margins=arrays.get("margins"),
         scores=None if scores is None else scores.reshape(body["n"], responses),
     )
+
+
+def _passes(shares: list[float], source: NDArray[np.int32]) -> tuple[float, ...]:
+    """Return the passes over each source by which an epoch of N rows has the sources' shares of them."""
+    rows = np.maximum(np.bincount(source, minlength=len(shares)), 1)  # of a source without rows nothing can be taken
+    return tuple((np.array(shares) / sum(shares) * len(source) / rows).tolist())
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def _write_subset(
         files = {name: column.finish() for name, column in columns.items()}
     report = _report_of_subset(rows, keep, dropped, examples, content_digest(files))
     write_manifest(
-        folder, kind=rows.kind, files=files, names=rows.source_names, weights=rows.weights, report=report
+        folder, kind=rows.kind, files=files, names=rows.source_names, weights=rows.weights, report=report,
+        shares=rows.shares,
     )  # fmt: skip
 
 
@@ -156,6 +157,8 @@ def _report_of_subset(
     )
 
 
+FIT_ROWS = 4096
+"""Rows that are looked at together for a fitting partner."""
 PARTNER_SEED = 20240202
 """Seed of the permutation that gives each row its partner; equal in all runs, so that they share stored references."""
 MISMATCHED = 1
@@ -316,11 +319,26 @@ def exchange_partners(partner: NDArray[np.int64], prompt: NDArray[np.int64]) -> 
         PromptTooFrequent: More than half of the rows have the same prompt.
     """
     partner = partner.copy()
+    begin: dict[int, int] = {}  # for a prompt, the first row that may fit; a whole search each time would be quadratic
     for i in np.flatnonzero(prompt[partner] == prompt).tolist():
-        if prompt[partner[i]] == prompt[i]:  # an earlier exchange may already have changed this row's partner
-            fit = (prompt != prompt[i]) & (prompt[partner] != prompt[i])
-            j = int(fit.argmax())
-            if not fit[j]:  # a fitting row exists unless a prompt has more than half of the rows
-                raise PromptTooFrequent(f"{int((prompt == prompt[i]).sum())} of {len(prompt)}")
-            partner[i], partner[j] = partner[j], partner[i]
+        own = int(prompt[i])
+        if prompt[partner[i]] != own:  # an earlier exchange may already have changed this row's partner
+            continue
+        j = _first_fit(partner, prompt, own, begin.get(own, 0))
+        if j == len(prompt):  # a fitting row exists unless a prompt has more than half of the rows
+            raise PromptTooFrequent(f"{int((prompt == own).sum())} of {len(prompt)}")
+        theirs = int(prompt[partner[j]])
+        partner[i], partner[j] = partner[j], partner[i]
+        begin[own] = j + 1
+        begin[theirs] = min(begin.get(theirs, 0), j)  # row j has lost the partner for which it did not fit theirs
     return partner
+
+
+def _first_fit(partner: NDArray[np.int64], prompt: NDArray[np.int64], own: int, begin: int) -> int:
+    """Return the first row from `begin` on that has another prompt than `own`, as its partner has; without one, N."""
+    for start in range(begin, len(prompt), FIT_ROWS):
+        part = slice(start, start + FIT_ROWS)
+        fit = (prompt[part] != own) & (prompt[partner[part]] != own)
+        if fit.any():
+            return start + int(fit.argmax())
+    return len(prompt)

@@ -15,8 +15,17 @@ from typing import Any
 
 import yaml
 
+from prefopt_dist.config.data import DataSource
 from prefopt_dist.errors import UserError
 
+JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+KINDS = {
+    "Parquet files": (".parquet",),
+    ".jsonl files": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
+    "CSV files": (".csv",),
+}
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json")
+"""Files of a folder that describe its data set."""
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])[\w.]*?(?=-\d|_\d{4,}|$)")
 NAMED = re.compile(
     r"(?:^|[^a-z])(?:train|training|test|testing|validation|valid|val|dev|eval|evaluation|heldout|holdout)(?:[^a-z]|$)",
@@ -40,6 +49,38 @@ class SplitFile:
     configuration: str
     split: str | None
     """None: neither README.md nor the file's name names a split"""
+
+
+def folder_files(source: DataSource, key: str) -> tuple[Path, ...]:
+    """Return the files of a folder that hold the rows of the source; all have one type.
+
+    Args:
+        source: The source, whose path is a folder.
+        key: The dotted key that named it, for messages.
+
+    Raises:
+        UserError: The folder holds no files of rows or those of several types, or `select_files` raises.
+    """
+    folder = Path(source.path)
+    # Hidden folders hold caches and version histories, such as those of the hub's client.
+    found = [file for file in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in file.parts[1:])]
+    kinds = {kind: [file for file in found if file.name.endswith(ends)] for kind, ends in KINDS.items()}
+    if not any(kinds.values()):  # beside files of rows a .json file is a description
+        kinds[".json files"] = [f for f in found if f.name.endswith(JSON_SUFFIXES) and f.name not in DESCRIPTIONS]
+    holding = [kind for kind, files in kinds.items() if files]
+    if not holding:
+        raise UserError(
+            f"{key}: the folder {source.path!r} holds neither a saved data set nor {', '.join(KINDS)} or .json files; "
+            "name the file itself"
+        )
+    if len(holding) > 1:
+        raise UserError(
+            f"{key}: the folder {source.path!r} holds {' and '.join(holding)}, perhaps of the same rows; "
+            "name the files themselves, or a pattern such as *.jsonl"
+        )
+    return select_files(
+        folder, kinds[holding[0]], name=source.name, split=source.split, key=key, shown=source.path
+    )  # fmt: skip
 
 
 def select_files(

@@ -84,8 +84,7 @@ def prepare_rows(
     settings.check()
     fetch = partial(copy_files, cache_dir=cache_dir, copies=share.node == 0, look=share.look)
     opened = [open_source(source, index, key, fetch) for index, source in enumerate(sources)]
-    weights = [source.weight for source in sources]
-    folder = cached_folder(cache_dir, _cache_digest(opened, weights, tokenizer, settings))
+    folder = cached_folder(cache_dir, _cache_digest(opened, sources, tokenizer, settings))
     rows = open_intact_rows(folder, key, say)
     if rows is not None:
         _check_vocabulary(rows.tokens.max(), vocab_size, key)
@@ -107,7 +106,7 @@ def prepare_rows(
     def write(building: Path) -> None:
         with closing(results):  # it ends its processes
             _write_rows(
-                building, results, reading, weights,
+                building, results, reading, sources,
                 stop=on_bad_row == "stop", vocab_size=vocab_size, key=key, options=options, progress=progress,
             )  # fmt: skip
 
@@ -174,7 +173,7 @@ def _write_rows(
     folder: Path,
     results: Iterator[PartResult],
     reading: Reading,
-    weights: list[float],
+    sources: Sequence[DataSource],
     *,
     stop: bool,
     vocab_size: int,
@@ -188,7 +187,7 @@ def _write_rows(
         folder: The folder to fill.
         results: The results of all parts in order.
         reading: How the sources are read.
-        weights: Passes per epoch, for each source.
+        sources: The sources, with their passes or shares.
         stop: Whether a bad row ends the job.
         vocab_size: Number of entries of the model's vocabulary.
         key: The dotted key of the sources, for messages.
@@ -198,12 +197,14 @@ def _write_rows(
     forms = ", ".join(dict.fromkeys(how.form for how in reading.sources if how.form != "auto"))
     with ExitStack() as stack:
         columns = _Columns(stack, folder)
+        used: set[int] = set()
         for result in results:
             if stop and (fault := result.counts.first_fault) is not None:
                 raise stop_error(fault)
             if len(result.columns["tokens"]):
                 _check_vocabulary(result.columns["tokens"].max(), vocab_size, key)
             columns.append(result)
+            used.update(np.unique(result.columns["source"]).tolist())
             if progress is not None:
                 progress(columns.counts.rows, None)
         counts = columns.counts
@@ -211,13 +212,22 @@ def _write_rows(
             raise UserError(
                 f"{key}: no row is left to use; correct data.format or the data\n{counts.report(forms, '').text()}"
             )
+        for index, source in enumerate(sources):
+            if source.share is not None and index not in used:
+                raise UserError(
+                    f"{key}[{index}].share: {source.share:g} of the rows shall come from {source.path!r}, of which no "
+                    "row is left to use; correct the data or remove the source"
+                )
         kind = cast(Kind, kind_of(forms.split(", ")[0]))
         if options.ranked and kind == "pair":
             kind = "ranked"
         files = columns.finish(kind, options)
     report = counts.report(forms, content_digest(files))
     names = [how.name for how in reading.sources]
-    write_manifest(folder, kind=kind, files=files, names=names, weights=weights, report=report)
+    weights, shares = [source.weight for source in sources], [s.share for s in sources if s.share is not None]
+    write_manifest(
+        folder, kind=kind, files=files, names=names, weights=weights, report=report, shares=shares or None
+    )  # fmt: skip
 
 
 def _check_vocabulary(largest: int, vocab_size: int, key: str) -> None:
@@ -229,12 +239,13 @@ def _check_vocabulary(largest: int, vocab_size: int, key: str) -> None:
 
 
 def _cache_digest(
-    sources: list[OpenSource], weights: list[float], tokenizer: PreTrainedTokenizerBase, settings: Settings
+    opened: list[OpenSource], sources: Sequence[DataSource], tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> str:
     state = blake2b(digest_size=16)
-    for source, weight in zip(sources, weights, strict=True):
-        # The folder stores names and weights, so they are part of the digest.
-        state.update(json.dumps([source.name, weight, source.digest().hex()]).encode())
+    for source, described in zip(opened, sources, strict=True):
+        # The folder stores names, weights and shares, so they are part of the digest.
+        stored = [source.name, described.weight, source.digest().hex()]
+        state.update(json.dumps(stored if described.share is None else [*stored, described.share]).encode())
     state.update(tokenizer_content(tokenizer))
     # A build that stops at a bad row is never published, so both values of on_bad_row give the same folder.
     decisive = {name: value for name, value in vars(settings).items() if name != "on_bad_row"}

@@ -26,13 +26,12 @@ from prefopt_dist.data.containers import (
     zstd_stream,
 )
 from prefopt_dist.data.example import BadRow
-from prefopt_dist.data.folders import select_files
+from prefopt_dist.data.folders import JSON_SUFFIXES, folder_files
 from prefopt_dist.data.joined_rows import join_answers
 from prefopt_dist.data.remote import is_url
 from prefopt_dist.errors import NotHere, UserError
 from prefopt_dist.packages import import_optional
 
-JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 FILE_SUFFIXES = (*JSON_SUFFIXES, ".csv", ".parquet")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 READ_BYTES = 1 << 22
@@ -162,7 +161,7 @@ def open_source(source: DataSource, index: int, key: str, fetch: Fetch | None = 
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             return _open_saved(source, index, key)
-        return _open_folder(source, index, key)
+        return OpenSource(source.path, index, folder_files(source, key), None, key)
     if HUB_NAME.fullmatch(source.path) and not source.path.endswith(FILE_SUFFIXES):
         return _open_hub(source, index, key)
     raise NotHere(f"{key}: the file or folder {source.path!r} does not exist; correct the path")
@@ -184,28 +183,6 @@ def _open_saved(source: DataSource, index: int, key: str) -> OpenSource:
         raise UserError(f"{key}: {source.path!r} was saved without splits, got split {split!r}; remove the split")
     files = tuple(sorted(file for file in folder.rglob("*") if file.is_file()))
     return OpenSource(source.path, index, files, loaded, key)
-
-
-def _open_folder(source: DataSource, index: int, key: str) -> OpenSource:
-    folder = Path(source.path)
-    # Hidden folders hold caches and version histories, such as those of the hub's client.
-    found = [file for file in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in file.parts[1:])]
-    parquet = [file for file in found if file.suffix == ".parquet"]
-    lines = [file for file in found if file.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))]
-    if not parquet and not lines:
-        raise UserError(
-            f"{key}: the folder {source.path!r} holds neither a saved data set nor Parquet files nor .jsonl files; "
-            "name the file itself"
-        )
-    if parquet and lines:
-        raise UserError(
-            f"{key}: the folder {source.path!r} holds Parquet files and .jsonl files, perhaps of the same rows; "
-            "name the files themselves"
-        )
-    files = select_files(
-        folder, parquet or lines, name=source.name, split=source.split, key=key, shown=source.path
-    )  # fmt: skip
-    return OpenSource(source.path, index, files, None, key)
 
 
 def _open_glob(source: DataSource, index: int, key: str) -> OpenSource:

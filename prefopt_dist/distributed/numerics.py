@@ -1,4 +1,4 @@
-"""The arithmetic of this process: float32 is float32, and on request CUDA computes the same bits at every start."""
+"""The arithmetic of this process: full float32, denormals as 0, and on request CUDA's bits the same at every start."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ def use_full_float32() -> None:
     # These two calls leave the older and the newer of torch's settings in agreement; torch raises where they differ.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+
+
+def flush_denormals() -> None:
+    """Let the CPU compute with 0 in place of denormals, numbers below the normal range; call it before all threads.
+
+    The gradients of pairs with a saturated margin are denormal, and a processor may take several times as long for a
+    product of such numbers (docs/performance.md). The setting is one of the thread, and a thread takes it from the one
+    that starts it: so torch's pool of threads, autograd's, and those in which gloo sums have it if it stands before
+    each of them begins.
+    """
+    torch.set_flush_denormal(True)
 
 
 def check_deterministic_environment() -> None:

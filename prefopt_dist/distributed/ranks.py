@@ -40,6 +40,7 @@ def start(*, deterministic: bool = False, run_dir: Path | None = None) -> None:
         UserError: the launcher has found GPUs that torch cannot use, or the environment contradicts `deterministic`.
     """
     _refuse_unusable_gpus()
+    numerics.flush_denormals()
     numerics.use_full_float32()
     if deterministic:
         numerics.use_deterministic_algorithms()

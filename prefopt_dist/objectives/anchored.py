@@ -106,9 +106,9 @@ class SPPOHard(OfRewards):
 class CalDPO(OfRewards):
     """L = −log σ((r_c − r_r)/β) + ½ (r_c/β − 1/(2β))² + ½ (r_r/β + 1/(2β))².
 
-    Calibrated DPO (Xiao et al. 2024, arXiv:2412.14516) with the weight ½ of the squares that the authors' code has: the
-    log-ratios h of DPO without β, beside targets of 1/(2β) and −1/(2β) nats. Where policy and reference are equal,
-    L = ln 2 + 1/(4β²).
+    Calibrated DPO (Xiao et al. 2024, arXiv:2412.14516) with the weight ½ of the squares that the authors' code for
+    Zephyr has (that for Pythia has 1): the log-ratios h of DPO without β, beside targets of 1/(2β) and −1/(2β) nats.
+    Where policy and reference are equal, L = ln 2 + 1/(4β²).
     """
 
     @property

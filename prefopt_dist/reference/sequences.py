@@ -5,9 +5,11 @@ Legend: S distinct sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ DIGEST_BYTES = 16
 
 Digests = NDArray[np.uint8]
 """[n, 16] keys of sequences in the store."""
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -74,28 +77,15 @@ def first_occurrences(digests: Digests) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True, eq=False)
-class DistinctSequences(Mapping[bytes, Location]):
-    """Distinct sequences by digest, in a fixed order."""
+class ByDigest(Mapping[bytes, Value]):
+    """Values of sequences by digest, in a fixed order; what the values are is in further arrays."""
 
     digests: Digests
-    """[S, 16]"""
-    places: NDArray[np.int64]
-    """[S, 3] data set, row and response of each"""
+    """[S, 16], each once"""
 
-    @staticmethod
-    def of(places: Mapping[bytes, Location]) -> DistinctSequences:
-        """Return a mapping as arrays."""
-        digests = np.frombuffer(b"".join(places), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
-        located = [(p.data_set, p.row, p.response) for p in places.values()]
-        return DistinctSequences(digests, np.array(located, dtype=np.int64).reshape(-1, 3))
-
-    def part(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> DistinctSequences:
-        """Return some of the sequences, by their numbers or by a mask."""
-        return DistinctSequences(self.digests[chosen], self.places[chosen])
-
-    def location(self, number: int) -> Location:
-        """Return the place of a sequence."""
-        return Location(*self.places[number].tolist())
+    @abstractmethod
+    def value(self, number: int) -> Value:
+        """Return a value by its number."""
 
     def find(self, digests: Digests) -> NDArray[np.int64]:
         """Return the number of each of these sequences, -1 where it is none of them: int64 [n]."""
@@ -111,11 +101,40 @@ class DistinctSequences(Mapping[bytes, Location]):
     def __iter__(self) -> Iterator[bytes]:
         return (digest.tobytes() for digest in self.digests)
 
-    def __getitem__(self, digest: bytes) -> Location:
+    def __getitem__(self, digest: bytes) -> Value:
         number = int(self.find(np.frombuffer(digest, dtype=np.uint8))[0])
         if number < 0:
             raise KeyError(digest)
-        return self.location(number)
+        return self.value(number)
+
+
+def as_digests(keys: Iterable[bytes]) -> Digests:
+    """Return keys of sequences as an array [n, 16]."""
+    return np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+
+
+@dataclass(frozen=True, eq=False)
+class DistinctSequences(ByDigest[Location]):
+    """The places of distinct sequences."""
+
+    places: NDArray[np.int64]
+    """[S, 3] data set, row and response of each"""
+
+    @staticmethod
+    def of(places: Mapping[bytes, Location]) -> DistinctSequences:
+        """Return a mapping as arrays."""
+        located = [(p.data_set, p.row, p.response) for p in places.values()]
+        return DistinctSequences(as_digests(places), np.array(located, dtype=np.int64).reshape(-1, 3))
+
+    def part(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> DistinctSequences:
+        """Return some of the sequences, by their numbers or by a mask."""
+        return DistinctSequences(self.digests[chosen], self.places[chosen])
+
+    def location(self, number: int) -> Location:
+        """Return the place of a sequence."""
+        return Location(*self.places[number].tolist())
+
+    value = location
 
 
 def sequences_needed(

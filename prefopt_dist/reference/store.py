@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from prefopt_dist.errors import StopRequested, UserError
 from prefopt_dist.files import FileLock, fsync_folder
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import say
-from prefopt_dist.reference.sequences import DigestIndex, Digests, first_occurrences
+from prefopt_dist.reference.sequences import ByDigest, as_digests, first_occurrences
 
 MAGIC = b"PFREF\x00\x00\x01"
 ROW = np.dtype([("digest", "V16"), ("sum", "<f8"), ("tokens", "<i8"), ("zero", "<i8")])
@@ -39,11 +38,9 @@ class Score(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Scores(Mapping[bytes, Score]):
-    """Scores by digest, as arrays: 40 bytes for each, and 24 to find them."""
+class Scores(ByDigest[Score]):
+    """Scores as arrays: 40 bytes for each, and 24 to find them."""
 
-    digests: Digests
-    """[n, 16], each once"""
     sums: NDArray[np.float64]
     """[n]"""
     tokens: NDArray[np.int64]
@@ -52,40 +49,21 @@ class Scores(Mapping[bytes, Score]):
     @staticmethod
     def of_rows(rows: NDArray[np.void]) -> Scores:
         """Return the scores of a store's rows; of several rows for a sequence the first one is used."""
-        digests = np.frombuffer(rows["digest"].tobytes(), dtype=np.uint8).reshape(-1, CHECK_BYTES)
+        digests = as_digests([rows["digest"].tobytes()])
         first = first_occurrences(digests)
         return Scores(digests[first], rows["sum"][first], rows["tokens"][first])
 
     @staticmethod
     def of(scores: Mapping[bytes, Score]) -> Scores:
         """Return a mapping as arrays."""
-        digests = np.frombuffer(b"".join(scores), dtype=np.uint8).reshape(-1, CHECK_BYTES)
         sums, tokens = ([score[k] for score in scores.values()] for k in (0, 1))
-        return Scores(digests, np.array(sums, dtype=np.float64), np.array(tokens, dtype=np.int64))
-
-    def find(self, digests: Digests) -> NDArray[np.int64]:
-        """Return the number of each of these sequences, -1 where one has none: int64 [n]."""
-        return self._index.find(digests)
+        return Scores(as_digests(scores), np.array(sums, dtype=np.float64), np.array(tokens, dtype=np.int64))
 
     def score(self, number: int) -> Score:
         """Return a score by its number."""
         return Score(float(self.sums[number]), int(self.tokens[number]))
 
-    @cached_property
-    def _index(self) -> DigestIndex:
-        return DigestIndex(self.digests)
-
-    def __len__(self) -> int:
-        return len(self.digests)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return (digest.tobytes() for digest in self.digests)
-
-    def __getitem__(self, digest: bytes) -> Score:
-        number = int(self.find(np.frombuffer(digest, dtype=np.uint8))[0])
-        if number < 0:
-            raise KeyError(digest)
-        return self.score(number)
+    value = score
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,12 @@ def _usable(found: AnsweredPrompt, rule: PairingRule, tally: PairCounts) -> list
     return usable
 
 
+PAIR_COLUMNS = ("chosen_score", "rejected_score")
+"""Columns of `pair_row` with numbers of a pair, under `reward` of each."""
+RANKED_COLUMNS = ("scores", "response_scores")
+"""Columns of `ranked_row` with numbers of its answers."""
+
+
 def pair_row(prompt: Prompt, pair: Sequence[ScoredAnswer], about: dict[str, Any]) -> dict[str, Any]:
     """Return a row of the pairs file: the form `pair`, with the scores and with `about` as the field `generated`."""
     chosen, rejected = _responses(prompt, pair)

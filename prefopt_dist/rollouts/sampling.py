@@ -21,6 +21,20 @@ from prefopt_dist.rollouts.prompts import Prompt
 Ids = list[int]
 
 
+@dataclass(frozen=True)
+class TextResponse:
+    """A sampled response whose token ids are not known, since a server gave its text alone."""
+
+    text: str
+    """Text without the stop token"""
+    ended: bool
+    """Whether it ended with a stop token, by the server's finish reason"""
+
+
+Response = Ids | TextResponse
+"""A sampled response: its token ids, the stop token included where one was reached, or its text"""
+
+
 class Engine(Protocol):
     """A model that samples: an unsharded copy on each rank, or one model sharded over all ranks (lockstep)."""
 

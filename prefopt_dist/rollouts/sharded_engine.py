@@ -17,6 +17,7 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.model.load import own_attention
 from prefopt_dist.model.scorer import DecodingInputs
 from prefopt_dist.monitoring import heartbeat
+from prefopt_dist.rollouts.sampling import Ids, pad_lines
 from prefopt_dist.rollouts.transformers_engine import TransformersEngine
 
 
@@ -46,12 +47,19 @@ class ShardedEngine(TransformersEngine):
         lm.set_attn_implementation(own_attention(lm.config))
 
     def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache | None
     ) -> torch.Tensor:
         heartbeat.beat("answering under ZeRO-3")  # a token may take seconds, a shard hours
         self._agree(True)
         logits: torch.Tensor = self._engine(DecodingInputs(ids, mask, positions, cache))
         return logits
+
+    @torch.no_grad()
+    def logits_before(self, prompt: Ids, response: Ids) -> torch.Tensor:
+        """Return as in TransformersEngine, in one padded pass over all beginnings of the response."""
+        lines = [[*prompt, *response[:t]] for t in range(len(response))]
+        ids, mask = pad_lines(lines, 0, "left", self._device)
+        return self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), None).float().cpu()
 
     def meet(self) -> None:
         """Take part in the other ranks' passes with one token each, until no rank has a pass to compute."""

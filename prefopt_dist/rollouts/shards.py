@@ -38,26 +38,59 @@ def over_shards(
         StopRequested: a stop was requested and shards are left.
         Exception: the error of a rank, on all ranks.
     """
-    halt = folder / HALT.format(job=ranks.run_on_rank_zero(lambda: secrets.token_hex(8)))
     rank, world = ranks.rank(), ranks.world_size()
 
-    def do_share() -> bool:
+    def do_share(share: list[int], halted: Callable[[], bool]) -> bool:
         """Do this rank's share; return whether shards of it are left."""
         with Progress(len(todo), what, "shards", rank) as progress:
-            for turn, number in enumerate(todo[rank::world]):
-                if stop_asked() or halt.exists():
-                    halt.touch()
+            for turn, number in enumerate(share):
+                if halted():
                     return True
-                try:
-                    work(number)
-                except Exception:
-                    with suppress(OSError):  # the disk may be full, which may also be the error itself
-                        halt.touch()
-                    raise
+                work(number)
                 progress.update(min(world, len(todo) - turn * world))
         return False
 
-    left = any(ranks.all_gather(ranks.run_on_all_ranks(do_share)))
+    share_out(folder, todo, do_share, stop_asked)
+
+
+def share_out(
+    folder: Path,
+    todo: list[int],
+    do_share: Callable[[list[int], Callable[[], bool]], bool],
+    stop_asked: Callable[[], bool],
+) -> None:
+    """Let each rank do its share of the shards at its own pace (all ranks call it).
+
+    No collective runs until all ranks are done.
+
+    Args:
+        folder: of the shards, on a disk that all ranks share.
+        todo: numbers of the shards.
+        do_share: does and commits the shards of these numbers, without collectives; it asks now and then, by the
+            function that it is given, whether it must end early, and returns whether shards are left.
+        stop_asked: whether this rank was asked to stop.
+
+    Raises:
+        StopRequested: a stop was requested and shards are left.
+        Exception: the error of a rank, on all ranks.
+    """
+    halt = folder / HALT.format(job=ranks.run_on_rank_zero(lambda: secrets.token_hex(8)))
+
+    def halted() -> bool:
+        if stop_asked() or halt.exists():
+            halt.touch()
+            return True
+        return False
+
+    def run() -> bool:
+        try:
+            return do_share(todo[ranks.rank() :: ranks.world_size()], halted)
+        except Exception:
+            with suppress(OSError):  # the disk may be full, which may also be the error itself
+                halt.touch()
+            raise
+
+    left = any(ranks.all_gather(ranks.run_on_all_ranks(run)))
     ranks.run_on_rank_zero(lambda: halt.unlink(missing_ok=True))
     if left:
         raise StopRequested

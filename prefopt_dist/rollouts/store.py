@@ -14,7 +14,7 @@ from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import digest, json_digest, read_json, remove_stale, write_atomic, write_json
 from prefopt_dist.rollouts.prompts import Prompt
-from prefopt_dist.rollouts.sampling import Ids
+from prefopt_dist.rollouts.sampling import Ids, Response, TextResponse
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,30 @@ class Answer:
         return asdict(self)
 
 
-def answers_of(prompt: Prompt, responses: Sequence[Ids], stop_ids: Sequence[int], tokeniser: Tokeniser) -> list[Answer]:
+def answers_of(
+    prompt: Prompt, responses: Sequence[Response], stop_ids: Sequence[int], tokeniser: Tokeniser
+) -> list[Answer]:
     """Decode the sampled responses to one prompt, and check that each can be a row of training data.
+
+    Of a response that is known by its text alone, the ids are those of the training, and it is not `exact`.
 
     Args:
         prompt: the prompt.
-        responses: token ids of each response.
+        responses: token ids or text of each response.
         stop_ids: ids that end a response.
         tokeniser: of the training.
     """
-    ended = [ids[-1] in stop_ids for ids in responses]
-    bodies = [ids[:-1] if end else ids for ids, end in zip(responses, ended, strict=True)]
-    texts = tokeniser.tokenizer.batch_decode(bodies, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    given = [r if isinstance(r, TextResponse) else None for r in responses]
+    sampled = [
+        ids_of_text(r.text, r.ended, stop_ids, tokeniser) if isinstance(r, TextResponse) else r for r in responses
+    ]
+    ended = [ids[-1] in stop_ids if t is None else t.ended for ids, t in zip(sampled, given, strict=True)]
+    bodies = [ids[:-1] if end else ids for ids, end in zip(sampled, ended, strict=True)]
+    decoded = tokeniser.tokenizer.batch_decode(bodies, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    texts = [d if t is None else t.text for d, t in zip(decoded, given, strict=True)]
     rows = tokeniser.encode([prompt.example(text) for text in texts])
     found = []
-    for ids, body, end, text, row in zip(responses, bodies, ended, texts, rows, strict=True):
+    for ids, body, end, text, row, of_text in zip(sampled, bodies, ended, texts, rows, given, strict=True):
         if not text.strip():
             found.append(Answer(ids, text, "empty_response", False))
         elif not end:
@@ -59,13 +68,23 @@ def answers_of(prompt: Prompt, responses: Sequence[Ids], stop_ids: Sequence[int]
             found.append(Answer(ids, text, row.kind, False))
         else:
             exact = row.prompt == prompt.ids and row.responses[0][:-1] == body and not row.cut
-            found.append(Answer(ids, text, None, exact))
+            found.append(Answer(ids, text, None, exact and of_text is None))
     return found
+
+
+def ids_of_text(text: str, ended: bool, stop_ids: Sequence[int], tokeniser: Tokeniser) -> Ids:
+    """Return the ids into which training splits an answer's text, with its end token if it ended; at least one id."""
+    ids: Ids = tokeniser.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    template = tokeniser.template
+    end = template.plain_end_token if template.mode == "none" else template.end_token
+    return [*ids, tokeniser.tokenizer.convert_tokens_to_ids(end)] if ended else ids or [stop_ids[0]]
 
 
 SHARD_PROMPTS = 64
 """Number of prompts in a shard, the most work that each rank loses when the job is killed."""
 SETTINGS = "settings.json"
+ASKED = "asked.jsonl"
+"""What each start asked of servers, a line each"""
 
 Scores = list[float | str]
 """The value of each reward for one answer, or the reason why there is none."""
@@ -153,6 +172,16 @@ class SampleStore:
             # They are of answers that were damaged, and rounding may have changed the new ones.
             scores.unlink()
         _write_lines(self._file("samples", number), [[a.as_json() for a in of_prompt] for of_prompt in answers])
+
+    def note_asked(self, record: dict[str, Any]) -> None:
+        """Append what one start asked of servers."""
+        with (self.folder / ASKED).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def asked(self) -> list[dict[str, Any]]:
+        """Return what was asked of servers for these answers, by start; none where no server was asked."""
+        file = self.folder / ASKED
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def write_scores(self, what: str, number: int, scores: Iterable[list[Scores]]) -> None:
         """Commit a shard's scores, for each answer to each prompt, under the name from `scores_name`."""

@@ -98,6 +98,16 @@ class TransformersEngine:
     def meet(self) -> None:
         """Do nothing: each rank samples by itself."""
 
+    @torch.no_grad()
+    def logits_before(self, prompt: Ids, response: Ids) -> torch.Tensor:
+        """Return the logits from which each token of a response is drawn: float32 [tokens, V], on the CPU.
+
+        The sequence is computed by itself, without a cache and without padding.
+        """
+        ids = torch.tensor([[*prompt, *response[:-1]]], device=self._device)
+        logits: torch.Tensor = self._model(input_ids=ids, use_cache=False, logits_to_keep=len(response)).logits
+        return logits[0].float().cpu()
+
     def _batch(self, prompts: Sequence[Prompt], rows: Sequence[Row], sampling: Sampling) -> list[Ids]:
         """Return the responses of one batch; rows that have ended are removed from it during sampling."""
         noise = np.stack(

@@ -8,6 +8,7 @@ from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.model.activation_checkpointing import host_bytes, usable, usable_bytes
 from prefopt_dist.model.fingerprint import refuse_if_changed
+from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring.console import format_bytes, say
@@ -25,18 +26,41 @@ from prefopt_dist.setup.prepare_reference import HashedWeights, reference_settin
 def start_engine(config: Config, models: Models, hashed: HashedWeights) -> Engine:
     """Load the model that the run starts from, and check that its files have not changed (all ranks call it)."""
     if not _copy_fits(config, models, "the start", loads=True):
-        settings = reference_settings(config, models)
-        lm = load_sharded(models.start, dtype=models.dtype, settings=settings, path=models.path)
-        sharded = zero3.reference_engine(Scorer(lm, models.path), settings)
-        ranks.run_on_all_ranks(lambda: refuse_if_changed(hashed.states))
-        return ShardedEngine(sharded, str(models.policy.path), batch_tokens=_batch_tokens(config), release=True)
+        return _sharded_engine(config, models, models.start, hashed)
 
-    def load() -> Engine:
+    def load() -> TransformersEngine:
         lm = load_for_sampling(models.start, dtype=models.dtype, device=ranks.device())
         refuse_if_changed(hashed.states)
         return TransformersEngine(lm, str(models.policy.path), batch_tokens=_batch_tokens(config))
 
     return ranks.run_on_all_ranks(load)
+
+
+def checking_engine(
+    config: Config, models: Models, model: ModelFolder, hashed: HashedWeights
+) -> TransformersEngine | None:
+    """Load a model with which servers are compared, and check that its files have not changed (all ranks call it).
+
+    Returns:
+        The engine; where an unsharded copy fits, rank 0 alone has one.
+    """
+    if not _copy_fits(config, models, "the model that servers are compared with", loads=True):
+        return _sharded_engine(config, models, model, hashed)
+
+    def load() -> TransformersEngine:
+        lm = load_for_sampling(model, dtype=models.dtype, device=ranks.device())
+        refuse_if_changed(hashed.states)
+        return TransformersEngine(lm, str(model.path), batch_tokens=_batch_tokens(config))
+
+    return ranks.run_on_all_ranks(lambda: load() if ranks.rank() == 0 else None)
+
+
+def _sharded_engine(config: Config, models: Models, model: ModelFolder, hashed: HashedWeights) -> ShardedEngine:
+    settings = reference_settings(config, models)
+    lm = load_sharded(model, dtype=models.dtype, settings=settings, path=models.path)
+    sharded = zero3.reference_engine(Scorer(lm, models.path), settings)
+    ranks.run_on_all_ranks(lambda: refuse_if_changed(hashed.states))
+    return ShardedEngine(sharded, str(model.path), batch_tokens=_batch_tokens(config), release=True)
 
 
 def policy_engine(config: Config, models: Models, engine: Any, step: int) -> Engine:

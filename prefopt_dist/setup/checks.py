@@ -93,16 +93,6 @@ def check_packages(config: Config) -> None:
             quantised.require_package()
 
 
-def check_moving_reference(config: Config, objective: Objective) -> None:
-    """Raise UserError for a reference that is to move in a run without a reference."""
-    every = config.reference.update_every_steps
-    if every is not None and not objective.needs_reference:
-        raise UserError(
-            f"reference.update_every_steps: got {every}, but loss.name={config.loss.name} has no reference; set it to "
-            "null, or take a loss with a reference"
-        )
-
-
 def check_evaluations(config: Config) -> None:
     """Raise UserError where train.early_stop or checkpoint.keep_best use a metric that the run does not measure."""
     _check_answers(config)

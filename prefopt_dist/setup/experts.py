@@ -38,9 +38,9 @@ def _routers(config: Config, model: PreTrainedConfig) -> tuple[Router, ...]:
     routers = find_routers(model)
     coefficient = config.train.router_aux_loss_coef
     if coefficient and not (routers and all(router.affinity for router in routers)):
-        why = "whose routers weigh experts in a way that is" if routers else "which has no experts whose router is"
+        why = "whose routers weigh experts in a way that is not" if routers else "which has no experts whose router is"
         raise UserError(
             f"train.router_aux_loss_coef: got {coefficient:g}, but {config.model.name_or_path} is a "
-            f"{model.model_type} model, {why} not known here (docs/experts.md). Set it to 0."
+            f"{model.model_type} model, {why} known here (docs/experts.md). Set it to 0."
         )
     return routers

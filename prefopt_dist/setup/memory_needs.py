@@ -49,9 +49,9 @@ def job_needs(config: Config, model: PreTrainedConfig, keys_per_token: float, pa
 
 
 def _sampled(config: Config) -> GenerationSettings | None:
-    """Return how generate, rounds and evaluate.prompts sample; None without rewards, or with vLLM."""
+    """Return how generate, rounds and evaluate.prompts sample; None without rewards, or where servers sample."""
     generate = config.generate
-    if not generate.rewards or generate.engine == "vllm":
+    if not generate.rewards or generate.engine == "server":
         return None
     return GenerationSettings(
         batch_tokens=generate.batch_tokens,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt_dist.config import Config, DataSource
+from prefopt_dist.data.columns import DIFFERENCE
 from prefopt_dist.data.prepare import tokenizer_content
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.distributed import out_of_memory, ranks
@@ -23,13 +24,16 @@ from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.reference.store import scoring_lock
-from prefopt_dist.rollouts import vllm_engine
-from prefopt_dist.rollouts.prompts import Prompts, read_prompts
-from prefopt_dist.rollouts.sampling import Engine, Sampling, seed_of_model, stop_ids_of
-from prefopt_dist.rollouts.shards import in_lockstep, over_shards
+from prefopt_dist.rollouts.pairs import PAIR_COLUMNS, RANKED_COLUMNS
+from prefopt_dist.rollouts.prompts import Prompt, Prompts, read_prompts
+from prefopt_dist.rollouts.sampling import Engine, Response, Sampling, seed_of_model, stop_ids_of
+from prefopt_dist.rollouts.server_engine import ServerEngine
+from prefopt_dist.rollouts.server_record import record_text, together
+from prefopt_dist.rollouts.shards import in_lockstep, over_shards, share_out
 from prefopt_dist.rollouts.store import SHARD_PROMPTS, AnsweredPrompt, SampleStore, answers_of
 from prefopt_dist.rollouts.transformers_engine import TransformersEngine, load_for_sampling
 from prefopt_dist.rollouts.trial import fault_of_sampling
+from prefopt_dist.setup import answer_servers
 from prefopt_dist.setup.checks import eval_sets, selection_metrics
 from prefopt_dist.setup.prepare_data import TRAIN, tokeniser_of
 from prefopt_dist.setup.prepare_models import Models
@@ -54,9 +58,6 @@ def sources_of(config: Config, stage: str) -> list[tuple[str, Sequence[DataSourc
     return None
 
 
-_MERGE = "merge the adapter into its base model by peft, and give that as model.name_or_path without lora.from"
-
-
 def check_for(config: Config, stage: str) -> None:
     """Check what a stage that samples needs (one process calls it).
 
@@ -76,6 +77,7 @@ def check_for(config: Config, stage: str) -> None:
         )
     if stage == "rounds":
         _refuse_answers_in_rounds(config)
+        _refuse_absent_numbers(config)
     if stage == "rounds" and config.lora is not None and not config.export.merged:
         raise UserError(
             "export.merged: got false, but with the section lora a round's adapters must be merged into the model "
@@ -84,12 +86,27 @@ def check_for(config: Config, stage: str) -> None:
     if stage == "rounds" and config.lora is not None and config.lora.from_ is not None:
         raise UserError(
             f"lora.from: got {config.lora.from_!r}, must be null in the stage rounds, in which each round but the "
-            f"first starts from a whole model; {_MERGE}"
+            f"first starts from a whole model; {answer_servers.MERGE}"
         )
     if stage in ("generate", "rounds") or (stage == "evaluate" and config.evaluate.prompts is not None):
         check(config)
     elif stage == "train" and config.answers.number:
         check_rewards(config)  # a training may have none
+
+
+def _refuse_absent_numbers(config: Config) -> None:
+    """Raise UserError for a weight or a margin that the rows which a round makes of its answers do not have."""
+    if config.generate.pairing == "ranked":
+        columns, example = RANKED_COLUMNS, "scores.0 - scores.1"
+    else:
+        columns, example = PAIR_COLUMNS, "chosen_score.reward - rejected_score.reward"
+    for key, path in (("data.weight", config.data.weight), ("data.margin", config.data.margin)):
+        for part in () if path is None else path.split(DIFFERENCE):
+            if part.split(".")[0] not in columns:
+                raise UserError(
+                    f"{key}: got {path!r}, but the rows of a round are made of its answers and have no number in "
+                    f"{part!r}; leave it out, or name one that they have, such as {example}"
+                )
 
 
 def _refuse_answers_in_rounds(config: Config) -> None:
@@ -114,18 +131,7 @@ def check(config: Config) -> None:
             "[{model: FOLDER}]"
         )
     check_rewards(config)
-    if config.generate.engine == "vllm" and config.lora is not None and config.lora.from_ is not None:
-        raise UserError(
-            f"generate.engine: got vllm, must be transformers with lora.from ({config.lora.from_!r}), since vllm is "
-            f"given whole models; change it, or {_MERGE}"
-        )
-    if config.generate.engine == "vllm" and config.lora is not None and config.lora.base != "full":
-        raise UserError(
-            f"generate.engine: got vllm, must be transformers with lora.base={config.lora.base}, since vllm would "
-            "sample from the base as it is stored; change one of them"
-        )
-    if config.generate.engine == "vllm":
-        vllm_engine.refuse_where_absent()
+    answer_servers.check(config)
     prompt_tokens = config.data.max_length - config.generate.max_new_tokens
     if prompt_tokens < 1:
         raise UserError(
@@ -150,6 +156,9 @@ class RolloutJob:
     """Folder of the model that answers, or of the one that it was trained from"""
     model_key: str
     """Key of the weights that answer"""
+    open_servers: Callable[[Sequence[Prompt]], ServerEngine] | None = None
+    """Function that checks servers with some of the prompts, and returns what asks them instead of an engine; all ranks
+    call it"""
 
     @property
     def config(self) -> Config:
@@ -211,17 +220,15 @@ class RolloutJob:
     @out_of_memory.phase("sampling")
     def _sample(self, todo: list[int], stop_asked: Callable[[], bool]) -> None:
         heartbeat.beat("loading the model that answers")
+        if self.open_servers is not None:
+            self._ask(todo, self.open_servers, stop_asked)
+            return
         engine = self.open_engine()
 
         @out_of_memory.phase("sampling")
         def one(number: int) -> None:
             prompts = self.store.prompts(number)
-            sampled = engine.sample(prompts, self.sampling)
-            stop_ids = self.sampling.stop_ids
-            self.store.write_answers(
-                number,
-                [answers_of(p, ids, stop_ids, self.tokeniser) for p, ids in zip(prompts, sampled, strict=True)],
-            )
+            self._commit(number, prompts, engine.sample(prompts, self.sampling))
 
         what = f"{self.what}: answering"
         try:
@@ -231,6 +238,43 @@ class RolloutJob:
                 over_shards(self.store.folder, todo, what, one, stop_asked)
         finally:
             engine.close()
+
+    def _commit(self, number: int, prompts: Sequence[Prompt], sampled: Sequence[Sequence[Response]]) -> None:
+        """Commit the responses to a shard's prompts."""
+        stop_ids = self.sampling.stop_ids
+        self.store.write_answers(
+            number, [answers_of(p, of, stop_ids, self.tokeniser) for p, of in zip(prompts, sampled, strict=True)]
+        )
+
+    def _ask(
+        self,
+        todo: list[int],
+        open_servers: Callable[[Sequence[Prompt]], ServerEngine],
+        stop_asked: Callable[[], bool],
+    ) -> None:
+        """Ask servers for the answers of these shards (all ranks call it)."""
+        # The shards are sorted by length: the check meets the shortest prompts and the longest.
+        engine = open_servers([prompt for number in {todo[0], todo[-1]} for prompt in self.store.prompts(number)])
+
+        def do_share(share: list[int], halted: Callable[[], bool]) -> bool:
+            return engine.answer(
+                self.store.folder,
+                share,
+                self.store.prompts,
+                self.sampling,
+                self._commit,
+                halted,
+                f"{self.what}: answering",
+                ranks.rank(),
+            )
+
+        try:
+            share_out(self.store.folder, todo, do_share, stop_asked)
+        finally:  # an error of one rank is raised on all
+            engine.close()
+            record = together(ranks.all_gather(engine.record))
+            ranks.run_on_rank_zero(lambda: self.store.note_asked(record))
+            say(f"{self.what}: {record_text(record)}")
 
     @out_of_memory.phase("scoring by the rewards")
     def _score(self, todo: list[int], stop_asked: Callable[[], bool]) -> None:
@@ -326,14 +370,18 @@ def prepare(
     def open_engine() -> Engine:
         return ranks.run_on_all_ranks(lambda: _engine(config, models, model, lambda: refuse_if_changed(hashed.states)))
 
-    return RolloutJob(what, SampleStore(folder), rewards, sampling, tokeniser, open_engine, model, hashed.key)
+    def open_servers(some: Sequence[Prompt]) -> ServerEngine:
+        return answer_servers.open_servers(config, models, model, hashed, tokeniser, some, sampling, what)
+
+    servers = open_servers if config.generate.engine == "server" else None
+    return RolloutJob(what, SampleStore(folder), rewards, sampling, tokeniser, open_engine, model, hashed.key, servers)
 
 
 def _refuse_faults(model: ModelFolder, max_length: int) -> None:
     """Raise UserError where answers that this package samples would not be the model's own."""
     fault = fault_of_sampling(model.config, max_length)
     if fault:
-        raise UserError(f"generate.engine: got transformers, but {fault}. Set generate.engine=vllm.")
+        raise UserError(f"generate.engine: got transformers, but {fault}. Set generate.engine=server.")
 
 
 def plan_samples(
@@ -367,11 +415,7 @@ def sampling_fingerprint(config: Config, models: Models, sampling: Sampling) -> 
 def _engine(config: Config, models: Models, model: ModelFolder, check_loaded: Callable[[], None]) -> Engine:
     """Load the engine with an unsharded copy of a folder's model (each rank calls it by itself)."""
     dtype, generate = models.dtype, config.generate
-    engine: Engine
-    if generate.engine == "vllm":
-        engine = vllm_engine.VllmEngine(model, dtype=dtype, longest=config.data.max_length)
-    else:
-        lm = load_for_sampling(model, dtype=dtype, device=ranks.device())
-        engine = TransformersEngine(lm, str(model.path), batch_tokens=generate.batch_tokens)
+    lm = load_for_sampling(model, dtype=dtype, device=ranks.device())
+    engine = TransformersEngine(lm, str(model.path), batch_tokens=generate.batch_tokens)
     check_loaded()
     return engine

@@ -2,7 +2,7 @@
 
 Gorbatovski et al. 2024, https://arxiv.org/abs/2404.09656, equation 5. Nothing is copied: as the reference is used only
 through its log-probs, the policy scores the rows that are due before the next update, and no others. So all updates
-cost about one pass over the data.
+of an epoch cost about one pass over the data.
 
 The values stand in the run folder, `reference/step-00000100.npz`, since a start that resumes between two updates no
 longer has the weights that made them. Evaluation sets keep the values of the run's first reference, so that their

@@ -10,13 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import case_runner
 import patience
 import pytest
-import torch
 import worlds
 from door import Door, one_process_group
 from generation_cases import TORCHRUN
@@ -30,9 +28,6 @@ from prefopt_dist.cli import main
 from prefopt_dist.commands import rounds
 from prefopt_dist.config import identity, load_config
 from prefopt_dist.errors import StopRequested
-from prefopt_dist.rollouts import vllm_engine
-from prefopt_dist.rollouts.prompts import Prompt
-from prefopt_dist.rollouts.sampling import Sampling
 from prefopt_dist.rollouts.shards import HALT, over_shards
 from prefopt_dist.setup import compare, prepare_rollouts, rewards
 
@@ -404,12 +399,6 @@ def mistakes(world: Path) -> list[tuple[list[str], list[str], str, bool]]:
         ),
         (["has 2 outputs", "must have 1"], [f"generate.rewards=[{{model: {two}}}]"], "generate", True),
         (
-            ["generate.engine: 'vllm' needs the package", "set generate.engine=transformers"],
-            ["generate.engine=vllm"],
-            "generate",
-            True,
-        ),
-        (
             ["generate.max_new_tokens: got 256", "data.max_length (256)"],
             ["generate.max_new_tokens=256"],
             "generate",
@@ -421,6 +410,18 @@ def mistakes(world: Path) -> list[tuple[list[str], list[str], str, bool]]:
         (
             ["reference.name_or_path", "rounds.reference=start", "rounds.reference=first"],
             [f"evaluate.prompts={world / 'new.jsonl'}", f"reference.name_or_path={world / 'model'}"],
+            "rounds",
+            True,
+        ),
+        (
+            ["data.weight: got 'confidence'", "made of its answers", "chosen_score.reward"],
+            [f"evaluate.prompts={world / 'new.jsonl'}", "data.weight=confidence"],
+            "rounds",
+            True,
+        ),
+        (
+            ["data.margin: got 'chosen_score.reward - other'", "no number in 'other'"],
+            [f"evaluate.prompts={world / 'new.jsonl'}", "data.margin=chosen_score.reward - other"],
             "rounds",
             True,
         ),
@@ -462,31 +463,3 @@ def test_prompts_without_prompts(door: Door, world: Path) -> None:
         stage="generate",
         run=write_run(world, "mistakes"),
     )
-
-
-# vLLM, by a stand-in for the package: what it is asked, not what it answers
-
-
-def test_vllm_is_asked_for_each_answer_with_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
-
-    class LLM:
-        def __init__(self, **options: Any) -> None:
-            asked["options"] = options
-
-        def generate(self, prompts: list[Any], parameters: list[Any], use_tqdm: bool) -> list[Any]:
-            asked.update(prompts=prompts, parameters=parameters)
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(i,))]) for i in range(len(prompts))]
-
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=lambda **p: p))
-    monkeypatch.setattr(vllm_engine, "_single_gpu_environment", torch.no_grad)
-    folder = SimpleNamespace(path=Path("model"))
-    engine = vllm_engine.VllmEngine(folder, dtype=torch.bfloat16, longest=64)  # type: ignore[arg-type]
-    prompts = [Prompt(i, "p:1", "x", None, {}, [i, 7]) for i in range(3)]
-    answers = engine.sample(prompts, Sampling(2, 0.9, 0.8, 12, 5, (3, 4)))
-    assert answers == [[[0], [1]], [[2], [3]], [[4], [5]]]
-    assert asked["options"]["dtype"] == "bfloat16"
-    assert [p["prompt_token_ids"] for p in asked["prompts"]] == [[i, 7] for i in (0, 0, 1, 1, 2, 2)]
-    assert len({p["seed"] for p in asked["parameters"]}) == 6
-    one = asked["parameters"][0]
-    assert (one["temperature"], one["top_p"], one["max_tokens"], one["stop_token_ids"]) == (0.9, 0.8, 12, [3, 4])

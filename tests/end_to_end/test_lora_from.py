@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from prefopt_dist.cli import main
+from prefopt_dist.errors import UserError
 from prefopt_dist.model.adapter import CONFIG, WEIGHTS
 from prefopt_dist.model.saved_adapter import SavedAdapter, refuse_other_base
 
@@ -167,6 +168,9 @@ def test_a_base_under_another_folder(tmp_path: Path) -> None:
     saved = SavedAdapter(tmp_path, {"base_model_name_or_path": "org/some-model"}, {"x": torch.Size([1])})
     refuse_other_base(saved, str(tmp_path / "some-model"))
     refuse_other_base(SavedAdapter(tmp_path, {"base_model_name_or_path": None}, {}), "any/model")
+    for other in ("org/some-model-2", str(tmp_path / "org")):
+        with pytest.raises(UserError, match=r"lora\.from: .* belongs to 'org/some-model'"):
+            refuse_other_base(saved, other)
 
 
 def test_stages_that_take_whole_models_alone(door: Door) -> None:
@@ -174,5 +178,6 @@ def test_stages_that_take_whole_models_alone(door: Door) -> None:
     words = ["lora.from: got", "must be null in the stage rounds", "merge the adapter"]
     door.fails(words, stage="rounds", run=run_from(door, "wrong", **rounds))
     rewards = {"generate": {"rewards": [{"function": "rewards_for_tests:letters"}]}}
-    words = ["generate.engine: got vllm", "must be transformers with lora.from", "merge the adapter"]
-    door.fails(words, "generate.engine=vllm", stage="generate", run=run_from(door, "wrong", **rewards))
+    words = ["generate.engine: got server", "must be transformers with lora.from", "merge the adapter"]
+    server = ["generate.engine=server", "generate.servers=[http://node1]"]
+    door.fails(words, *server, stage="generate", run=run_from(door, "wrong", **rewards))

@@ -108,3 +108,12 @@ def test_a_card_has_no_secrets_and_no_paths(door: Door, hub: FakeHub) -> None:
         assert secret not in card, card
     settings = json.loads(card.split("- loss: `")[1].partition("`")[0])
     assert settings["name"] == "simpo"
+    assert "weight" not in card.split("- data: ")[1].splitlines()[0], "at their defaults they change nothing"
+    assert "- reference: " not in card
+
+
+def test_a_card_has_what_changes_the_training(door: Door) -> None:
+    run = door.run("numbers", data={"weight": "w", "margin": "a - b"}, reference={"update_every_steps": 64})
+    card = model_card(load_config(run), {}, [], step=2)
+    data, reference = (json.loads(card.split(f"- {s}: `")[1].partition("`")[0]) for s in ("data", "reference"))
+    assert (data["weight"], data["margin"], reference) == ("w", "a - b", {"update_every_steps": 64})

@@ -66,10 +66,11 @@ def test_another_base_is_another_run(door: Door) -> None:
     door.fails(["holds another run", "lora.base: was nf4, now absent"], run=door.run("other", lora=full))
 
 
-def test_vllm_has_the_stored_base(door: Door) -> None:
+def test_a_server_has_the_stored_base(door: Door) -> None:
     rewards = {"generate": {"rewards": [{"function": "rewards_for_tests:letters"}]}}
-    words = ["generate.engine: got vllm", "must be transformers with lora.base=nf4"]
-    door.fails(words, "generate.engine=vllm", stage="generate", run=door.run("vllm", lora=LORA, **rewards))
+    words = ["generate.engine: got server", "must be transformers with lora.base=nf4"]
+    server = ["generate.engine=server", "generate.servers=[http://node1]"]
+    door.fails(words, *server, stage="generate", run=door.run("server", lora=LORA, **rewards))
 
 
 def test_without_bitsandbytes(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:

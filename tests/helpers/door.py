@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed.comm.comm
 import pytest
+import torch
 import worlds
 from deepspeed.utils import groups
 
@@ -39,6 +40,7 @@ def one_process_group() -> Iterator[None]:
         ranks.start()
         yield
         end()
+        torch.set_flush_denormal(False)  # which `start` has turned on, in this thread alone
     # DeepSpeed would take the groups that are gone for its own.
     deepspeed.comm.comm.cdb = None
     groups._WORLD_GROUP = None

@@ -8,8 +8,9 @@ import pytest
 import torch
 from loss_family import FAMILY, called, made
 
+from prefopt_dist.batching.order import Order
 from prefopt_dist.batching.packing import pack
-from prefopt_dist.batching.weights import with_mean_1
+from prefopt_dist.batching.weights import refuse_set_without_weight, refuse_steps_without_weight, with_mean_1
 from prefopt_dist.config.losses import LOSSES, NOT_MIXED, WITH_MARGIN
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.row_counts import DataReport
@@ -69,6 +70,29 @@ def test_without_weights_nothing_changes() -> None:
 def test_a_step_of_weight_0_is_an_error() -> None:
     with pytest.raises(AgreedUserError, match=r"data\.weight: all 2 rows .* the weight 0 \(a:3, b:6\)"):
         with_mean_1(units([2, 5], weighted=True), rows(WEIGHTS))
+
+
+def test_weights_whose_sum_is_no_number() -> None:
+    """Of 1e308 each, and of one that is 1e308 alone: their share of the step is what counts."""
+    given = units([0, 1, 3], weighted=True)
+    for weights, expected in (((1e308, 1e308, 5e307), (1.2, 1.2, 0.6)), ((1e308, 1e300, 1e300), (3.0, 3e-8, 3e-8))):
+        huge = [replace(unit, weight=weight) for unit, weight in zip(given, weights, strict=True)]
+        assert [unit.weight for unit in with_mean_1(huge, rows(WEIGHTS))] == pytest.approx(expected, rel=1e-7)
+
+
+def test_a_later_step_of_weight_0_is_found_at_the_start() -> None:
+    """In the order of the run, also in its second epoch; a run that ends before it goes through."""
+    order = Order.of_run(np.zeros(N, np.int32), (1.0,), 3, 2)
+    zero_in_second = np.ones(N)
+    zero_in_second[order.step(4).rows] = 0.0
+    found = rows(zero_in_second)
+    refuse_steps_without_weight(rows(None), order, 6)
+    refuse_steps_without_weight(found, order, 1)
+    with pytest.raises(AgreedUserError, match=r"data\.weight: all 2 rows of step \d have the weight 0"):
+        refuse_steps_without_weight(found, order, 6)
+    refuse_set_without_weight(found, "data.eval")
+    with pytest.raises(AgreedUserError, match=r"data\.weight: all 6 rows of data\.eval\.near have the weight 0"):
+        refuse_set_without_weight(rows(np.zeros(N)), "data.eval.near")
 
 
 def terms(objective: Objective, of: list[Unit], width: int) -> tuple[Any, torch.Tensor, dict[str, Any]]:

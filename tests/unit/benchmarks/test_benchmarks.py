@@ -66,6 +66,7 @@ def test_a_profiled_step_takes_the_path_of_its_task(monkeypatch: pytest.MonkeyPa
     task, taken = Task(TINY, "hh-like", 2, 1, 0, "cpu", 0, path=path), []
     for name in ("inspect_folder", "policy_engine", "forward_cost"):
         monkeypatch.setattr(ours, name, lambda *_: SimpleNamespace(config=None))
+    monkeypatch.setattr(ours, "score_reference", lambda *_: (torch.zeros(2, 2, dtype=torch.float64), {}))
     monkeypatch.setattr(ours, "step", MagicMock())
     monkeypatch.setattr(ours, "step_batch", lambda *_, path="shared": taken.append(path))
     ours.make_stepper(task, tmp_path, 4096)(0)

@@ -53,7 +53,7 @@ def complaint(tmp_path: Path, *overrides: str, text: str = MINIMAL) -> str:
 
 def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     config = load(tmp_path)
-    source = {"path": "rows.jsonl", "split": None, "weight": 1.0, "name": None}
+    source = {"path": "rows.jsonl", "split": None, "weight": 1.0, "name": None, "share": None}
     assert to_dict(config) == {
         "run": {"dir": "runs/a", "seed": 0, "cache": None},
         "model": {
@@ -184,6 +184,11 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "min_margin": 0.0,
             "on_bad_reward": "stop",
             "engine": "transformers",
+            "servers": [],
+            "launch": None,
+            "key_variable": None,
+            "requests_in_flight": 64,
+            "request_seconds": 600.0,
             "pairs": None,
         },
         "rounds": {"count": 3, "reference": "start"},
@@ -254,6 +259,8 @@ def test_what_the_nulls_stand_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("data.train={split: a}", ["data.train.path", "missing"]),
         ("data.train=[{path: a}, {path: b, weight: 0}]", ["data.train[1].weight", "greater than 0"]),
         ("data.eval={}", ["data.eval", "named sets"]),
+        ("data.train=[{path: a, share: 1}, b]", ["data.train[1].share", "missing"]),
+        ("data.train={path: a, share: 1, weight: 2}", ["data.train[0].weight", "got 2 beside share 1"]),
         ("data.eval={weight: 2.0}", ["data.eval", "weight"]),
         ("data.eval={a/b: x}", ["data.eval.a/b", "letters"]),
         ("data.eval={a: 1}", ["data.eval.a", "path"]),

@@ -55,7 +55,7 @@ def test_the_page_has_every_key(file: Path) -> None:
         part = text.split(f"\n### {name}\n")[1].split("\n#")[0]
         assert set(re.findall(r"^\| `(loss[\w.]+)` \|", part, re.MULTILINE)) == {k for k in keys if k[:5] == "loss."}
     section = text.split("### Sources of rows")[1].split("\n## ")[0]
-    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == ["path", "split", "weight", "name"]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == ["path", "split", "weight", "name", "share"]
 
 
 def test_the_page_links_to_pages_that_exist() -> None:

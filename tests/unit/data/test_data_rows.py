@@ -5,15 +5,19 @@ import json
 import os
 from hashlib import blake2b
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_for_tests import ROWS, TOKENIZER, contents, lines, prepare
+from huggingface_hub.errors import HfHubHTTPError
 from tokenizers_for_tests import ids
 
+from prefopt_dist.batching.order import Order
 from prefopt_dist.config import DataSource
 from prefopt_dist.data import open_rows, sequence_digest
 from prefopt_dist.errors import UserError
@@ -91,6 +95,26 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path: Path) -> None:
     assert open_rows(prepare(tmp_path, DataSource(str(folder), split="test"))).n == 2
 
 
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_a_folder_of_other_files_is_read_as_one_source(tmp_path: Path, kind: str) -> None:
+    """Beside a description; without splits in the names, all files in the order of their names."""
+    expected = open_rows(prepare(tmp_path, lines(tmp_path / "rows.jsonl", ROWS)))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "dataset_infos.json").write_text('{"default": {}}')
+    for number, part in enumerate((ROWS[:2], ROWS[2:])):
+        if kind == "csv":
+            text = pd.DataFrame(part).to_csv(index=False)
+        else:
+            text = json.dumps(part)
+        (folder / f"part-{number}.{kind}").write_text(text)
+    assert contents(open_rows(prepare(tmp_path, str(folder)))) == contents(expected)
+    lines(folder / "rows.jsonl", ROWS)
+    if kind == "csv":
+        with pytest.raises(UserError, match=r"holds \.jsonl files and CSV files, perhaps of the same rows"):
+            prepare(tmp_path, str(folder))
+
+
 def test_sources_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
     saved.save_to_disk(tmp_path / "splits")
@@ -124,6 +148,42 @@ def test_sources_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
         prepare(tmp_path, "someone/pairs", key="data.eval")
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(ROWS))
     assert open_rows(prepare(tmp_path, "someone/pairs")).origin(0) == "someone/pairs:1"
+
+
+def test_a_hub_that_refuses_is_asked_again_by_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub has answered, so the library goes there too, and its reason is in the message."""
+    asked: list[bool] = []
+
+    def refuse(*_: object, **__: object) -> None:
+        raise HfHubHTTPError("401", response=Mock(headers={}))
+
+    def not_found(*_: object, **__: object) -> None:
+        asked.append(datasets.config.HF_HUB_OFFLINE)
+        raise datasets.exceptions.DatasetNotFoundError("it does not exist on the Hub or cannot be accessed")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.auth_check", refuse)
+    monkeypatch.setattr(datasets, "load_dataset", not_found)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match=r"data\.train: 'someone/pairs'.*does not exist on the Hub or cannot be"):
+        prepare(tmp_path, "someone/pairs")
+    assert asked == [False]
+
+
+def test_shares_of_the_epoch_decide_the_passes(tmp_path: Path) -> None:
+    """One row and four rows, half of the epoch each; a repeated preparation with other shares is another data set."""
+    few, many = lines(tmp_path / "a.jsonl", ROWS[:1]), lines(tmp_path / "b.jsonl", [ROWS[0], *ROWS])
+    folder = prepare(tmp_path, DataSource(few, share=2), DataSource(many, share=2))
+    rows = open_rows(folder)
+    assert rows.weights == pytest.approx((2.5, 0.625))
+    order = Order.of_run(rows.source, rows.weights, 0, 1)
+    drawn = np.concatenate([rows.source[order.epoch(epoch)] for epoch in range(20)])
+    assert order.rows_per_epoch in (4, 5)
+    assert 0.4 <= (drawn == 0).mean() <= 0.6
+    assert prepare(tmp_path, DataSource(few, share=1), DataSource(many, share=3)) != folder
+    assert open_rows(prepare(tmp_path, DataSource(few), DataSource(many))).weights == (1, 1)
+    (tmp_path / "c.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    with pytest.raises(UserError, match=r"data\.train\[1\]\.share: 3 of the rows shall come from .*c\.jsonl"):
+        prepare(tmp_path, DataSource(few, share=1), DataSource(str(tmp_path / "c.jsonl"), share=3), on_bad_row="drop")
 
 
 BAD_LINES = [

@@ -135,8 +135,8 @@ def test_the_estimate_is_that_of_the_stage(run: Path) -> None:
     assert estimate("train", "sampling", rewarded, much) == estimate("train", "sampling")
     assert estimate("generate", "sampling", rewarded, much) > estimate("generate", "sampling", rewarded)
     assert estimate("evaluate", "evaluation") == estimate("train", "first pass") < estimate("train", "evaluation")
-    with pytest.raises(LookupError, match="vllm"):
-        estimate("generate", "sampling", rewarded, "generate.engine=vllm")
+    with pytest.raises(LookupError, match="server"):
+        estimate("generate", "sampling", rewarded, "generate.engine=server")
 
 
 def test_the_estimate_is_that_of_the_path(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,7 @@ def test_a_share_of_steps() -> None:
 
 @pytest.mark.parametrize(
     ("family", "words"),
-    [("llama", "which has no experts whose router is not known"), ("phimoe", "weigh experts in a way")],
+    [("llama", "which has no experts whose router is known here"), ("phimoe", "in a way that is not known here")],
 )
 def test_a_balancing_loss_that_cannot_be_given_is_refused(tmp_path: Any, family: str, words: str) -> None:
     file = tmp_path / "run.yaml"

@@ -194,6 +194,20 @@ def test_longrope_up_to_the_length_of_its_short_factors(tmp_path: Path) -> None:
     assert not length_dependent(config, 64)
 
 
+@pytest.mark.parametrize("original", [16, 256])
+def test_dynamic_counts_from_the_positions_of_the_model(original: int) -> None:
+    """transformers looks at max_position_embeddings alone, whatever original length stands beside."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": original}
+    config = small("llama", rope_parameters=rope, max_position_embeddings=64)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(80)[None] % config.vocab_size
+    with torch.no_grad():
+        alone, longer = (model(ids[:, :n]).logits[0, :40] for n in (64, 80))
+    for length, differs in ((64, False), (65, True)):
+        assert length_dependent(config, length) is differs
+    assert not torch.allclose(alone, longer, rtol=1e-5), "a longer row changes what stands before"
+
+
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
 @pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
 def test_a_rope_type_that_looks_at_the_row(folder: Path, rope: str, field: str) -> None:

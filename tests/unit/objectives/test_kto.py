@@ -166,6 +166,26 @@ def test_partners_have_other_prompts(n: int) -> None:
     assert np.array_equal(exchange_partners(partners(n), np.arange(n)), partners(n)), "what is right stays"
 
 
+def test_partners_are_those_of_a_search_from_the_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search goes on where it ended before; the partners, and so the stored reference, stay as they were."""
+    monkeypatch.setattr("prefopt_dist.data.derived.FIT_ROWS", 3)
+    draw = np.random.RandomState(0)
+    exchanged = 0
+    for n in (4, 7, 40, 150):
+        for prompts in (2, 3, 5, n):
+            prompt = draw.randint(prompts, size=n)
+            if np.bincount(prompt).max() * 2 > n:
+                continue
+            expected = partners(n)
+            for i in np.flatnonzero(prompt[expected] == prompt):
+                if prompt[expected[i]] == prompt[i]:
+                    j = ((prompt != prompt[i]) & (prompt[expected] != prompt[i])).argmax()
+                    expected[[i, j]] = expected[[j, i]]
+                    exchanged += 1
+            assert np.array_equal(exchange_partners(partners(n), prompt), expected)
+    assert exchanged > 20
+
+
 def test_a_prompt_of_more_than_half_of_the_rows_is_refused() -> None:
     with pytest.raises(PromptTooFrequent, match="3 of 5"):
         exchange_partners(partners(5), np.array([0, 1, 0, 2, 0]))

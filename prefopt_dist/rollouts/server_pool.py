@@ -1,0 +1,269 @@
+"""Ask OpenAI-compatible servers for answers, many at once; leave out a server that dies, hangs or answers nonsense."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import httpx2
+
+from prefopt_dist.config.secrets import MASK
+from prefopt_dist.errors import UserError, shorten
+from prefopt_dist.rollouts.server_protocol import (
+    AnswerRequest,
+    Dialect,
+    Reply,
+    ServerFault,
+    ServerLost,
+    body_of,
+    read_reply,
+)
+
+RESTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+"""Seconds that a server rests after each failure in a row; after one more it is left out."""
+CONNECT_SECONDS = 10.0
+
+
+class NoServerLeft(UserError):
+    """All servers were left out."""
+
+
+class Busy(ServerFault):
+    """The server refuses more requests at once."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """How a server is to be asked, as the check before the first prompt found it."""
+
+    model: str
+    """Name of the model in requests"""
+    dialect: Dialect
+    seeds_hold: bool
+    """Whether answers to the same requests were the same, alone and beside others"""
+
+
+@dataclass(eq=False)
+class Server:
+    """One server and how it does."""
+
+    url: str
+    """Its address, without /v1 and without credentials"""
+    limit: float
+    """Most requests in flight; lowered where it says that it is busy"""
+    contract: Contract | None = None
+    in_flight: int = 0
+    failures: int = 0
+    """Failures in a row; several requests that fail together count once"""
+    rests_until: float = 0.0
+    lost: str | None = None
+    """Why it is left out"""
+
+    def failed(self, why: str, sent: float, now: float) -> None:
+        """Note a failure of a request that was sent at a time, unless another of that time was noted already."""
+        if sent < self.rests_until or self.lost is not None:
+            return
+        if self.failures == len(RESTS):
+            self.lost = f"{why}, {len(RESTS) + 1} times in a row"
+        else:
+            self.rests_until = now + RESTS[self.failures]
+            self.failures += 1
+
+
+@dataclass
+class Asked:
+    """Counts of what was asked."""
+
+    answers: int = 0
+    tokens: int = 0
+    waited: float = 0.0
+    """Seconds between request and reply, summed over the answers"""
+    retries: int = 0
+
+
+class ServerPool:
+    """All servers, asked over one HTTP client."""
+
+    def __init__(
+        self, urls: Sequence[str], *, key: str | None, in_flight: int, request_seconds: float, vocabulary: int
+    ) -> None:
+        """Open the client.
+
+        Args:
+            urls: addresses of the servers.
+            key: secret that is sent to all of them; None for none.
+            in_flight: most requests in flight to each server.
+            request_seconds: longest time of one request.
+            vocabulary: number of token ids of the model.
+        """
+        self.servers = [Server(base_url(url), float(in_flight)) for url in urls]
+        self.asked = Asked()
+        self.most_in_flight = 0
+        self._key, self._in_flight, self._seconds, self._vocabulary = key, in_flight, request_seconds, vocabulary
+        self._client = httpx2.AsyncClient(
+            headers={} if key is None else {"Authorization": f"Bearer {key}"},
+            timeout=httpx2.Timeout(request_seconds, connect=CONNECT_SECONDS, pool=None),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=in_flight * len(urls)),
+        )
+        self._changed = asyncio.Event()
+
+    async def __aenter__(self) -> ServerPool:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._client.aclose()
+
+    @property
+    def in_flight(self) -> int:
+        """Return the number of requests in flight."""
+        return sum(server.in_flight for server in self.servers)
+
+    @property
+    def capacity(self) -> int:
+        """Return how many requests the servers that are left take at once."""
+        return sum(max(1, int(server.limit)) for server in self.servers if server.lost is None)
+
+    def lost(self) -> list[str]:
+        """Return each server that was left out, with the reason."""
+        return [f"{server.url}: {server.lost}" for server in self.servers if server.lost is not None]
+
+    def all_take_ids(self) -> bool:
+        """Return whether no server that is left is asked with text."""
+        return all(s.contract is not None and s.contract.dialect == "ids" for s in self.servers if s.lost is None)
+
+    def refuse_if_none_is_left(self) -> None:
+        """Raise NoServerLeft where all servers were left out."""
+        if all(server.lost is not None for server in self.servers):
+            raise NoServerLeft(
+                "generate.servers: no server is left to ask; answers so far are kept:\n  "
+                + "\n  ".join(self.lost())
+                + "\nRepair or replace the servers, then start the same command again."
+            )
+
+    async def ask(self, request: AnswerRequest) -> Reply:
+        """Return one answer, from whichever server has the fewest requests in flight; a failed request is repeated.
+
+        The repeated request has the same seed.
+
+        Raises:
+            NoServerLeft: all servers were left out.
+        """
+        while True:
+            server = await self._free_server()
+            try:
+                reply = await self.ask_one(server, request)
+            except (ServerFault, ServerLost):  # noted at the server
+                self.asked.retries += 1
+                continue
+            self.asked.answers += 1
+            self.asked.tokens += reply.tokens or 0
+            return reply
+
+    async def ask_one(self, server: Server, request: AnswerRequest, contract: Contract | None = None) -> Reply:
+        """Ask this server once, as its contract says.
+
+        Raises:
+            ServerFault: the request failed in a way that may pass; noted at the server.
+            ServerLost: the server is left out; noted at the server.
+        """
+        how = contract or server.contract
+        assert how is not None
+        if how.dialect != "ids" and request.text is None:
+            raise UserError(
+                f"generate.servers: {server.url} takes text alone, and the prompt at {request.prompt.origin} cannot be "
+                "written as text that the tokenizer splits into the same tokens; use a server that takes token ids, "
+                "or leave this prompt out"
+            )
+        sent = time.monotonic()
+        server.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            content = await self.post(server, "/v1/completions", body_of(request, how.dialect, how.model))
+            reply = read_reply(content, request, how.dialect, self._vocabulary)
+        except Busy as e:
+            server.limit = max(1.0, server.limit / 2)
+            server.failed(str(e), sent, time.monotonic())
+            raise
+        except ServerFault as e:
+            server.failed(str(e), sent, time.monotonic())
+            raise
+        except ServerLost as e:
+            server.lost = server.lost or str(e)
+            raise
+        finally:
+            server.in_flight -= 1
+            self._changed.set()
+        server.failures = 0
+        server.limit = min(float(self._in_flight), server.limit + 1 / server.limit)
+        self.asked.waited += time.monotonic() - sent
+        return reply
+
+    async def post(self, server: Server, path: str, body: dict[str, Any]) -> Any:
+        """Send JSON to a server and return the JSON of its reply.
+
+        Raises:
+            ServerFault: no connection, or a status that may pass.
+            ServerLost: no reply in time, or one that refuses the request or is not JSON.
+        """
+        try:
+            response = await self._client.post(server.url + path, json=body)
+        except (httpx2.ReadTimeout, httpx2.WriteTimeout) as e:
+            raise ServerLost(f"it did not answer within {self._seconds:g} s (generate.request_seconds)") from e
+        except httpx2.HTTPError as e:
+            raise ServerFault(f"it cannot be reached ({type(e).__name__}: {self._masked(str(e))})") from e
+        return self._content(response)
+
+    async def models(self, server: Server) -> list[str]:
+        """Return the names of the models that a server lists; none where it does not list them."""
+        try:
+            content = self._content(await self._client.get(server.url + "/v1/models"))
+        except (httpx2.HTTPError, ServerFault, ServerLost):
+            return []
+        rows = content.get("data") if isinstance(content, dict) else None
+        names = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        return [name for name in names if isinstance(name, str)]
+
+    def _content(self, response: httpx2.Response) -> Any:
+        status = response.status_code
+        said = f"it answered with status {status}: {self._masked(shorten(response.text.strip()))}"
+        if status in (429, 503):
+            raise Busy(said)
+        if status >= 500 or status == 408:
+            raise ServerFault(said)
+        if status != 200:
+            raise ServerLost(said)
+        try:
+            return response.json()
+        except ValueError as e:
+            raise ServerLost(f"its reply is not JSON: {self._masked(shorten(response.text))}") from e
+
+    def _masked(self, text: str) -> str:
+        return text.replace(self._key, MASK) if self._key else text
+
+    async def _free_server(self) -> Server:
+        """Return the server with the fewest requests in flight of those that take one more; wait for one."""
+        while True:
+            self.refuse_if_none_is_left()
+            left = [server for server in self.servers if server.lost is None]
+            now = time.monotonic()
+            ready = [s for s in left if s.rests_until <= now and s.in_flight < max(1, int(s.limit))]
+            # After a failure one request is a trial; the others wait for what becomes of it.
+            ready = [s for s in ready if not s.failures or s.in_flight == 0]
+            if ready:
+                return min(ready, key=lambda s: s.in_flight)
+            self._changed.clear()
+            rests = [s.rests_until - now for s in left if s.rests_until > now]
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min(rests, default=1.0))
+
+
+def base_url(url: str) -> str:
+    """Return a server's address without a slash or /v1 at its end."""
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")

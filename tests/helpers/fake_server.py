@@ -1,0 +1,167 @@
+"""An OpenAI-compatible server on this machine that answers with a small model, and fails as it is told."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prefopt_dist.rollouts.prompts import Prompt
+from prefopt_dist.rollouts.sampling import Sampling
+from prefopt_dist.rollouts.transformers_engine import TransformersEngine
+
+VLLM = {"return_token_ids", "stop_token_ids", "ignore_eos", "skip_special_tokens", "top_k", "min_p"}
+GREEDY = 1e-6
+"""A temperature at which sampling takes the most likely token."""
+
+
+class FakeServer:
+    """A model behind /v1/completions, what it understands, how it behaves, and what it was asked."""
+
+    def __init__(self, folder: Path, dialect: str = "ids") -> None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.engine = TransformersEngine(model, "fake", batch_tokens=100_000)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.stops = tuple(json.loads((folder / "generation_config.json").read_text())["eos_token_id"])
+        self.name = "the-model"
+        self.dialect = dialect
+        self.lock = threading.Lock()
+        self.url = ""
+        # Behaviour
+        self.statuses: list[int] = []
+        """Statuses of the next replies, the first one first"""
+        self.hangs = threading.Event()
+        self.released = threading.Event()
+        self.lives: int | None = None
+        """Answers after which it cuts each connection"""
+        self.greedy = False
+        """Ignores the temperature"""
+        self.temperature: float | None = None
+        """Takes this temperature, whatever it is asked"""
+        self.forgets_seeds = False
+        self.garbles = False
+        """Gives token ids of another vocabulary"""
+        self.key: str | None = None
+        # What was asked
+        self.answered: list[tuple[tuple[int, ...], int]] = []
+        """Prompt and seed of each answer at a temperature above 0"""
+        self.keys: set[str | None] = set()
+        self.at_once = self.most_at_once = 0
+
+    def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
+        if body["model"] != self.name:
+            return 404, {"error": f"no model {body['model']!r}"}
+        prompt, ids = body["prompt"], self.dialect == "ids"
+        if isinstance(prompt, list) and not ids:
+            return 400, {"error": "prompt must be a string"}
+        if not ids and VLLM & body.keys():
+            return 422, {"error": f"unexpected fields {sorted(VLLM & body.keys())}"}
+        if self.dialect == "strict" and "generation_config" in body:
+            return 422, {"error": "unexpected field generation_config"}
+        prompt_ids = prompt if isinstance(prompt, list) else self.tokenizer(prompt)["input_ids"]
+        given = json.loads(body.get("generation_config", "{}"))
+        stops = body.get("stop_token_ids") or given.get("eos_token_id") or self.stops
+        temperature = GREEDY if self.greedy else (body["temperature"] or GREEDY)
+        if self.temperature is not None and body["temperature"]:
+            temperature = self.temperature
+        seed = body["seed"] + (len(self.answered) if self.forgets_seeds else 0)
+        sampling = Sampling(1, temperature, body["top_p"], body["max_tokens"], seed, tuple(stops))
+        one = Prompt(0, "", "", None, {}, list(prompt_ids))
+        with self.lock:
+            ((answer,),) = self.engine.sample([one], sampling)
+            logps = torch.log_softmax(self.engine.logits_before(one.ids, answer), -1)
+        ended = answer[-1] in stops
+        text = self.tokenizer.decode(answer[:-1] if ended else answer)
+        choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": "stop" if ended else "length"}
+        if ids:
+            shown = [i + 10_000 for i in answer] if self.garbles and body["temperature"] else answer
+            choice |= {"token_ids": shown, "prompt_token_ids": prompt_ids}
+        elif self.garbles and body["temperature"]:
+            choice["finish_reason"] = "because"
+        if ids and "logprobs" in body:
+            choice["logprobs"] = {"token_logprobs": logps[range(len(answer)), answer].tolist()}
+        if body["temperature"]:
+            self.answered.append((tuple(prompt_ids), body["seed"]))
+        return 200, {
+            "choices": [choice],
+            "usage": {"prompt_tokens": len(prompt_ids), "completion_tokens": len(answer)},
+        }
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_of: FakeServer
+    protocol_version = "HTTP/1.1"
+
+    def _reply(self, status: int, content: Any) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        fake = self.server_of
+        if self.path == "/health":
+            self._reply(200, {})
+        else:
+            self._reply(200, {"object": "list", "data": [{"id": fake.name}]})
+
+    def do_POST(self) -> None:
+        fake = self.server_of
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with fake.lock:
+            fake.keys.add(self.headers.get("Authorization"))
+            fake.at_once += 1
+            fake.most_at_once = max(fake.most_at_once, fake.at_once)
+        try:
+            if fake.key is not None and self.headers.get("Authorization") != f"Bearer {fake.key}":
+                self._reply(401, {"error": f"wrong key {self.headers.get('Authorization')}"})
+            elif fake.lives is not None and len(fake.answered) >= fake.lives:
+                self.close_connection = True
+                self.connection.close()
+            elif fake.hangs.is_set():
+                fake.released.wait()
+            elif fake.statuses:
+                self._reply(fake.statuses.pop(0), {"error": "as it was told"})
+            else:
+                self._reply(*fake.complete(body))
+        except OSError:  # the client has gone
+            pass
+        finally:
+            with fake.lock:
+                fake.at_once -= 1
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving(fake: FakeServer, port: int = 0) -> Iterator[FakeServer]:
+    """Run the server in threads of this process; its address is `fake.url`."""
+    handler = type("Handler", (_Handler,), {"server_of": fake})
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            pass
+
+    with Server(("127.0.0.1", port), handler) as server:
+        fake.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        try:
+            yield fake
+        finally:
+            fake.released.set()
+            server.shutdown()
+            thread.join()

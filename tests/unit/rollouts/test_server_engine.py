@@ -1,0 +1,155 @@
+"""Servers that fail while they are asked, by a fake one: it is left out and named; no answer is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_server import FakeServer, serving
+from generation_world import write_world
+
+from prefopt_dist.rollouts import server_pool
+from prefopt_dist.rollouts.prompts import Prompt
+from prefopt_dist.rollouts.sampling import Response, Sampling
+from prefopt_dist.rollouts.server_engine import ServerEngine, ServerSettings
+from prefopt_dist.rollouts.server_pool import Contract, NoServerLeft
+
+N = 4
+SHARDS = [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("servers")
+    write_world(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def short_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_pool, "RESTS", (0.01, 0.02, 0.04))
+
+
+@pytest.fixture
+def servers(world: Path) -> Iterator[Any]:
+    """Starts fake servers of the world's model."""
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(serving(FakeServer(world / "model")))
+
+
+def prompts_of(shard: int) -> list[Prompt]:
+    return [Prompt(i, f"p:{i}", "x", None, {}, [40 + shard, 50 + i, 60]) for i in range(4)]
+
+
+def answer(
+    folder: Path, fakes: Sequence[FakeServer], *, seconds: float = 60.0, in_flight: int = 4, stop_at: int | None = None
+) -> tuple[dict[int, list[list[Response]]], dict[str, Any], bool]:
+    """The committed answers by shard, the record, and whether some are missing."""
+    settings = ServerSettings(tuple(f.url for f in fakes), None, in_flight, seconds, 300)
+    engine = ServerEngine(settings, [(Contract("the-model", "ids", True), None)] * len(fakes), None)
+    done: dict[int, list[list[Response]]] = {}
+    sampling = Sampling(N, 0.9, 1.0, 8, 3, fakes[0].stops)
+
+    def halted() -> bool:
+        return stop_at is not None and sum(len(fake.answered) for fake in fakes) >= stop_at
+
+    left = engine.answer(
+        folder, SHARDS, prompts_of, sampling, lambda n, _, found: done.update({n: found}), halted, "test", 0
+    )
+    return done, engine.record, left
+
+
+@pytest.fixture(scope="module")
+def expected(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[Response]]]:
+    with serving(FakeServer(world / "model")) as fake:
+        done, record, left = answer(tmp_path_factory.mktemp("expected"), [fake])
+    assert not left
+    assert record["answers"] == len(fake.answered) == len(set(fake.answered)) == 48
+    assert record["most_in_flight"] == fake.most_at_once == 4
+    assert record["seconds_waited"] > record["seconds"]
+    return done
+
+
+REASONS = {
+    "hangs": "did not answer within 3 s",
+    "dies": "cannot be reached",
+    "refuses": "status 500",
+    "garbles": "token ids are not all in [0, 300)",
+    "another name": "status 404",
+}
+
+
+def spoil(fake: FakeServer, fault: str) -> None:
+    """From now on."""
+    if fault == "hangs":
+        fake.hangs.set()
+    elif fault == "dies":
+        fake.lives = 0
+    elif fault == "refuses":
+        fake.statuses = [500] * 1000
+    elif fault == "garbles":
+        fake.garbles = True
+    else:
+        fake.name = "another"
+
+
+@pytest.mark.parametrize("fault", REASONS)
+def test_a_server_that_fails_is_left_out_and_named(
+    world: Path, servers: Any, expected: Any, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle: the other one gives its answers, by the same seeds."""
+    good, bad = servers(), servers()
+    complete = FakeServer.complete
+
+    def spoilt(self: FakeServer, body: dict[str, Any]) -> tuple[int, Any]:
+        if self is bad and len(self.answered) == 5:
+            spoil(self, fault)
+        return complete(self, body)
+
+    monkeypatch.setattr(FakeServer, "complete", spoilt)
+    done, record, left = answer(tmp_path, [good, bad], seconds=3.0)
+    assert not left
+    assert done == expected
+    assert record["repeated_requests"] > 0
+    (named,) = record["left_out"]
+    assert named.startswith(bad.url)
+    assert REASONS[fault] in named
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_last_server_that_fails_ends_the_job_and_its_answers_are_kept(
+    servers: Any, expected: Any, tmp_path: Path
+) -> None:
+    bad, good = servers(), servers()
+    bad.lives = 21
+    with pytest.raises(NoServerLeft, match=r"no server is left to ask; answers so far are kept:\s+http.*cannot be"):
+        answer(tmp_path, [bad])
+    kept = sum(file.read_bytes().count(b"\n") for file in tmp_path.iterdir())
+    assert 0 < kept < 16 + 4
+    done, record, _ = answer(tmp_path, [good])
+    assert len(good.answered) == record["answers"] == 48 - kept
+    assert done == expected
+
+
+def test_a_stop_keeps_what_was_answered(servers: Any, expected: Any, tmp_path: Path) -> None:
+    fake = servers()
+    done, _, left = answer(tmp_path, [fake], stop_at=20)
+    assert left
+    first = len(fake.answered)
+    assert 20 <= first < 48
+    again, record, left = answer(tmp_path, [fake])
+    assert not left
+    assert record["answers"] == 48 - first + 16 * len(done)  # this test's store forgets committed shards
+    assert done | again == expected
+
+
+def test_a_busy_server_gets_fewer_requests(servers: Any, expected: Any, tmp_path: Path) -> None:
+    fake = servers()
+    fake.statuses = [429, 503]
+    done, record, _ = answer(tmp_path, [fake], in_flight=16)
+    assert done == expected
+    assert record["left_out"] == []
+    assert 1 <= record["repeated_requests"] <= 2
