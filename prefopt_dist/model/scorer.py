@@ -227,10 +227,10 @@ class Scorer(nn.Module):
                 ids = batch.input_ids[0, batch.rectangles[rectangle]]
                 hidden = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state
             else:
+                compiled = self._compiled and batch.part is None and compiled_layers.takes(batch.tokens)
                 shared, own = {}, slice(None)
                 if batch.part is not None:
                     shared, own = {"sequence_group": self.group}, slice(batch.part.start, batch.part.end)
-                compiled = self._compiled and compiled_layers.takes(batch.tokens)
                 hidden = backbone(self.lm)(
                     input_ids=batch.input_ids[:, own],
                     position_ids=batch.position_ids[:, own],

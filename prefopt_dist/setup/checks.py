@@ -87,6 +87,8 @@ def check_packages(config: Config) -> None:
         require_package("wandb", "tracking.wandb.mode", f"the mode {mode!r}", "set tracking.wandb.mode=disabled")
     if config.tracking.tensorboard:
         require_package("tensorboard", "tracking.tensorboard", "it", "set tracking.tensorboard=false")
+    if config.model.compile == "liger":
+        require_package("liger_kernel", "model.compile", "the value liger", "set model.compile=none")
     if config.lora is not None:
         require_package("peft", "lora", "a run with adapters", "remove the section lora")
         if config.lora.base == "nf4":

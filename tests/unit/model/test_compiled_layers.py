@@ -12,12 +12,15 @@ from typing import Any
 
 import plain
 import pytest
+import tiny_families
 import torch
 from models_for_tests import MODELS, apart, gradients, make, pairs, plain_sums, references, worst
 from torch._dynamo.utils import counters
+from transformers import AutoConfig
 
 from prefopt_dist.batching.packing import pack
 from prefopt_dist.model import attention, compiled_layers
+from prefopt_dist.model.proof.prove import Proof, try_paths
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
 
@@ -25,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "fresh")
 
 QUICK = ("llama-tied", "mistral-window", "gemma2", "phi3")
 EXPERTS = ("mixtral", "qwen3_moe", "olmoe")
+ON_OTHER_PATHS = ("qwen3_5_text", "granitemoehybrid", "falcon_h1")
 
 
 @pytest.fixture
@@ -65,6 +69,17 @@ def compare(name: str, checkpointing: bool) -> None:
 @pytest.mark.parametrize("name", QUICK)
 def test_traced_layers_equal_plain_float64(name: str, checkpointing: bool) -> None:
     compare(name, checkpointing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*(name for name in tiny_families.FAMILIES if name not in ON_OTHER_PATHS), *EXPERTS])
+def test_special_families_are_proven_with_traced_layers(family: str) -> None:
+    """Sinks, experts, latent attention, several kinds of layers: one cut of each, beside plain transformers."""
+    special = family in tiny_families.FAMILIES
+    config = tiny_families.tiny_config(family) if special else AutoConfig.for_model(family, **tiny_families.SIZES)
+    found = try_paths(config, path="shared", fusion="layers")
+    assert isinstance(found, Proof), found
+    assert counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"
 
 
 @pytest.mark.slow

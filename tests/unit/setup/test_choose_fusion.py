@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from prefopt_dist.config import Config, identity, load_config
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import compiled_layers, fusion
-from prefopt_dist.setup import choose_fusion
+from prefopt_dist.setup import checks, choose_fusion
 from prefopt_dist.setup.choose_fusion import LEAST_FLOP, choose
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -125,6 +125,8 @@ def test_what_is_asked_for_is_done_or_refused(tmp_path: Path, proofs: list[dict[
     assert choose(of(tmp_path, "model.compile=none"), models(), NEW, LONG, CPU).fusion == "none"
     with pytest.raises(UserError, match=r"^model\.compile: got layers, but on the path plain .*; set it to none$"):
         choose(asked, models("plain"), NEW, LONG, CPU)
+    with pytest.raises(UserError, match=r"train\.sequence_parallel"):
+        choose(of(tmp_path, "model.compile=layers", "train.sequence_parallel=2"), models(), NEW, LONG, CPU)
     dora = of(tmp_path, "model.compile=layers", "lora.dora=true")
     with pytest.raises(UserError, match=r"lora\.dora"):
         choose(dora, models(), NEW, LONG, CPU)
@@ -139,6 +141,8 @@ def test_liger_needs_a_gpu_and_its_package_and_the_family(
         choose(asked, models(), NEW, LONG, CPU)
     with pytest.raises(UserError, match=r"^model\.compile: .*needs the package liger_kernel.*set model\.compile=none"):
         choose(asked, models(), NEW, LONG, GPU)
+    with pytest.raises(UserError, match=r"^model\.compile: .*liger_kernel"):
+        checks.check_packages(asked)  # before a queue
     calls: list[dict[str, Any]] = []
     patches: Any = ModuleType("liger_kernel.transformers.monkey_patch")
     patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
