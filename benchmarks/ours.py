@@ -14,7 +14,7 @@ from benchmarks.world import Task
 from prefopt_dist.batching.batches import Batch, Prefetcher, ScoredRows, step_batch
 from prefopt_dist.data import DataReport, TokenisedRows, sequence_digest
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.model import activation_checkpointing
+from prefopt_dist.model import activation_checkpointing, compiled_layers
 from prefopt_dist.model.cost import activation_memory, forward_cost
 from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.model.load import load_sharded
@@ -57,6 +57,8 @@ def tokenised(task: Task) -> TokenisedRows:
 def run(task: Task, folder: Path) -> dict[str, Any]:
     """Run the reference's first pass and the steps; return their times and the loss of each step."""
     ranks.start()
+    if task.compiled:
+        compiled_layers.prepare(folder)
     model = inspect_folder(folder / "model", "model")
     rows = tokenised(task)
     dtype = getattr(torch, task.dtype)
@@ -146,6 +148,8 @@ def policy_engine(task: Task, model: Any, dtype: torch.dtype) -> Any:
         max_grad_norm=task.max_grad_norm,
     )
     lm = load_sharded(model, dtype=dtype, settings=settings, path=task.path)
+    if task.compiled:
+        compiled_layers.compile_layers(lm)
     scorer = Scorer(lm, task.path, cut=True).train()
     optimizer = adamw(scorer, learning_rate=task.learning_rate, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
     engine = zero3.policy_engine(scorer, optimizer, settings)

@@ -23,6 +23,7 @@ KINDS = {
     "matrix products": ("mm", "addmm", "addmm_", "bmm"),
     "attention": ("scaled_dot",),
     "copies": ("copy_", "fill_", "zero_", "cat", "clone", "index", "_index", "gather", "scatter", "embedding", "empty"),
+    "compiled operations": ("## Call CompiledFxGraph",),
     "optimizer": ("_fused_adam",),
     "collectives": ("c10d",),
 }
@@ -48,11 +49,12 @@ def main() -> None:
     options.add_argument("--micro-batch-tokens", type=int, default=8192)
     options.add_argument("--shape", choices=SHAPES, default="small")
     options.add_argument("--steps", type=int, default=2)
+    options.add_argument("--compiled", action="store_true", help="with compiled layers")
     asked = options.parse_args()
     wanted = meter.SINGLE_THREAD | meter.ALLOCATOR | {"DS_ACCELERATOR": "cpu"}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.profile", *sys.argv[1:]], os.environ | wanted)
-    task = Task(SHAPES[asked.shape], asked.mix, 8, asked.steps, 1, "cpu", 0)
+    task = Task(SHAPES[asked.shape], asked.mix, 8, asked.steps, 1, "cpu", 0, compiled=asked.compiled)
     _run(task, asked.micro_batch_tokens)
 
 
@@ -61,23 +63,26 @@ def _run(task: Task, budget: int) -> None:
 
     from benchmarks import ours
     from prefopt_dist.distributed import ranks
+    from prefopt_dist.model import compiled_layers
 
     ranks.start()
     with tempfile.TemporaryDirectory() as name:
+        if task.compiled:
+            compiled_layers.prepare(Path(name))
         write_model(Path(name) / "model", task.shape, task.dtype, task.seed)
         one = ours.make_stepper(task, Path(name), budget)
-    rate = meter.matrix_rate("cpu")
-    one(0)
-    lengths = [(len(p), len(c), len(r)) for p, c, r in task.drawn()][task.pairs :]
-    start = meter.Mark.now()
-    for k in range(1, 1 + task.steps):
-        one(k)
-    took = meter.Mark.now().since(start)["cpu"]
+        rate = meter.matrix_rate("cpu")
+        one(0)
+        lengths = [(len(p), len(c), len(r)) for p, c, r in task.drawn()][task.pairs :]
+        start = meter.Mark.now()
+        for k in range(1, 1 + task.steps):
+            one(k)
+        took = meter.Mark.now().since(start)["cpu"]
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            one(1)
     floor = step_flop(task.shape, lengths)
     print(f"{task.mix}, micro-batches of {budget}: {took / task.steps:.2f} CPU s a step, {floor / took / rate:.0%} of")
     print(f"the floor's {floor / task.steps / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s. A profiled step:")
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        one(1)
     shares: Counter[str] = Counter()
     events: Any = found.key_averages()
     for event in events:

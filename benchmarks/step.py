@@ -26,6 +26,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ours-small": {"micro_batch_tokens": 2048},
     "ours-packed": {"path": "packed"},
     "ours-plain": {"path": "plain"},
+    "ours-compiled": {"compiled": True},
+    "ours-small-compiled": {"compiled": True, "micro_batch_tokens": 2048},
 }
 """Ours with other values of the task."""
 STEPS = {"ultrafeedback-like": 4, "hh-like": 6, "long": 2, "uniform": 2}

@@ -33,6 +33,8 @@ class Task:
     micro_batch_tokens: int = 8192
     path: ComputePath = "shared"
     """How this package computes micro-batches"""
+    compiled: bool = False
+    """Whether this package compiles the decoder's layers"""
 
     @property
     def dtype(self) -> str:

@@ -20,10 +20,11 @@ from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.template import template_name
 from prefopt_dist.distributed import out_of_memory, ranks, zero3
 from prefopt_dist.errors import AgreedUserError, StopRequested
-from prefopt_dist.model import activation_checkpointing
+from prefopt_dist.model import activation_checkpointing, compiled_layers
 from prefopt_dist.model.adapter import attach, load_saved
 from prefopt_dist.model.cost import activation_memory, forward_cost
 from prefopt_dist.model.fingerprint import refuse_if_changed
+from prefopt_dist.model.fusion import Fusion, fuse
 from prefopt_dist.model.load import load_sharded, under_zero3
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring.console import format_bytes, say
@@ -32,7 +33,7 @@ from prefopt_dist.objectives.factory import described
 from prefopt_dist.planning.machine import device_peak
 from prefopt_dist.planning.work import most_keys_per_token, padding
 from prefopt_dist.reference.step0_check import RoundingTolerance
-from prefopt_dist.setup import own_answers, prepare_data, prepare_models, prepare_reference
+from prefopt_dist.setup import choose_fusion, own_answers, prepare_data, prepare_models, prepare_reference
 from prefopt_dist.setup.experts import expert_loads
 from prefopt_dist.setup.lifecycle import best_checkpoint, finish, open_log, requests_for, run_folder
 from prefopt_dist.setup.own_answers import NotAnswered, OwnAnswers
@@ -61,6 +62,8 @@ class _Inputs:
     """Evaluation sets by name"""
     order: Order
     total_steps: int
+    fusion: Fusion
+    """How the policy's layers are fused in training"""
     reference: HashedWeights | None
     """None for a loss without a reference"""
     base: HashedWeights | None
@@ -95,9 +98,10 @@ def run(config: Config, asked: Requests | None = None) -> None:
             say(f"{config.run_dir} is done:\n{finished}")
             return
         requests = asked or requests_for(config)
-        inputs = _load_inputs(config)
+        inputs = _load_inputs(config, folder)
         if ranks.rank() == 0:
-            folder.note(path=inputs.models.path)  # before any work on this path, so that a resume keeps it
+            # Before any work on this path, so that a resume keeps it.
+            folder.note(path=inputs.models.path, compile=inputs.fusion)
         start = _score_and_answer(config, folder, inputs, requests)
         if start is None:
             return
@@ -115,7 +119,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
         finish(config, folder, inputs.models, job, start.answers)
 
 
-def _load_inputs(config: Config) -> _Inputs:
+def _load_inputs(config: Config, folder: RunFolder) -> _Inputs:
     """Load all but the policy, and refuse a checkpoint of another run before the first pass, which may take hours."""
     found = load.find_newest(config.run_dir / "checkpoints")
     models = prepare_models.load_models(config)
@@ -123,6 +127,7 @@ def _load_inputs(config: Config) -> _Inputs:
     train = prepare_data.load_train(config, models, objective)
     evals = prepare_data.load_evals(config, models, objective)
     order, total_steps = prepare_data.plan_steps(config, train)
+    fusion = _choose_fusion(config, folder, models, train, total_steps)
     reference = prepare_reference.reference_weights(config, models, objective)
     facts = {"reference_key": reference and reference.key, "data_digest": train.report.digest}
     base = adapter_base(config, models)
@@ -132,7 +137,14 @@ def _load_inputs(config: Config) -> _Inputs:
     if saved is not None:
         facts["start_key"], base = saved.key, saved
     _check_resume(config, found, facts)
-    return _Inputs(models, objective, train, evals, order, total_steps, reference, base, facts, found)
+    return _Inputs(models, objective, train, evals, order, total_steps, fusion, reference, base, facts, found)
+
+
+def _choose_fusion(config: Config, folder: RunFolder, models: Models, train: TokenisedRows, steps: int) -> Fusion:
+    flop = choose_fusion.training_flop(config, models, train, steps, ranks.world_size())
+    choice = ranks.run_on_rank_zero(lambda: choose_fusion.choose(config, models, folder.facts, flop, ranks.device()))
+    say(choice.text())
+    return choice.fusion
 
 
 def _score_and_answer(config: Config, folder: RunFolder, inputs: _Inputs, requests: Requests) -> _Start | None:
@@ -189,7 +201,7 @@ def _make_job(
         measure = partial(padding, inputs.train, inputs.order, inputs.total_steps, responses)
         share = ranks.run_on_rank_zero(lambda: measure(config.train.micro_batch_tokens, ranks.world_size()))
         say(f"path plain: {share:.1%} of the tokens that the first steps compute are padding")
-    engine, checkpointing = _policy(config, models, keys)
+    engine, checkpointing = _policy(config, models, keys, inputs.fusion)
     if inputs.base is not None:
         ranks.run_on_all_ranks(partial(refuse_if_changed, inputs.base.states))
     if ranks.rank() == 0:
@@ -279,7 +291,7 @@ def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any])
 
 @out_of_memory.phase("loading of the policy")
 def _policy(
-    config: Config, models: Models, keys_per_token: float
+    config: Config, models: Models, keys_per_token: float, fusion: Fusion = "none"
 ) -> tuple[Any, activation_checkpointing.ActivationCheckpointing]:
     """Return the policy's engine, and which layers are recomputed in the backward pass.
 
@@ -287,6 +299,7 @@ def _policy(
         config: the configuration.
         models: of the run.
         keys_per_token: most gathered keys per token of a micro-batch.
+        fusion: how the layers are fused.
     """
     zero = ranks.run_on_all_ranks(lambda: prepare_models.zero_settings(config.deepspeed.policy, "deepspeed.policy"))
     settings = zero3.policy_settings(
@@ -302,6 +315,9 @@ def _policy(
             attach(lm, models.adapter)
         if models.adapter.start is not None:
             ranks.run_on_all_ranks(partial(load_saved, lm, models.adapter.start))
+    if fusion == "layers":
+        compiled_layers.prepare(config.cache_dir)
+    ranks.run_on_all_ranks(partial(fuse, lm, fusion))
     loads = ranks.run_on_all_ranks(lambda: expert_loads(config, models.policy.config, ranks.device()))
     scorer = Scorer(lm, models.path, cut=True, loads=loads, group=models.group).train()
     optim = config.optim

@@ -131,6 +131,7 @@ _ALWAYS: dict[str, tuple[str, ...]] = {
 }
 """Keys that are always part of a run's identity."""
 _IF_NOT_DEFAULT: dict[str, tuple[str, ...]] = {
+    "model": ("compile",),
     "data": (
         *("template_date", "learn", "system", "thinking"),
         *("chat_template", "template_kwargs", "columns", "pairs_from", "weight", "margin"),

@@ -56,6 +56,10 @@ class Model:
     row (`packed`), padded rows with transformers' own attention (`plain`), or one sequence a forward pass (`alone`).
     `auto`: the first of them whose log-probs and gradients are proven to be the model's own; another value is proven
     too (docs/models.md)."""
+    compile: Literal["auto", "none", "layers", "liger"] = "auto"
+    """Fusion of the small operations of a layer in training: none (`none`), by torch.compile, layer by layer
+    (`layers`), or by Liger's kernels on a GPU (`liger`; not run on a GPU). `auto`: `layers` on a CPU in a run that is
+    long enough to gain more than the compilation takes, else `none` (docs/performance.md)."""
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,14 @@ def _in_portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
     yield names
 
 
+def gather_whole(modules: Iterable[nn.Module]) -> None:
+    """Let ZeRO-3 gather each of these modules with all its parts at once; call it before the engine is made."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in modules:
+        set_z3_leaf_module(module, True)
+
+
 def backward_in_parts(engine: Any, loss: torch.Tensor, rest: Iterable[torch.Tensor]) -> None:
     """Run several backward passes after one forward pass, whose gradients are added (all ranks call it).
 

@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 from prefopt_dist.batching.micro_batch import Gathered, Segment
 from prefopt_dist.distributed.sequence_group import ALONE, SequenceGroup
 from prefopt_dist.errors import UserError
-from prefopt_dist.model.block_attention import block_attention
+from prefopt_dist.model.block_attention import block_attention, block_gradients
 from prefopt_dist.model.head_exchange import heads_for_tokens, own_heads, tokens_for_heads
 from prefopt_dist.model.query_blocks import attention_in_blocks
 
@@ -89,6 +89,10 @@ class Operands:
     """[H]: the further score of each head."""
 
 
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""The gradients of queries, keys, values and sinks."""
+
+
 @dataclass(frozen=True)
 class AttentionKernel:
     """A way to compute attention."""
@@ -97,6 +101,8 @@ class AttentionKernel:
     takes: Callable[[LayerNeeds, torch.dtype, torch.device], bool]
     compute: Callable[[Operands, LayerNeeds], torch.Tensor]
     """Compute [1, T, H, d], d of the values."""
+    differentiate: Callable[[Operands, LayerNeeds, torch.Tensor], Gradients | None] = lambda *_: None
+    """Compute from the gradient of the result those of queries, keys, values and sinks; None where autograd must."""
 
 
 def shared_prefix_attention(
@@ -107,7 +113,7 @@ def shared_prefix_attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
-    segments: tuple[Segment, ...],
+    segments: tuple[Segment, ...] | torch.Tensor,
     gathered: Gathered | None = None,
     sequence_group: SequenceGroup = ALONE,
     dropout: float = 0.0,
@@ -126,7 +132,7 @@ def shared_prefix_attention(
         value: [1, J, T, d], or another size of head.
         attention_mask: None.
         scaling: factor of the scores.
-        segments: the segments of the row.
+        segments: the segments of the row; in a compiled layer the row's number (row_operator.py).
         gathered: the segments for one variable-length call.
         sequence_group: the ranks that share the row.
         dropout: 0.
@@ -143,6 +149,9 @@ def shared_prefix_attention(
     assert attention_mask is None, "a packed row takes no attention mask"
     assert dropout == 0.0
     needs = needs_of_call(module, query, value, given | {"s_aux": s_aux})
+    if isinstance(segments, torch.Tensor):
+        operands = query, key, value, s_aux, segments
+        return torch.ops.prefopt.row_attention(*operands, scaling, needs.window, needs.cap), None
     kernel = choose_kernel(needs, query.dtype, query.device)
     if sequence_group.size == 1:
         return kernel.compute(Operands(query, key, value, segments, gathered, scaling, s_aux), needs), None
@@ -226,14 +235,25 @@ def _blocks_or_segments(x: Operands, needs: LayerNeeds) -> torch.Tensor:
     return segment_attention(x.query, x.key, x.value, x.segments, x.scaling, needs.window)
 
 
+def _blocks_unless_long(x: Operands, needs: LayerNeeds, grad: torch.Tensor) -> Gradients | None:
+    short = keys_per_query(x.segments, needs.window) <= MOST_KEYS_IN_BLOCKS
+    return _block_gradients(x, needs, grad) if short else None
+
+
 def _blocks(x: Operands, needs: LayerNeeds) -> torch.Tensor:
     return block_attention(x.query, x.key, x.value, x.segments, x.scaling, needs.window, needs.cap, x.sinks)
 
 
+def _block_gradients(x: Operands, needs: LayerNeeds, grad: torch.Tensor) -> Gradients:
+    return block_gradients(x.query, x.key, x.value, x.segments, x.scaling, needs.window, needs.cap, x.sinks, grad)
+
+
 KERNELS = (
     AttentionKernel("flash attention of variable length", _varlen_takes, _varlen),
-    AttentionKernel("blocks of short segments, a call for each long one", _cpu_takes, _blocks_or_segments),
-    AttentionKernel("blocks of segments", lambda *_: True, _blocks),
+    AttentionKernel(
+        "blocks of short segments, a call for each long one", _cpu_takes, _blocks_or_segments, _blocks_unless_long
+    ),
+    AttentionKernel("blocks of segments", lambda *_: True, _blocks, _block_gradients),
 )
 """The kernels in order of preference."""
 

@@ -174,8 +174,37 @@ def block_attention(
     Returns:
         [1, T, H, e].
     """
+    plan = _plan_of(query, key, value, segments, window)
+    out: torch.Tensor = _BlockAttention.apply(  # type: ignore[no-untyped-call]
+        query, key, value, sinks, plan, scaling, cap
+    )
+    return out
+
+
+def block_gradients(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: tuple[Segment, ...],
+    scaling: float,
+    window: int | None,
+    cap: float | None,
+    sinks: torch.Tensor | None,
+    grad: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Compute the gradients of queries, keys, values and sinks (None without them) from that of the result, `grad`.
+
+    The other arguments are those of `block_attention`.
+    """
+    plan = _plan_of(query, key, value, segments, window)
+    return _differentiate(query, key, value, sinks, plan, scaling, cap, grad)
+
+
+def _plan_of(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: tuple[Segment, ...], window: int | None
+) -> RowPlan:
     longest = max(s.prefix_end - s.prefix_start + s.end - s.start for s in segments)
-    plan = _plan(
+    return _plan(
         segments,
         None if window is None or window >= longest else window,
         query.shape[1],
@@ -184,10 +213,6 @@ def block_attention(
         CPU_BLOCKS if query.device.type == "cpu" else GPU_BLOCKS,
         query.device,
     )
-    out: torch.Tensor = _BlockAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, sinks, plan, scaling, cap
-    )
-    return out
 
 
 def tiles(segments: Iterable[Segment], window: int | None, sizes: BlockBytes, size: BlockSize) -> list[Tile]:
@@ -312,18 +337,30 @@ class _BlockAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, sinks = ctx.saved_tensors
-        row = _RowOperands(_rows(query), _rows(key), _rows(value), sinks, ctx.plan, ctx.scaling, ctx.cap)
-        found = _RowGradients.zero(row)
-        d_out = grad.reshape(len(row.q), -1)
-        for block in ctx.plan.blocks:
-            row.differentiate(block, d_out, found)
-        return (
-            _like(found.q[: len(row.q)], query),
-            _like(found.k.to(key.dtype), key),
-            _like(found.v.to(value.dtype), value),
-            None if sinks is None or found.sinks is None else found.sinks.to(sinks.dtype),
-            *(None, None, None),
-        )
+        return *_differentiate(query, key, value, sinks, ctx.plan, ctx.scaling, ctx.cap, grad), None, None, None
+
+
+def _differentiate(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    plan: RowPlan,
+    scaling: float,
+    cap: float | None,
+    grad: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    row = _RowOperands(_rows(query), _rows(key), _rows(value), sinks, plan, scaling, cap)
+    found = _RowGradients.zero(row)
+    d_out = grad.reshape(len(row.q), -1)
+    for block in plan.blocks:
+        row.differentiate(block, d_out, found)
+    return (
+        _like(found.q[: len(row.q)], query),
+        _like(found.k.to(key.dtype), key),
+        _like(found.v.to(value.dtype), value),
+        None if sinks is None or found.sinks is None else found.sinks.to(sinks.dtype),
+    )
 
 
 class _RowGradients(NamedTuple):

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from prefopt_dist.batching.micro_batch import ComputePath, MicroBatch, PromptEnds, in_rectangles
 from prefopt_dist.distributed.sequence_group import ALONE, SequenceGroup
+from prefopt_dist.model import compiled_layers, row_operator
 from prefopt_dist.model.expert_loads import ExpertLoads, Tokens
 from prefopt_dist.model.final import final_transform
 from prefopt_dist.model.head import attach_logp_head
@@ -65,6 +66,7 @@ class Scorer(nn.Module):
         self.loads = loads
         self.group = group
         self._cut = cut
+        self._compiled = compiled_layers.is_compiled(lm)
         self._balance: torch.Tensor | None = None
         self._uncomputed: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         attach_logp_head(output_head(lm), final_transform(lm))
@@ -225,14 +227,15 @@ class Scorer(nn.Module):
                 ids = batch.input_ids[0, batch.rectangles[rectangle]]
                 hidden = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state
             else:
+                compiled = self._compiled and batch.part is None and compiled_layers.takes(batch.tokens)
                 shared, own = {}, slice(None)
                 if batch.part is not None:
                     shared, own = {"sequence_group": self.group}, slice(batch.part.start, batch.part.end)
                 hidden = backbone(self.lm)(
                     input_ids=batch.input_ids[:, own],
                     position_ids=batch.position_ids[:, own],
-                    segments=batch.segments,
-                    gathered=batch.gathered,
+                    segments=row_operator.number_of(batch) if compiled else batch.segments,
+                    gathered=None if compiled else batch.gathered,
                     use_cache=False,  # nothing is generated, so a cache would only take memory
                     **shared,
                 ).last_hidden_state

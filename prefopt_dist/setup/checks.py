@@ -87,6 +87,8 @@ def check_packages(config: Config) -> None:
         require_package("wandb", "tracking.wandb.mode", f"the mode {mode!r}", "set tracking.wandb.mode=disabled")
     if config.tracking.tensorboard:
         require_package("tensorboard", "tracking.tensorboard", "it", "set tracking.tensorboard=false")
+    if config.model.compile == "liger":
+        require_package("liger_kernel", "model.compile", "the value liger", "set model.compile=none")
     if config.lora is not None:
         require_package("peft", "lora", "a run with adapters", "remove the section lora")
         if config.lora.base == "nf4":
@@ -98,7 +100,7 @@ def check_evaluations(config: Config) -> None:
     _check_answers(config)
     for section, key, metric in selection_metrics(config):
         if metric.startswith(evaluation.ANSWERS):
-            evaluation.refuse_answers(metric, key, rewarded=bool(config.generate.rewards))
+            evaluation.refuse_answers(metric, key, rewarded=bool(config.without_judges().generate.rewards))
             if config.answers_every_steps is None:
                 raise UserError(
                     f"{section}: {metric} is measured only during training if answers.every is set, but it is null, or "
@@ -127,7 +129,7 @@ def _check_answers(config: Config) -> None:
             "eval.every_steps, or set answers.every to null"
         )
     for i, source in enumerate(config.generate.rewards):
-        if source.function is None:
+        if source.model is not None:
             raise UserError(
                 f"answers.every: got {config.answers.every}, but generate.rewards[{i}] is a model, which is not loaded "
                 "beside the training; set answers.every to null, or use functions as rewards"

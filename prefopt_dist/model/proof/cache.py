@@ -17,10 +17,14 @@ from transformers import PreTrainedConfig
 from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.files import write_json
 from prefopt_dist.model.fingerprint import IGNORED_FIELDS
+from prefopt_dist.model.fusion import Fusion
 from prefopt_dist.model.proof.prove import Proof, Refusal, Tried, try_paths
 from prefopt_dist.model.rotary import length_dependent
 
-LIBRARIES = ("torch", "transformers", "kernels", "flash-attn", "flash-linear-attention", "mamba-ssm", "causal-conv1d")
+LIBRARIES = (
+    *("torch", "transformers", "kernels", "liger-kernel"),
+    *("flash-attn", "flash-linear-attention", "mamba-ssm", "causal-conv1d"),
+)
 """Packages that compute a model, or that transformers takes kernels from where they are installed."""
 SOURCES = ("model", "batching", "objectives")
 """Folders of this package whose code computes log-probs, losses and gradients."""
@@ -35,24 +39,26 @@ def proven_path(
     max_length: int | None,
     device: torch.device,
     cache: Path,
+    fusion: Fusion = "none",
 ) -> tuple[Proof, bool]:
     """Return the proof of a path, from the cache where it was made before, and whether it was.
 
     Args:
-        config: as in `prove`, as are key, path, remedy, max_length and device.
+        config: as in `try_paths`, as are path, max_length, device and fusion; key and remedy as in `prove`.
         key: see there.
         path: see there.
         remedy: see there.
         max_length: see there.
         device: see there.
         cache: the folder of proofs; one that cannot be written costs time, but never a result.
+        fusion: see there.
 
     Raises:
         UserError: as `prove`.
     """
-    file = cache / f"{_digest(config, path, max_length, device)}.json"
+    file = cache / f"{_digest(config, path, max_length, device, fusion)}.json"
     # A resume names the path that its first start has found among all.
-    for known in (file, cache / f"{_digest(config, None, max_length, device)}.json"):
+    for known in (file, cache / f"{_digest(config, None, max_length, device, fusion)}.json"):
         found = _read(known)
         if isinstance(found, Refusal) and known == file:
             raise found.error(
@@ -60,7 +66,7 @@ def proven_path(
             )
         if isinstance(found, Proof) and path in (None, found.path):
             return found, True
-    made = try_paths(config, path=path, max_length=max_length, device=device)
+    made = try_paths(config, path=path, max_length=max_length, device=device, fusion=fusion)
     # Where memory ran out, another time may show more.
     if not any(tried.no_memory for tried in made.tried) and not (isinstance(made, Refusal) and made.no_memory):
         with contextlib.suppress(OSError):
@@ -71,7 +77,9 @@ def proven_path(
     return made, False
 
 
-def _digest(config: PreTrainedConfig, path: ComputePath | None, max_length: int | None, device: torch.device) -> str:
+def _digest(
+    config: PreTrainedConfig, path: ComputePath | None, max_length: int | None, device: torch.device, fusion: Fusion
+) -> str:
     # A plan reads a quantised folder as it is published, a training the converted one.
     content = {
         "config": {k: v for k, v in config.to_dict().items() if k not in (*IGNORED_FIELDS, "quantization_config")},
@@ -79,6 +87,7 @@ def _digest(config: PreTrainedConfig, path: ComputePath | None, max_length: int 
         "longer": length_dependent(config, max_length),
         "versions": {name: _version(name) for name in LIBRARIES},
         "sources": _sources(),
+        "fusion": fusion,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
     }
     text = json.dumps(content, sort_keys=True, default=str)

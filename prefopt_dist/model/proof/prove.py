@@ -18,6 +18,7 @@ from prefopt_dist.batching.micro_batch import PATHS, ComputePath
 from prefopt_dist.batching.packing import pack
 from prefopt_dist.distributed.out_of_memory import is_out_of_memory
 from prefopt_dist.errors import UserError
+from prefopt_dist.model.fusion import Fusion, fuse
 from prefopt_dist.model.load import attention_of, without_dropout
 from prefopt_dist.model.proof import alone, differences, sequences
 from prefopt_dist.model.proof.alone import Gradients
@@ -169,6 +170,7 @@ def try_paths(
     max_length: int | None = None,
     device: torch.device | None = None,
     most_bytes: int = MOST_BYTES,
+    fusion: Fusion = "none",
 ) -> Proof | Refusal:
     """Return what `prove` returns, or why it raises.
 
@@ -178,11 +180,12 @@ def try_paths(
         max_length: see there.
         device: see there.
         most_bytes: see there.
+        fusion: how the path's layers are fused; plain transformers', with which it is compared, are not.
     """
     device = device or torch.device("cpu")
     # The run's own random numbers do not depend on whether its proof is found in the cache.
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-        return _prove(config, path, max_length, device, most_bytes)
+        return _prove(config, path, max_length, device, most_bytes, fusion)
 
 
 def _prove(
@@ -191,6 +194,7 @@ def _prove(
     max_length: int | None,
     device: torch.device,
     most_bytes: int,
+    fusion: Fusion,
 ) -> Proof | Refusal:
     begin = time.perf_counter()
     first = _first_that_works(config, max_length, most_bytes, device)
@@ -205,10 +209,11 @@ def _prove(
         )
     tried: list[Tried] = []
     for candidate in PATHS if path is None else (path,):
-        tried.append(case.attempt(candidate))
+        tried.append(case.attempt(candidate, fusion))
         if tried[-1].equal:
             return Proof(candidate, tuple(tried), small.changes, case.influence, time.perf_counter() - begin)
-    which = "no path computes" if path is None else f"the path {path} does not compute"
+    fused = "" if fusion == "none" else f" with model.compile={fusion}"
+    which = f"no path{fused} computes" if path is None else f"the path {path}{fused} does not compute"
     return Refusal(
         f"{which} the numbers of this {config.model_type} model alone. "
         + "; ".join(t.text() for t in tried)
@@ -260,10 +265,10 @@ class _Case:
         self._sums, self._gradients = alone.sums_and_gradients(model, self._units, self._by)
         self._exact: tuple[torch.Tensor, Gradients] | None = None
 
-    def attempt(self, path: ComputePath) -> Tried:
+    def attempt(self, path: ComputePath, fusion: Fusion = "none") -> Tried:
         """Compute the same by a path, and compare."""
         try:
-            sums, gradients = self._by_path(path)
+            sums, gradients = self._by_path(path, fusion)
         except Exception as e:  # whatever the family's code or ours raises on this path ends it
             return Tried(path, False, why=text_of(e), no_memory=is_out_of_memory(e))
         found = self._compare(path, sums, gradients)
@@ -272,8 +277,9 @@ class _Case:
             return replace(found, equal=False, why=f"the rotary scaling {scalings} looks at the longest of the row")
         return found
 
-    def _by_path(self, path: ComputePath) -> tuple[torch.Tensor, Gradients]:
+    def _by_path(self, path: ComputePath, fusion: Fusion) -> tuple[torch.Tensor, Gradients]:
         model = self._filled(attention_of(self._config, path))
+        fuse(model, fusion)
         scorer = Scorer(model, path, cut=True).train()
         batch = pack(self._units, self._by.shape[1], path).to(self._device)
         found = scorer(batch, WEIGHTED, self._by)

@@ -62,6 +62,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "dtype": "bfloat16",
             "checkpointing": "auto",
             "path": "auto",
+            "compile": "auto",
         },
         "data": {
             "train": [source],
@@ -191,7 +192,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "request_seconds": 600.0,
             "pairs": None,
         },
-        "rounds": {"count": 3, "reference": "start"},
+        "rounds": {"count": 3, "reference": "start", "prompts_per_round": None},
     }
 
 

@@ -1,0 +1,127 @@
+"""Decoder layers compiled one by one: one graph for all layers of a kind, for any length of the packed row.
+
+Only the training's forward pass with gradients is compiled: what is computed without gradients (the first pass,
+evaluation, answers) calls the layers as they are, and so does a row of one token.
+
+- A layer is compiled as a whole and called from its module's `forward`, so ZeRO-3's hooks stay outside of the graph:
+  they gather the whole layer (`zero3.gather_whole`), and under activation checkpointing they come before the layer is
+  computed again.
+- The compiler gets the row's length as an unknown number, with the same guess of its size (`GUESSED_TOKENS`) in every
+  run. The code that it writes depends on the guess, so a resumed run computes the same bits, with a filled or an empty
+  cache. Of a known length it would ask whether it exceeds some bounds, by which rows would need code of their own.
+- A graph that breaks, or one more kind of layer than `MOST_KINDS`, is an error and no silent fallback.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from prefopt_dist.distributed import zero3
+from prefopt_dist.model.parts import decoder_layers
+
+GUESSED_TOKENS = 4096
+"""The length of a row for which the compiler chooses loops and the number of threads; any length is computed."""
+MOST_KINDS = 32
+"""Graphs of a model at most."""
+BACKEND = "inductor"
+"""Name of torch's compiler; a test takes one that writes no code."""
+FOLDER = "compiled"
+"""Folder of compiled code in the cache."""
+
+
+def compile_layers(lm: PreTrainedModel) -> None:
+    """Let the decoder's layers be compiled at their first use with gradients.
+
+    Call it before the engine is made, and after adapters are attached.
+    """
+    layers = decoder_layers(lm)
+    zero3.gather_whole(layers)
+    for layer in layers:
+        layer.forward = partial(_forward, layer)
+
+
+def is_compiled(lm: PreTrainedModel) -> bool:
+    """Return whether `compile_layers` has been called."""
+    return any("forward" in vars(layer) for layer in decoder_layers(lm))
+
+
+def takes(tokens: int) -> bool:
+    """Return whether a row of so many tokens is computed by compiled layers at this moment."""
+    # A compiler takes a size of 1 for a constant.
+    return tokens > 1 and torch.is_grad_enabled()
+
+
+def _forward(layer: Any, *given: Any, **named: Any) -> Any:
+    """Compute a layer: compiled where it gets the number of its row, else as it is."""
+    plain = type(layer).forward
+    if not isinstance(named.get("segments"), torch.Tensor):
+        return plain(layer, *given, **named)
+    checkpointed = False
+    if isinstance(layer, GradientCheckpointingLayer):
+        plain = plain.__wrapped__  # without the checkpoint, which stays outside the graph
+        checkpointed = layer.gradient_checkpointing and layer.training
+    call = partial(_call, _compiled(plain), layer, named)
+    return layer._gradient_checkpointing_func(call, *given) if checkpointed else call(*given)
+
+
+def _call(compiled: Callable[..., Any], layer: nn.Module, named: dict[str, Any], *given: Any) -> Any:
+    # Here, since a tensor that is given again for the second computation has lost its marks.
+    _mark_lengths([*given, *named.values()], given[0].shape[1])
+    return compiled(layer, *given, **named)
+
+
+@cache
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(forward, fullgraph=True, backend=BACKEND)
+
+
+def _mark_lengths(values: Iterable[Any], tokens: int) -> None:
+    """Tell the compiler which dimensions are the row's length T: those of tensors [1, T, …] and [T, …]."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            _mark_lengths(value, tokens)
+        elif isinstance(value, torch.Tensor):
+            for d in range(min(2, value.dim())):
+                if value.shape[d] == tokens and value.shape[:d].numel() == 1:
+                    torch._dynamo.decorators.mark_unbacked(
+                        value, d, hint_override=GUESSED_TOKENS, shape_id="tokens", min=2
+                    )
+
+
+def prepare(folder: Path) -> None:
+    """Set the compiler up, with compiled code kept in a folder from one start to the next; forget earlier models.
+
+    Code for other versions, processors or numbers of threads has a folder of its own there. No process is started to
+    compile: it would outlive a rank that is killed.
+
+    Args:
+        folder: the cache of the runs.
+    """
+    import torch._inductor.config as inductor
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / FOLDER / _digest())
+    inductor.compile_threads = 1
+    torch._dynamo.config.recompile_limit = MOST_KINDS
+    torch._dynamo.reset()
+
+
+def _digest() -> str:
+    of = (torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
+    return hashlib.blake2b(repr(of).encode(), digest_size=8).hexdigest()
+
+
+def compiler() -> str | None:
+    """Return the C++ compiler that a CPU's code needs; None where there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
