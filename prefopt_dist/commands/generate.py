@@ -16,23 +16,25 @@ from prefopt_dist.files import checksum, digest, read_json, write_atomic, write_
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.monitoring.statistics import interval_text
 from prefopt_dist.rollouts import comparison, pairs
+from prefopt_dist.rollouts.prompts import Turn
 from prefopt_dist.rollouts.store import AnsweredPrompt
 from prefopt_dist.setup import prepare_models, prepare_rollouts
 from prefopt_dist.setup.lifecycle import requests_for, run_folder
-from prefopt_dist.setup.prepare_rollouts import RolloutJob
+from prefopt_dist.setup.rollout_job import RolloutJob
 from prefopt_dist.training.stop import Requests
 
 FACTS = "generation.json"
 """File in the run folder: settings that RUN/pairs.jsonl was made with, and counts of all answers"""
 
 
-def run(config: Config, asked: Requests | None = None, *, served: bool = False) -> bool:
+def run(config: Config, asked: Requests | None = None, *, served: bool = False, turn: Turn | None = None) -> bool:
     """Generate pairs (all ranks call it).
 
     Args:
         config: the resolved configuration.
         asked: requests to the rounds that this is a part of; None: requests to this run.
         served: whether a training on the pairs is done; they are then only checked by their settings and may be gone.
+        turn: the part of the prompts that is answered; None for all.
 
     Returns:
         Whether the pairs are made; False after a request to stop.
@@ -53,6 +55,7 @@ def run(config: Config, asked: Requests | None = None, *, served: bool = False) 
             temperature=generate.temperature,
             top_p=generate.top_p,
             what="generate",
+            turn=turn,
         )
         ranks.run_on_rank_zero(lambda: _refuse_others(config, job, served=served))
         made = ranks.run_on_rank_zero(lambda: _finished_pairs(config))
@@ -139,11 +142,13 @@ def _write_pairs(config: Config, job: RolloutJob) -> str:
     tally = pairs.PairCounts()
     make_row = pairs.ranked_row if generate.pairing == "ranked" else pairs.pair_row
     rows = [make_row(one.prompt, answers, about) for one in found for answers in pairs.make_pairs(one, rule, tally)]
+    judged = job.judged()
     if not rows:
+        by_judge = "" if judged is None else f" Of the judge: {judged.text()}."
         raise UserError(
             f"generate: no pair is left of {len(found)} prompts ({_counts(tally.prompts)}; answers left out: "
             f"{_counts(tally.answers)}). Sample more or wider (generate.n, generate.temperature), let responses end "
-            "(generate.max_new_tokens), or lower generate.min_margin."
+            "(generate.max_new_tokens), or lower generate.min_margin." + by_judge
         )
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     pairs_digest = digest(text)
@@ -158,6 +163,7 @@ def _write_pairs(config: Config, job: RolloutJob) -> str:
         },
         "best_of_n": _best(found, job.reward_weights),
         **comparison.summary(found, job.reward_weights),
+        **({} if judged is None else {"judged": judged.as_json()}),
         **({"asked": asked} if (asked := job.store.asked()) else {}),
         "made_of": _pairs_fingerprint(job),
         "sampled_by": _sampled_by(job),

@@ -33,7 +33,8 @@ from prefopt_dist.planning.rollouts import AnswersPlan, plan_answers
 from prefopt_dist.planning.work import disk_needed
 from prefopt_dist.setup import check_sequence_parallel
 from prefopt_dist.setup.answer_engines import sampling_plan
-from prefopt_dist.setup.checks import check_moving_reference, eval_sets
+from prefopt_dist.setup.check_loss import check_beginnings, check_moving_reference
+from prefopt_dist.setup.checks import eval_sets
 from prefopt_dist.setup.experts import check_balancing
 from prefopt_dist.setup.memory_needs import job_needs
 from prefopt_dist.setup.prepare_data import TRAIN, rows_for_loss, tokenised_folder, tokenised_train_folder
@@ -49,6 +50,8 @@ def run(config: Config) -> None:
     if config.reference.name_or_path is not None:
         key = "reference.name_or_path"
         scored.append((key, _language_model(config, key, config.reference.name_or_path)))
+    for of_key, one in scored:
+        check_beginnings(config, one, of_key)
     path, lines = choose_path(config, scored, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for line in lines:
         say(line)

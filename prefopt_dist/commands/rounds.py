@@ -22,6 +22,7 @@ from prefopt_dist.model.folder import ModelFolder, inspect_folder
 from prefopt_dist.monitoring.console import say, show
 from prefopt_dist.monitoring.metrics_file import from_strict_json, strict_json
 from prefopt_dist.monitoring.statistics import interval_text
+from prefopt_dist.rollouts.prompts import Turn
 from prefopt_dist.setup import compare, memory_advice, prepare_models, prepare_rollouts
 from prefopt_dist.setup.compare import Comparison
 from prefopt_dist.setup.lifecycle import best_checkpoint, run_folder
@@ -66,7 +67,7 @@ def run(config: Config) -> None:
             memory_advice.use(of_round, "rounds")
             say(f"\nround {number} of {config.rounds.count}: {of_round.run_dir}, from {of_round.model.name_or_path}")
             served = ranks.run_on_rank_zero(partial(_is_done, of_round))
-            finished_round = generate.run(of_round, asked, served=served)
+            finished_round = generate.run(of_round, asked, served=served, turn=_turn(config, number))
             if number == 1 and ranks.rank() == 0:
                 folder.note_start_step(0)  # from here on there is something to go on with
             found = None
@@ -144,6 +145,12 @@ def round_config(config: Config, number: int, hours_gone: float = 0.0) -> Config
             config.tracking, wandb=replace(wandb, name=f"{name}-round-{number}", group=wandb.group or name)
         ),
     )
+
+
+def _turn(config: Config, number: int) -> Turn | None:
+    """Return the part of the prompts that a round takes, counted from 1; None where each takes all."""
+    size = config.rounds.prompts_per_round
+    return None if size is None else Turn(number - 1, size, config.run.seed)
 
 
 def _from_here(folder: Path) -> Path:

@@ -4,14 +4,12 @@ from prefopt_dist.config.data import Data, DataSource, Inspect
 from prefopt_dist.config.deepspeed_json import load_deepspeed_json
 from prefopt_dist.config.load import differing_keys, identity, load_config, to_dict, to_yaml
 from prefopt_dist.config.losses import LOSSES, DPOLoss, Loss, MixLoss, SFTLoss
+from prefopt_dist.config.rollouts import Generate, Judge, RewardSource, Rounds
 from prefopt_dist.config.schema import (
     Answers,
     Config,
     Evaluate,
-    Generate,
     Plan,
-    RewardSource,
-    Rounds,
     Run,
     Tracking,
     Wandb,
@@ -33,6 +31,7 @@ __all__ = [
     "Export",
     "Generate",
     "Inspect",
+    "Judge",
     "Lora",
     "Loss",
     "MixLoss",

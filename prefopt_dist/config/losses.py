@@ -269,6 +269,15 @@ NOT_MIXED = {
 """Losses that cannot be part of a mix, and the reason for messages."""
 
 
+def ld_alpha_of(loss: Loss) -> tuple[str, float] | None:
+    """Return the dotted key and the value of an `ld_alpha` below 1, of the loss or of a part of a mix; None without."""
+    if isinstance(loss, MixLoss):
+        of_parts = (ld_alpha_of(part.loss) for part in loss.of.values())
+        found = next((value for value in of_parts if value is not None), None)
+        return None if found is None else ("loss.of.dpo.ld_alpha", found[1])
+    return ("loss.ld_alpha", loss.ld_alpha) if isinstance(loss, DPOLoss) and loss.ld_alpha < 1 else None
+
+
 def refuse_margin(loss: Loss, column: str) -> None:
     """Raise UserError where no part of the loss has a margin of rewards; `column` is the value of data.margin."""
     names = set(loss.of) if isinstance(loss, MixLoss) else {loss.name}

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from prefopt_dist.config.bounds import Bound, Count, Fraction, NotNegative, Positive, Text
+from prefopt_dist.config.bounds import Bound, Count, Fraction, Positive, Text
 from prefopt_dist.config.data import Data, DataSource, Inspect
 from prefopt_dist.config.losses import DPOLoss, Loss, refuse_margin, refuse_weight
+from prefopt_dist.config.rollouts import Generate, Rounds
 from prefopt_dist.config.training import Checkpoint, DeepSpeed, Eval, Export, Lora, Model, Optim, Reference, Train
 from prefopt_dist.errors import UserError
 
@@ -157,94 +158,6 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class RewardSource:
-    """One reward of the weighted mean: either a function or a model."""
-
-    function: Text | None = None
-    """A Python function as `module:name`, which is called as `score(prompt, response, row)` and returns a number."""
-    model: Text | None = None
-    """A sequence-classification model with one output and a chat template: a Hugging Face folder or a hub name."""
-    weight: Positive = 1.0
-    """Weight in the mean."""
-
-    def __post_init__(self) -> None:
-        if (self.function is None) == (self.model is None):
-            raise UserError(
-                f"generate.rewards: an entry has function {self.function!r} and model {self.model!r}, must have just "
-                "one of them; write {function: my_module:score} or {model: FOLDER}"
-            )
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A server that the job starts itself with the folder of the model, and ends with its answers."""
-
-    command: Text
-    """The command, run without a shell on the machine of rank 0; `{model}` in it becomes the model's folder, and
-    `{port}` the port on which it must listen."""
-    start_seconds: Positive = 600.0
-    """Longest time until the server is healthy."""
-
-
-@dataclass(frozen=True)
-class Generate:
-    """The stage `generate`: n responses to each prompt, their scores, and pairs of them (docs/rollouts.md)."""
-
-    rewards: tuple[RewardSource, ...] = ()
-    """Rewards; the score of a response is their weighted mean."""
-    prompts: tuple[DataSource, ...] | None = None
-    """Rows of any form, or with a prompt alone, of which only the prompts are used; null: those of `data.train`."""
-    n: Annotated[int, Bound("at least 2, since a pair needs two responses", lambda v: v >= 2)] = 8
-    """Number of responses to each prompt."""
-    temperature: Positive = 0.9
-    """Sampling temperature: the logits are divided by it."""
-    top_p: Annotated[float, Bound("in (0, 1]", lambda v: 0 < v <= 1)] = 1.0
-    """Nucleus sampling: tokens are drawn from the smallest set of most likely tokens with at least this probability."""
-    max_new_tokens: Count = 256
-    """Largest number of tokens of a response, including its end token; responses that do not end within it are left
-    out."""
-    batch_tokens: Count = 32768
-    """Tokens of prompts and responses that a rank samples at once. It changes memory and speed, and the
-    result within rounding alone."""
-    pairing: Literal["best_worst", "best_random", "margin", "ranked"] = "best_worst"
-    """Which two responses to a prompt make a pair: the best and the worst, the best and a random one with a lower
-    score, or (`margin`) every two whose scores differ by at least `min_margin`. With `ranked` all responses make one
-    row with their scores, for the losses `plackett_luce` and `all_pairs`."""
-    min_margin: NotNegative = 0.0
-    """Smallest difference of the rewards of a pair, or of the best and the worst response of a ranked row; equal ones
-    are always left out."""
-    on_bad_reward: Literal["stop", "drop"] = "stop"
-    """A reward that raises an exception or is not a finite number ends the job (`stop`), or its response is left out
-    (`drop`)."""
-    engine: Literal["transformers", "server"] = "transformers"
-    """What samples: a copy of the model on each rank (`transformers`), or servers that are asked over HTTP
-    (`server`)."""
-    servers: tuple[Text, ...] = ()
-    """Addresses of OpenAI-compatible servers that hold the model, such as `http://node1:8000`."""
-    launch: Launch | None = None
-    """The server that the job starts itself, instead of `servers`; null: none."""
-    key_variable: Text | None = None
-    """Name of the environment variable with the secret that the servers ask for; null: they ask for none."""
-    requests_in_flight: Count = 64
-    """Largest number of requests to each server at once, over all ranks."""
-    request_seconds: Positive = 600.0
-    """Longest time of one request; a server that does not answer within it is left out."""
-    pairs: Text | None = None
-    """File for the pairs; null: `pairs.jsonl` in the run folder."""
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """The stage `rounds`, which repeats `generate`, the first pass and `train` (docs/rollouts.md)."""
-
-    count: Count = 3
-    """Number of rounds."""
-    reference: Literal["start", "first"] = "start"
-    """Reference of each round: the model that the round starts from (`start`), or the very first model, or
-    `reference.name_or_path` if it is set (`first`)."""
-
-
-@dataclass(frozen=True)
 class Plan:
     """The machine for which the stage `plan` calculates what a job needs (docs/planning.md)."""
 
@@ -349,6 +262,11 @@ class Config:
             return Path(self.run.cache)
         from_environment = os.environ.get("PREFOPT_CACHE")
         return Path(from_environment) if from_environment else self.run_dir.parent / ".prefopt"
+
+    def without_judges(self) -> Config:
+        """Return a copy without the rewards that compare answers of one model: they cannot compare two models."""
+        rewards = tuple(reward for reward in self.generate.rewards if reward.judge is None)
+        return replace(self, generate=replace(self.generate, rewards=rewards))
 
     def with_cache(self) -> Config:
         """Return a copy with the cache set, since $PREFOPT_CACHE may differ on another rank or at another start."""

@@ -6,8 +6,9 @@ evaluation, answers) calls the layers as they are, and so does a row of one toke
 - A layer is compiled as a whole and called from its module's `forward`, so ZeRO-3's hooks stay outside of the graph:
   they gather the whole layer (`zero3.gather_whole`), and under activation checkpointing they come before the layer is
   computed again.
-- The compiler gets the row's length as a symbol, with the same guess of its size (`GUESSED_TOKENS`) in every run. The
-  code that it writes depends on the guess, so a resumed run computes the same bits, with a filled or an empty cache.
+- The compiler gets the row's length as an unknown number, with the same guess of its size (`GUESSED_TOKENS`) in every
+  run. The code that it writes depends on the guess, so a resumed run computes the same bits, with a filled or an empty
+  cache. Of a known length it would ask whether it exceeds some bounds, by which rows would need code of their own.
 - A graph that breaks, or one more kind of layer than `MOST_KINDS`, is an error and no silent fallback.
 """
 
@@ -94,7 +95,9 @@ def _mark_lengths(values: Iterable[Any], tokens: int) -> None:
         elif isinstance(value, torch.Tensor):
             for d in range(min(2, value.dim())):
                 if value.shape[d] == tokens and value.shape[:d].numel() == 1:
-                    torch._dynamo.mark_dynamic(value, d, hint_override=GUESSED_TOKENS)
+                    torch._dynamo.decorators.mark_unbacked(
+                        value, d, hint_override=GUESSED_TOKENS, shape_id="tokens", min=2
+                    )
 
 
 def prepare(folder: Path) -> None:

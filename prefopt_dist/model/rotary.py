@@ -26,7 +26,7 @@ def length_dependent(config: PreTrainedConfig, max_length: int | None = None) ->
     """
     if not length_dependent_types(config):
         return False
-    return max_length is None or max_length > _original_length(config)
+    return max_length is None or max_length > original_length(config)
 
 
 def length_dependent_types(config: PreTrainedConfig) -> list[str]:
@@ -53,7 +53,7 @@ def _reset(module: nn.Module, _: Any) -> None:
             setattr(module, f"{of_layers}max_seq_len_cached", module.original_max_seq_len)
 
 
-def _original_length(config: PreTrainedConfig) -> int:
+def original_length(config: PreTrainedConfig) -> int:
     """Return the tokens up to which a rotary scaling that depends on the length does not change."""
     most = int(config.max_position_embeddings)
     return min(_original_of(p, most) for p in _rotary_parameters(config) if p.get("rope_type") in LENGTH_DEPENDENT)

@@ -130,7 +130,7 @@ class PlanReport:
             of = self.sizes.activations.shared
             ranks = "one rank" if of == 1 else f"{of} ranks"
             lines.append(
-                f"  longest row that fits, on {ranks}, with the most recomputed layers: {self.longest_row:,} tokens"
+                f"  longest row that fits on {ranks}, with the most recomputed layers: {self.longest_row:,} tokens"
             )
         return lines
 

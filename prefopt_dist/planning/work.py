@@ -109,6 +109,8 @@ def work_from_rows(
     for rows in evals.values():
         for first in (0, MISMATCHED) if has_mismatched(rows) else (0,):
             evaluated += forward(rows, range(rows.n), first)[1] * (2 if objective.couples_units else 1)
+    # An update scores what a step compares with the reference; the pass of a loss that couples units is the policy's.
+    rescored = flop if objective.couples_units else flop + ahead
     return Work(
         known=True,
         steps=steps,
@@ -119,7 +121,7 @@ def work_from_rows(
         first_pass_flop=scored_flop,
         sequences=sequences if scored else None,
         evaluation_flop=_evaluations(config, steps) * evaluated,
-        updates_flop=0.0 if every is None else max(0, steps - every) * (flop + ahead) / sampled_steps,
+        updates_flop=0.0 if every is None else max(0, steps - every) * rescored / sampled_steps,
         keys_per_token=keys_per_token,
     )
 

@@ -90,6 +90,29 @@ class Prompts:
         return ", ".join(parts)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A part of the prompts in a shuffled order, which begins again after the last prompt."""
+
+    number: int
+    """Of the part, from 0"""
+    size: int
+    """Number of prompts in a part"""
+    seed: int
+    """Seed of the order"""
+
+    def of(self, prompts: Prompts) -> Prompts:
+        """Return the prompts of this part; all of them where there are not more."""
+
+        def place(prompt: Prompt) -> bytes:
+            return blake2b(prompt.key, key=self.seed.to_bytes(8, "little"), digest_size=16).digest()
+
+        order = sorted(prompts.all, key=place)
+        first = self.number * self.size
+        taken = {order[i % len(order)].index for i in range(first, first + min(self.size, len(order)))}
+        return replace(prompts, all=[prompt for prompt in prompts.all if prompt.index in taken])
+
+
 def first_prompts(
     sources: Sequence[DataSource], *, number: int, tokeniser: Tokeniser, longest: int, on_bad_row: str, key: str
 ) -> Prompts:

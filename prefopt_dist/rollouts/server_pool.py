@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 
@@ -24,6 +24,7 @@ from prefopt_dist.rollouts.server_protocol import (
     read_reply,
 )
 
+T = TypeVar("T")
 RESTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds that a server rests after each failure in a row; after one more it is left out."""
 CONNECT_SECONDS = 10.0
@@ -90,7 +91,14 @@ class ServerPool:
     """All servers, asked over one HTTP client."""
 
     def __init__(
-        self, urls: Sequence[str], *, key: str | None, in_flight: int, request_seconds: float, vocabulary: int
+        self,
+        urls: Sequence[str],
+        *,
+        key: str | None,
+        in_flight: int,
+        request_seconds: float,
+        vocabulary: int = 0,
+        name: str = "generate.servers",
     ) -> None:
         """Open the client.
 
@@ -99,8 +107,10 @@ class ServerPool:
             key: secret that is sent to all of them; None for none.
             in_flight: most requests in flight to each server.
             request_seconds: longest time of one request.
-            vocabulary: number of token ids of the model.
+            vocabulary: number of token ids of the model; 0 where no answers are sampled.
+            name: dotted key of the servers, for messages.
         """
+        self._name = name
         self.servers = [Server(base_url(url), float(in_flight)) for url in urls]
         self.asked = Asked()
         self.most_in_flight = 0
@@ -142,7 +152,7 @@ class ServerPool:
         """Raise NoServerLeft where all servers were left out."""
         if all(server.lost is not None for server in self.servers):
             raise NoServerLeft(
-                "generate.servers: no server is left to ask; answers so far are kept:\n  "
+                f"{self._name}: no server is left to ask; answers so far are kept:\n  "
                 + "\n  ".join(self.lost())
                 + "\nRepair or replace the servers, then start the same command again."
             )
@@ -155,24 +165,28 @@ class ServerPool:
         Raises:
             NoServerLeft: all servers were left out.
         """
+        reply = await self.ask_any(lambda server: self.ask_one(server, request))
+        self.asked.tokens += reply.tokens or 0
+        return reply
+
+    async def ask_any(self, ask: Callable[[Server], Awaitable[T]]) -> T:
+        """Return what `ask` returns of the server with the fewest requests in flight; where that fails, of another.
+
+        Raises:
+            NoServerLeft: all servers were left out.
+        """
         while True:
             server = await self._free_server()
             try:
-                reply = await self.ask_one(server, request)
+                reply = await ask(server)
             except (ServerFault, ServerLost):  # noted at the server
                 self.asked.retries += 1
                 continue
             self.asked.answers += 1
-            self.asked.tokens += reply.tokens or 0
             return reply
 
     async def ask_one(self, server: Server, request: AnswerRequest, contract: Contract | None = None) -> Reply:
-        """Ask this server once, as its contract says.
-
-        Raises:
-            ServerFault: the request failed in a way that may pass; noted at the server.
-            ServerLost: the server is left out; noted at the server.
-        """
+        """Ask this server once, as its contract says; raises as `ask_json`."""
         how = contract or server.contract
         assert how is not None
         if how.dialect != "ids" and request.text is None:
@@ -181,12 +195,23 @@ class ServerPool:
                 "written as text that the tokenizer splits into the same tokens; use a server that takes token ids, "
                 "or leave this prompt out"
             )
+        body = body_of(request, how.dialect, how.model)
+        return await self.ask_json(
+            server, "/v1/completions", body, lambda content: read_reply(content, request, how.dialect, self._vocabulary)
+        )
+
+    async def ask_json(self, server: Server, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
+        """Send JSON to this server once, and return what `read` makes of its reply.
+
+        Raises:
+            ServerFault: the request failed in a way that may pass; noted at the server.
+            ServerLost: the server is left out; noted at the server.
+        """
         sent = time.monotonic()
         server.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            content = await self.post(server, "/v1/completions", body_of(request, how.dialect, how.model))
-            reply = read_reply(content, request, how.dialect, self._vocabulary)
+            reply = read(await self.post(server, path, body))
         except Busy as e:
             server.limit = max(1.0, server.limit / 2)
             server.failed(str(e), sent, time.monotonic())

@@ -22,6 +22,10 @@ string (`transformers serve`); `text`: text, with the common fields alone."""
 DIALECTS: tuple[Dialect, ...] = ("ids", "generation_config", "text")
 
 
+LEAST_TEMPERATURE = 0.01
+"""A temperature below this is asked as 0, the most likely tokens: vLLM would raise it to this one."""
+
+
 class ServerFault(Exception):
     """A request failed in a way that may pass: the server is busy, restarts, or was cut off."""
 
@@ -49,9 +53,8 @@ class AnswerRequest:
 def request_for(prompt: Prompt, text: str | None, number: int, sampling: Sampling) -> AnswerRequest:
     """Return the request for one answer to a prompt; its seed depends on seed, prompt and number alone."""
     seed = int(uniforms(sampling.seed, prompt.key, number, 1)[0] * 2**31)
-    return AnswerRequest(
-        prompt, text, sampling.temperature, sampling.top_p, sampling.max_new_tokens, seed, sampling.stop_ids
-    )
+    temperature = sampling.temperature if sampling.temperature >= LEAST_TEMPERATURE else 0.0
+    return AnswerRequest(prompt, text, temperature, sampling.top_p, sampling.max_new_tokens, seed, sampling.stop_ids)
 
 
 @dataclass(frozen=True)

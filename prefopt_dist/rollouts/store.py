@@ -183,6 +183,16 @@ class SampleStore:
         file = self.folder / ASKED
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
+    def note_judged(self, scores: str, counts: dict[str, int]) -> None:
+        """Append what one start asked of a judge for the scores of this name."""
+        with (self.folder / f"judged-{scores}.jsonl").open("a") as file:
+            file.write(json.dumps(counts) + "\n")
+
+    def judged(self, scores: str) -> list[dict[str, int]]:
+        """Return what judges were asked for the scores of this name, by start."""
+        file = self.folder / f"judged-{scores}.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
     def write_scores(self, what: str, number: int, scores: Iterable[list[Scores]]) -> None:
         """Commit a shard's scores, for each answer to each prompt, under the name from `scores_name`."""
         _write_lines(self._file(what, number), scores)

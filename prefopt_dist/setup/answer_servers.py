@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Sequence
-from urllib.parse import urlsplit
 
 from prefopt_dist.config import Config
 from prefopt_dist.data.tokenise import Tokeniser
@@ -20,6 +19,7 @@ from prefopt_dist.rollouts.server_check import HALF, TOLERANCES, Checker
 from prefopt_dist.rollouts.server_engine import Found, ServerEngine, ServerSettings, check_servers
 from prefopt_dist.rollouts.server_pool import ServerPool
 from prefopt_dist.rollouts.transformers_engine import TransformersEngine
+from prefopt_dist.setup.addresses import refuse_address, secret_of
 from prefopt_dist.setup.answer_engines import checking_engine
 from prefopt_dist.setup.prepare_models import Models
 from prefopt_dist.setup.prepare_reference import HashedWeights
@@ -36,8 +36,13 @@ def check(config: Config) -> None:
     """
     generate = config.generate
     if generate.engine != "server":
-        for name in ("servers", "launch", "key_variable"):
-            if value := getattr(generate, name):
+        given = {
+            "servers": ", ".join(generate.servers),
+            "launch": "" if generate.launch is None else generate.launch.command,
+            "key_variable": generate.key_variable,
+        }
+        for name, value in given.items():
+            if value:
                 raise UserError(
                     f"generate.{name}: got {value!r}, must not be given with generate.engine=transformers, which asks "
                     "no server; leave it out, or set generate.engine=server"
@@ -61,22 +66,8 @@ def check(config: Config) -> None:
             "[http://node1:8000], or set generate.launch.command or generate.engine=transformers"
         )
     for i, url in enumerate(generate.servers):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
-            raise UserError(
-                f"generate.servers[{i}]: got {url!r}, must be the address of an OpenAI-compatible server; write it "
-                "like http://node1:8000"
-            )
-        if "@" in parts.netloc:
-            raise UserError(
-                f"generate.servers[{i}]: has a name or password in its address, must have none, since a configuration "
-                "is saved; put the secret into an environment variable and name that in generate.key_variable"
-            )
-    if generate.key_variable is not None and not os.environ.get(generate.key_variable):
-        raise UserError(
-            f"generate.key_variable: the environment variable {generate.key_variable} is not set, must hold the "
-            "servers' key; set it, or leave the key out"
-        )
+        refuse_address(url, f"generate.servers[{i}]")
+    secret_of(generate.key_variable, "generate.key_variable")
     if config.lora is not None and config.lora.from_ is not None:
         raise UserError(
             f"generate.engine: got server, must be transformers with lora.from ({config.lora.from_!r}), since a server "
@@ -120,7 +111,7 @@ def open_servers(
     try:
         settings = ServerSettings(
             urls=ranks.run_on_rank_zero(lambda: generate.servers if launched is None else (launched.url,)),
-            key=os.environ.get(generate.key_variable) if generate.key_variable is not None else None,
+            key=secret_of(generate.key_variable, "generate.key_variable"),
             in_flight=max(1, generate.requests_in_flight // ranks.world_size()),
             request_seconds=generate.request_seconds,
             vocabulary=vocabulary,

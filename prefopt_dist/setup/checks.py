@@ -95,22 +95,12 @@ def check_packages(config: Config) -> None:
             quantised.require_package()
 
 
-def check_moving_reference(config: Config, objective: Objective) -> None:
-    """Raise UserError for a reference that is to move in a run without a reference."""
-    every = config.reference.update_every_steps
-    if every is not None and not objective.needs_reference:
-        raise UserError(
-            f"reference.update_every_steps: got {every}, but loss.name={config.loss.name} has no reference; set it to "
-            "null, or take a loss with a reference"
-        )
-
-
 def check_evaluations(config: Config) -> None:
     """Raise UserError where train.early_stop or checkpoint.keep_best use a metric that the run does not measure."""
     _check_answers(config)
     for section, key, metric in selection_metrics(config):
         if metric.startswith(evaluation.ANSWERS):
-            evaluation.refuse_answers(metric, key, rewarded=bool(config.generate.rewards))
+            evaluation.refuse_answers(metric, key, rewarded=bool(config.without_judges().generate.rewards))
             if config.answers_every_steps is None:
                 raise UserError(
                     f"{section}: {metric} is measured only during training if answers.every is set, but it is null, or "
@@ -139,7 +129,7 @@ def _check_answers(config: Config) -> None:
             "eval.every_steps, or set answers.every to null"
         )
     for i, source in enumerate(config.generate.rewards):
-        if source.function is None:
+        if source.model is not None:
             raise UserError(
                 f"answers.every: got {config.answers.every}, but generate.rewards[{i}] is a model, which is not loaded "
                 "beside the training; set answers.every to null, or use functions as rewards"

@@ -25,6 +25,8 @@ LEAST_FLOP = 2e14
 """Operations of a rank and thread from which on compiled layers gain more than their compilation takes: a thousand
 seconds at 200 GFLOP/s, the fastest thread that was measured, of which they save a tenth (docs/performance.md)."""
 
+SHARED_ROWS = "ranks that share a row (train.sequence_parallel) exchange tokens inside the layers"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -68,6 +70,8 @@ def choose(config: Config, models: Models, facts: Mapping[str, Any], flop: float
     chosen = asked if asked != "auto" else kept
     if chosen == "none":
         return Choice("none", "as configured" if asked == "none" else "with which the run began")
+    if config.train.sequence_parallel > 1 and asked == "auto":  # also of a run that began without it
+        return Choice("none", SHARED_ROWS)
     obstacle = _obstacle(config, models)
     if chosen is None:
         obstacle = obstacle or _costs_more(flop, device)
@@ -90,10 +94,10 @@ def choose(config: Config, models: Models, facts: Mapping[str, Any], flop: float
 
 def _obstacle(config: Config, models: Models) -> str | None:
     """Return why nothing can be fused; None where it can."""
+    if config.train.sequence_parallel > 1:
+        return SHARED_ROWS
     if in_rectangles(models.path):
         return f"on the path {models.path} transformers' own attention computes padded rows"
-    if config.train.sequence_parallel > 1:
-        return "ranks that share a row (train.sequence_parallel) exchange heads inside the layers"
     if find_routers(models.policy.config):
         return "the loads of the experts are counted inside the layers"
     if models.policy.quantised:

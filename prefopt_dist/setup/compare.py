@@ -22,7 +22,7 @@ from prefopt_dist.rollouts.measures import answer_sums, units_of
 from prefopt_dist.rollouts.store import AnsweredPrompt
 from prefopt_dist.setup import prepare_reference, prepare_rollouts
 from prefopt_dist.setup.prepare_models import Models
-from prefopt_dist.setup.prepare_rollouts import RolloutJob
+from prefopt_dist.setup.rollout_job import RolloutJob
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def prepare(
         name: the policy's name for people; None for its folder.
         other: the name of the model that the policy was trained from, which is `against`; None to find out by folders.
     """
-    evaluate = config.evaluate
+    config, evaluate = config.without_judges(), config.evaluate
     assert evaluate.prompts is not None
     answering = {"policy": policy, "against": against} | ({} if start is None else {"start": start})
     jobs: dict[str, RolloutJob] = {}

@@ -40,8 +40,9 @@ from prefopt_dist.setup.answer_engines import policy_engine, start_engine
 from prefopt_dist.setup.prepare_data import tokeniser_of
 from prefopt_dist.setup.prepare_models import Models
 from prefopt_dist.setup.prepare_reference import hash_weights
-from prefopt_dist.setup.prepare_rollouts import RolloutJob, plan_samples, sampling_fingerprint
+from prefopt_dist.setup.prepare_rollouts import plan_samples, sampling_fingerprint
 from prefopt_dist.setup.rewards import configured_rewards
+from prefopt_dist.setup.rollout_job import RolloutJob
 
 FOLDER = "answers"
 """Folder of the policy's answers in the run folder, with a folder for each step after which it answered."""
@@ -257,7 +258,7 @@ def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers |
     fault = ranks.run_on_rank_zero(lambda: fault_of_sampling(models.policy.config, config.data.max_length))
     if fault:
         return NotAnswered(f"{fault}; set answers.number=0 to run without this line")
-    rewards = configured_rewards(config, models)
+    rewards = configured_rewards(config.without_judges(), models)
     data = config.data
     tokeniser = tokeniser_of(config, models.tokenizer)
     hashed = hash_weights(models.start, models.dtype, config.cache_dir)

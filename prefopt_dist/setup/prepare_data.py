@@ -13,7 +13,7 @@ from prefopt_dist.batching.order import Order
 from prefopt_dist.batching.weights import refuse_set_without_weight, refuse_steps_without_weight
 from prefopt_dist.checkpoint.run_folder import SHOWN
 from prefopt_dist.config import Config, DataSource
-from prefopt_dist.config.losses import DPOLoss, KTOLoss, Loss, MixLoss
+from prefopt_dist.config.losses import KTOLoss, ld_alpha_of
 from prefopt_dist.config.ranked_losses import RankedLoss
 from prefopt_dist.data import DamagedRows, TokenisedRows, open_rows, prepare_rows
 from prefopt_dist.data.derived import PromptTooFrequent, build_unpaired_rows, without_rows
@@ -177,7 +177,7 @@ def rows_for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRow
         AgreedUserError: the loss cannot use the rows.
     """
     if not isinstance(config.loss, KTOLoss):
-        return build_prefixed_rows(rows) if _is_length_desensitised(config.loss) else rows
+        return rows if ld_alpha_of(config.loss) is None else build_prefixed_rows(rows)
     if rows.kind == "demonstration" or (rows.kind == "pair" and not config.loss.split_pairs):
         raise AgreedUserError(
             f"{key}: the rows are of the form {rows.kind!r}, but the loss kto reads rows with prompt, completion and "
@@ -196,12 +196,6 @@ def rows_for_loss(config: Config, rows: TokenisedRows, key: str) -> TokenisedRow
             f"{key}: {found} rows answer the same prompt, but the loss kto compares each row with a response to "
             "another prompt, so no prompt may have more than half of the rows. Give rows of more prompts."
         ) from None
-
-
-def _is_length_desensitised(loss: Loss) -> bool:
-    if isinstance(loss, MixLoss):
-        return any(_is_length_desensitised(part.loss) for part in loss.of.values())
-    return isinstance(loss, DPOLoss) and loss.ld_alpha < 1
 
 
 def text_options(config: Config) -> TextOptions:

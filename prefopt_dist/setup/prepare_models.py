@@ -33,6 +33,7 @@ from prefopt_dist.monitoring.console import format_bytes, say
 from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.setup import check_sequence_parallel, checks
 from prefopt_dist.setup.check_lora import adapter_of
+from prefopt_dist.setup.check_loss import check_beginnings, check_moving_reference
 from prefopt_dist.setup.checks import eval_sets
 from prefopt_dist.setup.experts import check_balancing
 from prefopt_dist.setup.prove_path import choose_path
@@ -137,7 +138,7 @@ def _check_surroundings(config: Config) -> None:
     if config.export.push_to_hub is not None:
         hub.check_name(config.export.push_to_hub)
     objective = make_objective(config.loss, DTYPES[config.model.dtype])
-    checks.check_moving_reference(config, objective)
+    check_moving_reference(config, objective)
     checks.check_folders(config, objective)
 
 
@@ -162,6 +163,8 @@ def _models(config: Config) -> Models:
     if reference is not None:
         checks.check_reference_tokenizer(tokenizer, reference)
     check_balancing(config, policy.config)
+    for scored in (policy, reference or policy):
+        check_beginnings(config, scored.config, scored.key)
     adapter = adapter_of(config.lora, policy.config, config.model.name_or_path)
     if adapter is not None and policy.part_of_more and not config.export.merged:
         raise UserError(

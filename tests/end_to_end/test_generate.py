@@ -355,6 +355,23 @@ def test_a_round_is_the_same_however_its_folder_is_named(world: Path, monkeypatc
 
 
 @pytest.mark.slow
+def test_small_rounds_take_turns_with_the_prompts(world: Path, door: Door) -> None:
+    sections: dict[str, dict[str, Any]] = {
+        "generate": {"prompts": str(world / "new.jsonl")},
+        "evaluate": {"prompts": str(world / "new.jsonl")},
+        "rounds": {"count": 2, "prompts_per_round": 16},
+        "train": {"global_batch_pairs": 4, "micro_batch_tokens": 1024},
+    }
+    run = write_run(world, "small-rounds", cache="cache-small-rounds", **sections)
+    assert door.ends(run, stage="rounds")[0] == 0
+    folders = [world / "runs" / "small-rounds" / f"round-{number}" for number in (1, 2)]
+    assert [json.loads((f / "generation.json").read_text())["prompts"] for f in folders] == [16, 16]
+    first, second = ({row["origin"] for row in rows(folder / "pairs.jsonl")} for folder in folders)
+    assert first
+    assert first.isdisjoint(second)
+
+
+@pytest.mark.slow
 def test_killed_rounds_end_with_the_same_weights(world: Path, door: Door) -> None:
     """SIGKILL as soon as the second round has its pairs; then the same command."""
     sections: dict[str, dict[str, Any]] = {

@@ -19,9 +19,9 @@ import psutil
 import pytest
 import worlds
 from door import Door, one_process_group
-from fake_server import FakeServer, serving
+from fake_server import FakeJudge, FakeServer, serving
 from generation_cases import TORCHRUN
-from generation_world import write_run, write_world
+from generation_world import PROMPTS, write_run, write_world
 from places import PYTHONPATH, REPOSITORY
 
 from prefopt_dist.cli import main
@@ -275,6 +275,23 @@ def test_a_killed_job_asks_nothing_twice(world: Path, door: Door, servers: Any, 
     assert answers(world, "killed") == expected
 
 
+@pytest.mark.slow
+def test_two_ranks_ask_for_each_answer_once(world: Path, servers: Any) -> None:
+    fake = servers()
+    run = run_of(world, "ranks", fake, prompts=str(world / "prompts.jsonl"), n=2)
+    environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN} | {"PYTHONPATH": PYTHONPATH}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen([*torchrun, "-m", "prefopt_dist", "generate", str(run)], env=environment)
+    done = world / "runs" / "ranks" / "pairs.jsonl"
+    patience.wait_until(process, done.exists, world / "cache-ranks")
+    assert process.wait() == 0
+    asked = job_requests(fake)
+    assert len(asked) == len(set(asked)) == len(answers(world, "ranks")) == PROMPTS * 2
+    (record,) = facts(world, "ranks")["asked"]
+    assert record["answers"] == PROMPTS * 2
+    assert fake.most_at_once <= 16
+
+
 def test_the_job_starts_a_server_and_ends_it(
     world: Path, door: Door, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,7 +319,7 @@ def test_mistakes_about_servers(world: Path, door: Door) -> None:
             ["generate.servers=['http://node1']", "generate.key_variable=NO_SUCH"],
         ),
         (
-            ["generate.servers: got ('http://node1',)", "generate.engine=server"],
+            ["generate.servers: got 'http://node1'", "generate.engine=server"],
             ["generate.servers=['http://node1']", "generate.engine=transformers"],
         ),
         (
@@ -316,3 +333,44 @@ def test_mistakes_about_servers(world: Path, door: Door) -> None:
         (["generate.engine: got 'vllm'", "generate.engine=server"], ["generate.engine=vllm"]),
     ]:
         door.fails(words, *overrides, stage="generate", run=run, early=True)
+
+
+# Judges
+
+
+def judge_of(world: Path, fake: FakeJudge) -> dict[str, Any]:
+    (world / "judge.txt").write_text("{prompt}\n<<{first}>>\n<<{second}>>\nEnd with first, second or tie.")
+    return {"judge": {"server": fake.url, "model": "m", "prompt": str(world / "judge.txt")}}
+
+
+def test_a_judge_makes_pairs_by_what_it_prefers_in_both_orders(world: Path, door: Door) -> None:
+    def more_letters(first: str, second: str) -> str:
+        a, b = (sum(c.islower() for c in text) for text in (first, second))
+        return "first" if a > b else "second" if b > a else "tie"
+
+    few = {"prompts": str(world / "few.jsonl")}
+    with serving(FakeJudge(more_letters)) as fake:
+        run = write_run(world, "judged", cache="cache-judged", generate=few | {"rewards": [judge_of(world, fake)]})
+        assert door.ends(run, stage="generate")[0] == 0
+        # Models are compared by the other rewards alone.
+        words = ["generate.rewards: has judges alone", "function or a model too"]
+        door.fails(words, f"evaluate.prompts={world / 'few.jsonl'}", stage="rounds", run=run, early=True)
+    pairs = [json.loads(line) for line in (world / "runs" / "judged" / "pairs.jsonl").read_text().splitlines()]
+    assert pairs
+    for row in pairs:
+        assert sum(c.islower() for c in row["chosen"]) > sum(c.islower() for c in row["rejected"])
+    counts = facts(world, "judged")["judged"]
+    assert 2 * counts["comparisons"] == len(fake.answered)
+    assert counts["orders_disagree"] == counts["unreadable"] == 0
+    assert counts["tokens"] == 100 * len(fake.answered)
+
+
+def test_a_judge_that_prefers_the_first_answer_changes_nothing_and_this_is_said(world: Path, door: Door) -> None:
+    few = {"prompts": str(world / "few.jsonl")}
+    with serving(FakeJudge(lambda first, second: "first")) as fake:
+        run = write_run(world, "biased", cache="cache-judged", generate=few | {"rewards": [judge_of(world, fake)]})
+        (world / "judge.txt").write_text((world / "judge.txt").read_text() + "\n")  # another question: other scores
+        status, said = door.ends(run, stage="generate")
+    assert status == 2
+    assert "no pair is left of 12 prompts" in said
+    assert "All are ties, so the judge decides nothing: it takes whatever is shown first" in said

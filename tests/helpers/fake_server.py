@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,30 +18,62 @@ from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.sampling import Sampling
 from prefopt_dist.rollouts.transformers_engine import TransformersEngine
 
+F = TypeVar("F", bound="Fake")
 VLLM = {"return_token_ids", "stop_token_ids", "ignore_eos", "skip_special_tokens", "top_k", "min_p"}
 GREEDY = 1e-6
 """A temperature at which sampling takes the most likely token."""
 
 
-class FakeServer:
-    """A model behind /v1/completions, what it understands, how it behaves, and what it was asked."""
+class Fake:
+    """How a server behaves, and what it was asked."""
 
-    def __init__(self, folder: Path, dialect: str = "ids") -> None:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.engine = TransformersEngine(model, "fake", batch_tokens=100_000)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.stops = tuple(json.loads((folder / "generation_config.json").read_text())["eos_token_id"])
-        self.name = "the-model"
-        self.dialect = dialect
+    name = "the-model"
+
+    def __init__(self) -> None:
         self.lock = threading.Lock()
         self.url = ""
-        # Behaviour
         self.statuses: list[int] = []
         """Statuses of the next replies, the first one first"""
         self.hangs = threading.Event()
         self.released = threading.Event()
         self.lives: int | None = None
         """Answers after which it cuts each connection"""
+        self.key: str | None = None
+        self.answered: list[Any] = []
+        self.keys: set[str | None] = set()
+        self.at_once = self.most_at_once = 0
+
+    def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
+        raise NotImplementedError
+
+
+class FakeJudge(Fake):
+    """Behind /v1/chat/completions: it is shown two answers, each in angle brackets, and says which it prefers."""
+
+    def __init__(self, prefers: Callable[[str, str], str]) -> None:
+        super().__init__()
+        self.prefers = prefers
+
+    def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
+        (turn,) = body["messages"]
+        first, second = re.findall(r"<<(.*?)>>", turn["content"], re.S)
+        with self.lock:
+            self.answered.append((first, second))
+        said = f"I have read both.\n\nVerdict: {self.prefers(first, second)}\n"
+        choice = {"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
+        return 200, {"choices": [choice], "usage": {"total_tokens": 100}}
+
+
+class FakeServer(Fake):
+    """A model behind /v1/completions, what it understands, how it behaves, and what it was asked."""
+
+    def __init__(self, folder: Path, dialect: str = "ids") -> None:
+        super().__init__()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.engine = TransformersEngine(model, "fake", batch_tokens=100_000)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.stops = tuple(json.loads((folder / "generation_config.json").read_text())["eos_token_id"])
+        self.dialect = dialect
         self.greedy = False
         """Ignores the temperature"""
         self.temperature: float | None = None
@@ -48,12 +81,8 @@ class FakeServer:
         self.forgets_seeds = False
         self.garbles = False
         """Gives token ids of another vocabulary"""
-        self.key: str | None = None
-        # What was asked
         self.answered: list[tuple[tuple[int, ...], int]] = []
         """Prompt and seed of each answer at a temperature above 0"""
-        self.keys: set[str | None] = set()
-        self.at_once = self.most_at_once = 0
 
     def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
         if body["model"] != self.name:
@@ -96,7 +125,7 @@ class FakeServer:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server_of: FakeServer
+    server_of: Fake
     protocol_version = "HTTP/1.1"
 
     def _reply(self, status: int, content: Any) -> None:
@@ -144,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(fake: FakeServer, port: int = 0) -> Iterator[FakeServer]:
+def serving(fake: F, port: int = 0) -> Iterator[F]:
     """Run the server in threads of this process; its address is `fake.url`."""
     handler = type("Handler", (_Handler,), {"server_of": fake})
 

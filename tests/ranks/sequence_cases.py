@@ -25,6 +25,8 @@ from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import ranks
 from prefopt_dist.distributed.sequence_group import SequenceGroup, sequence_group
 from prefopt_dist.model import attention
+from prefopt_dist.model.expert_loads import ExpertLoads
+from prefopt_dist.model.routers import find_routers
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
 
@@ -202,6 +204,45 @@ def _train_rows(run_dir: Path) -> list[dict[str, Any]]:
 
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == "train"]
+
+
+def loads_of_shared_rows(folder: Path) -> dict[str, Any]:
+    """How many tokens of the pairs took each expert of a mixture, over all ranks."""
+    found: dict[str, Any] = {}
+    lm = small.make("mixtral")
+    for size in sizes():
+        group = sequence_group(size)
+        loads = ExpertLoads(find_routers(lm.config), 0.0, torch.device("cpu"))
+        step_of(Scorer(lm, loads=loads, group=group).train(), group)
+        sums = loads.take()
+        dist.all_reduce(sums)
+        found[str(size)] = sums.tolist()
+    return found
+
+
+def kept_by_shared_rows(folder: Path) -> dict[str, Any]:
+    """Bytes of the storages that autograd keeps of a long row, parameters left out, on the rank that has most."""
+    draw = np.random.RandomState(0)
+    unit = Unit(0, small.tokens(draw, 1025), tuple(small.tokens(draw, n) for n in (1531, 1543)))
+    lm = small.make("llama-untied", max_position_embeddings=4096)
+    own = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+    found: dict[str, Any] = {}
+    for size in sizes():
+        group = sequence_group(size)
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        scorer = Scorer(lm, group=group).train()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            terms = scorer(pack_part([unit], 2, "shared", 1, group), DPO(BETA), reference_of([unit]))
+        terms.loss.backward()
+        found[str(size)] = max(ranks.all_gather(sum(kept.values())))
+    return found
 
 
 def group_is_refused(folder: Path) -> dict[str, Any]:

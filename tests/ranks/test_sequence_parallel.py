@@ -13,14 +13,22 @@ WORLDS = (2, 4)
 @pytest.fixture(scope="module", params=WORLDS, ids=lambda n: f"{n} ranks")
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     folder = tmp_path_factory.mktemp(f"rows{request.param}")
-    case_runner.run_cases("rank_cases.py", request.param, folder, ["shared_rows_quick", "group_is_refused"])
+    case_runner.run_cases(
+        "rank_cases.py", request.param, folder, ["shared_rows_quick", "loads_of_shared_rows", "group_is_refused"]
+    )
     return request.param, folder
 
 
 @pytest.fixture(scope="module", params=WORLDS, ids=lambda n: f"{n} ranks")
 def slow_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     folder = tmp_path_factory.mktemp(f"more-rows{request.param}")
-    cases = ["shared_rows", "steps_of_shared_rows", "runs_of_shared_rows", "units_of_shared_rows"]
+    cases = [
+        "shared_rows",
+        "steps_of_shared_rows",
+        "runs_of_shared_rows",
+        "units_of_shared_rows",
+        "kept_by_shared_rows",
+    ]
     case_runner.run_cases("rank_cases.py", request.param, folder, cases)
     return request.param, folder
 
@@ -44,6 +52,14 @@ def check_families(found: dict[str, Any], ranks: int) -> None:
 def test_shared_rows_equal_float64(world: tuple[int, Path]) -> None:
     """Two families, with windows, caps, sinks, and fewer key-value heads than ranks."""
     check_families(case_runner.found(world[1], "shared_rows_quick"), world[0])
+
+
+def test_loads_of_experts_with_shared_rows(world: tuple[int, Path]) -> None:
+    """They count the tokens of whole rows, without padding."""
+    found = case_runner.found(world[1], "loads_of_shared_rows")
+    assert sum(found["1"]) > 0
+    for size, loads in found.items():
+        assert loads == pytest.approx(found["1"], rel=0, abs=1), size  # rounding may choose another expert
 
 
 def test_ranks_that_cannot_be_divided_are_refused(world: tuple[int, Path]) -> None:
@@ -80,6 +96,15 @@ def test_runs_with_shared_rows(slow_world: tuple[int, Path]) -> None:
                 key = f"{mine['kind']}/{name}"
                 assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-4), key
             assert mine["pairs_seen"] == theirs["pairs_seen"]
+
+
+@pytest.mark.slow
+def test_bytes_that_a_rank_keeps(slow_world: tuple[int, Path]) -> None:
+    """A half and a quarter of those of a whole row, and little more."""
+    kept = case_runner.found(slow_world[1], "kept_by_shared_rows")
+    print(kept)
+    assert kept["2"] <= 0.55 * kept["1"]
+    assert kept.get("4", 0) <= 0.3 * kept["1"]
 
 
 @pytest.mark.slow

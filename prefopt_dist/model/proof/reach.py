@@ -97,7 +97,10 @@ def _limit_rotary(fields: dict[str, Any], max_length: int | None) -> dict[str, A
     scaled = {k: v for k, v in sets.items() if v.get("rope_type", "default") in SCALED}
     if not scaled or not most:
         return fields
-    originals = [v.get("original_max_position_embeddings") for v in scaled.values()]
+    # dynamic counts from the largest position, whatever stands beside (model/rotary.py)
+    originals = [
+        most if v["rope_type"] == "dynamic" else v.get("original_max_position_embeddings") for v in scaled.values()
+    ]
     original = max((v for v in originals if v), default=fields.get("original_max_position_embeddings") or most)
     by_length = any(v["rope_type"] in BY_LENGTH for v in scaled.values())
     reached = max_length is None or max_length > original or not by_length

@@ -216,6 +216,15 @@ def test_sequences_cross_the_length_of_longrope_where_the_run_does(max_length: i
     assert cut.config.rope_parameters["original_max_position_embeddings"] == original
 
 
+@pytest.mark.parametrize(("max_length", "most"), [(4096, reach.NOT_REACHED), (4097, reach.ORIGINAL)])
+@pytest.mark.parametrize("original", [1024, 8192])
+def test_dynamic_is_cut_by_the_largest_position(max_length: int, most: int, original: int) -> None:
+    """As transformers and the choice of the path count, whatever original length stands beside."""
+    rotary = DYNAMIC | {"original_max_position_embeddings": original}
+    cut = next(cuts(tiny("llama", max_position_embeddings=4096, rope_parameters=rotary), max_length, most_bytes=2**22))
+    assert cut.config.max_position_embeddings == most
+
+
 def test_a_proof_is_kept_for_the_same_model_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(config: PreTrainedConfig, path: Any = None) -> tuple[Proof, bool]:
         device = torch.device("cpu")

@@ -532,6 +532,8 @@ def test_a_reference_that_moves_costs_a_pass(world: Path, capsys: pytest.Capture
     assert stays["updates_flop"] == 0 < work["updates_flop"]
     assert work["first_pass_flop"] < 0.6 * stays["first_pass_flop"]
     assert work["first_pass_flop"] + work["updates_flop"] == pytest.approx(stays["first_pass_flop"], rel=0.05)
+    sorted_pairs = planned_by(world, capsys, "reference.update_every_steps=1", "loss.name=aot")[2]["work"]
+    assert sorted_pairs["updates_flop"] == work["updates_flop"], "its pass is the policy's"
     status, said, _ = planned_by(world, capsys, "reference.update_every_steps=2", "loss.name=orpo")
     assert status == 2
     assert "reference.update_every_steps: got 2, but loss.name=orpo has no reference" in said

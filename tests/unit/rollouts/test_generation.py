@@ -31,7 +31,7 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.monitoring.statistics import interval
 from prefopt_dist.rollouts import comparison, pairs
-from prefopt_dist.rollouts.prompts import Prompt, read_prompts
+from prefopt_dist.rollouts.prompts import Prompt, Prompts, Turn, read_prompts
 from prefopt_dist.rollouts.rewards import ClassifierReward, FunctionReward, RewardFailure, find_function, inspect_reward
 from prefopt_dist.rollouts.sampling import (
     Sampling,
@@ -277,6 +277,24 @@ def test_prompts_are_read_from_rows_of_every_form(tmp_path: Path) -> None:
         turns = [{"role": "user", "content": p.prompt}] if isinstance(p.prompt, str) else p.prompt
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         assert p.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_parts_of_the_prompts_take_turns() -> None:
+    """Each prompt once before one comes again, in an order by the seed, whatever the order of the file."""
+    everything = [Prompt(i, f"f:{i}", "x", None, {}, [i]) for i in range(10)]
+    prompts = Prompts(everything, 10, 0, {})
+
+    def taken(number: int, size: int, seed: int = 0, of: Prompts = prompts) -> list[int]:
+        return [prompt.index for prompt in Turn(number, size, seed).of(of).all]
+
+    first, second, third, fourth = (taken(number, 4) for number in range(4))
+    assert [len(part) for part in (first, second, third, fourth)] == [4] * 4
+    assert sorted([*first, *second, *(set(third) - set(first))]) == list(range(10))
+    assert set(fourth).isdisjoint(third)
+    assert all(part == sorted(part) for part in (first, second, third))  # by length, as before
+    assert taken(0, 4, seed=1) != first
+    assert taken(7, 20) == list(range(10))
+    assert sorted(taken(1, 4, of=Prompts(everything[::-1], 10, 0, {}))) == second
 
 
 def test_bad_prompts_stop_or_are_dropped_and_counted(tmp_path: Path) -> None:

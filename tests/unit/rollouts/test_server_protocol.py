@@ -41,6 +41,7 @@ def test_each_answer_has_a_seed_of_its_own() -> None:
     requests = [request_for(prompt, None, k, sampling) for prompt in (PROMPT, other) for k in range(2)]
     assert len({request.seed for request in requests}) == 4
     assert requests[0] == request_for(PROMPT, None, 0, sampling)
+    assert request_for(PROMPT, None, 0, Sampling(2, 0.001, 0.8, 12, 5, (3, 4))).temperature == 0
     body = body_of(requests[0], "ids", "m")
     assert (body["prompt"], body["stop_token_ids"], body["max_tokens"]) == ([5, 6], [3, 4], 12)
     assert "logprobs" not in body

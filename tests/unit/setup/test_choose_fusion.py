@@ -161,3 +161,15 @@ def test_liger_needs_a_gpu_and_its_package_and_the_family(
 def test_the_default_is_no_part_of_a_run(tmp_path: Path) -> None:
     assert "model.compile" not in identity(of(tmp_path))
     assert identity(of(tmp_path, "model.compile=layers"))["model.compile"] == "layers"
+
+
+def test_rows_that_ranks_share_are_not_compiled(tmp_path: Path, proofs: list[dict[str, Any]]) -> None:
+    """Also where the run began with compiled layers: other ranks round otherwise in any case."""
+    shared = of(tmp_path, "train.sequence_parallel=2")
+    for facts in (NEW, {"compile": "layers"}):
+        found = choose(shared, models(), facts, LONG, CPU)
+        assert (found.fusion, "train.sequence_parallel" in found.why) == ("none", True)
+    asked = of(tmp_path, "train.sequence_parallel=2", "model.compile=layers")
+    with pytest.raises(UserError, match="got layers, but ranks that share a row"):
+        choose(asked, models(), NEW, LONG, CPU)
+    assert not proofs
