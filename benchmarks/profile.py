@@ -50,15 +50,16 @@ def main() -> None:
     options.add_argument("--shape", choices=SHAPES, default="small")
     options.add_argument("--steps", type=int, default=2)
     options.add_argument("--compiled", action="store_true", help="with compiled layers")
+    options.add_argument("--copies", type=int, default=0, metavar="N", help="also the N largest copies, with callers")
     asked = options.parse_args()
     wanted = meter.SINGLE_THREAD | meter.ALLOCATOR | {"DS_ACCELERATOR": "cpu"}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.profile", *sys.argv[1:]], os.environ | wanted)
     task = Task(SHAPES[asked.shape], asked.mix, 8, asked.steps, 1, "cpu", 0, compiled=asked.compiled)
-    _run(task, asked.micro_batch_tokens)
+    _run(task, asked.micro_batch_tokens, asked.copies)
 
 
-def _run(task: Task, budget: int) -> None:
+def _run(task: Task, budget: int, copies: int) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     from benchmarks import ours
@@ -78,7 +79,7 @@ def _run(task: Task, budget: int) -> None:
         for k in range(1, 1 + task.steps):
             one(k)
         took = meter.Mark.now().since(start)["cpu"]
-        with profile(activities=[ProfilerActivity.CPU]) as found:
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=copies > 0, with_stack=copies > 0) as found:
             one(1)
     floor = step_flop(task.shape, lengths)
     print(f"{task.mix}, micro-batches of {budget}: {took / task.steps:.2f} CPU s a step, {floor / took / rate:.0%} of")
@@ -89,8 +90,27 @@ def _run(task: Task, budget: int) -> None:
         shares[operator_kind(event.key)] += event.self_cpu_time_total
     for of_kind, microseconds in shares.most_common():
         print(f"  {of_kind:20s} {microseconds / sum(shares.values()):6.1%}")
+    for line in largest_copies(found.events(), copies):
+        print(line)
     ranks.end()
     ranks.exit_now(0)
+
+
+def largest_copies(events: Any, most: int) -> list[str]:
+    """Describe the copies that take most time: share of all time, number, operator, shapes, and what called it."""
+    spent: Counter[tuple[str, str, str]] = Counter()
+    times: Counter[tuple[str, str, str]] = Counter()
+    for event in events if most else ():
+        if operator_kind(event.name) == "copies":
+            callers, caller = [], event.cpu_parent
+            while caller is not None and len(callers) < 2:
+                callers.append(caller.name[:60])
+                caller = caller.cpu_parent
+            key = event.name, str(event.input_shapes)[:50], " < ".join(callers)
+            spent[key] += event.self_cpu_time_total
+            times[key] += 1
+    total = sum(event.self_cpu_time_total for event in events) if most else 1
+    return [f"  {n / total:6.2%} {times[key]:4d} times  {'  '.join(key)}" for key, n in spent.most_common(most)]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import functools
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -20,8 +20,8 @@ from torch import nn
 from prefopt_dist.errors import UserError
 
 TESTED_VERSIONS = ("0.19.8",)
-"""Versions whose internals are tested: in `release`, `drop_gradient`, `skip_update_if`, `prepare_deepspeed`, and in
-`partitions.fill`."""
+"""Versions whose internals are tested: in `release`, `drop_gradient`, `skip_update_if`, `prepare_deepspeed`,
+`read_gradients_in_place`, and in `partitions.fill`."""
 
 
 SMALLEST_BUCKET = 1_000_000
@@ -117,8 +117,41 @@ def policy_engine(scorer: nn.Module, optimizer: torch.optim.Optimizer, settings:
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings)
+    read_gradients_in_place(engine)
     _trim_heap()  # loading has freed much memory
     return engine
+
+
+def read_gradients_in_place(engine: Any) -> None:
+    """Let the update read the gradients where they were summed, without the flat copy that DeepSpeed makes of them.
+
+    The partitions of a group's gradients stand in one buffer, in the group's order. The copy took 2 % of a step on a
+    CPU, and as much memory as the gradients.
+    """
+    optimizer = engine.optimizer
+    prepare, flatten = optimizer._prepare_fp32_grad_for_sub_group, optimizer.flatten
+
+    def prepare_in_place(group: int) -> None:
+        optimizer.flatten = lambda tensors: flatten(tensors) if (whole := _joined(tensors)) is None else whole
+        try:
+            prepare(group)
+        finally:
+            optimizer.flatten = flatten
+
+    optimizer._prepare_fp32_grad_for_sub_group = prepare_in_place
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return a view over vectors that follow each other in one storage; None where they do not."""
+    first, end = tensors[0], tensors[0].storage_offset()
+    for x in tensors:
+        one_storage = x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (one_storage and x.dtype == first.dtype and x.dim() == 1 and x.is_contiguous()):
+            return None
+        if x.storage_offset() != end:
+            return None
+        end += x.numel()
+    return first.as_strided((end - first.storage_offset(),), (1,))
 
 
 def reference_engine(scorer: nn.Module, settings: dict[str, Any]) -> Any:

@@ -874,6 +874,37 @@ class Counts:
         return call
 
 
+def gradients_in_place(folder: Path) -> dict:
+    """Two clipped updates with DeepSpeed's flat copy of the gradients, and without it."""
+    found: dict[str, Any] = {"weights": [], "in_place": []}
+    for name in ("copied", "in-place"):
+        config = config_for(folder, name, loss={"name": "dpo"}, optim={"max_grad_norm": 0.01})
+        models, objective, scored, _ = ready(config)
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "copied":
+                patch.setattr(zero3, "read_gradients_in_place", lambda engine: None)
+            engine = make_policy(config, models)
+        update, inside = engine.optimizer._optimizer_step, []
+
+        def looking(group: int, *given: Any, update: Any = update, inside: Any = inside, engine: Any = engine) -> Any:
+            buffer = engine.optimizer.grad_partitions_flat_buffer
+            gradient = engine.optimizer.fp32_partitioned_groups_flat[group].grad
+            start = gradient.data_ptr() - buffer.data_ptr()
+            inside.append(0 <= start < buffer.numel() * buffer.element_size())
+            return update(group, *given)
+
+        engine.optimizer._optimizer_step = looking
+        for index in range(2):
+            batch = step_batch(scored, range(G * index, G * index + G), 2, 150)
+            step.forward_backward(engine, batch, objective, None)
+            step.optimizer_step(engine, 1e-3)
+        held = b"".join(p.ds_tensor.numpy().tobytes() for p in engine.module.parameters())
+        found["weights"].append(hashlib.sha256(held).hexdigest())
+        found["in_place"].append(inside)
+        zero3.release(engine)
+    return found
+
+
 def collectives_and_host_reads(folder: Path) -> dict:
     """Two steps of several micro-batches that log nothing, as the loop makes them."""
     config = config_for(folder, "counts", loss={"name": "dpo"}, optim={"learning_rate": 1e-3})

@@ -28,7 +28,7 @@ BOTH = [
     "collectives_and_host_reads",
 ]
 BOTH += ["dropped_gradient", "skipped_updates", "too_many_skipped_updates", "spikes_stopped_and_skipped"]
-BOTH += ["early_stop"]
+BOTH += ["early_stop", "gradients_in_place"]
 TWO_ONLY = ["shards", "save_fails_on_one_rank", "killed_before_pruning", "idle_ranks"]
 TWO_ONLY += ["family", "kto_one_micro_batch", "whole_runs"]
 TWO_ONLY += ["lora_gemma2", "lora_resume", "lora_from", "reductions_in_float32"]
@@ -60,6 +60,16 @@ def slow_world(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
 
 def found(world: tuple[int, Path], case: str) -> dict[str, Any]:
     return case_runner.found(world[1], case)
+
+
+def test_gradients_are_read_in_place_with_the_same_bits(world: tuple[int, Path]) -> None:
+    copied, in_place = found(world, "gradients_in_place")["in_place"]
+    assert copied
+    assert not any(copied)
+    assert in_place
+    assert all(in_place)
+    first, second = found(world, "gradients_in_place")["weights"]
+    assert first == second
 
 
 @pytest.mark.parametrize("case", [*EQUALITY, *SHORT, *PATHS])

@@ -10,15 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plain
 import pytest
 import tiny_families
 import torch
-from models_for_tests import MODELS, apart, gradients, make, pairs, plain_sums, references, worst
+from models_for_tests import MODELS, apart, gradients, make, pairs, plain_sums, references, tokens, worst
 from torch._dynamo.utils import counters
 from transformers import AutoConfig
 
 from prefopt_dist.batching.packing import pack
+from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import attention, compiled_layers
 from prefopt_dist.model.proof.prove import Proof, try_paths
 from prefopt_dist.model.scorer import Scorer
@@ -115,6 +117,29 @@ def test_one_graph_for_all_layers_and_row_lengths(name: str, kinds: int) -> None
     assert len(lengths) >= 10
     assert counters["stats"]["unique_graphs"] == kinds
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3"])
+def test_code_takes_rows_of_any_length(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Shorter than the guess and longer; of the norms of heads the sums are over more numbers than tokens."""
+    monkeypatch.setattr(compiled_layers, "BACKEND", "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what `prepare` sets is taken back
+    compiled_layers.prepare(tmp_path)
+    found = []
+    for compiled in (False, True):
+        lm = make(name)
+        if compiled:
+            compiled_layers.compile_layers(lm)
+        draw = np.random.RandomState(1)
+        for n in (1, 90):
+            units = [Unit(i, tokens(draw, 30), (tokens(draw, 40), tokens(draw, 30))) for i in range(n)]
+            batch = pack(units, 2)
+            Scorer(lm)(batch, DPO(0.3, 0.1), references(units)).loss.backward()
+        assert batch.tokens > 2 * compiled_layers.GUESSED_TOKENS
+        found.append(gradients(lm))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert worst(found[1], {n: g.double() for n, g in found[0].items()})[0] <= 2e-5
 
 
 def test_without_gradients_and_for_one_token_the_layers_are_called_as_they_are() -> None:
