@@ -126,9 +126,11 @@ def read_gradients_in_place(engine: Any) -> None:
     """Let the update read the gradients where they were summed, without the flat copy that DeepSpeed makes of them.
 
     The partitions of a group's gradients stand in one buffer, in the group's order. The copy took 2 % of a step on a
-    CPU, and as much memory as the gradients.
+    CPU, and as much memory as the gradients. Only the optimizer of ZeRO-3 makes it; other stages stay as they are.
     """
     optimizer = engine.optimizer
+    if not hasattr(optimizer, "_prepare_fp32_grad_for_sub_group"):
+        return
     prepare, flatten = optimizer._prepare_fp32_grad_for_sub_group, optimizer.flatten
 
     def prepare_in_place(group: int) -> None:

@@ -391,6 +391,7 @@ def test_the_old_key_names_its_successor(world: Path, door: Door) -> None:
 # Ranks and kills
 
 
+@pytest.mark.slow
 def test_ranks_and_kills_change_no_answer(tmp_path: Path) -> None:
     """The start's and a given checkpoint's answers are those of one rank; what a kill left is not sampled again."""
     two = tmp_path / "two"

@@ -10,7 +10,7 @@ from test_ranks import check_steps
 WORLDS = (2, 4)
 
 
-@pytest.fixture(scope="module", params=WORLDS, ids=lambda n: f"{n} ranks")
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 4], ids=["2 ranks", "4 ranks"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     folder = tmp_path_factory.mktemp(f"rows{request.param}")
     case_runner.run_cases(
