@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +25,7 @@ GREEDY = 1e-6
 """A temperature at which sampling takes the most likely token."""
 
 
-class Fake:
+class Fake(ABC):
     """How a server behaves, and what it was asked."""
 
     name = "the-model"
@@ -43,8 +44,9 @@ class Fake:
         self.keys: set[str | None] = set()
         self.at_once = self.most_at_once = 0
 
+    @abstractmethod
     def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
-        raise NotImplementedError
+        """Return the status and the JSON of the reply to a request."""
 
 
 class FakeJudge(Fake):
@@ -159,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif fake.hangs.is_set():
                 fake.released.wait()
             elif fake.statuses:
-                self._reply(fake.statuses.pop(0), {"error": "as it was told"})
+                self._reply(fake.statuses.pop(0), {"error": "as asked for"})
             else:
                 self._reply(*fake.complete(body))
         except OSError:  # the client has gone
