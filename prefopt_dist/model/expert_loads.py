@@ -23,7 +23,7 @@ from prefopt_dist.model.routers import Router, affinities
 
 
 class Tokens(NamedTuple):
-    """What the tokens of a row, or of a rectangle, count for."""
+    """The counts of the tokens of a row or of a rectangle, by which loads and the balancing loss are formed."""
 
     uses: torch.Tensor
     """float64 [T]: in how many of the units' responses, with their prompts, each stands, by the units' weights."""
