@@ -21,7 +21,7 @@ WITHOUT_WORK = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_
 """Operations that move nothing, beside those that make a view."""
 GATHERS = ("embedding", "index_select", "index", "gather")
 """Operations that read of their first operand as much as they write."""
-SCATTERS = ("index_put_", "_index_put_impl_", "index_add_", "index_copy_", "scatter_add_")
+SCATTERS = ("index_put", "index_put_", "_index_put_impl_", "index_add_", "index_copy_", "scatter_add_")
 """Operations that change of their first operand as much as they read of the last one."""
 WRITES_ALONE = ("copy_", "fill_", "zero_")
 """Operations in place that do not read what they overwrite."""
@@ -71,7 +71,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in GATHERS:
             read[0] = tensors[0], _bytes(results[0])
         elif name in SCATTERS:
-            read[0] = written[0] = tensors[0], _bytes(tensors[-1])
+            read[0], written[0] = (tensors[0], _bytes(tensors[-1])), (results[0], _bytes(tensors[-1]))
         elif name in WRITES_ALONE and results[0] is tensors[0]:
             read = read[1:]
         elif name == "embedding_dense_backward":  # rows are added to zeros
@@ -138,6 +138,7 @@ def _bytes(x: torch.Tensor) -> float:
 
 
 def flat(value: Any) -> Iterator[Any]:
+    """Yield what is in tuples and lists, and in those within them."""
     if isinstance(value, tuple | list):
         for of in value:
             yield from flat(of)

@@ -50,6 +50,10 @@ class PartTime:
         return "memory" if self.memory_seconds > self.seconds / 2 else "operations"
 
 
+_NONE = PartTime(0.0, 0.0, 0.0, 0.0, {})
+"""A part whose kernels are joined with those of others."""
+
+
 @dataclass(frozen=True)
 class Roofline:
     """The least time of a rank's micro-batch, with its share of the update, on a described device."""
@@ -110,7 +114,7 @@ class Roofline:
             _HEAD,
         ]
         for part in sorted(self.eager, key=lambda part: -self.eager[part].seconds):
-            lines.append(self._line(part, self.eager[part], self.fused[part]))
+            lines.append(self._line(part, self.eager[part], self.fused.get(part, _NONE)))
         every = [self._line("all", *(_sum(of) for of in (self.eager, self.fused)))]
         lines += [
             *every,
