@@ -21,7 +21,7 @@ from benchmarks.pairs import MIXES
 from benchmarks.world import Task, write_model
 
 KINDS = {
-    "matrix products": ("mm", "addmm", "addmm_", "bmm"),
+    "matrix products": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"),
     "attention": ("scaled_dot",),
     "copies": ("copy_", "fill_", "zero_", "cat", "clone", "index", "_index", "gather", "scatter", "embedding", "empty"),
     "compiled operations": ("## Call CompiledFxGraph",),
@@ -30,17 +30,27 @@ KINDS = {
 }
 """Kinds of operators by the beginning of the name without `aten::`, matrix products by the whole name; all other
 operators are `elementwise, sums`."""
+HOST = "autograd and engine"
+"""Kind of what the host does between kernels."""
+WITHOUT_KERNEL = (
+    *("view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "t", "permute", "expand", "as_strided"),
+    *("slice", "select", "narrow", "squeeze", "unsqueeze", "alias", "detach", "unbind", "split", "to", "contiguous"),
+    *("linear", "matmul", "result_type", "numpy_T"),
+)
+"""Operators that make a view, or call others: their own time is the host's too."""
 
 
 def operator_kind(name: str) -> str:
     """Return the kind of an operator, or of a node of autograd or the engine."""
     short = name.removeprefix("aten::")
+    if short in WITHOUT_KERNEL:
+        return HOST
     if short in KINDS["matrix products"]:
         return "matrix products"
     for found, beginnings in list(KINDS.items())[1:]:
         if short.lstrip("_").startswith(beginnings) or short.startswith(beginnings):
             return found
-    return "elementwise, sums" if name.startswith("aten::") else "autograd and engine"
+    return "elementwise, sums" if name.startswith("aten::") else HOST
 
 
 def main() -> None:

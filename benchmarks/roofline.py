@@ -20,12 +20,11 @@ from typing import Any
 from benchmarks import meter, profile
 from benchmarks.floor import SHAPES
 from benchmarks.pairs import MIXES, draw_pairs
+from benchmarks.profile import HOST, operator_kind
 from benchmarks.world import Task, write_config
 
 COPIES = ("clone", "slice_backward", "_to_copy", "new_zeros", "zeros")
 """Operations that a profile shows as the copies and fills which they consist of."""
-HOST = "autograd and engine"
-"""Kind of what the host does between kernels, which the roofline does not count."""
 MIB = 2**20
 RANKS = 8
 
@@ -58,7 +57,12 @@ def main() -> None:
 
 
 def comparison(predicted: Counter[str], measured: Counter[str]) -> str:
-    """Return a table of the seconds and shares of each kind of operation, without the host's own work."""
+    """Return a table of the seconds and shares of each kind of operation, without the host's own work.
+
+    The roofline counts no host: a GPU computes meanwhile. Collectives are counted as the copies that they consist of.
+    """
+    measured = measured.copy()
+    measured["copies"] += measured.pop("collectives", 0.0)
     by_host = measured[HOST]
     measured = Counter({kind: seconds for kind, seconds in measured.items() if kind != HOST})
     lines = [f"{'':22} {'predicted':>18} {'measured':>18}   measured / predicted share"]
@@ -71,6 +75,20 @@ def comparison(predicted: Counter[str], measured: Counter[str]) -> str:
         lines.append(f"{kind:22} {cells[0]} {cells[1]}   {ratio}")
     lines.append(f"{'all':22} {predicted.total() * 1e3:8.1f} ms {'':6} {measured.total() * 1e3:8.1f} ms")
     return "\n".join([*lines, f"{HOST}, beside them: {by_host * 1e3:.1f} ms"])
+
+
+def call_seconds(calls: int = 2000) -> float:
+    """Measure the time that torch takes to call an operation on one number."""
+    import torch
+
+    one = torch.ones(1)
+    best = 1.0
+    for _ in range(10):
+        start = meter.Mark.now()
+        for _ in range(calls):
+            one.neg_()
+        best = min(best, meter.Mark.now().since(start)["cpu"] / calls)
+    return best
 
 
 def memory_rate(size: int = 8 * MIB, buffers: int = 64) -> float:
@@ -104,7 +122,7 @@ def _predicted(task: Task, budget: int, rate: float, bandwidth: float) -> Counte
 
     rows = ours.tokenised(task)
     units = [rows.unit(i, range(2)) for i in task.rows(1)]
-    device = Device(rate, bandwidth, is_cpu=True)
+    device = Device(rate, bandwidth, is_cpu=True, call=call_seconds())
     config = _config(task)
     micro_batches = [of for (of,) in lay_out(units, 1, budget, forward_cost(config))]
     kinds: Counter[str] = Counter()
@@ -170,7 +188,7 @@ def _kernels(config: Any, task: Task, units: Sequence[Any], *, on_gpu: bool, ran
 def _kind(kernel: Any) -> str:
     if kernel.name == "fused":
         return "compiled operations"
-    return "copies" if kernel.name in COPIES else profile.operator_kind(f"aten::{kernel.name}")
+    return "copies" if kernel.name in COPIES else operator_kind(f"aten::{kernel.name}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,11 @@ from prefopt_dist.model.attention import MOST_KEYS_IN_BLOCKS, keys_per_query
 from prefopt_dist.model.block_attention import CPU_BLOCKS, GPU_BLOCKS, BlockBytes, BlockSize, grouped, tiles
 from prefopt_dist.model.counting import AttentionCall
 from prefopt_dist.planning.roofline.kernels import Kernel, Step
+from prefopt_dist.planning.roofline.recorder import EXPONENTIAL
 
+ONE_BY_ONE = 64
+"""Operations of a product that a processor of 512-bit vectors does in one cycle, in which it handles one number where
+torch has no vector instructions: under a mask that is broadcast."""
 ATTENTION, GATHERED = "attention", "gathered keys and values"
 """Names of the parts."""
 
@@ -113,10 +117,10 @@ def _blocks(
             yield Kernel.of("_to_copy", ATTENTION, step, 0, summed, summed * item / 4)
     for group in grouped(tiles(segments, window, sizes, size), sizes, size):
         n, q, k = len(group), max(t.queries for t in group), max(t.keys for t in group)
-        yield from _block(call, step, (n, q, k), item)
+        yield from _block(call, step, (n, q, k), item, 1 if size == GPU_BLOCKS else ONE_BY_ONE)
 
 
-def _block(call: AttentionCall, step: Step, shape: tuple[int, int, int], item: int) -> Iterator[Kernel]:
+def _block(call: AttentionCall, step: Step, shape: tuple[int, int, int], item: int, single: int) -> Iterator[Kernel]:
     """Yield the kernels of one block, operation by operation as model/block_attention.py has them."""
     n, q, k = shape
     heads, needs = call.heads, call.needs
@@ -143,9 +147,9 @@ def _block(call: AttentionCall, step: Step, shape: tuple[int, int, int], item: i
     if needs.cap is not None:
         yield kernel("tanh_", numbers, 0, 0, scores)
         yield kernel("mul", numbers, scores, scores)
-    yield kernel("gt", n * q * k, 8 * n * q, n * q * k)
-    yield kernel("masked_fill_", 0, n * q * k, 0, scores)
-    yield kernel("softmax", 5 * numbers, scores, scores)
+    yield kernel("gt", single * n * q * k, 8 * n * q, n * q * k)
+    yield kernel("masked_fill_", single * numbers, n * q * k, 0, scores)
+    yield kernel("softmax", EXPONENTIAL * numbers, scores, scores)
     if needs.sinks:
         yield kernel("logsumexp", 3 * numbers, scores, 0)
         yield kernel("mul", numbers, scores, scores)

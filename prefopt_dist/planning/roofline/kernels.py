@@ -75,6 +75,8 @@ class Device:
     is_cpu: bool = False
     """Whether it is one thread of a CPU. That reads memory before it writes it, to fill its cache; and it computes and
     moves one after the other, where the thousands of threads of a GPU do both at once"""
+    call: float = 0.0
+    """Seconds that a kernel takes beside that: a CPU's thread calls it itself, a GPU's host calls it in advance"""
 
     def traffic(self, kernel: Kernel) -> float:
         """Return the bytes that a kernel moves, once."""
@@ -83,7 +85,7 @@ class Device:
     def seconds(self, kernel: Kernel) -> float:
         """Return the time of a kernel, all its runs."""
         computing, moving = kernel.flop / self.peak, self.traffic(kernel) / self.bandwidth
-        return kernel.times * (computing + moving if self.is_cpu else max(computing, moving))
+        return kernel.times * (self.call + (computing + moving if self.is_cpu else max(computing, moving)))
 
     def is_bound_by_memory(self, kernel: Kernel) -> bool:
         """Return whether moving takes longer than computing."""

@@ -23,6 +23,21 @@ GATHERS = ("embedding", "index_select", "index", "gather")
 """Operations that read of their first operand as much as they write."""
 SCATTERS = ("index_put", "index_put_", "_index_put_impl_", "index_add_", "index_copy_", "scatter_add_")
 """Operations that change of their first operand as much as they read of the last one."""
+EXPONENTIALS = (
+    "exp",
+    "exp_",
+    "silu",
+    "silu_backward",
+    "gelu",
+    "gelu_backward",
+    "sigmoid",
+    "softplus",
+    "tanh",
+    "softmax",
+)
+"""Operations with an exponential for each number."""
+EXPONENTIAL = 20
+"""Operations of an exponential: its argument scaled and split, a polynomial, and the quotient behind it."""
 WRITES_ALONE = ("copy_", "fill_", "zero_")
 """Operations in place that do not read what they overwrite."""
 
@@ -84,7 +99,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 name,
                 part,
                 self.step,
-                float(numbers if flop is None else flop),
+                float(numbers * (EXPONENTIAL if name in EXPONENTIALS else 1) if flop is None else flop),
                 self._moved(read),
                 self._moved(written),
                 layer,

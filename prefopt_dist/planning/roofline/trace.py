@@ -194,11 +194,11 @@ def _traced_attention(
     call = AttentionCall(needs, query.shape[1], key.shape[1])
     _tracing.parts.attends.add(id(module))
     layer = _tracing.parts._layer.get(id(module))
-    out: torch.Tensor = _Attention.apply(query, key, value, layer, call)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _TracedAttention.apply(query, key, value, layer, call)  # type: ignore[no-untyped-call]
     return out, None
 
 
-class _Attention(torch.autograd.Function):
+class _TracedAttention(torch.autograd.Function):
     """Stands for the attention, with results and gradients laid out as kernels do."""
 
     @staticmethod

@@ -244,6 +244,7 @@ def test_the_time_of_a_kernel() -> None:
     assert Device(1e9, 100.0).is_bound_by_memory(kernel)
     assert not Device(100.0, 100.0).is_bound_by_memory(kernel)
     assert Device(100.0, 100.0, is_cpu=True).seconds(kernel) == 2 * (6.0 + 2.5)
+    assert Device(100.0, 100.0, is_cpu=True, call=0.5).seconds(kernel) == 2 * (6.0 + 2.5 + 0.5)
 
 
 def roofline(config: PreTrainedConfig, again: float = 0.0, dtype: torch.dtype = torch.bfloat16) -> Roofline:
