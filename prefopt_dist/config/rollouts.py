@@ -121,3 +121,7 @@ class Rounds:
     prompts_per_round: Count | None = None
     """Number of prompts of a round, for small steps: each round takes the next ones of a shuffled order, which begins
     again after the last one; null: each round takes all prompts."""
+    ahead: Annotated[int, Bound("0 or 1", lambda v: v in (0, 1))] = 0
+    """0: a round's prompts are answered by the model that the round starts from, before it trains. 1: they are answered
+    while the round before trains, by the model that this one starts from (off-policy by one round); only with
+    `generate.engine: server` on GPUs."""
