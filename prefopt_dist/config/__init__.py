@@ -14,7 +14,7 @@ from prefopt_dist.config.schema import (
     Tracking,
     Wandb,
 )
-from prefopt_dist.config.secrets import mask_secrets
+from prefopt_dist.config.secrets import mask_secrets, secret_option
 from prefopt_dist.config.training import Checkpoint, DeepSpeed, Eval, Export, Lora, Model, Optim, Reference, Train
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "load_config",
     "load_deepspeed_json",
     "mask_secrets",
+    "secret_option",
     "to_dict",
     "to_yaml",
 ]

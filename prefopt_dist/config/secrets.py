@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, overload
 
 MASK = "***"
@@ -21,6 +23,7 @@ _TOKENS = re.compile(
 )
 # Not TOKENIZER, and not a path to a secret: masked paths would make a run's identity depend on the environment.
 _ENVIRONMENT_NAME = re.compile(r"(?:KEY|TOKEN(?!IZ)|SECRET|PASSWORD)(?!.*_(?:PATH|FILE|DIR|FOLDER|HOME)$)")
+_PLACE_NAME = re.compile(r"[-_](?:path|file|dir|folder|home)$", re.IGNORECASE)
 _ENVIRONMENT_SHORTEST = 8  # shorter values ('false', '1') are settings and would mask ordinary words
 
 
@@ -41,6 +44,17 @@ def mask_secrets(value: str | dict[str, Any]) -> str | dict[str, Any]:
     if isinstance(value, str):
         return _mask_text(value, environment)
     return {key: _mask_entry(key, item, environment) for key, item in value.items()}
+
+
+def secret_option(words: Sequence[str]) -> str | None:
+    """Return the name of a command's option, or of a variable that it sets, by which it has a secret; None for none."""
+    for word, after in zip_longest(words, words[1:], fillvalue=""):
+        name, assigned, value = word.partition("=")
+        if not assigned and word.startswith("-"):
+            value = "" if after.startswith("-") else after
+        if value and not value.isdigit() and _SECRET_NAME.search(name) and not _PLACE_NAME.search(name):
+            return name
+    return None
 
 
 def _environment_secrets() -> list[str]:

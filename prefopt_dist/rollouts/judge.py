@@ -7,18 +7,20 @@ orders, and one of them wins only where both replies say so; otherwise they tie.
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from prefopt_dist.errors import shorten
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.rewards import RewardFailure
 from prefopt_dist.rollouts.server_pool import ServerPool
-from prefopt_dist.rollouts.server_protocol import ServerFault, ServerLost
+from prefopt_dist.rollouts.server_protocol import ServerFault, ServerLost, ServerRefuses
 
 Verdict = Literal["first", "second", "tie"]
 WORDS = ("{prompt}", "{first}", "{second}")
@@ -76,7 +78,9 @@ class JudgeCounts:
             f"were for the answer shown first, {self.second} for the second, {self.unreadable} unreadable; "
             f"{self.tokens} tokens"
         )
-        if self.comparisons and self.ties == self.comparisons:
+        if self.comparisons and self.unreadable == 2 * self.comparisons:
+            said += ". No reply ends with a verdict: see what its prompt asks for, or raise max_tokens"
+        elif self.comparisons and self.ties == self.comparisons:
             said += ". All are ties, so the judge decides nothing"
             if self.orders_disagree == self.ties:
                 place = "first" if self.first else "second"
@@ -98,13 +102,17 @@ def read_verdict(text: str) -> Verdict | None:
 
 def ask_text(question: str, prompt: Prompt, first: str, second: str) -> str:
     """Return the question about two answers; braces within prompt and answers stay as they are."""
-    text = (
-        prompt.prompt
-        if isinstance(prompt.prompt, str)
-        else "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt.prompt)
-    )
+    text = prompt.prompt if isinstance(prompt.prompt, str) else "\n\n".join(_turn_text(turn) for turn in prompt.prompt)
+    if prompt.tools:
+        text = f"tools: {json.dumps(prompt.tools, ensure_ascii=False)}\n\n{text}"
     parts = dict(zip(WORDS, (text, first, second), strict=True))
     return re.sub("|".join(map(re.escape, WORDS)), lambda found: parts[found.group()], question)
+
+
+def _turn_text(turn: dict[str, Any]) -> str:
+    """Return one turn of a prompt; of one that calls tools, the calls."""
+    parts = [turn.get("content"), *(json.dumps(call, ensure_ascii=False) for call in turn.get("tool_calls") or ())]
+    return f"{turn['role']}: " + "\n".join(str(part) for part in parts if part)
 
 
 class JudgeReward:
@@ -121,18 +129,26 @@ class JudgeReward:
             groups.setdefault(prompt.key, []).append(i)
         pairs = [pair for group in groups.values() for pair in combinations(group, 2)]
         won = asyncio.run(self._compare(responses, pairs))
-        points = [0.0] * len(responses)
+        shares: list[list[float]] = [[] for _ in responses]
+        reasons = ["is of a judge, which needs two answers to a prompt"] * len(responses)
         for (i, j), share in zip(pairs, won, strict=True):
-            points[i] += share
-            points[j] += 1 - share
-        others = {i: len(group) - 1 for group in groups.values() for i in group}
+            if isinstance(share, RewardFailure):
+                reasons[i] = reasons[j] = share.reason
+            else:
+                shares[i].append(share)
+                shares[j].append(1 - share)
         return [
-            points[i] / others[i] if others[i] else RewardFailure("is of a judge, which needs two answers to a prompt")
-            for i in range(len(responses))
+            math.fsum(mine) / len(mine) if mine else RewardFailure(reason)
+            for mine, reason in zip(shares, reasons, strict=True)
         ]
 
-    async def _compare(self, responses: Sequence[tuple[Prompt, str]], pairs: Sequence[tuple[int, int]]) -> list[float]:
-        """Return for each pair of indices 1 where the first one wins, 0 where the second one wins, 0.5 for a tie."""
+    async def _compare(
+        self, responses: Sequence[tuple[Prompt, str]], pairs: Sequence[tuple[int, int]]
+    ) -> list[float | RewardFailure]:
+        """Return for each pair of indices 1 where the first one wins, 0 where the second one wins, 0.5 for a tie.
+
+        A failure stands for a pair that the judge refuses to compare, such as one that is too long for it.
+        """
         settings = self._settings
         async with ServerPool(
             [settings.url],
@@ -143,15 +159,18 @@ class JudgeReward:
         ) as pool:
             slots = asyncio.Semaphore(settings.in_flight)
 
-            async def one(i: int, j: int) -> float:
+            async def one(i: int, j: int) -> float | RewardFailure:
                 (prompt, a), (_, b) = responses[i], responses[j]
                 if a == b:
                     return 0.5  # without asking
-                async with slots:
-                    straight, swapped = await asyncio.gather(
-                        self._ask(pool, ask_text(settings.question, prompt, a, b)),
-                        self._ask(pool, ask_text(settings.question, prompt, b, a)),
-                    )
+                try:
+                    async with slots:
+                        straight, swapped = await asyncio.gather(
+                            self._ask(pool, ask_text(settings.question, prompt, a, b)),
+                            self._ask(pool, ask_text(settings.question, prompt, b, a)),
+                        )
+                except ServerRefuses as e:
+                    return RewardFailure(f"is refused ({e})")
                 heartbeat.beat("waiting for the judge")
                 return self._count(straight, swapped)
 
@@ -200,4 +219,7 @@ def _read_message(content: Any) -> tuple[str, int]:
         raise ServerLost(f"its reply has no message: {shorten(str(content))}")
     usage = content.get("usage")
     tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
-    return str(message.get("content") or ""), tokens if isinstance(tokens, int) else 0
+    said = str(message.get("content") or "")
+    if choice.get("finish_reason") == "length" and said.strip(" \n*.").lower() not in get_args(Verdict):
+        said = ""  # it was cut, so its last line is no verdict
+    return said, tokens if isinstance(tokens, int) else 0

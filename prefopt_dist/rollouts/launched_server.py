@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx2
 
+from prefopt_dist.config.secrets import mask_secrets
 from prefopt_dist.errors import UserError
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.rollouts.kept_process import end, keep, tail
@@ -35,7 +36,7 @@ class LaunchedServer:
         words = [word.replace("{model}", str(model)).replace("{port}", str(port)) for word in shlex.split(command)]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
-            file.write(f"$ {shlex.join(words)}\n")
+            file.write(mask_secrets(f"$ {shlex.join(words)}\n"))
         self._keeper = keep(words, log)
         try:
             self._wait(time.monotonic() + start_seconds, start_seconds)
@@ -62,8 +63,10 @@ class LaunchedServer:
     def _is_healthy(self) -> bool:
         """Return whether the server answers /health, or /v1/models where it has no /health."""
         try:
-            status = httpx2.get(self.url + "/health", timeout=5).status_code
-            return (httpx2.get(self.url + "/v1/models", timeout=5).status_code if status == 404 else status) == 200
+            # It is on this machine or beside it, where no proxy of the environment leads.
+            with httpx2.Client(timeout=5, trust_env=False) as client:
+                status = client.get(self.url + "/health").status_code
+                return (client.get(self.url + "/v1/models").status_code if status == 404 else status) == 200
         except httpx2.HTTPError:
             return False
 

@@ -22,7 +22,7 @@ from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.rewards import RewardFailure, RewardFolder, finite_or_failure, scored_ids
 from prefopt_dist.rollouts.sampling import Ids
 from prefopt_dist.rollouts.server_pool import Hangs, ServerPool
-from prefopt_dist.rollouts.server_protocol import ServerFault, ServerLost, text_of
+from prefopt_dist.rollouts.server_protocol import ServerFault, ServerLost, ServerRefuses, text_of
 
 Form = Literal["ids", "text"]
 WAYS: tuple[tuple[str, Form], ...] = (
@@ -255,10 +255,14 @@ class ServedReward:
                 if body is None:
                     failed[key] = RewardFailure("cannot be asked for as text, which would be split into other tokens")
                     return
-                async with slots:
-                    value = await pool.ask_any(
-                        lambda server: pool.ask_json(server, way.path, body, lambda c: read_reward(c, len(ids)))
-                    )
+                try:
+                    async with slots:
+                        value = await pool.ask_any(
+                            lambda server: pool.ask_json(server, way.path, body, lambda c: read_reward(c, len(ids)))
+                        )
+                except ServerRefuses as e:  # such as one that is too long
+                    failed[key] = RewardFailure(f"is refused ({e})")
+                    return
                 heartbeat.beat("waiting for rewards")
                 self._kept.add(key, value)
 

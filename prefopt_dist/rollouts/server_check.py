@@ -103,6 +103,7 @@ class Checker:
         greedy = [replace(request, temperature=0.0, top_p=1.0, logprobs=True) for request in sampled[::2]]
         try:
             model, dialect = await self._dialect(server, greedy[0])
+            await self._refuse_short_context(server, model)
             contract = Contract(model, dialect, seeds_hold=False)
             if dialect != "ids":
                 greedy = [request for request in greedy if request.text is not None]
@@ -134,7 +135,7 @@ class Checker:
         reasons: list[str] = []
         for rest in (*server_pool.RESTS, None):
             reasons, passing = [], False
-            for name in dict.fromkeys([*self.names, *(await self.pool.models(server))[:LISTED]]):
+            for name in dict.fromkeys([*self.names, *list(await self.pool.models(server))[:LISTED]]):
                 for dialect in DIALECTS:
                     if dialect != "ids" and request.text is None:
                         reasons.append(f"{dialect}: the prompt at {request.prompt.origin} cannot be written as text")
@@ -154,6 +155,17 @@ class Checker:
                 break
             await asyncio.sleep(rest)
         raise ServerLost("it answers in none of the ways that were tried: " + "; ".join(dict.fromkeys(reasons)))
+
+    async def _refuse_short_context(self, server: Server, model: str) -> None:
+        """Raise ServerLost where the server says that the longest prompt and its answer are too long for it."""
+        longest = max(self.prompts, key=lambda prompt: len(prompt.ids))
+        tokens = len(longest.ids) + self.sampling.max_new_tokens
+        context = (await self.pool.models(server)).get(model)
+        if context is not None and tokens > context:
+            raise ServerLost(
+                f"it takes at most {context} tokens (max_model_len), and the prompt at {longest.origin} and its answer "
+                f"may have {tokens}; start it with a longer context (data.max_length)"
+            )
 
     async def _together(self, server: Server, requests: Sequence[AnswerRequest], contract: Contract) -> list[Reply]:
         return list(await asyncio.gather(*(self._asked(server, request, contract) for request in requests)))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefopt_dist.errors import UserError
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.monitoring.console import Progress
 from prefopt_dist.rollouts.partial import PartialShard
@@ -17,7 +18,7 @@ from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.sampling import Response, Sampling
 from prefopt_dist.rollouts.server_check import Checker
 from prefopt_dist.rollouts.server_pool import Contract, ServerPool
-from prefopt_dist.rollouts.server_protocol import Reply, request_for, text_of
+from prefopt_dist.rollouts.server_protocol import Reply, ServerRefuses, request_for, text_of
 from prefopt_dist.rollouts.server_record import record_of, speed_text
 
 LAST_SECONDS = 10.0
@@ -36,6 +37,8 @@ class ServerSettings:
     request_seconds: float
     vocabulary: int
     """Number of token ids of the model"""
+    direct: bool = False
+    """Whether the job has started them itself, so that no proxy leads to them"""
 
     def pool(self) -> ServerPool:
         """Open a client of all servers, within a running event loop."""
@@ -45,6 +48,7 @@ class ServerSettings:
             in_flight=self.in_flight,
             request_seconds=self.request_seconds,
             vocabulary=self.vocabulary,
+            direct=self.direct,
         )
 
 
@@ -166,6 +170,7 @@ class ServerEngine:
 
         Raises:
             NoServerLeft: all servers were left out; the answers so far are kept.
+            UserError: all servers refuse one of the prompts; the answers so far are kept.
         """
         n = sampling.n
         opened: dict[int, _OpenShard] = {}
@@ -212,7 +217,14 @@ class ServerEngine:
 
             async def one(want: _Wanted) -> tuple[_Wanted, Reply]:
                 text = None if pool.all_take_ids() else text_of(want.prompt.ids, self._tokenizer)
-                return want, await pool.ask(request_for(want.prompt, text, want.place[1], sampling))
+                try:
+                    return want, await pool.ask(request_for(want.prompt, text, want.place[1], sampling))
+                except ServerRefuses as e:
+                    raise UserError(
+                        f"generate.servers: no server answers the prompt at {want.prompt.origin} ({e}); answers so far "
+                        "are kept. Start the servers with a longer context if that is the reason, or leave this prompt "
+                        "out, then start the same command again."
+                    ) from e
 
             tasks: set[asyncio.Task[tuple[_Wanted, Reply]]] = set()
             try:
@@ -228,7 +240,7 @@ class ServerEngine:
                     timeout = LAST_SECONDS if stopping else 1.0
                     done, tasks = await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                     heartbeat.beat("waiting for servers")
-                    for task in done:
+                    for task in sorted(done, key=lambda task: task.exception() is not None):  # a fault ends this
                         take(*task.result())
                     if done:
                         progress.update(len(done), speed_text(pool, time.monotonic() - began))

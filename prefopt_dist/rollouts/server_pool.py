@@ -20,6 +20,7 @@ from prefopt_dist.rollouts.server_protocol import (
     Reply,
     ServerFault,
     ServerLost,
+    ServerRefuses,
     body_of,
     read_reply,
 )
@@ -27,7 +28,11 @@ from prefopt_dist.rollouts.server_protocol import (
 T = TypeVar("T")
 RESTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds that a server rests after each failure in a row; after one more it is left out."""
+REPEATS = 10
+"""Failures of one request, between which the servers answered others, after which it is not asked again."""
 CONNECT_SECONDS = 10.0
+THIS_MACHINE = ("localhost", "127.0.0.1", "[::1]")
+"""Hosts to which no proxy leads."""
 
 
 class NoServerLeft(UserError):
@@ -66,6 +71,7 @@ class Server:
     failures: int = 0
     """Failures in a row; several requests that fail together count once"""
     rests_until: float = 0.0
+    answers: int = 0
     lost: str | None = None
     """Why it is left out"""
 
@@ -102,6 +108,7 @@ class ServerPool:
         in_flight: int,
         request_seconds: float,
         vocabulary: int = 0,
+        direct: bool = False,
         name: str = "generate.servers",
     ) -> None:
         """Open the client.
@@ -112,6 +119,7 @@ class ServerPool:
             in_flight: most requests in flight to each server.
             request_seconds: longest time of one request.
             vocabulary: number of token ids of the model; 0 where no answers are sampled.
+            direct: whether to pass by the proxies that the environment names; servers on this machine always do.
             name: dotted key of the servers, for messages.
         """
         self._name = name
@@ -122,6 +130,8 @@ class ServerPool:
         self._client = httpx2.AsyncClient(
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
             timeout=httpx2.Timeout(request_seconds, connect=CONNECT_SECONDS, pool=None),
+            trust_env=not direct,
+            mounts={f"all://{host}": None for host in THIS_MACHINE},
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=in_flight * len(urls)),
         )
         self._changed = asyncio.Event()
@@ -168,6 +178,7 @@ class ServerPool:
 
         Raises:
             NoServerLeft: all servers were left out.
+            ServerRefuses: as `ask_any`.
         """
         reply = await self.ask_any(lambda server: self.ask_one(server, request))
         self.asked.tokens += reply.tokens or 0
@@ -178,13 +189,24 @@ class ServerPool:
 
         Raises:
             NoServerLeft: all servers were left out.
+            ServerRefuses: all servers that are left refuse this request, or it has failed too often.
         """
+        refused: dict[Server, str] = {}
+        failures, answered = 0, dict.fromkeys(self.servers, -1)
         while True:
-            server = await self._free_server()
+            server = await self._free_server(refused)
             try:
                 reply = await ask(server)
-            except (ServerFault, ServerLost):  # noted at the server
+            except ServerRefuses as e:
                 self.asked.retries += 1
+                refused[server] = str(e)
+                continue
+            except (ServerFault, ServerLost) as e:  # noted at the server
+                self.asked.retries += 1
+                if not isinstance(e, Busy) and server.answers != answered[server]:
+                    failures, answered[server] = failures + 1, server.answers
+                if failures == REPEATS:
+                    raise ServerRefuses(f"{server.url}: {e}, while other requests are answered") from e
                 continue
             self.asked.answers += 1
             return reply
@@ -209,6 +231,7 @@ class ServerPool:
 
         Raises:
             ServerFault: the request failed in a way that may pass; noted at the server.
+            ServerRefuses: the server refuses this request.
             ServerLost: the server is left out; noted at the server.
         """
         sent = time.monotonic()
@@ -223,6 +246,8 @@ class ServerPool:
         except ServerFault as e:
             server.failed(str(e), sent, time.monotonic())
             raise
+        except ServerRefuses:
+            raise
         except ServerLost as e:
             server.lost = server.lost or str(e)
             raise
@@ -230,6 +255,7 @@ class ServerPool:
             server.in_flight -= 1
             self._changed.set()
         server.failures = 0
+        server.answers += 1
         server.limit = min(float(self._in_flight), server.limit + 1 / server.limit)
         self.asked.waited += time.monotonic() - sent
         return reply
@@ -239,7 +265,8 @@ class ServerPool:
 
         Raises:
             ServerFault: no connection, or a status that may pass.
-            ServerLost: no reply in time, or one that refuses the request or is not JSON.
+            ServerRefuses: a status that refuses this request.
+            ServerLost: no reply in time, or one with another status or that is not JSON.
         """
         try:
             response = await self._client.post(server.url + path, json=body)
@@ -249,15 +276,19 @@ class ServerPool:
             raise ServerFault(f"it cannot be reached ({type(e).__name__}: {self._masked(str(e))})") from e
         return self._content(response)
 
-    async def models(self, server: Server) -> list[str]:
-        """Return the names of the models that a server lists; none where it does not list them."""
+    async def models(self, server: Server) -> dict[str, int | None]:
+        """Return the names of the models that a server lists, with their longest context where it says it."""
         try:
             content = self._content(await self._client.get(server.url + "/v1/models"))
         except (httpx2.HTTPError, ServerFault, ServerLost):
-            return []
+            return {}
         rows = content.get("data") if isinstance(content, dict) else None
-        names = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-        return [name for name in names if isinstance(name, str)]
+        found: dict[str, int | None] = {}
+        for row in rows if isinstance(rows, list) else ():
+            if isinstance(row, dict) and isinstance(name := row.get("id"), str):
+                longest = row.get("max_model_len")
+                found[name] = longest if isinstance(longest, int) else None
+        return found
 
     def _content(self, response: httpx2.Response) -> Any:
         status = response.status_code
@@ -266,6 +297,8 @@ class ServerPool:
             raise Busy(said)
         if status >= 500 or status == 408:
             raise ServerFault(said)
+        if status in (400, 413, 422):
+            raise ServerRefuses(said)
         if status != 200:
             raise ServerLost(said)
         try:
@@ -276,11 +309,18 @@ class ServerPool:
     def _masked(self, text: str) -> str:
         return text.replace(self._key, MASK) if self._key else text
 
-    async def _free_server(self) -> Server:
-        """Return the server with the fewest requests in flight of those that take one more; wait for one."""
+    async def _free_server(self, refused: dict[Server, str]) -> Server:
+        """Return the server with the fewest requests in flight of those that take one more; wait for one.
+
+        Raises:
+            NoServerLeft: all servers were left out.
+            ServerRefuses: those that are left have refused this request, for these reasons.
+        """
         while True:
             self.refuse_if_none_is_left()
-            left = [server for server in self.servers if server.lost is None]
+            left = [server for server in self.servers if server.lost is None and server not in refused]
+            if not left:
+                raise ServerRefuses("; ".join(f"{server.url}: {why}" for server, why in refused.items()))
             now = time.monotonic()
             ready = [s for s in left if s.rests_until <= now and s.in_flight < max(1, int(s.limit))]
             # After a failure one request is a trial; the others wait for what becomes of it.

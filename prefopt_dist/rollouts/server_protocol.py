@@ -34,6 +34,10 @@ class ServerLost(Exception):
     """A server that must not be asked again: it hangs, refuses what is needed, or its replies make no sense."""
 
 
+class ServerRefuses(ServerLost):
+    """A server refuses one request and may take others, as where a prompt is longer than its context."""
+
+
 @dataclass(frozen=True)
 class AnswerRequest:
     """One answer that is asked for."""

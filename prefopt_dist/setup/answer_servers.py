@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 from collections.abc import Callable, Sequence
 
-from prefopt_dist.config import Config
+from prefopt_dist.config import Config, secret_option
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
@@ -60,6 +61,7 @@ def check(config: Config) -> None:
                     f"generate.launch.command: got {generate.launch.command!r}, must have the word {word}; write it "
                     "like: /opt/vllm/bin/vllm serve {model} --port {port}"
                 )
+        _refuse_command(generate.launch.command)
     elif not generate.servers:
         raise UserError(
             "generate.servers: not set, must name servers with generate.engine=server; give their addresses, such as "
@@ -77,6 +79,22 @@ def check(config: Config) -> None:
         raise UserError(
             f"generate.engine: got server, must be transformers with lora.base={config.lora.base}, since a server "
             "would sample from the base as it is stored; change one of them"
+        )
+
+
+def _refuse_command(command: str) -> None:
+    """Raise UserError for a command that cannot be split into words, or that has a secret in it."""
+    try:
+        words = shlex.split(command)
+    except ValueError as e:
+        raise UserError(
+            f"generate.launch.command: got {command!r}, must be words as a shell splits them ({e}); close the quotation"
+        ) from e
+    if name := secret_option(words):
+        raise UserError(
+            f"generate.launch.command: has a secret after {name}, must have none, since a configuration is saved and "
+            "any user sees a command; put the secret into an environment variable that the server reads (vLLM: "
+            "VLLM_API_KEY), and name it in generate.key_variable too"
         )
 
 
@@ -111,10 +129,12 @@ def open_servers(
     try:
         settings = ServerSettings(
             urls=ranks.run_on_rank_zero(lambda: generate.servers if launched is None else (launched.url,)),
-            key=secret_of(generate.key_variable, "generate.key_variable"),
+            # On each rank: another machine may lack the variable.
+            key=ranks.run_on_all_ranks(lambda: secret_of(generate.key_variable, "generate.key_variable")),
             in_flight=max(1, generate.requests_in_flight // ranks.world_size()),
             request_seconds=generate.request_seconds,
             vocabulary=vocabulary,
+            direct=generate.launch is not None,
         )
 
         def checker(pool: ServerPool, own: TransformersEngine) -> Checker:

@@ -214,6 +214,17 @@ def test_a_server_that_ignores_the_temperature_is_refused(
     assert ("do_sample: true" if behaviour == "greedy" else "less likely tokens") in said
 
 
+def test_a_server_with_too_short_a_context_is_left_out_before_the_first_prompt(
+    world: Path, door: Door, servers: Any
+) -> None:
+    fake = servers()
+    fake.longest = 20
+    status, said = door.ends(run_of(world, "short", fake), stage="generate")
+    assert status == 2
+    assert "it takes at most 20 tokens (max_model_len), and the prompt at " in said
+    assert not fake.answered
+
+
 def test_seeds_that_do_not_hold_are_said(world: Path, servers: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fake = servers()
     fake.forgets_seeds = True
@@ -296,7 +307,10 @@ def test_two_ranks_ask_for_each_answer_once(world: Path, servers: Any) -> None:
 def test_the_job_starts_a_server_and_ends_it(
     world: Path, door: Door, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where the environment names a proxy, which does not lead to this machine."""
     monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     command = f"{sys.executable} {REPOSITORY / 'tests' / 'helpers' / 'serve_fake.py'} {{model}} {{port}}"
     run = run_of(world, "launched", launch={"command": command})
     assert door.ends(run, stage="generate")[0] == 0
@@ -314,6 +328,13 @@ def test_mistakes_about_servers(world: Path, door: Door) -> None:
     for words, overrides in [
         (["generate.servers: not set"], []),
         (["generate.servers[0]: got 'node1:8000'", "http://node1:8000"], ["generate.servers=['node1:8000']"]),
+        (["generate.servers[0]: got 'http://[::1'", "http://node1:8000"], ["generate.servers=['http://[::1']"]),
+        (["generate.servers[0]: got 'http://node1:abc'"], ["generate.servers=['http://node1:abc']"]),
+        (["generate.servers[0]: got 'http://node 1'"], ["generate.servers=['http://node 1']"]),
+        (
+            ["generate.launch.command: got", "must be words as a shell splits them"],
+            ["generate.launch={command: 'x \"{model} {port}'}"],
+        ),
         (["generate.servers[0]: has a name or password"], ["generate.servers=['http://me:word@node1']"]),
         (
             ["generate.key_variable: the environment variable NO_SUCH"],
@@ -334,6 +355,19 @@ def test_mistakes_about_servers(world: Path, door: Door) -> None:
         (["generate.engine: got 'vllm'", "generate.engine=server"], ["generate.engine=vllm"]),
     ]:
         door.fails(words, *overrides, stage="generate", run=run, early=True)
+
+
+def test_secrets_stay_out_of_commands_and_messages(world: Path, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(world, "secrets-of-servers", generate={"engine": "server"})
+    for option in ("--api-key planted", "--api-key=planted", "--hf-token planted"):
+        launch = f"generate.launch={{command: 'serve {{model}} {{port}} {option}'}}"
+        said = door.fails(["command: has a secret after --"], launch, stage="generate", run=run, early=True)
+        assert "planted" not in said
+    for planted in ("planted\nword", "plantéd"):
+        monkeypatch.setenv("SERVER_WORD", planted)
+        overrides = ["generate.servers=['http://node1']", "generate.key_variable=SERVER_WORD"]
+        said = door.fails(["SERVER_WORD has a line end"], *overrides, stage="generate", run=run, early=True)
+        assert "plant" not in said
 
 
 # Judges

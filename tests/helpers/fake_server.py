@@ -40,6 +40,8 @@ class Fake(ABC):
         self.lives: int | None = None
         """Answers after which it cuts each connection"""
         self.key: str | None = None
+        self.longest: int | None = None
+        """Tokens that it says it takes"""
         self.answered: list[Any] = []
         self.keys: set[str | None] = set()
         self.at_once = self.most_at_once = 0
@@ -175,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             self._reply(200, {})
         else:
-            self._reply(200, {"object": "list", "data": [{"id": fake.name}]})
+            self._reply(200, {"object": "list", "data": [{"id": fake.name, "max_model_len": fake.longest}]})
 
     def do_POST(self) -> None:
         fake = self.server_of

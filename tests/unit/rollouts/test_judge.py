@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from fake_server import FakeJudge, serving
@@ -73,3 +75,58 @@ def test_what_is_asked_and_what_a_reply_says() -> None:
     assert read_verdict("Verdict: tie.") == "tie"
     assert read_verdict("first\nI cannot say") is None
     assert read_verdict("") is None
+
+
+class _Reasons(FakeJudge):
+    """Refuses long questions, and is cut while it reasons about others."""
+
+    takes = 10**6
+    finish = "stop"
+    said = "first"
+
+    def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
+        if len(body["messages"][0]["content"]) > self.takes:
+            return 400, {"error": "longer than my context"}
+        with self.lock:
+            self.answered.append(body)
+        return 200, {"choices": [{"message": {"content": self.said}, "finish_reason": self.finish}]}
+
+
+def test_a_comparison_that_the_judge_refuses_costs_that_answer_alone() -> None:
+    with serving(_Reasons(longer)) as fake:
+        fake.takes = 100
+        judge = reward(fake.url)
+        scores = judge.score([(TWO[0], "a"), (TWO[0], "b"), (TWO[0], "c" * 100), (TWO[1], "d"), (TWO[1], "e")])
+    assert scores[:2] + scores[3:] == [0.5] * 4
+    assert isinstance(scores[2], RewardFailure)
+    assert "longer than my context" in scores[2].reason
+    assert judge.counts.comparisons == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "finish", "unreadable"),
+    [
+        ("Let me look at the first", "length", 2),
+        ("**First**", "length", 0),
+        (None, "stop", 2),
+        ("So: first", "stop", 0),
+    ],
+)
+def test_a_reply_that_was_cut_is_no_verdict(said: str, finish: str, unreadable: int) -> None:
+    """But for a reply that is the word alone, as where one token is asked for."""
+    with serving(_Reasons(longer)) as fake:
+        fake.said, fake.finish = said, finish
+        judge = reward(fake.url)
+        assert judge.score(ANSWERS[:2]) == [0.5, 0.5]
+    assert judge.counts.unreadable == unreadable
+    assert ("No reply ends with a verdict" in judge.counts.text()) is (unreadable == 2)
+
+
+def test_the_judge_reads_calls_and_tools_as_json() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "2"}]
+    asked = ask_text(QUESTION, Prompt(0, "", turns, [{"name": "add"}], {}, []), "{second}", "b")
+    assert (
+        asked
+        == f'About tools: [{{"name": "add"}}]\n\nassistant: {json.dumps(call)}\n\ntool: 2: <<{{second}}>> or <<b>>?'
+    )

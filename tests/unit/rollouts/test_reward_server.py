@@ -178,3 +178,24 @@ def test_a_server_that_hangs_or_wants_a_key(fake: FakeReward, folder: Path, temp
     with pytest.raises(UserError, match=r"did not answer within 0.2 s"):
         check_reward_server(settings(fake, folder, seconds=0.2), template, None, 1e-3)
     assert time.monotonic() - began < 5
+
+
+def test_a_sequence_that_the_server_refuses_costs_that_reward_alone(
+    fake: FakeReward,
+    folder: Path,
+    template: Template,
+    expected: tuple[list[Any], list[Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reward = opened(fake, folder, template, tmp_path)
+    complete = FakeReward.complete
+
+    def shorter(self: FakeReward, body: dict[str, Any]) -> tuple[int, Any]:
+        return (400, {"error": "longer than my context"}) if len(body["input"]) > 100 else complete(self, body)
+
+    monkeypatch.setattr(FakeReward, "complete", shorter)
+    found = reward.score(ASKED[:4])
+    assert isinstance(found[2], RewardFailure)
+    assert "longer than my context" in found[2].reason
+    assert [*found[:2], found[3]] == pytest.approx([*expected[0][:2], expected[0][3]], abs=1e-5)

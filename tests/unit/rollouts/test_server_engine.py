@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 from fake_server import FakeServer, serving
 from generation_world import write_world
 
+from prefopt_dist.errors import UserError
 from prefopt_dist.rollouts import server_pool
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.sampling import Response, Sampling
 from prefopt_dist.rollouts.server_engine import ServerEngine, ServerSettings
-from prefopt_dist.rollouts.server_pool import Contract, NoServerLeft
+from prefopt_dist.rollouts.server_pool import Contract, NoServerLeft, ServerPool
+from prefopt_dist.rollouts.server_protocol import ServerFault, ServerLost
 
 N = 4
 SHARDS = [0, 1, 2]
@@ -153,3 +156,58 @@ def test_a_busy_server_gets_fewer_requests(servers: Any, expected: Any, tmp_path
     assert done == expected
     assert record["left_out"] == []
     assert 1 <= record["repeated_requests"] <= 2
+
+
+def test_no_proxy_leads_to_servers_that_the_job_has_started(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = servers()
+    monkeypatch.setenv("http_proxy", proxy.url)
+
+    async def asked(direct: bool) -> str:
+        urls = ["http://nowhere.invalid", "http://127.0.0.1:9"]
+        async with ServerPool(urls, key=None, in_flight=1, request_seconds=9.0, direct=direct) as pool:
+            said = []
+            for server in pool.servers:
+                with pytest.raises((ServerFault, ServerLost)) as raised:
+                    await pool.post(server, "/v1/completions", {"model": "no"})
+                said.append("proxy" if "no model" in str(raised.value) else "none")
+            return " ".join(said)
+
+    assert asyncio.run(asked(direct=False)) == "proxy none"
+    assert asyncio.run(asked(direct=True)) == "none none"
+
+
+@pytest.mark.parametrize(("status", "reason"), [(400, "status 400"), (500, "while other requests are answered")])
+def test_a_prompt_that_no_server_answers_is_named_and_no_server_left_out(
+    servers: Any, tmp_path: Path, status: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where it is longer than their context. Answers that are done at the same time are kept."""
+    fakes = [servers(), servers()]
+    complete, bad = FakeServer.complete, prompts_of(0)[3].ids
+
+    def but_one(self: FakeServer, body: dict[str, Any]) -> tuple[int, Any]:
+        return (status, {"error": "too long"}) if body["prompt"] == bad else complete(self, body)
+
+    monkeypatch.setattr(server_pool, "REPEATS", 3)
+    monkeypatch.setattr(FakeServer, "complete", but_one)
+    with pytest.raises(UserError, match=rf"no server answers the prompt at p:3 \(.*{reason}") as raised:
+        answer(tmp_path, fakes)
+    assert not isinstance(raised.value, NoServerLeft)
+    assert fakes[0].url in str(raised.value)
+    if status == 400:
+        assert fakes[1].url in str(raised.value)
+
+
+def test_one_server_refuses_what_another_answers(
+    servers: Any, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, good = servers(), servers()
+    complete = FakeServer.complete
+
+    def shorter(self: FakeServer, body: dict[str, Any]) -> tuple[int, Any]:
+        return (400, {"error": "too long"}) if self is short and body["prompt"][1] == 52 else complete(self, body)
+
+    monkeypatch.setattr(FakeServer, "complete", shorter)
+    done, record, _ = answer(tmp_path, [short, good])
+    assert done == expected
+    assert record["left_out"] == []
+    assert short.answered
