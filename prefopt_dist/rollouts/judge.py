@@ -221,5 +221,5 @@ def _read_message(content: Any) -> tuple[str, int]:
     tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
     said = str(message.get("content") or "")
     if choice.get("finish_reason") == "length" and said.strip(" \n*.").lower() not in get_args(Verdict):
-        said = ""  # it was cut, so its last line is no verdict
+        said = ""  # it was cut, so its last line may be a part of its reasons
     return said, tokens if isinstance(tokens, int) else 0

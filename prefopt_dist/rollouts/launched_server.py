@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
 
 from prefopt_dist.config.secrets import mask_secrets
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import StopRequested, UserError
 from prefopt_dist.monitoring import heartbeat
 from prefopt_dist.rollouts.kept_process import end, keep, tail
 
@@ -17,7 +18,17 @@ from prefopt_dist.rollouts.kept_process import end, keep, tail
 class LaunchedServer:
     """A process that serves a model on this machine."""
 
-    def __init__(self, command: str, *, model: Path, port: int, host: str, log: Path, start_seconds: float) -> None:
+    def __init__(
+        self,
+        command: str,
+        *,
+        model: Path,
+        port: int,
+        host: str,
+        log: Path,
+        start_seconds: float,
+        stop_asked: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Start it and wait until it is healthy.
 
         Args:
@@ -27,8 +38,10 @@ class LaunchedServer:
             host: this machine's name, as the job's ranks reach it.
             log: file to which its output is appended.
             start_seconds: longest time until it is healthy.
+            stop_asked: whether the job was asked to stop.
 
         Raises:
+            StopRequested: a stop was requested before it was healthy.
             UserError: it cannot be started, ends, or is not healthy in time.
         """
         self.url = f"http://{host}:{port}"
@@ -39,13 +52,15 @@ class LaunchedServer:
             file.write(mask_secrets(f"$ {shlex.join(words)}\n"))
         self._keeper = keep(words, log)
         try:
-            self._wait(time.monotonic() + start_seconds, start_seconds)
+            self._wait(time.monotonic() + start_seconds, start_seconds, stop_asked)
         except BaseException:
             self.close()
             raise
 
-    def _wait(self, deadline: float, start_seconds: float) -> None:
+    def _wait(self, deadline: float, start_seconds: float, stop_asked: Callable[[], bool]) -> None:
         while not self._is_healthy():
+            if stop_asked():
+                raise StopRequested
             heartbeat.beat("waiting for the server")
             status = self._keeper.poll()
             if status is not None:

@@ -19,7 +19,7 @@ def refuse_address(url: str, key: str) -> None:
         parts = urlsplit(url)
         _ = parts.port
         is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and not (parts.query or parts.fragment)
-    except ValueError:  # brackets without an end, or a port that is no number
+    except ValueError:  # brackets without an end, or a port with letters
         is_one = False
     if not is_one or any(c.isspace() for c in url):
         raise UserError(

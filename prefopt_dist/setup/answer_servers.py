@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from prefopt_dist.config import Config, secret_option
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.distributed import ranks
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import StopRequested, UserError
 from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.rollouts.launched_server import LaunchedServer
@@ -107,6 +107,7 @@ def open_servers(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     what: str,
+    stop_asked: Callable[[], bool],
 ) -> ServerEngine:
     """Check that the servers hold this model, and return the engine that asks them (all ranks call it).
 
@@ -123,9 +124,15 @@ def open_servers(
         prompts: of which the check asks some.
         sampling: as the answers will be sampled.
         what: name of the model, for a log file.
+        stop_asked: whether this rank was asked to stop.
+
+    Raises:
+        StopRequested: a stop was requested before the job's own server was healthy.
     """
     generate, vocabulary = config.generate, model.config.get_text_config().vocab_size
-    launched = ranks.run_on_all_ranks(lambda: _launch(config, model, what) if ranks.rank() == 0 else None)
+    launched = ranks.run_on_all_ranks(lambda: _launch(config, model, what, stop_asked) if ranks.rank() == 0 else None)
+    if generate.launch is not None and ranks.run_on_rank_zero(lambda: launched is None):
+        raise StopRequested
     try:
         settings = ServerSettings(
             urls=ranks.run_on_rank_zero(lambda: generate.servers if launched is None else (launched.url,)),
@@ -157,8 +164,8 @@ def open_servers(
     return ServerEngine(settings, found, tokeniser.tokenizer, None if launched is None else launched.close)
 
 
-def _launch(config: Config, model: ModelFolder, what: str) -> LaunchedServer | None:
-    """Start the server of generate.launch; None without the section (rank 0)."""
+def _launch(config: Config, model: ModelFolder, what: str, stop_asked: Callable[[], bool]) -> LaunchedServer | None:
+    """Start the server of generate.launch; None without the section, or after a request to stop (rank 0)."""
     launch = config.generate.launch
     if launch is None:
         return None
@@ -167,14 +174,18 @@ def _launch(config: Config, model: ModelFolder, what: str) -> LaunchedServer | N
         port: int = free.getsockname()[1]
     one_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == ranks.world_size()
     say(f"generate.launch: starting a server of {model.path} on port {port}")
-    return LaunchedServer(
-        launch.command,
-        model=model.path.resolve(),
-        port=port,
-        host="127.0.0.1" if one_node else socket.gethostname(),
-        log=config.run_dir / f"server-{what}.log",
-        start_seconds=launch.start_seconds,
-    )
+    try:
+        return LaunchedServer(
+            launch.command,
+            model=model.path.resolve(),
+            port=port,
+            host="127.0.0.1" if one_node else socket.gethostname(),
+            log=config.run_dir / f"server-{what}.log",
+            start_seconds=launch.start_seconds,
+            stop_asked=stop_asked,
+        )
+    except StopRequested:
+        return None
 
 
 def _check_servers(

@@ -233,8 +233,8 @@ def prepare(
     def open_engine() -> Engine:
         return ranks.run_on_all_ranks(lambda: _engine(config, models, model, lambda: refuse_if_changed(hashed.states)))
 
-    def open_servers(some: Sequence[Prompt]) -> ServerEngine:
-        return answer_servers.open_servers(config, models, model, hashed, tokeniser, some, sampling, what)
+    def open_servers(some: Sequence[Prompt], stop_asked: Callable[[], bool]) -> ServerEngine:
+        return answer_servers.open_servers(config, models, model, hashed, tokeniser, some, sampling, what, stop_asked)
 
     servers = open_servers if config.generate.engine == "server" else None
     return RolloutJob(what, SampleStore(folder), rewards, sampling, tokeniser, open_engine, model, hashed.key, servers)

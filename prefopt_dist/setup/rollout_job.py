@@ -39,9 +39,9 @@ class RolloutJob:
     """Folder of the model that answers, or of the one that it was trained from"""
     model_key: str
     """Key of the weights that answer"""
-    open_servers: Callable[[Sequence[Prompt]], ServerEngine] | None = None
-    """Function that checks servers with some of the prompts, and returns what asks them instead of an engine; all ranks
-    call it"""
+    open_servers: Callable[[Sequence[Prompt], Callable[[], bool]], ServerEngine] | None = None
+    """Function that checks servers with some of the prompts, and returns what asks them instead of an engine; it asks
+    by its second argument whether to stop, and all ranks call it"""
 
     @property
     def config(self) -> Config:
@@ -132,12 +132,13 @@ class RolloutJob:
     def _ask(
         self,
         todo: list[int],
-        open_servers: Callable[[Sequence[Prompt]], ServerEngine],
+        open_servers: Callable[[Sequence[Prompt], Callable[[], bool]], ServerEngine],
         stop_asked: Callable[[], bool],
     ) -> None:
         """Ask servers for the answers of these shards (all ranks call it)."""
         # The shards are sorted by length: the check meets the shortest prompts and the longest.
-        engine = open_servers([prompt for number in {todo[0], todo[-1]} for prompt in self.store.prompts(number)])
+        some = [prompt for number in sorted({todo[0], todo[-1]}) for prompt in self.store.prompts(number)]
+        engine = open_servers(some, stop_asked)
 
         def do_share(share: list[int], halted: Callable[[], bool]) -> bool:
             return engine.answer(

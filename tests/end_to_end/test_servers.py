@@ -27,6 +27,7 @@ from reward_models import write_reward
 
 from prefopt_dist.cli import main
 from prefopt_dist.rollouts import server_pool
+from prefopt_dist.rollouts.launched_server import LaunchedServer
 
 FEW = 12
 N = 4
@@ -318,6 +319,22 @@ def test_the_job_starts_a_server_and_ends_it(
     assert "serving" in (world / "runs" / "launched" / "server-generate.log").read_text()
     (file,) = world.glob("child-of-*")
     assert not psutil.pid_exists(int(file.read_text()))
+
+
+def test_a_stop_ends_the_wait_for_a_server_that_is_not_healthy_yet(
+    world: Path, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = f"{sys.executable} -c 'import time; time.sleep(600)' {{model}} {{port}}"
+    run = run_of(world, "stopped", launch={"command": command, "start_seconds": 60})
+    is_healthy = LaunchedServer._is_healthy
+
+    def asks(self: LaunchedServer) -> bool:
+        (world / "runs" / "stopped" / "STOP").touch()
+        return is_healthy(self)
+
+    monkeypatch.setattr(LaunchedServer, "_is_healthy", asks)
+    assert door.ends(run, stage="generate") == (0, "")
+    assert "while generating" in (world / "runs" / "stopped" / "STOPPED").read_text()
 
 
 # Mistakes
