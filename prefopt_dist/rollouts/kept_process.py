@@ -12,11 +12,11 @@ from prefopt_dist.rollouts import server_keeper
 
 END_SECONDS = 3 * server_keeper.GRACE_SECONDS
 TAIL_LINES = 5
-OF_THIS_RANK = (
-    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_"),
-    "PREFOPT_STATUS_FILE",
-)
-"""Beginnings of the variables by which the program would be taken for a rank of this job."""
+OF_THIS_RANK = {
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PREFOPT_STATUS_FILE"),
+}
+"""Variables by which the program would be taken for a rank of this job, beside those of TORCHELASTIC_."""
 
 
 def keep(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
@@ -26,7 +26,11 @@ def keep(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         words: the program and its arguments.
         log: file to which its output is appended, in a folder that exists.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_THIS_RANK)}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in OF_THIS_RANK and not name.startswith("TORCHELASTIC_")
+    }
     with log.open("ab") as errors:
         return subprocess.Popen(
             [sys.executable, "-I", server_keeper.__file__, str(log), *words],

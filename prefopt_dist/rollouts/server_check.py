@@ -24,6 +24,7 @@ from prefopt_dist.rollouts.server_protocol import (
     DIALECTS,
     AnswerRequest,
     Dialect,
+    Known,
     Reply,
     ServerFault,
     ServerLost,
@@ -118,7 +119,8 @@ class Checker:
         if server.lost is not None:
             return f"{server.url} is left out: {server.lost}"
         held = sum(one.response == other.response for one, other in zip(alone, samples, strict=False))
-        server.contract = replace(contract, seeds_hold=held == len(alone))
+        known = Known(greedy[0], answers[0], self.tolerance.largest)
+        server.contract = replace(contract, seeds_hold=held == len(alone), known=known)
         same = self._compare_greedy(server, greedy, answers)
         drawn = self._compare_samples(server, sampled, samples)
         how = {"ids": "token ids", "generation_config": "text and a generation_config", "text": "text"}[dialect]

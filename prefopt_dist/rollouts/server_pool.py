@@ -17,6 +17,7 @@ from prefopt_dist.errors import UserError, shorten
 from prefopt_dist.rollouts.server_protocol import (
     AnswerRequest,
     Dialect,
+    Known,
     Reply,
     ServerFault,
     ServerLost,
@@ -43,6 +44,10 @@ class Busy(ServerFault):
     """The server refuses more requests at once."""
 
 
+class Unreachable(ServerFault):
+    """The server has no connection, or cut one."""
+
+
 class Hangs(ServerLost):
     """The server did not answer in time."""
 
@@ -56,6 +61,8 @@ class Contract:
     dialect: Dialect
     seeds_hold: bool
     """Whether answers to the same requests were the same, alone and beside others"""
+    known: Known | None = None
+    """An answer by which a server that was not reached for a time is known again"""
 
 
 @dataclass(eq=False)
@@ -72,6 +79,8 @@ class Server:
     """Failures in a row; several requests that fail together count once"""
     rests_until: float = 0.0
     answers: int = 0
+    was_away: bool = False
+    """Whether it could not be reached, so that it may have been started anew"""
     lost: str | None = None
     """Why it is left out"""
 
@@ -221,6 +230,15 @@ class ServerPool:
                 "written as text that the tokenizer splits into the same tokens; use a server that takes token ids, "
                 "or leave this prompt out"
             )
+        if server.was_away and how.known is not None:
+            known = await self._complete(server, how.known.request, how)
+            if not how.known.is_met_by(known):
+                server.lost = server.lost or "after a time in which it was not reached it answers as another model"
+                raise ServerLost(server.lost)
+            server.was_away = False
+        return await self._complete(server, request, how)
+
+    async def _complete(self, server: Server, request: AnswerRequest, how: Contract) -> Reply:
         body = body_of(request, how.dialect, how.model)
         return await self.ask_json(
             server, "/v1/completions", body, lambda content: read_reply(content, request, how.dialect, self._vocabulary)
@@ -244,6 +262,7 @@ class ServerPool:
             server.failed(str(e), sent, time.monotonic())
             raise
         except ServerFault as e:
+            server.was_away |= isinstance(e, Unreachable)
             server.failed(str(e), sent, time.monotonic())
             raise
         except ServerRefuses:
@@ -273,7 +292,7 @@ class ServerPool:
         except (httpx2.ReadTimeout, httpx2.WriteTimeout) as e:
             raise Hangs(f"it did not answer within {self._seconds:g} s (generate.request_seconds)") from e
         except httpx2.HTTPError as e:
-            raise ServerFault(f"it cannot be reached ({type(e).__name__}: {self._masked(str(e))})") from e
+            raise Unreachable(f"it cannot be reached ({type(e).__name__}: {self._masked(str(e))})") from e
         return self._content(response)
 
     async def models(self, server: Server) -> dict[str, int | None]:

@@ -72,6 +72,30 @@ class Reply:
     """Log-prob of each token, in nats; None where it was not asked for or not given"""
 
 
+@dataclass(frozen=True)
+class Known:
+    """A request and the answer that the check found to be this model's, to be asked again after a restart."""
+
+    request: AnswerRequest
+    """At temperature 0"""
+    reply: Reply
+    tolerance: float
+    """Largest difference of a token's log-prob, in nats"""
+
+    def is_met_by(self, other: Reply) -> bool:
+        """Return whether another reply may be of the same model."""
+        mine = self.reply.logprobs
+        if mine is None or other.logprobs is None or isinstance(self.reply.response, TextResponse):
+            return self.reply.response == other.response
+        assert not isinstance(other.response, TextResponse)
+        for a, b, p, q in zip(self.reply.response, other.response, mine, other.logprobs, strict=False):
+            if not abs(p - q) <= self.tolerance:
+                return False
+            if a != b:  # two tokens of about the same probability, after which nothing can be compared
+                return True
+        return True
+
+
 def body_of(request: AnswerRequest, dialect: Dialect, model: str) -> dict[str, Any]:
     """Return the JSON body of POST /v1/completions."""
     body: dict[str, Any] = {

@@ -312,11 +312,13 @@ def test_the_job_starts_a_server_and_ends_it(
     monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("MASTER_KEY", "a variable that is not the launcher's")
     command = f"{sys.executable} {REPOSITORY / 'tests' / 'helpers' / 'serve_fake.py'} {{model}} {{port}}"
     run = run_of(world, "launched", launch={"command": command})
     assert door.ends(run, stage="generate")[0] == 0
     assert answers(world, "launched") == expected
-    assert "serving" in (world / "runs" / "launched" / "server-generate.log").read_text()
+    said = (world / "runs" / "launched" / "server-generate.log").read_text()
+    assert f"serving {world / 'model'} ['MASTER_KEY']" in said
     (file,) = world.glob("child-of-*")
     assert not psutil.pid_exists(int(file.read_text()))
 
