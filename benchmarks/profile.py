@@ -20,7 +20,7 @@ from benchmarks.pairs import MIXES
 from benchmarks.world import Task, write_model
 
 KINDS = {
-    "matrix products": ("mm", "addmm", "addmm_", "bmm"),
+    "matrix products": ("mm", "addmm", "addmm_", "bmm", "baddbmm"),
     "attention": ("scaled_dot",),
     "copies": ("copy_", "fill_", "zero_", "cat", "clone", "index", "_index", "gather", "scatter", "embedding", "empty"),
     "compiled operations": ("## Call CompiledFxGraph",),
@@ -29,6 +29,15 @@ KINDS = {
 }
 """Kinds of operators by the beginning of the name without `aten::`, matrix products by the whole name; all other
 operators are `elementwise, sums`."""
+ORIGINS = {
+    "attention": ("row_attention", "_BlockAttention", "scaled_dot", "_InBlocks"),
+    "head and loss": ("_FusedLoss", "_TokenLogps"),
+    "compiled layers": ("CompiledF", "CompiledFxGraph"),
+    "update": ("optimizer_step",),
+    "engine": ("BackwardHookFunction", "PreBackwardFunction", "PostBackwardFunction", "AccumulateGrad", "c10d"),
+}
+"""What an operator is called by, by parts of the names of its callers, from the nearest one on; all others are `layers,
+embedding, last norm`."""
 
 
 def operator_kind(name: str) -> str:
@@ -40,6 +49,16 @@ def operator_kind(name: str) -> str:
         if short.lstrip("_").startswith(beginnings) or short.startswith(beginnings):
             return found
     return "elementwise, sums" if name.startswith("aten::") else "autograd and engine"
+
+
+def origin(event: Any) -> str:
+    """Return what has called an operator, itself included."""
+    while event is not None:
+        for found, parts in ORIGINS.items():
+            if any(part in event.name for part in parts):
+                return found
+        event = event.cpu_parent
+    return "layers, embedding, last norm"
 
 
 def main() -> None:
@@ -90,10 +109,21 @@ def _run(task: Task, budget: int, copies: int) -> None:
         shares[operator_kind(event.key)] += event.self_cpu_time_total
     for of_kind, microseconds in shares.most_common():
         print(f"  {of_kind:20s} {microseconds / sum(shares.values()):6.1%}")
-    for line in largest_copies(found.events(), copies):
+    for line in [*without_products(found.events()), *largest_copies(found.events(), copies)]:
         print(line)
     ranks.end()
     ranks.exit_now(0)
+
+
+def without_products(events: Any) -> list[str]:
+    """Describe the time of each origin without its matrix products, as a share of all time."""
+    spent: Counter[str] = Counter()
+    for event in events:
+        if operator_kind(event.name) != "matrix products":
+            spent[origin(event)] += event.self_cpu_time_total
+    total = sum(event.self_cpu_time_total for event in events)
+    shares = [f"  {of:30s} {n / total:6.1%}" for of, n in spent.most_common()]
+    return ["Without matrix products, by what calls:", *shares]
 
 
 def largest_copies(events: Any, most: int) -> list[str]:
