@@ -67,6 +67,7 @@ def test_ranks_that_cannot_be_divided_are_refused(world: tuple[int, Path]) -> No
     for size, remedy in (("3", 2), ("8", world[0])):
         assert found[size].startswith(f"AgreedUserError: train.sequence_parallel: got {size}, but the job has")
         assert f"Set it to {remedy}" in found[size]
+    assert found["other stages"] == [1, 2, world[0]]
 
 
 @pytest.mark.slow
