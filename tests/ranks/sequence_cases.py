@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -200,8 +201,6 @@ def units_of_shared_rows(folder: Path) -> dict[str, Any]:
 
 
 def _train_rows(run_dir: Path) -> list[dict[str, Any]]:
-    import json
-
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == "train"]
 
