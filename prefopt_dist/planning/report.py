@@ -13,6 +13,7 @@ from prefopt_dist.planning.machine import Machine
 from prefopt_dist.planning.memory import GENERATION, Phase
 from prefopt_dist.planning.network import Network
 from prefopt_dist.planning.rollouts import AnswersPlan
+from prefopt_dist.planning.roofline.table import Roofline
 from prefopt_dist.planning.sizes import ModelSizes
 from prefopt_dist.planning.work import Disk, Work
 
@@ -41,6 +42,8 @@ class PlanReport:
     """Plan of the run's own answers; None where the run has none"""
     longest_row: int | None = None
     """Most tokens of a packed row that fit; None where no number of tokens fits"""
+    roofline: Roofline | None = None
+    """The least time of a step's parts; None where the device's peak and bandwidth are not known, or rows are padded"""
 
     @property
     def total_seconds(self) -> float | None:
@@ -53,7 +56,8 @@ class PlanReport:
     def text(self) -> str:
         """Return the report as text."""
         answers = [] if self.answers is None else [self.answers.text(self.total_seconds)]
-        parts = [self._head(), _memory(self.fits[0]), self._settings(), self._work(), answers, self._disk()]
+        roofline = [] if self.roofline is None else self.roofline.lines()
+        parts = [self._head(), _memory(self.fits[0]), self._settings(), self._work(), roofline, answers, self._disk()]
         return "\n".join(line for part in parts for line in part)
 
     def as_json(self) -> dict[str, Any]:
@@ -97,6 +101,7 @@ class PlanReport:
                 "all_to_all_bytes_a_rank": self.network.sent,
                 "all_to_all_bytes_leaving_a_node": self.network.leaving,
             },
+            "roofline": None if self.roofline is None else self.roofline.as_json(),
             "disk_bytes": asdict(self.disk),
             "export": asdict(self.export),
         }
