@@ -69,14 +69,12 @@ def load_task(folder: Path) -> Task:
     return Task(**body | {"shape": Shape(**body["shape"])})
 
 
-def write_model(folder: Path, shape: Shape, dtype: str, seed: int) -> None:
-    """Write a random Llama and a tokenizer whose words are the token ids."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+def write_config(folder: Path, shape: Shape) -> None:
+    """Write the config.json of a Llama."""
+    from transformers import LlamaConfig
 
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.mlp,
@@ -89,7 +87,18 @@ def write_model(folder: Path, shape: Shape, dtype: str, seed: int) -> None:
         bos_token_id=None,
         pad_token_id=1,
         eos_token_id=2,
-    )
+    ).save_pretrained(folder)
+
+
+def write_model(folder: Path, shape: Shape, dtype: str, seed: int) -> None:
+    """Write a random Llama and a tokenizer whose words are the token ids."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    write_config(folder, shape)
+    config = LlamaConfig.from_pretrained(folder)
+    torch.manual_seed(seed)
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     words = {"<unk>": 0, "<pad>": 1, "</s>": 2} | {str(i): i for i in range(3, shape.vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

@@ -13,7 +13,7 @@ from prefopt_dist.batching.layout import Cost
 from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.checkpoint.export_weights import PART_BYTES
 from prefopt_dist.config import Config
-from prefopt_dist.data import open_rows
+from prefopt_dist.data import TokenisedRows, open_rows
 from prefopt_dist.data.remote import copied_bytes
 from prefopt_dist.errors import NotHere, UserError
 from prefopt_dist.files import write_json
@@ -23,16 +23,20 @@ from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.monitoring.console import say, show
 from prefopt_dist.objectives import Objective
 from prefopt_dist.objectives.factory import make_objective
-from prefopt_dist.planning import work
+from prefopt_dist.planning import fit, work
 from prefopt_dist.planning.export import export_plan
-from prefopt_dist.planning.fit import Needs, check_fit, fits_with_offloading, longest_row
+from prefopt_dist.planning.fit import Needs, check_fit, fits_with_offloading
 from prefopt_dist.planning.machine import Machine, planned_machine
 from prefopt_dist.planning.network import network
 from prefopt_dist.planning.report import PlanReport
 from prefopt_dist.planning.rollouts import AnswersPlan, plan_answers
+from prefopt_dist.planning.roofline.estimate import NotCounted, counted, estimate
+from prefopt_dist.planning.roofline.rows import PlannedRow, longest_row, row_of_first_step
+from prefopt_dist.planning.roofline.table import Roofline
 from prefopt_dist.planning.work import disk_needed
 from prefopt_dist.setup import check_sequence_parallel
 from prefopt_dist.setup.answer_engines import sampling_plan
+from prefopt_dist.setup.check_lora import adapter_of
 from prefopt_dist.setup.check_loss import check_beginnings, check_moving_reference
 from prefopt_dist.setup.checks import eval_sets
 from prefopt_dist.setup.experts import check_balancing
@@ -60,10 +64,21 @@ def run(config: Config) -> None:
     machine = planned_machine(config.plan)
     check_sequence_parallel.check_ranks(config, machine.ranks, machine.text())
     cost = forward_cost(model)
-    work_to_do = _work(config, model, cost, path)
+    objective = make_objective(config.loss, DTYPES[config.model.dtype])
+    rows = _rows(config, model, objective)
+    if rows is None:
+        work_to_do = work.worst_case_work(config, cost, objective, path)
+    else:
+        work_to_do = _work(config, *rows, cost, path)
     needs = job_needs(config, model, work_to_do.keys_per_token, path)
     fits = fits_with_offloading(needs, machine)
     report = _report(config, machine, needs, fits, work_to_do, cost)
+    if counted(machine, path):
+        if rows is None:
+            row = longest_row(config, cost, objective, path, machine.ranks)
+        else:
+            row = row_of_first_step(config, rows[0], cost, objective, path, machine.ranks)
+        report = replace(report, roofline=_roofline(config, model, machine, needs, _again(needs, fits), row))
     show(report.text())
     uncounted = uncounted_text(model)
     if uncounted:
@@ -82,12 +97,15 @@ def _language_model(config: Config, key: str, name_or_path: str) -> PreTrainedCo
     return model
 
 
-def _work(config: Config, model: PreTrainedConfig, cost: Cost, path: ComputePath) -> work.Work:
-    objective = make_objective(config.loss, DTYPES[config.model.dtype])
+def _rows(
+    config: Config, model: PreTrainedConfig, objective: Objective
+) -> tuple[TokenisedRows, dict[str, TokenisedRows]] | None:
+    """Return the rows of training and of each evaluation; None, and why is said, where they cannot be read here."""
     try:
         tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
     except UserError as e:  # config.json alone is enough for a plan
-        return _unread(config, cost, objective, path, e)
+        _say_unread(objective, e)
+        return None
     try:
         train = rows_for_loss(config, open_rows(tokenised_train_folder(config, tokenizer, model.vocab_size)), TRAIN)
         evals = {
@@ -97,22 +115,40 @@ def _work(config: Config, model: PreTrainedConfig, cost: Cost, path: ComputePath
             for key, sources in eval_sets(config).items()
         }
     except NotHere as e:  # a row or a finding that would stop the job stops its plan, before any queue
-        return _unread(config, cost, objective, path, e)
+        _say_unread(objective, e)
+        return None
+    return train, evals
+
+
+def _say_unread(objective: Objective, why: UserError) -> None:
+    few = ", with two responses" if objective.ranked else ""
+    say(f"the data cannot be read here, so every row is taken to be as long as data.max_length allows{few}: {why}")
+
+
+def _work(
+    config: Config, train: TokenisedRows, evals: dict[str, TokenisedRows], cost: Cost, path: ComputePath
+) -> work.Work:
+    objective = make_objective(config.loss, DTYPES[config.model.dtype])
     sources = [*config.data.train, *(source for some in eval_sets(config).values() for source in some)]
     copies = sum(copied_bytes(source.path, config.cache_dir) for source in sources)
     held = copies + sum(rows.disk_bytes for rows in (train, *evals.values()))
     return replace(work.work_from_rows(config, train, evals, cost, objective, path), data_bytes=held)
 
 
-def _unread(config: Config, cost: Cost, objective: Objective, path: ComputePath, why: UserError) -> work.Work:
-    few = ", with two responses" if objective.ranked else ""
-    say(f"the data cannot be read here, so every row is taken to be as long as data.max_length allows{few}: {why}")
-    return work.worst_case_work(config, cost, objective, path)
+def _roofline(
+    config: Config, model: PreTrainedConfig, machine: Machine, needs: Needs, again: float, row: PlannedRow
+) -> Roofline | None:
+    """Return the least time of a step's parts; None, and why is said, where it is not counted."""
+    adapter = adapter_of(config.lora, model, config.model.name_or_path)
+    try:
+        return estimate(model, needs, row, machine, DTYPES[config.model.dtype], again, adapter)
+    except NotCounted as e:
+        say(f"no roofline: {e}")
+        return None
 
 
 def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], todo: work.Work, cost: Cost) -> PlanReport:
-    layers = needs.sizes.activations.layers
-    again = (layers if fits[0].checkpointed is None else fits[0].checkpointed) / layers
+    again = _again(needs, fits)
     speed = None if machine.peak is None else machine.peak * machine.efficiency * machine.ranks
 
     def seconds(flop: float) -> float | None:
@@ -129,9 +165,11 @@ def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], tod
             needs.sizes,
             needs.policy,
             ranks=machine.ranks,
+            ranks_a_node=machine.ranks_a_node,
             budget=needs.tokens,
             step_tokens=todo.step_tokens,
             step_seconds=step_seconds,
+            recomputed=again,
         )
     return PlanReport(
         machine=machine,
@@ -145,10 +183,16 @@ def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], tod
         updates_seconds=seconds(todo.updates_flop),
         network=traffic,
         answers=_answers(config, machine, needs, todo.steps),
-        longest_row=longest_row(needs, machine),
+        longest_row=fit.longest_row(needs, machine),
         disk=disk,
         export=export_plan(needs.sizes, disk, machine, export_item=written, part=PART_BYTES, merged=merged),
     )
+
+
+def _again(needs: Needs, fits: list[Any]) -> float:
+    """Return the share of the layers that are computed again in the backward pass."""
+    layers = needs.sizes.activations.layers
+    return float((layers if fits[0].checkpointed is None else fits[0].checkpointed) / layers)
 
 
 def _answers(config: Config, machine: Machine, needs: Needs, steps: int | None) -> AnswersPlan | None:

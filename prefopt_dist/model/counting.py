@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -275,6 +275,17 @@ class _Product(torch.autograd.Function):
 
 
 def _counted_experts(module: Any, hidden: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    _record.chosen[id(module)] = experts.shape[1]
+    return experts_in_order(module, hidden, experts, weights, _Product.apply)
+
+
+def experts_in_order(
+    module: Any,
+    hidden: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    product: Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor],
+) -> torch.Tensor:
     """Compute each token with its k experts, in order of the experts.
 
     Args:
@@ -282,25 +293,21 @@ def _counted_experts(module: Any, hidden: torch.Tensor, experts: torch.Tensor, w
         hidden: [T, D].
         experts: int64 [T, k], the experts of each token.
         weights: [T, k], the experts' weights.
+        product: of rows [T · k, in], in order of the experts, with the experts' matrices [E, out, in]; of matrices
+            [E, in, out] where its third argument is True.
 
     Returns:
         [T, D].
     """
     k = experts.shape[1]
-    _record.chosen[id(module)] = k
     transposed = bool(getattr(module, "is_transposed", False))
-
-    def product(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = _Product.apply(rows, matrices, transposed)  # type: ignore[no-untyped-call]
-        return found
-
     order = experts.flatten().argsort()
     rows = hidden[order // k]
     if getattr(module, "has_gate", True):
-        inner = module._apply_gate(product(rows, module.gate_up_proj))
+        inner = module._apply_gate(product(rows, module.gate_up_proj, transposed))
     else:
-        inner = module.act_fn(product(rows, module.up_proj))
-    out = product(inner, module.down_proj) * weights.flatten()[order, None]
+        inner = module.act_fn(product(rows, module.up_proj, transposed))
+    out = product(inner, module.down_proj, transposed) * weights.flatten()[order, None]
     found: torch.Tensor = out[order.argsort()].view(*experts.shape, -1).sum(1)
     return found.to(hidden.dtype)
 

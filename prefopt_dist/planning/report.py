@@ -13,6 +13,7 @@ from prefopt_dist.planning.machine import Machine
 from prefopt_dist.planning.memory import GENERATION, Phase
 from prefopt_dist.planning.network import Network
 from prefopt_dist.planning.rollouts import AnswersPlan
+from prefopt_dist.planning.roofline.table import Roofline
 from prefopt_dist.planning.sizes import ModelSizes
 from prefopt_dist.planning.work import Disk, Work
 
@@ -41,6 +42,8 @@ class PlanReport:
     """Plan of the run's own answers; None where the run has none"""
     longest_row: int | None = None
     """Most tokens of a packed row that fit; None where no number of tokens fits"""
+    roofline: Roofline | None = None
+    """The least time of a step's parts; None where the device's peak and bandwidth are not known, or rows are padded"""
 
     @property
     def total_seconds(self) -> float | None:
@@ -53,7 +56,8 @@ class PlanReport:
     def text(self) -> str:
         """Return the report as text."""
         answers = [] if self.answers is None else [self.answers.text(self.total_seconds)]
-        parts = [self._head(), _memory(self.fits[0]), self._settings(), self._work(), answers, self._disk()]
+        roofline = [] if self.roofline is None else self.roofline.lines()
+        parts = [self._head(), _memory(self.fits[0]), self._settings(), self._work(), roofline, answers, self._disk()]
         return "\n".join(line for part in parts for line in part)
 
     def as_json(self) -> dict[str, Any]:
@@ -94,7 +98,10 @@ class PlanReport:
                 "bytes_a_micro_batch": self.network.bytes,
                 "seconds_a_micro_batch": self.network.seconds,
                 "needed_gb_per_second": self.network.needed,
+                "all_to_all_bytes_a_rank": self.network.sent,
+                "all_to_all_bytes_leaving_a_node": self.network.leaving,
             },
+            "roofline": None if self.roofline is None else self.roofline.as_json(),
             "disk_bytes": asdict(self.disk),
             "export": asdict(self.export),
         }
@@ -152,10 +159,24 @@ class PlanReport:
             if any(phase.name == GENERATION for phase in self.fits[0].phases):
                 left_out = "generating, loading and saving"
             lines[-1] += f"{parts}; {_clock(self.total_seconds)} in total, without {left_out}"
-        if self.network is not None and self.machine.nodes > 1:
+        return [*lines, *self._network()]
+
+    def _network(self) -> list[str]:
+        traffic = self.network
+        if traffic is None:
+            return []
+        lines = []
+        if self.machine.nodes > 1:
+            more = f", and the all-to-alls {format_bytes(traffic.leaving)} out of a node," if traffic.leaving else ""
             lines.append(
-                f"network: ZeRO-3 moves {format_bytes(self.network.bytes)} in the {self.network.seconds:.3g} s of a "
-                f"micro-batch; below {self.network.needed:.3g} GB/s of all-reduce the ranks wait for it"
+                f"network: ZeRO-3 moves {format_bytes(traffic.bytes)}{more} in the {traffic.seconds:.3g} s of a "
+                f"micro-batch; below {traffic.needed:.3g} GB/s of all-reduce the ranks wait for it"
+            )
+        if traffic.sent:
+            where = "" if traffic.leaving else " of its node"
+            lines.append(
+                f"all-to-alls: a rank sends {format_bytes(traffic.sent)} to the other ranks{where} that share its rows "
+                f"in the {traffic.seconds:.3g} s of a micro-batch"
             )
         return lines
 

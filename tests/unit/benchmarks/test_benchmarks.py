@@ -225,6 +225,8 @@ def test_parity_measures_ours_by_hand(tmp_path) -> None:
     [
         ("aten::mm", "matrix products"),
         ("aten::addmm_", "matrix products"),
+        ("aten::baddbmm", "matrix products"),
+        ("aten::transpose", "autograd and engine"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
         ("aten::copy_", "copies"),
         ("aten::_index_put_impl_", "copies"),

@@ -1,0 +1,176 @@
+"""The kernels of an attention over a packed row, by formulas: the flash kernel's, or those of blocks of segments.
+
+Legend: T tokens of the row, H query heads, J key-value heads, d and e sizes of a query's and of a value's head, s bytes
+of a number, n tiles of a block with q queries and k keys each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from prefopt_dist.batching.micro_batch import Segment
+from prefopt_dist.model.attention import MOST_KEYS_IN_BLOCKS, keys_per_query
+from prefopt_dist.model.block_attention import CPU_BLOCKS, GPU_BLOCKS, BlockBytes, BlockSize, grouped, tiles
+from prefopt_dist.model.counting import AttentionCall
+from prefopt_dist.planning.roofline.kernels import Kernel, Step
+from prefopt_dist.planning.roofline.recorder import EXPONENTIAL
+
+ONE_BY_ONE = 64
+"""Operations of a product that a processor of 512-bit vectors does in one cycle, in which it handles one number where
+torch has no vector instructions: under a mask that is broadcast."""
+ATTENTION, GATHERED = "attention", "gathered keys and values"
+"""Names of the parts."""
+
+
+def attended(segments: Sequence[Segment], window: int | None) -> int:
+    """Return the pairs of a query and a key that it sees."""
+    pairs = 0
+    for s in segments:
+        queries, keys = s.end - s.start, s.prefix_end - s.prefix_start + s.end - s.start
+        if window is None or window >= keys:
+            pairs += queries * (keys - queries) + queries * (queries + 1) // 2
+        else:
+            pairs += sum(min(window, keys - queries + i + 1) for i in range(queries))
+    return pairs
+
+
+def attention_kernels(
+    call: AttentionCall, step: Step, segments: Sequence[Segment], item: int, *, flash: bool, on_gpu: bool
+) -> list[Kernel]:
+    """Return the kernels of a layer's attention in one pass.
+
+    Args:
+        call: the shapes.
+        step: the pass.
+        segments: of the row.
+        item: s.
+        flash: whether the flash kernel takes the layer.
+        on_gpu: whether a GPU computes it.
+    """
+    if flash:
+        return list(_flash(call, step, segments, item))
+    by_call = not on_gpu and call.needs.cap is None and not call.needs.sinks
+    if by_call and keys_per_query(tuple(segments), call.needs.window) > MOST_KEYS_IN_BLOCKS:
+        return list(_calls(call, step, segments, item))
+    size = GPU_BLOCKS if on_gpu else CPU_BLOCKS
+    return list(_blocks(call, step, segments, item, size))
+
+
+def _flash(call: AttentionCall, step: Step, segments: Sequence[Segment], item: int) -> Iterator[Kernel]:
+    tokens = sum(s.end - s.start for s in segments)
+    keys = sum(s.prefix_end - s.prefix_start + s.end - s.start for s in segments)
+    heads, needs = call.heads, call.needs
+    flop = 2.0 * heads * (needs.head_size + needs.value_size) * attended(segments, needs.window)
+    queries, results = (tokens * heads * of * item for of in (needs.head_size, needs.value_size))
+    used, own = keys * call.key_numbers * item, tokens * call.key_numbers * item
+    sums = 4 * tokens * heads  # log Σ exp of the scores, float32
+    if step == "forward":
+        if keys > tokens:
+            yield Kernel.of("index", GATHERED, step, 0, used, used)
+        yield Kernel.of("flash", ATTENTION, step, flop, queries + used, results + sums)
+        return
+    # Five products for the forward pass's two. dQ is summed in float32, and dK and dV of each query head by itself.
+    partial = keys * call.repeated_key_numbers * item if call.key_heads < heads else used
+    summed = 4 * tokens * heads * needs.head_size
+    yield Kernel.of(
+        "flash_backward", ATTENTION, step, 2.5 * flop, queries + used + 2 * results + sums, partial, changed=summed
+    )
+    yield Kernel.of("_to_copy", ATTENTION, step, 0, summed, queries)
+    if partial != used:
+        yield Kernel.of("sum", ATTENTION, step, partial / item, partial, used)
+    if keys > tokens:
+        yield Kernel.of("index_put", GATHERED, step, used / item, used, own, changed=used)
+
+
+def _calls(call: AttentionCall, step: Step, segments: Sequence[Segment], item: int) -> Iterator[Kernel]:
+    """Yield a call for each segment of a CPU, whose keys are repeated for the heads that share them."""
+    needs = call.needs
+    flop = 2.0 * call.heads * (needs.head_size + needs.value_size) * attended(segments, needs.window)
+    for s in segments:
+        tokens, keys = s.end - s.start, s.prefix_end - s.prefix_start + s.end - s.start
+        share = flop * attended([s], needs.window) / attended(segments, needs.window)
+        own, used = keys * call.key_numbers * item, keys * call.repeated_key_numbers * item
+        row = tokens * call.heads * (needs.head_size + needs.value_size) * item
+        copied = own if s.prefix_end > s.prefix_start else 0
+        if step == "forward":
+            yield Kernel.of("cat", ATTENTION, step, 0, copied, copied)
+            yield Kernel.of("copy_", ATTENTION, step, 0, own, used if used > own else 0)
+            yield Kernel.of("scaled_dot", ATTENTION, step, share, row / 2 + used, row / 2)
+            yield Kernel.of("copy_", ATTENTION, step, 0, row / 2, row / 2)
+        else:
+            yield Kernel.of("scaled_dot", ATTENTION, step, 2.5 * share, 1.5 * row + used, row / 2 + used)
+            yield Kernel.of("sum", ATTENTION, step, used / item, used if used > own else 0, own)
+            yield Kernel.of("copy_", ATTENTION, step, 0, own + row / 2, own + row / 2)
+
+
+def _blocks(
+    call: AttentionCall, step: Step, segments: Sequence[Segment], item: int, size: BlockSize
+) -> Iterator[Kernel]:
+    needs = call.needs
+    longest = max(s.prefix_end - s.prefix_start + s.end - s.start for s in segments)
+    window = None if needs.window is None or needs.window >= longest else needs.window
+    sizes = BlockBytes.of_heads(call.heads, call.key_numbers)
+    if step == "backward":
+        summed = 4 * sum(s.end - s.start for s in segments) * call.key_numbers
+        yield Kernel.of("zero_", ATTENTION, step, 0, 0, summed)
+        if item < 4:
+            yield Kernel.of("_to_copy", ATTENTION, step, 0, summed, summed * item / 4)
+    for group in grouped(tiles(segments, window, sizes, size), sizes, size):
+        n, q, k = len(group), max(t.queries for t in group), max(t.keys for t in group)
+        yield from _block(call, step, (n, q, k), item, 1 if size == GPU_BLOCKS else ONE_BY_ONE)
+
+
+def _block(call: AttentionCall, step: Step, shape: tuple[int, int, int], item: int, single: int) -> Iterator[Kernel]:
+    """Yield the kernels of one block, operation by operation as model/block_attention.py has them."""
+    n, q, k = shape
+    heads, needs = call.heads, call.needs
+    queries, results = (n * heads * q * of * item for of in (needs.head_size, needs.value_size))
+    keys, values = (n * call.key_heads * k * of * item for of in (needs.head_size, needs.value_size))
+    numbers = n * heads * q * k
+    scores = 4 * numbers
+    lower = item * numbers
+
+    def kernel(name: str, flop: float, read: float, written: float, changed: float = 0.0) -> Kernel:
+        return Kernel.of(name, ATTENTION, step, flop, read, written, changed=changed)
+
+    def product(size: int, read: float, written: float) -> Kernel:
+        return kernel("bmm", 2.0 * numbers * size, read, written)
+
+    for of in (queries, keys, values):
+        yield kernel("index_select", 0, of, of)
+    yield product(needs.head_size, queries + keys, scores if item == 4 else lower)
+
+    def rounded(up: bool) -> list[Kernel]:
+        return [] if item == 4 else [kernel("_to_copy", 0, lower if up else scores, scores if up else lower)]
+
+    yield from rounded(True)
+    if needs.cap is not None:
+        yield kernel("tanh_", numbers, 0, 0, scores)
+        yield kernel("mul", numbers, scores, scores)
+    yield kernel("gt", single * n * q * k, 8 * n * q, n * q * k)
+    yield kernel("masked_fill_", single * numbers, n * q * k, 0, scores)
+    yield kernel("softmax", EXPONENTIAL * numbers, scores, scores)
+    if needs.sinks:
+        yield kernel("logsumexp", 3 * numbers, scores, 0)
+        yield kernel("mul", numbers, scores, scores)
+    yield from rounded(False)
+    if step == "forward":
+        yield product(needs.value_size, (scores if item == 4 else lower) + values, results)
+        yield kernel("index_copy_", 0, results, results)
+        return
+    p = scores if item == 4 else lower
+    yield kernel("index_select", 0, results, results)
+    yield product(needs.value_size, p + results, values)
+    yield from ([] if item == 4 else [kernel("_to_copy", 0, values, 4 * values / item)])
+    yield kernel("index_add_", values / item, 4 * values / item, 0, 4 * values / item)
+    yield product(needs.value_size, results + values, p)
+    yield from rounded(True)
+    yield kernel("_softmax_backward_data", 3 * numbers, 2 * scores, scores)
+    if needs.cap is not None:
+        yield kernel("tanh_backward", 3 * numbers, 2 * scores, scores)
+    yield from rounded(False)
+    yield product(needs.head_size, p + keys, queries)
+    yield kernel("index_copy_", 0, queries, queries)
+    yield product(needs.head_size, p + queries, keys)
+    yield from ([] if item == 4 else [kernel("_to_copy", 0, keys, 4 * keys / item)])
+    yield kernel("index_add_", keys / item, 4 * keys / item, 0, 4 * keys / item)
