@@ -53,7 +53,7 @@ def run(
     with run_folder(config, begins=False, bare=True) as folder:
         ranks.run_on_rank_zero(folder.clear_earlier_stop)
         requests = asked or requests_for(config)
-        models = prepare_models.load_models(config)
+        models = prepare_models.load_models(config, trains=False)
         generate = config.generate
         job = prepare_rollouts.prepare(
             config,
