@@ -19,7 +19,7 @@ BEST = "best"
 def run(config: Config) -> None:
     """Export on all ranks, each its share of the files."""
     with run_folder(config, begins=False) as folder:
-        models = prepare_models.load_models(config)
+        models = prepare_models.load_models(config, trains=False)
         source = ranks.run_on_rank_zero(lambda: chosen_checkpoint(config))
         say(export_checkpoint(config, models, source, folder, merged=config.export.merged))
         push_to_hub(config)

@@ -165,9 +165,11 @@ def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], tod
             needs.sizes,
             needs.policy,
             ranks=machine.ranks,
+            ranks_a_node=machine.ranks_a_node,
             budget=needs.tokens,
             step_tokens=todo.step_tokens,
             step_seconds=step_seconds,
+            recomputed=again,
         )
     return PlanReport(
         machine=machine,

@@ -6,6 +6,7 @@ micro-batches; ZeRO-3 divides the model over all ranks, whatever the groups are.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -62,16 +63,20 @@ ALONE = SequenceGroup()
 """The group of a rank that has whole rows"""
 
 
-def sequence_group(size: int) -> SequenceGroup:
+def sequence_group(size: int, *, of_training: bool = True) -> SequenceGroup:
     """Return this rank's group of `size` ranks (all ranks call it).
 
     Args:
         size: `train.sequence_parallel`.
+        of_training: whether these are the ranks that train. For others the group is smaller where it has to be: one
+            process exports what many have trained.
 
     Raises:
         AgreedUserError: the ranks cannot be divided into such groups.
     """
     world = ranks.world_size()
+    if not of_training:
+        size = math.gcd(size, world)
     if world % size:
         raise AgreedUserError(refusal_of_ranks(size, world, "the job"))
     return ALONE if size == 1 else _group_of(size)

@@ -265,6 +265,18 @@ def _of_shared_rows(
     )
 
 
+def exchanged_bytes(config: PreTrainedConfig, dtype: torch.dtype, ranks: int) -> int:
+    """Return the bytes of a token that the exchanges of a forward pass move, in all layers, where ranks share the row.
+
+    They are its queries, keys and values, which go to the ranks of their heads, and the results, which come back.
+    """
+    numbers = 0
+    for call in count(config, dtype).calls:
+        keys = call.key_numbers * repeated_key_heads(call.key_heads, ranks)
+        numbers += call.heads * (call.needs.head_size + call.needs.value_size) + keys
+    return numbers * dtype.itemsize
+
+
 def _flash_per_token(found: Counts) -> int:
     """Return the bytes for each token of dQ, which a layer's backward pass sums in float32."""
     return max(4 * call.heads * call.needs.head_size for call in found.calls)

@@ -93,7 +93,8 @@ def find_fit(needs: Needs, machine: Machine, ranks: int | None = None, name: str
     def phases(checkpointed: int) -> tuple[Phase, ...]:
         arguments = (sizes, needs.policy, place, needs.tokens, checkpointed)
         found = (memory.backward_phase(*arguments), memory.update_phase(*arguments), *fixed)
-        return tuple(replace(phase, parts=(*memory.libraries(place, needs.policy), *phase.parts)) for phase in found)
+        libraries = memory.libraries(place, needs.policy, sizes.activations.shared)
+        return tuple(replace(phase, parts=(*libraries, *phase.parts)) for phase in found)
 
     candidates = {"none": [0], "all": [layers], "auto": list(range(layers + 1))}[needs.checkpointing]
     for checkpointed in candidates:

@@ -305,14 +305,20 @@ def _attention_block(sizes: ModelSizes, place: Placement, tokens: int) -> tuple[
     return (MemoryPart("attention's block", allocated, "bounded, model/block_attention.py"),) if allocated else ()
 
 
-def libraries(place: Placement, zero: ZeroSettings) -> tuple[MemoryPart, ...]:
-    """Return what CUDA and NCCL take of a GPU in every phase; hpZ needs a second communicator."""
+def libraries(place: Placement, zero: ZeroSettings, shared: int = 1) -> tuple[MemoryPart, ...]:
+    """Return what CUDA and NCCL take of a GPU in every phase; hpZ and rows of several ranks need more communicators.
+
+    Args:
+        place: of the ranks.
+        zero: the policy's settings.
+        shared: ranks that share each row.
+    """
     if not place.is_gpu:
         return ()
     context = MemoryPart("CUDA context", CONTEXT_BYTES, "a round figure, not measured")
     if place.ranks == 1:
         return (context,)
-    communicators = 2 if zero.secondary > 1 else 1
+    communicators = 1 + (zero.secondary > 1) + (shared > 1)
     buffers = communicators * NCCL_CHANNELS * NCCL_CONNECTIONS * NCCL_CONNECTION_BYTES
     how = (
         f"at most; {communicators}·{NCCL_CHANNELS} channels·{NCCL_CONNECTIONS}·(LL + LL128 + Simple), nccl/src/init.cc"

@@ -98,6 +98,8 @@ class PlanReport:
                 "bytes_a_micro_batch": self.network.bytes,
                 "seconds_a_micro_batch": self.network.seconds,
                 "needed_gb_per_second": self.network.needed,
+                "all_to_all_bytes_a_rank": self.network.sent,
+                "all_to_all_bytes_leaving_a_node": self.network.leaving,
             },
             "roofline": None if self.roofline is None else self.roofline.as_json(),
             "disk_bytes": asdict(self.disk),
@@ -157,10 +159,24 @@ class PlanReport:
             if any(phase.name == GENERATION for phase in self.fits[0].phases):
                 left_out = "generating, loading and saving"
             lines[-1] += f"{parts}; {_clock(self.total_seconds)} in total, without {left_out}"
-        if self.network is not None and self.machine.nodes > 1:
+        return [*lines, *self._network()]
+
+    def _network(self) -> list[str]:
+        traffic = self.network
+        if traffic is None:
+            return []
+        lines = []
+        if self.machine.nodes > 1:
+            more = f", and the all-to-alls {format_bytes(traffic.leaving)} out of a node," if traffic.leaving else ""
             lines.append(
-                f"network: ZeRO-3 moves {format_bytes(self.network.bytes)} in the {self.network.seconds:.3g} s of a "
-                f"micro-batch; below {self.network.needed:.3g} GB/s of all-reduce the ranks wait for it"
+                f"network: ZeRO-3 moves {format_bytes(traffic.bytes)}{more} in the {traffic.seconds:.3g} s of a "
+                f"micro-batch; below {traffic.needed:.3g} GB/s of all-reduce the ranks wait for it"
+            )
+        if traffic.sent:
+            where = "" if traffic.leaving else " of its node"
+            lines.append(
+                f"all-to-alls: a rank sends {format_bytes(traffic.sent)} to the other ranks{where} that share its rows "
+                f"in the {traffic.seconds:.3g} s of a micro-batch"
             )
         return lines
 

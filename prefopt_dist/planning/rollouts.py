@@ -84,7 +84,8 @@ def plan_answers(
     place = Placement(machine.ranks, machine.is_gpu)
     copy: Sequence[MemoryPart] = memory.generation_phase(sizes, place, asked).parts
     beside = [part for part in copy if not part.on_host]  # the copy is of the live engine: nothing is loaded
-    policy = Phase(ANSWERS, (*memory.libraries(place, zero), *memory.training_states(sizes, zero, place), *beside))
+    libraries = memory.libraries(place, zero, sizes.activations.shared)
+    policy = Phase(ANSWERS, (*libraries, *memory.training_states(sizes, zero, place), *beside))
     available = machine.usable
     gathered = policy.device > available
     return AnswersPlan(

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.model import quantised
 from prefopt_dist.model.adapter import Adapter
-from prefopt_dist.model.cost import ActivationMemory, activation_memory
+from prefopt_dist.model.cost import ActivationMemory, activation_memory, exchanged_bytes
 from prefopt_dist.model.counting import count
 
 
@@ -45,6 +45,8 @@ class ModelSizes:
     cached_kv_bytes: int
     """Bytes per token and layer, on average, of the key-value cache of sampling: s · 2 · key-value heads · head size"""
     activations: ActivationMemory
+    exchanged_bytes: int = 0
+    """Bytes per token that the all-to-alls of a forward pass move, in all layers; 0 where each rank has whole rows"""
 
     @property
     def mean_bytes(self) -> float:
@@ -104,4 +106,5 @@ def model_sizes(
         repeated_kv_bytes=(sum(call.repeated_key_numbers for call in found.calls) - keys) * item // layers,
         cached_kv_bytes=keys * item // layers,
         activations=activation_memory(config, dtype, adapter, path, shared),
+        exchanged_bytes=exchanged_bytes(config, dtype, shared) if shared > 1 else 0,
     )

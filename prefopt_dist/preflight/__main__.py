@@ -124,12 +124,16 @@ def _network_warning(measured: float, network: Mapping[str, float]) -> str:
     needed = network["needed_gb_per_second"]
     if measured >= needed:
         return ""
+    exchanged, remedy = "", ""
+    if leaving := network.get("all_to_all_bytes_leaving_a_node", 0):
+        exchanged = f", and the all-to-alls of shared rows {leaving / 1e9:.3g} GB out of a node,"
+        remedy = ", or set train.sequence_parallel to a divisor of the ranks of a node"
     return (
         f"nodes: WARNING: the all-reduce over all ranks reaches {measured:.3g} GB/s, and this run needs {needed:.3g} "
-        f"GB/s: ZeRO-3 moves {network['bytes_a_micro_batch'] / 1e9:.3g} GB in the "
+        f"GB/s: ZeRO-3 moves {network['bytes_a_micro_batch'] / 1e9:.3g} GB{exchanged} in the "
         f"{network['seconds_a_micro_batch']:.3g} s of a micro-batch (plan). The ranks will wait for the network "
         f"about {1 - measured / needed:.0%} of the time. See whether NCCL uses the fast network (NCCL_DEBUG=INFO shows "
-        "NET/IB; NCCL_IB_HCA and NCCL_SOCKET_IFNAME choose it), or raise train.micro_batch_tokens\n"
+        f"NET/IB; NCCL_IB_HCA and NCCL_SOCKET_IFNAME choose it), or raise train.micro_batch_tokens{remedy}\n"
     )
 
 

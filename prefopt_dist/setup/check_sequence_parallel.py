@@ -38,6 +38,11 @@ def check(config: Config, models: Sequence[tuple[str, PreTrainedConfig]], path: 
             f"{KEY}: got {ranks}, but train.router_aux_loss_coef is {config.train.router_aux_loss_coef:g}, and the "
             "balancing loss of a sequence needs all of its tokens on one rank; set one of them to its default"
         )
+    if config.model.compile not in ("auto", "none"):
+        raise UserError(
+            f"{KEY}: got {ranks}, but model.compile is {config.model.compile}, and ranks that share a row exchange "
+            "tokens inside the layers, which are then not fused; set model.compile=auto"
+        )
     for key, model in models:
         heads = sorted({call.heads for call in count(model, torch.bfloat16).calls})
         if any(number % ranks for number in heads):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt_dist.batching.micro_batch import ComputePath
+from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
 from prefopt_dist.batching.packing import packed_tokens
 from prefopt_dist.batching.rectangles import padded_tokens
 from prefopt_dist.checkpoint.export import check_target
@@ -129,7 +129,7 @@ def _check_answers(config: Config) -> None:
             "eval.every_steps, or set answers.every to null"
         )
     for i, source in enumerate(config.generate.rewards):
-        if source.model is not None:
+        if source.model is not None or source.server is not None:
             raise UserError(
                 f"answers.every: got {config.answers.every}, but generate.rewards[{i}] is a model, which is not loaded "
                 "beside the training; set answers.every to null, or use functions as rewards"
@@ -246,11 +246,12 @@ def check_lengths(
         units = prompts + inputs.sum(axis=1)
         units = _packed_lengths(rows, units, responses, most_tokens)
     # The lengths are less 1 per response, since a response's last token predicts nothing and is not an input.
-    _refuse_longer(config, rows, units, key, "train.micro_batch_tokens", config.train.micro_batch_tokens)
+    divided = not in_rectangles(path)
+    _refuse_longer(config, rows, units, key, "train.micro_batch_tokens", config.train.micro_batch_tokens, divided)
     scored = [units] if not trained else [prompts + lengths[:, 1:].max(axis=1) - 1] if objective.needs_reference else []
     for tokens in scored:
         budget = config.reference_micro_batch_tokens
-        _refuse_longer(config, rows, tokens, key, "reference.micro_batch_tokens", budget)
+        _refuse_longer(config, rows, tokens, key, "reference.micro_batch_tokens", budget, divided)
 
 
 def _packed_lengths(rows: TokenisedRows, units: NDArray[np.int64], responses: int, budget: int) -> NDArray[np.int64]:
@@ -270,9 +271,18 @@ def _packed_lengths(rows: TokenisedRows, units: NDArray[np.int64], responses: in
 
 
 def _refuse_longer(
-    config: Config, rows: TokenisedRows, tokens: NDArray[np.int64], key: str, budget_key: str, budget: int
+    config: Config,
+    rows: TokenisedRows,
+    tokens: NDArray[np.int64],
+    key: str,
+    budget_key: str,
+    budget: int,
+    divided: bool,
 ) -> None:
-    """Raise UserError where a row of `tokens` exceeds the budget, which each of the ranks that share the row has."""
+    """Raise UserError where a row of `tokens` exceeds the budget, which each of the ranks that share the row has.
+
+    The message names the sharing of rows where rows of the run's path can be divided.
+    """
     longest, shared = int(tokens.argmax()), config.train.sequence_parallel
     if tokens[longest] > budget * shared:
         on_ranks = "" if shared == 1 else f" on the {shared} ranks that share it (train.sequence_parallel)"
@@ -280,4 +290,5 @@ def _refuse_longer(
             f"{budget_key}: got {budget}, but {rows.origin(longest)} ({key}) has {tokens[longest]} packed tokens, and "
             f"every row must fit into one micro-batch{on_ranks}; raise it to at least "
             f"{-(-int(tokens[longest]) // shared)}, or lower data.max_length (now {config.data.max_length})"
+            + (f", or let more ranks share a row (train.sequence_parallel, now {shared})" if divided else "")
         )

@@ -100,7 +100,8 @@ def _estimate(config: Config, stage: str, phase: str) -> int:
         found = memory.generation_phase(sizes, place, asked)
     else:
         raise LookupError("the plan has no such phase")
-    return found.device + sum(part.bytes for part in memory.libraries(place, needs.policy))
+    libraries = memory.libraries(place, needs.policy, sizes.activations.shared)
+    return found.device + sum(part.bytes for part in libraries)
 
 
 def _path(config: Config) -> ComputePath:

@@ -177,14 +177,15 @@ def _models(config: Config) -> Models:
     return replace(models, reference=reference or models.start)
 
 
-def load_models(config: Config, scored: Sequence[ModelFolder] = ()) -> Models:
+def load_models(config: Config, scored: Sequence[ModelFolder] = (), *, trains: bool = True) -> Models:
     """Check the model folders, with hub models downloaded once per node (all ranks call it).
 
     Args:
         config: the configuration.
         scored: further models that are scored, which take the same path.
+        trains: whether the stage computes rows as long as the training's; its ranks must then be as many as share one.
     """
-    group = sequence_group(config.train.sequence_parallel)
+    group = sequence_group(config.train.sequence_parallel, of_training=trains)
     ranks.run_on_rank_zero(partial(_check_surroundings, config))
     # The first rank of each node downloads; the others then find the files.
     ranks.run_on_all_ranks(partial(_models, config) if os.environ["LOCAL_RANK"] == "0" else lambda: None)

@@ -41,7 +41,8 @@ class MetricsAccumulator:
     tokens: int = 0
     """Input tokens of all ranks, each distinct one or those of each distinct sequence"""
     padded_tokens: int = 0
-    """The same with padding, on the path plain; 0 on the others, and in checkpoints from before there were any"""
+    """The same with padding, on the path plain and where ranks share a row; 0 elsewhere, and in checkpoints from before
+    there was any"""
     flop: float = 0.0
     """Floating-point operations that the steps needed"""
     seconds: dict[str, float] = field(default_factory=dict)

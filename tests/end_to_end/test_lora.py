@@ -124,9 +124,10 @@ def test_the_export_is_an_adapter_that_peft_loads(door: Door, whole: Path) -> No
 
 
 def test_the_merged_model_is_the_adapters(door: Door, whole: Path) -> None:
-    """In float32: the same log-probs; and W + α/r · B A by hand in float64."""
+    """In float32: the same log-probs; and W + α/r · B A by hand in float64. One process exports what two may train."""
     target, base = door.folder / "merged", door.folder / "model"
-    said = started(door, "whole", "export.merged=true", f"export.dir={target}", stage="export")
+    options = "export.merged=true", f"export.dir={target}", "train.sequence_parallel=2"
+    said = started(door, "whole", *options, stage="export")
     assert "with its adapters merged in" in said
     manifest = read_manifest(newest(whole))
     assert manifest is not None

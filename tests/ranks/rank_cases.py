@@ -1178,6 +1178,7 @@ if __name__ == "__main__":
     import path_cases
     import ranked_cases
     import sequence_cases
+    import shared_loss_cases
 
     more = vars(expert_cases) | vars(lora_cases) | vars(path_cases) | vars(moving_cases) | vars(adapter_cases)
-    case_runner.serve(globals() | more | vars(ranked_cases) | vars(sequence_cases), prepare)
+    case_runner.serve(globals() | more | vars(ranked_cases) | vars(sequence_cases) | vars(shared_loss_cases), prepare)

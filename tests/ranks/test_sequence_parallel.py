@@ -25,6 +25,7 @@ def slow_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     cases = [
         "shared_rows",
         "steps_of_shared_rows",
+        "losses_of_shared_rows",
         "runs_of_shared_rows",
         "units_of_shared_rows",
         "kept_by_shared_rows",
@@ -67,6 +68,7 @@ def test_ranks_that_cannot_be_divided_are_refused(world: tuple[int, Path]) -> No
     for size, remedy in (("3", 2), ("8", world[0])):
         assert found[size].startswith(f"AgreedUserError: train.sequence_parallel: got {size}, but the job has")
         assert f"Set it to {remedy}" in found[size]
+    assert found["other stages"] == [1, 2, world[0]]
 
 
 @pytest.mark.slow
@@ -78,6 +80,15 @@ def test_all_families_with_shared_rows_equal_float64(slow_world: tuple[int, Path
 def test_steps_with_shared_rows_equal_float64(slow_world: tuple[int, Path]) -> None:
     for case, result in case_runner.found(slow_world[1], "steps_of_shared_rows").items():
         check_steps(result, case)
+
+
+@pytest.mark.slow
+def test_further_losses_with_shared_rows(slow_world: tuple[int, Path]) -> None:
+    """Metrics and gradients are those of whole rows, and each unit counts once."""
+    for case, got in case_runner.found(slow_world[1], "losses_of_shared_rows").items():
+        mine, whole = got["numbers"]
+        assert mine == pytest.approx(whole, rel=1e-5, abs=5e-6), case
+        assert got["gradient"] <= 1e-5, case
 
 
 @pytest.mark.slow

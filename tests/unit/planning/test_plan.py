@@ -406,9 +406,10 @@ def test_answers_of_an_8b_and_a_70b() -> None:
 def test_the_network_that_a_run_needs() -> None:
     """An 8B on 16 GPUs, 24 micro-batches of 8192 tokens: two in turn on each, of 1.5 s. 2 + 2 + 4 bytes a parameter."""
     needs = needs_of("8B")
-    asked = {"ranks": 16, "budget": 8192, "step_tokens": 24 * 8192.0, "step_seconds": 3.0}
+    asked = {"ranks": 16, "ranks_a_node": 8, "budget": 8192, "step_tokens": 24 * 8192.0, "step_seconds": 3.0}
     found = network(needs.sizes, needs.policy, **asked)
     assert (found.bytes, found.seconds) == (8 * needs.sizes.parameters, 1.5)
+    assert (found.sent, found.leaving) == (0, 0), "each rank has whole rows"
     assert found.needed == pytest.approx(15 / 16 * 8 * 8_030_261_248 / 1.5 / 1e9)
     in_bfloat16 = replace(needs.policy, reduced_dtype_bytes=2)
     assert network(needs.sizes, in_bfloat16, **asked).bytes == 3 * 2 * needs.sizes.parameters

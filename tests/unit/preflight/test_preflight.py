@@ -65,6 +65,10 @@ def test_a_network_slower_than_the_plan_needs_is_said_with_the_figures(capsys: p
         "GB in the 2 s of a micro-batch (plan). The ranks will wait for the network about 79% of the time."
     )
     assert "NCCL_IB_HCA" in said(3.0)
+    assert "sequence_parallel" not in said(3.0)
+    shared = said(3.0, network | {"all_to_all_bytes_leaving_a_node": 4e9})
+    assert "moves 30 GB, and the all-to-alls of shared rows 4 GB out of a node, in the 2 s" in shared
+    assert shared.endswith("or set train.sequence_parallel to a divisor of the ranks of a node")
     assert said(14.1) == said(3.0, None) == said(3.0, hosts=1) == ""
 
 

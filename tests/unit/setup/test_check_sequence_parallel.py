@@ -1,5 +1,6 @@
 """What is refused before the queue where several ranks should share a row."""
 
+from dataclasses import replace
 from typing import Any
 
 import models_for_tests as small
@@ -68,6 +69,15 @@ def test_refused(train: dict[str, object], name: str, path: ComputePath, words: 
     text = str(refused.value)
     assert text.startswith("train.sequence_parallel: ")
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("fusion", ["layers", "liger"])
+def test_fused_layers_are_refused_before_the_data_is_read(fusion: str) -> None:
+    config = config_of(sequence_parallel=2)
+    config = replace(config, model=replace(config.model, compile=fusion))  # type: ignore[arg-type]
+    words = rf"^train\.sequence_parallel: got 2, but model\.compile is {fusion}, .*; set model\.compile=auto$"
+    with pytest.raises(UserError, match=words):
+        check_sequence_parallel.check(config, [(KEY, model("gemma2"))], "shared")
 
 
 def test_whole_rows_are_not_checked() -> None:

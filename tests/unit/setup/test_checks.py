@@ -99,8 +99,10 @@ def test_a_pair_too_long_for_a_micro_batch_by_path() -> None:
     objective = DPO(0.1, 0.0, 1e-6)
     checks.check_lengths(config, rows, objective, "data.train", trained=True)  # type: ignore[arg-type]
     for path in ("packed", "plain"):
-        with pytest.raises(UserError, match=r"train\.micro_batch_tokens: got 12, .* has 19 packed tokens"):
+        with pytest.raises(UserError, match=r"train\.micro_batch_tokens: got 12, .* has 19 packed tokens") as refused:
             checks.check_lengths(config, rows, objective, "data.train", trained=True, path=path)  # type: ignore[arg-type]
+        more = "or let more ranks share a row (train.sequence_parallel, now 1)" in str(refused.value)
+        assert more == (path == "packed"), "padded rows are not divided"
 
 
 def test_a_pair_too_long_for_the_ranks_that_share_a_row() -> None:
