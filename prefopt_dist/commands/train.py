@@ -124,6 +124,7 @@ def _load_inputs(config: Config, folder: RunFolder) -> _Inputs:
     """Load all but the policy, and refuse a checkpoint of another run before the first pass, which may take hours."""
     found = load.find_newest(config.run_dir / "checkpoints")
     models = prepare_models.load_models(config)
+    ranks.run_on_rank_zero(partial(choose_fusion.refuse_impossible, config, models))
     objective = factory.make_objective(config.loss, models.dtype)
     train = prepare_data.load_train(config, models, objective)
     evals = prepare_data.load_evals(config, models, objective)

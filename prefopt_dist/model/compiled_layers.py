@@ -55,6 +55,7 @@ def compile_layers(lm: PreTrainedModel) -> None:
     zero3.gather_whole(layers)
     for layer in layers:
         layer.forward = partial(_forward, layer)
+        layer.register_forward_pre_hook(_with_gradient)
 
 
 def is_compiled(lm: PreTrainedModel) -> bool:
@@ -66,6 +67,18 @@ def takes(tokens: int) -> bool:
     """Return whether a row of so many tokens is computed by compiled layers at this moment."""
     # A compiler takes a size of 1 for a constant.
     return tokens > 1 and torch.is_grad_enabled()
+
+
+def _with_gradient(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Let the first layer's input need a gradient also where the embeddings are frozen.
+
+    ZeRO-3 takes the gradients of a layer that it gathers as a whole when torch has that of its input. Without one torch
+    says so before the layer's backward pass, and the gradients would be taken for 0.
+    """
+    hidden, *rest = given
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()
+    return hidden, *rest
 
 
 def _forward(layer: Any, *given: Any, **named: Any) -> Any:

@@ -91,7 +91,7 @@ def choose(
         except UserError as e:
             return Choice("none", str(e))
     if obstacle is not None:
-        raise UserError(f"model.compile: got {chosen}, but {obstacle}; set it to none")
+        raise _impossible(chosen, obstacle)
     remedy = "Set model.compile=none."
     if kept is not None:
         remedy = (
@@ -100,6 +100,21 @@ def choose(
         )
     fusion.check(chosen, models.policy.config, device, begun=kept is not None, lacking=lacking)
     return Choice(chosen, _proven(config, models, chosen, remedy, device))
+
+
+def refuse_impossible(config: Config, models: Models) -> None:
+    """Refuse what model.compile asks for where no machine could do it, before any data are read (one process calls it).
+
+    Raises:
+        UserError: the models or the adapters do not allow it.
+    """
+    asked = config.model.compile
+    if asked in ("layers", "liger") and (obstacle := _obstacle(config, models)) is not None:
+        raise _impossible(asked, obstacle)
+
+
+def _impossible(asked: str, obstacle: str) -> UserError:
+    return UserError(f"model.compile: got {asked}, but {obstacle}; set it to none")
 
 
 def _obstacle(config: Config, models: Models) -> str | None:

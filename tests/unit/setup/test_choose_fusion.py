@@ -13,6 +13,7 @@ import torch
 import worlds
 from transformers import AutoConfig
 
+from prefopt_dist import cli
 from prefopt_dist.config import Config, identity, load_config
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import compiled_layers, fusion
@@ -170,6 +171,22 @@ def test_what_is_asked_for_is_done_or_refused(tmp_path: Path, proofs: list[dict[
     dora = of(tmp_path, "model.compile=layers", "lora.dora=true")
     with pytest.raises(UserError, match=r"lora\.dora"):
         choose(dora, models(), NEW, LONG, CPU)
+
+
+def test_what_no_machine_could_do_is_refused_before_data_are_read(tmp_path: Path) -> None:
+    for of_run in (models("plain"), models(family="mixtral"), models(quantised=True)):
+        with pytest.raises(UserError, match=r"^model\.compile: got layers, but .*; set it to none$"):
+            choose_fusion.refuse_impossible(of(tmp_path, "model.compile=layers"), of_run)
+        choose_fusion.refuse_impossible(of(tmp_path), of_run)
+    choose_fusion.refuse_impossible(of(tmp_path, "model.compile=layers"), models())
+
+
+def test_a_check_refuses_compiled_dora(tmp_path: Path) -> None:
+    worlds.write_model(tmp_path / "model")
+    worlds.write_pairs(tmp_path / "pairs.jsonl", 4)
+    config = of(tmp_path, "model.compile=layers", "lora.dora=true", f"run.cache={tmp_path / 'cache'}")
+    with pytest.raises(UserError, match=r"^model\.compile: got layers, but adapters with lora\.dora"):
+        cli._check(config, "train")
 
 
 def test_liger_needs_a_gpu_and_its_package_and_the_family(
