@@ -111,7 +111,8 @@ def make_stepper(task: Task, folder: Path, budget: int) -> Callable[..., None]:
         data = ScoredRows(rows, reference - torch.tensor([lowered, 0.0], dtype=torch.float64))
         batch = step_batch(data, task.rows(k), objective.responses, budget, cost, path=task.path)
         step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
-        step.optimizer_step(engine, task.learning_rate)
+        with torch.profiler.record_function("optimizer_step"):
+            step.optimizer_step(engine, task.learning_rate)
 
     return one
 

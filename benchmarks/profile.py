@@ -38,6 +38,15 @@ WITHOUT_KERNEL = (
     *("linear", "matmul", "result_type", "numpy_T"),
 )
 """Operators that make a view, or call others: their own time is the host's too."""
+ORIGINS = {
+    "attention": ("row_attention", "_BlockAttention", "scaled_dot", "_InBlocks"),
+    "head and loss": ("_FusedLoss", "_TokenLogps"),
+    "compiled layers": ("CompiledF", "CompiledFxGraph"),
+    "update": ("optimizer_step",),
+    "engine": ("BackwardHookFunction", "PreBackwardFunction", "PostBackwardFunction", "AccumulateGrad", "c10d"),
+}
+"""What an operator is called by, by parts of the names of its callers, from the nearest one on; all others are `layers,
+embedding, last norm`."""
 
 
 def operator_kind(name: str) -> str:
@@ -51,6 +60,16 @@ def operator_kind(name: str) -> str:
         if short.lstrip("_").startswith(beginnings) or short.startswith(beginnings):
             return found
     return "elementwise, sums" if name.startswith("aten::") else HOST
+
+
+def origin(event: Any) -> str:
+    """Return what has called an operator, itself included."""
+    while event is not None:
+        for found, parts in ORIGINS.items():
+            if any(part in event.name for part in parts):
+                return found
+        event = event.cpu_parent
+    return "layers, embedding, last norm"
 
 
 def main() -> None:
@@ -71,7 +90,7 @@ def main() -> None:
     print(found.text(task, asked.micro_batch_tokens))
     for of_kind, seconds in found.kinds.most_common():
         print(f"  {of_kind:20s} {seconds / found.kinds.total():6.1%}")
-    for line in found.largest_copies:
+    for line in [*found.without_products, *found.largest_copies]:
         print(line)
     leave()
 
@@ -88,6 +107,7 @@ class Measured:
     """FLOP of a step at least, on average"""
     kinds: Counter[str]
     """Seconds of each kind of operation in a profiled step"""
+    without_products: list[str]
     largest_copies: list[str]
 
     def text(self, task: Task, budget: int) -> str:
@@ -134,7 +154,8 @@ def measure(task: Task, budget: int, copies: int = 0, profiled: int = 1) -> Meas
             profiles.append(of_step)
     kinds, found = min(((_kinds(of), of) for of in profiles), key=lambda pair: pair[0].total())
     floor = step_flop(task.shape, lengths) / task.steps
-    return Measured(took / task.steps, rate, floor, kinds, largest_copies(found.events(), copies))
+    events = found.events()
+    return Measured(took / task.steps, rate, floor, kinds, without_products(events), largest_copies(events, copies))
 
 
 def _kinds(profile: Any) -> Counter[str]:
@@ -151,6 +172,17 @@ def leave() -> None:
 
     ranks.end()
     ranks.exit_now(0)
+
+
+def without_products(events: Any) -> list[str]:
+    """Describe the time of each origin without its matrix products, as a share of all time."""
+    spent: Counter[str] = Counter()
+    for event in events:
+        if operator_kind(event.name) != "matrix products":
+            spent[origin(event)] += event.self_cpu_time_total
+    total = sum(event.self_cpu_time_total for event in events)
+    shares = [f"  {of:30s} {n / total:6.1%}" for of, n in spent.most_common()]
+    return ["Without matrix products, by what calls:", *shares]
 
 
 def largest_copies(events: Any, most: int) -> list[str]:

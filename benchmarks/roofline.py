@@ -22,6 +22,7 @@ from benchmarks.floor import SHAPES
 from benchmarks.pairs import MIXES, draw_pairs
 from benchmarks.profile import HOST, operator_kind
 from benchmarks.world import Task, write_config
+from prefopt_dist.planning.machine import BANDWIDTHS, GPUS
 
 COPIES = ("clone", "slice_backward", "_to_copy", "new_zeros", "zeros")
 """Operations that a profile shows as the copies and fills which they consist of."""
@@ -37,7 +38,9 @@ def main() -> None:
     options.add_argument("--shape", choices=SHAPES, default="small")
     options.add_argument("--steps", type=int, default=3, help="profiled steps, of which the fastest is taken")
     options.add_argument("--compiled", action="store_true", help="with compiled layers")
-    options.add_argument("--gpu", help=f"print the table for this kind of GPU, a node of {RANKS}; runs nothing")
+    options.add_argument(
+        "--gpu", choices=GPUS, help=f"print the table for this kind of GPU, a node of {RANKS}; runs nothing"
+    )
     asked = options.parse_args()
     if asked.gpu:
         _print_table(asked.gpu, asked.shape, asked.mix, asked.micro_batch_tokens)
@@ -139,7 +142,6 @@ def _print_table(gpu: str, shape: str, mix: str, budget: int) -> None:
 
     from prefopt_dist.data.unit import Unit
     from prefopt_dist.model.cost import forward_cost
-    from prefopt_dist.planning.machine import BANDWIDTHS, GPUS
     from prefopt_dist.planning.roofline.kernels import Device
     from prefopt_dist.planning.roofline.table import Roofline
 

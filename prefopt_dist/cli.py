@@ -54,6 +54,8 @@ def main(arguments: Sequence[str]) -> int:
         action="store_true",
         help="check all that needs no process group, print the run folder and exit",
     )
+    # The stage rounds starts this itself: a process that makes the pairs of one round (rounds.ahead).
+    parser.add_argument("--answer-round", type=int, help=argparse.SUPPRESS)
     given = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(given.run, given.overrides)
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         elif given.check:
             _check(config, given.stage)
         else:
-            return _run_reporting_resources(config, given.stage)
+            return _run_reporting_resources(config, given.stage, given.answer_round)
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
             message = f"error: {mask_secrets(str(e))}"
@@ -74,14 +76,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _run_reporting_resources(config: Config, stage: str) -> int:
+def _run_reporting_resources(config: Config, stage: str, answer_round: int | None) -> int:
     """Run the stage and return the exit status; a full disk and memory that runs out are the user's mistake (status 2).
 
     Only the user can free space or choose other settings, and a launcher that starts a crashed job again would not
     help.
     """
     try:
-        _run(config, stage)
+        _run(config, stage, answer_round)
     except UserError:
         raise
     except Exception as e:
@@ -134,7 +136,7 @@ def _check(config: Config, stage: str) -> None:
     print(config.run_dir)
 
 
-def _run(config: Config, stage: str) -> None:
+def _run(config: Config, stage: str, answer_round: int | None) -> None:
     module = importlib.import_module(f"prefopt_dist.commands.{stage}")
     if stage in SINGLE_PROCESS_STAGES:
         module.run(config)
@@ -145,7 +147,11 @@ def _run(config: Config, stage: str) -> None:
     ranks.start(deterministic=config.train.deterministic, run_dir=config.run_dir)
     memory_advice.use(config, stage)
     try:
-        module.run(ranks.run_on_rank_zero(config.with_cache))
+        config = ranks.run_on_rank_zero(config.with_cache)
+        if answer_round is None:
+            module.run(config)
+        else:
+            module.answer_round(config, answer_round)
     except ranks.OtherRankFailed as e:
         raise SystemExit(job_end.asked_status() or 1) from e
     # Not after a crash: with NCCL it would wait for collectives that never come, which would hide the traceback.

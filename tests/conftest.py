@@ -16,7 +16,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Variables of the shell that would go over what a test has configured: W&B's mode, the job's cache, a rank.
 for name in [name for name in os.environ if name.startswith(("WANDB_", "PREFOPT_")) or name in ("RANK", "WORLD_SIZE")]:
-    if name != "PREFOPT_TEST_DEVICE":  # of tests/gpu
+    if name not in ("PREFOPT_TEST_DEVICE", "PREFOPT_TEST_VLLM"):  # of tests/gpu, of end_to_end/test_vllm.py
         del os.environ[name]
 
 LONG = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from prefopt_dist.config import Config, differing_keys
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import StopRequested, UserError
 from prefopt_dist.files import checksum, digest, read_json, write_atomic, write_json
+from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.monitoring.statistics import interval_text
 from prefopt_dist.rollouts import comparison, pairs
@@ -27,7 +29,14 @@ FACTS = "generation.json"
 """File in the run folder: settings that RUN/pairs.jsonl was made with, and counts of all answers"""
 
 
-def run(config: Config, asked: Requests | None = None, *, served: bool = False, turn: Turn | None = None) -> bool:
+def run(
+    config: Config,
+    asked: Requests | None = None,
+    *,
+    served: bool = False,
+    turn: Turn | None = None,
+    by: ModelFolder | None = None,
+) -> bool:
     """Generate pairs (all ranks call it).
 
     Args:
@@ -35,6 +44,7 @@ def run(config: Config, asked: Requests | None = None, *, served: bool = False, 
         asked: requests to the rounds that this is a part of; None: requests to this run.
         served: whether a training on the pairs is done; they are then only checked by their settings and may be gone.
         turn: the part of the prompts that is answered; None for all.
+        by: the model that answers; None for the one that the configuration starts from.
 
     Returns:
         Whether the pairs are made; False after a request to stop.
@@ -48,7 +58,7 @@ def run(config: Config, asked: Requests | None = None, *, served: bool = False, 
         job = prepare_rollouts.prepare(
             config,
             models,
-            models.start,
+            by or models.start,
             config.prompt_sources,
             "data.train" if generate.prompts is None else "generate.prompts",
             n=generate.n,
@@ -123,6 +133,11 @@ def _refuse_others(config: Config, job: RolloutJob, *, served: bool) -> None:
             f"generate.pairs: {file} is not as this run wrote it, by the digest in {facts}. To keep it, move it and "
             "name it in data.train; to have the run's own again, remove it."
         )
+
+
+def has_pairs(folder: Path) -> bool:
+    """Return whether a run folder has pairs that its run has made, by their files alone."""
+    return (folder / FACTS).exists() and (folder / "pairs.jsonl").exists()
 
 
 def _finished_pairs(config: Config) -> str | None:

@@ -1,6 +1,7 @@
 """`rounds`: generate, run the first pass and train several times; each round has its own folder, RUN/round-K.
 
-A finished round is recognised, so the same command goes on where it was killed or stopped.
+A finished round is recognised, so the same command goes on where it was killed or stopped. With `rounds.ahead` a
+process of its own answers the next round's prompts while a round trains.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from typing import Any
 from prefopt_dist.checkpoint import save
 from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.commands import generate, train
-from prefopt_dist.config import Config, DataSource
+from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks
+from prefopt_dist.distributed.long_work import Node, run_on_node_leaders
 from prefopt_dist.errors import StopRequested, UserError
 from prefopt_dist.files import FileLock, read_json, write_json
 from prefopt_dist.model.folder import ModelFolder, inspect_folder
 from prefopt_dist.monitoring.console import say, show
 from prefopt_dist.monitoring.metrics_file import from_strict_json, strict_json
-from prefopt_dist.monitoring.statistics import interval_text
-from prefopt_dist.rollouts.prompts import Turn
-from prefopt_dist.setup import compare, memory_advice, prepare_models, prepare_rollouts
+from prefopt_dist.setup import answers_ahead, compare, memory_advice, prepare_models, prepare_rollouts
+from prefopt_dist.setup.answers_ahead import AnswersAhead
 from prefopt_dist.setup.compare import Comparison
 from prefopt_dist.setup.lifecycle import best_checkpoint, run_folder
+from prefopt_dist.setup.round_plan import answered_after, model_after, round_config, turn_of
+from prefopt_dist.setup.round_tables import seconds_table, table
 from prefopt_dist.training.stop import Requests
 
 ROUNDS = "rounds.json"
@@ -61,27 +64,142 @@ def run(config: Config) -> None:
         asked = RoundsRequests(config.run_dir, rank=ranks.rank(), max_hours=config.train.max_hours)
         asked.catch_signals()
         done: list[dict[str, Any]] = []
-        began = time.monotonic()
-        for number in range(1, config.rounds.count + 1):
-            of_round = round_config(config, number, hours_gone=ranks.run_on_rank_zero(lambda: _hours_since(began)))
-            memory_advice.use(of_round, "rounds")
-            say(f"\nround {number} of {config.rounds.count}: {of_round.run_dir}, from {of_round.model.name_or_path}")
-            served = ranks.run_on_rank_zero(partial(_is_done, of_round))
-            finished_round = generate.run(of_round, asked, served=served, turn=_turn(config, number))
-            if number == 1 and ranks.rank() == 0:
-                folder.note_start_step(0)  # from here on there is something to go on with
-            found = None
-            if finished_round and _train(of_round, asked):
-                found = _compared(config, of_round, first, number, asked)
-            if found is None:
-                _stopped(folder, asked, number)
-                return
-            done.append(found)
-            if number > 1 and (removed := ranks.run_on_rank_zero(partial(_prune, round_config(config, number - 1)))):
-                say(removed)
-            show(table(done))
+        with _Answering(config, first, asked) as answering:
+            for number in range(1, config.rounds.count + 1):
+                found = _one_round(config, first, number, asked, answering, folder)
+                if found is None:
+                    _stopped(folder, asked, number)
+                    return
+                done.append(found)
+                if number > 1 and (
+                    removed := ranks.run_on_rank_zero(partial(_prune, round_config(config, number - 1)))
+                ):
+                    say(removed)
+                show(table(done))
         ranks.run_on_rank_zero(lambda: _conclude(config, folder, asked, done))
         say(f"done: {config.rounds.count} rounds; the model is {round_config(config, config.rounds.count).export_dir}")
+
+
+def _one_round(
+    config: Config,
+    first: prepare_models.Models,
+    number: int,
+    asked: RoundsRequests,
+    answering: _Answering,
+    folder: RunFolder,
+) -> dict[str, Any] | None:
+    """Make the pairs of a round, train on them and compare; None after a request to stop (all ranks call it)."""
+    of_round = round_config(config, number, hours_gone=answering.hours_gone())
+    memory_advice.use(of_round, "rounds")
+    say(f"\nround {number} of {config.rounds.count}: {of_round.run_dir}, from {of_round.model.name_or_path}")
+    served = ranks.run_on_rank_zero(partial(_is_done, of_round))
+    if not answering.make_pairs(of_round, number, served=served):
+        return None
+    if number == 1 and ranks.rank() == 0:
+        folder.note_start_step(0)  # from here on there is something to go on with
+    if not served and not answering.train(of_round, number):
+        return None
+    began = time.monotonic()
+    found = _compared(config, of_round, first, number, asked)
+    if found is not None and not served:
+        answering.note(number, comparison=time.monotonic() - began)
+    return found
+
+
+class _Answering:
+    """Who answers for which round and when: in turn with the training, or one round ahead beside it."""
+
+    def __init__(self, config: Config, first: prepare_models.Models, asked: RoundsRequests) -> None:
+        self._config, self._first, self._asked = config, first, asked
+        self._began = self._ready = time.monotonic()
+        self._process: AnswersAhead | None = None
+
+    def __enter__(self) -> _Answering:
+        if self._config.rounds.ahead:
+            later = [round_config(self._config, n).run_dir for n in range(2, self._config.rounds.count + 1)]
+            ranks.run_on_rank_zero(lambda: answers_ahead.wait_for_earlier(later))
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        if self._process is not None:
+            self._process.close()
+
+    def hours_gone(self) -> float:
+        """Return the hours since this start began, as rank 0 counts them (all ranks call it)."""
+        return ranks.run_on_rank_zero(lambda: (time.monotonic() - self._began) / 3600)
+
+    def note(self, number: int, **seconds: float) -> None:
+        """Keep wall times of a round's parts (rank 0's)."""
+        if ranks.rank() == 0:
+            answers_ahead.note_seconds(round_config(self._config, number).run_dir, **seconds)
+
+    def make_pairs(self, of_round: Config, number: int, *, served: bool) -> bool:
+        """Make the pairs of a round, or what is missing of them; return False after a request to stop (all ranks)."""
+        config, began = self._config, time.monotonic()
+        by = None
+        if (after := answered_after(config, number)) != number - 1:
+            by = self._first.start if after == 0 else _folder(config, round_config(config, after).export_dir)
+            say(f"rounds.ahead: these answers are of the model that round {number - 1} began with: off-policy by one")
+        if not generate.run(of_round, self._asked, served=served, turn=turn_of(config, number), by=by):
+            return False
+        if not served and ranks.rank() == 0:
+            now, known = time.monotonic(), answers_ahead.seconds_of(of_round.run_dir)
+            if "answers" not in known:  # not made ahead, or not all of them
+                self.note(number, answers=now - began)
+                self._ready = now
+            self.note(number, training_waited=known.get("training_waited", 0.0) + now - began)
+        return True
+
+    def train(self, of_round: Config, number: int) -> bool:
+        """Train a round while the next one's answers are made; return False after a request to stop (all ranks)."""
+        began = time.monotonic()
+        self.note(number, answers_waited=max(0.0, began - self._ready))
+        ranks.run_on_rank_zero(lambda: self._start_ahead(number + 1))
+        trained = _train(of_round, self._asked)
+        ended = time.monotonic()
+        if not trained:
+            return False
+        self.note(number, training=ended - began)
+        return run_on_node_leaders(partial(self._await_answers, number + 1, ended))
+
+    def _start_ahead(self, number: int) -> None:
+        """Start the process that answers for a round, if there is such a round without its pairs (rank 0)."""
+        config = self._config
+        if config.rounds.ahead and number <= config.rounds.count:
+            folder = round_config(config, number).run_dir
+            if not generate.has_pairs(folder):
+                say(f"rounds.ahead: the model after round {answered_after(config, number)} answers for round {number}")
+                self._process = AnswersAhead(config.run_dir / "config.yaml", number, folder)
+
+    def _await_answers(self, number: int, trained: float, node: Node) -> bool:
+        """Wait until the next round's answers are made; return False after a request to stop."""
+        process, self._process = self._process, None
+        if node.number > 0 or process is None:
+            return True
+        try:
+            if not process.wait(lambda: self._asked.look().stop):
+                return False
+        finally:
+            process.close()
+        self.note(number, training_waited=max(0.0, process.ended - trained))
+        if generate.has_pairs(round_config(self._config, number).run_dir):
+            self._ready = process.ended
+            self.note(number, answers=process.ended - process.began)
+        return True
+
+
+def answer_round(config: Config, number: int) -> None:
+    """Make the pairs of one round by the model that `rounds.ahead` gives it, in a process of its own."""
+    of_round = round_config(config, number)
+    start = model_after(config, answered_after(config, number))
+    generate.run(
+        replace(
+            of_round,
+            model=replace(of_round.model, name_or_path=start),
+            train=replace(of_round.train, hang_minutes=config.train.hang_minutes),
+        ),
+        turn=turn_of(config, number),
+    )
 
 
 def _finished(config: Config, folder: RunFolder) -> list[dict[str, Any]] | None:
@@ -104,66 +222,6 @@ def _as_asked(config: Config, first: prepare_models.Models, done: list[dict[str,
         _comparison(config, of_round, first).fingerprint == one["made_of"]
         for of_round, one in zip(of_rounds, done, strict=True)
     )
-
-
-def round_config(config: Config, number: int, hours_gone: float = 0.0) -> Config:
-    """Return the configuration of a round's own run.
-
-    Args:
-        config: of the rounds.
-        number: of the round, from 1.
-        hours_gone: hours of train.max_hours that earlier rounds have used.
-    """
-    rounds = _from_here(config.run_dir)
-    folder = rounds / f"round-{number}"
-    start = config.model.name_or_path if number == 1 else str(rounds / f"round-{number - 1}" / "final")
-    reference = config.reference
-    if config.rounds.reference == "first" and reference.name_or_path is None:
-        reference = replace(reference, name_or_path=config.model.name_or_path)
-    hours = config.train.max_hours
-    wandb = config.tracking.wandb
-    name = wandb.name or config.run_dir.name
-    return replace(
-        config,
-        # A seed for each round, or all would sample with the same noise; below 2**32.
-        run=replace(config.run, dir=str(folder), seed=(config.run.seed + number - 1) % 2**32),
-        model=replace(config.model, name_or_path=start, tokenizer=config.tokenizer),
-        reference=reference,
-        data=replace(config.data, train=(DataSource(str(folder / "pairs.jsonl")),)),
-        generate=replace(config.generate, prompts=config.prompt_sources, pairs=None),
-        export=replace(
-            config.export,
-            dir=None,
-            checkpoint=None,
-            push_to_hub=config.export.push_to_hub if number == config.rounds.count else None,
-        ),
-        # The round's comparison judges its model on evaluate.prompts.
-        answers=replace(config.answers, number=0),
-        # The rounds' own watchdog covers all of them.
-        train=replace(config.train, max_hours=hours and max(hours - hours_gone, 1e-3), hang_minutes=None),
-        tracking=replace(
-            config.tracking, wandb=replace(wandb, name=f"{name}-round-{number}", group=wandb.group or name)
-        ),
-    )
-
-
-def _turn(config: Config, number: int) -> Turn | None:
-    """Return the part of the prompts that a round takes, counted from 1; None where each takes all."""
-    size = config.rounds.prompts_per_round
-    return None if size is None else Turn(number - 1, size, config.run.seed)
-
-
-def _from_here(folder: Path) -> Path:
-    """Return a path relative to the working folder where it lies within: slurm/submit and images name it absolutely.
-
-    A round's identity has the paths of its pairs and its start, which would differ otherwise.
-    """
-    here = Path.cwd()
-    return folder.relative_to(here) if folder.is_relative_to(here) else folder
-
-
-def _hours_since(began: float) -> float:
-    return (time.monotonic() - began) / 3600
 
 
 def _is_done(of_round: Config) -> bool:
@@ -206,7 +264,8 @@ def _compared(
             compared = comparison.run(lambda: asked.look().stop)
         except StopRequested:
             return None
-        found = {"round": number, "pairs": _pairs(of_round), "made_of": comparison.fingerprint, **compared}
+        known = {"round": number, "pairs": _pairs(of_round), "answered_after": answered_after(config, number)}
+        found = {**known, "made_of": comparison.fingerprint, **compared}
         content = strict_json(found)  # a model may have diverged
         ranks.run_on_rank_zero(lambda: write_json(file, content))
     return found
@@ -239,37 +298,9 @@ def _folder(config: Config, path: Path) -> ModelFolder:
     return ranks.run_on_all_ranks(lambda: inspect_folder(path, "run.dir"))
 
 
-def table(done: list[dict[str, Any]]) -> str:
-    """Return a table of the rounds so far, a line each; round 0 is the start; intervals of 95 % over prompts."""
-    lines = [
-        f"answers to {done[0]['prompts']} prompts (evaluate.prompts), {done[0]['samples']} each; "
-        "intervals of 95 % over prompts, a difference is paired by prompt",
-        "| round | pairs | reward | difference from the round before | win rate against it | KL from start | tokens |",
-        "| ---: | ---: | --- | --- | --- | --- | ---: |",
-    ]
-    start = done[0]["against"]
-    lines.append(f"| 0 | | {interval_text(start['reward'])} | | | 0 | {start['tokens']:.1f} |")
-    for one in done:
-        policy = one["policy"]
-        cells = [interval_text(one[name]) for name in ("difference", "win_rate", "kl")]
-        lines.append(
-            f"| {one['round']} | {one['pairs']} | {interval_text(policy['reward'])} | {' | '.join(cells)} | "
-            f"{policy['tokens']:.1f} |"
-        )
-    last = done[-1]
-    lines.append(
-        f"from the start to round {last['round']}: reward {interval_text(start['reward'])} → "
-        f"{interval_text(last['policy']['reward'])}, difference {interval_text(last['from_start']['difference'])}, "
-        f"win rate {interval_text(last['from_start']['win_rate'])}"
-    )
-    # The interval of a single prompt has no ends.
-    if all(one["difference"]["high"] is not None for one in done):
-        worse = [str(one["round"]) for one in done if one["difference"]["high"] < 0]
-        lines.append(f"significantly worse than the round before: {', '.join(worse) or 'none'}")
-    return "\n".join(lines)
-
-
 def _conclude(config: Config, folder: RunFolder, asked: RoundsRequests, done: list[dict[str, Any]]) -> None:
-    write_json(config.run_dir / ROUNDS, {"rounds": [strict_json(one) for one in done]})
+    seconds = {str(one["round"]): answers_ahead.seconds_of(round_config(config, one["round"]).run_dir) for one in done}
+    show(seconds_table(seconds))
+    write_json(config.run_dir / ROUNDS, {"rounds": [strict_json(one) for one in done], "seconds": seconds})
     folder.write_done(table(done))
     asked.ended()

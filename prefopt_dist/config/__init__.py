@@ -4,7 +4,7 @@ from prefopt_dist.config.data import Data, DataSource, Inspect
 from prefopt_dist.config.deepspeed_json import load_deepspeed_json
 from prefopt_dist.config.load import differing_keys, identity, load_config, to_dict, to_yaml
 from prefopt_dist.config.losses import LOSSES, DPOLoss, Loss, MixLoss, SFTLoss
-from prefopt_dist.config.rollouts import Generate, Judge, RewardSource, Rounds
+from prefopt_dist.config.rollouts import Generate, Judge, RewardServer, RewardSource, Rounds
 from prefopt_dist.config.schema import (
     Answers,
     Config,
@@ -39,6 +39,7 @@ __all__ = [
     "Optim",
     "Plan",
     "Reference",
+    "RewardServer",
     "RewardSource",
     "Rounds",
     "Run",

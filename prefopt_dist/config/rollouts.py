@@ -28,13 +28,30 @@ class Judge:
 
 
 @dataclass(frozen=True)
+class RewardServer:
+    """A reward model behind a server, which is asked at `/classify` or `/pooling` (vLLM's)."""
+
+    url: Text
+    """Address of the server, such as `http://node1:8001`."""
+    model: Text
+    """Name of the model at the server."""
+    folder: Text
+    """Folder or hub name of the reward model. Its chat template writes what is scored. Where it holds weights, the
+    server must give two known answers their rewards; a tokenizer alone is enough otherwise."""
+    key_variable: Text | None = None
+    """Name of the environment variable with the secret that the server asks for; null: it asks for none."""
+
+
+@dataclass(frozen=True)
 class RewardSource:
-    """One reward of the weighted mean: a function, a model or a judge."""
+    """One reward of the weighted mean: a function, a model, a server or a judge."""
 
     function: Text | None = None
     """A Python function as `module:name`, which is called as `score(prompt, response, row)` and returns a number."""
     model: Text | None = None
     """A sequence-classification model with one output and a chat template: a Hugging Face folder or a hub name."""
+    server: RewardServer | None = None
+    """A reward model behind a server."""
     judge: Judge | None = None
     """A model that compares each two answers to a prompt; an answer's reward is the share of the others that it beats,
     ties counted half. For the stage `generate` alone."""
@@ -42,11 +59,13 @@ class RewardSource:
     """Weight in the mean."""
 
     def __post_init__(self) -> None:
-        if sum(part is not None for part in (self.function, self.model, self.judge)) != 1:
+        if sum(part is not None for part in (self.function, self.model, self.server, self.judge)) != 1:
             judge = None if self.judge is None else self.judge.server
+            server = None if self.server is None else self.server.url
             raise UserError(
-                f"generate.rewards: an entry has function {self.function!r}, model {self.model!r} and judge {judge!r}, "
-                "must have just one of them; write {function: my_module:score}, {model: FOLDER} or "
+                f"generate.rewards: an entry has function {self.function!r}, model {self.model!r}, server {server!r} "
+                f"and judge {judge!r}, must have just one of them; write {{function: my_module:score}}, "
+                "{model: FOLDER}, {server: {url: URL, model: NAME, folder: FOLDER}} or "
                 "{judge: {server: URL, prompt: FILE, model: NAME}}"
             )
 
@@ -121,3 +140,7 @@ class Rounds:
     prompts_per_round: Count | None = None
     """Number of prompts of a round, for small steps: each round takes the next ones of a shuffled order, which begins
     again after the last one; null: each round takes all prompts."""
+    ahead: Annotated[int, Bound("0 or 1", lambda v: v in (0, 1))] = 0
+    """0: a round's prompts are answered by the model that the round starts from, before it trains. 1: they are answered
+    while the round before trains, by the model that this one starts from (off-policy by one round); only with
+    `generate.engine: server` on GPUs."""

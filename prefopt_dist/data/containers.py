@@ -56,14 +56,22 @@ def json_list_rows(stream: IO[bytes], key: str, file: Path) -> Iterator[dict[str
 
 
 def csv_rows(file: Path, key: str) -> Iterator[dict[str, Any] | BadRow]:
-    """Yield the rows of comma-separated values below a line of names; values are strings, empty values are left out."""
+    """Yield the rows of comma-separated values below a line of names; values are strings, empty values are left out.
+
+    Raises:
+        UserError: The file is not UTF-8, has no line of distinct names, or has a quotation mark that nothing closes or
+            that stands inside a quoted value without being doubled; the rows behind it would become part of that value.
+    """
     csv.field_size_limit(CSV_FIELD_LIMIT)
+    line = 0
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, restkey="")
+            reader = csv.DictReader(stream, restkey="", strict=True)
             if not reader.fieldnames or len(set(reader.fieldnames)) < len(reader.fieldnames):
                 raise UserError(f"{key}: {file} must begin with a line of distinct column names; add or correct it")
+            line = reader.line_num
             for row in reader:
+                line = reader.line_num
                 if "" in row or None in row.values():
                     rule = "a row must have as many values as there are column names"
                     yield BadRow("not_an_object", rule, list(row.values()))
@@ -72,7 +80,10 @@ def csv_rows(file: Path, key: str) -> Iterator[dict[str, Any] | BadRow]:
     except UnicodeDecodeError as error:
         raise UserError(f"{key}: {file} is not valid UTF-8 ({error.reason}); write it again as UTF-8") from error
     except csv.Error as error:
-        raise UserError(f"{key}: {file} cannot be read as comma-separated values ({error}); write it again") from error
+        raise UserError(
+            f"{key}: {file} cannot be read as comma-separated values (the row behind line {line}: {error}); write it "
+            'again, with each " inside a value doubled'
+        ) from error
 
 
 def zstd_stream(file: Path, key: str) -> IO[bytes]:

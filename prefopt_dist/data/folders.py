@@ -62,8 +62,13 @@ def folder_files(source: DataSource, key: str) -> tuple[Path, ...]:
         UserError: The folder holds no files of rows or those of several types, or `select_files` raises.
     """
     folder = Path(source.path)
-    # Hidden folders hold caches and version histories, such as those of the hub's client.
-    found = [file for file in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in file.parts[1:])]
+    # Hidden folders hold caches and version histories, such as those of the hub's client. The folder itself may lie in
+    # one. Spark gives folders names such as rows.parquet.
+    found = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
     kinds = {kind: [file for file in found if file.name.endswith(ends)] for kind, ends in KINDS.items()}
     if not any(kinds.values()):  # beside files of rows a .json file is a description
         kinds[".json files"] = [f for f in found if f.name.endswith(JSON_SUFFIXES) and f.name not in DESCRIPTIONS]
@@ -91,7 +96,7 @@ def select_files(
     Args:
         folder: The folder.
         files: All files of the folder.
-        name: The configuration; None: the only one, or `default`.
+        name: The configuration; None: the only one, or `default` where README.md lists it.
         split: The split; None: `train`, or all files of a folder without splits.
         key: The dotted key that named the folder, for messages.
         shown: The folder as the user wrote it, for messages.
@@ -100,11 +105,13 @@ def select_files(
         UserError: The configuration or split does not exist, or none is named where there are several; the message
             lists them.
     """
-    parts = [part for part in _declared(folder, files) or _by_names(folder, files)]
+    declared = _declared(folder, files)
+    parts = declared or _by_names(folder, files)
     configurations = sorted({part.configuration for part in parts})
     if name is not None and name not in configurations:
         raise UserError(f"{key}: {shown!r} has no configuration {name!r}; name one of {configurations}")
-    if name is None and len(configurations) > 1 and DEFAULT not in configurations:
+    # Only an author says which of several is the default; files beside folders of others are a choice.
+    if name is None and len(configurations) > 1 and not (declared and DEFAULT in configurations):
         raise UserError(
             f"{key}: {shown!r} has the configurations {configurations}; name one: {{path: {shown}, name: "
             f"{configurations[0]}}}, or list several as sources of their own"

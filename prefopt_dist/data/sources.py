@@ -159,7 +159,8 @@ def open_source(source: DataSource, index: int, key: str, fetch: Fetch | None = 
     if any(mark in source.path for mark in "*?"):
         return _open_glob(source, index, key)
     if path.is_dir():
-        if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+        # datasets writes one of the two. dataset_info.json, which it writes too, may stand beside files of any origin.
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return _open_saved(source, index, key)
         return OpenSource(source.path, index, folder_files(source, key), None, key)
     if HUB_NAME.fullmatch(source.path) and not source.path.endswith(FILE_SUFFIXES):

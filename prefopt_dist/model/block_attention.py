@@ -106,6 +106,8 @@ class ScoreBlock:
     """int32 [n, 1, q, 1]: of each query, counted from the tile's first key."""
     numbers: torch.Tensor
     """int32 [k]: of each key. A padded key has a larger number than any query's position, so that none sees it."""
+    all_seen: int
+    """All queries see so many first keys."""
     padded: torch.Tensor | None
     """bool [n, 1, q, 1]: the padded queries; None where there are none."""
     window: int | None
@@ -115,10 +117,16 @@ class ScoreBlock:
         """Compute the rows of all heads' keys, int64 [n · J · k], where `heads` are 0 to J - 1 as [J, 1]."""
         return (self.first_keys + heads).view(-1)
 
-    def unseen(self) -> torch.Tensor:
-        """Compute which keys a query does not see: bool [n, 1, q, k]."""
-        after = self.numbers > self.positions
-        return after if self.window is None else after | (self.numbers <= self.positions - self.window)
+    def hide(self, scores: torch.Tensor) -> None:
+        """Set the scores [n, H, q, k] of keys that a query does not see to -inf."""
+        numbers, scores = self.numbers[self.all_seen :], scores[..., self.all_seen :]
+        unseen = numbers > self.positions
+        if self.window is not None:
+            unseen |= numbers <= self.positions - self.window
+        if scores.device.type == "cpu":  # where a masked fill of all heads goes number by number
+            scores.add_(torch.where(unseen, -torch.inf, 0.0))
+        else:
+            scores.masked_fill_(unseen, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -299,6 +307,7 @@ def _block(
         first_keys=to_device(torch.from_numpy(keys * key_heads)[:, None], device),
         positions=to_device(torch.from_numpy(positions.astype(np.int32)).view(n, 1, q, 1), device),
         numbers=torch.arange(k, dtype=torch.int32, device=device),
+        all_seen=0 if windowed else min(t.position for t in group) + 1,
         padded=to_device(torch.from_numpy(column >= counts).view(n, 1, q, 1), device) if q > counts.min() else None,
         window=window if windowed else None,
     )
@@ -439,7 +448,7 @@ class _RowOperands:
         if self.cap is not None:
             tanh = scores.tanh_()
             scores = tanh * self.cap
-        scores.view(n, self.plan.heads, queries, -1).masked_fill_(block.unseen(), -torch.inf)
+        block.hide(scores.view(n, self.plan.heads, queries, -1))
         p = scores.softmax(-1)
         if self.sinks is None:
             return _Probabilities(p, tanh, None)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,12 +10,7 @@ import httpx2
 
 from prefopt_dist.errors import UserError
 from prefopt_dist.monitoring import heartbeat
-from prefopt_dist.rollouts import server_keeper
-
-END_SECONDS = 3 * server_keeper.GRACE_SECONDS
-TAIL_LINES = 5
-TORCHRUN = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
-"""Beginnings of the variables by which torch would take the server for a rank of this job."""
+from prefopt_dist.rollouts.kept_process import end, keep, tail
 
 
 class LaunchedServer:
@@ -44,15 +36,7 @@ class LaunchedServer:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
             file.write(f"$ {shlex.join(words)}\n")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN)}
-        self._keeper = subprocess.Popen(
-            [sys.executable, "-I", server_keeper.__file__, str(log), *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=log.open("ab"),
-            env=environment,
-            start_new_session=True,  # Ctrl-C ends the job, and the job ends the server
-        )
+        self._keeper = keep(words, log)
         try:
             self._wait(time.monotonic() + start_seconds, start_seconds)
         except BaseException:
@@ -66,12 +50,12 @@ class LaunchedServer:
             if status is not None:
                 raise UserError(
                     f"generate.launch.command: the server ended with status {status} before it was healthy; the end "
-                    f"of {self._log}:\n{self._tail()}"
+                    f"of {self._log}:\n{tail(self._log)}"
                 )
             if time.monotonic() > deadline:
                 raise UserError(
                     f"generate.launch.start_seconds: the server was not healthy after {start_seconds:g} s; raise it, "
-                    f"or correct generate.launch.command; the end of {self._log}:\n{self._tail()}"
+                    f"or correct generate.launch.command; the end of {self._log}:\n{tail(self._log)}"
                 )
             time.sleep(0.25)
 
@@ -83,16 +67,6 @@ class LaunchedServer:
         except httpx2.HTTPError:
             return False
 
-    def _tail(self) -> str:
-        lines = self._log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-        return "\n".join(f"  {line}" for line in lines)
-
     def close(self) -> None:
         """End the server and all processes that it started."""
-        assert self._keeper.stdin is not None
-        self._keeper.stdin.close()
-        try:
-            self._keeper.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._keeper.kill()  # the kernel then kills the server
-            self._keeper.wait()
+        end(self._keeper)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prefopt_dist.files import digest
+from prefopt_dist.rollouts.kept_lines import append_line, read_lines
 from prefopt_dist.rollouts.sampling import Response, TextResponse
 
 Place = tuple[int, int]
@@ -16,7 +14,7 @@ Place = tuple[int, int]
 
 
 class PartialShard:
-    """The answers of one shard so far: a file of lines, each with a checksum of its own, to which one rank appends."""
+    """The answers of one shard so far: a file to which one rank appends."""
 
     def __init__(self, folder: Path, number: int) -> None:
         """Read the answers that an earlier start left.
@@ -26,28 +24,12 @@ class PartialShard:
             number: of the shard.
         """
         self._file = folder / f"partial-{number:05d}.jsonl"
-        self.answers: dict[Place, Response] = dict(self._read())
-
-    def _read(self) -> list[tuple[Place, Response]]:
-        os.listdir(self._file.parent)  # a network file system may not know yet that the file exists
-        found: list[tuple[Place, Response]] = []
-        content = self._file.read_bytes() if self._file.exists() else b""
-        for line in content.split(b"\n"):
-            text, _, check = line.rpartition(b"\t")
-            if text and digest(text) == check.decode(errors="replace"):  # a kill may have torn the last line
-                found.append(_parsed(json.loads(text)))
-        if content and not content.endswith(b"\n"):
-            with self._file.open("ab") as file:
-                file.write(b"\n")
-        return found
+        self.answers: dict[Place, Response] = dict(map(_parsed, read_lines(self._file)))
 
     def add(self, place: Place, response: Response) -> None:
         """Append an answer; it is in the hands of the operating system when this returns."""
         self.answers[place] = response
-        value = asdict(response) if isinstance(response, TextResponse) else response
-        text = json.dumps([*place, value])
-        with self._file.open("ab") as file:
-            file.write(f"{text}\t{digest(text)}\n".encode())
+        append_line(self._file, [*place, asdict(response) if isinstance(response, TextResponse) else response])
 
     def remove(self) -> None:
         """Remove the file, after the whole shard was committed."""

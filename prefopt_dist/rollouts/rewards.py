@@ -30,23 +30,28 @@ from prefopt_dist.rollouts.sampling import free_memory, pad_lines
 class RewardFolder:
     """The folder of a reward model, checked."""
 
-    model: ModelFolder
+    path: Path
+    model: ModelFolder | None
+    """None where the folder has a tokenizer alone, which is enough for a server's reward model"""
     tokenizer: Any
     key: str
     """Dotted key that names it in the configuration"""
 
 
-def inspect_reward(name: str, key: str) -> RewardFolder:
+def inspect_reward(name: str, key: str, *, served: bool = False) -> RewardFolder:
     """Check a reward model's folder without loading weights.
 
     Args:
         name: a folder or a hub name.
         key: its dotted key, for messages.
+        served: whether a server computes the rewards, so that the folder may have no weights.
 
     Raises:
         UserError: it is not a sequence classifier with one output, or its tokenizer has no chat template.
     """
-    path = resolve(name, key)
+    path = Path(resolve(name, key))
+    if served and not any(path.glob("*.safetensors")):
+        return RewardFolder(path, None, _tokenizer(path, key), key)
     config = read_config(path, key)
     kinds = config.architectures or []
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
@@ -59,13 +64,51 @@ def inspect_reward(name: str, key: str) -> RewardFolder:
             f"{key}: {path} has {config.num_labels} outputs (num_labels), must have 1, the reward; give a reward "
             "model with one output, or a function that combines the outputs into one number"
         )
+    return RewardFolder(path, ModelFolder(path, config, weight_files(path, key), key), _tokenizer(path, key), key)
+
+
+def _tokenizer(path: Path, key: str) -> Any:
+    """Load a reward model's tokenizer; raise UserError where it has no chat template."""
     tokenizer = load_tokenizer(path, key)
     if tokenizer.chat_template is None:
         raise UserError(
             f"{key}: the tokenizer in {path} has no chat template, so a prompt and a response cannot be given to the "
             "model in the form it was trained on; add chat_template.jinja to the folder"
         )
-    return RewardFolder(ModelFolder(Path(path), config, weight_files(path, key), key), tokenizer, key)
+    return tokenizer
+
+
+def scored_ids(folder: RewardFolder, template: Template, prompt: Prompt, response: str) -> list[int] | RewardFailure:
+    """Return the tokens of a prompt and a response in the chat template of a reward model.
+
+    Args:
+        folder: of the reward model.
+        template: of the trained model, in which a prompt must not be rendered already.
+        prompt: the prompt.
+        response: to be scored.
+
+    Raises:
+        UserError: the prompt is rendered already.
+    """
+    if isinstance(prompt.prompt, str):
+        if template.is_templated(prompt.prompt):
+            raise UserError(
+                f"{prompt.origin}: the prompt is already rendered with the chat template of model.tokenizer, but "
+                f"the reward model {folder.key} has its own template; give prompts as messages or plain text"
+            )
+        turns = [{"role": "user", "content": prompt.prompt}]
+    else:
+        turns = list(prompt.prompt)
+    turns.append({"role": "assistant", "content": response})
+    try:
+        text = folder.tokenizer.apply_chat_template(turns, tools=prompt.tools or None, tokenize=False)
+    except Exception as e:  # a template is a user's program: it can raise anything
+        return RewardFailure(f"cannot be computed, since the reward model's chat template refuses the turns ({e})")
+    ids: list[int] = folder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    longest = None if folder.model is None else folder.model.config.to_dict().get("max_position_embeddings")
+    if longest is not None and len(ids) > longest:
+        return RewardFailure(f"takes at most {longest} tokens, but prompt and response have {len(ids)}")
+    return ids
 
 
 class ClassifierReward:
@@ -74,9 +117,10 @@ class ClassifierReward:
     def __init__(
         self, folder: RewardFolder, *, template: Template, dtype: torch.dtype, device: torch.device, batch_tokens: int
     ) -> None:
+        assert folder.model is not None
         config = without_dropout(folder.model.config)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder.model.path,
+            folder.path,
             config=config,
             dtype=dtype,
             attn_implementation="eager" if has_soft_cap(config) else None,
@@ -85,7 +129,7 @@ class ClassifierReward:
         missing = sorted(info["missing_keys"])
         if missing:
             raise UserError(
-                f"{folder.key}: {folder.model.path} lacks the weights {', '.join(missing[:4])}, which would be random; "
+                f"{folder.key}: {folder.path} lacks the weights {', '.join(missing[:4])}, which would be random; "
                 "give the folder of a complete reward model"
             )
         self._model = model.eval().to(device)
@@ -93,7 +137,6 @@ class ClassifierReward:
         # The model finds the last token of each row by the padding token; without one it takes single rows only.
         self._budget = batch_tokens if config.pad_token_id is not None else 1
         self._pad = config.pad_token_id or 0
-        self._longest = config.to_dict().get("max_position_embeddings")
 
     @torch.inference_mode()
     def score(self, responses: Sequence[tuple[Prompt, str]]) -> list[float | RewardFailure]:
@@ -104,7 +147,7 @@ class ClassifierReward:
         found: list[float | RewardFailure] = [RewardFailure("was not computed")] * len(responses)
         lines: list[tuple[int, list[int]]] = []
         for i, (prompt, response) in enumerate(responses):
-            ids = self._ids(prompt, response)
+            ids = scored_ids(self._folder, self._template, prompt, response)
             if isinstance(ids, RewardFailure):
                 found[i] = ids
             else:
@@ -122,26 +165,6 @@ class ClassifierReward:
         logits = self._model(input_ids=ids, attention_mask=mask).logits
         values: list[float] = logits[:, 0].float().tolist()
         return values
-
-    def _ids(self, prompt: Prompt, response: str) -> list[int] | RewardFailure:
-        if isinstance(prompt.prompt, str):
-            if self._template.is_templated(prompt.prompt):
-                raise UserError(
-                    f"{prompt.origin}: the prompt is already rendered with the chat template of model.tokenizer, but "
-                    f"the reward model {self._folder.key} has its own template; give prompts as messages or plain text"
-                )
-            turns = [{"role": "user", "content": prompt.prompt}]
-        else:
-            turns = list(prompt.prompt)
-        turns.append({"role": "assistant", "content": response})
-        try:
-            text = self._folder.tokenizer.apply_chat_template(turns, tools=prompt.tools or None, tokenize=False)
-        except Exception as e:  # a template is a user's program: it can raise anything
-            return RewardFailure(f"cannot be computed, since the reward model's chat template refuses the turns ({e})")
-        ids: list[int] = self._folder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if self._longest is not None and len(ids) > self._longest:
-            return RewardFailure(f"takes at most {self._longest} tokens, but prompt and response have {len(ids)}")
-        return ids
 
     def close(self) -> None:
         """Release the model's memory."""

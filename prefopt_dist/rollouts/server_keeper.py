@@ -1,6 +1,6 @@
 """Run a command and end it, with all processes that it started, when the job ends or is killed.
 
-A program of its own, started by `launched_server.py` with the Python standard library alone:
+A program of its own, started by `kept_process.py` with the Python standard library alone:
 
     python server_keeper.py LOG COMMAND...
 

@@ -38,6 +38,10 @@ class Busy(ServerFault):
     """The server refuses more requests at once."""
 
 
+class Hangs(ServerLost):
+    """The server did not answer in time."""
+
+
 @dataclass(frozen=True)
 class Contract:
     """How a server is to be asked, as the check before the first prompt found it."""
@@ -240,7 +244,7 @@ class ServerPool:
         try:
             response = await self._client.post(server.url + path, json=body)
         except (httpx2.ReadTimeout, httpx2.WriteTimeout) as e:
-            raise ServerLost(f"it did not answer within {self._seconds:g} s (generate.request_seconds)") from e
+            raise Hangs(f"it did not answer within {self._seconds:g} s (generate.request_seconds)") from e
         except httpx2.HTTPError as e:
             raise ServerFault(f"it cannot be reached ({type(e).__name__}: {self._masked(str(e))})") from e
         return self._content(response)

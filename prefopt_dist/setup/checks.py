@@ -129,7 +129,7 @@ def _check_answers(config: Config) -> None:
             "eval.every_steps, or set answers.every to null"
         )
     for i, source in enumerate(config.generate.rewards):
-        if source.model is not None:
+        if source.model is not None or source.server is not None:
             raise UserError(
                 f"answers.every: got {config.answers.every}, but generate.rewards[{i}] is a model, which is not loaded "
                 "beside the training; set answers.every to null, or use functions as rewards"

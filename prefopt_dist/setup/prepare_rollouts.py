@@ -11,7 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prefopt_dist.config import Config, DataSource
+import torch
+
+from prefopt_dist.config import Config, DataSource, mask_secrets, to_dict
 from prefopt_dist.data.columns import DIFFERENCE
 from prefopt_dist.data.prepare import tokenizer_content
 from prefopt_dist.distributed import ranks
@@ -75,6 +77,7 @@ def check_for(config: Config, stage: str) -> None:
     if stage == "rounds":
         _refuse_answers_in_rounds(config)
         _refuse_absent_numbers(config)
+        _refuse_ahead(config)
     if stage == "rounds" and config.lora is not None and not config.export.merged:
         raise UserError(
             "export.merged: got false, but with the section lora a round's adapters must be merged into the model "
@@ -94,6 +97,22 @@ def check_for(config: Config, stage: str) -> None:
             )
     elif stage == "train" and config.answers.number:
         check_rewards(config.without_judges())  # a training may have none
+
+
+def _refuse_ahead(config: Config) -> None:
+    """Raise UserError where the process that answers ahead could not work."""
+    if not config.rounds.ahead:
+        return
+    if config.generate.engine == "transformers" and torch.cuda.is_available():
+        raise UserError(
+            "rounds.ahead: got 1 with generate.engine=transformers, must be 0 with it on GPUs, since a second process "
+            "would need the memory of the training; set generate.engine=server, or rounds.ahead=0"
+        )
+    if mask_secrets(to_dict(config)) != to_dict(config):
+        raise UserError(
+            "rounds.ahead: got 1 with a secret in the configuration, must be 0 with one, since the process that "
+            "answers reads the saved configuration, in which secrets are masked; put it into an environment variable"
+        )
 
 
 def _refuse_absent_numbers(config: Config) -> None:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prefopt_dist.config import Config, Generate, Judge, RewardSource
+import torch
+
+from prefopt_dist.config import Config, Generate, Judge, RewardServer, RewardSource
 from prefopt_dist.data.prepare import tokenizer_content
 from prefopt_dist.data.template import Template
 from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
-from prefopt_dist.files import digest
+from prefopt_dist.files import digest, json_digest
+from prefopt_dist.monitoring.console import say
 from prefopt_dist.rollouts.judge import WORDS, JudgeReward, JudgeSettings
 from prefopt_dist.rollouts.prompts import Prompt
+from prefopt_dist.rollouts.reward_server import (
+    KNOWN,
+    KeptRewards,
+    RewardServerSettings,
+    ServedReward,
+    check_reward_server,
+    in_tolerance,
+    known_rewards,
+)
 from prefopt_dist.rollouts.rewards import (
     ClassifierReward,
     FunctionReward,
@@ -30,8 +42,8 @@ from prefopt_dist.setup.addresses import refuse_address, secret_of
 from prefopt_dist.setup.prepare_models import DTYPES, Models
 from prefopt_dist.setup.prepare_reference import hash_weights
 
-Part = RewardFolder | JudgeSettings | Callable[..., Any]
-"""A checked reward: a model's folder, a judge, or a function"""
+Part = RewardFolder | RewardServerSettings | JudgeSettings | Callable[..., Any]
+"""A checked reward: a model's folder, its server, a judge, or a function"""
 
 
 @dataclass(frozen=True)
@@ -43,32 +55,55 @@ class ConfiguredRewards:
     """Each reward with its dotted key"""
     scores: str | None
     """Name of their scores in a store of samples; None without rewards"""
+    identities: list[dict[str, Any]]
+    """What the values of each depend on"""
 
     @property
     def weights(self) -> tuple[float, ...]:
         """Return the weight of each reward in the mean."""
         return tuple(source.weight for source in self.config.generate.rewards)
 
-    def open(self, template: Template) -> list[Reward]:
-        """Load the rewards, unsharded on each rank."""
-        dtype = DTYPES[self.config.model.dtype]
+    def open(self, template: Template, folder: Path) -> list[Reward]:
+        """Load the rewards, unsharded on each rank, and check their servers.
+
+        Args:
+            template: chat template of the trained model.
+            folder: of the store of samples, which keeps the rewards that servers give.
+        """
         found: list[Reward] = []
-        for _, part in self.rewards:
+        for number, (_, part) in enumerate(self.rewards):
             if isinstance(part, RewardFolder):
-                found.append(
-                    ClassifierReward(
-                        part,
-                        template=template,
-                        dtype=dtype,
-                        device=ranks.device(),
-                        batch_tokens=self.config.generate.batch_tokens,
-                    )
-                )
+                found.append(self._classifier(part, template))
+            elif isinstance(part, RewardServerSettings):
+                found.append(self._served(part, template, folder, number))
             elif isinstance(part, JudgeSettings):
                 found.append(JudgeReward(part))
             else:
                 found.append(FunctionReward(part))
         return found
+
+    def _classifier(self, part: RewardFolder, template: Template) -> ClassifierReward:
+        return ClassifierReward(
+            part,
+            template=template,
+            dtype=DTYPES[self.config.model.dtype],
+            device=ranks.device(),
+            batch_tokens=self.config.generate.batch_tokens,
+        )
+
+    def _served(self, part: RewardServerSettings, template: Template, folder: Path, number: int) -> ServedReward:
+        expected = None
+        if part.folder.model is not None and ranks.rank() == 0:  # one rank is enough
+            own = self._classifier(part.folder, template)
+            expected = known_rewards(own.score(KNOWN), part.name)
+            own.close()
+        tolerance = in_tolerance(DTYPES[self.config.model.dtype] == torch.float32)
+        way = check_reward_server(part, template, expected, tolerance)
+        beside = "" if expected is None else f", as the model in {part.folder.path} does"
+        say(f"{part.name}: {part.url} gives rewards at {way.path} with {way.form}{beside}")
+        kept = KeptRewards(folder, json_digest(self.identities[number])[:16], ranks.rank())
+        mine = replace(part, in_flight=max(1, part.in_flight // ranks.world_size()))
+        return ServedReward(mine, way, template, kept)
 
     def to_scores(self, prompt: Prompt, number: int, values: Sequence[float | RewardFailure]) -> Scores:
         """Return one response's values as a store keeps them, with the reason in place of a failed value.
@@ -110,12 +145,12 @@ def configured_rewards(config: Config, models: Models) -> ConfiguredRewards:
         _identity(config, models, source, part)
         for (_, part), source in zip(rewards, config.generate.rewards, strict=True)
     ]
-    return ConfiguredRewards(config, rewards, scores_name(identities) if identities else None)
+    return ConfiguredRewards(config, rewards, scores_name(identities) if identities else None, identities)
 
 
 def _keys(config: Config) -> list[tuple[str, RewardSource]]:
     def kind(source: RewardSource) -> str:
-        return next(name for name in ("function", "model", "judge") if getattr(source, name) is not None)
+        return next(name for name in ("function", "model", "server", "judge") if getattr(source, name) is not None)
 
     return [(f"generate.rewards[{i}].{kind(s)}", s) for i, s in enumerate(config.generate.rewards)]
 
@@ -125,8 +160,23 @@ def _checked(source: RewardSource, key: str, config: Config) -> Part:
         return find_function(source.function, key)
     if source.judge is not None:
         return _checked_judge(source.judge, key, config.generate)
+    if source.server is not None:
+        return _checked_server(source.server, key, config.generate)
     assert source.model is not None
     return inspect_reward(source.model, key)
+
+
+def _checked_server(server: RewardServer, key: str, generate: Generate) -> RewardServerSettings:
+    refuse_address(server.url, f"{key}.url")
+    return RewardServerSettings(
+        url=server.url,
+        model=server.model,
+        folder=inspect_reward(server.folder, f"{key}.folder", served=True),
+        key=secret_of(server.key_variable, f"{key}.key_variable"),
+        in_flight=generate.requests_in_flight,
+        request_seconds=generate.request_seconds,
+        name=f"{key}.url",
+    )
 
 
 def _checked_judge(judge: Judge, key: str, generate: Generate) -> JudgeSettings:
@@ -158,9 +208,15 @@ def _identity(config: Config, models: Models, source: RewardSource, part: Part) 
     """Return what a reward's values depend on (all ranks call it)."""
     if isinstance(part, JudgeSettings):
         return {"judge": part.model, "question": digest(part.question), "max_tokens": part.max_tokens}
-    if not isinstance(part, RewardFolder):
+    if isinstance(part, RewardServerSettings) and part.folder.model is None:
+        return {"served": part.model, "tokenizer": digest(tokenizer_content(part.folder.tokenizer))}
+    folder = part.folder if isinstance(part, RewardServerSettings) else part
+    if not isinstance(folder, RewardFolder):
         assert source.function is not None
         return dict(ranks.run_on_rank_zero(lambda: function_identity(str(source.function))))
-    hashed = hash_weights(part.model, models.dtype, config.cache_dir)
-    text = digest(tokenizer_content(part.tokenizer))
-    return {"model": hashed.key, "tokenizer": text, "pad": part.model.config.pad_token_id}
+    assert folder.model is not None
+    hashed = hash_weights(folder.model, models.dtype, config.cache_dir)
+    text = digest(tokenizer_content(folder.tokenizer))
+    of_folder = {"model": hashed.key, "tokenizer": text, "pad": folder.model.config.pad_token_id}
+    # A server computes within rounding alone what the folder's model does here.
+    return of_folder | ({"served": True} if isinstance(part, RewardServerSettings) else {})

@@ -513,7 +513,7 @@ def test_an_absent_package(door: Door, without: Callable[[str], None]) -> None:
 
     pandas.DataFrame([PAIR] * 20).to_parquet(door.folder / "rows.parquet")
     (door.folder / "saved").mkdir()
-    (door.folder / "saved" / "dataset_info.json").write_text("{}")
+    (door.folder / "saved" / "state.json").write_text("{}")
     without("pyarrow")
     words = ["data.train: ", door.path("rows.parquet"), "needs the package pyarrow", "pip install pyarrow", ".jsonl"]
     door.fails(words, f"data.train={door.path('rows.parquet')}")

@@ -19,10 +19,11 @@ import psutil
 import pytest
 import worlds
 from door import Door, one_process_group
-from fake_server import FakeJudge, FakeServer, serving
+from fake_server import FakeJudge, FakeReward, FakeServer, serving
 from generation_cases import TORCHRUN
 from generation_world import PROMPTS, write_run, write_world
 from places import PYTHONPATH, REPOSITORY
+from reward_models import write_reward
 
 from prefopt_dist.cli import main
 from prefopt_dist.rollouts import server_pool
@@ -374,3 +375,42 @@ def test_a_judge_that_prefers_the_first_answer_changes_nothing_and_this_is_said(
     assert status == 2
     assert "no pair is left of 12 prompts" in said
     assert "All are ties, so the judge decides nothing: it takes whatever is shown first" in said
+
+
+# Reward models
+
+
+def test_a_served_reward_model_makes_the_pairs_of_a_local_one(world: Path, door: Door) -> None:
+    reward = write_reward(world / "reward")
+
+    def made(name: str, source: dict[str, Any]) -> list[tuple[str, str]]:
+        generate = {"prompts": str(world / "few.jsonl"), "rewards": [source]}
+        run = write_run(world, name, cache="cache-rewarded", generate=generate)
+        assert door.ends(run, stage="generate")[0] == 0
+        rows = (world / "runs" / name / "pairs.jsonl").read_text().splitlines()
+        return [(row["chosen"], row["rejected"]) for row in map(json.loads, rows)]
+
+    local = made("rewarded", {"model": str(reward)})
+    with serving(FakeReward(reward)) as fake:
+        server = {"url": fake.url, "model": fake.name, "folder": str(reward)}
+        assert made("served", {"server": server}) == local
+        asked = len(fake.answered)
+        # Beside another reward too, nothing is asked for again, but for the check.
+        run = write_run(
+            world,
+            "served-too",
+            cache="cache-rewarded",
+            generate={
+                "prompts": str(world / "few.jsonl"),
+                "rewards": [{"server": server}, {"function": "rewards_for_tests:letters"}],
+            },
+        )
+        assert door.ends(run, stage="generate")[0] == 0
+        assert len(fake.answered) == asked + 6
+    assert local
+    for words, source in [
+        (["generate.rewards[0].server.url: got 'node1'"], server | {"url": "node1"}),
+        (["generate.rewards[0].server.folder", "is a LlamaForCausalLM"], server | {"folder": str(world / "model")}),
+    ]:
+        few = {"prompts": str(world / "few.jsonl"), "rewards": [{"server": source}]}
+        door.fails(words, stage="generate", run=write_run(world, "served-wrong", generate=few), early=True)

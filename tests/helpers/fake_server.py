@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.sampling import Sampling
@@ -44,6 +44,10 @@ class Fake(ABC):
         self.keys: set[str | None] = set()
         self.at_once = self.most_at_once = 0
 
+    def reply(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """Return the status and the JSON of the reply to a request at a path."""
+        return self.complete(body)
+
     @abstractmethod
     def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
         """Return the status and the JSON of the reply to a request."""
@@ -64,6 +68,34 @@ class FakeJudge(Fake):
         said = f"I have read both.\n\nVerdict: {self.prefers(first, second)}\n"
         choice = {"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
         return 200, {"choices": [choice], "usage": {"total_tokens": 100}}
+
+
+class FakeReward(Fake):
+    """A sequence classifier with vLLM's paths for one, which applies a sigmoid unless it is told not to."""
+
+    def __init__(self, folder: Path, path: str = "/classify", takes: type = list) -> None:
+        super().__init__()
+        self.model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.path, self.takes = path, takes
+        self.changes: Callable[[list[float]], list[float]] = lambda values: values
+        """What becomes of the outputs before they are sent"""
+        self.always_sigmoid = False
+
+    def reply(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        return self.complete(body) if path == self.path else (404, {"error": f"no path {path}"})
+
+    def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
+        if not isinstance(body["input"], self.takes) or body["model"] != self.name:
+            return 400, {"error": "not understood"}
+        ids = body["input"] if self.takes is list else self.tokenizer(body["input"])["input_ids"]
+        with self.lock, torch.no_grad():
+            logits = self.model(input_ids=torch.tensor([ids])).logits[0]
+            self.answered.append(tuple(ids))
+        raw = body.get("use_activation") is False and not self.always_sigmoid
+        values = self.changes((logits if raw else torch.sigmoid(logits)).tolist())
+        row = {"probs": values} if self.path == "/classify" else {"object": "pooling", "data": values}
+        return 200, {"data": [{"index": 0, **row}], "usage": {"prompt_tokens": len(ids)}}
 
 
 class FakeServer(Fake):
@@ -163,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif fake.statuses:
                 self._reply(fake.statuses.pop(0), {"error": "as asked for"})
             else:
-                self._reply(*fake.complete(body))
+                self._reply(*fake.reply(self.path, body))
         except OSError:  # the client has gone
             pass
         finally:

@@ -7,10 +7,11 @@ of a number, n tiles of a block with q queries and k keys each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from prefopt_dist.batching.micro_batch import Segment
 from prefopt_dist.model.attention import MOST_KEYS_IN_BLOCKS, keys_per_query
-from prefopt_dist.model.block_attention import CPU_BLOCKS, GPU_BLOCKS, BlockBytes, BlockSize, grouped, tiles
+from prefopt_dist.model.block_attention import CPU_BLOCKS, GPU_BLOCKS, BlockBytes, BlockSize, Tile, grouped, tiles
 from prefopt_dist.model.counting import AttentionCall
 from prefopt_dist.planning.roofline.kernels import Kernel, Step
 from prefopt_dist.planning.roofline.recorder import EXPONENTIAL
@@ -32,6 +33,13 @@ def attended(segments: Sequence[Segment], window: int | None) -> int:
         else:
             pairs += sum(min(window, keys - queries + i + 1) for i in range(queries))
     return pairs
+
+
+def beyond_windows(calls: Sequence[AttentionCall], segments: Sequence[Segment]) -> float:
+    """Return the operations of a forward pass that sliding windows save, of the layers' attention calls."""
+    every = attended(segments, None)
+    saved = {w: every - attended(segments, w) for w in {call.needs.window for call in calls}}
+    return sum(2.0 * of.heads * (of.needs.head_size + of.needs.value_size) * saved[of.needs.window] for of in calls)
 
 
 def attention_kernels(
@@ -115,12 +123,29 @@ def _blocks(
         yield Kernel.of("zero_", ATTENTION, step, 0, 0, summed)
         if item < 4:
             yield Kernel.of("_to_copy", ATTENTION, step, 0, summed, summed * item / 4)
-    for group in grouped(tiles(segments, window, sizes, size), sizes, size):
-        n, q, k = len(group), max(t.queries for t in group), max(t.keys for t in group)
-        yield from _block(call, step, (n, q, k), item, 1 if size == GPU_BLOCKS else ONE_BY_ONE)
+    for shape, times in _alike(grouped(tiles(segments, window, sizes, size), sizes, size)):
+        for kernel in _block(call, step, shape, item, 1 if size == GPU_BLOCKS else ONE_BY_ONE):
+            yield replace(kernel, times=times)
 
 
-def _block(call: AttentionCall, step: Step, shape: tuple[int, int, int], item: int, single: int) -> Iterator[Kernel]:
+def _alike(blocks: Sequence[Sequence[Tile]]) -> Iterator[tuple[tuple[int, int, float], int]]:
+    """Yield shapes and their numbers, with one shape for blocks whose keys differ by less than a tenth.
+
+    A long row has a thousand blocks a layer. Operations and bytes are linear in the keys, so the mean keeps their sums.
+    """
+    waiting: dict[tuple[int, int], list[int]] = {}
+    for block in blocks:
+        shape, keys = (len(block), max(t.queries for t in block)), max(t.keys for t in block)
+        near = waiting.setdefault(shape, [])
+        if near and not 0.9 * near[0] < keys < 1.1 * near[0]:
+            yield (*shape, sum(near) / len(near)), len(near)
+            near.clear()
+        near.append(keys)
+    for shape, near in waiting.items():
+        yield (*shape, sum(near) / len(near)), len(near)
+
+
+def _block(call: AttentionCall, step: Step, shape: tuple[int, int, float], item: int, single: int) -> Iterator[Kernel]:
     """Yield the kernels of one block, operation by operation as model/block_attention.py has them."""
     n, q, k = shape
     heads, needs = call.heads, call.needs

@@ -8,8 +8,10 @@ from transformers import PreTrainedConfig
 from prefopt_dist.batching.layout import FROZEN_PASSES, TRAINING_PASSES
 from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
 from prefopt_dist.model.adapter import Adapter
+from prefopt_dist.model.counting import count
 from prefopt_dist.planning.fit import Needs
 from prefopt_dist.planning.machine import Machine
+from prefopt_dist.planning.roofline.attention import beyond_windows
 from prefopt_dist.planning.roofline.kernels import Device
 from prefopt_dist.planning.roofline.rows import PlannedRow
 from prefopt_dist.planning.roofline.step import step_kernels
@@ -72,4 +74,5 @@ def estimate(
         why = (str(e).strip().splitlines() or [""])[0]
         raise NotCounted(f"the model cannot be computed without weights ({type(e).__name__}: {why})") from e
     passes = FROZEN_PASSES if sizes.frozen else TRAINING_PASSES
-    return Roofline.of(kernels, passes * row.forward_flop, again, Device(machine.peak, machine.bandwidth))
+    least = row.forward_flop - beyond_windows(count(config, dtype).calls, row.facts.segments)
+    return Roofline.of(kernels, passes * least, again, Device(machine.peak, machine.bandwidth))

@@ -69,7 +69,7 @@ class Roofline:
     again: float
     """Share of the layers that are computed again"""
     floor_flop: float
-    """Operations of the micro-batch at least: those that `perf/mfu` counts"""
+    """Operations of the micro-batch at least: those that `perf/mfu` counts, without what is beyond sliding windows"""
     device: Device
 
     @staticmethod

@@ -240,6 +240,23 @@ def test_operations_have_their_kind(name: str, expected: str) -> None:
     assert profile.operator_kind(name) == expected
 
 
+def test_time_without_products_is_told_by_what_calls() -> None:
+    def event(name: str, microseconds: int, caller: Any = None) -> Any:
+        return SimpleNamespace(name=name, self_cpu_time_total=microseconds, cpu_parent=caller)
+
+    layer = event("CompiledFunction", 1)
+    graph = event("## Call CompiledFxGraph f1", 5, layer)
+    attention = event("prefopt::row_attention", 2, graph)
+    inside = [event("aten::baddbmm", 40, attention), event("aten::_softmax", 8, attention)]
+    events = [layer, graph, event("aten::mm", 40, graph), attention, *inside, event("aten::pow", 4)]
+    _, *shares = profile.without_products(events)
+    assert [" ".join(line.split()) for line in shares] == [
+        "attention 10.0%",
+        "compiled layers 6.0%",
+        "layers, embedding, last norm 4.0%",
+    ]
+
+
 def frontier_of(kls: dict[float, float], scored: tuple[int, ...]) -> dict[str, Any]:
     def around(mean: float) -> dict[str, float]:
         return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}

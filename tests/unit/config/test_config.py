@@ -192,7 +192,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
             "request_seconds": 600.0,
             "pairs": None,
         },
-        "rounds": {"count": 3, "reference": "start", "prompts_per_round": None},
+        "rounds": {"count": 3, "reference": "start", "prompts_per_round": None, "ahead": 0},
     }
 
 

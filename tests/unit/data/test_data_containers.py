@@ -52,6 +52,9 @@ def test_values_of_a_table_are_text(tmp_path: Path) -> None:
         ("a.csv", b"prompt,chosen,rejected\na,b\n", "a.csv:1: not_an_object: a row must have as many values"),
         ("a.csv", b"prompt,prompt\na,b\n", "must begin with a line of distinct column names"),
         ("a.csv", b"prompt,chosen,rejected\n\xff,b,c\n", "is not valid UTF-8"),
+        # The first one's value would swallow the rest of the file, the second one's would lose its quotation marks.
+        ("a.csv", b'prompt,chosen,rejected\na,b,c\na,b,"c\na,b,c\n', r"the row behind line 2: unexpected end of data"),
+        ("a.csv", b'prompt,chosen,rejected\na,"so "yes" it is",c\n', r"the row behind line 1: .*value doubled"),
         ("a.csv", b"", "must begin with a line of distinct column names"),
         ("a.json", b'{"data": [1, 2}', "begins as a JSON list, but is not valid"),
         ("a.json", b"[1]", "a.json:1: not_an_object"),

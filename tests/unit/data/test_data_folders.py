@@ -120,6 +120,29 @@ def test_a_run_without_a_configuration_of_the_data_is_the_run_of_before(tmp_path
     assert named["data.learn"] == "last"
 
 
+def test_a_folder_may_lie_in_a_hidden_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`.cache/pairs` and `../pairs` are read; what is hidden inside them is not. Spark's folders are no files."""
+    folder = write(tmp_path / ".cache" / "pairs", "part-0.jsonl", ".old/part-1.jsonl")
+    assert taken(folder) == ["part-0.jsonl"]
+    (tmp_path / "here" / "work").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "work")
+    assert taken(Path("../../.cache/pairs")) == ["part-0.jsonl"]
+    assert taken(write(tmp_path / "spark", "data/rows.parquet/part-0.parquet"), name="rows.parquet") == [
+        "data/rows.parquet/part-0.parquet"
+    ]
+
+
+def test_no_rows_are_left_out_silently(tmp_path: Path) -> None:
+    """Files beside folders of others are a choice, and dataset_info.json alone makes no saved data set."""
+    folder = write(tmp_path / "some", "a.jsonl", "more/b.jsonl")
+    with pytest.raises(UserError, match=r"has the configurations \['default', 'more'\]; name one"):
+        taken(folder)
+    assert (taken(folder, name="default"), taken(folder, name="more")) == (["a.jsonl"], ["more/b.jsonl"])
+    described = write(tmp_path / "described", "a.jsonl")
+    (described / "dataset_info.json").write_text("{}")
+    assert taken(described) == ["a.jsonl"]
+
+
 CALLING = CHATML.replace(
     "{{ message['content'] }}",
     "{{ message['content'] }}{% for c in message.tool_calls or [] %}"

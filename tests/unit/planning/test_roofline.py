@@ -11,23 +11,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny_families import FAMILIES, tiny_config
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
 from prefopt_dist.batching.micro_batch import Segment
 from prefopt_dist.model import block_attention, head
 from prefopt_dist.model.attention import LayerNeeds
+from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.counting import AttentionCall
+from prefopt_dist.planning.machine import Machine
 from prefopt_dist.planning.memory import ZeroSettings
 from prefopt_dist.planning.roofline import attention, trace
 from prefopt_dist.planning.roofline.ends import HEAD, head_kernels, update_kernels, zero_kernels
+from prefopt_dist.planning.roofline.estimate import estimate
 from prefopt_dist.planning.roofline.fusion import fused
 from prefopt_dist.planning.roofline.kernels import Device, Kernel, Moved
 from prefopt_dist.planning.roofline.recorder import Recorder
+from prefopt_dist.planning.roofline.rows import PlannedRow
 from prefopt_dist.planning.roofline.step import RowFacts, step_kernels
 from prefopt_dist.planning.roofline.table import Roofline
 from prefopt_dist.planning.sizes import model_sizes
@@ -59,7 +64,7 @@ def of(kernels: Sequence[Kernel], part: str, step: str, layer: int | None = 1) -
 
 
 def moved(kernels: Sequence[Kernel]) -> float:
-    return sum(k.bytes for k in kernels)
+    return sum(k.times * k.bytes for k in kernels)
 
 
 def test_the_products_of_a_layer_by_hand() -> None:
@@ -189,9 +194,25 @@ def test_blocks_of_attention_beside_what_runs(dtype: torch.dtype, cap: float | N
             on_gpu=False,  # type: ignore[arg-type]
         )
         products = ("bmm", "baddbmm")
-        assert sum(k.flop for k in formula if k.name in products) == sum(k.flop for k in ran if k.name in products)
+        computed = [sum(k.times * k.flop for k in of if k.name in products) for of in (formula, ran)]
+        assert computed[0] == computed[1]
         # On a CPU the operands of the scores' products are made float32 first, and rows are laid out by the head.
         assert moved(formula) == pytest.approx(moved(ran), rel=0.1 if dtype == torch.float32 else 0.35)
+
+
+def test_the_blocks_of_a_long_row_are_counted_together() -> None:
+    """On a GPU, of a call with sinks; else a long row's plan would take minutes. The sums are those of all blocks."""
+    long = (Segment(0, 0, 0, 30_000), Segment(0, 16_000, 30_000, 44_000))
+    sinks = call(sinks=True)
+    sizes = block_attention.BlockBytes.of_heads(sinks.heads, sinks.key_numbers)
+    size = block_attention.GPU_BLOCKS
+    blocks = block_attention.grouped(block_attention.tiles(long, None, sizes, size), sizes, size)
+    for step in ("forward", "backward"):
+        found = attention.attention_kernels(sinks, step, long, 2, flash=False, on_gpu=True)  # type: ignore[arg-type]
+        assert len(found) < 1_000 < 10 * len(blocks)
+        flop = sum(2.0 * len(b) * 8 * max(t.queries for t in b) * max(t.keys for t in b) * 16 for b in blocks)
+        products = sum(k.times * k.flop for k in found if k.name == "bmm")
+        assert products == pytest.approx(flop * (2 if step == "forward" else 5))
 
 
 @pytest.mark.parametrize("cap", [None, 30.0])
@@ -268,6 +289,29 @@ def test_every_family_has_a_roofline(family: str) -> None:
         assert {trace.NORMS, trace.MLP_PRODUCTS, HEAD} <= parts.keys()
     assert trace.RESIDUALS in found.eager
     assert len(found.lines()) == len(found.eager) + 5, "also where a compiler joins all of a part with others"
+
+
+def test_the_floor_has_no_pairs_beyond_a_window() -> None:
+    """So that the bound of the MFU stays below 1 where a row is much longer than the layers' window."""
+    config = MistralConfig(
+        hidden_size=D,
+        intermediate_size=M,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=V,
+        sliding_window=64,
+    )
+    needs: Any = SimpleNamespace(sizes=model_sizes(config, torch.bfloat16, 0), policy=ZERO)
+    cost = forward_cost(config)
+    pairs = attention.attended(SEGMENTS, None), attention.attended(SEGMENTS, 64)
+    of_weights = T * cost.per_token + N * cost.per_scored
+    row = PlannedRow(ROW, of_weights + pairs[0] * cost.per_attended, 1.0)
+    machine = Machine("h100", 1, 8, 2**36, 989e12, 0.4, True, 3.35e12)
+    found = estimate(config, needs, row, machine, torch.bfloat16, 0.0, None)
+    assert found.floor_flop == pytest.approx(3 * (of_weights + pairs[1] * cost.per_attended))
+    assert pairs[1] < pairs[0] / 2
 
 
 def test_experts_compute_k_of_them_and_read_all_their_weights() -> None:
@@ -371,3 +415,15 @@ def test_predicted_beside_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines["copies         "][-3:] == ["ms", "30.0%", "1.20"]
     assert "5000.0 ms" in text.splitlines()[-1]
     assert "benchmarks.roofline" in sys.modules
+
+
+def test_the_benchmark_names_the_gpus_that_it_knows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3]))
+    from benchmarks import roofline as benchmark
+
+    monkeypatch.setattr(sys, "argv", ["roofline", "--gpu", "h300"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "invalid choice: 'h300' (choose from 'h200', 'h100'" in capsys.readouterr().err
