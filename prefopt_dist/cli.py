@@ -125,11 +125,13 @@ def _describe_full_disk(fault: Exception, config: Config) -> str | None:
 def _check(config: Config, stage: str) -> None:
     if stage not in SINGLE_PROCESS_STAGES:
         from prefopt_dist.distributed import numerics
-        from prefopt_dist.setup import prepare_models, prepare_rollouts
+        from prefopt_dist.setup import choose_fusion, prepare_models, prepare_rollouts
 
         if config.train.deterministic:
             numerics.check_deterministic_environment()
-        prepare_models.check(config, prepare_rollouts.sources_of(config, stage))
+        models = prepare_models.check(config, prepare_rollouts.sources_of(config, stage))
+        if stage in ("train", "rounds"):
+            choose_fusion.refuse_impossible(config, models)
         prepare_rollouts.check_for(config, stage)
     print(config.run_dir)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -123,6 +124,7 @@ def _load_inputs(config: Config, folder: RunFolder) -> _Inputs:
     """Load all but the policy, and refuse a checkpoint of another run before the first pass, which may take hours."""
     found = load.find_newest(config.run_dir / "checkpoints")
     models = prepare_models.load_models(config)
+    ranks.run_on_rank_zero(partial(choose_fusion.refuse_impossible, config, models))
     objective = factory.make_objective(config.loss, models.dtype)
     train = prepare_data.load_train(config, models, objective)
     evals = prepare_data.load_evals(config, models, objective)
@@ -142,7 +144,11 @@ def _load_inputs(config: Config, folder: RunFolder) -> _Inputs:
 
 def _choose_fusion(config: Config, folder: RunFolder, models: Models, train: TokenisedRows, steps: int) -> Fusion:
     flop = choose_fusion.training_flop(config, models, train, steps, ranks.world_size())
-    choice = ranks.run_on_rank_zero(lambda: choose_fusion.choose(config, models, folder.facts, flop, ranks.device()))
+    lacks = ranks.all_gather((socket.gethostname(), compiled_layers.lack(ranks.device())))
+    lacking = next((f"{lack} (on {host})" for host, lack in lacks if lack is not None), None)
+    choice = ranks.run_on_rank_zero(
+        lambda: choose_fusion.choose(config, models, folder.facts, flop, ranks.device(), lacking)
+    )
     say(choice.text())
     return choice.fusion
 

@@ -14,16 +14,19 @@ evaluation, answers) calls the layers as they are, and so does a row of one toke
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import shutil
+import struct
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -37,6 +40,8 @@ MOST_KINDS = 32
 """Graphs of a model at most."""
 BACKEND = "inductor"
 """Name of torch's compiler; a test takes one that writes no code."""
+TURNED_OFF = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
+"""Variables by which torch calls the layers as they are, without a word."""
 FOLDER = "compiled"
 """Folder of compiled code in the cache."""
 
@@ -50,6 +55,7 @@ def compile_layers(lm: PreTrainedModel) -> None:
     zero3.gather_whole(layers)
     for layer in layers:
         layer.forward = partial(_forward, layer)
+        layer.register_forward_pre_hook(_with_gradient)
 
 
 def is_compiled(lm: PreTrainedModel) -> bool:
@@ -61,6 +67,18 @@ def takes(tokens: int) -> bool:
     """Return whether a row of so many tokens is computed by compiled layers at this moment."""
     # A compiler takes a size of 1 for a constant.
     return tokens > 1 and torch.is_grad_enabled()
+
+
+def _with_gradient(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Let the first layer's input need a gradient also where the embeddings are frozen.
+
+    ZeRO-3 takes the gradients of a layer that it gathers as a whole when torch has that of its input. Without one torch
+    says so before the layer's backward pass, and the gradients would be taken for 0.
+    """
+    hidden, *rest = given
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()
+    return hidden, *rest
 
 
 def _forward(layer: Any, *given: Any, **named: Any) -> Any:
@@ -111,15 +129,66 @@ def prepare(folder: Path) -> None:
     """
     import torch._inductor.config as inductor
 
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / FOLDER / _digest())
+    code = folder / FOLDER / _digest()
+    _remove_torn(code)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(code)
     inductor.compile_threads = 1
     torch._dynamo.config.recompile_limit = MOST_KINDS
     torch._dynamo.reset()
 
 
 def _digest() -> str:
-    of = (torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
+    # All instructions that the processor knows, since the compiler may use each (-march=native).
+    processor = (
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        sorted(torch.cpu.get_capabilities().items()),
+    )
+    of = (torch.__version__, processor, torch.get_num_threads())
     return hashlib.blake2b(repr(of).encode(), digest_size=8).hexdigest()
+
+
+def _remove_torn(code: Path) -> None:
+    """Remove libraries that a kill or a full disk has cut short: torch loads each that exists, and would fail for ever.
+
+    Args:
+        code: the folder of compiled code, which other jobs may be filling.
+    """
+    for library in code.glob("*/*.so"):
+        if _is_whole(library):
+            continue
+        # A compiler that is still writing holds this lock of torch's.
+        with (
+            contextlib.suppress(OSError, Timeout),
+            FileLock(code / "locks" / f"{library.name.split('.')[0]}.lock", 600),
+        ):
+            if not _is_whole(library):
+                library.unlink(missing_ok=True)
+
+
+def _is_whole(library: Path) -> bool:
+    """Return whether a library has all of its bytes; one of another form than ELF is taken for whole."""
+    with library.open("rb") as file:
+        head, size = file.read(64), os.fstat(file.fileno()).st_size
+    if not head.strip(b"\0"):
+        return False
+    if not head.startswith(b"\x7fELF\x02\x01"):  # 64 bit, little endian
+        return True
+    if len(head) < 64:
+        return False
+    # The table of sections is the file's end.
+    (table,), (entry, entries) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
+    whole: bool = table > 0 and table + entry * entries <= size
+    return whole
+
+
+def lack(device: torch.device) -> str | None:
+    """Return what this process lacks for compiled layers on a device, as a clause after the word layers, or None."""
+    if (name := next((n for n in TURNED_OFF if os.environ.get(n) == "1"), None)) is not None:
+        return f"which {name}=1 in the environment turns off; unset it"
+    if device.type == "cpu" and compiler() is None:
+        return "which needs a C++ compiler on a CPU, and neither CXX names one nor is g++ installed; install g++"
+    return None
 
 
 def compiler() -> str | None:

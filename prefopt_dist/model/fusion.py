@@ -28,16 +28,26 @@ def fuse(lm: PreTrainedModel, fusion: Fusion) -> None:
         _liger()._apply_liger_kernel_to_instance(model=lm, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def check(fusion: Fusion, config: PreTrainedConfig, device: torch.device) -> None:
+def check(
+    fusion: Fusion, config: PreTrainedConfig, device: torch.device, *, begun: bool = False, lacking: str | None = None
+) -> None:
     """Check that this machine has what a fusion needs.
+
+    Args:
+        fusion: the fusion.
+        config: of the model.
+        device: on which it runs.
+        begun: whether the run has begun with it, so that no other can be chosen.
+        lacking: what another rank lacks for compiled layers, with its host; None where it lacks nothing.
 
     Raises:
         UserError: it has not.
     """
-    if fusion == "layers" and device.type == "cpu" and compiled_layers.compiler() is None:
+    if fusion == "layers" and (lack := compiled_layers.lack(device) or lacking) is not None:
         raise UserError(
-            "model.compile: got layers, which needs a C++ compiler on a CPU, and neither CXX names one nor is g++ "
-            "installed; install g++, or set model.compile=none"
+            f"model.compile: the run began with layers, {lack}"
+            if begun
+            else f"model.compile: got layers, {lack}, or set model.compile=none"
         )
     if fusion == "liger":
         if device.type != "cuda":

@@ -48,7 +48,14 @@ def training_flop(config: Config, models: Models, train: TokenisedRows, steps: i
     return passes * step * steps / world_size
 
 
-def choose(config: Config, models: Models, facts: Mapping[str, Any], flop: float, device: torch.device) -> Choice:
+def choose(
+    config: Config,
+    models: Models,
+    facts: Mapping[str, Any],
+    flop: float,
+    device: torch.device,
+    lacking: str | None = None,
+) -> Choice:
     """Choose the fusion of a training (one process calls it).
 
     A run that has begun keeps its own: resumed steps would otherwise differ in their rounding.
@@ -59,12 +66,14 @@ def choose(config: Config, models: Models, facts: Mapping[str, Any], flop: float
         facts: content of the run's run.json, with the earlier starts of the run.
         flop: operations of this rank in the whole training.
         device: on which the run computes.
+        lacking: what another rank lacks for compiled layers, with its host; None where it lacks nothing.
 
     Raises:
         UserError: model.compile asks for what this model or this machine does not allow.
     """
     kept: Fusion | None = facts.get("compile")
-    if kept is None and (facts.get("data") or {}).get("train") is not None:
+    # A start that only ran the first pass, or that was killed before its first step, has no step.
+    if kept is None and any(start["step"] is not None for start in facts.get("starts", ())):
         kept = "none"  # an earlier version began the run
     asked = config.model.compile
     chosen = asked if asked != "auto" else kept
@@ -74,7 +83,7 @@ def choose(config: Config, models: Models, facts: Mapping[str, Any], flop: float
         return Choice("none", SHARED_ROWS)
     obstacle = _obstacle(config, models)
     if chosen is None:
-        obstacle = obstacle or _costs_more(flop, device)
+        obstacle = obstacle or _costs_more(flop, device, lacking)
         if obstacle is not None:
             return Choice("none", obstacle)
         try:
@@ -82,14 +91,30 @@ def choose(config: Config, models: Models, facts: Mapping[str, Any], flop: float
         except UserError as e:
             return Choice("none", str(e))
     if obstacle is not None:
-        raise UserError(f"model.compile: got {chosen}, but {obstacle}; set it to none")
+        raise _impossible(chosen, obstacle)
     remedy = "Set model.compile=none."
     if kept is not None:
         remedy = (
             f"The run in {config.run_dir} began with it. Put the versions back with which it began (versions in its "
             "run.json), or choose another run.dir."
         )
+    fusion.check(chosen, models.policy.config, device, begun=kept is not None, lacking=lacking)
     return Choice(chosen, _proven(config, models, chosen, remedy, device))
+
+
+def refuse_impossible(config: Config, models: Models) -> None:
+    """Refuse what model.compile asks for where no machine could do it, before any data are read (one process calls it).
+
+    Raises:
+        UserError: the models or the adapters do not allow it.
+    """
+    asked = config.model.compile
+    if asked in ("layers", "liger") and (obstacle := _obstacle(config, models)) is not None:
+        raise _impossible(asked, obstacle)
+
+
+def _impossible(asked: str, obstacle: str) -> UserError:
+    return UserError(f"model.compile: got {asked}, but {obstacle}; set it to none")
 
 
 def _obstacle(config: Config, models: Models) -> str | None:
@@ -107,21 +132,21 @@ def _obstacle(config: Config, models: Models) -> str | None:
     return None
 
 
-def _costs_more(flop: float, device: torch.device) -> str | None:
-    """Return why `auto` compiles nothing; None where it pays."""
+def _costs_more(flop: float, device: torch.device, lacking: str | None) -> str | None:
+    """Return why `auto` compiles nothing; None where it can and pays."""
     if device.type != "cpu":
         return "since its gain was not measured on a GPU"
     if compiled_layers.compiler() is None:
         return "since no C++ compiler is installed"
     if flop < LEAST_FLOP * torch.get_num_threads():
         return "since the run is too short to gain what the compilation takes"
-    return None
+    lack = compiled_layers.lack(device) or lacking
+    return None if lack is None else f"though the run is long enough for layers, {lack}"
 
 
 def _proven(config: Config, models: Models, chosen: Fusion, remedy: str, device: torch.device) -> str:
     """Prove the path with the fusion; return a clause about it."""
     model = models.policy.config
-    fusion.check(chosen, model, device)
     if chosen == "layers":
         compiled_layers.prepare(config.cache_dir)
     proof, found = proven_path(

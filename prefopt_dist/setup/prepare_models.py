@@ -72,12 +72,15 @@ class Models:
         return self.reference.equals(self.start)
 
 
-def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | None = None) -> None:
+def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | None = None) -> Models:
     """Check all that needs neither data nor weights, before a job is queued (one process calls it).
 
     Args:
         config: the configuration.
         sets: the sources that the stage reads, with their dotted keys; None for data.train and data.eval.
+
+    Returns:
+        The models, with the path of the run.
 
     Raises:
         UserError: the first mistake found.
@@ -94,8 +97,10 @@ def check(config: Config, sets: Sequence[tuple[str, Sequence[DataSource]]] | Non
             found = Path(source.path).exists() or any(mark in source.path for mark in "*?")
             if looks_local and not found:
                 raise UserError(f"{key}: {source.path!r} does not exist. Give a file, a saved dataset or a hub name.")
-    for line in _path(config, models, torch.device("cuda" if torch.cuda.is_available() else "cpu"))[1]:
+    path, lines = _path(config, models, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for line in lines:
         say(line)
+    return replace(models, path=path)
 
 
 def zero_settings(path: str, key: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import peft
 import plain
+import pytest
 import rank_cases
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
@@ -16,6 +17,7 @@ from prefopt_dist.commands import train
 from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.model import adapter as adapters
+from prefopt_dist.model import compiled_layers
 from prefopt_dist.model.load import load_unsharded
 from prefopt_dist.setup import prepare_models
 from prefopt_dist.training import step
@@ -51,6 +53,22 @@ def exact_start(folder: Path) -> Any:
 def lora(folder: Path) -> dict[str, Any]:
     common: dict[str, Any] = {"make_engine": filled_policy, "exact_start": exact_start, "lora": LORA}
     return rank_cases.equality(folder, "lora", 150, rank_cases.DPO, steps=2, **common)
+
+
+def lora_compiled(folder: Path) -> dict[str, Any]:
+    """Layers as for compilation, which is left out; the first of them gets the states of frozen embeddings."""
+
+    def compiled(config: Config, models: prepare_models.Models) -> Any:
+        make = train._policy
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "_policy", lambda *given: make(*given, "layers"))
+            return filled_policy(config, models)
+
+    common: dict[str, Any] = {"make_engine": compiled, "exact_start": exact_start, "lora": LORA}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_layers, "_compiled", lambda forward: forward)
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what the set-up sets is taken back
+        return rank_cases.equality(folder, "lora-compiled", 150, rank_cases.DPO, steps=2, **common)
 
 
 def lora_gemma2(folder: Path) -> dict[str, Any]:

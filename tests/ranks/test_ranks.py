@@ -12,6 +12,7 @@ import pytest
 
 EQUALITY = ["dpo_many_micro_batches", "dpo_one_micro_batch", "dpo_checkpointing", "sft_many_micro_batches"]
 SHORT = ["dpo_small_blocks", "kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2", "lora", "dpo_plain"]
+SHORT += ["lora_compiled"]
 PATHS = ["dpo_packed"]
 BOTH = [
     *EQUALITY,

@@ -67,14 +67,19 @@ def proven_path(
         if isinstance(found, Proof) and path in (None, found.path):
             return found, True
     made = try_paths(config, path=path, max_length=max_length, device=device, fusion=fusion)
-    # Where memory ran out, another time may show more.
-    if not any(tried.no_memory for tried in made.tried) and not (isinstance(made, Refusal) and made.no_memory):
+    # Where memory ran out, another time may show more, and so where a compiler failed: of this machine or its disk.
+    passing = isinstance(made, Refusal) and (made.no_memory or (fusion != "none" and _ended_with_error(made)))
+    if not passing and not any(tried.no_memory for tried in made.tried):
         with contextlib.suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
             write_json(file, asdict(made))
     if isinstance(made, Refusal):
         raise made.error(key, remedy if made.tried else None)
     return made, False
+
+
+def _ended_with_error(made: Refusal) -> bool:
+    return any(tried.sums is None for tried in made.tried)
 
 
 def _digest(

@@ -165,6 +165,31 @@ def test_without_gradients_and_for_one_token_the_layers_are_called_as_they_are()
     assert compiled_layers.is_compiled(lm)
 
 
+def test_a_library_that_was_cut_short_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch loads each that exists: a kill while it was written would end every later start."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what `prepare` sets is taken back
+    compiled_layers.prepare(tmp_path)
+    folder = Path(compiled_layers.os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    (folder / "ab").mkdir(parents=True)
+    (folder / "locks").mkdir()
+    whole = Path(torch._C.__file__).read_bytes()
+    written = {"whole": whole, "half": whole[: len(whole) // 2], "head": whole[:40], "zeros": bytes(4096), "empty": b""}
+    for name, content in written.items():
+        (folder / "ab" / f"{name}.main.so").write_bytes(content)
+    compiled_layers.prepare(tmp_path)
+    assert [file.name for file in (folder / "ab").iterdir()] == ["whole.main.so"]
+
+
+def test_code_for_another_processor_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processors of one class, such as AVX512, may differ in the instructions that the compiler takes."""
+    known = dict(torch.cpu.get_capabilities())
+    digests = []
+    for amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: known | {"amx_tile": amx})
+        digests.append(compiled_layers._digest())
+    assert digests[0] != digests[1]
+
+
 def test_code_for_another_number_of_threads_has_a_folder_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from prefopt_dist.model.proof import cache, layers, reach
 from prefopt_dist.model.proof import prove as proving
 from prefopt_dist.model.proof.cut import cuts
 from prefopt_dist.model.proof.kinds import layer_kinds
-from prefopt_dist.model.proof.prove import Proof, prove
+from prefopt_dist.model.proof.prove import Proof, Refusal, Tried, prove
 
 KEY = "model.name_or_path"
 PATHS_OF = {
@@ -277,6 +277,17 @@ def test_a_refusal_is_kept_with_its_numbers(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(proving, "randomise", full)
     assert "no small copy of this qwen3_5_text model" in asked("alone")
     assert set(tmp_path.glob("*.json")) == before
+
+
+def test_an_error_of_a_compiler_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is of this machine or its disk: one that is mended compiles the same model."""
+    given: dict[str, Any] = {"path": "shared", "max_length": 64, "device": torch.device("cpu"), "cache": tmp_path}
+    for sums, kept in ((None, 0), (1.0, 1)):
+        refusal = Refusal("the path differs.", "", (Tried("shared", False, sums, why="CppCompileError: no space"),))
+        monkeypatch.setattr(cache, "try_paths", lambda *_, refusal=refusal, **__: refusal)
+        with pytest.raises(UserError, match="the path differs"):
+            cache.proven_path(tiny("llama"), key=KEY, fusion="layers", **given)
+        assert len(list(tmp_path.glob("*.json"))) == kept
 
 
 def test_the_random_numbers_of_a_run_do_not_depend_on_the_proof() -> None:

@@ -13,6 +13,7 @@ import torch
 import worlds
 from transformers import AutoConfig
 
+from prefopt_dist import cli
 from prefopt_dist.config import Config, identity, load_config
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import compiled_layers, fusion
@@ -115,8 +116,48 @@ def test_a_proof_that_fails(
 def test_a_run_keeps_its_choice(config: Config, proofs: list[dict[str, Any]]) -> None:
     assert choose(config, models(), {"compile": "layers"}, 0.0, CPU).fusion == "layers"
     assert choose(config, models(), {"compile": "none"}, LONG, CPU).fusion == "none"
-    begun = {"data": {"train": {"rows": 3}}}  # by a version that had no such key
+    begun = {"data": {"train": {"rows": 3}}, "starts": [{"step": 0}, {"step": None}]}  # by a version without the key
     assert choose(config, models(), begun, LONG, CPU).why == "with which the run began"
+
+
+def test_a_start_without_a_step_leaves_the_choice_open(config: Config, proofs: list[dict[str, Any]]) -> None:
+    """As the stage `reference` does, which notes data too."""
+    scored = {"data": {"train": {"rows": 3}}, "starts": [{"step": None}, {"step": None}]}
+    assert choose(config, models(), scored, LONG, CPU).fusion == "layers"
+
+
+def test_torch_compile_turned_off_in_the_environment(
+    config: Config, proofs: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Then torch would call the layers as they are, and another start with the same run would round otherwise."""
+    for name in compiled_layers.TURNED_OFF:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            found = choose(config, models(), NEW, LONG, CPU)
+            assert (found.fusion, name in found.why) == ("none", True)
+            with pytest.raises(UserError, match=rf"^model\.compile: got layers, which {name}=1 .*; unset it, or set"):
+                choose(of(tmp_path, "model.compile=layers"), models(), NEW, LONG, CPU)
+            with pytest.raises(UserError, match=r"^model\.compile: the run began with layers, which .*; unset it$"):
+                choose(config, models(), {"compile": "layers"}, LONG, CPU)
+    assert not proofs
+
+
+def test_what_the_machine_of_another_rank_lacks(config: Config, proofs: list[dict[str, Any]], tmp_path: Path) -> None:
+    lacking = "which needs a C++ compiler; install g++ (on node2)"
+    found = choose(config, models(), NEW, LONG, CPU, lacking)
+    assert (found.fusion, "(on node2)" in found.why) == ("none", True)
+    with pytest.raises(UserError, match=r"got layers, which needs .* \(on node2\), or set model\.compile=none$"):
+        choose(of(tmp_path, "model.compile=layers"), models(), NEW, LONG, CPU, lacking)
+    assert not proofs
+
+
+def test_a_run_that_began_with_layers_asks_for_its_compiler(
+    config: Config, proofs: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for model.compile=none, with which it would be another run."""
+    monkeypatch.setattr(compiled_layers, "compiler", lambda: None)
+    with pytest.raises(UserError, match=r"^model\.compile: the run began with layers, which .*; install g\+\+$"):
+        choose(config, models(), {"compile": "layers"}, LONG, CPU)
 
 
 def test_what_is_asked_for_is_done_or_refused(tmp_path: Path, proofs: list[dict[str, Any]]) -> None:
@@ -130,6 +171,22 @@ def test_what_is_asked_for_is_done_or_refused(tmp_path: Path, proofs: list[dict[
     dora = of(tmp_path, "model.compile=layers", "lora.dora=true")
     with pytest.raises(UserError, match=r"lora\.dora"):
         choose(dora, models(), NEW, LONG, CPU)
+
+
+def test_what_no_machine_could_do_is_refused_before_data_are_read(tmp_path: Path) -> None:
+    for of_run in (models("plain"), models(family="mixtral"), models(quantised=True)):
+        with pytest.raises(UserError, match=r"^model\.compile: got layers, but .*; set it to none$"):
+            choose_fusion.refuse_impossible(of(tmp_path, "model.compile=layers"), of_run)
+        choose_fusion.refuse_impossible(of(tmp_path), of_run)
+    choose_fusion.refuse_impossible(of(tmp_path, "model.compile=layers"), models())
+
+
+def test_a_check_refuses_compiled_dora(tmp_path: Path) -> None:
+    worlds.write_model(tmp_path / "model")
+    worlds.write_pairs(tmp_path / "pairs.jsonl", 4)
+    config = of(tmp_path, "model.compile=layers", "lora.dora=true", f"run.cache={tmp_path / 'cache'}")
+    with pytest.raises(UserError, match=r"^model\.compile: got layers, but adapters with lora\.dora"):
+        cli._check(config, "train")
 
 
 def test_liger_needs_a_gpu_and_its_package_and_the_family(
