@@ -21,7 +21,8 @@ from prefopt_dist.rollouts.kept_lines import append_line, read_lines
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.rewards import RewardFailure, RewardFolder, finite_or_failure, scored_ids
 from prefopt_dist.rollouts.sampling import Ids
-from prefopt_dist.rollouts.server_pool import Hangs, ServerPool
+from prefopt_dist.rollouts.server_client import Hangs
+from prefopt_dist.rollouts.server_pool import ServerPool
 from prefopt_dist.rollouts.server_protocol import ServerFault, ServerLost, ServerRefuses, text_of
 
 Form = Literal["ids", "text"]
@@ -129,7 +130,7 @@ def check_reward_server(
             raise ServerLost("it takes text alone, and no text is split into the tokens of the chat template")
         for rest in (*server_pool.RESTS, None):
             try:
-                return read_reward(await pool.post(pool.servers[0], way.path, body), len(ids))
+                return read_reward(await pool.client.post(pool.servers[0].url + way.path, body), len(ids))
             except ServerFault as e:
                 heartbeat.beat("waiting for the server of a reward")
                 if rest is None:

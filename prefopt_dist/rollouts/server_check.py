@@ -137,13 +137,15 @@ class Checker:
         reasons: list[str] = []
         for rest in (*server_pool.RESTS, None):
             reasons, passing = [], False
-            for name in dict.fromkeys([*self.names, *list(await self.pool.models(server))[:LISTED]]):
+            for name in dict.fromkeys([*self.names, *list(await self.pool.client.models(server.url))[:LISTED]]):
                 for dialect in DIALECTS:
                     if dialect != "ids" and request.text is None:
                         reasons.append(f"{dialect}: the prompt at {request.prompt.origin} cannot be written as text")
                         continue
                     try:
-                        content = await self.pool.post(server, "/v1/completions", body_of(request, dialect, name))
+                        content = await self.pool.client.post(
+                            server.url + "/v1/completions", body_of(request, dialect, name)
+                        )
                         read_reply(content, request, dialect, self.vocabulary)
                         return name, dialect
                     except ServerFault as e:
@@ -162,7 +164,7 @@ class Checker:
         """Raise ServerLost where the server says that the longest prompt and its answer are too long for it."""
         longest = max(self.prompts, key=lambda prompt: len(prompt.ids))
         tokens = len(longest.ids) + self.sampling.max_new_tokens
-        context = (await self.pool.models(server)).get(model)
+        context = (await self.pool.client.models(server.url)).get(model)
         if context is not None and tokens > context:
             raise ServerLost(
                 f"it takes at most {context} tokens (max_model_len), and the prompt at {longest.origin} and its answer "

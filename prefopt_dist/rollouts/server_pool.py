@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-import httpx2
-
-from prefopt_dist.config.secrets import MASK
-from prefopt_dist.errors import UserError, shorten
+from prefopt_dist.errors import UserError
+from prefopt_dist.rollouts.server_client import Busy, ServerClient, Unreachable
 from prefopt_dist.rollouts.server_protocol import (
     AnswerRequest,
     Dialect,
@@ -31,25 +29,10 @@ RESTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds that a server rests after each failure in a row; after one more it is left out."""
 REPEATS = 10
 """Failures of one request, between which the servers answered others, after which it is not asked again."""
-CONNECT_SECONDS = 10.0
-THIS_MACHINE = ("localhost", "127.0.0.1", "[::1]")
-"""Hosts to which no proxy leads."""
 
 
 class NoServerLeft(UserError):
     """All servers were left out."""
-
-
-class Busy(ServerFault):
-    """The server refuses more requests at once."""
-
-
-class Unreachable(ServerFault):
-    """The server has no connection, or cut one."""
-
-
-class Hangs(ServerLost):
-    """The server did not answer in time."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +118,9 @@ class ServerPool:
         self.servers = [Server(base_url(url), float(in_flight)) for url in urls]
         self.asked = Asked()
         self.most_in_flight = 0
-        self._key, self._in_flight, self._seconds, self._vocabulary = key, in_flight, request_seconds, vocabulary
-        self._client = httpx2.AsyncClient(
-            headers={} if key is None else {"Authorization": f"Bearer {key}"},
-            timeout=httpx2.Timeout(request_seconds, connect=CONNECT_SECONDS, pool=None),
-            trust_env=not direct,
-            mounts={f"all://{host}": None for host in THIS_MACHINE},
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=in_flight * len(urls)),
+        self._in_flight, self._vocabulary = in_flight, vocabulary
+        self.client = ServerClient(
+            key=key, request_seconds=request_seconds, connections=in_flight * len(urls), direct=direct
         )
         self._changed = asyncio.Event()
 
@@ -151,7 +130,7 @@ class ServerPool:
     async def __aexit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._client.aclose()
+        await self.client.close()
 
     @property
     def in_flight(self) -> int:
@@ -256,7 +235,7 @@ class ServerPool:
         server.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            reply = read(await self.post(server, path, body))
+            reply = read(await self.client.post(server.url + path, body))
         except Busy as e:
             server.limit = max(1.0, server.limit / 2)
             server.failed(str(e), sent, time.monotonic())
@@ -278,55 +257,6 @@ class ServerPool:
         server.limit = min(float(self._in_flight), server.limit + 1 / server.limit)
         self.asked.waited += time.monotonic() - sent
         return reply
-
-    async def post(self, server: Server, path: str, body: dict[str, Any]) -> Any:
-        """Send JSON to a server and return the JSON of its reply.
-
-        Raises:
-            ServerFault: no connection, or a status that may pass.
-            ServerRefuses: a status that refuses this request.
-            ServerLost: no reply in time, or one with another status or that is not JSON.
-        """
-        try:
-            response = await self._client.post(server.url + path, json=body)
-        except (httpx2.ReadTimeout, httpx2.WriteTimeout) as e:
-            raise Hangs(f"it did not answer within {self._seconds:g} s (generate.request_seconds)") from e
-        except httpx2.HTTPError as e:
-            raise Unreachable(f"it cannot be reached ({type(e).__name__}: {self._masked(str(e))})") from e
-        return self._content(response)
-
-    async def models(self, server: Server) -> dict[str, int | None]:
-        """Return the names of the models that a server lists, with their longest context where it says it."""
-        try:
-            content = self._content(await self._client.get(server.url + "/v1/models"))
-        except (httpx2.HTTPError, ServerFault, ServerLost):
-            return {}
-        rows = content.get("data") if isinstance(content, dict) else None
-        found: dict[str, int | None] = {}
-        for row in rows if isinstance(rows, list) else ():
-            if isinstance(row, dict) and isinstance(name := row.get("id"), str):
-                longest = row.get("max_model_len")
-                found[name] = longest if isinstance(longest, int) else None
-        return found
-
-    def _content(self, response: httpx2.Response) -> Any:
-        status = response.status_code
-        said = f"it answered with status {status}: {self._masked(shorten(response.text.strip()))}"
-        if status in (429, 503):
-            raise Busy(said)
-        if status >= 500 or status == 408:
-            raise ServerFault(said)
-        if status in (400, 413, 422):
-            raise ServerRefuses(said)
-        if status != 200:
-            raise ServerLost(said)
-        try:
-            return response.json()
-        except ValueError as e:
-            raise ServerLost(f"its reply is not JSON: {self._masked(shorten(response.text))}") from e
-
-    def _masked(self, text: str) -> str:
-        return text.replace(self._key, MASK) if self._key else text
 
     async def _free_server(self, refused: dict[Server, str]) -> Server:
         """Return the server with the fewest requests in flight of those that take one more; wait for one.

@@ -183,7 +183,7 @@ def test_no_proxy_leads_to_servers_that_the_job_has_started(servers: Any, monkey
             said = []
             for server in pool.servers:
                 with pytest.raises((ServerFault, ServerLost)) as raised:
-                    await pool.post(server, "/v1/completions", {"model": "no"})
+                    await pool.client.post(server.url + "/v1/completions", {"model": "no"})
                 said.append("proxy" if "no model" in str(raised.value) else "none")
             return " ".join(said)
 
