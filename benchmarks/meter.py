@@ -12,10 +12,7 @@ from typing import Any
 
 SINGLE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 """On the CPU every contestant has one thread, so that CPU seconds can be compared."""
-ALLOCATOR = {
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1073741824:"
-    "glibc.malloc.hugetlb=1"
-}
+ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1073741824"}
 """The setting of launch/env.sh; TRL gets it too, else the comparison would be one of page faults."""
 
 

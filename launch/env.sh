@@ -14,10 +14,8 @@ export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
 export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
 
 # On the CPU, activations of hundreds of megabytes are allocated and freed in each step. By default glibc returns each
-# block to the kernel, and the page faults of the next allocation take 5 to 10 % of a training step. hugetlb=1 asks for
-# pages of 2 MiB, where the kernel gives them on request (/sys/kernel/mm/transparent_hugepage/enabled: madvise) and
-# glibc is 2.35 or later: with 4 KiB ones a step takes some 3 % more.
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1073741824:glibc.malloc.hugetlb=1}"
+# block to the kernel, and the page faults of the next allocation take 5 to 10 % of a training step.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1073741824}"
 
 # On a GPU, torch's allocator grows its blocks instead of leaving holes between them, unless you have configured it
 # yourself. (Not run on a GPU.)

@@ -120,9 +120,7 @@ def equality(
     models, objective, scored, _ = ready(config, path)
     engine = make_engine(config, models)
     order = Order(scored.rows.source, scored.rows.weights, config.run.seed, G)
-    exact_policy = exact_start(folder / of)
-    exact_reference = plain.build_plain(folder / against)
-    found: dict[str, Any] = {"loss": [], "metrics": [], "gradient": [], "sizes": [], "micro_batches": [], "ids": []}
+    taken = []
     for index in range(steps or order.steps_per_epoch):
         rows = order.step(index).rows.tolist()
         batch = step_batch(scored, rows, objective.responses, budget, path=path, group=models.group)
@@ -130,6 +128,27 @@ def equality(
         sums, _ = step.reduce_metrics(packed, Request(False, False))
         means = statistics.means(objective.metrics, sums, objective.counted_by)
         grads = {n: safe_get_full_grad(p) for n, p in engine.module.lm.named_parameters() if p.requires_grad}
+        taken.append((rows, len(batch), means, {n: grad.double() for n, grad in grads.items()}))
+        engine.optimizer.zero_grad()
+    zero3.release(engine)
+    exact = partial(beside_exact, taken, scored, loss, folder, of, against, exact_start)
+    return ranks.run_on_rank_zero(exact)  # once is enough: the other ranks' numbers are the same
+
+
+def beside_exact(
+    taken: list[tuple[list[int], int, dict[str, float], dict[str, torch.Tensor]]],
+    scored: ScoredRows,
+    loss: dict[str, object],
+    folder: Path,
+    of: str,
+    against: str,
+    exact_start: Callable[[Path], Any],
+) -> dict:
+    """What `equality` returns, of the rows, micro-batches, metrics and gradients of each step."""
+    exact_policy = exact_start(folder / of)
+    exact_reference = plain.build_plain(folder / against)
+    found: dict[str, Any] = {"loss": [], "metrics": [], "gradient": [], "sizes": [], "micro_batches": [], "ids": []}
+    for rows, micro_batches, means, grads in taken:
         exact_policy.zero_grad()
         expected = exact_step(exact_policy, exact_reference, scored, rows, loss)
         expected["loss_tensor"].backward()
@@ -137,15 +156,13 @@ def equality(
         trained = {n: p for n, p in exact_policy.named_parameters() if p.requires_grad}
         assert grads.keys() == trained.keys(), sorted(grads.keys() ^ trained.keys())[:4]
         for n, p in trained.items():
-            worst = max(worst, float((grads[n].double() - p.grad).norm() / p.grad.norm()))
+            worst = max(worst, float((grads[n] - p.grad).norm() / p.grad.norm()))
         found["gradient"].append(worst)
         found["loss"].append([means["loss"], expected["loss"]])
         found["metrics"].append([means, {k: v for k, v in expected.items() if k != "loss_tensor"}])
         found["sizes"].append(len(rows))
-        found["micro_batches"].append(len(batch))
+        found["micro_batches"].append(micro_batches)
         found["ids"].append(rows)
-        engine.optimizer.zero_grad()
-    zero3.release(engine)
     return found
 
 
@@ -240,34 +257,42 @@ def family(folder: Path) -> dict:
     models, _, scored, _ = ready(config)
     engine = make_policy(config, models)
     rows = list(range(G))
-    policy, reference = (plain.build_plain(folder / name) for name in ("model", "reference"))
-    live = plain_pairs(policy, scored.rows, rows)
-    with torch.no_grad():
-        start = plain_pairs(reference, scored.rows, rows)
-    lengths = torch.tensor([[len(scored.rows.response(i, k)) for k in (0, 1)] for i in rows], dtype=torch.float64)
-    found: dict[str, Any] = {}
+    taken: dict[str, list[Any]] = {}
     for name, options in FAMILY.items():
         objective = factory.make_objective(_build_loss(options, "loss"), torch.float32)
         data = scored if objective.needs_reference else ScoredRows(scored.rows, None)
-        terms, reward = plain.pair_loss(options, live, start, lengths)
-        policy.zero_grad()
-        terms.mean().backward(retain_graph=True)
-        exact = {n: p.grad.clone() for n, p in policy.named_parameters()}
         for budget in (150, 100_000):
             batch = step_batch(data, rows, 2, budget)
             sums, _ = step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
             means = statistics.means(objective.metrics, sums, objective.counted_by)
-            grads = {n: safe_get_full_grad(p) for n, p in engine.module.lm.named_parameters()}
+            grads = {n: safe_get_full_grad(p).double() for n, p in engine.module.lm.named_parameters()}
             engine.optimizer.zero_grad()
-            found[f"{name}, {budget}"] = {
-                "micro_batches": len(batch),
-                "loss": [means["loss"], terms.mean().item()],
-                "margin": [means["rewards/margins"], (reward[:, 0] - reward[:, 1]).mean().item()],
-                "gradient": max(float((grads[n].double() - exact[n]).norm() / exact[n].norm()) for n in exact),
-                "metrics": means,
-            }
+            taken.setdefault(name, []).append((budget, len(batch), means, grads))
     zero3.release(engine)
-    return found
+
+    def beside_exact() -> dict:
+        policy, reference = (plain.build_plain(folder / name) for name in ("model", "reference"))
+        live = plain_pairs(policy, scored.rows, rows)
+        with torch.no_grad():
+            start = plain_pairs(reference, scored.rows, rows)
+        lengths = torch.tensor([[len(scored.rows.response(i, k)) for k in (0, 1)] for i in rows], dtype=torch.float64)
+        found: dict[str, Any] = {}
+        for name, options in FAMILY.items():
+            terms, reward = plain.pair_loss(options, live, start, lengths)
+            policy.zero_grad()
+            terms.mean().backward(retain_graph=True)
+            exact = {n: p.grad for n, p in policy.named_parameters()}
+            for budget, micro_batches, means, grads in taken[name]:
+                found[f"{name}, {budget}"] = {
+                    "micro_batches": micro_batches,
+                    "loss": [means["loss"], terms.mean().item()],
+                    "margin": [means["rewards/margins"], (reward[:, 0] - reward[:, 1]).mean().item()],
+                    "gradient": max(float((grads[n] - exact[n]).norm() / exact[n].norm()) for n in exact),
+                    "metrics": means,
+                }
+        return found
+
+    return ranks.run_on_rank_zero(beside_exact)
 
 
 def plain_pairs(model: Any, data: TokenisedRows, rows: list[int]) -> torch.Tensor:
@@ -361,44 +386,55 @@ def kto(folder: Path) -> dict:
 def aot(folder: Path) -> dict:
     """A step under many micro-batches and one, against the sorted values of its pairs in float64; evaluation."""
     found: dict[str, Any] = {}
+    rows = list(range(G))
     for name in ("aot", "aot_unpaired"):
         loss = {"name": name, "beta": 0.05, "label_smoothing": 0.1}
         config = config_for(folder, name, loss=loss, reference={"name_or_path": str(folder / "reference")})
         models, objective, scored, _ = ready(config)
         engine = make_policy(config, models)
-        policy, reference = (plain.build_plain(folder / model) for model in ("model", "reference"))
-
-        def exact(
-            rows: list[int], name: str = name, scored: ScoredRows = scored, models: Any = (policy, reference)
-        ) -> Any:
-            live, start = (plain_pairs(model, scored.rows, rows) for model in models)
-            if name == "aot":
-                high, low = (torch.sort(x[:, 0] - x[:, 1])[0] for x in (live, start))
-            else:
-                high, low = (torch.sort((live - start)[:, k])[0] for k in (0, 1))
-            margin = 0.05 * (high - low)
-            zero = torch.zeros_like(margin)
-            return (0.9 * torch.logaddexp(zero, -margin) + 0.1 * torch.logaddexp(zero, margin)).mean()
-
-        rows = list(range(G))
-        expected = exact(rows)
-        policy.zero_grad()
-        expected.backward()
+        taken = []
         for budget in (150, 100_000):
             batch = step_batch(scored, rows, 2, budget)
             sums, _ = step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
             grads = {n: safe_get_full_grad(p).double() for n, p in engine.module.lm.named_parameters()}
             engine.optimizer.zero_grad()
-            of = {n: p.grad for n, p in policy.named_parameters()}
-            found[f"{name}, {budget}"] = {
-                "loss": [sums[0] / sums[-1], expected.item()],
-                "gradient": max(float((grads[n] - of[n]).norm() / of[n].norm()) for n in grads),
-                "micro_batches": len(batch),
-            }
-        with torch.no_grad():
-            whole = exact(list(range(scored.rows.n))).item()
-        found[f"{name}, evaluation"] = {"loss": [evaluate(engine, objective, {"": scored}, 150)["eval/loss"], whole]}
+            taken.append((budget, len(batch), sums[0] / sums[-1], grads))
+        evaluated = evaluate(engine, objective, {"": scored}, 150)["eval/loss"]
         zero3.release(engine)
+        found |= ranks.run_on_rank_zero(
+            partial(beside_sorted_values, folder, name, scored.rows, rows, taken, evaluated)
+        )
+    return found
+
+
+def beside_sorted_values(
+    folder: Path, name: str, data: TokenisedRows, rows: list[int], taken: list[Any], evaluated: float
+) -> dict:
+    """What `aot` returns of one loss, of the budget, micro-batches, loss and gradients of each step."""
+    policy, reference = (plain.build_plain(folder / model) for model in ("model", "reference"))
+
+    def exact(rows: list[int]) -> Any:
+        live, start = (plain_pairs(model, data, rows) for model in (policy, reference))
+        if name == "aot":
+            high, low = (torch.sort(x[:, 0] - x[:, 1])[0] for x in (live, start))
+        else:
+            high, low = (torch.sort((live - start)[:, k])[0] for k in (0, 1))
+        margin = 0.05 * (high - low)
+        zero = torch.zeros_like(margin)
+        return (0.9 * torch.logaddexp(zero, -margin) + 0.1 * torch.logaddexp(zero, margin)).mean()
+
+    expected = exact(rows)
+    expected.backward()
+    of = {n: p.grad for n, p in policy.named_parameters()}
+    with torch.no_grad():
+        whole = exact(list(range(data.n))).item()
+    found: dict[str, Any] = {f"{name}, evaluation": {"loss": [evaluated, whole]}}
+    for budget, micro_batches, loss, grads in taken:
+        found[f"{name}, {budget}"] = {
+            "loss": [loss, expected.item()],
+            "gradient": max(float((grads[n] - of[n]).norm() / of[n].norm()) for n in grads),
+            "micro_batches": micro_batches,
+        }
     return found
 
 

@@ -58,42 +58,48 @@ def ranked_values(folder: Path) -> dict:
     models, _, scored, _ = rank_cases.ready(config)
     engine = rank_cases.make_policy(config, models)
     data, every = scored.rows, list(range(scored.rows.n))
-    policy, reference = (plain.build_plain(folder / name) for name in ("model", "reference"))
-    ratios, best = [], []
-    for i in every:
-        responses = [data.response(i, k) for k in range(data.responses_held(i))]
-        live = [plain.sequence_logp(policy, data.prompt(i), r) for r in responses]
-        with torch.no_grad():
-            start = [plain.sequence_logp(reference, data.prompt(i), r) for r in responses]
-        ratios.append([BETA * (a - b) for a, b in zip(live, start, strict=True)])
-        best.append(live[0].item())
-    given = [[SCORES.index(s) for s in SCORES[: len(row)]] for row in ratios]  # equal scores have the first's index
-    found: dict[str, Any] = {"held": sorted(map(len, ratios)), "responses": data.responses}
+    rows, taken = every[: rank_cases.G], []
     for name in ("plackett_luce", "all_pairs"):
         objective = factory.make_objective(_build_loss({"name": name, "beta": BETA}, "loss"), torch.float32)
-        losses = torch.stack([plain.ranked_loss(name, r, g) for r, g in zip(ratios, given, strict=True)])
-        policy.zero_grad()
-        rows = every[: rank_cases.G]
-        losses[: len(rows)].mean().backward(retain_graph=True)
-        exact = {n: p.grad.clone() for n, p in policy.named_parameters()}
         for budget in (150, 100_000):
             batch = step_batch(scored, rows, objective.responses_of(data.responses), budget)
             packed = step.forward_backward(engine, batch, objective, None)
             sums, _ = step.reduce_metrics(packed, Request(False, False))
             means = statistics.means(objective.metrics, sums, objective.counted_by)
-            grads = {n: safe_get_full_grad(p) for n, p in engine.module.lm.named_parameters()}
+            grads = {n: safe_get_full_grad(p).double() for n, p in engine.module.lm.named_parameters()}
             engine.optimizer.zero_grad()
             evaluated = evaluate(engine, objective, {"": scored}, budget)
+            taken.append((name, budget, len(batch), means, grads, evaluated))
+    zero3.release(engine)
+
+    def beside_exact() -> dict:
+        policy, reference = (plain.build_plain(folder / name) for name in ("model", "reference"))
+        ratios, best = [], []
+        for i in every:
+            responses = [data.response(i, k) for k in range(data.responses_held(i))]
+            live = [plain.sequence_logp(policy, data.prompt(i), r) for r in responses]
+            with torch.no_grad():
+                start = [plain.sequence_logp(reference, data.prompt(i), r) for r in responses]
+            ratios.append([BETA * (a - b) for a, b in zip(live, start, strict=True)])
+            best.append(live[0].item())
+        given = [[SCORES.index(s) for s in SCORES[: len(row)]] for row in ratios]  # equal scores have the first's index
+        found: dict[str, Any] = {"held": sorted(map(len, ratios)), "responses": data.responses}
+        for name, budget, micro_batches, means, grads, evaluated in taken:
+            losses = torch.stack([plain.ranked_loss(name, r, g) for r, g in zip(ratios, given, strict=True)])
+            policy.zero_grad()
+            losses[: len(rows)].mean().backward(retain_graph=True)
+            exact = {n: p.grad for n, p in policy.named_parameters()}
             found[f"{name}, {budget}"] = {
-                "micro_batches": len(batch),
+                "micro_batches": micro_batches,
                 "loss": [means["loss"], losses[: len(rows)].mean().item()],
                 "logps": [means["logps/chosen"], sum(best[: len(rows)]) / len(rows)],
                 "evaluated": [evaluated["eval/loss"], losses.mean().item()],
                 "rows": evaluated["eval/rows"],
-                "gradient": max(float((grads[n].double() - exact[n]).norm() / exact[n].norm()) for n in exact),
+                "gradient": max(float((grads[n] - exact[n]).norm() / exact[n].norm()) for n in exact),
             }
-    zero3.release(engine)
-    return found
+        return found
+
+    return ranks.run_on_rank_zero(beside_exact)
 
 
 def ranked_run(folder: Path) -> dict:
