@@ -309,24 +309,30 @@ WHOLE_RUNS: dict[str, dict[str, object]] = {
 
 def whole_runs(folder: Path) -> dict:
     """With evaluation; KTO once more, crashed in its fourth step behind a checkpoint: it must end as the other."""
-    found: dict[str, Any] = {}
-    for name, loss, crash in (*((n, loss, False) for n, loss in WHOLE_RUNS.items()), ("kto", WHOLE_RUNS["kto"], True)):
-        config = config_for(
-            folder,
-            f"{name}-{'crashed' if crash else 'whole'}",
-            loss=loss,
-            data={"eval": str(folder / "pairs.jsonl")},
-            train={"max_steps": 4},
-            eval={"every_steps": 2},
-            checkpoint={"every_steps": 3},
-        )
-        if crash:
-            with Crash(step=4), pytest.raises(ConnectionAbortedError):
-                train.run(config)
-        train.run(config)
-        found[config.run_dir.name] = ranks.run_on_rank_zero(partial(the_end, config.run_dir))
+    found = whole_run(folder, "kto") | whole_run(folder, "kto", crash=True)
     found["run-weighted-whole"] = weighted_run(folder)
     return found
+
+
+def more_whole_runs(folder: Path) -> dict:
+    return whole_run(folder, "kto-zero") | whole_run(folder, "mix")
+
+
+def whole_run(folder: Path, name: str, *, crash: bool = False) -> dict:
+    config = config_for(
+        folder,
+        f"{name}-{'crashed' if crash else 'whole'}",
+        loss=WHOLE_RUNS[name],
+        data={"eval": str(folder / "pairs.jsonl")},
+        train={"max_steps": 4},
+        eval={"every_steps": 2},
+        checkpoint={"every_steps": 3},
+    )
+    if crash:
+        with Crash(step=4), pytest.raises(ConnectionAbortedError):
+            train.run(config)
+    train.run(config)
+    return {config.run_dir.name: ranks.run_on_rank_zero(partial(the_end, config.run_dir))}
 
 
 def weighted_run(folder: Path) -> dict[str, Any]:

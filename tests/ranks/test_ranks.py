@@ -38,6 +38,7 @@ TWO_ONLY += [*PATHS, "moved_values", "moving_reference", "ranked_values", "ranke
 
 SLOW_STEPS = ["dpo_one_micro_batch", "dpo_small_blocks", "dpo_phi3", "dpo_gemma2", "dpo_stage_2", "ipo", "lora_gemma2"]
 SLOW = [*SLOW_STEPS, "kto_one_micro_batch", "wpo", "moving_reference", "lora_from", "early_stop", "ranked_run"]
+SLOW += ["more_whole_runs"]
 """Kin of cases that stay in the quick tests"""
 
 
@@ -170,8 +171,8 @@ def test_kto_in_one_micro_batch(slow_world: tuple[int, Path]) -> None:
     assert got["loss"] == pytest.approx(exact["loss"], rel=1e-5) == pytest.approx(other["loss"], rel=1e-5)
 
 
-def test_whole_runs_of_kto_and_a_mix(world: tuple[int, Path]) -> None:
-    """With evaluation on pairs and metrics of their own; KTO resumes to the same bits and rows."""
+def test_a_whole_run_of_kto(world: tuple[int, Path]) -> None:
+    """With evaluation on pairs and metrics of its own; it resumes to the same bits and rows."""
     if world[0] == 1:
         pytest.skip("two ranks")
     result = found(world, "whole_runs")
@@ -179,17 +180,27 @@ def test_whole_runs_of_kto_and_a_mix(world: tuple[int, Path]) -> None:
     assert again["starts"] == [0, 3]
     assert again["weights"] == result["run-kto-whole"]["weights"]
     assert again["rows"] == result["run-kto-whole"]["rows"]
-    assert {row.get("eval/kto/z0", 0) for row in result["run-kto-zero-whole"]["rows"]} == {0}
-    # All have a closed form at the start: λ/2, and ln 2 + ½ ln 2 + 0.05 / (2 · 0.1)².
-    cases = (("kto", "kto/z0", 0.5), ("kto-zero", "kto/z0", 0.5), ("mix", "robust_loss", 1.5 * math.log(2) + 1.25))
-    for name, own, at_start in cases:
-        rows = result[f"run-{name}-whole"]["rows"]
-        assert [r["step"] for r in rows if r["kind"] == "eval"] == [0, 2, 4]
-        assert all(f"{row['kind']}/{own}" in row for row in rows)
-        assert rows[0]["eval/loss"] == pytest.approx(at_start, rel=1e-4)
-        assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
-        assert (rows[0]["eval/rewards/accuracies"], rows[0]["eval/ties"]) == (0, 1)
-        assert rows[-1]["eval/rewards/accuracies"] > 0.5
+    check_whole_run(result["run-kto-whole"]["rows"], "kto/z0", at_start=0.5)  # λ/2
+
+
+@pytest.mark.slow
+def test_whole_runs_of_kto_from_zero_and_a_mix(slow_world: tuple[int, Path]) -> None:
+    result = found(slow_world, "more_whole_runs")
+    rows = result["run-kto-zero-whole"]["rows"]
+    assert {row.get("eval/kto/z0", 0) for row in rows} == {0}
+    check_whole_run(rows, "kto/z0", at_start=0.5)
+    # ln 2 + ½ ln 2 + 0.05 / (2 · 0.1)²
+    check_whole_run(result["run-mix-whole"]["rows"], "robust_loss", at_start=1.5 * math.log(2) + 1.25)
+
+
+def check_whole_run(rows: list[dict[str, Any]], own: str, at_start: float) -> None:
+    """A run of 4 steps has a metric of its own, begins at the loss's closed form, and has learnt."""
+    assert [r["step"] for r in rows if r["kind"] == "eval"] == [0, 2, 4]
+    assert all(f"{row['kind']}/{own}" in row for row in rows)
+    assert rows[0]["eval/loss"] == pytest.approx(at_start, rel=1e-4)
+    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
+    assert (rows[0]["eval/rewards/accuracies"], rows[0]["eval/ties"]) == (0, 1)
+    assert rows[-1]["eval/rewards/accuracies"] > 0.5
 
 
 def test_a_whole_run_with_weights_and_margins(world: tuple[int, Path]) -> None:
