@@ -45,8 +45,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def compare(name: str, checkpointing: bool) -> None:
-    """The assertions of test_scorer.py."""
+def compare(name: str, checkpointing: bool) -> dict[str, float]:
+    """Return the relative errors of log-probs, loss and gradients beside plain float64, after a compiled step."""
     lm = make(name)
     exact = plain.build_plain(lm)
     if checkpointing:
@@ -56,21 +56,33 @@ def compare(name: str, checkpointing: bool) -> None:
     units = pairs()
     reference = references(units)
     terms = Scorer(lm)(pack(units, 2), DPO(0.3, 0.1), reference)
-    (terms.loss / len(units)).backward()
+    loss = terms.loss / len(units)
+    loss.backward()
     sums = plain_sums(exact, units)
     expected = plain.dpo(sums, reference, 0.3, 0.1)
     expected["loss"].backward()
-    assert counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"
-    assert apart(terms.sums, sums.detach()) <= 1e-6
-    assert (terms.loss / len(units)).item() == pytest.approx(expected["loss"].item(), rel=1e-5)
     error, tensor = worst(gradients(lm), gradients(exact))
-    assert error <= 1e-5, f"{tensor}: {error}"
+    return {
+        "log-probs": apart(terms.sums, sums.detach()),
+        "loss": apart(loss.detach(), expected["loss"].detach()),
+        f"gradient of {tensor}": error,
+    }
+
+
+BOUNDS = [1e-6, 1e-5, 1e-5]
+"""Of the errors that `compare` returns, as in test_scorer.py."""
+
+
+def beyond(errors: dict[str, float]) -> dict[str, float]:
+    """Return the errors that are not within their bounds; a NaN is not."""
+    return {of: error for (of, error), most in zip(errors.items(), BOUNDS, strict=True) if not error <= most}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", QUICK)
 def test_traced_layers_equal_plain_float64(name: str, checkpointing: bool) -> None:
-    compare(name, checkpointing)
+    assert beyond(compare(name, checkpointing)) == {}
+    assert counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"
 
 
 def compiled(name: str) -> Any:
@@ -102,13 +114,15 @@ def test_compiled_layers_equal_plain_float64(
     """Every family of the shared path but mixtures of experts, whose loads are counted inside of the layers."""
     monkeypatch.setattr(compiled_layers, "BACKEND", "inductor")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
-    compare(name, checkpointing=False)
+    assert beyond(compare(name, checkpointing=False)) == {}
+    assert counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"
 
 
 def test_long_rows_take_the_kernel_of_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no gradient of its own, so that the operator computes it again under autograd."""
     monkeypatch.setattr(attention, "MOST_KEYS_IN_BLOCKS", 1)
-    compare("mistral-window", checkpointing=False)
+    assert beyond(compare("mistral-window", checkpointing=False)) == {}
+    assert counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"
 
 
 @pytest.mark.parametrize(("name", "kinds"), [("llama-tied", 1), ("gemma2", 2)])
