@@ -38,15 +38,16 @@ from prefopt_dist.planning.roofline.table import Roofline
 from prefopt_dist.planning.sizes import model_sizes
 
 T, D, A, K, M, V, N = 640, 64, 128, 32, 160, 512, 200
-LLAMA = LlamaConfig(
-    hidden_size=D,
-    intermediate_size=M,
-    num_hidden_layers=3,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=16,
-    vocab_size=V,
-)
+SIZES: dict[str, Any] = {
+    "hidden_size": D,
+    "intermediate_size": M,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": V,
+}
+LLAMA = LlamaConfig(**SIZES)
 SEGMENTS = (Segment(0, 0, 0, 200), Segment(0, 150, 200, 320), Segment(320, 320, 320, T))
 ROW = RowFacts(T, N, SEGMENTS)
 H100 = Device(989e12, 3.35e12)
@@ -272,7 +273,7 @@ def roofline(config: PreTrainedConfig, again: float = 0.0, dtype: torch.dtype = 
     """Of a row on eight H100."""
     sizes = model_sizes(config, dtype, 0)
     kernels = step_kernels(config, sizes, ZERO, ROW, dtype=dtype, on_gpu=True, ranks=8, again=again)
-    least = 3 * 2 * T * sum(p for p, _ in [(sizes.parameters - 2 * sizes.head, 0)])
+    least = 3 * 2 * T * (sizes.parameters - 2 * sizes.head)
     return Roofline.of(kernels, max(least, 1.0), again, H100)
 
 
@@ -293,16 +294,7 @@ def test_every_family_has_a_roofline(family: str) -> None:
 
 def test_the_floor_has_no_pairs_beyond_a_window() -> None:
     """So that the bound of the MFU stays below 1 where a row is much longer than the layers' window."""
-    config = MistralConfig(
-        hidden_size=D,
-        intermediate_size=M,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=V,
-        sliding_window=64,
-    )
+    config = MistralConfig(**SIZES, sliding_window=64)
     needs: Any = SimpleNamespace(sizes=model_sizes(config, torch.bfloat16, 0), policy=ZERO)
     cost = forward_cost(config)
     pairs = attention.attended(SEGMENTS, None), attention.attended(SEGMENTS, 64)
