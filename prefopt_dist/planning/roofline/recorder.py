@@ -6,13 +6,14 @@ is read once, a change in place is read and written. On the meta device nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from prefopt_dist.planning.roofline.kernels import Kernel, Moved, Step
@@ -45,19 +46,15 @@ WRITES_ALONE = ("copy_", "fill_", "zero_")
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A record of the kernels that run inside it."""
 
-    def __init__(self, part_of: Callable[[nn.Module | None, bool], tuple[str, int | None]]) -> None:
-        """Begin an empty record.
-
-        Args:
-            part_of: the part and the layer of a module's kernel, by the module (None where it is not known) and by
-                whether the kernel is a matrix product.
-        """
+    def __init__(self) -> None:
+        """Begin an empty record."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.kernels: list[Kernel] = []
+        self.module_of: dict[int, nn.Module | None] = {}
+        """By the index of each kernel that ran: the module that computed it, None where it is not known"""
         self.step: Step = "forward"
         self.module: nn.Module | None = None
         self.of_node: dict[Any, nn.Module] = {}
-        self._part_of = part_of
         self._storages: dict[int, tuple[int, Any]] = {}  # they are held, since a new one could get a freed one's number
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -65,8 +62,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = kwargs or {}
         out = func(*args, **given)
         name = func._overloadpacket.__name__
-        tensors = [x for x in flat((args, tuple(given.values()))) if isinstance(x, torch.Tensor)]
-        results = [x for x in flat(out) if isinstance(x, torch.Tensor)]
+        tensors, results = tensors_in((args, given)), tensors_in(out)
         changes = func._schema.is_mutable
         taken = {x.untyped_storage()._cdata for x in tensors}
         is_view = not changes and any(x.untyped_storage()._cdata in taken for x in results)
@@ -92,17 +88,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif name == "embedding_dense_backward":  # rows are added to zeros
             read.append((results[0], _bytes(tensors[0])))
             written[0] = results[0], _bytes(results[0]) + _bytes(tensors[0])
-        part, layer = self._part_of(self._module(), product)
+        self.module_of[len(self.kernels)] = self._module()
         numbers = max([x.numel() for x in results + tensors if x.dtype.is_floating_point], default=0)
         self.kernels.append(
             Kernel(
                 name,
-                part,
+                "",
                 self.step,
                 float(numbers * (EXPONENTIAL if name in EXPONENTIALS else 1) if flop is None else flop),
                 self._moved(read),
                 self._moved(written),
-                layer,
                 fusible=not product,
             )
         )
@@ -152,10 +147,6 @@ def _bytes(x: torch.Tensor) -> float:
     return float(numbers * x.element_size())
 
 
-def flat(value: Any) -> Iterator[Any]:
-    """Yield what is in tuples and lists, and in those within them."""
-    if isinstance(value, tuple | list):
-        for of in value:
-            yield from flat(of)
-    else:
-        yield value
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in tuples, lists, dictionaries and outputs of models, and in those within them."""
+    return [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)]

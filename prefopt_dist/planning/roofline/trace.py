@@ -7,9 +7,9 @@ meta device's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,15 +22,13 @@ from prefopt_dist.model.attention import CHOOSING, needs_of_call
 from prefopt_dist.model.counting import AttentionCall, experts_in_order, meta_model, position_arguments
 from prefopt_dist.model.parts import backbone, decoder_layers
 from prefopt_dist.planning.roofline.kernels import Kernel, Step
-from prefopt_dist.planning.roofline.recorder import Recorder, flat
+from prefopt_dist.planning.roofline.recorder import Recorder, tensors_in
 
 NAME = "prefopt_traced"
 
 NORMS, ROTARY, RESIDUALS = "norms", "rotary embedding", "residuals, sums of gradients"
 ATTENTION_PRODUCTS, MLP_PRODUCTS = "Q, K, V, O products", "MLP products"
 ACTIVATION, EMBEDDING, STATES, OTHER = "gated activation", "embedding", "selected states", "other"
-
-_NOTE = "module "
 
 OfAttention = Callable[[AttentionCall, Step], Sequence[Kernel]]
 """Returns the kernels of an attention by its shapes and its pass."""
@@ -61,7 +59,7 @@ def trace_backbone(
     lm.set_attn_implementation(NAME)
     lm.config._experts_implementation = NAME
     parts = _Parts(lm)
-    recorder = Recorder(parts.of)
+    recorder = Recorder()
     with torch.device("meta"):
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         positions = torch.arange(tokens)[None]
@@ -78,7 +76,8 @@ def trace_backbone(
             selected.backward(gradient)
     finally:
         _tracing = None
-    return [parts.named(kernel) for kernel in recorder.kernels]
+    ran = recorder.module_of
+    return [parts.placed(kernel, ran[i]) if i in ran else kernel for i, kernel in enumerate(recorder.kernels)]
 
 
 class _Parts:
@@ -88,10 +87,9 @@ class _Parts:
         layers = {id(layer): i for i, layer in enumerate(decoder_layers(lm))}
         self.states = nn.Identity()
         self.attends: set[int] = set()
-        """Modules that call the attention, which are known when they have done so"""
+        """Modules that call the attention, which are known when they have done so: after their first kernels"""
         self._chain: dict[int, tuple[nn.Module, ...]] = {}
         self._layer: dict[int, int] = {}
-        self._modules: list[nn.Module | None] = []
 
         def walk(module: nn.Module, above: tuple[nn.Module, ...], layer: int | None) -> None:
             layer = layers.get(id(module), layer)
@@ -103,19 +101,16 @@ class _Parts:
 
         walk(lm, (), None)
 
-    def of(self, module: nn.Module | None, product: bool) -> tuple[str, int | None]:
-        """Return a note of the module as the kernel's part for the time being, and its layer."""
-        self._modules.append(module)
-        return f"{_NOTE}{len(self._modules) - 1} {int(product)}", self._layer.get(id(module))
+    def layer_of(self, module: nn.Module | None) -> int | None:
+        """Return the number of the decoder layer that a module is in; None outside of the layers."""
+        return self._layer.get(id(module))
 
-    def named(self, kernel: Kernel) -> Kernel:
-        """Return a recorded kernel with the name of its part."""
-        if not kernel.part.startswith(_NOTE):
-            return kernel
-        number, product = kernel.part.removeprefix(_NOTE).split()
-        return replace(kernel, part=self._name(kernel.name, self._modules[int(number)], product == "1"))
+    def placed(self, kernel: Kernel, module: nn.Module | None) -> Kernel:
+        """Return a kernel with its part and layer, by the module that computed it."""
+        part = self._name(kernel.name, module, product=not kernel.fusible)
+        return replace(kernel, part=part, layer=self.layer_of(module))
 
-    def _name(self, kernel: str, module: nn.Module | None, product: bool) -> str:
+    def _name(self, kernel: str, module: nn.Module | None, *, product: bool) -> str:
         if module is self.states:
             return STATES
         chain = self._chain.get(id(module), ())
@@ -137,13 +132,13 @@ class _Parts:
         return EMBEDDING if isinstance(module, nn.Embedding) else OTHER
 
 
+@dataclass(frozen=True)
 class _Tracing:
     """What the functions below need while a model is traced."""
 
-    def __init__(self, recorder: Recorder, parts: _Parts, of_attention: OfAttention) -> None:
-        self.recorder = recorder
-        self.parts = parts
-        self.of_attention = of_attention
+    recorder: Recorder
+    parts: _Parts
+    of_attention: OfAttention
 
 
 _tracing: _Tracing | None = None
@@ -155,17 +150,16 @@ def _watched(lm: nn.Module, recorder: Recorder) -> Iterator[None]:
     handles, above = [], []
 
     def enter(module: nn.Module, given: Any, named: Any) -> None:
-        for x in flat((given, tuple(named.values()))):
-            if isinstance(x, torch.Tensor) and recorder.module is not None:
+        if recorder.module is not None:
+            for x in tensors_in((given, named)):
                 _label(recorder, x, recorder.module)
         above.append(recorder.module)
         recorder.module = module
 
     def leave(module: nn.Module, _: Any, out: Any) -> None:
         recorder.module = above.pop()
-        for x in flat(tuple(out.values()) if isinstance(out, Mapping) else out):
-            if isinstance(x, torch.Tensor):
-                _label(recorder, x, module)
+        for x in tensors_in(out):
+            _label(recorder, x, module)
 
     for module in lm.modules():
         handles += [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
@@ -193,7 +187,7 @@ def _traced_attention(
     needs = needs_of_call(module, query, value, {name: given.get(name) for name in CHOOSING})
     call = AttentionCall(needs, query.shape[1], key.shape[1])
     _tracing.parts.attends.add(id(module))
-    layer = _tracing.parts._layer.get(id(module))
+    layer = _tracing.parts.layer_of(module)
     out: torch.Tensor = _TracedAttention.apply(query, key, value, layer, call)  # type: ignore[no-untyped-call]
     return out, None
 
