@@ -230,14 +230,13 @@ def _cpu_takes(needs: LayerNeeds, dtype: torch.dtype, device: torch.device) -> b
 
 
 def _blocks_or_segments(x: Operands, needs: LayerNeeds) -> torch.Tensor:
-    if keys_per_query(x.segments, needs.window) <= MOST_KEYS_IN_BLOCKS:
+    if not has_long_segments(x.segments, needs.window):
         return _blocks(x, needs)
     return segment_attention(x.query, x.key, x.value, x.segments, x.scaling, needs.window)
 
 
 def _blocks_unless_long(x: Operands, needs: LayerNeeds, grad: torch.Tensor) -> Gradients | None:
-    short = keys_per_query(x.segments, needs.window) <= MOST_KEYS_IN_BLOCKS
-    return _block_gradients(x, needs, grad) if short else None
+    return None if has_long_segments(x.segments, needs.window) else _block_gradients(x, needs, grad)
 
 
 def _blocks(x: Operands, needs: LayerNeeds) -> torch.Tensor:
@@ -312,6 +311,11 @@ def keys_per_query(segments: tuple[Segment, ...], window: int | None) -> float:
     """Return the mean length of the keys of the segment of a query, at most the window."""
     lengths = [(s.end - s.start, s.prefix_end - s.prefix_start + s.end - s.start) for s in segments]
     return sum(q * (k if window is None else min(k, window)) for q, k in lengths) / sum(q for q, _ in lengths)
+
+
+def has_long_segments(segments: tuple[Segment, ...], window: int | None) -> bool:
+    """Return whether a CPU computes a row segment by segment, where it can."""
+    return keys_per_query(segments, window) > MOST_KEYS_IN_BLOCKS
 
 
 def segment_attention(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from prefopt_dist.batching.micro_batch import Segment
-from prefopt_dist.model.attention import MOST_KEYS_IN_BLOCKS, keys_per_query
+from prefopt_dist.model.attention import has_long_segments
 from prefopt_dist.model.block_attention import CPU_BLOCKS, GPU_BLOCKS, BlockBytes, BlockSize, Tile, grouped, tiles
 from prefopt_dist.model.counting import AttentionCall
 from prefopt_dist.planning.roofline.kernels import Kernel, Step
@@ -27,11 +27,10 @@ def attended(segments: Sequence[Segment], window: int | None) -> int:
     """Return the pairs of a query and a key that it sees."""
     pairs = 0
     for s in segments:
-        queries, keys = s.end - s.start, s.prefix_end - s.prefix_start + s.end - s.start
-        if window is None or window >= keys:
-            pairs += queries * (keys - queries) + queries * (queries + 1) // 2
-        else:
-            pairs += sum(min(window, keys - queries + i + 1) for i in range(queries))
+        queries, prefix = s.end - s.start, s.prefix_end - s.prefix_start
+        seen = prefix + queries if window is None else window
+        all_before = min(queries, max(0, seen - prefix))  # queries that see all keys before them
+        pairs += all_before * prefix + all_before * (all_before + 1) // 2 + (queries - all_before) * seen
     return pairs
 
 
@@ -58,7 +57,7 @@ def attention_kernels(
     if flash:
         return list(_flash(call, step, segments, item))
     by_call = not on_gpu and call.needs.cap is None and not call.needs.sinks
-    if by_call and keys_per_query(tuple(segments), call.needs.window) > MOST_KEYS_IN_BLOCKS:
+    if by_call and has_long_segments(tuple(segments), call.needs.window):
         return list(_calls(call, step, segments, item))
     size = GPU_BLOCKS if on_gpu else CPU_BLOCKS
     return list(_blocks(call, step, segments, item, size))
@@ -93,20 +92,19 @@ def _flash(call: AttentionCall, step: Step, segments: Sequence[Segment], item: i
 def _calls(call: AttentionCall, step: Step, segments: Sequence[Segment], item: int) -> Iterator[Kernel]:
     """Yield a call for each segment of a CPU, whose keys are repeated for the heads that share them."""
     needs = call.needs
-    flop = 2.0 * call.heads * (needs.head_size + needs.value_size) * attended(segments, needs.window)
     for s in segments:
         tokens, keys = s.end - s.start, s.prefix_end - s.prefix_start + s.end - s.start
-        share = flop * attended([s], needs.window) / attended(segments, needs.window)
+        flop = 2.0 * call.heads * (needs.head_size + needs.value_size) * attended([s], needs.window)
         own, used = keys * call.key_numbers * item, keys * call.repeated_key_numbers * item
         row = tokens * call.heads * (needs.head_size + needs.value_size) * item
         copied = own if s.prefix_end > s.prefix_start else 0
         if step == "forward":
             yield Kernel.of("cat", ATTENTION, step, 0, copied, copied)
             yield Kernel.of("copy_", ATTENTION, step, 0, own, used if used > own else 0)
-            yield Kernel.of("scaled_dot", ATTENTION, step, share, row / 2 + used, row / 2)
+            yield Kernel.of("scaled_dot", ATTENTION, step, flop, row / 2 + used, row / 2)
             yield Kernel.of("copy_", ATTENTION, step, 0, row / 2, row / 2)
         else:
-            yield Kernel.of("scaled_dot", ATTENTION, step, 2.5 * share, 1.5 * row + used, row / 2 + used)
+            yield Kernel.of("scaled_dot", ATTENTION, step, 2.5 * flop, 1.5 * row + used, row / 2 + used)
             yield Kernel.of("sum", ATTENTION, step, used / item, used if used > own else 0, own)
             yield Kernel.of("copy_", ATTENTION, step, 0, own + row / 2, own + row / 2)
 
