@@ -23,15 +23,15 @@ from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.monitoring.console import say, show
 from prefopt_dist.objectives import Objective
 from prefopt_dist.objectives.factory import make_objective
-from prefopt_dist.planning import fit, work
+from prefopt_dist.planning import work
 from prefopt_dist.planning.export import export_plan
-from prefopt_dist.planning.fit import Needs, check_fit, fits_with_offloading
+from prefopt_dist.planning.fit import Fit, Needs, check_fit, fits_with_offloading, longest_row
 from prefopt_dist.planning.machine import Machine, planned_machine
 from prefopt_dist.planning.network import network
 from prefopt_dist.planning.report import PlanReport
 from prefopt_dist.planning.rollouts import AnswersPlan, plan_answers
 from prefopt_dist.planning.roofline.estimate import NotCounted, counted, estimate
-from prefopt_dist.planning.roofline.rows import PlannedRow, longest_row, row_of_first_step
+from prefopt_dist.planning.roofline.rows import PlannedRow, row_of_first_step, row_of_longest_units
 from prefopt_dist.planning.roofline.table import Roofline
 from prefopt_dist.planning.work import disk_needed
 from prefopt_dist.setup import check_sequence_parallel
@@ -60,25 +60,26 @@ def run(config: Config) -> None:
     for line in lines:
         say(line)
     check_sequence_parallel.check(config, scored, path)
-    check_moving_reference(config, make_objective(config.loss, DTYPES[config.model.dtype]))
+    objective = make_objective(config.loss, DTYPES[config.model.dtype])
+    check_moving_reference(config, objective)
     machine = planned_machine(config.plan)
     check_sequence_parallel.check_ranks(config, machine.ranks, machine.text())
     cost = forward_cost(model)
-    objective = make_objective(config.loss, DTYPES[config.model.dtype])
     rows = _rows(config, model, objective)
     if rows is None:
         work_to_do = work.worst_case_work(config, cost, objective, path)
     else:
-        work_to_do = _work(config, *rows, cost, path)
+        work_to_do = _work(config, *rows, cost, objective, path)
     needs = job_needs(config, model, work_to_do.keys_per_token, path)
     fits = fits_with_offloading(needs, machine)
-    report = _report(config, machine, needs, fits, work_to_do, cost)
+    again = _again(needs, fits[0])
+    report = _report(config, machine, needs, fits, again, work_to_do, cost)
     if counted(machine, path):
         if rows is None:
-            row = longest_row(config, cost, objective, path, machine.ranks)
+            row = row_of_longest_units(config, cost, objective, path, machine.ranks)
         else:
             row = row_of_first_step(config, rows[0], cost, objective, path, machine.ranks)
-        report = replace(report, roofline=_roofline(config, model, machine, needs, _again(needs, fits), row))
+        report = replace(report, roofline=_roofline(config, model, machine, needs, again, row))
     show(report.text())
     uncounted = uncounted_text(model)
     if uncounted:
@@ -126,9 +127,13 @@ def _say_unread(objective: Objective, why: UserError) -> None:
 
 
 def _work(
-    config: Config, train: TokenisedRows, evals: dict[str, TokenisedRows], cost: Cost, path: ComputePath
+    config: Config,
+    train: TokenisedRows,
+    evals: dict[str, TokenisedRows],
+    cost: Cost,
+    objective: Objective,
+    path: ComputePath,
 ) -> work.Work:
-    objective = make_objective(config.loss, DTYPES[config.model.dtype])
     sources = [*config.data.train, *(source for some in eval_sets(config).values() for source in some)]
     copies = sum(copied_bytes(source.path, config.cache_dir) for source in sources)
     held = copies + sum(rows.disk_bytes for rows in (train, *evals.values()))
@@ -147,8 +152,9 @@ def _roofline(
         return None
 
 
-def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], todo: work.Work, cost: Cost) -> PlanReport:
-    again = _again(needs, fits)
+def _report(
+    config: Config, machine: Machine, needs: Needs, fits: list[Fit], again: float, todo: work.Work, cost: Cost
+) -> PlanReport:
     speed = None if machine.peak is None else machine.peak * machine.efficiency * machine.ranks
 
     def seconds(flop: float) -> float | None:
@@ -183,16 +189,16 @@ def _report(config: Config, machine: Machine, needs: Needs, fits: list[Any], tod
         updates_seconds=seconds(todo.updates_flop),
         network=traffic,
         answers=_answers(config, machine, needs, todo.steps),
-        longest_row=fit.longest_row(needs, machine),
+        longest_row=longest_row(needs, machine),
         disk=disk,
         export=export_plan(needs.sizes, disk, machine, export_item=written, part=PART_BYTES, merged=merged),
     )
 
 
-def _again(needs: Needs, fits: list[Any]) -> float:
+def _again(needs: Needs, fit: Fit) -> float:
     """Return the share of the layers that are computed again in the backward pass."""
     layers = needs.sizes.activations.layers
-    return float((layers if fits[0].checkpointed is None else fits[0].checkpointed) / layers)
+    return (layers if fit.checkpointed is None else fit.checkpointed) / layers
 
 
 def _answers(config: Config, machine: Machine, needs: Needs, steps: int | None) -> AnswersPlan | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from prefopt_dist.planning.memory import ZeroSettings
@@ -82,7 +83,6 @@ def most_outside(ranks: int, ranks_a_node: int, shared: int) -> int:
     """
     found = 0
     for first in range(0, ranks, ranks_a_node):
-        node = range(first, min(first + ranks_a_node, ranks))
-        within = {group: sum(r // shared == group for r in node) for group in {r // shared for r in node}}
-        found = max(found, sum(inside * (shared - inside) for inside in within.values()))
+        groups = Counter(rank // shared for rank in range(first, min(first + ranks_a_node, ranks)))
+        found = max(found, sum(inside * (shared - inside) for inside in groups.values()))
     return found

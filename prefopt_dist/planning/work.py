@@ -172,11 +172,7 @@ def padding(train: TokenisedRows, order: Order, steps: int, responses: int, budg
 
 def worst_case_work(config: Config, cost: Cost, objective: Objective, path: ComputePath = "shared") -> Work:
     """Return the work with every row as long as `data.max_length` allows, for data that cannot be read."""
-    responses = min(objective.responses, 2)  # beginnings of responses are not computed again
-    prompt = config.data.max_prompt_length
-    response = config.data.max_length - prompt
-    ids = np.arange(response, dtype=np.int32)  # different for each response, so that they share no prefix
-    unit = Unit(0, np.zeros(prompt, dtype=np.int32), tuple(ids + k for k in range(responses)))
+    unit = longest_unit(config, objective)
     tokens, of_unit = tokens_and_cost([[unit]], cost, path)
     pairs = config.train.global_batch_pairs
     return Work(
@@ -191,6 +187,17 @@ def worst_case_work(config: Config, cost: Cost, objective: Objective, path: Comp
         evaluation_flop=0.0,
         keys_per_token=gathered_keys([unit], path) / tokens,
     )
+
+
+def longest_unit(config: Config, objective: Objective, row: int = 0) -> Unit:
+    """Return a unit as long as `data.max_length` allows, with two responses where the loss takes more.
+
+    Its prompt differs from that of every other `row`, and its responses share no beginning.
+    """
+    responses = min(objective.responses, 2)  # beginnings of responses are not computed again
+    prompt = config.data.max_prompt_length
+    ids = np.arange(config.data.max_length - prompt, dtype=np.int32)
+    return Unit(row, np.full(prompt, row, dtype=np.int32), tuple(ids + k for k in range(responses)))
 
 
 def training_flop(work: Work, cost: Cost, recomputed: float, frozen: bool = False) -> float:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from prefopt_dist.batching.layout import Cost, group_by_prompt, lay_out, tokens_and_cost
 from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.batching.order import Order
-from prefopt_dist.batching.packing import pack
+from prefopt_dist.batching.packing import pack, packed_tokens
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.objectives import Objective
 from prefopt_dist.planning.roofline.step import RowFacts
+from prefopt_dist.planning.work import longest_unit
 
 
 @dataclass(frozen=True)
@@ -48,23 +47,17 @@ def row_of_first_step(
     return _planned(layout[0][0], responses, cost, path, config.train.micro_batch_tokens, len(layout))
 
 
-def longest_row(config: Config, cost: Cost, objective: Objective, path: ComputePath, ranks: int) -> PlannedRow:
+def row_of_longest_units(config: Config, cost: Cost, objective: Objective, path: ComputePath, ranks: int) -> PlannedRow:
     """Return a full micro-batch of units that are as long as `data.max_length` allows.
 
     The arguments are those of `row_of_first_step`.
     """
-    responses = min(objective.responses, 2)
-    prompt = config.data.max_prompt_length
-    response = config.data.max_length - prompt
-    own = prompt + responses * (response - 1)
-    budget, pairs = config.train.micro_batch_tokens, config.train.global_batch_pairs
-    of_rank = max(1, round(pairs / ranks))
-    number = max(1, min(of_rank, budget // own))
-    ids = np.arange(response, dtype=np.int32)
-    units = [
-        Unit(i, np.full(prompt, i, dtype=np.int32), tuple(ids + k for k in range(responses))) for i in range(number)
-    ]
-    return _planned(units, responses, cost, path, budget, of_rank / number)
+    budget = config.train.micro_batch_tokens
+    longest = longest_unit(config, objective)
+    of_rank = max(1, round(config.train.global_batch_pairs / ranks))
+    number = max(1, min(of_rank, budget // packed_tokens([longest], path)))
+    units = [longest_unit(config, objective, i) for i in range(number)]
+    return _planned(units, len(longest.responses), cost, path, budget, of_rank / number)
 
 
 def _planned(

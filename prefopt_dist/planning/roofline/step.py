@@ -96,9 +96,10 @@ def step_kernels(
     )
     update = [replace(k, times=1 / micro_batches) for k in update_kernels(sizes, zero, ranks)]
     rest = [*head, *zero_kernels(sizes, zero, ranks, on_gpu), *update]
+    joined = fused(layers)
     return StepKernels(
         eager=(*layers, *_again(layers, again), *rest),
-        fused=(*(joined := fused(layers)), *_again(joined, again), *rest),
+        fused=(*joined, *_again(joined, again), *rest),
         tokens=row.tokens,
         micro_batches=micro_batches,
     )

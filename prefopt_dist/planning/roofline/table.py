@@ -115,9 +115,8 @@ class Roofline:
         ]
         for part in sorted(self.eager, key=lambda part: -self.eager[part].seconds):
             lines.append(self._line(part, self.eager[part], self.fused.get(part, _NONE)))
-        every = [self._line("all", *(_sum(of) for of in (self.eager, self.fused)))]
         lines += [
-            *every,
+            self._line("all", _sum(self.eager), _sum(self.fused)),
             f"  {'floor':30} {_short(self.floor_flop / self.tokens):>10}  {'':>12} {self._time(self.floor_seconds)}",
         ]
         of_memory = [sum(p.memory_seconds for p in of.values()) / self.seconds(of) for of in (self.eager, self.fused)]
