@@ -244,14 +244,12 @@ def _of_shared_rows(
         dtype: of the activations.
         ranks: that share each row.
     """
-
-    def keys(call: AttentionCall) -> int:
-        return call.key_numbers * repeated_key_heads(call.key_heads, ranks)
-
-    more_keys = sum(keys(call) - call.key_numbers for call in calls) * dtype.itemsize / memory.layers
+    more_keys = sum(_sent_key_numbers(call, ranks) - call.key_numbers for call in calls) * dtype.itemsize / memory.layers
     results = sum(call.heads * call.needs.value_size for call in calls) * dtype.itemsize / memory.layers
-    exchanged = max(call.heads * call.needs.head_size + keys(call) for call in calls)
-    blocks = None if in_blocks is None else BlockBytes.of_heads(in_blocks.heads // ranks, keys(in_blocks) // ranks)
+    exchanged = max(call.heads * call.needs.head_size + _sent_key_numbers(call, ranks) for call in calls)
+    blocks = None
+    if in_blocks is not None:
+        blocks = BlockBytes.of_heads(in_blocks.heads // ranks, _sent_key_numbers(in_blocks, ranks) // ranks)
     return replace(
         memory,
         per_token_layer=memory.per_token_layer + more_keys + results,
@@ -272,9 +270,13 @@ def exchanged_bytes(config: PreTrainedConfig, dtype: torch.dtype, ranks: int) ->
     """
     numbers = 0
     for call in count(config, dtype).calls:
-        keys = call.key_numbers * repeated_key_heads(call.key_heads, ranks)
-        numbers += call.heads * (call.needs.head_size + call.needs.value_size) + keys
+        numbers += call.heads * (call.needs.head_size + call.needs.value_size) + _sent_key_numbers(call, ranks)
     return numbers * dtype.itemsize
+
+
+def _sent_key_numbers(call: AttentionCall, ranks: int) -> int:
+    """Return the numbers of a token's keys and values that go to the ranks of their heads, those repeated included."""
+    return call.key_numbers * repeated_key_heads(call.key_heads, ranks)
 
 
 def _flash_per_token(found: Counts) -> int:

@@ -68,8 +68,8 @@ def proven_path(
             return found, True
     made = try_paths(config, path=path, max_length=max_length, device=device, fusion=fusion)
     # Where memory ran out, another time may show more, and so where a compiler failed: of this machine or its disk.
-    passing = isinstance(made, Refusal) and (made.no_memory or (fusion != "none" and _ended_with_error(made)))
-    if not passing and not any(tried.no_memory for tried in made.tried):
+    temporary = isinstance(made, Refusal) and (made.no_memory or (fusion != "none" and _ended_with_error(made)))
+    if not temporary and not any(tried.no_memory for tried in made.tried):
         with contextlib.suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
             write_json(file, asdict(made))
