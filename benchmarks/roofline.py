@@ -140,6 +140,8 @@ def _print_table(gpu: str, shape: str, mix: str, budget: int) -> None:
     """Print the table of `plan` for as many pairs of a mix as fill a micro-batch."""
     import numpy as np
 
+    from prefopt_dist.batching.layout import TRAINING_PASSES, tokens_and_cost
+    from prefopt_dist.batching.packing import packed_tokens
     from prefopt_dist.data.unit import Unit
     from prefopt_dist.model.cost import forward_cost
     from prefopt_dist.planning.roofline.kernels import Device
@@ -147,19 +149,18 @@ def _print_table(gpu: str, shape: str, mix: str, budget: int) -> None:
 
     task = Task(SHAPES[shape], mix, 8, 1, 1, "cuda", 0)
     drawn = draw_pairs(MIXES[mix], budget // 16, task.shape.vocabulary)
-    parts = [[np.array(ids, dtype=np.int32) for ids in pair] for pair in drawn]
-    units, tokens = [], 0
-    for i, (prompt, *responses) in enumerate(parts):
-        tokens += len(prompt) + sum(len(of) - 1 for of in responses)
-        if tokens > budget:
+    units: list[Unit] = []
+    for i, pair in enumerate(drawn):
+        prompt, *responses = (np.array(ids, dtype=np.int32) for ids in pair)
+        unit = Unit(i, prompt, tuple(responses))
+        if packed_tokens([*units, unit]) > budget:
             break
-        units.append(Unit(i, prompt, tuple(responses)))
+        units.append(unit)
     config = _config(task)
-    cost = forward_cost(config)
-    flop = sum(cost.of([u], len(u.prompt) + sum(len(of) - 1 for of in u.responses)) for u in units)
+    _, flop = tokens_and_cost([[unit] for unit in units], forward_cost(config))
     kernels = _kernels(config, task, units, on_gpu=True, ranks=RANKS, micro_batches=1)
     print(f"{shape}, {mix}, {len(units)} pairs a micro-batch, one a step, a node of {RANKS} {gpu} (not run on a GPU)")
-    print("\n".join(Roofline.of(kernels, 3 * flop, 0.0, Device(GPUS[gpu][1], BANDWIDTHS[gpu])).lines()))
+    print("\n".join(Roofline.of(kernels, TRAINING_PASSES * flop, 0.0, Device(GPUS[gpu][1], BANDWIDTHS[gpu])).lines()))
 
 
 def _config(task: Task) -> Any:
