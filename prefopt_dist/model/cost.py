@@ -244,7 +244,9 @@ def _of_shared_rows(
         dtype: of the activations.
         ranks: that share each row.
     """
-    more_keys = sum(_sent_key_numbers(call, ranks) - call.key_numbers for call in calls) * dtype.itemsize / memory.layers
+    more_keys = (
+        sum(_sent_key_numbers(call, ranks) - call.key_numbers for call in calls) * dtype.itemsize / memory.layers
+    )
     results = sum(call.heads * call.needs.value_size for call in calls) * dtype.itemsize / memory.layers
     exchanged = max(call.heads * call.needs.head_size + _sent_key_numbers(call, ranks) for call in calls)
     blocks = None
