@@ -264,6 +264,16 @@ def grouped(found: Sequence[Tile], sizes: BlockBytes, size: BlockSize) -> list[l
     return groups
 
 
+def window_within(group: Sequence[Tile], window: int | None) -> int | None:
+    """Return the window where a query of a block does not see all keys before it, else None."""
+    return window if window is not None and any(t.position + t.queries > window for t in group) else None
+
+
+def seen_by_all(group: Sequence[Tile], window: int | None) -> int:
+    """Return how many first keys all queries of a block see, under its `window_within`."""
+    return 0 if window is not None else min(t.position for t in group) + 1
+
+
 # A micro-batch has a plan for its windowed and one for its other layers, and a layer that is computed again in the
 # backward pass finds it still there.
 @lru_cache(maxsize=2)
@@ -294,7 +304,7 @@ def _block(
     write = np.where(column < counts, read, tokens)
     keys = np.stack([_key_rows(t, k) for t in group])
     positions = np.array([t.position for t in group])[:, None] + last
-    windowed = window is not None and any(t.position + t.queries > window for t in group)
+    window = window_within(group, window)
 
     def by_head(rows: NDArray[np.int64]) -> torch.Tensor:
         flat = rows[:, None, :] * heads + np.arange(heads)[:, None]
@@ -307,9 +317,9 @@ def _block(
         first_keys=to_device(torch.from_numpy(keys * key_heads)[:, None], device),
         positions=to_device(torch.from_numpy(positions.astype(np.int32)).view(n, 1, q, 1), device),
         numbers=torch.arange(k, dtype=torch.int32, device=device),
-        all_seen=0 if windowed else min(t.position for t in group) + 1,
+        all_seen=seen_by_all(group, window),
         padded=to_device(torch.from_numpy(column >= counts).view(n, 1, q, 1), device) if q > counts.min() else None,
-        window=window if windowed else None,
+        window=window,
     )
 
 

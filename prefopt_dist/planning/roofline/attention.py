@@ -8,17 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from prefopt_dist.batching.micro_batch import Segment
 from prefopt_dist.model.attention import has_long_segments
-from prefopt_dist.model.block_attention import CPU_BLOCKS, GPU_BLOCKS, BlockBytes, BlockSize, Tile, grouped, tiles
+from prefopt_dist.model.block_attention import (
+    CPU_BLOCKS,
+    GPU_BLOCKS,
+    BlockBytes,
+    BlockSize,
+    Tile,
+    grouped,
+    seen_by_all,
+    tiles,
+    window_within,
+)
 from prefopt_dist.model.counting import AttentionCall
 from prefopt_dist.planning.roofline.kernels import Kernel, Step
 from prefopt_dist.planning.roofline.recorder import EXPONENTIAL
 
-ONE_BY_ONE = 64
-"""Operations of a product that a processor of 512-bit vectors does in one cycle, in which it handles one number where
-torch has no vector instructions: under a mask that is broadcast."""
 ATTENTION, GATHERED = "attention", "gathered keys and values"
 """Names of the parts."""
 
@@ -121,31 +129,49 @@ def _blocks(
         yield Kernel.of("zero_", ATTENTION, step, 0, 0, summed)
         if item < 4:
             yield Kernel.of("_to_copy", ATTENTION, step, 0, summed, summed * item / 4)
-    for shape, times in _alike(grouped(tiles(segments, window, sizes, size), sizes, size)):
-        for kernel in _block(call, step, shape, item, 1 if size == GPU_BLOCKS else ONE_BY_ONE):
+    for shape, times in _alike(grouped(tiles(segments, window, sizes, size), sizes, size), window):
+        for kernel in _block(call, step, shape, item, on_gpu=size == GPU_BLOCKS):
             yield replace(kernel, times=times)
 
 
-def _alike(blocks: Sequence[Sequence[Tile]]) -> Iterator[tuple[tuple[int, int, float], int]]:
+class _Shape(NamedTuple):
+    """Shape of blocks that are counted together."""
+
+    n: int
+    q: int
+    k: float
+    masked: float
+    """Of the k keys those that a query of the block may not see"""
+    windowed: bool
+
+
+def _alike(blocks: Sequence[Sequence[Tile]], window: int | None) -> Iterator[tuple[_Shape, int]]:
     """Yield shapes and their numbers, with one shape for blocks whose keys differ by less than a tenth.
 
     A long row has a thousand blocks a layer. Operations and bytes are linear in the keys, so the mean keeps their sums.
     """
-    waiting: dict[tuple[int, int], list[int]] = {}
+    found: list[list[_Shape]] = []
+    waiting: dict[tuple[int, int, bool], list[_Shape]] = {}
     for block in blocks:
-        shape, keys = (len(block), max(t.queries for t in block)), max(t.keys for t in block)
-        near = waiting.setdefault(shape, [])
-        if near and not 0.9 * near[0] < keys < 1.1 * near[0]:
-            yield (*shape, sum(near) / len(near)), len(near)
-            near.clear()
-        near.append(keys)
-    for shape, near in waiting.items():
-        yield (*shape, sum(near) / len(near)), len(near)
+        within = window_within(block, window)
+        keys = max(t.keys for t in block)
+        masked = keys - seen_by_all(block, within)
+        shape = _Shape(len(block), max(t.queries for t in block), keys, masked, within is not None)
+        kind = (shape.n, shape.q, shape.windowed)
+        if kind not in waiting or not 0.9 * waiting[kind][0].k < keys < 1.1 * waiting[kind][0].k:
+            waiting[kind] = []
+            found.append(waiting[kind])
+        waiting[kind].append(shape)
+    for near in found:
+        mean = near[0]._replace(
+            k=sum(of.k for of in near) / len(near), masked=sum(of.masked for of in near) / len(near)
+        )
+        yield mean, len(near)
 
 
-def _block(call: AttentionCall, step: Step, shape: tuple[int, int, float], item: int, single: int) -> Iterator[Kernel]:
+def _block(call: AttentionCall, step: Step, shape: _Shape, item: int, *, on_gpu: bool) -> Iterator[Kernel]:
     """Yield the kernels of one block, operation by operation as model/block_attention.py has them."""
-    n, q, k = shape
+    n, q, k, masked, windowed = shape
     heads, needs = call.heads, call.needs
     queries, results = (n * heads * q * of * item for of in (needs.head_size, needs.value_size))
     keys, values = (n * call.key_heads * k * of * item for of in (needs.head_size, needs.value_size))
@@ -170,8 +196,17 @@ def _block(call: AttentionCall, step: Step, shape: tuple[int, int, float], item:
     if needs.cap is not None:
         yield kernel("tanh_", numbers, 0, 0, scores)
         yield kernel("mul", numbers, scores, scores)
-    yield kernel("gt", single * n * q * k, 8 * n * q, n * q * k)
-    yield kernel("masked_fill_", single * numbers, n * q * k, 0, scores)
+    # Positions and numbers of keys are int32, the mask is of bytes.
+    yield kernel("gt", n * q * masked, 4 * (n * q + masked), n * q * masked)
+    if windowed:
+        yield kernel("sub", n * q, 4 * n * q, 4 * n * q)
+        yield kernel("le", n * q * masked, 4 * (n * q + masked), n * q * masked)
+        yield kernel("bitwise_or_", n * q * masked, n * q * masked, 0, n * q * masked)
+    if on_gpu:
+        yield kernel("masked_fill_", heads * n * q * masked, n * q * masked, 0, 4 * heads * n * q * masked)
+    else:
+        yield kernel("where", n * q * masked, n * q * masked, 4 * n * q * masked)
+        yield kernel("add_", heads * n * q * masked, 4 * n * q * masked, 0, 4 * heads * n * q * masked)
     yield kernel("softmax", EXPONENTIAL * numbers, scores, scores)
     if needs.sinks:
         yield kernel("logsumexp", 3 * numbers, scores, 0)

@@ -201,6 +201,21 @@ def test_blocks_of_attention_beside_what_runs(dtype: torch.dtype, cap: float | N
         assert moved(formula) == pytest.approx(moved(ran), rel=0.1 if dtype == torch.float32 else 0.35)
 
 
+@pytest.mark.parametrize("window", [None, 100])
+def test_the_mask_of_blocks_beside_what_runs(window: int | None) -> None:
+    """Only keys that a query of the block may not see are masked, by an addition to the scores."""
+    with Recorder() as recorder, torch.no_grad():
+        q, k, v = (torch.randn(1, heads, T, 16) for heads in (8, 2, 2))
+        recorder.kernels.clear()
+        block_attention.block_attention(q, k, v, SEGMENTS, 0.25, window, None)
+    found = attention.attention_kernels(call(window=window), "forward", SEGMENTS, 4, flash=False, on_gpu=False)
+    names = ["gt", "where", "add_"] + ([] if window is None else ["sub", "le", "bitwise_or_"])
+    for name in names:
+        counted, ran = (moved([k for k in of if k.name == name]) for of in (found, recorder.kernels))
+        assert counted == pytest.approx(ran, rel=0.01), name
+    assert "masked_fill_" not in {k.name for k in recorder.kernels}
+
+
 def test_the_blocks_of_a_long_row_are_counted_together() -> None:
     """On a GPU, of a call with sinks; else a long row's plan would take minutes. The sums are those of all blocks."""
     long = (Segment(0, 0, 0, 30_000), Segment(0, 16_000, 30_000, 44_000))
