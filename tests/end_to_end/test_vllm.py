@@ -14,7 +14,8 @@ import torch
 from door import Door, one_process_group
 from generation_world import write_run, write_world
 from ports import free_port
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from reward_models import local_reward, write_classifier
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from prefopt_dist.data.template import read_template
 from prefopt_dist.rollouts.launched_server import LaunchedServer
@@ -26,7 +27,7 @@ from prefopt_dist.rollouts.reward_server import (
     ServedReward,
     check_reward_server,
 )
-from prefopt_dist.rollouts.rewards import ClassifierReward, inspect_reward
+from prefopt_dist.rollouts.rewards import inspect_reward
 
 VLLM = os.environ.get("PREFOPT_TEST_VLLM", "")
 pytestmark = [
@@ -95,22 +96,10 @@ def test_greedy_answers_are_those_of_transformers(world: Path, capsys: pytest.Ca
 
 def test_rewards_are_those_of_transformers(world: Path, tmp_path: Path) -> None:
     folder = tmp_path / "reward"
-    config = _write_larger(folder)
-    config.num_labels = 1
-    torch.manual_seed(3)
-    model = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    model.save_pretrained(folder)
+    _write_larger(folder)
+    write_classifier(folder)
     template = read_template(AutoTokenizer.from_pretrained(folder), "auto")
-    local = ClassifierReward(
-        inspect_reward(str(folder), "k"),
-        template=template,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        batch_tokens=2000,
-    )
+    local = local_reward(folder, template)
     asked = [(Prompt(i, "p", f"Write to {i}.", None, {}, []), "word " * i) for i in range(20)]
     server = LaunchedServer(
         COMMAND + " --runner pooling",
