@@ -12,15 +12,9 @@ from prefopt_dist.data.template import Template
 from prefopt_dist.rollouts.rewards import ClassifierReward, inspect_reward
 
 
-def write_reward(folder: Path, outputs: int = 1, pad: bool = True) -> Path:
+def write_reward(folder: Path, outputs: int = 1, pad: bool = True, hidden: int = 32) -> Path:
     """A small sequence classifier with the world's tokenizer."""
-    worlds.write_model(folder)
-    write_classifier(folder, outputs, pad)
-    return folder
-
-
-def write_classifier(folder: Path, outputs: int = 1, pad: bool = True) -> None:
-    """A sequence classifier of the sizes of the Llama in a folder, in its place."""
+    worlds.write_model(folder, hidden=hidden)
     config = LlamaConfig.from_pretrained(folder)
     config.num_labels = outputs
     if not pad:
@@ -31,6 +25,7 @@ def write_classifier(folder: Path, outputs: int = 1, pad: bool = True) -> None:
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     model.save_pretrained(folder)
+    return folder
 
 
 def local_reward(folder: Path, template: Template) -> ClassifierReward:
