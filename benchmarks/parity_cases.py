@@ -46,29 +46,37 @@ class Case:
     """Name of the term that is compared; empty for the whole loss"""
 
 
+SMOOTHING, SFT_WEIGHT = 0.1, 0.3
+
+
 def cases() -> list[Case]:
     """Return a case for every loss that TRL has too."""
-    smoothing, alpha = 0.1, 0.3
+    return [*of_dpo(), *of_kin(), *of_mixes(), *without_reference()]
 
-    def smoothed(peer: Any, rows: Rows) -> Value:
-        swapped = [(p, r, c) for p, c, r in rows]
-        return peer.dpo(rows, ["sigmoid"], 0.1) * (1 - smoothing) + peer.dpo(swapped, ["sigmoid"], 0.1) * smoothing
 
-    def one_by_one(peer: Any, rows: Rows, losses: list[str], weights: list[float]) -> Value:
-        found = [peer.dpo([row], losses, 0.1, loss_weights=weights) for row in rows]
-        total = found[0]
-        for value in found[1:]:
-            total = total + value
-        return total * (1 / len(rows))
+def smoothed(peer: Any, rows: Rows) -> Value:
+    """Return DPO's loss with smoothing: TRL's, on the rows and on swapped ones."""
+    swapped = [(p, r, c) for p, c, r in rows]
+    return peer.dpo(rows, ["sigmoid"], 0.1) * (1 - SMOOTHING) + peer.dpo(swapped, ["sigmoid"], 0.1) * SMOOTHING
 
-    mix = {"dpo": {"weight": 0.8, "beta": 0.2}, "ipo": {"weight": 0.05, "beta": 0.2}}
-    mpo = {"dpo": {"weight": 0.8, "beta": 0.1}, "bco_pair": {"weight": 0.2, "beta": 0.1}, "sft": {"weight": 1.0}}
+
+def one_by_one(peer: Any, rows: Rows, losses: list[str], weights: list[float]) -> Value:
+    """Return the mean over batches of one pair, in which TRL's SFT term is a mean over the pair's own tokens."""
+    found = [peer.dpo([row], losses, 0.1, loss_weights=weights) for row in rows]
+    total = found[0]
+    for value in found[1:]:
+        total = total + value
+    return total * (1 / len(rows))
+
+
+def of_dpo() -> list[Case]:
+    """Return the cases of DPO with its options."""
     return [
         Case("dpo", "DPO sigmoid", {"beta": 0.1}, lambda t, r: t.dpo(r, ["sigmoid"], 0.1)),
         Case(
             "dpo, label_smoothing",
             "DPO sigmoid, on rows and swapped rows",
-            {"beta": 0.1, "label_smoothing": smoothing},
+            {"beta": 0.1, "label_smoothing": SMOOTHING},
             smoothed,
         ),
         Case(
@@ -101,9 +109,15 @@ def cases() -> list[Case]:
         Case(
             "dpo, sft_weight",
             "DPO sigmoid + sft, one pair a batch",
-            {"beta": 0.1, "sft_weight": alpha},
-            lambda t, r: one_by_one(t, r, ["sigmoid", "sft"], [1.0, alpha]),
+            {"beta": 0.1, "sft_weight": SFT_WEIGHT},
+            lambda t, r: one_by_one(t, r, ["sigmoid", "sft"], [1.0, SFT_WEIGHT]),
         ),
+    ]
+
+
+def of_kin() -> list[Case]:
+    """Return the cases of other losses of pairs with a reference."""
+    return [
         Case(
             "robust",
             "DPO robust",
@@ -128,6 +142,14 @@ def cases() -> list[Case]:
             {"beta": 0.05, "temperature": 0.05},
             lambda t, r: t.dpo(r, ["discopop"], 0.05, discopop_tau=0.05),
         ),
+    ]
+
+
+def of_mixes() -> list[Case]:
+    """Return the cases of weighted sums of losses."""
+    mix = {"dpo": {"weight": 0.8, "beta": 0.2}, "ipo": {"weight": 0.05, "beta": 0.2}}
+    mpo = {"dpo": {"weight": 0.8, "beta": 0.1}, "bco_pair": {"weight": 0.2, "beta": 0.1}, "sft": {"weight": 1.0}}
+    return [
         Case(
             "mix of dpo and ipo",
             "DPO sigmoid + ipo, loss_weights",
@@ -140,6 +162,12 @@ def cases() -> list[Case]:
             {"of": mpo},
             lambda t, r: one_by_one(t, r, ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0]),
         ),
+    ]
+
+
+def without_reference() -> list[Case]:
+    """Return the cases of losses that need no reference."""
+    return [
         Case(
             "simpo",
             "CPO simpo, cpo_alpha 0",
@@ -155,8 +183,8 @@ def cases() -> list[Case]:
         Case(
             "cpo, sft_weight 0",
             "CPO sigmoid, cpo_alpha 0",
-            {"beta": 0.05, "label_smoothing": smoothing, "sft_weight": 0.0},
-            lambda t, r: t.cpo(r, loss_type="sigmoid", beta=0.05, label_smoothing=smoothing),
+            {"beta": 0.05, "label_smoothing": SMOOTHING, "sft_weight": 0.0},
+            lambda t, r: t.cpo(r, loss_type="sigmoid", beta=0.05, label_smoothing=SMOOTHING),
         ),
         Case(
             "orpo",

@@ -80,12 +80,12 @@ def choose(
     if chosen == "none":
         return Choice("none", "as configured" if asked == "none" else "with which the run began")
     if config.train.sequence_parallel > 1 and asked == "auto":  # also of a run that began without it
-        return Choice("none", SHARED_ROWS)
+        return Choice("none", f"since {SHARED_ROWS}")
     obstacle = _obstacle(config, models)
     if chosen is None:
-        obstacle = obstacle or _costs_more(flop, device, lacking)
-        if obstacle is not None:
-            return Choice("none", obstacle)
+        why = _costs_more(flop, device, lacking) if obstacle is None else f"since {obstacle}"
+        if why is not None:
+            return Choice("none", why)
         try:
             return Choice("layers", _proven(config, models, "layers", "", device))
         except UserError as e:

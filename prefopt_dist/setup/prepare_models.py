@@ -206,7 +206,7 @@ def load_models(config: Config, scored: Sequence[ModelFolder] = (), *, trains: b
         say(line)
     models = replace(models, path=path, group=group)
     if group.size > 1:
-        say(f"sequence parallelism: {group.groups} groups of {group.size} ranks, which share each packed row")
+        say(f"sequence parallelism: {group.size} ranks share each packed row; groups of such ranks: {group.groups}")
     say(f"attention: {ranks.run_on_rank_zero(partial(_kernels, models))}")
     uncounted = ranks.run_on_rank_zero(partial(uncounted_text, models.policy.config))
     if uncounted:

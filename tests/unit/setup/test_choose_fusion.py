@@ -225,7 +225,8 @@ def test_rows_that_ranks_share_are_not_compiled(tmp_path: Path, proofs: list[dic
     shared = of(tmp_path, "train.sequence_parallel=2")
     for facts in (NEW, {"compile": "layers"}):
         found = choose(shared, models(), facts, LONG, CPU)
-        assert (found.fusion, "train.sequence_parallel" in found.why) == ("none", True)
+        assert found.fusion == "none"
+        assert found.why.startswith("since ranks that share a row (train.sequence_parallel) ")
     asked = of(tmp_path, "train.sequence_parallel=2", "model.compile=layers")
     with pytest.raises(UserError, match="got layers, but ranks that share a row"):
         choose(asked, models(), NEW, LONG, CPU)
