@@ -176,11 +176,8 @@ class _Answering:
         process, self._process = self._process, None
         if node.number > 0 or process is None:
             return True
-        try:
-            if not process.wait(lambda: self._asked.look().stop):
-                return False
-        finally:
-            process.close()
+        if not process.wait(lambda: self._asked.look().stop):
+            return False
         self.note(number, training_waited=max(0.0, process.ended - trained))
         if generate.has_pairs(round_config(self._config, number).run_dir):
             self._ready = process.ended

@@ -6,11 +6,12 @@ The text is written here by the reward model's own chat template, so that a serv
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+import torch
 
 from prefopt_dist.data.template import Template
 from prefopt_dist.errors import UserError, shorten
@@ -25,6 +26,7 @@ from prefopt_dist.rollouts.server_client import Hangs
 from prefopt_dist.rollouts.server_pool import ServerPool
 from prefopt_dist.rollouts.server_protocol import ServerFault, ServerLost, ServerRefuses, text_of
 
+T = TypeVar("T")
 Form = Literal["ids", "text"]
 WAYS: tuple[tuple[str, Form], ...] = (
     ("/classify", "ids"),
@@ -119,10 +121,7 @@ def check_reward_server(
     Raises:
         UserError: the server holds another model or none that gives rewards, or does not repeat itself.
     """
-    sequences = [scored_ids(settings.folder, template, *one) for one in KNOWN]
-    known = [ids for ids in sequences if not isinstance(ids, RewardFailure)]
-    if len(known) < len(sequences):
-        raise UserError(f"{settings.name}: the reward of {KNOWN[0][1]!r} {sequences[0]}")
+    known = found_of_known([scored_ids(settings.folder, template, *one) for one in KNOWN], settings.name)
 
     async def ask(pool: ServerPool, way: RewardWay, ids: Ids) -> float:
         body = settings.body(ids, way.form)
@@ -228,21 +227,15 @@ class ServedReward:
     def score(self, responses: Sequence[tuple[Prompt, str]]) -> list[float | RewardFailure]:
         """Score as in `Reward`; a sequence that was scored before is not asked for."""
         lines = [scored_ids(self._settings.folder, self._template, *one) for one in responses]
-        keys = [None if isinstance(ids, RewardFailure) else json_digest(ids) for ids in lines]
-        missing = {
-            key: ids
-            for key, ids in zip(keys, lines, strict=True)
-            if key is not None and not isinstance(ids, RewardFailure) and key not in self._kept.values
-        }
+        asked = {json_digest(ids): ids for ids in lines if not isinstance(ids, RewardFailure)}
+        missing = {key: ids for key, ids in asked.items() if key not in self._kept.values}
         failed = asyncio.run(self._ask(missing)) if missing else {}
-        found: list[float | RewardFailure] = []
-        for key, ids in zip(keys, lines, strict=True):
-            if key is None or isinstance(ids, RewardFailure):
-                assert isinstance(ids, RewardFailure)
-                found.append(ids)
-            else:
-                found.append(failed.get(key) or finite_or_failure(self._kept.values[key]))
-        return found
+
+        def found(ids: Ids) -> float | RewardFailure:
+            key = json_digest(ids)
+            return failed.get(key) or finite_or_failure(self._kept.values[key])
+
+        return [ids if isinstance(ids, RewardFailure) else found(ids) for ids in lines]
 
     async def _ask(self, missing: Mapping[str, Ids]) -> dict[str, RewardFailure]:
         """Ask for these rewards and keep them; return those that cannot be asked for."""
@@ -274,14 +267,19 @@ class ServedReward:
         """Do nothing: a server's memory is elsewhere."""
 
 
-def in_tolerance(dtype_is_float32: bool) -> float:
-    """Return the tolerance of rewards computed in a dtype, as a share of a reward."""
-    return 1e-3 if dtype_is_float32 else 5e-2
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Return the largest difference that rounding in a dtype may cause, as a share of a reward."""
+    return 1e-3 if dtype == torch.float32 else 5e-2
 
 
-def known_rewards(values: Sequence[float | RewardFailure], name: str) -> list[float]:
-    """Return the rewards that a local copy gave to `KNOWN`; raise UserError where it failed."""
-    for value in values:
-        if isinstance(value, RewardFailure) or not math.isfinite(value):
-            raise UserError(f"{name}: the reward of a known answer by the model's folder {value}")
-    return [float(value) for value in values if not isinstance(value, RewardFailure)]
+def found_of_known(found: Sequence[T | RewardFailure], name: str) -> list[T]:
+    """Return what was found for each of `KNOWN`; raise UserError where one of them has no reward.
+
+    Args:
+        found: what was found for each, or why it has no reward.
+        name: dotted key, for the message.
+    """
+    for (_, response), one in zip(KNOWN, found, strict=True):
+        if isinstance(one, RewardFailure):
+            raise UserError(f"{name}: the reward of the known answer {response!r} {one.reason}")
+    return [one for one in found if not isinstance(one, RewardFailure)]

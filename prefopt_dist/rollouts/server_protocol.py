@@ -1,4 +1,4 @@
-"""What is asked of an OpenAI-compatible server and what its replies mean, as pure functions.
+"""Write requests to an OpenAI-compatible server and read its replies, as pure functions.
 
 Servers differ in what they take beyond the common protocol, and some accept a field and ignore it. So there are three
 dialects, from the most exact to the plainest; which one a server understands is found by asking (`server_check.py`).

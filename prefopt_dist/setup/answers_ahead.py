@@ -56,13 +56,15 @@ class AnswersAhead:
         self._over.set()
 
     def wait(self, stop_asked: Callable[[], bool]) -> bool:
-        """Wait until it has ended; return False after a request to stop, which ends it."""
-        while not self._over.wait(0.2):
-            heartbeat.beat("waiting for the answers of the next round")
-            if stop_asked():
-                self.close()
-                return False
-        return True
+        """Wait until it has ended; return False after a request to stop, which ends it, as an error does."""
+        try:
+            while not self._over.wait(0.2):
+                heartbeat.beat("waiting for the answers of the next round")
+                if stop_asked():
+                    return False
+            return True
+        finally:
+            self.close()
 
     def close(self) -> None:
         """End it with all that it has started; finished answers are kept."""

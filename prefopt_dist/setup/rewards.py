@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from prefopt_dist.config import Config, Generate, Judge, RewardServer, RewardSource
 from prefopt_dist.data.prepare import tokenizer_content
 from prefopt_dist.data.template import Template
 from prefopt_dist.distributed import ranks
-from prefopt_dist.errors import UserError
+from prefopt_dist.errors import AgreedUserError, UserError
 from prefopt_dist.files import digest, json_digest
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.rollouts.judge import WORDS, JudgeReward, JudgeSettings
@@ -22,10 +20,11 @@ from prefopt_dist.rollouts.reward_server import (
     KNOWN,
     KeptRewards,
     RewardServerSettings,
+    RewardWay,
     ServedReward,
     check_reward_server,
-    in_tolerance,
-    known_rewards,
+    found_of_known,
+    tolerance_of,
 )
 from prefopt_dist.rollouts.rewards import (
     ClassifierReward,
@@ -64,18 +63,33 @@ class ConfiguredRewards:
         return tuple(source.weight for source in self.config.generate.rewards)
 
     def open(self, template: Template, folder: Path) -> list[Reward]:
-        """Load the rewards, unsharded on each rank, and check their servers.
+        """Check the rewards' servers and load the rewards, unsharded on each rank (all ranks call it).
 
         Args:
             template: chat template of the trained model.
             folder: of the store of samples, which keeps the rewards that servers give.
         """
+        # By one rank: two that find different ways would ask differently for the same reward.
+        ways = ranks.run_on_rank_zero(lambda: self._ways(template))
+        return ranks.run_on_all_ranks(lambda: self._loaded(template, folder, ways))
+
+    def _ways(self, template: Template) -> dict[int, RewardWay]:
+        """Return by the number of each reward that a server computes how it is to be asked (rank 0)."""
+        return {
+            number: self._way(part, template)
+            for number, (_, part) in enumerate(self.rewards)
+            if isinstance(part, RewardServerSettings)
+        }
+
+    def _loaded(self, template: Template, folder: Path, ways: Mapping[int, RewardWay]) -> list[Reward]:
         found: list[Reward] = []
         for number, (_, part) in enumerate(self.rewards):
             if isinstance(part, RewardFolder):
                 found.append(self._classifier(part, template))
             elif isinstance(part, RewardServerSettings):
-                found.append(self._served(part, template, folder, number))
+                kept = KeptRewards(folder, json_digest(self.identities[number])[:16], ranks.rank())
+                mine = replace(part, in_flight=max(1, part.in_flight // ranks.world_size()))
+                found.append(ServedReward(mine, ways[number], template, kept))
             elif isinstance(part, JudgeSettings):
                 found.append(JudgeReward(part))
             else:
@@ -91,19 +105,16 @@ class ConfiguredRewards:
             batch_tokens=self.config.generate.batch_tokens,
         )
 
-    def _served(self, part: RewardServerSettings, template: Template, folder: Path, number: int) -> ServedReward:
+    def _way(self, part: RewardServerSettings, template: Template) -> RewardWay:
         expected = None
-        if part.folder.model is not None and ranks.rank() == 0:  # one rank is enough
+        if part.folder.model is not None:
             own = self._classifier(part.folder, template)
-            expected = known_rewards(own.score(KNOWN), part.name)
+            expected = found_of_known(own.score(KNOWN), part.name)
             own.close()
-        tolerance = in_tolerance(DTYPES[self.config.model.dtype] == torch.float32)
-        way = check_reward_server(part, template, expected, tolerance)
+        way = check_reward_server(part, template, expected, tolerance_of(DTYPES[self.config.model.dtype]))
         beside = "" if expected is None else f", as the model in {part.folder.path} does"
         say(f"{part.name}: {part.url} gives rewards at {way.path} with {way.form}{beside}")
-        kept = KeptRewards(folder, json_digest(self.identities[number])[:16], ranks.rank())
-        mine = replace(part, in_flight=max(1, part.in_flight // ranks.world_size()))
-        return ServedReward(mine, way, template, kept)
+        return way
 
     def to_scores(self, prompt: Prompt, number: int, values: Sequence[float | RewardFailure]) -> Scores:
         """Return one response's values as a store keeps them, with the reason in place of a failed value.
@@ -141,11 +152,26 @@ def check_rewards(config: Config) -> None:
 def configured_rewards(config: Config, models: Models) -> ConfiguredRewards:
     """Check the rewards and hash what their values depend on (all ranks call it)."""
     rewards = ranks.run_on_all_ranks(lambda: [(k, _checked(source, k, config)) for k, source in _keys(config)])
+    _refuse_other_folders([part.folder for _, part in rewards if isinstance(part, RewardServerSettings)])
     identities = [
         _identity(config, models, source, part)
         for (_, part), source in zip(rewards, config.generate.rewards, strict=True)
     ]
     return ConfiguredRewards(config, rewards, scores_name(identities) if identities else None, identities)
+
+
+def _refuse_other_folders(folders: Sequence[RewardFolder]) -> None:
+    """Raise AgreedUserError where a folder has weights on some nodes alone (all ranks call it).
+
+    All ranks hash the weights together, so a rank without them would leave the others waiting.
+    """
+    have = ranks.all_gather([folder.model is not None for folder in folders])
+    for folder, of_ranks in zip(folders, zip(*have, strict=True), strict=True):
+        if len(set(of_ranks)) > 1:
+            raise AgreedUserError(
+                f"{folder.key}: {folder.path} has weights on rank {of_ranks.index(True)} but none on rank "
+                f"{of_ranks.index(False)}, must be the same folder on all nodes; put it on a shared disk, or copy it"
+            )
 
 
 def _keys(config: Config) -> list[tuple[str, RewardSource]]:

@@ -163,7 +163,7 @@ class RolloutJob:
     @out_of_memory.phase("scoring by the rewards")
     def _score(self, todo: list[int], stop_asked: Callable[[], bool]) -> None:
         heartbeat.beat("loading the rewards")
-        rewards = ranks.run_on_all_ranks(lambda: self.rewards.open(self.tokeniser.template, self.store.folder))
+        rewards = self.rewards.open(self.tokeniser.template, self.store.folder)
         assert self.scores is not None
         name = self.scores
 

@@ -1,4 +1,4 @@
-"""What each round of the stage rounds is: its configuration, its prompts, and which model answers them."""
+"""Say what each round of the stage rounds is: its configuration, its prompts, and which model answers them."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ import case_runner
 import patience
 import pytest
 import worlds
-from door import Door, one_process_group
+from door import Door
 from generation_cases import TORCHRUN
-from generation_world import PROMPTS, write_run, write_world
+from generation_world import PROMPTS, opened_world, write_run
 from places import PYTHONPATH
 from reward_models import write_reward
 from safetensors.torch import load_file, save_file
@@ -36,9 +36,7 @@ REWARDS = [{"function": "rewards_for_tests:letters"}]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("generate")
-    write_world(folder)
-    with one_process_group():
+    with opened_world(tmp_path_factory.mktemp("generate")) as folder:
         yield folder
 
 

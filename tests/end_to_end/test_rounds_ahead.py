@@ -18,10 +18,11 @@ import patience
 import psutil
 import pytest
 import worlds
-from door import Door, one_process_group
+from door import Door
 from generation_cases import TORCHRUN
-from generation_world import write_run, write_world
-from places import PYTHONPATH, REPOSITORY
+from generation_world import opened_world, write_run
+from places import PYTHONPATH
+from serve_fake import COMMAND
 
 from prefopt_dist.commands import generate
 from prefopt_dist.config import load_config, to_yaml
@@ -31,15 +32,12 @@ from prefopt_dist.setup.prepare_models import load_models
 from prefopt_dist.setup.round_plan import answered_after, round_config, turn_of
 from prefopt_dist.setup.round_tables import seconds_table, table
 
-COMMAND = f"{sys.executable} {REPOSITORY / 'tests' / 'helpers' / 'serve_fake.py'} {{model}} {{port}}"
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in TORCHRUN} | {"PYTHONPATH": PYTHONPATH}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("ahead")
-    write_world(folder)
-    with one_process_group():
+    with opened_world(tmp_path_factory.mktemp("ahead")) as folder:
         yield folder
 
 

@@ -18,12 +18,13 @@ import patience
 import psutil
 import pytest
 import worlds
-from door import Door, one_process_group
+from door import Door
 from fake_server import FakeJudge, FakeReward, FakeServer, serving
 from generation_cases import TORCHRUN
-from generation_world import PROMPTS, write_run, write_world
-from places import PYTHONPATH, REPOSITORY
+from generation_world import PROMPTS, opened_world, write_run
+from places import PYTHONPATH
 from reward_models import write_reward
+from serve_fake import COMMAND
 
 from prefopt_dist.cli import main
 from prefopt_dist.rollouts import server_pool
@@ -37,11 +38,7 @@ CHECK = 20
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("servers")
-    write_world(folder)
-    lines = (folder / "prompts.jsonl").read_text().splitlines(keepends=True)
-    (folder / "few.jsonl").write_text("".join(lines[:FEW]))
-    with one_process_group():
+    with opened_world(tmp_path_factory.mktemp("servers"), FEW) as folder:
         yield folder
 
 
@@ -313,8 +310,7 @@ def test_the_job_starts_a_server_and_ends_it(
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("MASTER_KEY", "a variable that is not the launcher's")
-    command = f"{sys.executable} {REPOSITORY / 'tests' / 'helpers' / 'serve_fake.py'} {{model}} {{port}}"
-    run = run_of(world, "launched", launch={"command": command})
+    run = run_of(world, "launched", launch={"command": COMMAND})
     assert door.ends(run, stage="generate")[0] == 0
     assert answers(world, "launched") == expected
     said = (world / "runs" / "launched" / "server-generate.log").read_text()

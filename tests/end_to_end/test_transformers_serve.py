@@ -13,8 +13,8 @@ from typing import Any
 import httpx2
 import patience
 import pytest
-from door import Door, one_process_group
-from generation_world import write_run, write_world
+from door import Door
+from generation_world import opened_world, write_run
 from ports import free_port
 from transformers import AutoTokenizer
 
@@ -31,11 +31,7 @@ FEW = 24
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("transformers-serve")
-    write_world(folder)
-    lines = (folder / "prompts.jsonl").read_text().splitlines(keepends=True)
-    (folder / "few.jsonl").write_text("".join(lines[:FEW]))
-    with one_process_group():
+    with opened_world(tmp_path_factory.mktemp("transformers-serve"), FEW) as folder:
         yield folder
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import letters
 import pytest
-import torch
-from door import Door, one_process_group
-from generation_world import write_run, write_world
+import worlds
+from door import Door
+from generation_world import opened_world, write_run
 from ports import free_port
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from reward_models import local_reward, write_reward
+from transformers import AutoTokenizer
 
 from prefopt_dist.data.template import read_template
 from prefopt_dist.rollouts.launched_server import LaunchedServer
@@ -26,7 +27,7 @@ from prefopt_dist.rollouts.reward_server import (
     ServedReward,
     check_reward_server,
 )
-from prefopt_dist.rollouts.rewards import ClassifierReward, inspect_reward
+from prefopt_dist.rollouts.rewards import inspect_reward
 
 VLLM = os.environ.get("PREFOPT_TEST_VLLM", "")
 pytestmark = [
@@ -39,37 +40,21 @@ pytestmark = [
 COMMAND = f"{VLLM} serve {{model}} --port {{port}} --dtype float32 --max-model-len 512 --enforce-eager"
 COMMAND += " --gpu-memory-utilization 0.2"  # a share of the machine's memory, on a CPU too
 FEW = 24
+HIDDEN = 128
+"""A size with heads of 32, which vLLM's attention on a CPU takes."""
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("vllm")
-    write_world(folder)
-    config = _write_larger(folder / "larger")
-    torch.manual_seed(1)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(3.0 if p.dim() > 1 else 1.0)
-    model.save_pretrained(folder / "larger")
-    (folder / "larger" / "generation_config.json").write_bytes(
-        (folder / "model" / "generation_config.json").read_bytes()
-    )
-    lines = (folder / "prompts.jsonl").read_text().splitlines(keepends=True)
-    (folder / "few.jsonl").write_text("".join(lines[:FEW]))
-    with one_process_group():
+    with opened_world(tmp_path_factory.mktemp("vllm"), FEW) as folder:
+        worlds.write_model(folder / "larger", seed=1, scale=3.0, hidden=HIDDEN)
+        shutil.copy(folder / "model" / "generation_config.json", folder / "larger")
         yield folder
 
 
 @pytest.fixture(autouse=True)
 def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-
-
-def _write_larger(folder: Path) -> LlamaConfig:
-    """A folder with the world's tokenizer and heads of 32, which vLLM's attention on a CPU can be asked for."""
-    letters.write_model(folder, hidden=128, layers=2, vocabulary=300, tied=True, seed=0)
-    return LlamaConfig.from_pretrained(folder)
 
 
 def answers(world: Path, cache: str) -> list[dict[str, Any]]:
@@ -94,23 +79,9 @@ def test_greedy_answers_are_those_of_transformers(world: Path, capsys: pytest.Ca
 
 
 def test_rewards_are_those_of_transformers(world: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "reward"
-    config = _write_larger(folder)
-    config.num_labels = 1
-    torch.manual_seed(3)
-    model = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    model.save_pretrained(folder)
+    folder = write_reward(tmp_path / "reward", hidden=HIDDEN)
     template = read_template(AutoTokenizer.from_pretrained(folder), "auto")
-    local = ClassifierReward(
-        inspect_reward(str(folder), "k"),
-        template=template,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        batch_tokens=2000,
-    )
+    local = local_reward(folder, template)
     asked = [(Prompt(i, "p", f"Write to {i}.", None, {}, []), "word " * i) for i in range(20)]
     server = LaunchedServer(
         COMMAND + " --runner pooling",

@@ -7,7 +7,7 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
@@ -187,22 +187,25 @@ class _Handler(BaseHTTPRequestHandler):
             fake.at_once += 1
             fake.most_at_once = max(fake.most_at_once, fake.at_once)
         try:
-            if fake.key is not None and self.headers.get("Authorization") != f"Bearer {fake.key}":
-                self._reply(401, {"error": f"wrong key {self.headers.get('Authorization')}"})
-            elif fake.lives is not None and len(fake.answered) >= fake.lives:
-                self.close_connection = True
-                self.connection.close()
-            elif fake.hangs.is_set():
-                fake.released.wait()
-            elif fake.statuses:
-                self._reply(fake.statuses.pop(0), {"error": "as asked for"})
-            else:
-                self._reply(*fake.reply(self.path, body))
-        except OSError:  # the client has gone
-            pass
+            with suppress(OSError):  # the client has gone, as one does that waits no longer
+                self._answer(body)
         finally:
             with fake.lock:
                 fake.at_once -= 1
+
+    def _answer(self, body: dict[str, Any]) -> None:
+        fake = self.server_of
+        if fake.key is not None and self.headers.get("Authorization") != f"Bearer {fake.key}":
+            self._reply(401, {"error": f"wrong key {self.headers.get('Authorization')}"})
+        elif fake.lives is not None and len(fake.answered) >= fake.lives:
+            self.close_connection = True
+            self.connection.close()
+        elif fake.hangs.is_set():
+            fake.released.wait()
+        elif fake.statuses:
+            self._reply(fake.statuses.pop(0), {"error": "as asked for"})
+        else:
+            self._reply(*fake.reply(self.path, body))
 
     def log_message(self, *args: Any) -> None:
         pass

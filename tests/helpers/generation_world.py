@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import worlds
+from door import one_process_group
 
 from prefopt_dist.config import Config, load_config
 
@@ -31,6 +34,16 @@ def write_world(folder: Path) -> None:
             for i in range(rows)
         ]
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@contextmanager
+def opened_world(folder: Path, few: int = 0) -> Iterator[Path]:
+    """The world, with the first prompts alone in few.jsonl, while calls of `main` join one process group."""
+    write_world(folder)
+    lines = (folder / "prompts.jsonl").read_text().splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(lines[:few]))
+    with one_process_group():
+        yield folder
 
 
 def write_run(folder: Path, name: str, *, cache: str = "cache", **sections: dict[str, Any]) -> Path:

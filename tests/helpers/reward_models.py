@@ -8,10 +8,13 @@ import torch
 import worlds
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
+from prefopt_dist.data.template import Template
+from prefopt_dist.rollouts.rewards import ClassifierReward, inspect_reward
 
-def write_reward(folder: Path, outputs: int = 1, pad: bool = True) -> Path:
+
+def write_reward(folder: Path, outputs: int = 1, pad: bool = True, hidden: int = 32) -> Path:
     """A small sequence classifier with the world's tokenizer."""
-    worlds.write_model(folder)
+    worlds.write_model(folder, hidden=hidden)
     config = LlamaConfig.from_pretrained(folder)
     config.num_labels = outputs
     if not pad:
@@ -23,3 +26,14 @@ def write_reward(folder: Path, outputs: int = 1, pad: bool = True) -> Path:
             p.add_(torch.randn_like(p) * 0.1)
     model.save_pretrained(folder)
     return folder
+
+
+def local_reward(folder: Path, template: Template) -> ClassifierReward:
+    """A reward model in float32 on the CPU."""
+    return ClassifierReward(
+        inspect_reward(str(folder), "k"),
+        template=template,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        batch_tokens=2000,
+    )

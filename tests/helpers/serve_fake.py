@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+COMMAND = shlex.join([sys.executable, __file__]) + " {model} {port}"
+"""As generate.launch.command names it."""
 
 if __name__ == "__main__":
     folder, port, how = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]

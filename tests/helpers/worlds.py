@@ -46,9 +46,9 @@ def write_pairs(file: Path, n: int, *, seed: int = 0, longest: int = 60) -> None
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def write_model(folder: Path, *, seed: int = 0, tied: bool = True, scale: float = 1.0) -> None:
+def write_model(folder: Path, *, seed: int = 0, tied: bool = True, scale: float = 1.0, hidden: int = 32) -> None:
     """A Llama of two layers with the demo's tokenizer; `scale` > 1 makes its log-probs less alike."""
-    letters.write_model(folder, hidden=32, layers=2, vocabulary=300, tied=tied, seed=0)
+    letters.write_model(folder, hidden=hidden, layers=2, vocabulary=300, tied=tied, seed=0)
     config = LlamaConfig.from_pretrained(folder)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)

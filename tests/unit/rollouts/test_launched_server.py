@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -12,20 +11,18 @@ from pathlib import Path
 
 import psutil
 import pytest
-from places import PYTHONPATH, REPOSITORY
+from places import PYTHONPATH
 from ports import free_port
+from serve_fake import COMMAND
 
 from prefopt_dist.errors import UserError
 from prefopt_dist.rollouts import server_keeper
 from prefopt_dist.rollouts.launched_server import LaunchedServer
 
-SERVE = str(REPOSITORY / "tests" / "helpers" / "serve_fake.py")
-COMMAND = shlex.join([sys.executable, SERVE]) + " {model} {port} "
-
 
 def launch(folder: Path, how: str, seconds: float = 60.0, port: int | None = None) -> LaunchedServer:
     return LaunchedServer(
-        COMMAND + how,
+        f"{COMMAND} {how}",
         model=folder / "model",
         port=port or free_port(),
         host="127.0.0.1",

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fake_server import FakeReward, serving
-from reward_models import write_reward
+from generation_world import config_of
+from reward_models import local_reward, write_reward
 from transformers import AutoTokenizer
 
 from prefopt_dist.data.template import Template, read_template
@@ -23,11 +23,14 @@ from prefopt_dist.rollouts.reward_server import (
     KNOWN,
     KeptRewards,
     RewardServerSettings,
+    RewardWay,
     ServedReward,
     check_reward_server,
+    found_of_known,
 )
-from prefopt_dist.rollouts.rewards import ClassifierReward, RewardFailure, inspect_reward
+from prefopt_dist.rollouts.rewards import RewardFailure, inspect_reward
 from prefopt_dist.rollouts.server_pool import NoServerLeft
+from prefopt_dist.setup import rewards
 
 ASKED = [
     (Prompt(i, f"p:{i}", question, None, {}, []), response)
@@ -50,13 +53,7 @@ def template(folder: Path) -> Template:
 @pytest.fixture(scope="module")
 def expected(folder: Path, template: Template) -> tuple[list[Any], list[Any]]:
     """What a local copy gives to `ASKED`, and to the known answers."""
-    local = ClassifierReward(
-        inspect_reward(str(folder), "k"),
-        template=template,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        batch_tokens=2000,
-    )
+    local = local_reward(folder, template)
     return local.score(ASKED), local.score(KNOWN)
 
 
@@ -199,3 +196,31 @@ def test_a_sequence_that_the_server_refuses_costs_that_reward_alone(
     assert isinstance(found[2], RewardFailure)
     assert "longer than my context" in found[2].reason
     assert [*found[:2], found[3]] == pytest.approx([*expected[0][:2], expected[0][3]], abs=1e-5)
+
+
+def test_a_known_answer_without_a_reward_is_named() -> None:
+    assert found_of_known([1.0, 2.0], "k") == [1.0, 2.0]
+    with pytest.raises(UserError, match=r"^k: the reward of the known answer 'I do not .*' returned nan$"):
+        found_of_known([1.0, RewardFailure("returned nan")], "k")
+
+
+def test_all_ranks_ask_as_rank_zero_has_found(
+    fake: FakeReward, folder: Path, template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check is rank 0's; here is rank 1, which asks for the rewards of its answers alone."""
+    fake.path, fake.takes = "/pooling", str
+    monkeypatch.setattr(rewards.ranks, "rank", lambda: 1)
+    monkeypatch.setattr(rewards.ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(rewards.ranks, "run_on_rank_zero", lambda check: {0: RewardWay("/pooling", "text")})
+    monkeypatch.setattr(rewards.ranks, "run_on_all_ranks", lambda load: load())
+    asked = rewards.ConfiguredRewards(config_of(tmp_path, "run"), [("k", settings(fake, folder))], "scores", [{}])
+    (reward,) = asked.open(template, tmp_path)
+    reward.score(ASKED[1:2])
+    assert len(fake.answered) == 1
+
+
+def test_a_folder_with_weights_on_one_node_alone_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks hash the weights together: a rank without them would leave the others waiting."""
+    monkeypatch.setattr(rewards.ranks, "all_gather", lambda mine: [mine, [False]])
+    with pytest.raises(UserError, match=r"^key: .* has weights on rank 0 but none on rank 1, must be the same"):
+        rewards._refuse_other_folders([inspect_reward(str(folder), "key", served=True)])
