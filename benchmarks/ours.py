@@ -1,4 +1,4 @@
-"""This package on the task: the first pass and the steps as `train` does them, on one rank under ZeRO-3."""
+"""This package on the task: the first pass and the steps as `train` does them, under ZeRO-3."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def tokenised(task: Task) -> TokenisedRows:
 
 
 def run(task: Task, folder: Path) -> dict[str, Any]:
-    """Run the reference's first pass and the steps; return their times and the loss of each step."""
+    """Run the reference's first pass and the steps; return their times on this rank and the loss of each step."""
     ranks.start()
     if task.compiled:
         compiled_layers.prepare(folder)
@@ -134,11 +134,11 @@ def score_reference(
     engine = zero3.reference_engine(Scorer(lm, task.path), settings)
     del lm
     start = meter.Mark.now()
-    todo = first_pass._look_up(store, [rows], 2, task.micro_batch_tokens, task.path)
+    todo = ranks.run_on_rank_zero(lambda: first_pass._look_up(store, [rows], 2, task.micro_batch_tokens, task.path))
     first_pass._score(engine, todo, store, [rows], lambda: False)
     took = meter.Mark.now().since(start)
     zero3.release(engine)
-    return first_pass._collect(store, [rows], 2, None)[0], took
+    return ranks.run_on_rank_zero(lambda: first_pass._collect(store, [rows], 2, None)[0]), took
 
 
 def policy_engine(task: Task, model: Any, dtype: torch.dtype) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +45,30 @@ def check_losses(results: dict[str, dict[str, Any]], dtype: str) -> float:
     return worst
 
 
+def medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the result of one contestant whose times and peak are the medians of several runs."""
+
+    def middle(marks: Sequence[dict[str, float]]) -> dict[str, float]:
+        return {clock: statistics.median(mark[clock] for mark in marks) for clock in marks[0]}
+
+    return runs[0] | {
+        "steps": [middle(of) for of in zip(*(run["steps"] for run in runs), strict=True)],
+        "first_pass": middle([run["first_pass"] for run in runs]) if runs[0]["first_pass"] else None,
+        "peak": statistics.median(run["peak"] for run in runs),
+        "baseline": statistics.median(run["baseline"] for run in runs),
+    }
+
+
 def summarise(task: Task, results: dict[str, dict[str, Any]], rate: float) -> dict[str, Any]:
     """Return the values that the table shows for one mix; call `check_losses` first."""
     lengths = [(len(p), len(c), len(r)) for p, c, r in task.drawn()]
     timed = lengths[task.warm_up * task.pairs :]
     floor = step_flop(task.shape, timed) / len(timed)
     floor_pass = first_pass_flop(task.shape, lengths) / len(lengths)
-    # On the CPU the thread's CPU seconds count, which do not depend on other processes; on CUDA wall time.
-    clock = "cpu" if task.device == "cpu" else "wall"
+    # On the CPU the thread's CPU seconds count, which do not depend on other processes; wall time on CUDA and where
+    # ranks wait for each other.
+    clock = "cpu" if task.device == "cpu" and task.ranks == 1 else "wall"
+    rate *= task.ranks
     rows: dict[str, Any] = {}
     for name, found in results.items():
         steps = found["steps"][task.warm_up :]
@@ -76,8 +94,8 @@ def summarise(task: Task, results: dict[str, dict[str, Any]], rate: float) -> di
         "steps": task.steps,
         "floor_gflop_per_pair": floor / 1e9,
         "tokens_per_pair": distinct_tokens(timed) / len(timed),
-        "padding": padding(timed, task.pairs),
-        "padding_of_the_mix": usual_padding(MIXES[task.mix], task.pairs),
+        "padding": padding(timed, task.pairs // task.ranks),
+        "padding_of_the_mix": usual_padding(MIXES[task.mix], task.pairs // task.ranks),
         "rows": rows,
     }
 
@@ -94,7 +112,8 @@ def ratios(rows: dict[str, Any], name: str, what: str) -> str:
 def table(mix: str, summary: dict[str, Any]) -> str:
     """Return the table of one mix as Markdown.
 
-    Times are CPU seconds of one thread (on CUDA wall time). Memory is what is used beyond the imports. An epoch
+    Times are CPU seconds of one thread (on CUDA and of several ranks wall time). Memory is what a rank, the first, uses
+    beyond the imports. An epoch
     includes the first pass where there is one. Efficiency is the floor's operations divided by time and by the speed of
     a matrix product.
     """

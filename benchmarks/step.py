@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -53,8 +54,9 @@ def main() -> None:
             device=options.device,
             seed=options.seed,
             micro_batch_tokens=options.micro_batch_tokens,
+            ranks=options.ranks,
         )
-        machine, results = measure(task, options.contestants)
+        machine, results = measure(task, options.contestants, options.runs)
         difference = report.check_losses(results, task.dtype)
         rate = machine.pop("rate")
         if not found["mixes"]:
@@ -62,7 +64,9 @@ def main() -> None:
             print(_heading(options.shape, shape, task, machine), flush=True)
         summary = report.summarise(task, results, rate)
         found["mixes"][mix] = summary | {"loss_difference": difference, "matrix_gflops": rate / 1e9}
-        print(f"\n{report.table(mix, found['mixes'][mix])}\nmatrix product: {rate / 1e9:.0f} GFLOP/s", flush=True)
+        runs = f", medians of {options.runs} runs in turn" if options.runs > 1 else ""
+        print(f"\n{report.table(mix, found['mixes'][mix])}", flush=True)
+        print(f"matrix product: {rate / 1e9:.0f} GFLOP/s{runs}", flush=True)
         if options.ladder and mix == options.mix[0]:
             found["ladder"] = ladder(task)
     if options.save:
@@ -80,18 +84,23 @@ def ladder(task: Task) -> dict[str, Any]:
     return summary
 
 
-def measure(task: Task, contestants: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return facts about the machine, with its speed of matrix products, and each contestant's result."""
+def measure(task: Task, contestants: list[str], runs: int = 1) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return facts about the machine, with its speed of matrix products, and each contestant's result.
+
+    The contestants run in turn, `runs` times, so that a machine whose speed changes slows all of them down.
+    """
+    machines, results = [], {contestant: [] for contestant in contestants}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_task(folder, task)
-        machine = _process("machine", folder, task)
-        results = {}
-        for contestant in contestants:
-            changed = VARIANTS.get(contestant)
-            save_task(folder, replace(task, **changed) if changed else task)
-            results[contestant] = _process("ours" if changed else contestant, folder, task)
-        return machine, results
+        for _ in range(runs):
+            save_task(folder, task)
+            machines.append(_process("machine", folder, task))
+            for contestant in contestants:
+                changed = VARIANTS.get(contestant)
+                save_task(folder, replace(task, **changed) if changed else task)
+                results[contestant].append(_process("ours" if changed else contestant, folder, task))
+    rate = statistics.median(machine["rate"] for machine in machines)
+    return machines[0] | {"rate": rate}, {name: report.medians(of) for name, of in results.items()}
 
 
 def _process(contestant: str, folder: Path, task: Task) -> dict[str, Any]:
@@ -106,8 +115,11 @@ def _process(contestant: str, folder: Path, task: Task) -> dict[str, Any]:
         left.unlink()
     if task.device == "cpu":
         environment |= meter.SINGLE_THREAD | meter.ALLOCATOR | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    if task.ranks > 1:
+        environment["ACCELERATE_USE_DEEPSPEED"] = "true"  # the peer's libraries read it while they are imported
+    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={task.ranks}", "-m"]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.contestant", contestant, str(folder)],
+        [sys.executable, "-m", *(several if task.ranks > 1 else ()), "benchmarks.contestant", contestant, str(folder)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -148,7 +160,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _task_facts(task: Task) -> dict[str, Any]:
-    names = ("pairs", "warm_up", "device", "dtype", "seed", "beta", "learning_rate", "micro_batch_tokens")
+    names = ("pairs", "warm_up", "device", "dtype", "seed", "beta", "learning_rate", "micro_batch_tokens", "ranks")
     return {n: getattr(task, n) for n in names}
 
 
@@ -156,8 +168,8 @@ def _heading(name: str, shape: Shape, task: Task, machine: dict[str, Any]) -> st
     return (
         f"{name}: {shape.layers} layers of width {shape.hidden}, {shape.backbone / 1e6:.1f} M parameters, vocabulary "
         f"{shape.vocabulary:,} (head {shape.head_share:.1%} of the layers); {task.pairs} pairs a step, "
-        f"{task.dtype}\n{machine['gpu'] or machine['cpu'] + ', one thread'}; torch {machine['torch']}, "
-        f"TRL {machine['trl']}"
+        f"{task.dtype}, ranks: {task.ranks}\n{machine['gpu'] or machine['cpu'] + ', one thread a rank'}; "
+        f"torch {machine['torch']}, TRL {machine['trl']}"
     )
 
 
@@ -175,6 +187,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--mix", nargs="+", choices=MIXES, default=list(MIXES))
     parser.add_argument("--contestants", nargs="+", default=["ours", "ours-small", "trl-tuned", "trl"])
     parser.add_argument("--pairs", type=int, help="pairs of a step")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks under ZeRO-3; with several, wall seconds count")
+    parser.add_argument("--runs", type=int, default=1, help="runs of each contestant, in turn; medians count")
     parser.add_argument("--steps", type=int, help="timed steps, after one that is not; default by mix")
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--seed", type=int, default=0)
@@ -186,6 +200,10 @@ def _arguments() -> argparse.Namespace:
     options.shape = options.shape or ("small" if options.device == "cpu" else "1b")
     if "ours" not in options.contestants:
         parser.error("--contestants: the losses are compared with those of ours")
+    if (options.pairs or SHAPES[options.shape].pairs) % options.ranks:
+        parser.error("--ranks: must divide the pairs of a step")
+    if options.ladder and options.ranks > 1:
+        parser.error("--ladder: its rungs have no ranks")
     return options
 
 

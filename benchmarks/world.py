@@ -11,6 +11,8 @@ from benchmarks.floor import Shape
 from benchmarks.pairs import MIXES, Pair, draw_tokens, representative
 from prefopt_dist.batching.micro_batch import ComputePath
 
+PAIRS = "pairs.jsonl"
+
 
 @dataclass(frozen=True)
 class Task:
@@ -35,6 +37,8 @@ class Task:
     """How this package computes micro-batches"""
     compiled: bool = False
     """Whether this package compiles the decoder's layers"""
+    ranks: int = 1
+    """Number of ranks that share the model under ZeRO-3, each with a part of every step's pairs"""
 
     @property
     def dtype(self) -> str:
@@ -53,8 +57,9 @@ class Task:
     def drawn(self) -> list[Pair]:
         """Return the pairs' token ids; the lengths of warm-up and timed steps each represent the mix."""
         mix = MIXES[self.mix]
-        timed = representative(mix, self.steps, self.pairs, self.seed)
-        before = representative(mix, self.warm_up, self.pairs, self.seed) if self.warm_up else []
+        own = self.pairs // self.ranks  # what a peer pads together
+        timed = representative(mix, self.steps * self.ranks, own, self.seed)
+        before = representative(mix, self.warm_up * self.ranks, own, self.seed) if self.warm_up else []
         return draw_tokens([*before, *timed], self.shape.vocabulary, self.seed)
 
 
@@ -106,6 +111,12 @@ def write_model(folder: Path, shape: Shape, dtype: str, seed: int) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"
     ).save_pretrained(folder)
+
+
+def write_pairs(folder: Path, task: Task) -> None:
+    """Write the task's pairs as text, one JSON object a line."""
+    rows = ({"prompt": text(p) + " ", "chosen": text(c), "rejected": text(r)} for p, c, r in task.drawn())
+    (folder / PAIRS).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def text(ids: list[int]) -> str:

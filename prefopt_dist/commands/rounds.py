@@ -27,7 +27,7 @@ from prefopt_dist.setup import answers_ahead, compare, memory_advice, prepare_mo
 from prefopt_dist.setup.answers_ahead import AnswersAhead
 from prefopt_dist.setup.compare import Comparison
 from prefopt_dist.setup.lifecycle import best_checkpoint, run_folder
-from prefopt_dist.setup.round_plan import answered_after, model_after, round_config, turn_of
+from prefopt_dist.setup.round_plan import answered_after, made_otherwise, model_after, round_config, turn_of
 from prefopt_dist.setup.round_tables import seconds_table, table
 from prefopt_dist.training.stop import Requests
 
@@ -57,6 +57,8 @@ def run(config: Config) -> None:
         first = prepare_models.load_models(config)
         if finished is not None and _as_asked(config, first, finished):
             say(f"{config.run_dir} is done:\n{ranks.run_on_rank_zero(folder.summary)}")
+            for line in made_otherwise(config, finished):
+                say(line)
             return
         ranks.run_on_rank_zero(
             lambda: folder.reopen(config, world_size=ranks.world_size()) if folder.summary() else None
@@ -261,7 +263,12 @@ def _compared(
             compared = comparison.run(lambda: asked.look().stop)
         except StopRequested:
             return None
-        known = {"round": number, "pairs": _pairs(of_round), "answered_after": answered_after(config, number)}
+        known = {
+            "round": number,
+            "pairs": _pairs(of_round),
+            "prompts_per_round": config.rounds.prompts_per_round,
+            "answered_after": answered_after(config, number),
+        }
         found = {**known, "made_of": comparison.fingerprint, **compared}
         content = strict_json(found)  # a model may have diverged
         ranks.run_on_rank_zero(lambda: write_json(file, content))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from prefopt_dist.config import Config, DataSource
 from prefopt_dist.rollouts.prompts import Turn
@@ -63,6 +65,22 @@ def turn_of(config: Config, number: int) -> Turn | None:
     """Return the part of the prompts that a round takes, counted from 1; None where each takes all."""
     size = config.rounds.prompts_per_round
     return None if size is None else Turn(number - 1, size, config.run.seed)
+
+
+def made_otherwise(config: Config, done: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each setting that has changed since rounds were made; `done`: their rows of rounds.json."""
+
+    def line(key: str, value: int | None, rounds: list[int]) -> list[str]:
+        now = "null" if value is None else value
+        numbers = ", ".join(map(str, rounds))
+        told = f"{key} is {now} now; rounds that were made with another value stay as they are: {numbers}. "
+        return [told + "Name another run.dir to make them anew."] if rounds else []
+
+    after = {one["round"]: answered_after(config, one["round"]) for one in done}
+    size = config.rounds.prompts_per_round
+    others = [n for n, one in zip(after, done, strict=True) if one.get("answered_after", after[n]) != after[n]]
+    sized = [n for n, one in zip(after, done, strict=True) if one.get("prompts_per_round", size) != size]
+    return line("rounds.ahead", config.rounds.ahead, others) + line("rounds.prompts_per_round", size, sized)
 
 
 def _from_here(folder: Path) -> Path:

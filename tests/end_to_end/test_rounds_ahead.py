@@ -29,7 +29,7 @@ from prefopt_dist.config import load_config, to_yaml
 from prefopt_dist.rollouts import server_keeper
 from prefopt_dist.setup.answers_ahead import AnswersAhead, note_seconds
 from prefopt_dist.setup.prepare_models import load_models
-from prefopt_dist.setup.round_plan import answered_after, round_config, turn_of
+from prefopt_dist.setup.round_plan import answered_after, made_otherwise, round_config, turn_of
 from prefopt_dist.setup.round_tables import seconds_table, table
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in TORCHRUN} | {"PYTHONPATH": PYTHONPATH}
@@ -95,6 +95,20 @@ def test_a_round_is_answered_by_the_model_that_the_schedule_names(world: Path, d
         stage="rounds",
         run=run_of(world, "plan", 1, 4, "cache"),
     )
+
+
+def test_settings_that_changed_after_the_last_round_are_told(world: Path) -> None:
+    config = load_config(run_of(world, "plan", ahead=1, count=3))
+    rows = [{"round": n, "answered_after": max(0, n - 2), "prompts_per_round": 24} for n in (1, 2, 3)]
+    assert made_otherwise(config, rows) == []
+    assert made_otherwise(config, [{"round": 1}]) == []  # a row of before both settings
+    in_turn = [one | {"answered_after": one["round"] - 1} for one in rows]
+    (line,) = made_otherwise(config, [in_turn[0], in_turn[1], rows[2] | {"prompts_per_round": 24}])
+    assert line.startswith("rounds.ahead is 1 now; ")
+    assert "as they are: 2. Name another run.dir" in line
+    (line,) = made_otherwise(config, [one | {"prompts_per_round": None} for one in rows])
+    assert line.startswith("rounds.prompts_per_round is 24 now; ")
+    assert "1, 2, 3." in line
 
 
 def test_the_process_makes_the_pairs_that_would_be_made_here(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,21 @@ def test_summary_compares_steps_and_epochs() -> None:
     assert "| 3.00 | 2.00 |" in report.table("uniform", found)
 
 
+def test_of_several_runs_the_medians_count() -> None:
+    runs = [result(seconds, [0.6, 0.5], first) for seconds, first in ((2.0, 5.0), (9.0, 1.0), (3.0, 2.0))]
+    assert report.medians(runs) == result(3.0, [0.6, 0.5], 2.0)
+    assert report.medians([result(2.0, [0.6], None)])["first_pass"] is None
+
+
+def test_ranks_divide_the_pairs_and_the_time_on_the_wall_counts() -> None:
+    task = Task(TINY, "uniform", 4, 1, 1, "cpu", 0, ranks=2)
+    found = result(2.0, [0.6, 0.5], 2.0)
+    found["steps"][1]["cpu"] = 1.5  # a rank that waits
+    ours = report.summarise(task, {"ours": found}, rate=1e9)["rows"]["ours"]
+    assert ours["pairs_per_second"] == 2
+    assert ours["efficiency"] == pytest.approx(step_flop(TINY, [(256, 256, 256)] * 4) / 2 / 2e9)
+
+
 @pytest.mark.parametrize("losses", [[0.6, 0.5002], [0.6], [0.6, math.nan]])
 def test_unequal_losses_are_no_comparison(losses: list[float]) -> None:
     with pytest.raises(AssertionError):
