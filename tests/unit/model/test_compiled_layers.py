@@ -85,16 +85,6 @@ def test_traced_layers_equal_plain_float64(name: str, checkpointing: bool) -> No
     assert counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"
 
 
-def compiled(name: str) -> Any:
-    """A model as a parameter, with its fault where torch's compiler has one."""
-    if name != "llama-mqa-biases":
-        return name
-    # The gradient of a single key head, [1, 1, T, d], is also contiguous as an image in channels-last order; torch's
-    # convert_to_reinterpret_view then asks for T as a number. No tag of the attention's operator changes that.
-    why = "torch 2.13 lays out no single key head for a row of unknown length; the proof refuses such compiled layers"
-    return pytest.param(name, marks=pytest.mark.xfail(reason=why, strict=True))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [*(name for name in tiny_families.FAMILIES if name not in ON_OTHER_PATHS), *EXPERTS])
 def test_special_families_are_proven_with_traced_layers(family: str) -> None:
@@ -107,7 +97,7 @@ def test_special_families_are_proven_with_traced_layers(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [compiled(name) for name, (family, _) in MODELS.items() if family not in EXPERTS])
+@pytest.mark.parametrize("name", [name for name, (family, _) in MODELS.items() if family not in EXPERTS])
 def test_compiled_layers_equal_plain_float64(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
