@@ -87,16 +87,28 @@ def detect_form(rows: Sequence[Row], key: str) -> str:
         key: The key and the source, for messages.
 
     Raises:
-        UserError: No row has the fields of any form; the message lists the fields found.
+        UserError: No row has the fields of any form; the message lists the fields found, and says how to name them.
     """
     votes = Counter(form for form in map(_form_of, rows[:FIRST_ROWS]) if form is not None)
     if not votes:
         found = sorted({name for row in rows[:FIRST_ROWS] for name in row})
         raise UserError(
-            f"{key}: the first rows have the fields {found}, which do not match any form; "
-            f"rename them to one of: {'; '.join(f'{form}: {fields}' for form, fields in _FIELDS_OF_FORMS.items())}"
+            f"{key}: the first rows have the fields {found}, which do not match any form; {_remedy(found)} "
+            f"(docs/data.md); the forms are: "
+            f"{'; '.join(f'{form}: {fields}' for form, fields in _FIELDS_OF_FORMS.items())}"
         )
     return max(FORMS, key=lambda form: votes[form])
+
+
+def _remedy(found: Sequence[str]) -> str:
+    """Return what to do about rows of no form; rows of prompts alone have nothing to rename."""
+    if "prompt" in found and not {"chosen", "rejected", "completion", "responses"} & set(found):
+        return (
+            "where they are prompts without responses, let `generate` or `rounds` answer them (generate.prompts) and "
+            "name a file of pairs here, else say with data.columns which columns hold the responses, "
+            "such as {chosen: good, rejected: bad}"
+        )
+    return "name them with data.columns, such as {prompt: question, chosen: good, rejected: bad}, or rename them"
 
 
 def _form_of(row: Row) -> str | None:

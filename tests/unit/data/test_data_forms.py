@@ -145,6 +145,13 @@ def test_most_of_the_first_rows_decide_the_form() -> None:
         detect_form([{"question": "q", "answer": "a"}], "data.format")
 
 
+def test_columns_of_no_form_are_told_what_to_do() -> None:
+    with pytest.raises(UserError, match=r"'question'\].*name them with data\.columns.*chosen: good.*data\.md"):
+        detect_form([{"question": "q", "answer": "a"}], "data.format")
+    with pytest.raises(UserError, match=r"\['id', 'prompt'\].*prompts without responses.*generate\.prompts.*data\.c"):
+        detect_form([{"prompt": "q", "id": 3}], "data.format")
+
+
 def test_kinds() -> None:
     assert [kind_of(form) for form in ("raw_pair", "transcripts", "demonstration", "rated")] == [
         "pair",
