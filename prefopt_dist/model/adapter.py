@@ -10,6 +10,7 @@ parameters keep their values; `base_layer.` is inserted into their names.
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Mapping
@@ -196,4 +197,10 @@ def _peft() -> Any:
     """Import peft, which takes seconds and which most runs do not need."""
     # peft uses a name of the model's that transformers is about to change.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # peft imports bitsandbytes where it is installed, which then warns that a package for products in 4 bit is missing.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_of_4_bit)
     return import_optional("peft", "lora", "a run with adapters", "remove the section lora")
+
+
+def _is_not_of_4_bit(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in record.getMessage()
