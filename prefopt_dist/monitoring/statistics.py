@@ -47,6 +47,12 @@ def interval(values: NDArray[np.float64]) -> Interval:
     return {"mean": centre, "low": centre - half, "high": centre + half}
 
 
+def share_interval(values: NDArray[np.float64]) -> Interval:
+    """Return `interval` of values between 0 and 1; a bound beyond them would be no share."""
+    found = interval(values)
+    return {name: value if value is None else min(max(value, 0.0), 1.0) for name, value in found.items()}
+
+
 def interval_text(of: Interval) -> str:
     """Return an interval for people, such as 0.512 (0.498 to 0.526)."""
     mean, low, high = of["mean"], of["low"], of["high"]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt_dist.monitoring.statistics import Interval, interval
+from prefopt_dist.monitoring.statistics import Interval, interval, share_interval
 from prefopt_dist.rollouts.rewards import weighted_mean
 from prefopt_dist.rollouts.store import AnsweredPrompt
 
@@ -82,7 +82,7 @@ def compare_rewards(
     differences = [float(a.mean() - b.mean()) for a, b in compared]
     means_of_mine, means_of_theirs = np.array([(a.mean(), b.mean()) for a, b in compared]).reshape(-1, 2).T
     return {
-        "win_rate": interval(np.array(win_rates)),
+        "win_rate": share_interval(np.array(win_rates)),
         "difference": interval(np.array(differences)),
         "mine": interval(means_of_mine),
         "theirs": interval(means_of_theirs),

@@ -564,6 +564,9 @@ def test_wins_and_intervals() -> None:
     assert interval(np.array([2.0])) == {"mean": 2.0, "low": None, "high": None}
     mine, theirs = [answered(1.0, 2.0), answered(5.0, 5.0)], [answered(0.0, 2.0), answered(5.0, "raised")]
     assert comparison.compare_rewards(mine, theirs, (1.0,))["win_rate"]["mean"] == pytest.approx((2.5 / 4 + 0.5) / 2)
+    wins = comparison.compare_rewards([answered(1.0)] * 5, [answered(0.0)] * 4 + [answered(1.0)], (1.0,))["win_rate"]
+    assert wins["mean"] == pytest.approx(0.9)
+    assert wins["high"] == 1.0  # mean + half is 1.096, which would be no share
     assert comparison.compare_rewards(mine, theirs, (1.0,))["difference"]["mean"] == pytest.approx(0.25)
     assert comparison.summary(theirs, (1.0,))["without_reward"] == 1
     ratios = comparison.kl(mine, np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.0, 0.0, 0.0, 2.0]))
