@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,20 @@ from prefopt_dist.training.stop import Requests
 
 FACTS = "generation.json"
 """File in the run folder: settings that RUN/pairs.jsonl was made with, and counts of all answers"""
+KEYS = {
+    "engine": "generate.engine",
+    "template": "data.template",
+    "max_length": "data.max_length",
+    "sampling.n": "generate.n",
+    "sampling.temperature": "generate.temperature",
+    "sampling.top_p": "generate.top_p",
+    "sampling.max_new_tokens": "generate.max_new_tokens",
+    "sampling.seed": "run.seed, as sampling.seed",  # a round has a seed of its own
+    "pairing": "generate.pairing",
+    "min_margin": "generate.min_margin",
+    "on_bad_reward": "generate.on_bad_reward",
+}
+"""Keys of the configuration behind the names that RUN/generation.json gives them"""
 
 
 def run(
@@ -105,6 +119,11 @@ def _sampled_by(job: RolloutJob) -> dict[str, Any]:
     return settings | {f"sampling.{name}": value for name, value in job.store.settings["sampling"].items()}
 
 
+def _by_key(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide the pairs under the keys of the configuration, where they have one."""
+    return {KEYS.get(name, name): value for name, value in settings.items()}
+
+
 def _refuse_others(config: Config, job: RolloutJob, *, served: bool) -> None:
     """Raise UserError where pairs exist that were made with other settings or by a person (rank 0).
 
@@ -121,12 +140,19 @@ def _refuse_others(config: Config, job: RolloutJob, *, served: bool) -> None:
     before = read_json(facts)
     changed = differing_keys(before["made_of"], _pairs_fingerprint(job))
     if changed:
-        sampling = differing_keys(before.get("sampled_by", {}), _sampled_by(job))
-        changed = [*sampling, *(line for line in changed if not line.startswith("samples:"))]
+        sampling = differing_keys(_by_key(before.get("sampled_by", {})), _by_key(_sampled_by(job)))
+        others = differing_keys(_by_key(before["made_of"]), _by_key(_pairs_fingerprint(job)))
+        changed = [*sampling, *(line for line in others if not line.startswith("samples:"))]
+        # Without the files of pairs that a model has learnt from, the run would claim settings that it had not.
+        remedy = (
+            "A training on these pairs is done: set these keys back to go on, or choose another run.dir."
+            if served
+            else f"Set these keys back to go on, choose another run.dir, or remove {file} and {facts}."
+        )
         raise UserError(
             f"generate.pairs: {file} was made with other prompts, weights or settings:\n  "
             + "\n  ".join(changed)
-            + f"\nChoose another run.dir, or remove {file} and {facts}."
+            + f"\n{remedy}"
         )
     if not served and file.exists() and checksum(file) != before["pairs_blake2b"]:
         raise UserError(

@@ -103,7 +103,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
         if ranks.rank() == 0:
             # Before any work on this path, so that a resume keeps it.
             folder.note(path=inputs.models.path, compile=inputs.fusion)
-        start = _score_and_answer(config, folder, inputs, requests)
+        start = _score_and_answer(config, folder, inputs, requests, in_rounds=asked is not None)
         if start is None:
             return
         job, state = _make_job(config, folder, inputs, start, requests)
@@ -153,7 +153,9 @@ def _choose_fusion(config: Config, folder: RunFolder, models: Models, train: Tok
     return choice.fusion
 
 
-def _score_and_answer(config: Config, folder: RunFolder, inputs: _Inputs, requests: Requests) -> _Start | None:
+def _score_and_answer(
+    config: Config, folder: RunFolder, inputs: _Inputs, requests: Requests, *, in_rounds: bool
+) -> _Start | None:
     """Run the first pass where rows are missing, and let the start answer; None after a request to stop (all ranks)."""
 
     def stop_asked() -> bool:
@@ -171,7 +173,7 @@ def _score_and_answer(config: Config, folder: RunFolder, inputs: _Inputs, reques
             first_rows(inputs.order, inputs.total_steps, config.reference.update_every_steps),
         )
         where, began = "while the start answers", time.perf_counter()
-        answers = own_answers.prepare(config, models, next(iter(evals.values()), inputs.train))
+        answers = own_answers.prepare(config, models, next(iter(evals.values()), inputs.train), in_rounds=in_rounds)
         if isinstance(answers, OwnAnswers):
             answers.start.run(stop_asked)
         seconds = time.perf_counter() - began

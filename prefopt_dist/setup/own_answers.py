@@ -244,15 +244,20 @@ def remove_outdated(folder: RunFolder, answers: OwnAnswers | NotAnswered, step: 
         folder.note(answers_of=fingerprint)
 
 
-def prepare(config: Config, models: Models, rows: TokenisedRows) -> OwnAnswers | NotAnswered:
+def prepare(
+    config: Config, models: Models, rows: TokenisedRows, *, in_rounds: bool = False
+) -> OwnAnswers | NotAnswered:
     """Read the prompts on rank 0 and plan the start's answers, without sampling (all ranks call it).
 
     Args:
         config: the configuration.
         models: of the run.
         rows: the data set that the prompts are from, or the first one, for its chosen responses.
+        in_rounds: whether the run is a round, whose configuration has no answers of its own.
     """
     settings = config.answers
+    if in_rounds:
+        return NotAnswered("`rounds` judges it, by the comparison after this round")
     if settings.number == 0:
         return NotAnswered("answers.number is 0, so no prompt was answered; set it to a number such as 64")
     fault = ranks.run_on_rank_zero(lambda: fault_of_sampling(models.policy.config, config.data.max_length))

@@ -146,6 +146,8 @@ def test_pairs_pin_what_they_depend_on_alone(world: Path, door: Door) -> None:
     assert not (folder / "run.json").exists()
     changed = ["generate.pairs: ", "sampling.seed: was 0, now 1"]
     assert "samples:" not in door.fails(changed, "run.seed=1", stage="generate", run=run)
+    changed = ["generate.n: was 4, now 5", "Set these keys back to go on", "remove"]
+    door.fails(changed, "generate.n=5", stage="generate", run=run)
     (folder / "STOPPED").write_text("once\n")
     assert door.ends(run, "optim.learning_rate=1e-3", stage="generate")[0] == 0
     assert not (folder / "STOPPED").exists()
@@ -254,6 +256,9 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     run, folder = write_run(world, "rounds", cache="cache-rounds", **sections), world / "runs" / "rounds"
     assert door.ends(run, stage="rounds")[0] == 0
     (first,) = json.loads((folder / "rounds.json").read_text())["rounds"]
+    judged_by = json.loads((folder / "round-1" / "run.json").read_text())["answers"]["verdict_text"]
+    assert "rounds" in judged_by
+    assert "answers.number" not in judged_by  # which the user has not set
     kept = [path.name for path in committed(folder / "round-1" / "checkpoints")]
     assert len(kept) == 2  # no round has come after it
     exported = (folder / "round-1" / "final" / "model.safetensors").read_bytes()
@@ -300,6 +305,12 @@ def test_rounds_go_on_where_they_were(world: Path, door: Door, monkeypatch: pyte
     assert door.ends(run, "rounds.count=3", stage="rounds")[0] == 0
     assert (folder / "DONE").exists()
     assert not (folder / "STOPPED").exists()
+    # What a model has learnt from stays: no file is to be removed.
+    said = door.ends(run, "rounds.count=4", "generate.n=5", stage="rounds")
+    assert said[0] == 2
+    assert "generate.n: was 4, now 5" in said[1]
+    assert "A training on these pairs is done: set these keys back" in said[1]
+    assert "remove" not in said[1]
     # As it is, nothing is compared again; with another prompt in the same file all is, and no round is made again.
     before = (folder / "DONE").read_text()
     sampled = sampled_at(world / "cache-rounds")
