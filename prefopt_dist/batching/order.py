@@ -45,7 +45,7 @@ class Order:
         self._weights = weights
         self._seed = seed
         self._rows_per_step = rows_per_step
-        self.rows_per_epoch = sum(self._take(s)[0] * len(m) + self._take(s)[1] for s, m in enumerate(self._members))
+        self.rows_per_epoch = sum(taken for taken, _ in self.taken())
         self.steps_per_epoch = -(-self.rows_per_epoch // rows_per_step)
         self._cached: tuple[int, NDArray[np.int64]] | None = None
 
@@ -70,6 +70,11 @@ class Order:
         whole, rows = int(self._weights[source]), len(self._members[source])
         further = round((self._weights[source] - whole) * rows)
         return whole, max(further, 1) if whole == 0 and rows else further
+
+    def taken(self) -> list[tuple[int, int]]:
+        """Return of each source how many rows an epoch takes, and how many it has."""
+        takes = [(*self._take(s), len(members)) for s, members in enumerate(self._members)]
+        return [(whole * rows + further, rows) for whole, further, rows in takes]
 
     def epoch(self, epoch: int) -> NDArray[np.int64]:
         """Return the row indices of one epoch in their order: int64 [rows_per_epoch]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -111,7 +112,7 @@ def run(config: Config, asked: Requests | None = None) -> None:
         if job.log is not None and first == 0 and isinstance(start.answers, OwnAnswers):
             seconds = {"perf/answers_seconds": start.seconds}
             job.log.write("answers", 0, None, start.answers.start_metrics() | seconds)
-        say(_what_comes(config, job.order, first, job.total_steps))
+        say(_what_comes(config, job.order, first, job.total_steps) + _mixture(job.order, inputs.train.source_names))
         stopped_at = loop.train(job, first, state)
         if stopped_at is not None:
             zero3.release(job.engine)
@@ -380,3 +381,13 @@ def _what_comes(config: Config, order: Order, start: int, total: int) -> str:
         f"on {ranks.world_size()} ranks; {'; '.join(every)}"
         + ("; the reference does not move, as the run ends before" if moves is not None and moves >= total else "")
     )
+
+
+def _mixture(order: Order, sources: Sequence[str]) -> str:
+    """Return what an epoch takes of each source, where it does not take every row once."""
+    taken = order.taken()
+    if all(rows == there for rows, there in taken):
+        return ""
+    named = [(name, *counts) for name, counts in zip(sources, taken, strict=True)]
+    parts = [f"{rows} rows of the {there} of {name}" for name, rows, there in named]
+    return f"; an epoch takes {', '.join(parts)}"
