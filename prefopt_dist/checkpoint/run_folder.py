@@ -18,6 +18,7 @@ from typing import Any
 from prefopt_dist.config import Config, differing_keys, identity, to_yaml
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import FileLock, read_json, write_atomic, write_json
+from prefopt_dist.monitoring.console import say
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "wandb")
 SHOWN = "shown.json"
@@ -111,14 +112,21 @@ class RunFolder:
     def clear_earlier_stop(self) -> None:
         """Remove the files of an earlier stop (called after `open` by a stage that does not note its start)."""
         self._before = (self._before or {}) | {"STOPPED": _content(self.path / "STOPPED")}
-        for name in ("STOPPED", "STOP"):
-            (self.path / name).unlink(missing_ok=True)
+        (self.path / "STOPPED").unlink(missing_ok=True)
+        self._remove_earlier_request()
+
+    def _remove_earlier_request(self) -> None:
+        """Remove a STOP that is older than this start, and say so: a person may have meant this start."""
+        file = self.path / "STOP"
+        if file.exists():
+            file.unlink(missing_ok=True)
+            say(f"{file} was there before this start and is removed; to stop this start, create it again")
 
     def _begin(self, config: Config, world_size: int) -> None:
         self._before = {name: _content(self.path / name) for name in START_FILES}
         for name in ("STOPPED", "DONE"):
             (self.path / name).unlink(missing_ok=True)
-        (self.path / "STOP").unlink(missing_ok=True)  # it was a request to an earlier start
+        self._remove_earlier_request()
         write_atomic(self.path / "config.yaml", to_yaml(config))
         if (self.path / "run.json").exists():
             self._facts = read_json(self.path / "run.json")

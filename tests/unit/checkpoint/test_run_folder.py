@@ -72,6 +72,24 @@ def test_a_second_start_goes_on(tmp_path: Path, folder: RunFolder) -> None:
     again.close()
 
 
+def test_a_stop_from_before_the_start_is_removed_and_told(
+    tmp_path: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("prefopt_dist.checkpoint.run_folder.say", told.append)
+    folder.open(small_config(tmp_path), world_size=1)
+    folder.note_start_step(0)
+    assert told == []
+    folder.close()
+    (folder.path / "STOP").touch()
+    again = RunFolder(folder.path)
+    again.open(small_config(tmp_path), world_size=1)
+    (line,) = told
+    assert str(folder.path / "STOP") in line
+    assert "create it again" in line
+    again.close()
+
+
 @pytest.mark.parametrize(
     ("overrides", "lines"),
     [
