@@ -20,7 +20,8 @@ from prefopt_dist.model.folder import read_language_config, resolve
 from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.monitoring.console import say, show
 from prefopt_dist.setup.checks import eval_sets
-from prefopt_dist.setup.prepare_data import TRAIN, all_findings, tokenised_folder
+from prefopt_dist.setup.prepare_data import TRAIN, all_findings, tokenised_folder, tokeniser_of
+from prefopt_dist.setup.template_notices import template_notices
 
 
 def run(config: Config) -> None:
@@ -28,6 +29,8 @@ def run(config: Config) -> None:
     if config.inspect.picture is not None:
         matplotlib_figure()
     tokenizer = load_tokenizer(resolve(config.tokenizer, "model.tokenizer", weights=False), "model.tokenizer")
+    for notice in template_notices(config, tokenizer, tokeniser_of(config, tokenizer).template):
+        say(notice)
     sets = _read(config, tokenizer)
     evals = {key: rows for key, rows in sets.items() if key != TRAIN}
     found = {

@@ -22,7 +22,7 @@ from prefopt_dist.data.prefixes import build_prefixed_rows
 from prefopt_dist.data.quality.findings import DataFinding, row_findings, set_findings
 from prefopt_dist.data.quality.policy import refuse_stops, rows_left, rows_to_drop
 from prefopt_dist.data.quality.show import row_text, rows_for_report, show_rows
-from prefopt_dist.data.template import read_template, template_name
+from prefopt_dist.data.template import read_template
 from prefopt_dist.data.tokenise import Tokeniser
 from prefopt_dist.data.workers import ALONE, Share
 from prefopt_dist.distributed import ranks
@@ -36,6 +36,7 @@ from prefopt_dist.objectives import Objective
 from prefopt_dist.setup import checks
 from prefopt_dist.setup.checks import eval_sets
 from prefopt_dist.setup.prepare_models import Models
+from prefopt_dist.setup.template_notices import template_notices
 
 TRAIN = "data.train"
 REPORTED_ROWS = 2
@@ -44,11 +45,11 @@ REPORTED_ROWS = 2
 
 def load_train(config: Config, models: Models, objective: Objective) -> TokenisedRows:
     """Tokenise the training set on rank 0, map it on all ranks and check it (all ranks call it)."""
-    if template_name(models.tokenizer, config.data.template, config.data.chat_template) == "plain":
-        say(
-            "data: the tokenizer has no chat template, so turns get the plain one of this package "
-            "('### user:' and '### assistant:' as headings); the export includes it"
-        )
+    tokenizer = models.tokenizer
+    for notice in ranks.run_on_rank_zero(
+        lambda: template_notices(config, tokenizer, tokeniser_of(config, tokenizer).template)
+    ):
+        say(notice)
     say(f"data: reading {', '.join(s.path for s in config.data.train)}")
     make = partial(tokenised_train_folder, config, models.tokenizer, models.policy.config.vocab_size)
     return _load_set(config, models, objective, make, TRAIN)
