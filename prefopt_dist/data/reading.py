@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt_dist.data.cache import Say
-from prefopt_dist.data.columns import rename_columns
+from prefopt_dist.data.columns import rename_columns, value_at_path
 from prefopt_dist.data.example import BadRow
 from prefopt_dist.data.forms import FORMS, detect_form, kind_of, read_form
 from prefopt_dist.data.options import DEFAULT_OPTIONS, TextOptions
@@ -86,6 +86,8 @@ def decide_reading(sources: Sequence[OpenSource], template: Template, settings: 
     decided: list[SourceReading] = []
     for source in sources:
         rows = _first_rows(source)
+        for notice in _unmapped(rows, settings.options.columns):
+            say(f"{source.key}: {source.name}: {notice}")
         form = settings.form
         if form == "auto" and rows:
             form = detect_form(_renamed(rows, settings.options), f"data.format: {source.name}")
@@ -99,6 +101,18 @@ def decide_reading(sources: Sequence[OpenSource], template: Template, settings: 
         kind = _text_kind(form, rows, source, template, settings.options, say)
         decided.append(SourceReading(source.name, form, kind))
     return Reading(tuple(decided))
+
+
+def _unmapped(rows: list[dict[str, Any]], columns: Sequence[tuple[str, str]]) -> list[str]:
+    """Return a line for each column of data.columns that the rows lack while they have one with this package's name."""
+    return [
+        f"data.columns.{ours}: none of the first rows has {path!r}, so their column {ours} is read; correct the path "
+        "where this is not meant"
+        for ours, path in columns
+        if path.split(".")[0] != ours
+        and any(row.get(ours) is not None for row in rows)
+        and all(value_at_path(row, path) is None for row in rows)
+    ]
 
 
 def _first_rows(source: OpenSource) -> list[dict[str, Any]]:

@@ -42,6 +42,18 @@ def test_columns_by_dotted_paths(tmp_path: Path) -> None:
     assert value_at_path({"a": [1]}, "a.3") is value_at_path({"a": 1}, "a.b") is None
 
 
+def test_a_mapped_column_that_is_not_there_is_told(tmp_path: Path) -> None:
+    """The rows' own column is read then, which a slip of the pen did not mean."""
+    path, said = lines(tmp_path / "pair.jsonl", [PAIR | {"better": "yes"}]), list[str]()
+    prepare(tmp_path, path, said=said, options=TextOptions(columns=(("chosen", "beter"),)))
+    (line,) = [line for line in said if "data.columns" in line]
+    assert "data.columns.chosen: none of the first rows has 'beter', so their column chosen is read" in line
+    assert path in line
+    said.clear()
+    prepare(tmp_path, path, said=said, options=TextOptions(columns=(("chosen", "better"), ("tools", "functions"))))
+    assert not [line for line in said if "data.columns" in line]
+
+
 RATED = {"prompt": "what?", "answers": [{"text": t, "score": s} for t, s in (("b", 2), ("yes", 5.5), ("no", 1))]}
 
 
