@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows, open_rows
 from prefopt_dist.data.equal_rows import group_equal, prompt_keys
@@ -19,8 +21,16 @@ from prefopt_dist.files import write_json
 from prefopt_dist.model.folder import read_language_config, resolve
 from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.monitoring.console import say, show
+from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.setup.checks import eval_sets
-from prefopt_dist.setup.prepare_data import TRAIN, all_findings, tokenised_folder, tokeniser_of
+from prefopt_dist.setup.prepare_data import (
+    TRAIN,
+    all_findings,
+    check_rows,
+    rows_for_loss,
+    tokenised_folder,
+    tokeniser_of,
+)
 from prefopt_dist.setup.template_notices import template_notices
 
 
@@ -52,6 +62,8 @@ def run(config: Config) -> None:
     }
     for report in reports.values():
         show(report.text())
+    for refusal in _refused_by_loss(config, sets):
+        show(refusal)
     shown = {key: show_rows(key, rows, tokenizer, config.inspect.show) for key, rows in sets.items()}
     for key, some in shown.items():
         for one in some:
@@ -61,6 +73,19 @@ def run(config: Config) -> None:
         if config.data.on_bad_row == "stop" and rows.report.first_fault is not None:
             raise stop_error(rows.report.first_fault)
     refuse_stops(found[TRAIN], config.inspect.policies, TRAIN)
+
+
+def _refused_by_loss(config: Config, sets: Mapping[str, TokenisedRows]) -> list[str]:
+    """Return a line for each data set that the loss cannot use: a training would find it after its start."""
+    objective = make_objective(config.loss, torch.float32)
+    refused = []
+    for key, rows in sets.items():
+        try:
+            check_rows(rows, objective, key)
+            rows_for_loss(config, rows, key)
+        except UserError as error:
+            refused.append(f"loss.name={config.loss.name}: `train` refuses these rows: {error}")
+    return refused
 
 
 def _read(config: Config, tokenizer: Any) -> dict[str, TokenisedRows]:

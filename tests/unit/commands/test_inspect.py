@@ -382,3 +382,13 @@ def test_rows_are_shown_as_the_model_sees_them(world: World) -> None:
     assert f"): ⟦grass\\ngrass{world.tokenizer.decode(first['responses_ids'][0][-1:])}⟧\n" in said
     assert "  ignored columns: note\n" in said
     assert world.inspect("inspect.show=-1")[0] == 2
+
+
+def test_rows_that_the_loss_cannot_use_are_told(world: World) -> None:
+    """The rows themselves are sound, so the status stays; a training would find it after its start."""
+    status, said, _ = world.inspect("loss.name=kto", "data.on_bad_row=drop")
+    assert status == 0
+    assert "loss.name=kto: `train` refuses these rows: data.train: the rows are of the form 'pair'" in said
+    assert "loss.split_pairs=true" in said
+    for fits in (["loss.name=dpo"], ["loss.name=sft"], ["loss.name=kto", "loss.split_pairs=true"]):
+        assert "refuses" not in world.inspect("data.on_bad_row=drop", *fits)[1]
