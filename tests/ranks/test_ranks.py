@@ -91,7 +91,7 @@ def test_slow_steps_equal_float64(slow_world: tuple[int, Path], case: str) -> No
 
 
 def check_steps(result: dict[str, Any], case: str) -> None:
-    """What the function `equality` of rank_cases.py found of a case is within the tolerances."""
+    """What the function `equality` of float64_steps.py found of a case is within the tolerances."""
     assert result["sizes"] == [11, 11, 11, 4][: 4 if case in EQUALITY else 2]
     print(f"{case}: gradients {max(result['gradient']):.1e}")
     if "many" in case:
