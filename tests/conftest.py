@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+pytest.register_assert_rewrite("rank_checks")  # checks of several files, which show the values as a test's own do
+
 # Small matrices on a busy machine: threads that wait for each other would make a test of a second last thirty.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
