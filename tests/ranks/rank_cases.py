@@ -4,11 +4,6 @@ A case is a function of a folder in one of the modules below. Every rank runs ev
 FOLDER/<case>.json with what the case found, or with the error.
 """
 
-import inspect
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import adapter_cases
 import case_runner
 import evaluation_cases
@@ -34,17 +29,5 @@ MODULES = [
     shared_loss_cases,
 ]
 
-
-def cases() -> dict[str, Callable[[Path], dict[str, Any]]]:
-    """The cases of all modules by name; one name for two cases is refused."""
-    found: dict[str, Callable[[Path], dict[str, Any]]] = {}
-    for module in MODULES:
-        for name, function in inspect.getmembers(module, inspect.isfunction):
-            if function.__module__ == module.__name__ and [*inspect.signature(function).parameters] == ["folder"]:
-                assert name not in found, f"{name} of {module.__name__} and of {found[name].__module__}"
-                found[name] = function
-    return found
-
-
 if __name__ == "__main__":
-    case_runner.serve(cases(), rank_jobs.prepare)
+    case_runner.serve(case_runner.cases_of(*MODULES), rank_jobs.prepare)
