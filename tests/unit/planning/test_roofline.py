@@ -20,7 +20,7 @@ from tiny_families import FAMILIES, tiny_config
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
 from prefopt_dist.batching.micro_batch import Segment
-from prefopt_dist.model import block_attention, head
+from prefopt_dist.model import attention_tiling, block_attention, head
 from prefopt_dist.model.attention import LayerNeeds
 from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.counting import AttentionCall
@@ -220,9 +220,9 @@ def test_the_blocks_of_a_long_row_are_counted_together() -> None:
     """On a GPU, of a call with sinks; else a long row's plan would take minutes. The sums are those of all blocks."""
     long = (Segment(0, 0, 0, 30_000), Segment(0, 16_000, 30_000, 44_000))
     sinks = call(sinks=True)
-    sizes = block_attention.BlockBytes.of_heads(sinks.heads, sinks.key_numbers)
-    size = block_attention.GPU_BLOCKS
-    blocks = block_attention.grouped(block_attention.tiles(long, None, sizes, size), sizes, size)
+    sizes = attention_tiling.BlockBytes.of_heads(sinks.heads, sinks.key_numbers)
+    size = attention_tiling.GPU_BLOCKS
+    blocks = attention_tiling.grouped(attention_tiling.tiles(long, None, sizes, size), sizes, size)
     for step in ("forward", "backward"):
         found = attention.attention_kernels(sinks, step, long, 2, flash=False, on_gpu=True)  # type: ignore[arg-type]
         assert len(found) < 1_000 < 10 * len(blocks)
