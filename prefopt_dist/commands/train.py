@@ -41,6 +41,7 @@ from prefopt_dist.setup.own_answers import NotAnswered, OwnAnswers
 from prefopt_dist.setup.prepare_models import Models
 from prefopt_dist.setup.prepare_reference import HashedWeights, adapter_base
 from prefopt_dist.training import loop
+from prefopt_dist.training.job import Intervals, Job
 from prefopt_dist.training.moving_reference import MovingReference
 from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.stop import Requests
@@ -194,7 +195,7 @@ def _score_and_answer(config: Config, folder: RunFolder, inputs: _Inputs, reques
 
 def _make_job(
     config: Config, folder: RunFolder, inputs: _Inputs, start: _Start, requests: Requests
-) -> tuple[loop.Job, dict[str, Any] | None]:
+) -> tuple[Job, dict[str, Any] | None]:
     """Load the policy, and the checkpoint where there is one; return the job and the checkpoint's state (all ranks).
 
     Nobody but the job holds the engine, so that its end can free the engine's memory.
@@ -236,7 +237,7 @@ def _make_job(
     in_between = None
     if isinstance(answers, OwnAnswers) and config.answers_every_steps is not None:
         in_between = partial(answers.intermediate_metrics, engine)
-    job = loop.Job(
+    job = Job(
         engine=engine,
         objective=objective,
         rounding=RoundingTolerance.of_model(models.policy.config, models.dtype),
@@ -263,8 +264,8 @@ def _make_job(
     return job, state
 
 
-def _intervals(config: Config) -> loop.Intervals:
-    return loop.Intervals(
+def _intervals(config: Config) -> Intervals:
+    return Intervals(
         log=config.tracking.log_every_steps,
         evaluate=config.eval.every_steps,
         evaluate_at_start=config.eval.at_start,
@@ -355,7 +356,7 @@ def _policy(
     return engine, checkpointing
 
 
-def _stop(folder: RunFolder, job: loop.Job, step: int) -> None:
+def _stop(folder: RunFolder, job: Job, step: int) -> None:
     """Record that the training was stopped after this step."""
     if job.log is not None:
         folder.write_stopped(job.requests.reason(), step)

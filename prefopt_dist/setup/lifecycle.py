@@ -41,9 +41,8 @@ from prefopt_dist.setup.own_answers import NotAnswered, OwnAnswers, PolicyAnswer
 from prefopt_dist.setup.prepare_data import text_options
 from prefopt_dist.setup.prepare_models import DTYPES, Models
 from prefopt_dist.setup.prepare_reference import refuse_other_base, scoring_engine
-from prefopt_dist.training import loop
 from prefopt_dist.training.evaluation import best_step
-from prefopt_dist.training.loop import Log
+from prefopt_dist.training.job import Job, Log
 from prefopt_dist.training.stop import Requests
 
 
@@ -159,7 +158,7 @@ def best_checkpoint(config: Config) -> save.Best:
     return lambda steps: best_step(rows, metric, steps)
 
 
-def finish(config: Config, folder: RunFolder, models: Models, job: loop.Job, answers: OwnAnswers | NotAnswered) -> None:
+def finish(config: Config, folder: RunFolder, models: Models, job: Job, answers: OwnAnswers | NotAnswered) -> None:
     """Finish a run after its last checkpoint: answer, release the engine, judge, export and write DONE.
 
     All ranks call it. A stop that is requested while the policy answers is obeyed, and the next start continues there.
@@ -241,14 +240,14 @@ def push_to_hub(config: Config) -> None:
     run_on_node_leaders(push)
 
 
-def _release_engine(job: loop.Job) -> None:
+def _release_engine(job: Job) -> None:
     job.answer = None  # it has a reference to the engine
     if job.engine is not None:
         zero3.release(job.engine)
         job.engine = None
 
 
-def _stop(folder: RunFolder, job: loop.Job) -> None:
+def _stop(folder: RunFolder, job: Job) -> None:
     where = "while the trained model answers"
     if job.log is not None:
         folder.write_stopped(job.requests.reason(), job.total_steps, where)
@@ -258,7 +257,7 @@ def _stop(folder: RunFolder, job: loop.Job) -> None:
 
 
 def _answers_row(
-    job: loop.Job, answers: OwnAnswers, policy: PolicyAnswers, start_time: float, stop_asked: Callable[[], bool]
+    job: Job, answers: OwnAnswers, policy: PolicyAnswers, start_time: float, stop_asked: Callable[[], bool]
 ) -> Row:
     """Return the row of metrics of the policy's answers, and write it if no earlier start has (all ranks call it).
 
