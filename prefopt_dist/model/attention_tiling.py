@@ -20,7 +20,6 @@ from prefopt_dist.batching.micro_batch import Segment
 BYTES_PER_SCORE = 20
 """Bytes of a block's temporary tensors for each of its scores, at the peak of the backward pass: tanh, probability,
 their gradients, and copies in the model's dtype."""
-
 BYTES_PER_KEY_NUMBER = 8
 """The same for each number of its gathered keys and values: the number, and its gradient in float32."""
 
@@ -40,7 +39,6 @@ class BlockSize:
 GPU_BLOCKS = BlockSize(most_bytes=512 * 2**20, queries=128, padding=128 * 2**20)
 """At 512 MiB an operation on a block's float32 scores moves 200 MB, at the 3 TB/s of an H100's memory in 70 µs, several
 times a launch (calculated, not run on a GPU)."""
-
 CPU_BLOCKS = BlockSize(most_bytes=8 * 2**20, queries=128, padding=2**20)
 """A block's scores stay in a core's caches: on one thread 8 MiB was as fast as 4 and 16, and faster than 64."""
 

@@ -31,6 +31,7 @@ from prefopt_dist.objectives import DPO
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.fit import find_fit
 from prefopt_dist.planning.machine import Machine
+from prefopt_dist.planning.phases import Placement
 from prefopt_dist.setup import prepare_models, prepare_reference
 from prefopt_dist.setup.memory_needs import job_needs
 
@@ -161,7 +162,7 @@ def estimated(place: Place, config: Config, model: Any, micro: MicroBatch) -> di
     wanted = replace(job_needs(config, model, max(1.0, keys / tokens)), tokens=tokens)
     fit = find_fit(wanted, Machine("here", 1, 1, 2**50, None, 1.0, place.cuda))
     layers = wanted.sizes.activations.layers if wanted.checkpointing == "all" else 0
-    on = memory.Placement(1, place.cuda)
+    on = Placement(1, place.cuda)
     kept = memory.activation_bytes(wanted.sizes, on, tokens, layers)
     return {p.name: p.device for p in fit.phases} | {"activations": kept}
 

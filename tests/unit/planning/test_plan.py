@@ -20,12 +20,14 @@ from prefopt_dist.model.load import load_tokenizer
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.export import export_plan
 from prefopt_dist.planning.fit import Fit, Needs, check_fit, find_fit, fits_with_offloading
+from prefopt_dist.planning.generation_memory import GenerationSettings, generation_phase
 from prefopt_dist.planning.machine import BANDWIDTHS, GPUS, Machine, known_gpu, planned_machine
-from prefopt_dist.planning.memory import GenerationSettings, Phase, Placement, ZeroSettings
 from prefopt_dist.planning.network import network
+from prefopt_dist.planning.phases import Phase, Placement
 from prefopt_dist.planning.rollouts import plan_answers
 from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.planning.work import disk_needed
+from prefopt_dist.planning.zero_settings import ZeroSettings
 from prefopt_dist.setup.check_lora import adapter_of
 from prefopt_dist.setup.prepare_data import tokenised_train_folder
 from prefopt_dist.setup.prepare_models import with_model_buckets
@@ -121,7 +123,7 @@ def test_generation_by_hand() -> None:
     sizes = model_sizes(SMALL, torch.bfloat16, 8)
     of = sizes.activations
     asked = GenerationSettings(batch_tokens=1000, prompt_tokens=20, new_tokens=30, n=4, uses_top_p=False)
-    phase = memory.generation_phase(sizes, Placement(8, True), asked)
+    phase = generation_phase(sizes, Placement(8, True), asked)
     assert by_name(phase) == {
         "parameters, whole": 2 * sizes.parameters,
         "parameters while loading": 2 * sizes.parameters,
@@ -131,12 +133,8 @@ def test_generation_by_hand() -> None:
         "logits and sampling": (1000 // 31) * 100 * (2 + 16),
     }
     assert phase.host == 2 * sizes.parameters
-    assert memory.generation_phase(sizes, Placement(512, True), asked) == phase, (
-        "no number of ranks divides a whole copy"
-    )
-    parts = by_name(
-        memory.generation_phase(sizes, Placement(8, True), replace(asked, batch_tokens=10, uses_top_p=True))
-    )
+    assert generation_phase(sizes, Placement(512, True), asked) == phase, "no number of ranks divides a whole copy"
+    parts = by_name(generation_phase(sizes, Placement(8, True), replace(asked, batch_tokens=10, uses_top_p=True)))
     assert parts["keys and values"] == 3 * 16 * 50, "a line alone, whatever the budget"
     assert parts["logits and sampling"] == 100 * (2 + 40)
 

@@ -25,7 +25,6 @@ from prefopt_dist.model.attention import LayerNeeds
 from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.counting import AttentionCall
 from prefopt_dist.planning.machine import Machine
-from prefopt_dist.planning.memory import ZeroSettings
 from prefopt_dist.planning.roofline import attention, trace
 from prefopt_dist.planning.roofline.ends import HEAD, head_kernels, update_kernels, zero_kernels
 from prefopt_dist.planning.roofline.estimate import estimate
@@ -36,6 +35,7 @@ from prefopt_dist.planning.roofline.rows import PlannedRow
 from prefopt_dist.planning.roofline.step import RowFacts, step_kernels
 from prefopt_dist.planning.roofline.table import Roofline
 from prefopt_dist.planning.sizes import model_sizes
+from prefopt_dist.planning.zero_settings import ZeroSettings
 
 T, D, A, K, M, V, N = 640, 64, 128, 32, 160, 512, 200
 SIZES: dict[str, Any] = {
