@@ -26,7 +26,7 @@ from prefopt_dist.batching.packing import packed_tokens
 from prefopt_dist.data import TokenisedRows, open_rows
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.fingerprint import file_digest, reference_key
-from prefopt_dist.reference import first_pass
+from prefopt_dist.reference import aligned_values, first_pass, scoring_work
 from prefopt_dist.reference.scoring_plan import make_plan, plan_files, plan_name, read_plan, save_plan
 from prefopt_dist.reference.sequences import Location, sequences_needed
 from prefopt_dist.reference.store import ReferenceStore, Score
@@ -321,7 +321,7 @@ def test_rows_before_the_first_update_of_the_reference_are_enough(sets: list[Tok
     assert [p.row for p in needed.values() if p.data_set == 0] == [row for row in rows for _ in range(2)]
     tokens = [s.learnt_lengths() for s in sets]
     scores = {d: Score(-1.5, int(tokens[p.data_set][p.row, p.response])) for d, p in needed.items()}
-    first, second = first_pass._aligned_sets(scores, sets[:2], 2, rows)
+    first, second = aligned_values.aligned_sets(scores, sets[:2], 2, rows)
     assert (first[rows] == -1.5).all()
     assert (second == -1.5).all()
     assert first.isnan().all(1).sum() == sets[0].n - len(rows)
@@ -375,7 +375,7 @@ def test_a_plan_and_a_full_store_take_little_memory(store: ReferenceStore, sets:
         digests=draw.randint(0, 256, (n, 2, 16)).astype(np.uint8),
     )
     tracemalloc.start()
-    todo = first_pass._look_up(store, [many], 2, 8192)
+    todo = scoring_work.look_up(store, [many], 2, 8192)
     planned = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert todo.missing == 2 * n
@@ -400,7 +400,7 @@ class Starts:
 
     def plan(self, budget: int) -> Plan:
         """Of one start; every missing sequence is scored, and stored by one micro-batch."""
-        todo = first_pass._look_up(self.store, self.sets, 2, budget)
+        todo = scoring_work.look_up(self.store, self.sets, 2, budget)
         assert todo.missing == len(self.missing)
         stored = [todo.own(i, self.sets) for i in range(len(todo.micro_batches))]
         assert frozenset().union(*stored) == self.missing
@@ -510,12 +510,12 @@ def test_each_path_has_plans_of_its_own(store: ReferenceStore, sets: list[Tokeni
     assert len(names) == len(PATHS)
     assert plan_name(sets, 2) == plan_name(sets, 2, "shared")
     shared = Starts(store, sets).plan(150)
-    plain = first_pass._look_up(store, sets, 2, 150, "plain").micro_batches
+    plain = scoring_work.look_up(store, sets, 2, 150, "plain").micro_batches
     assert plain != shared
     for micro_batch in plain:
         units = [p.unit(sets, i) for i, p in enumerate(micro_batch)]
         assert packed_tokens(units, "plain") <= 150 or len(units) == 1
-    assert first_pass._look_up(store, sets, 2, 150, "plain").micro_batches == plain
+    assert scoring_work.look_up(store, sets, 2, 150, "plain").micro_batches == plain
     assert [len(plan_files(store.folder, name)) for name in sorted(names)].count(1) == 2
 
 
