@@ -23,7 +23,7 @@ from prefopt_dist.model.attention_tiling import (
     tiles,
     window_within,
 )
-from prefopt_dist.model.counting import AttentionCall
+from prefopt_dist.model.meta_device import AttentionCall
 from prefopt_dist.planning.roofline.kernels import Kernel, Step
 from prefopt_dist.planning.roofline.recorder import EXPONENTIAL
 

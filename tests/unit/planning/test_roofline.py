@@ -23,7 +23,7 @@ from prefopt_dist.batching.micro_batch import Segment
 from prefopt_dist.model import attention_tiling, block_attention, head
 from prefopt_dist.model.attention import LayerNeeds
 from prefopt_dist.model.cost import forward_cost
-from prefopt_dist.model.counting import AttentionCall
+from prefopt_dist.model.meta_device import AttentionCall
 from prefopt_dist.planning.machine import Machine
 from prefopt_dist.planning.roofline import attention, trace
 from prefopt_dist.planning.roofline.ends import HEAD, head_kernels, update_kernels, zero_kernels
