@@ -22,7 +22,7 @@ from tokenizers_for_tests import CHATML, small_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from prefopt_dist.config import DataSource
-from prefopt_dist.data.dataset import open_rows
+from prefopt_dist.data.column_files import open_rows
 from prefopt_dist.data.forms import detect_form, read_form
 from prefopt_dist.data.prepare import prepare_rows
 from prefopt_dist.data.template import read_template
