@@ -21,7 +21,6 @@ from benchmarks import meter
 from benchmarks.pairs import MIXES, draw_lengths
 from prefopt_dist.batching.micro_batch import MicroBatch
 from prefopt_dist.batching.packing import pack
-from prefopt_dist.commands import train
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import zero3
@@ -32,7 +31,7 @@ from prefopt_dist.planning import memory
 from prefopt_dist.planning.fit import find_fit
 from prefopt_dist.planning.machine import Machine
 from prefopt_dist.planning.phases import Placement
-from prefopt_dist.setup import prepare_models, prepare_reference
+from prefopt_dist.setup import prepare_models, prepare_policy, prepare_reference
 from prefopt_dist.setup.memory_needs import job_needs
 
 TOLERANCE = 0.15
@@ -172,7 +171,7 @@ def training(place: Place, results: Results, folder: Path, checkpointing: str, o
     config = config_for(place, folder, checkpointing, offload)
     models = prepare_models.load_models(config)
     measure = Measure(place)
-    engine, _ = train._policy(config, models, 1.0)
+    engine, _ = prepare_policy.load_policy(config, models, 1.0)
     objective = DPO(0.1)
     chosen = list(batches(place).items())[: 1 if offload else 2 if place.tiny else None]
     how = f"checkpointing {checkpointing}" + (", optimizer offloaded" if offload else "")

@@ -53,7 +53,7 @@ from prefopt_dist.monitoring import statistics, timers
 from prefopt_dist.monitoring.timers import StepTimer
 from prefopt_dist.objectives import factory
 from prefopt_dist.reference.step0_check import RoundingTolerance, Step0Check
-from prefopt_dist.setup import prepare_data, prepare_models, prepare_reference
+from prefopt_dist.setup import prepare_data, prepare_models, prepare_policy, prepare_reference
 from prefopt_dist.training import skipped_updates as spikes_of_training
 from prefopt_dist.training import step
 from prefopt_dist.training.diagnosis import Diagnosis
@@ -85,7 +85,7 @@ def ready(config: Config, path: ComputePath = "shared") -> tuple[prepare_models.
 
 def make_policy(config: Config, models: prepare_models.Models) -> Any:
     """The engine, by the job's own way."""
-    return train._policy(config, models, 1.0)[0]
+    return prepare_policy.load_policy(config, models, 1.0)[0]
 
 
 def equality(

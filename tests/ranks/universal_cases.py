@@ -27,14 +27,13 @@ from prefopt_dist.batching.batches import ScoredRows, step_batch
 from prefopt_dist.checkpoint import export_check, export_weights, load, other_parts, resharding, save
 from prefopt_dist.checkpoint.manifest import read_manifest, remove
 from prefopt_dist.checkpoint.shards import MasterWeights
-from prefopt_dist.commands import train
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.distributed import partitions, ranks, zero3
 from prefopt_dist.errors import UserError
 from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.model.load import load_language_model
 from prefopt_dist.objectives import factory
-from prefopt_dist.setup import lifecycle, prepare_data, prepare_models, prepare_reference
+from prefopt_dist.setup import lifecycle, prepare_data, prepare_models, prepare_policy, prepare_reference
 from prefopt_dist.training import step
 from prefopt_dist.training.stop import Request
 
@@ -82,7 +81,7 @@ def ready(config: Config) -> tuple[Any, Any, ScoredRows]:
     rows = prepare_data.load_train(config, models, objective)
     reference = prepare_reference.reference_weights(config, models, objective)
     (scored,), _ = prepare_reference.score_reference(config, models, [rows], reference, lambda: False)
-    return train._policy(config, models, 1.0)[0], objective, scored
+    return prepare_policy.load_policy(config, models, 1.0)[0], objective, scored
 
 
 def update(engine: Any, objective: Any, scored: ScoredRows, index: int) -> float:
@@ -421,7 +420,7 @@ def large_config(folder: Path) -> Config:
 
 
 def large_written(folder: Path) -> dict[str, Any]:
-    engine, _ = train._policy(large_config(folder), prepare_models.load_models(large_config(folder)), 1.0)
+    engine, _ = prepare_policy.load_policy(large_config(folder), prepare_models.load_models(large_config(folder)), 1.0)
     engine.optimizer.initialize_optimizer_states()
     for master in engine.optimizer.fp32_partitioned_groups_flat:
         state = engine.optimizer.optimizer.state[master]
@@ -483,7 +482,7 @@ def large_resumed(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with most_memory(found, "converting"):
         resharding.prepare(root / "step-00000001", manifest)
-    engine, _ = train._policy(large_config(folder), prepare_models.load_models(large_config(folder)), 1.0)
+    engine, _ = prepare_policy.load_policy(large_config(folder), prepare_models.load_models(large_config(folder)), 1.0)
     found["elements"] = sum(p.ds_numel for p in engine.module.parameters())
     load.load(engine, root, manifest)  # Adam's moments are made here where they are not there yet
     with most_memory(found, "loading"):
