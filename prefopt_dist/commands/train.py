@@ -32,6 +32,7 @@ from prefopt_dist.reference.step0_check import RoundingTolerance
 from prefopt_dist.setup import (
     choose_fusion,
     own_answers,
+    prepare_answers,
     prepare_data,
     prepare_models,
     prepare_policy,
@@ -167,7 +168,7 @@ def _score_and_answer(config: Config, folder: RunFolder, inputs: _Inputs, reques
             first_rows(inputs.order, inputs.total_steps, config.reference.update_every_steps),
         )
         where, began = "while the start answers", time.perf_counter()
-        answers = own_answers.prepare(config, models, next(iter(evals.values()), inputs.train))
+        answers = prepare_answers.prepare(config, models, next(iter(evals.values()), inputs.train))
         if isinstance(answers, OwnAnswers):
             answers.start.run(stop_asked)
         seconds = time.perf_counter() - began
