@@ -39,7 +39,9 @@ from prefopt_dist.setup import (
     prepare_reference,
 )
 from prefopt_dist.setup.check_resume import check_resume
-from prefopt_dist.setup.lifecycle import best_checkpoint, finish, open_log, requests_for, run_folder
+from prefopt_dist.setup.export_run import best_checkpoint
+from prefopt_dist.setup.finish_run import finish
+from prefopt_dist.setup.open_run import open_log, requests_for, run_folder
 from prefopt_dist.setup.own_answers import NotAnswered, OwnAnswers
 from prefopt_dist.setup.prepare_models import Models
 from prefopt_dist.setup.prepare_reference import HashedWeights, adapter_base
