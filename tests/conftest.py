@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+pytest.register_assert_rewrite("rank_checks")  # checks of several files, which show the values as a test's own do
+
 # Small matrices on a busy machine: threads that wait for each other would make a test of a second last thirty.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -22,7 +24,7 @@ for name in [name for name in os.environ if name.startswith(("WANDB_", "PREFOPT_
 LONG = (
     *("test_ranks", "test_end_to_end", "test_campaign", "test_own_answers", "test_generate", "test_store_attacks"),
     *("test_universal", "test_scorer", "test_report_answers", "test_flop", "test_head_loss", "test_report"),
-    *("test_gpu_parts_on_cpu", "test_generation", "test_reference_store", "test_health", "test_plan"),
+    *("test_gpu_parts_on_cpu", "test_transformers_engine", "test_scoring_plan", "test_health", "test_plan_command"),
     *("test_config_fuzz", "test_data_fuzz"),
 )
 """Files that take long, the longest first: begun last, one of them would keep one worker busy and the other idle."""

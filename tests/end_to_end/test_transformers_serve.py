@@ -19,14 +19,11 @@ from ports import free_port
 from transformers import AutoTokenizer
 
 NEEDED = ("fastapi", "uvicorn", "openai", "rich")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        any(importlib.util.find_spec(name) is None for name in NEEDED),
-        reason="transformers[serving] is not installed: make install",
-    ),
-]
-FEW = 24
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in NEEDED),
+    reason="transformers[serving] is not installed: make install",
+)
+FEW = 8
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +75,7 @@ def test_it_answers_as_the_transformers_engine_does(world: Path, url: str, capsy
     assert not any(answer["exact"] for answer in served)
 
 
+@pytest.mark.slow
 def test_it_samples_as_asked_and_its_seeds_are_told(world: Path, url: str, capsys: pytest.CaptureFixture[str]) -> None:
     door = Door(world, capsys)
     section = {"prompts": str(world / "few.jsonl"), "engine": "server", "servers": [url], "requests_in_flight": 8}

@@ -1,7 +1,7 @@
 """The world that fails: the job as it runs, its messages and its exit status.
 
-More on two jobs in tests/end_to_end/test_one_job_at_a_time.py and test_mistakes.py; altered shards are in
-tests/ranks/test_store_attacks.py, a W&B that raises in tests/unit/monitoring/test_tracking.py.
+More on two jobs in tests/end_to_end/test_one_job_at_a_time.py and tests/end_to_end/mistakes/test_mistakes_folders.py;
+altered shards are in tests/ranks/test_store_attacks.py, a W&B that raises in tests/unit/monitoring/test_tracking.py.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Many cases in one process group: starting ranks costs seconds, a case only what it does."""
 
 import gc
+import inspect
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import patience
@@ -35,6 +37,17 @@ def found(folder: Path, case: str) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((folder / f"{case}.json").read_text())
     assert "error" not in result, result["error"]
     return result
+
+
+def cases_of(*modules: ModuleType) -> dict[str, Callable[[Path], dict[str, Any]]]:
+    """The modules' functions of a folder, which are their cases, by name; one name for two of them is refused."""
+    cases: dict[str, Callable[[Path], dict[str, Any]]] = {}
+    for module in modules:
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and [*inspect.signature(function).parameters] == ["folder"]:
+                assert name not in cases, f"{name} of {module.__name__} and of {cases[name].__module__}"
+                cases[name] = function
+    return cases
 
 
 def serve(cases: Mapping[str, Callable[[Path], dict[str, Any]]], prepare: Callable[[Path], None]) -> None:

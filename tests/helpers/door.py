@@ -22,6 +22,7 @@ LINES = 8
 """What 'one message of a few lines' means."""
 HEARTBEATS = ".heartbeats"
 """Left after a crash, which here is a thread that raises: they tell who was where."""
+PAIR = {"prompt": "the cat", "chosen_response": "sings", "rejected_response": "sleeps"}
 
 
 @contextmanager

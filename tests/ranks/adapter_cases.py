@@ -6,11 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import float64_steps
 import lora_cases
 import peft
 import plain
 import pytest
-import rank_cases
+import rank_jobs
 import saved_adapters
 import torch
 import worlds
@@ -21,11 +22,12 @@ from prefopt_dist.batching.batches import step_batch
 from prefopt_dist.commands import export, train
 from prefopt_dist.config import load_config
 from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.objectives import factory
 from prefopt_dist.setup import prepare_policy
 from prefopt_dist.training import step
 from prefopt_dist.training.stop import Request
 
-G = rank_cases.G
+G = rank_jobs.G
 
 
 def exact_with(base: Path, adapter: Path) -> Any:
@@ -36,7 +38,7 @@ def exact_with(base: Path, adapter: Path) -> Any:
 
 def logps(lm: Any, data: Any, rows: list[int]) -> torch.Tensor:
     with torch.no_grad():
-        return rank_cases.plain_pairs(lm, data, rows)
+        return float64_steps.plain_pairs(lm, data, rows)
 
 
 def difference(mine: torch.Tensor, exact: torch.Tensor) -> float:
@@ -48,13 +50,13 @@ def first_step(config: Any, models: Any, scored: Any, rows: list[int], exact: An
     engine = prepare_policy.load_policy(config, models, 1.0)[0]
     batch = step_batch(scored, rows, 2, 200)
     sums, _ = step.reduce_metrics(
-        step.forward_backward(engine, batch, rank_cases.factory.make_objective(config.loss, models.dtype), None),
+        step.forward_backward(engine, batch, factory.make_objective(config.loss, models.dtype), None),
         Request(False, False),
     )
     named = engine.module.lm.named_parameters()
     grads = {n: safe_get_full_grad(p).double() for n, p in named if p.requires_grad}
     zero3.release(engine)
-    expected = rank_cases.exact_step(exact, reference, scored, rows, rank_cases.DPO)
+    expected = float64_steps.exact_step(exact, reference, scored, rows, rank_jobs.DPO)
     expected["loss_tensor"].backward()
     trained = {n: p.grad for n, p in exact.named_parameters() if p.requires_grad}
     assert grads.keys() == trained.keys(), sorted(grads.keys() ^ trained.keys())[:4]
@@ -77,14 +79,14 @@ def from_saved(
         "deepspeed": {"policy": str(kept), "reference": str(kept)} if kept.exists() else {},
         "model": {"name_or_path": str(folder / of)},
         "lora": {"r": 4, "alpha": 12, "from": str(adapter), **section},
-        "loss": rank_cases.DPO,
+        "loss": rank_jobs.DPO,
         "train": {"max_steps": 4},
         "data": {"eval": str(folder / "pairs.jsonl")},
         "eval": {"every_steps": 1},
         "checkpoint": {"every_steps": 3},
     }
-    config = rank_cases.config_for(folder, f"{name}-whole", **sections)
-    models, _, scored, key = rank_cases.ready(config)
+    config = rank_jobs.config_for(folder, f"{name}-whole", **sections)
+    models, _, scored, key = rank_jobs.ready(config)
     rows = list(range(G))
     exact = exact_with(base, adapter)
     reference = logps(exact, scored.rows, rows)
@@ -92,8 +94,8 @@ def from_saved(
     found["reference"] = difference(scored.reference[rows], reference)
     found["beside base"] = difference(logps(plain.build_plain(base), scored.rows, rows), reference)
     train.run(config)
-    crashed = rank_cases.config_for(folder, f"{name}-crashed", **sections)
-    with rank_cases.Crash(step=4), pytest.raises(ConnectionAbortedError):
+    crashed = rank_jobs.config_for(folder, f"{name}-crashed", **sections)
+    with rank_jobs.Crash(step=4), pytest.raises(ConnectionAbortedError):
         train.run(crashed)
     train.run(crashed)
     merged = config.run_dir / "merged"
@@ -150,11 +152,11 @@ def kinds_of_adapters(folder: Path) -> dict[str, Any]:
             saved_adapters.fill(tuned)
             return tuned.double().eval().base_model.model
 
-        found[name] = rank_cases.equality(
+        found[name] = float64_steps.equality(
             folder,
             f"kind-{name}",
             150,
-            rank_cases.DPO,
+            rank_jobs.DPO,
             of=of,
             against=of,
             steps=2,

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import case_runner
+import float64_steps
 import lora_cases
 import pytest
-import rank_cases
+import rank_jobs
 import torch
 from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 from torch._dynamo.utils import counters
@@ -66,19 +67,19 @@ def with_counts(equality: Any) -> dict[str, Any]:
 
 def values(folder: Path) -> dict[str, Any]:
     """Micro-batches of many lengths, of which a rank may have none."""
-    return with_counts(partial(rank_cases.equality, folder, "compiled", 150, rank_cases.DPO, **COMMON))
+    return with_counts(partial(float64_steps.equality, folder, "compiled", 150, rank_jobs.DPO, **COMMON))
 
 
 def recomputed(folder: Path) -> dict[str, Any]:
     model = {"checkpointing": "all"}
-    return with_counts(partial(rank_cases.equality, folder, "again", 150, rank_cases.DPO, model=model, **COMMON))
+    return with_counts(partial(float64_steps.equality, folder, "again", 150, rank_jobs.DPO, model=model, **COMMON))
 
 
 def adapters(folder: Path) -> dict[str, Any]:
     """Adapters that are not 0, with layers that are recomputed."""
     common = {"make_engine": lora_cases.filled_policy, "exact_start": lora_cases.exact_start, "lora": lora_cases.LORA}
     model = {"checkpointing": "all"}
-    equality = partial(rank_cases.equality, folder, "adapters", 150, rank_cases.DPO, steps=2, model=model, **common)
+    equality = partial(float64_steps.equality, folder, "adapters", 150, rank_jobs.DPO, steps=2, model=model, **common)
     return with_counts(equality)
 
 
@@ -95,23 +96,23 @@ def bits(folder: Path) -> dict[str, Any]:
         sections: dict[str, dict[str, object]] = {
             "run": {"dir": str(folder / f"run-{name}"), "cache": str(folder / "c")},
             "model": {"name_or_path": str(folder / "model"), "dtype": "float32", "compile": "layers"},
-            "train": {"max_steps": 3, "global_batch_pairs": rank_cases.G, "micro_batch_tokens": 512},
+            "train": {"max_steps": 3, "global_batch_pairs": rank_jobs.G, "micro_batch_tokens": 512},
             "checkpoint": {"every_steps": 1},
             "answers": {"number": 0},
         }
-        config = rank_cases.config_for(folder, name, loss={"name": "dpo"}, **sections)
+        config = rank_jobs.config_for(folder, name, loss={"name": "dpo"}, **sections)
         code = folder / "c" / compiled_layers.FOLDER
         forget()
         assert code.exists() == (name != "cold")
         if name == "resumed":
-            with pytest.raises(ConnectionAbortedError), rank_cases.Crash(step=3):
+            with pytest.raises(ConnectionAbortedError), rank_jobs.Crash(step=3):
                 train.run(config)
             forget()
             ranks.run_on_rank_zero(lambda code=code: shutil.rmtree(code))
         train.run(config)
-        ends.append(ranks.run_on_rank_zero(lambda c=config: rank_cases.the_end(c.run_dir)))
+        ends.append(ranks.run_on_rank_zero(lambda c=config: rank_jobs.the_end(c.run_dir)))
     return {"ends": ends}
 
 
 if __name__ == "__main__":
-    case_runner.serve(globals(), rank_cases.prepare)
+    case_runner.serve(globals(), rank_jobs.prepare)

@@ -4,9 +4,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import counted_calls
+import float64_steps
 import plain
 import pytest
-import rank_cases
+import rank_jobs
 import torch
 import worlds
 from deepspeed.utils import safe_get_full_grad
@@ -32,16 +34,16 @@ CASES: tuple[tuple[ComputePath, str], ...] = (
 
 def config_of(folder: Path, name: str, checkpointing: str, **sections: dict[str, object]) -> Config:
     sections["train"] = {
-        "global_batch_pairs": rank_cases.G,
+        "global_batch_pairs": rank_jobs.G,
         "micro_batch_tokens": 512,
         "router_aux_loss_coef": COEFFICIENT,
     } | sections.get("train", {})
     ranks.run_on_rank_zero(lambda: str(write_mixtral(folder)))
-    return rank_cases.config_for(
+    return rank_jobs.config_for(
         folder,
         name,
         model={"name_or_path": str(folder / "mixtral"), "checkpointing": checkpointing},
-        loss=rank_cases.DPO,
+        loss=rank_jobs.DPO,
         reference={"name_or_path": str(folder / "reference")},
         **sections,
     )
@@ -55,13 +57,13 @@ def write_mixtral(folder: Path) -> Path:
 
 def balanced(folder: Path) -> dict[str, Any]:
     """The gradient, the loads and the balancing loss of a step in many micro-batches and in one, against float64."""
-    rows = list(range(rank_cases.G))
+    rows = list(range(rank_jobs.G))
     found: dict[str, Any] = {}
     exact: dict[str, torch.Tensor] = {}
     for path, checkpointing in CASES:
         config = config_of(folder, f"balanced-{path}-{checkpointing}", checkpointing)
-        models, objective, scored, _ = rank_cases.ready(config, path)
-        engine = rank_cases.make_policy(config, models)
+        models, objective, scored, _ = rank_jobs.ready(config, path)
+        engine = rank_jobs.make_policy(config, models)
         loads = engine.module.loads
         if not exact:
             wanted = exact_step(folder, scored.rows, rows, [name for name, _ in routers_of(engine.module.lm)])
@@ -95,9 +97,9 @@ def exact_step(folder: Path, data: Any, rows: list[int], routers: list[str]) -> 
     pairs = [[experts.sequence(data.prompt(i), data.response(i, k)) for k in (0, 1)] for i in rows]
     logps, balances = (torch.stack([torch.stack([x[i] for x in pair]) for pair in pairs]) for i in (0, 1))
     with torch.no_grad():
-        start = rank_cases.plain_pairs(reference, data, rows)
+        start = float64_steps.plain_pairs(reference, data, rows)
     lengths = torch.tensor([[len(data.response(i, k)) for k in (0, 1)] for i in rows], dtype=torch.float64)
-    loss = plain.pair_loss(rank_cases.DPO, logps, start, lengths)[0].mean()
+    loss = plain.pair_loss(rank_jobs.DPO, logps, start, lengths)[0].mean()
     (loss + COEFFICIENT * balances.mean()).backward()
     return {
         "gradient": {n: p.grad for n, p in policy.named_parameters()},
@@ -110,11 +112,11 @@ def exact_step(folder: Path, data: Any, rows: list[int], routers: list[str]) -> 
 def reads_with_experts(folder: Path) -> dict[str, Any]:
     """Collectives and host reads of a step of several micro-batches."""
     config = config_of(folder, "reads", "none")
-    models, objective, scored, _ = rank_cases.ready(config)
-    engine = rank_cases.make_policy(config, models)
-    batch = step_batch(scored, range(rank_cases.G), 2, 150)
+    models, objective, scored, _ = rank_jobs.ready(config)
+    engine = rank_jobs.make_policy(config, models)
+    batch = step_batch(scored, range(rank_jobs.G), 2, 150)
     with pytest.MonkeyPatch.context() as patch:
-        counts = rank_cases.Counts(patch)
+        counts = counted_calls.Counts(patch)
         packed = step.forward_backward(engine, batch, objective, None)
         step.reduce_metrics(packed, Request(False, False), engine.module.loads)
     zero3.release(engine)
@@ -135,8 +137,8 @@ def balanced_runs(folder: Path) -> dict[str, Any]:
             tracking={"log_every_steps": 2, "wandb": {"mode": "disabled"}},
         )
         if crash:
-            with rank_cases.Crash(step=4), pytest.raises(ConnectionAbortedError):
+            with rank_jobs.Crash(step=4), pytest.raises(ConnectionAbortedError):
                 train.run(config)
         train.run(config)
-        found[name] = ranks.run_on_rank_zero(partial(rank_cases.the_end, config.run_dir))
+        found[name] = ranks.run_on_rank_zero(partial(rank_jobs.the_end, config.run_dir))
     return found

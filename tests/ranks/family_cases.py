@@ -11,7 +11,7 @@ from typing import Any
 
 import case_runner
 import models_for_tests
-import rank_cases
+import rank_jobs
 import tiny_families
 import worlds
 
@@ -62,11 +62,11 @@ def runs(folder: Path) -> dict[str, Any]:
             whole, again = (run_of(folder, family, name) for name in ("whole", "again"))
             train.run(whole)
             try:
-                with rank_cases.Crash(step=3):
+                with rank_jobs.Crash(step=3):
                     train.run(again)
             except ConnectionAbortedError:
                 train.run(again)
-            ends = [ranks.run_on_rank_zero(lambda c=config: rank_cases.the_end(c.run_dir)) for config in (whole, again)]
+            ends = [ranks.run_on_rank_zero(lambda c=config: rank_jobs.the_end(c.run_dir)) for config in (whole, again)]
             facts = ranks.run_on_rank_zero(lambda c=whole: json.loads((c.run_dir / "run.json").read_text()))
             found[family] = {"ends": ends, "path": facts["path"]}
         except Exception:

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import float64_steps
 import peft
 import plain
 import pytest
-import rank_cases
+import rank_jobs
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from saved_adapters import fill
@@ -22,7 +23,7 @@ from prefopt_dist.setup import prepare_models, prepare_policy
 from prefopt_dist.training import step
 from prefopt_dist.training.stop import Request
 
-G = rank_cases.G
+G = rank_jobs.G
 LORA: dict[str, object] = {"r": 4, "alpha": 12, "rslora": True}
 
 
@@ -51,7 +52,7 @@ def exact_start(folder: Path) -> Any:
 
 def lora(folder: Path) -> dict[str, Any]:
     common: dict[str, Any] = {"make_engine": filled_policy, "exact_start": exact_start, "lora": LORA}
-    return rank_cases.equality(folder, "lora", 150, rank_cases.DPO, steps=2, **common)
+    return float64_steps.equality(folder, "lora", 150, rank_jobs.DPO, steps=2, **common)
 
 
 def lora_compiled(folder: Path) -> dict[str, Any]:
@@ -67,14 +68,16 @@ def lora_compiled(folder: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled_layers, "_compiled", lambda forward: forward)
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what the set-up sets is taken back
-        return rank_cases.equality(folder, "lora-compiled", 150, rank_cases.DPO, steps=2, **common)
+        return float64_steps.equality(folder, "lora-compiled", 150, rank_jobs.DPO, steps=2, **common)
 
 
 def lora_gemma2(folder: Path) -> dict[str, Any]:
     """Caps, windows and a tied head, all layers recomputed."""
     common: dict[str, Any] = {"make_engine": filled_policy, "exact_start": exact_start, "lora": LORA}
     model = {"checkpointing": "all"}
-    return rank_cases.equality(folder, "lora-gemma2", 150, rank_cases.DPO, of="gemma2", steps=2, model=model, **common)
+    return float64_steps.equality(
+        folder, "lora-gemma2", 150, rank_jobs.DPO, of="gemma2", steps=2, model=model, **common
+    )
 
 
 def weights(engine: Any) -> dict[str, torch.Tensor]:
@@ -114,8 +117,8 @@ def whole_start(models: prepare_models.Models) -> dict[str, torch.Tensor]:
 
 def lora_resume(folder: Path) -> dict[str, Any]:
     """Two updates, a checkpoint, a third update; and again from the checkpoint by a new engine."""
-    config = rank_cases.config_for(folder, "lora-resume", lora=LORA)
-    models, objective, scored, _ = rank_cases.ready(config)
+    config = rank_jobs.config_for(folder, "lora-resume", lora=LORA)
+    models, objective, scored, _ = rank_jobs.ready(config)
     root = folder / f"lora-checkpoints-{ranks.world_size()}"
     engine = prepare_policy.load_policy(config, models, 1.0)[0]
     start = weights(engine)

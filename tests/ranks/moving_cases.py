@@ -4,9 +4,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import float64_steps
 import plain
 import pytest
-import rank_cases
+import rank_jobs
 import torch
 
 from prefopt_dist.batching.order import Order
@@ -19,11 +20,11 @@ from prefopt_dist.training.moving_reference import FOLDER, MovingReference
 
 def moved_values(folder: Path) -> dict:
     """The values of an update beside float64's, of the rows that are due; the others stay."""
-    config = rank_cases.config_for(
+    config = rank_jobs.config_for(
         folder, "moved", reference={"name_or_path": str(folder / "reference")}, train={"global_batch_pairs": 5}
     )
-    models, _, scored, _ = rank_cases.ready(config)
-    engine = rank_cases.make_policy(config, models)
+    models, _, scored, _ = rank_jobs.ready(config)
+    engine = rank_jobs.make_policy(config, models)
     order = Order.of_run(scored.rows.source, scored.rows.weights, config.run.seed, 5)
     moving = MovingReference.of(scored, every=2, order=order, total_steps=7, budget=150, run_dir=config.run_dir)
     ranks.run_on_rank_zero(lambda: config.run_dir.mkdir(parents=True, exist_ok=True))
@@ -35,7 +36,7 @@ def moved_values(folder: Path) -> dict:
     due = order.rows_between(2, 4).tolist()
     exact = plain.build_plain(folder / "model")
     with torch.no_grad():
-        expected = rank_cases.plain_pairs(exact, scored.rows, due)
+        expected = float64_steps.plain_pairs(exact, scored.rows, due)
     others = [i for i in range(scored.rows.n) if i not in due]
     again = MovingReference.of(scored, every=2, order=order, total_steps=7, budget=150, run_dir=config.run_dir)
     again.restore(3)
@@ -72,18 +73,18 @@ def moving_reference(folder: Path) -> dict:
         config = _config(folder, name, loss)
         if name == "crashed":
             for steps in (4, 2):
-                with rank_cases.Crash(step=steps), pytest.raises(ConnectionAbortedError):
+                with rank_jobs.Crash(step=steps), pytest.raises(ConnectionAbortedError):
                     train.run(config)
             with _StopInUpdate(config.run_dir):
                 train.run(config)
             found["stopped"] = ranks.run_on_rank_zero((config.run_dir / "STOPPED").read_text)
         train.run(config)
-        found[name] = ranks.run_on_rank_zero(partial(rank_cases.the_end, config.run_dir))
+        found[name] = ranks.run_on_rank_zero(partial(rank_jobs.the_end, config.run_dir))
     return found
 
 
 def _config(folder: Path, name: str, loss: dict[str, object]) -> Config:
-    return rank_cases.config_for(
+    return rank_jobs.config_for(
         folder,
         f"moving-{name}",
         loss=loss,

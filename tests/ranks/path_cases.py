@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import float64_steps
 import lora_cases
 import models_for_tests as small
 import plain
 import pytest
-import rank_cases
+import rank_jobs
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
@@ -68,18 +69,18 @@ SIZES = {
 
 
 def dpo_packed(folder: Path) -> dict[str, Any]:
-    return rank_cases.equality(folder, "dpo-packed", 150, rank_cases.DPO, steps=2, path="packed")
+    return float64_steps.equality(folder, "dpo-packed", 150, rank_jobs.DPO, steps=2, path="packed")
 
 
 def dpo_plain(folder: Path) -> dict[str, Any]:
-    return rank_cases.equality(folder, "dpo-plain", 150, rank_cases.DPO, steps=2, path="plain")
+    return float64_steps.equality(folder, "dpo-plain", 150, rank_jobs.DPO, steps=2, path="plain")
 
 
 def dpo_plain_gemma2(folder: Path) -> dict[str, Any]:
     """Eager attention, for its cap; windows; all layers recomputed."""
     model = {"checkpointing": "all"}
-    return rank_cases.equality(
-        folder, "dpo-plain-gemma2", 300, rank_cases.DPO, of="gemma2", steps=2, model=model, path="plain"
+    return float64_steps.equality(
+        folder, "dpo-plain-gemma2", 300, rank_jobs.DPO, of="gemma2", steps=2, model=model, path="plain"
     )
 
 
@@ -94,13 +95,13 @@ def dpo_plain_offloaded(folder: Path) -> dict[str, Any]:
 
     ranks.run_on_rank_zero(write)
     common: dict[str, Any] = {"steps": 2, "path": "plain", "deepspeed": {"policy": str(file)}}
-    return rank_cases.equality(folder, "dpo-plain-offloaded", 300, rank_cases.DPO, **common)
+    return float64_steps.equality(folder, "dpo-plain-offloaded", 300, rank_jobs.DPO, **common)
 
 
 def kto_plain(folder: Path) -> dict[str, Any]:
     """With the pass over mismatched rows ahead."""
     common: dict[str, Any] = {"of": "reference", "against": "model", "steps": 2, "path": "plain"}
-    return rank_cases.equality(folder, "kto-plain", 150, rank_cases.KTO, **common)
+    return float64_steps.equality(folder, "kto-plain", 150, rank_jobs.KTO, **common)
 
 
 def lora_plain(folder: Path) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def lora_plain(folder: Path) -> dict[str, Any]:
         "lora": lora_cases.LORA,
         "path": "plain",
     }
-    return rank_cases.equality(folder, "lora-plain", 150, rank_cases.DPO, steps=2, **common)
+    return float64_steps.equality(folder, "lora-plain", 150, rank_jobs.DPO, steps=2, **common)
 
 
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 16}
@@ -141,7 +142,7 @@ def dpo_alone(folder: Path) -> dict[str, Any]:
     """Each sequence in a forward pass of its own; the ranks have different numbers of them."""
     ranks.run_on_rank_zero(lambda: str(write_dynamic(folder)))
     common: dict[str, Any] = {"of": "dynamic", "steps": 2, "path": "alone", "exact_start": forgetful}
-    return rank_cases.equality(folder, "dpo-alone", 150, rank_cases.DPO, **common)
+    return float64_steps.equality(folder, "dpo-alone", 150, rank_jobs.DPO, **common)
 
 
 def evaluation_by_path(folder: Path) -> dict[str, Any]:
@@ -149,11 +150,11 @@ def evaluation_by_path(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     paths: tuple[ComputePath, ...] = ("packed", "plain")
     for path in paths:
-        config = rank_cases.config_for(
-            folder, f"evaluation-{path}", loss=rank_cases.DPO, reference={"name_or_path": str(folder / "reference")}
+        config = rank_jobs.config_for(
+            folder, f"evaluation-{path}", loss=rank_jobs.DPO, reference={"name_or_path": str(folder / "reference")}
         )
-        models, objective, scored, _ = rank_cases.ready(config, path)
-        engine = rank_cases.make_policy(config, models)
+        models, objective, scored, _ = rank_jobs.ready(config, path)
+        engine = rank_jobs.make_policy(config, models)
         found[path] = [evaluate(engine, objective, {"": scored}, budget) for budget in (120, 5000)]
         zero3.release(engine)
         del engine
@@ -183,14 +184,14 @@ def runs_by_path(folder: Path) -> dict[str, Any]:
     ranks.run_on_rank_zero(lambda: str(write_dynamic(folder)))
     for path, crash in RUNS:
         needed = path == "alone"
-        config = rank_cases.config_for(
+        config = rank_jobs.config_for(
             folder,
             f"{path}-{'crashed' if crash else 'whole'}",
             model={
                 "name_or_path": str(folder / ("dynamic" if needed else "model")),
                 "path": "auto" if needed else path,
             },
-            loss=rank_cases.DPO,
+            loss=rank_jobs.DPO,
             data={"eval": str(folder / "pairs.jsonl")},
             train={"max_steps": 4, "micro_batch_tokens": 450},
             eval={"every_steps": 2},
@@ -198,11 +199,11 @@ def runs_by_path(folder: Path) -> dict[str, Any]:
             reference={"store": str(folder / f"store-{path}")},
         )
         if crash:
-            with rank_cases.Crash(step=4), pytest.raises(ConnectionAbortedError):
+            with rank_jobs.Crash(step=4), pytest.raises(ConnectionAbortedError):
                 train.run(config)
             config = replace(config, model=replace(config.model, path="auto"))
         train.run(config)
-        found[config.run_dir.name] = ranks.run_on_rank_zero(partial(rank_cases.the_end, config.run_dir))
+        found[config.run_dir.name] = ranks.run_on_rank_zero(partial(rank_jobs.the_end, config.run_dir))
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import plain
 import pytest
-import rank_cases
+import rank_jobs
 import torch
 import worlds
 from deepspeed.utils import safe_get_full_grad
@@ -31,7 +31,7 @@ def write_rows(folder: Path) -> Path:
     pairs, file = folder / "short.jsonl", folder / "ranked.jsonl"
 
     def write() -> None:
-        worlds.write_pairs(pairs, rank_cases.PAIRS, longest=20)
+        worlds.write_pairs(pairs, rank_jobs.PAIRS, longest=20)
         rows = [json.loads(line) for line in pairs.read_text().splitlines()]
         lines = []
         for i, row in enumerate(rows):
@@ -48,17 +48,17 @@ def write_rows(folder: Path) -> Path:
 def _config(folder: Path, name: str, **sections: Any) -> Any:
     rows = str(write_rows(folder))
     sections["train"] = {"micro_batch_tokens": 512, **sections.get("train", {})}
-    return rank_cases.config_for(folder, name, data={"train": rows, "eval": rows}, **sections)
+    return rank_jobs.config_for(folder, name, data={"train": rows, "eval": rows}, **sections)
 
 
 def ranked_values(folder: Path) -> dict:
     """A step and an evaluation of both losses, under many micro-batches and one, beside loops in float64."""
     loss: dict[str, object] = {"name": "plackett_luce", "beta": BETA}
     config = _config(folder, "ranked", loss=loss, reference={"name_or_path": str(folder / "reference")})
-    models, _, scored, _ = rank_cases.ready(config)
-    engine = rank_cases.make_policy(config, models)
+    models, _, scored, _ = rank_jobs.ready(config)
+    engine = rank_jobs.make_policy(config, models)
     data, every = scored.rows, list(range(scored.rows.n))
-    rows, taken = every[: rank_cases.G], []
+    rows, taken = every[: rank_jobs.G], []
     for name in ("plackett_luce", "all_pairs"):
         objective = factory.make_objective(_build_loss({"name": name, "beta": BETA}, "loss"), torch.float32)
         for budget in (150, 100_000):
@@ -116,8 +116,8 @@ def ranked_run(folder: Path) -> dict:
             checkpoint={"every_steps": 3},
         )
         if name == "crashed":
-            with rank_cases.Crash(step=4), pytest.raises(ConnectionAbortedError):
+            with rank_jobs.Crash(step=4), pytest.raises(ConnectionAbortedError):
                 train.run(config)
         train.run(config)
-        found[name] = ranks.run_on_rank_zero(partial(rank_cases.the_end, config.run_dir))
+        found[name] = ranks.run_on_rank_zero(partial(rank_jobs.the_end, config.run_dir))
     return found

@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import float64_steps
 import lora_cases
 import models_for_tests as small
 import numpy as np
 import plain
 import pytest
-import rank_cases
+import rank_jobs
 import tiny_families
 import torch
 import torch.distributed as dist
@@ -141,16 +142,16 @@ def steps_of_shared_rows(folder: Path) -> dict[str, Any]:
         "lora": lora_cases.LORA,
     }
     cases: dict[str, tuple[int, dict[str, object], dict[str, Any]]] = {
-        "dpo": (150, rank_cases.DPO, {}),
-        "dpo_packed_checkpointing": (300, rank_cases.DPO, {"path": "packed", **checkpointing}),
-        "dpo_gemma2": (300, rank_cases.DPO, {"of": "gemma2"}),
+        "dpo": (150, rank_jobs.DPO, {}),
+        "dpo_packed_checkpointing": (300, rank_jobs.DPO, {"path": "packed", **checkpointing}),
+        "dpo_gemma2": (300, rank_jobs.DPO, {"of": "gemma2"}),
         "ipo": (10_000, {"name": "ipo", "beta": 0.3, "average": "tokens"}, {}),
-        "kto": (150, rank_cases.KTO, {"of": "reference", "against": "model"}),
-        "lora": (150, rank_cases.DPO, adapters),
+        "kto": (150, rank_jobs.KTO, {"of": "reference", "against": "model"}),
+        "lora": (150, rank_jobs.DPO, adapters),
     }
     for size in sizes()[1:]:
         for name, (budget, loss, more) in cases.items():
-            found[f"{name}, {size}"] = rank_cases.equality(
+            found[f"{name}, {size}"] = float64_steps.equality(
                 folder, f"shared-{name}-{size}", budget, loss, steps=2, shared=size, **more
             )
     return found
@@ -164,7 +165,7 @@ def runs_of_shared_rows(folder: Path) -> dict[str, Any]:
     for name, (size, then) in (plans | {"alone": (1, None)}).items():
 
         def config_of(shared: int, name: str = name) -> Any:
-            return rank_cases.config_for(
+            return rank_jobs.config_for(
                 folder,
                 f"rows-{name}",
                 loss={"name": "kto", "beta": 0.5, "split_pairs": True},
@@ -176,11 +177,11 @@ def runs_of_shared_rows(folder: Path) -> dict[str, Any]:
             )
 
         if then is not None:
-            with rank_cases.Crash(step=4), pytest.raises(ConnectionAbortedError):
+            with rank_jobs.Crash(step=4), pytest.raises(ConnectionAbortedError):
                 train.run(config_of(size))
         config = config_of(size if then is None else then)
         train.run(config)
-        found[name] = ranks.run_on_rank_zero(partial(rank_cases.the_end, config.run_dir))
+        found[name] = ranks.run_on_rank_zero(partial(rank_jobs.the_end, config.run_dir))
     return found
 
 
@@ -188,7 +189,7 @@ def units_of_shared_rows(folder: Path) -> dict[str, Any]:
     """What the metrics of one step count, and the padding, beside whole rows."""
     found: dict[str, Any] = {}
     for size in sizes():
-        config = rank_cases.config_for(
+        config = rank_jobs.config_for(
             folder,
             f"counted-{size}",
             loss={"name": "aot", "beta": 0.05},

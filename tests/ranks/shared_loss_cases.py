@@ -10,7 +10,7 @@ from typing import Any
 
 import family_cases
 import numpy as np
-import rank_cases
+import rank_jobs
 import ranked_cases
 import torch
 from deepspeed.utils import safe_get_full_grad
@@ -54,13 +54,13 @@ def losses_of_shared_rows(folder: Path) -> dict[str, Any]:
                 sections |= {"model": {"name_or_path": str(folder / name)}, "deepspeed": {"policy": str(zero)}}
             elif loss["name"] != "simpo":
                 sections["reference"] = {"name_or_path": str(folder / "reference")}
-            config = rank_cases.config_for(folder, f"{name.replace(' ', '-')}-{size}", **sections)
-            models, objective, scored, _ = rank_cases.ready(config)
+            config = rank_jobs.config_for(folder, f"{name.replace(' ', '-')}-{size}", **sections)
+            models, objective, scored, _ = rank_jobs.ready(config)
             if "weights" in name:
                 weights, margins = (np.resize(of, scored.rows.n) for of in ([1.0, 2.0, 0.0, 0.5], [0.0, 0.5, 1.0]))
                 changed = replace(scored.rows, row_weights=weights, margins=margins if "margins" in name else None)
                 scored = replace(scored, rows=changed)
-            engine = rank_cases.make_policy(config, models)
+            engine = rank_jobs.make_policy(config, models)
             got = _step_and_evaluation(engine, objective, scored)
             zero3.release(engine)
             whole = whole or got
@@ -75,7 +75,7 @@ def _step_and_evaluation(
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Return the metrics of a step and of an evaluation, and the step's gradients."""
     responses = objective.responses_of(scored.rows.responses)
-    batch = step_batch(scored, range(rank_cases.G), responses, 200, group=engine.module.group)
+    batch = step_batch(scored, range(rank_jobs.G), responses, 200, group=engine.module.group)
     sums, _ = step.reduce_metrics(step.forward_backward(engine, batch, objective, None), Request(False, False))
     gradients = {n: safe_get_full_grad(p).double() for n, p in engine.module.lm.named_parameters()}
     engine.optimizer.zero_grad()

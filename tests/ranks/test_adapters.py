@@ -4,7 +4,7 @@ from pathlib import Path
 
 import case_runner
 import pytest
-from test_ranks import check_from_saved, check_steps
+from rank_checks import check_from_saved, check_steps
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import case_runner
 import pytest
-from test_ranks import check_steps
+from rank_checks import check_steps
 
 STEPS = ["dpo_plain_gemma2", "dpo_plain_offloaded", "dpo_alone", "kto_plain", "lora_plain"]
 RUNS = ["evaluation_by_path", "whole_evaluation", "runs_by_path", "hybrids_plain"]

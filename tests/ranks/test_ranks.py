@@ -1,7 +1,5 @@
 """Real ranks: everything in rank_cases.py on one process and on two under torchrun."""
 
-import itertools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,8 +7,8 @@ from typing import Any
 import case_runner
 import matrix_cases
 import pytest
+from rank_checks import EQUALITY, SLOW, check_matrix, check_steps, check_whole_run, found
 
-EQUALITY = ["dpo_many_micro_batches", "dpo_one_micro_batch", "dpo_checkpointing", "sft_many_micro_batches"]
 SHORT = ["dpo_small_blocks", "kto", "ipo", "orpo", "dpo_gemma2", "dpo_phi3", "dpo_stage_2", "lora", "dpo_plain"]
 SHORT += ["lora_compiled"]
 PATHS = ["dpo_packed"]
@@ -36,12 +34,6 @@ TWO_ONLY += ["lora_gemma2", "lora_resume", "lora_from", "reductions_in_float32"]
 TWO_ONLY += [*PATHS, "moved_values", "moving_reference", "ranked_values", "ranked_run"]
 
 
-SLOW_STEPS = ["dpo_one_micro_batch", "dpo_small_blocks", "dpo_phi3", "dpo_gemma2", "dpo_stage_2", "ipo", "lora_gemma2"]
-SLOW = [*SLOW_STEPS, "kto_one_micro_batch", "wpo", "moving_reference", "lora_from", "early_stop", "ranked_run"]
-SLOW += ["more_whole_runs"]
-"""Kin of cases that stay in the quick tests"""
-
-
 @pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["1 rank", "2 ranks"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """Runs all cases once for each world size."""
@@ -50,18 +42,6 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     cases = BOTH + (TWO_ONLY if n == 2 else [])
     case_runner.run_cases("rank_cases.py", n, folder, [case for case in cases if n == 1 or case not in SLOW])
     return n, folder
-
-
-@pytest.fixture(scope="module")
-def slow_world(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
-    """Runs the slow cases, and what they are compared with, on two ranks."""
-    folder = tmp_path_factory.mktemp("slow-world")
-    case_runner.run_cases("rank_cases.py", 2, folder, [*SLOW, "kto"])
-    return 2, folder
-
-
-def found(world: tuple[int, Path], case: str) -> dict[str, Any]:
-    return case_runner.found(world[1], case)
 
 
 def test_gradients_are_read_in_place_with_the_same_bits(world: tuple[int, Path]) -> None:
@@ -82,36 +62,6 @@ def test_steps_equal_float64(world: tuple[int, Path], case: str) -> None:
     if case in SLOW and world[0] == 2:
         pytest.skip("test_slow_steps_equal_float64")
     check_steps(found(world, case), case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", SLOW_STEPS)
-def test_slow_steps_equal_float64(slow_world: tuple[int, Path], case: str) -> None:
-    check_steps(found(slow_world, case), case)
-
-
-def check_steps(result: dict[str, Any], case: str) -> None:
-    """What the function `equality` of rank_cases.py found of a case is within the tolerances."""
-    assert result["sizes"] == [11, 11, 11, 4][: 4 if case in EQUALITY else 2]
-    print(f"{case}: gradients {max(result['gradient']):.1e}")
-    if "many" in case:
-        assert max(result["micro_batches"]) > 2
-    for got, exact in result["loss"]:
-        assert got == pytest.approx(exact, rel=1e-5)
-    assert max(result["gradient"]) <= 1e-5
-    for got, exact in result["metrics"]:
-        for name in ("logps/chosen", "logps/rejected"):
-            if name in exact:
-                assert got[name] == pytest.approx(exact[name], rel=1e-6)
-        for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
-            if name in exact:
-                assert abs(got[name] - exact[name]) <= 1e-6 * exact["scale"]
-        if case.startswith("kto"):
-            assert exact["kto/z0"] > 1
-            assert got["kto/z0"] == pytest.approx(exact["kto/z0"], rel=1e-5, abs=1e-4)
-            assert got["kto/desirable"] == exact["kto/desirable"]
-        if "rewards/accuracies" in exact:
-            assert got["rewards/accuracies"] == exact["rewards/accuracies"]
 
 
 def test_every_loss_of_the_family_equals_float64(world: tuple[int, Path]) -> None:
@@ -149,28 +99,6 @@ def test_aot_sorts_the_pairs_of_all_ranks(world: tuple[int, Path]) -> None:
         assert (got.get("micro_batches", 1) > 1) == case.endswith(" 150"), case
 
 
-@pytest.mark.slow
-def test_wpo_equals_float64(slow_world: tuple[int, Path]) -> None:
-    """Under many micro-batches and one; on the CPU without ranks: unit/model/test_wpo.py."""
-    result = found(slow_world, "wpo")
-    assert result["150"]["micro_batches"] > result["100000"]["micro_batches"] == 1
-    for got in result.values():
-        assert got["loss"][0] == pytest.approx(got["loss"][1], rel=1e-5)
-        assert got["weight"][0] == pytest.approx(got["weight"][1], rel=1e-5)
-        assert got["gradient"] <= 1e-5
-
-
-@pytest.mark.slow
-def test_kto_in_one_micro_batch(slow_world: tuple[int, Path]) -> None:
-    """The reference point and the gradient are those of many micro-batches, which are float64's."""
-    one, many = found(slow_world, "kto_one_micro_batch"), found(slow_world, "kto")
-    assert one["micro_batches"][0] < many["micro_batches"][0]
-    assert max(one["gradient"]) <= 1e-5
-    (got, exact), (other, _) = one["metrics"][0], many["metrics"][0]
-    assert got["kto/z0"] == pytest.approx(exact["kto/z0"], rel=1e-5) == pytest.approx(other["kto/z0"], rel=1e-5)
-    assert got["loss"] == pytest.approx(exact["loss"], rel=1e-5) == pytest.approx(other["loss"], rel=1e-5)
-
-
 def test_a_whole_run_of_kto(world: tuple[int, Path]) -> None:
     """With evaluation on pairs and metrics of its own; it resumes to the same bits and rows."""
     if world[0] == 1:
@@ -181,26 +109,6 @@ def test_a_whole_run_of_kto(world: tuple[int, Path]) -> None:
     assert again["weights"] == result["run-kto-whole"]["weights"]
     assert again["rows"] == result["run-kto-whole"]["rows"]
     check_whole_run(result["run-kto-whole"]["rows"], "kto/z0", at_start=0.5)  # λ/2
-
-
-@pytest.mark.slow
-def test_whole_runs_of_kto_from_zero_and_a_mix(slow_world: tuple[int, Path]) -> None:
-    result = found(slow_world, "more_whole_runs")
-    rows = result["run-kto-zero-whole"]["rows"]
-    assert {row.get("eval/kto/z0", 0) for row in rows} == {0}
-    check_whole_run(rows, "kto/z0", at_start=0.5)
-    # ln 2 + ½ ln 2 + 0.05 / (2 · 0.1)²
-    check_whole_run(result["run-mix-whole"]["rows"], "robust_loss", at_start=1.5 * math.log(2) + 1.25)
-
-
-def check_whole_run(rows: list[dict[str, Any]], own: str, at_start: float) -> None:
-    """A run of 4 steps has a metric of its own, begins at the loss's closed form, and has learnt."""
-    assert [r["step"] for r in rows if r["kind"] == "eval"] == [0, 2, 4]
-    assert all(f"{row['kind']}/{own}" in row for row in rows)
-    assert rows[0]["eval/loss"] == pytest.approx(at_start, rel=1e-4)
-    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
-    assert (rows[0]["eval/rewards/accuracies"], rows[0]["eval/ties"]) == (0, 1)
-    assert rows[-1]["eval/rewards/accuracies"] > 0.5
 
 
 def test_a_whole_run_with_weights_and_margins(world: tuple[int, Path]) -> None:
@@ -229,22 +137,6 @@ def test_the_policy_becomes_the_reference(world: tuple[int, Path]) -> None:
     assert result["worst"] <= 1e-6 < result["moved"]
 
 
-@pytest.mark.slow
-def test_a_reference_that_moves(slow_world: tuple[int, Path]) -> None:
-    """ln 2 again after each update; crashes around an update, and a stop in it, change no bit."""
-    result = found(slow_world, "moving_reference")
-    for name, at_start in (("whole", math.log(2)), ("kto", 0.5)):
-        losses = {row["step"]: row["train/loss"] for row in result[name]["rows"] if row["kind"] == "train"}
-        for step in (1, 3, 5):
-            assert losses[step] == pytest.approx(at_start, abs=1e-6)
-            assert abs(losses[step + 1] - at_start) > 1e-4
-    again = result["crashed"]
-    assert again["starts"] == [0, 3, 3, 4]
-    assert "after step 4, checkpoint committed" in result["stopped"]
-    assert again["weights"] == result["whole"]["weights"]
-    assert again["rows"] == result["whole"]["rows"]
-
-
 def test_ranked_rows_equal_float64(world: tuple[int, Path]) -> None:
     """2 to 5 responses, with ties: loss and gradient of a step, and an evaluation, in one and many micro-batches."""
     if world[0] == 1:
@@ -260,51 +152,9 @@ def test_ranked_rows_equal_float64(world: tuple[int, Path]) -> None:
         assert got["gradient"] <= 1e-5, case
 
 
-@pytest.mark.slow
-def test_a_whole_run_on_ranked_rows(slow_world: tuple[int, Path]) -> None:
-    """ln 2 at the start and after each update of the reference; a crash changes no bit."""
-    result = found(slow_world, "ranked_run")
-    rows = result["whole"]["rows"]
-    losses = {row["step"]: row["train/loss"] for row in rows if row["kind"] == "train"}
-    for step in (1, 3):
-        assert losses[step] == pytest.approx(math.log(2), abs=1e-6)
-        assert abs(losses[step + 1] - math.log(2)) > 1e-4
-    evaluated = [row for row in rows if row["kind"] == "eval"]
-    assert [row["eval/rows"] for row in evaluated] == [37, 37, 37]
-    assert (evaluated[0]["eval/rewards/accuracies"], evaluated[0]["eval/ties"]) == (0, 1)
-    assert evaluated[-1]["eval/rewards/accuracies"] > 0.5
-    again = result["crashed"]
-    assert again["starts"] == [0, 3]
-    assert again["weights"] == result["whole"]["weights"]
-    assert again["rows"] == rows
-
-
-def check_matrix(result: dict[str, Any], settings: list[matrix_cases.Setting]) -> None:
-    assert [tuple(r[:4]) for r in result["settings"]] == settings
-    for *setting, sums, gradient, micro_batches in result["settings"]:
-        print(f"{setting}: sums {sums:.1e}, gradients {gradient:.1e}")
-        assert sums <= 1e-6, setting
-        assert gradient <= 1e-5, setting
-        assert micro_batches > 1
-
-
 def test_families_heads_stages_and_checkpointing(world: tuple[int, Path]) -> None:
     """Pairwise: see matrix_cases.py."""
     check_matrix(found(world, "pairwise"), matrix_cases.pairwise(world[0]))
-
-
-def test_any_two_values_stand_together() -> None:
-    rows = [(n, *s) for n in (1, 2) for s in matrix_cases.pairwise(n)]
-    every = [(n, *s) for n in (1, 2) for s in matrix_cases.full()]
-    for a, b in itertools.combinations(range(5), 2):
-        assert {(r[a], r[b]) for r in rows} == {(r[a], r[b]) for r in every}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("n", [1, 2])
-def test_the_full_matrix(tmp_path: Path, n: int) -> None:
-    case_runner.run_cases("rank_cases.py", n, tmp_path, ["full_matrix"])
-    check_matrix(found((n, tmp_path), "full_matrix"), matrix_cases.full())
 
 
 def test_every_row_once(world: tuple[int, Path]) -> None:
@@ -453,18 +303,6 @@ def test_too_many_skipped_updates_end_the_run(world: tuple[int, Path]) -> None:
     assert result["ended"]
 
 
-@pytest.mark.slow
-def test_training_ends_early_and_the_best_checkpoint_stays(slow_world: tuple[int, Path]) -> None:
-    """After three evaluations without a new best; the one of step 1 is best, since step 0 has no checkpoint."""
-    result = found(slow_world, "early_stop")
-    assert [row for row in result["rows"] if row[0] == "train"] == [["train", 1], ["train", 2], ["train", 3]]
-    assert result["checkpoints"] == ["step-00000001", "step-00000002", "step-00000003"]
-    assert result["best"] == {"metric": "eval/lengths/chosen", "step": 1}
-    assert result["done"].startswith("done: 3 steps")
-    assert "checkpoint.keep_best: got 'eval/los'" in result["said"]
-    assert "eval/loss" in result["said"]
-
-
 def test_a_spike_stops_the_run_or_is_skipped(world: tuple[int, Path]) -> None:
     """On all ranks alike, by the norms of the checkpoint; norm and loss are numbers and stand in the row."""
     result = found(world, "spikes_stopped_and_skipped")
@@ -495,21 +333,6 @@ def test_idle_ranks(world: tuple[int, Path]) -> None:
         assert result["norm"] > 0
 
 
-@pytest.mark.slow
-def test_memory_of_a_large_model(tmp_path: Path) -> None:
-    """On two ranks, a model of more than 400 MB: half on each, the same logits, and after release it is gone."""
-    case_runner.run_cases("rank_cases.py", 2, tmp_path, ["memory"])
-    result = found((2, tmp_path), "memory")
-    print(json.dumps(result, indent=1))
-    for mine in result["ranks"]:
-        for held, whole in (mine["reference"], mine["policy"]):
-            assert whole >= 400e6
-            assert held == pytest.approx(whole / 2, rel=0.01)
-        assert mine["given_back"] >= 0.8
-        assert not mine["alive"]
-        assert mine["logits_equal"]
-
-
 def test_one_collective_and_one_host_read_a_step(world: tuple[int, Path]) -> None:
     """Beside the engine's own, and none a micro-batch."""
     result = found(world, "collectives_and_host_reads")
@@ -531,24 +354,6 @@ def test_adapters_start_at_the_base_and_resume_to_the_bit(world: tuple[int, Path
     assert result["step"] == 2
     assert result["equal"]
     assert result["again"] == result["losses"][2]
-
-
-def check_from_saved(result: dict[str, Any]) -> None:
-    """What the function `from_saved` of adapter_cases.py found is within the tolerances."""
-    got, exact = result["loss"]
-    assert exact == pytest.approx(math.log(2), rel=1e-12), "the reference is the base with the adapter"
-    assert got == pytest.approx(exact, rel=1e-6)
-    assert result["gradient"] <= 1e-5
-    assert result["reference"] <= 1e-6 < 1e-4 < result["beside base"]
-    assert result["equal"], "a resumed run ends with the same bits"
-    assert result["names"], "the export has the tensors of the adapter"
-    assert result["merged"] <= 1e-6 < 1e-4 < result["learnt"]
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_from_a_saved_adapter(slow_world: tuple[int, Path]) -> None:
-    """On two ranks; on one tests/end_to_end/test_lora_from.py goes on from one."""
-    check_from_saved(found(slow_world, "lora_from"))
 
 
 def test_a_checkpoint_of_adapters_holds_them_alone(world: tuple[int, Path]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import case_runner
 import pytest
-from test_ranks import check_steps
+from rank_checks import check_steps
 
 WORLDS = (2, 4)
 

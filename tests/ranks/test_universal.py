@@ -5,9 +5,9 @@ from typing import Any
 
 import case_runner
 import pytest
-import universal_cases
+import resharding_jobs
 
-SETTINGS = list(universal_cases.SETTINGS)
+SETTINGS = list(resharding_jobs.SETTINGS)
 OTHERS = ["exported", "resumed", "damaged_forms", "damaged_checkpoints", "interrupted_conversion"]
 
 

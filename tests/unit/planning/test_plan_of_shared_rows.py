@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import worlds
-from test_plan import LLAMAS, h200, needs_of
+from planned_models import LLAMAS, h200, needs_of
 
 from prefopt_dist.cli import main
 from prefopt_dist.model.cost import activation_memory

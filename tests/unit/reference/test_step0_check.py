@@ -1,4 +1,4 @@
-"""The check of step 0 on one rank; its reduction is tested in rank_cases.py."""
+"""The check of step 0 on one rank; its reduction is tested in evaluation_cases.py."""
 
 from __future__ import annotations
 
