@@ -124,7 +124,8 @@ def write_rows(folder: Path, n: int, seed: int = 0, vocabulary: int = 30_000, pl
     """
     import numpy as np
 
-    from prefopt_dist.data.dataset import COLUMNS, ColumnWriter, content_digest, write_manifest
+    from prefopt_dist.data.column_files import ColumnWriter, content_digest, write_manifest
+    from prefopt_dist.data.dataset import COLUMNS
     from prefopt_dist.data.row_counts import DataReport
 
     folder.mkdir()

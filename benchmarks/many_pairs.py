@@ -66,12 +66,12 @@ def stage(run: str, *arguments: str) -> Callable[[], None]:
 
 def plan_first_pass(run: str) -> Callable[[], None]:
     """Return a function that plans the first pass of an empty store."""
-    from prefopt_dist.reference import first_pass
+    from prefopt_dist.reference import scoring_work
     from prefopt_dist.reference.store import ReferenceStore
 
     rows, store = train_rows(run), ReferenceStore(Path(run).parent / "empty")
     store.make_folder()
-    return lambda: print(len(first_pass._look_up(store, [rows], 2, 8192).micro_batches), "micro-batches")
+    return lambda: print(len(scoring_work.look_up(store, [rows], 2, 8192).micro_batches), "micro-batches")
 
 
 def look_up_all(run: str) -> Callable[[], None]:

@@ -20,7 +20,7 @@ from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
-from prefopt_dist.reference import first_pass
+from prefopt_dist.reference import aligned_values, first_pass, scoring_work
 from prefopt_dist.reference.store import ReferenceStore
 from prefopt_dist.setup.prepare_models import with_model_buckets, zero_settings
 from prefopt_dist.training import step
@@ -134,11 +134,11 @@ def score_reference(
     engine = zero3.reference_engine(Scorer(lm, task.path), settings)
     del lm
     start = meter.Mark.now()
-    todo = ranks.run_on_rank_zero(lambda: first_pass._look_up(store, [rows], 2, task.micro_batch_tokens, task.path))
+    todo = ranks.run_on_rank_zero(lambda: scoring_work.look_up(store, [rows], 2, task.micro_batch_tokens, task.path))
     first_pass._score(engine, todo, store, [rows], lambda: False)
     took = meter.Mark.now().since(start)
     zero3.release(engine)
-    return ranks.run_on_rank_zero(lambda: first_pass._collect(store, [rows], 2, None)[0]), took
+    return ranks.run_on_rank_zero(lambda: aligned_values.collect(store, [rows], 2, None)[0]), took
 
 
 def policy_engine(task: Task, model: Any, dtype: torch.dtype) -> Any:

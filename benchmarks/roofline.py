@@ -176,9 +176,9 @@ def _kernels(config: Any, task: Task, units: Sequence[Any], *, on_gpu: bool, ran
 
     from benchmarks import ours
     from prefopt_dist.batching.packing import pack
-    from prefopt_dist.planning.memory import ZeroSettings
     from prefopt_dist.planning.roofline.step import RowFacts, step_kernels
     from prefopt_dist.planning.sizes import model_sizes
+    from prefopt_dist.planning.zero_settings import ZeroSettings
     from prefopt_dist.setup.prepare_models import zero_settings
 
     dtype = getattr(torch, task.dtype)

@@ -23,8 +23,8 @@ from prefopt_dist.monitoring import statistics
 from prefopt_dist.monitoring.console import say, show
 from prefopt_dist.monitoring.metrics_file import strict_json
 from prefopt_dist.objectives import Objective, factory
-from prefopt_dist.setup import compare, lifecycle, prepare_data, prepare_models, prepare_reference
-from prefopt_dist.setup.lifecycle import run_folder
+from prefopt_dist.setup import compare, export_run, prepare_data, prepare_models, prepare_reference
+from prefopt_dist.setup.open_run import run_folder
 from prefopt_dist.setup.prepare_models import Models
 from prefopt_dist.training.evaluation import evaluate
 
@@ -112,7 +112,7 @@ def _model(config: Config, models: Models, folder: RunFolder) -> _Evaluated:
     # An engine that answers takes whole models.
     merged = models.adapter is not None and config.evaluate.prompts is not None
 
-    say(lifecycle.export_checkpoint(config, models, source, folder, target=target, merged=merged))
+    say(export_run.export_checkpoint(config, models, source, folder, target=target, merged=merged))
     if models.adapter is not None and not merged:
         return _Evaluated(source.name, models.policy, adapters=target, temporary=target)
     model = ranks.run_on_all_ranks(lambda: inspect_folder(target, "run.dir"))

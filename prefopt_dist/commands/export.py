@@ -10,7 +10,8 @@ from prefopt_dist.distributed import ranks
 from prefopt_dist.errors import UserError
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.setup import prepare_models
-from prefopt_dist.setup.lifecycle import best_checkpoint, export_checkpoint, push_to_hub, run_folder
+from prefopt_dist.setup.export_run import best_checkpoint, export_checkpoint, push_to_hub
+from prefopt_dist.setup.open_run import run_folder
 
 BEST = "best"
 """Value of export.checkpoint: the checkpoint that checkpoint.keep_best keeps"""

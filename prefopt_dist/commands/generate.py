@@ -21,7 +21,7 @@ from prefopt_dist.rollouts import comparison, pairs
 from prefopt_dist.rollouts.prompts import Turn
 from prefopt_dist.rollouts.store import AnsweredPrompt
 from prefopt_dist.setup import prepare_models, prepare_rollouts
-from prefopt_dist.setup.lifecycle import requests_for, run_folder
+from prefopt_dist.setup.open_run import requests_for, run_folder
 from prefopt_dist.setup.rollout_job import RolloutJob
 from prefopt_dist.training.stop import Requests
 

@@ -9,7 +9,7 @@ from prefopt_dist.errors import AgreedUserError, StopRequested
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.objectives import factory
 from prefopt_dist.setup import prepare_data, prepare_models, prepare_reference
-from prefopt_dist.setup.lifecycle import requests_for, run_folder
+from prefopt_dist.setup.open_run import requests_for, run_folder
 
 
 def run(config: Config) -> None:

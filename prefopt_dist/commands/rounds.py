@@ -26,7 +26,8 @@ from prefopt_dist.monitoring.metrics_file import from_strict_json, strict_json
 from prefopt_dist.setup import answers_ahead, compare, memory_advice, prepare_models, prepare_rollouts
 from prefopt_dist.setup.answers_ahead import AnswersAhead
 from prefopt_dist.setup.compare import Comparison
-from prefopt_dist.setup.lifecycle import best_checkpoint, run_folder
+from prefopt_dist.setup.export_run import best_checkpoint
+from prefopt_dist.setup.open_run import run_folder
 from prefopt_dist.setup.round_plan import answered_after, made_otherwise, model_after, round_config, turn_of
 from prefopt_dist.setup.round_tables import seconds_table, table
 from prefopt_dist.training.stop import Requests

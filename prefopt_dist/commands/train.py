@@ -5,11 +5,9 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-import torch
 
 from prefopt_dist.batching.batches import ScoredRows
 from prefopt_dist.batching.layout import FROZEN_PASSES, TRAINING_PASSES
@@ -20,37 +18,38 @@ from prefopt_dist.checkpoint.run_folder import RunFolder
 from prefopt_dist.config import Config
 from prefopt_dist.data import TokenisedRows
 from prefopt_dist.data.template import template_name
-from prefopt_dist.distributed import out_of_memory, ranks, zero3
-from prefopt_dist.errors import AgreedUserError, StopRequested
-from prefopt_dist.model import activation_checkpointing, compiled_layers
-from prefopt_dist.model.adapter import attach, load_saved
-from prefopt_dist.model.cost import activation_memory, forward_cost
+from prefopt_dist.distributed import ranks, zero3
+from prefopt_dist.errors import StopRequested
+from prefopt_dist.model import compiled_layers
+from prefopt_dist.model.cost import forward_cost
 from prefopt_dist.model.fingerprint import refuse_if_changed
-from prefopt_dist.model.fusion import Fusion, fuse
-from prefopt_dist.model.load import load_sharded, under_zero3
-from prefopt_dist.model.scorer import Scorer
-from prefopt_dist.monitoring.console import format_bytes, say
+from prefopt_dist.model.fusion import Fusion
+from prefopt_dist.monitoring.console import say
 from prefopt_dist.objectives import Objective, factory
 from prefopt_dist.objectives.factory import described
 from prefopt_dist.planning.machine import device_peak
 from prefopt_dist.planning.work import most_keys_per_token, padding
 from prefopt_dist.reference.step0_check import RoundingTolerance
-from prefopt_dist.setup import choose_fusion, own_answers, prepare_data, prepare_models, prepare_reference
-from prefopt_dist.setup.experts import expert_loads
-from prefopt_dist.setup.lifecycle import best_checkpoint, finish, open_log, requests_for, run_folder
+from prefopt_dist.setup import (
+    choose_fusion,
+    own_answers,
+    prepare_answers,
+    prepare_data,
+    prepare_models,
+    prepare_policy,
+    prepare_reference,
+)
+from prefopt_dist.setup.check_resume import check_resume
+from prefopt_dist.setup.export_run import best_checkpoint
+from prefopt_dist.setup.finish_run import finish
+from prefopt_dist.setup.open_run import open_log, requests_for, run_folder
 from prefopt_dist.setup.own_answers import NotAnswered, OwnAnswers
 from prefopt_dist.setup.prepare_models import Models
 from prefopt_dist.setup.prepare_reference import HashedWeights, adapter_base
 from prefopt_dist.training import loop
+from prefopt_dist.training.job import Intervals, Job
 from prefopt_dist.training.moving_reference import MovingReference
-from prefopt_dist.training.optimizer import adamw
 from prefopt_dist.training.stop import Requests
-
-DATA = (
-    "the data files, the tokenizer, (for inspect.eval_…=drop) data.eval, or this version of prefopt_dist, which may "
-    "read such rows otherwise (docs/data.md),"
-)
-"""All that decides the tokens besides the configuration"""
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def _load_inputs(config: Config, folder: RunFolder) -> _Inputs:
     saved = prepare_reference.adapter_start(config, models)
     if saved is not None:
         facts["start_key"], base = saved.key, saved
-    _check_resume(config, found, facts)
+    check_resume(config, found, facts)
     return _Inputs(models, objective, train, evals, order, total_steps, fusion, reference, base, facts, found)
 
 
@@ -174,7 +173,8 @@ def _score_and_answer(
             first_rows(inputs.order, inputs.total_steps, config.reference.update_every_steps),
         )
         where, began = "while the start answers", time.perf_counter()
-        answers = own_answers.prepare(config, models, next(iter(evals.values()), inputs.train), in_rounds=in_rounds)
+        first = next(iter(evals.values()), inputs.train)
+        answers = prepare_answers.prepare(config, models, first, in_rounds=in_rounds)
         if isinstance(answers, OwnAnswers):
             answers.start.run(stop_asked)
         seconds = time.perf_counter() - began
@@ -197,7 +197,7 @@ def _score_and_answer(
 
 def _make_job(
     config: Config, folder: RunFolder, inputs: _Inputs, start: _Start, requests: Requests
-) -> tuple[loop.Job, dict[str, Any] | None]:
+) -> tuple[Job, dict[str, Any] | None]:
     """Load the policy, and the checkpoint where there is one; return the job and the checkpoint's state (all ranks).
 
     Nobody but the job holds the engine, so that its end can free the engine's memory.
@@ -210,7 +210,7 @@ def _make_job(
         measure = partial(padding, inputs.train, inputs.order, inputs.total_steps, responses)
         share = ranks.run_on_rank_zero(lambda: measure(config.train.micro_batch_tokens, ranks.world_size()))
         say(f"path plain: {share:.1%} of the tokens that the first steps compute are padding")
-    engine, checkpointing = _policy(config, models, keys, inputs.fusion)
+    engine, checkpointing = prepare_policy.load_policy(config, models, keys, inputs.fusion)
     if inputs.base is not None:
         ranks.run_on_all_ranks(partial(refuse_if_changed, inputs.base.states))
     if ranks.rank() == 0:
@@ -239,7 +239,7 @@ def _make_job(
     in_between = None
     if isinstance(answers, OwnAnswers) and config.answers_every_steps is not None:
         in_between = partial(answers.intermediate_metrics, engine)
-    job = loop.Job(
+    job = Job(
         engine=engine,
         objective=objective,
         rounding=RoundingTolerance.of_model(models.policy.config, models.dtype),
@@ -266,8 +266,8 @@ def _make_job(
     return job, state
 
 
-def _intervals(config: Config) -> loop.Intervals:
-    return loop.Intervals(
+def _intervals(config: Config) -> Intervals:
+    return Intervals(
         log=config.tracking.log_every_steps,
         evaluate=config.eval.every_steps,
         evaluate_at_start=config.eval.at_start,
@@ -277,88 +277,7 @@ def _intervals(config: Config) -> loop.Intervals:
     )
 
 
-def _check_resume(config: Config, found: Manifest | None, facts: dict[str, Any]) -> None:
-    if found is None:
-        return
-    if config.checkpoint.resume == "never":
-        raise AgreedUserError(
-            f"checkpoint.resume: never, but {config.run_dir} has a checkpoint of step {found.step}. "
-            "Choose another run.dir, or set checkpoint.resume=auto."
-        )
-    for name, key, what in (
-        ("base_key", "model.name_or_path", "the weights or the configuration of the base model's folder"),
-        ("start_key", "lora.from", "the weights or the settings of the adapter"),
-        ("reference_key", "reference", "the weights or the configuration of the model folder"),
-        ("data_digest", "data.train", DATA),
-    ):
-        if name in facts and found.facts[name] != facts[name]:
-            raise AgreedUserError(
-                f"{key}: this run began with {name} {found.facts[name]}, and {what} now give {facts[name]}. "
-                "Put them back as they were, or start a new run."
-            )
-
-
-@out_of_memory.phase("loading of the policy")
-def _policy(
-    config: Config, models: Models, keys_per_token: float, fusion: Fusion = "none"
-) -> tuple[Any, activation_checkpointing.ActivationCheckpointing]:
-    """Return the policy's engine, and which layers are recomputed in the backward pass.
-
-    Args:
-        config: the configuration.
-        models: of the run.
-        keys_per_token: most gathered keys per token of a micro-batch.
-        fusion: how the layers are fused.
-    """
-    zero = ranks.run_on_all_ranks(lambda: prepare_models.zero_settings(config.deepspeed.policy, "deepspeed.policy"))
-    settings = zero3.policy_settings(
-        prepare_models.with_model_buckets(zero, models.policy.config, models.adapter),
-        dtype=models.dtype,
-        max_grad_norm=config.optim.max_grad_norm,
-    )
-    torch.manual_seed(config.run.seed)
-    lm = load_sharded(models.policy, dtype=models.dtype, settings=settings, path=models.path)
-    if models.adapter is not None:
-        torch.manual_seed(config.run.seed)  # whatever loading has drawn: the same on any number of ranks
-        with under_zero3(settings):  # DoRA reads whole weights
-            attach(lm, models.adapter)
-        if models.adapter.start is not None:
-            ranks.run_on_all_ranks(partial(load_saved, lm, models.adapter.start))
-    if fusion == "layers":
-        compiled_layers.prepare(config.cache_dir)
-    ranks.run_on_all_ranks(partial(fuse, lm, fusion))
-    loads = ranks.run_on_all_ranks(lambda: expert_loads(config, models.policy.config, ranks.device()))
-    scorer = Scorer(lm, models.path, cut=True, loads=loads, group=models.group).train()
-    optim = config.optim
-    optimizer = adamw(
-        scorer,
-        learning_rate=optim.learning_rate,
-        weight_decay=optim.weight_decay,
-        betas=optim.betas,
-        eps=optim.eps,
-    )
-    engine = zero3.policy_engine(scorer, optimizer, settings)
-    held, whole = zero3.shard_bytes(scorer)
-    say(f"policy: each rank holds {format_bytes(held)} of {format_bytes(whole)} of parameters")
-    if models.adapter is not None:
-        say(f"lora: {zero3.trained_parameters(scorer):,} parameters are trained, the others are frozen")
-    memory = activation_memory(models.policy.config, models.dtype, models.adapter, models.path, models.group.size)
-    memory = replace(
-        memory, keys_per_token=keys_per_token, longest=config.data.max_length, on_gpu=torch.cuda.is_available()
-    )
-    tokens = config.train.micro_batch_tokens
-    available = activation_checkpointing.available_bytes(lm, settings["zero_optimization"])
-    if torch.cuda.is_available():
-        available = max(0, available - memory.attention_backward(tokens))
-    checkpointing = activation_checkpointing.choose(
-        memory, mode=config.model.checkpointing, tokens=tokens, available=available
-    )
-    activation_checkpointing.apply(lm, checkpointing.checkpointed)
-    say(checkpointing.text())
-    return engine, checkpointing
-
-
-def _stop(folder: RunFolder, job: loop.Job, step: int) -> None:
+def _stop(folder: RunFolder, job: Job, step: int) -> None:
     """Record that the training was stopped after this step."""
     if job.log is not None:
         folder.write_stopped(job.requests.reason(), step)

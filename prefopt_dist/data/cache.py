@@ -9,7 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from prefopt_dist.data.dataset import DamagedRows, TokenisedRows, open_rows
+from prefopt_dist.data.column_files import DamagedRows, open_rows
+from prefopt_dist.data.dataset import TokenisedRows
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import fsync_folder, remove_stale
 

@@ -12,14 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefopt_dist.data.cache import Say, build_once, cached_folder, open_intact_rows
-from prefopt_dist.data.dataset import (
-    COLUMNS,
-    ColumnWriter,
-    TokenisedRows,
-    content_digest,
-    sequence_digest,
-    write_manifest,
-)
+from prefopt_dist.data.column_files import ColumnWriter, content_digest, write_manifest
+from prefopt_dist.data.dataset import COLUMNS, TokenisedRows, sequence_digest
 from prefopt_dist.data.equal_rows import group_equal, prompt_keys
 from prefopt_dist.data.row_counts import DataReport
 from prefopt_dist.errors import UserError

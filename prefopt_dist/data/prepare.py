@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt_dist.config.data import DataSource
 from prefopt_dist.data.cache import Say, build_once, cached_folder, open_intact_rows
-from prefopt_dist.data.dataset import COLUMNS, SCHEMA, ColumnWriter, Kind, content_digest, write_manifest
+from prefopt_dist.data.column_files import SCHEMA, ColumnWriter, content_digest, write_manifest
+from prefopt_dist.data.dataset import COLUMNS, Kind
 from prefopt_dist.data.forms import kind_of
 from prefopt_dist.data.options import DEFAULT_OPTIONS, TextOptions, writes_date
 from prefopt_dist.data.parts import PartResult, PartTokeniser, as_wide

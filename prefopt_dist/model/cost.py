@@ -12,11 +12,12 @@ from prefopt_dist.batching.layout import Cost
 from prefopt_dist.batching.micro_batch import ComputePath, in_rectangles
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.attention import VARLEN_TAKES_GROUPED_HEADS, flash_takes
-from prefopt_dist.model.block_attention import GPU_BLOCKS, BlockBytes, most_block_bytes
-from prefopt_dist.model.counting import AttentionCall, Counts, count
+from prefopt_dist.model.attention_tiling import GPU_BLOCKS, BlockBytes, most_block_bytes
+from prefopt_dist.model.counting import Counts, count
 from prefopt_dist.model.head import MAX_LOGITS_ON_GPU, MAX_LOGITS_PER_BLOCK
 from prefopt_dist.model.head_exchange import repeated_key_heads
 from prefopt_dist.model.load import own_attention
+from prefopt_dist.model.meta_device import AttentionCall
 
 
 def layer_parameters(config: PreTrainedConfig) -> int:

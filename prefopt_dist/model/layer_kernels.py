@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
 
 from prefopt_dist.model.attention import LayerNeeds, choose_kernel, needs_of_call
-from prefopt_dist.model.counting import meta_model, position_arguments
+from prefopt_dist.model.meta_device import meta_model, position_arguments
 from prefopt_dist.model.parts import backbone
 
 _NAME = "prefopt_noted"

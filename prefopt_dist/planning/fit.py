@@ -9,9 +9,12 @@ from typing import Literal
 from prefopt_dist.errors import UserError
 from prefopt_dist.monitoring.console import format_bytes
 from prefopt_dist.planning import memory
+from prefopt_dist.planning.generation_memory import GenerationSettings, generation_phase
 from prefopt_dist.planning.machine import Machine
-from prefopt_dist.planning.memory import LOADING, GenerationSettings, Phase, Placement, ZeroSettings
+from prefopt_dist.planning.memory import LOADING
+from prefopt_dist.planning.phases import Phase, Placement
 from prefopt_dist.planning.sizes import ModelSizes
+from prefopt_dist.planning.zero_settings import ZeroSettings
 
 MAX_ROW = 2**26
 """Tokens of a rank's part of a row at which the search for the longest one ends."""
@@ -88,7 +91,7 @@ def find_fit(needs: Needs, machine: Machine, ranks: int | None = None, name: str
     if needs.reference_tokens is not None:
         fixed.append(memory.first_pass_phase(sizes, needs.reference, place, needs.reference_tokens))
     if needs.generation is not None:
-        fixed.append(memory.generation_phase(sizes, place, needs.generation))
+        fixed.append(generation_phase(sizes, place, needs.generation))
 
     def phases(checkpointed: int) -> tuple[Phase, ...]:
         arguments = (sizes, needs.policy, place, needs.tokens, checkpointed)

@@ -1,4 +1,4 @@
-"""Memory of one rank in the first pass, in training and while it samples answers, part by part.
+"""Memory of one rank under ZeRO-3 while it loads, in the first pass and in training, part by part.
 
 Legend: N parameters, Nₜ of them trained, W ranks, s bytes of a number in the model's dtype, V vocabulary, d hidden
 size.
@@ -10,27 +10,29 @@ copy).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
+from prefopt_dist.planning.cpu_memory import (
+    FORWARD_FACTOR,
+    GATHERED_FACTOR,
+    GRADIENTS_FACTOR,
+    LOADING_FACTOR,
+    PROCESS_BYTES,
+    REDUCE_FACTOR,
+    freed_blocks,
+    repeated_kv,
+    resident,
+)
+from prefopt_dist.planning.phases import MemoryPart, Phase, Placement
 from prefopt_dist.planning.sizes import ModelSizes
+from prefopt_dist.planning.zero_settings import ZeroSettings
 
 LOADING = "loading, rank 0"
 """Name of the phase in which rank 0 reads the checkpoint."""
-GENERATION = "generation"
-"""Name of the phase in which a rank answers prompts, without ZeRO-3."""
-SAMPLING_BYTES, TOP_P_BYTES = 16, 40
-"""Bytes per logit while a token is sampled (rollouts/sampling.py): probabilities and their cumulative sums in float64;
-with top_p below 1 also the sorted probabilities and their order."""
 MASTER_BYTES = 4
 """Bytes of a float32 master weight"""
 MOMENTS_BYTES = 8
 """Bytes of AdamW's two float32 moments"""
-
-DTYPE_BYTES: Mapping[str | None, int] = {"fp32": 4, "bf16": 2}
-"""Bytes of a number of the dtypes that a DeepSpeed JSON may name; None, where it names none, is the model's"""
-
 CONTEXT_BYTES = 512 * 2**20
 """Bytes of a GPU that a process takes before its first tensor: the CUDA context, the kernels that it loads, and
 cuBLAS's workspace (32 MiB, CUBLAS_WORKSPACE_CONFIG). A round figure as remembered, not measured."""
@@ -41,112 +43,6 @@ NCCL_CONNECTIONS = 3
 NCCL_CONNECTION_BYTES = 8 * 512 * 8 * 16 + 120 * 640 * 8 * 8 + (4 << 20)
 """Bytes of a connection's buffers for NCCL's three protocols, LL, LL128 and Simple: DEFAULT_LL_BUFFSIZE,
 DEFAULT_LL128_BUFFSIZE and DEFAULT_BUFFSIZE of `src/init.cc`."""
-
-# On the CPU a process keeps more memory than its tensors: glibc returns blocks below 32 MiB only from the end of the
-# heap, and it does not always reuse a freed block for an aligned one. The factors for this are not derived but fitted
-# to the peaks of tests/ranks/plan_cases.py, which differ by up to a sixth between equal runs.
-ACTIVATIONS_FACTOR = 1.3
-"""Resident bytes per byte of the activations that a backward pass keeps."""
-FORWARD_FACTOR = 0.33
-"""Resident bytes of a forward pass without gradients, per byte of all the activations that it makes and frees."""
-GRADIENTS_FACTOR = 1.6
-"""Resident bytes per byte of the gradients, which are made and freed one by one."""
-GATHERED_FACTOR = 1.4
-"""Resident bytes per byte of the gathered parameters."""
-REDUCE_FACTOR = 1.2
-"""Resident bytes of gloo's buffers per byte of the gradients that it reduces."""
-PROCESS_BYTES = 40 * 2**20
-"""Bytes that a process takes with its first training step: threads, and buffers of matrix products and of gloo."""
-LOADING_FACTOR = 0.4
-"""Resident bytes of the blocks read while loading per byte of the parameters; they are freed after it."""
-
-
-@dataclass(frozen=True)
-class ZeroSettings:
-    """The settings of a DeepSpeed JSON that decide memory; sizes are numbers of elements."""
-
-    max_live: int
-    prefetch: int
-    reduce_bucket: int
-    sub_group: int
-    persistence: int
-    secondary: int
-    """hpZ: number of ranks that share a second copy of the parameters; 1 is off"""
-    gradient_dtype_bytes: int
-    """Bytes of a number in the accumulated gradient"""
-    reduced_dtype_bytes: int
-    """Bytes of a number while gradients are summed over ranks: `communication_data_type`"""
-    offload_optimizer: bool
-    offload_param: bool
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any], item: int) -> ZeroSettings:
-        """Return the settings of a whole DeepSpeed JSON, with DeepSpeed's defaults.
-
-        Args:
-            settings: the JSON.
-            item: bytes of a number in the model's dtype.
-        """
-        zero = settings.get("zero_optimization", {})
-        accumulated = settings.get("data_types", {}).get("grad_accum_dtype")
-
-        def offloaded(name: str) -> bool:
-            return bool((zero.get(name) or {}).get("device") == "cpu")
-
-        return cls(
-            max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
-            prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
-            reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
-            sub_group=int(zero.get("sub_group_size", 1e9)),
-            persistence=int(zero.get("stage3_param_persistence_threshold", 1e5)),
-            secondary=int(zero.get("zero_hpz_partition_size", 1)),
-            gradient_dtype_bytes=DTYPE_BYTES.get(accumulated, item),
-            reduced_dtype_bytes=DTYPE_BYTES.get(settings.get("communication_data_type"), item),
-            offload_optimizer=offloaded("offload_optimizer"),
-            offload_param=offloaded("offload_param"),
-        )
-
-    def offloading(self, optimizer: bool, param: bool) -> ZeroSettings:
-        """Return the same settings with other offloading."""
-        return replace(self, offload_optimizer=optimizer, offload_param=param)
-
-
-@dataclass(frozen=True)
-class MemoryPart:
-    """One part of a phase's memory, in bytes."""
-
-    name: str
-    bytes: int
-    how: str
-    """The formula in words and symbols, for the report"""
-    on_host: bool = False
-    """Whether it is in the host's memory instead of the device's"""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """The memory of one rank at one moment."""
-
-    name: str
-    parts: tuple[MemoryPart, ...]
-
-    @property
-    def device(self) -> int:
-        """Return the bytes on the device."""
-        return sum(p.bytes for p in self.parts if not p.on_host)
-
-    @property
-    def host(self) -> int:
-        """Return the bytes in the host's memory."""
-        return sum(p.bytes for p in self.parts if p.on_host)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Number of ranks that share the model under ZeRO-3, and the kind of their devices."""
-
-    ranks: int
-    is_gpu: bool
 
 
 def shard_size(sizes: ModelSizes, place: Placement) -> int:
@@ -179,7 +75,7 @@ def loading_phase(sizes: ModelSizes, place: Placement) -> Phase:
                 "the checkpoint, mapped", sizes.file_dtype_bytes * sizes.parameters, "bytes of the files", place.is_gpu
             ),
             MemoryPart("the largest parameter, whole", sizes.dtype_bytes * sizes.largest_parameter, "s·elements"),
-            *_freed_blocks(place, "blocks read", LOADING_FACTOR, "s·N", sizes.dtype_bytes * sizes.parameters),
+            *freed_blocks(place, "blocks read", LOADING_FACTOR, "s·N", sizes.dtype_bytes * sizes.parameters),
         ),
     )
 
@@ -187,7 +83,7 @@ def loading_phase(sizes: ModelSizes, place: Placement) -> Phase:
 def first_pass_phase(sizes: ModelSizes, zero: ZeroSettings, place: Placement, tokens: int) -> Phase:
     """Return the memory while the reference scores a micro-batch: one layer at a time, and the head's block."""
     memory = replace(sizes.activations, on_gpu=place.is_gpu)
-    repeated = _repeated_kv(sizes, place)
+    repeated = repeated_kv(sizes, place)
     layer = tokens * (memory.per_token_largest_layer + repeated)
     all_layers = tokens * memory.layers * (memory.per_token_whole_layer + repeated)
     return Phase(
@@ -203,61 +99,6 @@ def first_pass_phase(sizes: ModelSizes, zero: ZeroSettings, place: Placement, to
             ),
             MemoryPart("head block", memory.block(tokens), "bounded, model/head.py"),
             *_attention_block(sizes, place, tokens),
-        ),
-    )
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """The settings by which prompts are answered."""
-
-    batch_tokens: int
-    """Value of `generate.batch_tokens`"""
-    prompt_tokens: int
-    """Tokens of the longest prompt"""
-    new_tokens: int
-    """Value of `generate.max_new_tokens`"""
-    n: int
-    """Fewest answers to a prompt, which decides how many different prompts a batch has"""
-    uses_top_p: bool
-    """Whether top_p is below 1"""
-
-    def batch(self, prompt: int) -> int:
-        """Return the number of sequences in a batch of prompts of `prompt` tokens."""
-        return max(1, self.batch_tokens // (prompt + self.new_tokens))
-
-
-def generation_phase(sizes: ModelSizes, place: Placement, asked: GenerationSettings) -> Phase:
-    """Return the memory while a whole copy of the model answers a batch (rollouts/transformers_engine.py).
-
-    Every rank has a copy of its own, so more ranks do not reduce it.
-    """
-    memory = sizes.activations
-    whole = sizes.whole_bytes
-    tokens = max(asked.batch_tokens, asked.prompt_tokens + asked.new_tokens)
-    sequences = asked.batch(asked.prompt_tokens)
-    # The first and the last prompt of a batch may have only some of their answers in it.
-    prompts = min(sequences, (sequences + asked.n - 2) // asked.n + 1)
-    layer = (
-        asked.prompt_tokens * prompts * (memory.per_token_layer + memory.per_token_ends + _repeated_kv(sizes, place))
-    )
-    logit = sizes.dtype_bytes + (TOP_P_BYTES if asked.uses_top_p else SAMPLING_BYTES)
-    return Phase(
-        GENERATION,
-        (
-            MemoryPart("parameters, whole", whole, "s·N"),
-            *([MemoryPart("parameters while loading", whole, "s·N", on_host=True)] if place.is_gpu else []),
-            MemoryPart(
-                "keys and values",
-                _resident(memory.layers * sizes.cached_kv_bytes * tokens, place),
-                "s·2·layers·kv·head_dim·tokens",
-            ),
-            MemoryPart(
-                "one layer's, while copied", _resident(sizes.cached_kv_bytes * tokens, place), "s·2·kv·head_dim·tokens"
-            ),
-            MemoryPart("prompts, one layer", _resident(layer, place), "tokens × bytes a layer"),
-            # A batch of the shortest prompts has the most sequences.
-            MemoryPart("logits and sampling", logit * asked.batch(1) * memory.vocabulary, f"{logit}·sequences·V"),
         ),
     )
 
@@ -348,8 +189,8 @@ def _heap_after_backward(sizes: ModelSizes, place: Placement) -> tuple[MemoryPar
         return ()
     n, gradients = _symbol(sizes), sizes.dtype_bytes * sizes.trained
     return (
-        *_freed_blocks(place, "gradients' heap", GRADIENTS_FACTOR, f"s·{n}", gradients),
-        *(_freed_blocks(place, "gloo's buffers", REDUCE_FACTOR, f"s·{n}", gradients) if place.ranks > 1 else ()),
+        *freed_blocks(place, "gradients' heap", GRADIENTS_FACTOR, f"s·{n}", gradients),
+        *(freed_blocks(place, "gloo's buffers", REDUCE_FACTOR, f"s·{n}", gradients) if place.ranks > 1 else ()),
         MemoryPart("process", PROCESS_BYTES, "threads and buffers"),
     )
 
@@ -377,7 +218,7 @@ def activation_bytes(sizes: ModelSizes, place: Placement, tokens: int, checkpoin
     """Return the bytes of a micro-batch's activations, the head's block included."""
     memory = replace(sizes.activations, on_gpu=place.is_gpu)
     kept = memory.layers - checkpointed + (1 if checkpointed else 0)
-    return _resident(memory.bytes(tokens, checkpointed) + tokens * kept * _repeated_kv(sizes, place), place)
+    return resident(memory.bytes(tokens, checkpointed) + tokens * kept * repeated_kv(sizes, place), place)
 
 
 def update_phase(sizes: ModelSizes, zero: ZeroSettings, place: Placement, tokens: int, checkpointed: int) -> Phase:
@@ -446,18 +287,3 @@ def _gathered_parameters(sizes: ModelSizes, zero: ZeroSettings, place: Placement
 def _scales(sizes: ModelSizes) -> tuple[MemoryPart, ...]:
     """Return the scales of weights in 4 bit, which ZeRO-3 does not know."""
     return (MemoryPart("scales of 4-bit weights", sizes.scale_bytes, "4·N/64"),) if sizes.quantised else ()
-
-
-def _freed_blocks(place: Placement, name: str, factor: float, how: str, size: int) -> tuple[MemoryPart, ...]:
-    """Return a part for freed blocks, which a GPU's allocator reuses and glibc keeps; none on a GPU."""
-    return () if place.is_gpu else (MemoryPart(name, int(factor * size), f"{factor}·{how}, freed, kept by glibc"),)
-
-
-def _resident(size: float, place: Placement) -> int:
-    """Return the resident bytes of `size` bytes of activations."""
-    return int(size * (1.0 if place.is_gpu else ACTIVATIONS_FACTOR))
-
-
-def _repeated_kv(sizes: ModelSizes, place: Placement) -> int:
-    """Return the bytes per token and layer of repeated keys and values, which only attention on the CPU keeps."""
-    return 0 if place.is_gpu else sizes.repeated_kv_bytes

@@ -6,8 +6,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from prefopt_dist.planning.memory import ZeroSettings
 from prefopt_dist.planning.sizes import ModelSizes
+from prefopt_dist.planning.zero_settings import ZeroSettings
 
 PASSES = 2.0
 """Times that what a forward pass exchanges is sent: in it, and as a gradient. A recomputed layer sends once more."""

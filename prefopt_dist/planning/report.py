@@ -9,9 +9,10 @@ from typing import Any
 from prefopt_dist.monitoring.console import format_bytes
 from prefopt_dist.planning.export import ExportPlan
 from prefopt_dist.planning.fit import Fit
+from prefopt_dist.planning.generation_memory import GENERATION
 from prefopt_dist.planning.machine import Machine
-from prefopt_dist.planning.memory import GENERATION, Phase
 from prefopt_dist.planning.network import Network
+from prefopt_dist.planning.phases import Phase
 from prefopt_dist.planning.rollouts import AnswersPlan
 from prefopt_dist.planning.roofline.table import Roofline
 from prefopt_dist.planning.sizes import ModelSizes

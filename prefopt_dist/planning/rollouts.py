@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from prefopt_dist.monitoring.console import format_bytes
 from prefopt_dist.planning import memory
+from prefopt_dist.planning.generation_memory import GenerationSettings, generation_phase
 from prefopt_dist.planning.machine import Machine
-from prefopt_dist.planning.memory import GenerationSettings, MemoryPart, Phase, Placement, ZeroSettings
+from prefopt_dist.planning.phases import MemoryPart, Phase, Placement
 from prefopt_dist.planning.sizes import ModelSizes
+from prefopt_dist.planning.zero_settings import ZeroSettings
 
 ANSWERS = "answers"
 """Name of the phase in which a copy of the trained model answers prompts beside its engine."""
@@ -82,7 +84,7 @@ def plan_answers(
         between: how often the trained model answers between the start and the end of the training.
     """
     place = Placement(machine.ranks, machine.is_gpu)
-    copy: Sequence[MemoryPart] = memory.generation_phase(sizes, place, asked).parts
+    copy: Sequence[MemoryPart] = generation_phase(sizes, place, asked).parts
     beside = [part for part in copy if not part.on_host]  # the copy is of the live engine: nothing is loaded
     libraries = memory.libraries(place, zero, sizes.activations.shared)
     policy = Phase(ANSWERS, (*libraries, *memory.training_states(sizes, zero, place), *beside))

@@ -6,7 +6,7 @@ Legend: n rows of a data set, R responses of a row.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,29 +24,23 @@ from prefopt_dist.distributed import out_of_memory, ranks, zero3
 from prefopt_dist.distributed.ranks import require_shared_folder
 from prefopt_dist.distributed.sequence_group import ALONE, SequenceGroup
 from prefopt_dist.errors import AgreedUserError, StopRequested, UserError
-from prefopt_dist.files import remove_stale
 from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring.console import Progress, format_bytes, say
+from prefopt_dist.reference.aligned_values import aligned_sets, collect
 from prefopt_dist.reference.scoring_plan import (
-    ScoringPlan,
-    fits,
     make_plan,
-    plan_files,
     plan_name,
-    read_plan,
-    save_plan,
 )
+from prefopt_dist.reference.scoring_work import SPOT_CHECK, ScoringWork, look_up
 from prefopt_dist.reference.sequences import Location, sequences_needed
 from prefopt_dist.reference.step0_check import RoundingTolerance
-from prefopt_dist.reference.store import ReferenceStore, Score, Scores, scoring_lock
+from prefopt_dist.reference.store import ReferenceStore, Score, scoring_lock
 
 SHARD_MICRO_BATCHES = 16
 SHARD_SECONDS = 30.0
 """A rank writes a shard after this many micro-batches or seconds; a killed job loses no more than this."""
-SPOT_CHECK = 8
-"""Number of stored sequences that are scored again while the reference is loaded."""
 
 
 @dataclass(frozen=True)
@@ -65,31 +59,6 @@ class FirstPass:
     def as_run_json(self) -> dict[str, Any]:
         """Return the entry of run.json."""
         return {"key": self.key, "sequences_scored": self.scored, "sequences_reused": self.reused}
-
-
-@dataclass(frozen=True)
-class _Work:
-    """The work of a first pass, as decided by rank 0."""
-
-    micro_batches: ScoringPlan
-    """Micro-batches to compute."""
-    stores: NDArray[np.bool_]
-    """For each sequence of each micro-batch whether it is missing and this micro-batch stores it; no two store the same
-    one."""
-    checks: list[tuple[Location, Score]]
-    """Stored sequences to score again."""
-    reused: int
-    """Distinct sequences that the store has."""
-
-    @property
-    def missing(self) -> int:
-        """Return the number of distinct sequences to score."""
-        return int(np.count_nonzero(self.stores))
-
-    def own(self, number: int, sets: Sequence[TokenisedRows]) -> frozenset[bytes]:
-        """Return the digests of the missing sequences that a micro-batch stores."""
-        stores = zip(self.micro_batches[number], self.stores[self.micro_batches.span(number)], strict=True)
-        return frozenset(place.digest(sets) for place, stored in stores if stored)
 
 
 def run_first_pass(
@@ -134,21 +103,13 @@ def run_first_pass(
         return stored
     with scoring_lock(store.folder, plan_name(sets, responses, path), stop_asked):
         # A plan is made only while holding the lock. Another job may have scored everything while this one waited.
-        work = ranks.run_on_rank_zero(lambda: _look_up(store, sets, responses, budget, path, first_set_rows))
+        work = ranks.run_on_rank_zero(lambda: look_up(store, sets, responses, budget, path, first_set_rows))
         if work.micro_batches:
             _score_missing(model, store, check_loaded, sets, dtype, settings, budget, work, stop_asked, path, group)
     if not work.missing:
         _say_all_stored(work.reused)
-    sums = ranks.run_on_rank_zero(lambda: _collect(store, sets, responses, first_set_rows))
+    sums = ranks.run_on_rank_zero(lambda: collect(store, sets, responses, first_set_rows))
     return FirstPass(key=store.folder.name, sums=sums, scored=work.missing, reused=work.reused)
-
-
-def _stored(store: ReferenceStore) -> Scores:
-    """Return the valid values of the store; report shards that were damaged (rank 0 alone calls it)."""
-    scores, messages = store.read()
-    for message in messages:
-        say(message)
-    return scores
 
 
 def _all_stored(
@@ -159,11 +120,11 @@ def _all_stored(
 ) -> FirstPass | None:
     """Return the values of all sequences if the store has them, else None (rank 0 alone calls it)."""
     needed = sequences_needed(sets, responses, first_set_rows)
-    scores = _stored(store)
+    scores = store.read_reporting()
     if (scores.find(needed.digests) < 0).any():
         return None
     _say_all_stored(len(needed))
-    sums = _aligned_sets(scores, sets, responses, first_set_rows)
+    sums = aligned_sets(scores, sets, responses, first_set_rows)
     return FirstPass(store.folder.name, sums, scored=0, reused=len(needed))
 
 
@@ -180,7 +141,7 @@ def _score_missing(
     dtype: torch.dtype,
     settings: dict[str, Any],
     budget: int,
-    work: _Work,
+    work: ScoringWork,
     stop_asked: Callable[[], bool],
     path: ComputePath,
     group: SequenceGroup,
@@ -203,64 +164,6 @@ def _score_missing(
     finally:
         zero3.release(engine)
         del engine
-
-
-def _look_up(
-    store: ReferenceStore,
-    sets: Sequence[TokenisedRows],
-    responses: int,
-    budget: int,
-    path: ComputePath = "shared",
-    first_set_rows: NDArray[np.int64] | None = None,
-) -> _Work:
-    """Return the micro-batches that score what the store lacks (rank 0 alone calls it).
-
-    Micro-batches of saved plans are used where they fit into the budget; a new plan is saved for the rest.
-
-    Args:
-        store: the store of this reference.
-        sets: the data sets.
-        responses: responses of a row that are needed.
-        budget: tokens of a micro-batch.
-        path: how the sequences are computed.
-        first_set_rows: int64, the rows of the first set that are needed; None: all.
-    """
-    needed = sequences_needed(sets, responses, first_set_rows)
-    remove_stale(store.folder, ".*.tmp")
-    scores = _stored(store)
-    at = scores.find(needed.digests)
-    missing = at < 0
-    name = plan_name(sets, responses, path)
-    to_compute = ScoringPlan.of([])
-    stores = [np.empty(0, dtype=bool)]
-    owned = np.zeros(len(needed), dtype=bool)
-    for file in plan_files(store.folder, name):
-        plan = read_plan(file)
-        numbers = needed.find(plan.digests(sets))  # -1 where a sequence of the plan is not needed now
-        taken = []
-        for i, micro_batch in enumerate(plan):
-            if not fits(micro_batch, sets, budget, path):
-                continue
-            # Plans of several budgets may overlap. A sequence belongs to the first micro-batch that has it, whether
-            # that is done or not: which one stores it must not depend on where the pass was interrupted or on which
-            # rank is faster.
-            here = numbers[plan.span(i)]
-            own = (here >= 0) & missing[here] & ~owned[here]
-            owned[here[here >= 0]] = True
-            if own.any():
-                taken.append(i)
-                stores.append(own)
-        to_compute = to_compute.followed_by(plan.part(taken))
-    unowned = missing & ~owned
-    if unowned.any():
-        plan = make_plan(needed.part(unowned), sets, budget, path)
-        save_plan(store.folder, name, plan)
-        to_compute = to_compute.followed_by(plan)
-        stores.append(np.ones(len(plan.places), dtype=bool))
-    stored = np.flatnonzero(~missing)
-    checked = stored[:: max(1, len(stored) // SPOT_CHECK)][:SPOT_CHECK].tolist()
-    checks = [(needed.location(i), scores.score(at[i])) for i in checked]
-    return _Work(to_compute, np.concatenate(stores), checks, len(stored))
 
 
 def _sums(
@@ -291,7 +194,7 @@ def _sums(
 
 
 def _score(
-    engine: Any, work: _Work, store: ReferenceStore, sets: Sequence[TokenisedRows], stop_asked: Callable[[], bool]
+    engine: Any, work: ScoringWork, store: ReferenceStore, sets: Sequence[TokenisedRows], stop_asked: Callable[[], bool]
 ) -> None:
     """Score the micro-batches, one on each group at a time, and store the values (all ranks call it)."""
     group: SequenceGroup = engine.module.group
@@ -336,9 +239,11 @@ def _score(
     ranks.all_gather(None)
 
 
-def _first_scored(work: _Work, store: ReferenceStore, sets: Sequence[TokenisedRows]) -> list[tuple[Location, Score]]:
+def _first_scored(
+    work: ScoringWork, store: ReferenceStore, sets: Sequence[TokenisedRows]
+) -> list[tuple[Location, Score]]:
     """Return a few of the sequences scored now, with their stored values (rank 0 alone calls it)."""
-    scores = _stored(store)
+    scores = store.read_reporting()
     return [(p, scores[d]) for p in work.micro_batches[-1][:SPOT_CHECK] if (d := p.digest(sets)) in scores]
 
 
@@ -381,59 +286,3 @@ def _spot_check(
                 )
 
     ranks.run_on_rank_zero(compare)  # one decision, because a difference near the tolerance could divide the ranks
-
-
-def _collect(
-    store: ReferenceStore,
-    sets: Sequence[TokenisedRows],
-    responses: int,
-    first_set_rows: NDArray[np.int64] | None,
-) -> list[torch.Tensor]:
-    """Return the values of each data set, all present, finite and of the right length (rank 0 alone calls it)."""
-    scores = _stored(store)
-    needed = sequences_needed(sets, responses, first_set_rows)
-    lacking = int(np.count_nonzero(scores.find(needed.digests) < 0))
-    if lacking:
-        raise UserError(f"reference: {store.folder} lost {lacking} sequences while this job started. Start again.")
-    return _aligned_sets(scores, sets, responses, first_set_rows)
-
-
-def _aligned_sets(
-    scores: Mapping[bytes, Score],
-    sets: Sequence[TokenisedRows],
-    responses: int,
-    first_set_rows: NDArray[np.int64] | None,
-) -> list[torch.Tensor]:
-    needed = [first_set_rows, *[None] * (len(sets) - 1)]
-    found = scores if isinstance(scores, Scores) else Scores.of(scores)
-    return [torch.from_numpy(_aligned(found, rows, responses, of)) for rows, of in zip(sets, needed, strict=True)]
-
-
-def _aligned(
-    scores: Scores, rows: TokenisedRows, responses: int, needed: NDArray[np.int64] | None
-) -> NDArray[np.float64]:
-    """Return the values of a data set, float64 [n, R]; raise UserError for one that cannot be right.
-
-    Those of responses that a ranked row lacks repeat its first, as in a micro-batch.
-    """
-    responses = min(responses, rows.responses)
-    of = np.arange(rows.n) if needed is None else needed
-    digests = np.asarray(rows.digests if needed is None else rows.digests[needed])[:, :responses]
-    present = rows.present()[of, :responses]
-    at = scores.find(digests).reshape(len(of), responses)
-    assert (at[present] >= 0).all()
-    at = np.where(present, at, at[:, :1])
-    found, tokens = scores.sums[at], rows.learnt_lengths()[of, :responses]
-    wrong = np.argwhere(present & ((scores.tokens[at] != tokens) | ~np.isfinite(found)))
-    if len(wrong):
-        i, k = wrong[0].tolist()
-        score = scores.score(at[i, k])
-        raise UserError(
-            f"reference store: the value for {rows.origin(int(of[i]))} ({score.sum} over {score.tokens} tokens) cannot "
-            f"belong to this response, which has {tokens[i, k]} scored tokens. Remove the store's folder."
-        )
-    if needed is None:
-        return found
-    sums = np.full((rows.n, responses), np.nan, dtype=np.float64)
-    sums[needed] = found
-    return sums

@@ -114,6 +114,13 @@ class ReferenceStore:
                     return shard
             number += 1
 
+    def read_reporting(self) -> Scores:
+        """Return the valid scores, and say which shards were damaged (rank 0 alone calls it)."""
+        scores, messages = self.read()
+        for message in messages:
+            say(message)
+        return scores
+
     def shards(self) -> list[Path]:
         """Return the shards; where a sequence is in two of them, the value of the first one is used."""
         return sorted(self.folder.glob("rows-????????.bin"))

@@ -12,8 +12,8 @@ from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.monitoring.console import format_bytes, say
-from prefopt_dist.planning import memory
-from prefopt_dist.planning.memory import GenerationSettings, Placement
+from prefopt_dist.planning.generation_memory import GenerationSettings, generation_phase
+from prefopt_dist.planning.phases import Placement
 from prefopt_dist.planning.rollouts import SHARD_PROMPTS
 from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.rollouts.sampling import Engine
@@ -103,7 +103,7 @@ def _copy_fits(config: Config, models: Models, who: str, *, loads: bool = False)
     """
     sizes = model_sizes(models.policy.config, models.dtype, 0, models.adapter)
     place = Placement(ranks.world_size(), ranks.device().type == "cuda")
-    phase = memory.generation_phase(sizes, place, sampling_plan(config))
+    phase = generation_phase(sizes, place, sampling_plan(config))
     need, free = phase.device, min(ranks.all_gather(usable_bytes()))
     if loads and place.is_gpu and need <= free:
         need, free = phase.host, min(ranks.all_gather(usable(host_bytes(), None)))

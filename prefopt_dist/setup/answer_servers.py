@@ -14,9 +14,10 @@ from prefopt_dist.errors import StopRequested, UserError
 from prefopt_dist.model.folder import ModelFolder
 from prefopt_dist.monitoring.console import say
 from prefopt_dist.rollouts.launched_server import LaunchedServer
+from prefopt_dist.rollouts.model_comparison import HALF, TOLERANCES, ModelComparison
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.sampling import Sampling
-from prefopt_dist.rollouts.server_check import HALF, TOLERANCES, Checker
+from prefopt_dist.rollouts.server_check import Checker
 from prefopt_dist.rollouts.server_engine import Found, ServerEngine, ServerSettings, check_servers
 from prefopt_dist.rollouts.server_pool import ServerPool
 from prefopt_dist.rollouts.transformers_engine import TransformersEngine
@@ -145,16 +146,14 @@ def open_servers(
         )
 
         def checker(pool: ServerPool, own: TransformersEngine) -> Checker:
-            return Checker(
-                pool=pool,
+            comparison = ModelComparison(
                 own=own,
-                prompts=prompts,
                 sampling=sampling,
                 tokeniser=tokeniser,
                 tolerance=TOLERANCES.get(models.dtype, HALF),
                 names=(str(model.path.resolve()), str(model.path)),
-                vocabulary=vocabulary,
             )
+            return Checker(pool, comparison, prompts, vocabulary)
 
         found = _check_servers(settings, checker, checking_engine(config, models, model, hashed))
     except BaseException:

@@ -13,8 +13,8 @@ from prefopt_dist.config.build import suggest_names
 from prefopt_dist.errors import UserError
 from prefopt_dist.model import saved_adapter
 from prefopt_dist.model.adapter import Adapter, expert_matrices, linear_layers
-from prefopt_dist.model.counting import meta_model
 from prefopt_dist.model.folder import resolve
+from prefopt_dist.model.meta_device import meta_model
 from prefopt_dist.model.parts import backbone, name_of, output_head
 from prefopt_dist.model.saved_adapter import SavedAdapter
 

@@ -15,7 +15,8 @@ from prefopt_dist.model.folder import read_language_config, resolve
 from prefopt_dist.monitoring.console import format_bytes
 from prefopt_dist.monitoring.timers import peak_memory
 from prefopt_dist.planning import memory
-from prefopt_dist.planning.memory import Phase, Placement
+from prefopt_dist.planning.generation_memory import generation_phase
+from prefopt_dist.planning.phases import Phase, Placement
 from prefopt_dist.setup.answer_engines import sampling_plan
 from prefopt_dist.setup.memory_needs import job_needs
 from prefopt_dist.setup.prepare_models import zero_settings
@@ -97,7 +98,7 @@ def _estimate(config: Config, stage: str, phase: str) -> int:
         asked = needs.generation if stage in SAMPLING_STAGES else sampling_plan(config)
         if asked is None:
             raise LookupError(f"the plan has no sampling by {config.generate.engine}")
-        found = memory.generation_phase(sizes, place, asked)
+        found = generation_phase(sizes, place, asked)
     else:
         raise LookupError("the plan has no such phase")
     libraries = memory.libraries(place, needs.policy, sizes.activations.shared)

@@ -10,8 +10,9 @@ from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.config import Config
 from prefopt_dist.objectives.factory import make_objective
 from prefopt_dist.planning.fit import Needs
-from prefopt_dist.planning.memory import GenerationSettings, ZeroSettings
+from prefopt_dist.planning.generation_memory import GenerationSettings
 from prefopt_dist.planning.sizes import model_sizes
+from prefopt_dist.planning.zero_settings import ZeroSettings
 from prefopt_dist.setup.check_lora import adapter_of
 from prefopt_dist.setup.prepare_models import DTYPES, with_model_buckets, zero_settings
 

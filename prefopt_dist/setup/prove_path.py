@@ -14,7 +14,7 @@ from prefopt_dist.config import Config
 from prefopt_dist.errors import UserError
 from prefopt_dist.files import read_json
 from prefopt_dist.model.proof.cache import proven_path
-from prefopt_dist.model.proof.prove import Proof
+from prefopt_dist.model.proof.result import Proof
 
 FOLDER = "proofs"
 """Folder of the kept proofs in the cache."""

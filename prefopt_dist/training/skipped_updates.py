@@ -1,19 +1,16 @@
-"""Detect gradient spikes, and count and record the updates that are left out."""
+"""Detect gradient spikes, and count the updates that are left out."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from prefopt_dist.files import write_json
-
 WINDOW = 64
 """Norms kept: enough for a median, few enough to follow a norm that falls during training"""
+
 FEWEST = 16
 """Norms needed before any is called a spike: the first ones have no level to compare with"""
 
@@ -80,20 +77,3 @@ class SkippedUpdates:
         """Count one step."""
         self.total += skipped
         self.in_a_row = self.in_a_row + 1 if skipped else 0
-
-
-def record_skipped(run_dir: Path, kind: str, step: int, why: str, rows: list[int], places: list[str]) -> Path:
-    """Write RUN/<kind>-step-….json with the step's rows, so that a person can look at them (rank 0).
-
-    Args:
-        run_dir: the run folder.
-        kind: nonfinite or spike.
-        step: number of the update.
-        why: the reason, for people.
-        rows: numbers of the rows in the data as read.
-        places: where they are in the data files (file:line).
-    """
-    file = run_dir / f"{kind}-step-{step:08d}.json"
-    pairs: list[dict[str, Any]] = [{"row": row, "place": place} for row, place in zip(rows, places, strict=True)]
-    write_json(file, {"step": step, "why": why, "pairs": pairs})
-    return file

@@ -24,7 +24,7 @@ from prefopt_dist.cli import main
 from prefopt_dist.distributed import ranks
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.rollouts.transformers_engine import TransformersEngine
-from prefopt_dist.training import loop, step
+from prefopt_dist.training import step, validation
 
 LARGE = 1 << 20  # elements of which each thread of the pool takes a part
 found, where = {}, ["first pass"]
@@ -75,7 +75,7 @@ def looking_answer(self, *given, **named):
 TransformersEngine._forward = looking_answer
 Scorer.forward, Scorer._states = looking_forward, looking_states
 within(step, "forward_backward", "training")
-within(loop, "evaluate", "evaluation")
+within(validation, "evaluate", "evaluation")
 assert torch.get_num_threads() == 2
 status = main(sys.argv[1:])
 print(json.dumps({place: [all(results), len(results)] for place, results in found.items()}))

@@ -21,7 +21,6 @@ from benchmarks import meter
 from benchmarks.pairs import MIXES, draw_lengths
 from prefopt_dist.batching.micro_batch import MicroBatch
 from prefopt_dist.batching.packing import pack
-from prefopt_dist.commands import train
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import zero3
@@ -31,7 +30,8 @@ from prefopt_dist.objectives import DPO
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.fit import find_fit
 from prefopt_dist.planning.machine import Machine
-from prefopt_dist.setup import prepare_models, prepare_reference
+from prefopt_dist.planning.phases import Placement
+from prefopt_dist.setup import prepare_models, prepare_policy, prepare_reference
 from prefopt_dist.setup.memory_needs import job_needs
 
 TOLERANCE = 0.15
@@ -161,7 +161,7 @@ def estimated(place: Place, config: Config, model: Any, micro: MicroBatch) -> di
     wanted = replace(job_needs(config, model, max(1.0, keys / tokens)), tokens=tokens)
     fit = find_fit(wanted, Machine("here", 1, 1, 2**50, None, 1.0, place.cuda))
     layers = wanted.sizes.activations.layers if wanted.checkpointing == "all" else 0
-    on = memory.Placement(1, place.cuda)
+    on = Placement(1, place.cuda)
     kept = memory.activation_bytes(wanted.sizes, on, tokens, layers)
     return {p.name: p.device for p in fit.phases} | {"activations": kept}
 
@@ -171,7 +171,7 @@ def training(place: Place, results: Results, folder: Path, checkpointing: str, o
     config = config_for(place, folder, checkpointing, offload)
     models = prepare_models.load_models(config)
     measure = Measure(place)
-    engine, _ = train._policy(config, models, 1.0)
+    engine, _ = prepare_policy.load_policy(config, models, 1.0)
     objective = DPO(0.1)
     chosen = list(batches(place).items())[: 1 if offload else 2 if place.tiny else None]
     how = f"checkpointing {checkpointing}" + (", optimizer offloaded" if offload else "")

@@ -11,8 +11,9 @@ from prefopt_dist.config import Lora, Plan, load_deepspeed_json
 from prefopt_dist.errors import UserError
 from prefopt_dist.planning.fit import Needs, check_fit, fits_with_offloading
 from prefopt_dist.planning.machine import Machine, planned_machine
-from prefopt_dist.planning.memory import Phase, ZeroSettings
+from prefopt_dist.planning.phases import Phase
 from prefopt_dist.planning.sizes import model_sizes
+from prefopt_dist.planning.zero_settings import ZeroSettings
 from prefopt_dist.setup.check_lora import adapter_of
 from prefopt_dist.setup.prepare_models import with_model_buckets
 

@@ -11,11 +11,10 @@ import worlds
 
 from prefopt_dist.batching.batches import ScoredRows
 from prefopt_dist.batching.micro_batch import ComputePath
-from prefopt_dist.commands import train
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.distributed import ranks
 from prefopt_dist.objectives import factory
-from prefopt_dist.setup import prepare_data, prepare_models, prepare_reference
+from prefopt_dist.setup import prepare_data, prepare_models, prepare_policy, prepare_reference
 from prefopt_dist.training import step
 
 PAIRS, G = 37, 11
@@ -43,7 +42,7 @@ def ready(config: Config, path: ComputePath = "shared") -> tuple[prepare_models.
 
 def make_policy(config: Config, models: prepare_models.Models) -> Any:
     """The engine, by the job's own way."""
-    return train._policy(config, models, 1.0)[0]
+    return prepare_policy.load_policy(config, models, 1.0)[0]
 
 
 class Crash:

@@ -12,11 +12,10 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from safetensors.torch import load_file, save_file
 
 from prefopt_dist.batching.batches import ScoredRows, step_batch
-from prefopt_dist.commands import train
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.distributed import ranks
 from prefopt_dist.objectives import factory
-from prefopt_dist.setup import prepare_data, prepare_models, prepare_reference
+from prefopt_dist.setup import prepare_data, prepare_models, prepare_policy, prepare_reference
 from prefopt_dist.training import step
 from prefopt_dist.training.stop import Request
 
@@ -64,7 +63,7 @@ def ready(config: Config) -> tuple[Any, Any, ScoredRows]:
     rows = prepare_data.load_train(config, models, objective)
     reference = prepare_reference.reference_weights(config, models, objective)
     (scored,), _ = prepare_reference.score_reference(config, models, [rows], reference, lambda: False)
-    return train._policy(config, models, 1.0)[0], objective, scored
+    return prepare_policy.load_policy(config, models, 1.0)[0], objective, scored
 
 
 def update(engine: Any, objective: Any, scored: ScoredRows, index: int) -> float:

@@ -23,6 +23,7 @@ from prefopt_dist.commands import export, train
 from prefopt_dist.config import load_config
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.objectives import factory
+from prefopt_dist.setup import prepare_policy
 from prefopt_dist.training import step
 from prefopt_dist.training.stop import Request
 
@@ -46,7 +47,7 @@ def difference(mine: torch.Tensor, exact: torch.Tensor) -> float:
 
 def first_step(config: Any, models: Any, scored: Any, rows: list[int], exact: Any, reference: Any) -> dict[str, Any]:
     """Loss and gradient of the first step of the job's own policy, beside float64's."""
-    engine = train._policy(config, models, 1.0)[0]
+    engine = prepare_policy.load_policy(config, models, 1.0)[0]
     batch = step_batch(scored, rows, 2, 200)
     sums, _ = step.reduce_metrics(
         step.forward_backward(engine, batch, factory.make_objective(config.loss, models.dtype), None),

@@ -21,6 +21,7 @@ from prefopt_dist.commands import train
 from prefopt_dist.distributed import ranks
 from prefopt_dist.model import compiled_layers
 from prefopt_dist.model.scorer import Scorer
+from prefopt_dist.setup import prepare_policy
 
 COMMON: dict[str, Any] = {"steps": 2}
 
@@ -31,7 +32,11 @@ def compiled() -> Iterator[dict[str, Any]]:
     forget()
     counters.clear()
     found: dict[str, Any] = {"lengths": [], "gathers": {}}
-    make, forward, fetch = train._policy, Scorer.forward, coordinator.PartitionedParameterCoordinator.fetch_sub_module
+    make, forward, fetch = (
+        prepare_policy.load_policy,
+        Scorer.forward,
+        coordinator.PartitionedParameterCoordinator.fetch_sub_module,
+    )
 
     def looking(self: Any, batch: Any, *given: Any, **named: Any) -> Any:
         if self._compiled and torch.is_grad_enabled():
@@ -45,7 +50,9 @@ def compiled() -> Iterator[dict[str, Any]]:
         return fetch(self, module, forward)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_policy", lambda config, models, keys, *_: make(config, models, keys, "layers"))
+        patch.setattr(
+            prepare_policy, "load_policy", lambda config, models, keys, *_: make(config, models, keys, "layers")
+        )
         patch.setattr(Scorer, "forward", looking)
         patch.setattr(coordinator.PartitionedParameterCoordinator, "fetch_sub_module", counting)
         yield found

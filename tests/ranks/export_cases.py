@@ -15,7 +15,7 @@ from prefopt_dist.checkpoint import export_weights, other_parts
 from prefopt_dist.distributed import ranks
 from prefopt_dist.model.folder import inspect_folder
 from prefopt_dist.model.load import load_language_model
-from prefopt_dist.setup import lifecycle, prepare_models
+from prefopt_dist.setup import export_run, prepare_models
 
 
 def exported(folder: Path) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def exported(folder: Path) -> dict[str, Any]:
         target = folder / f"exported-{name}-{ranks.world_size()}"
         wrote: list[str] = []
         with small_parts(wrote):
-            lifecycle.export_checkpoint(config, models, source, RunFacts(), target=target, merged=False)
+            export_run.export_checkpoint(config, models, source, RunFacts(), target=target, merged=False)
         files = sorted(path.name for path in target.glob("*.safetensors"))
         found[name] = {"files": files, "wrote": ranks.all_gather(wrote), "size": 0, "left": []}
         found[name]["wrong"] = ranks.run_on_rank_zero(lambda name=name, target=target: different(folder, name, target))

@@ -14,10 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt_dist.checkpoint import export_weights, load, resharding, save
 from prefopt_dist.checkpoint.shards import MasterWeights
-from prefopt_dist.commands import train
 from prefopt_dist.config import Config, load_config
 from prefopt_dist.distributed import ranks, zero3
-from prefopt_dist.setup import prepare_models
+from prefopt_dist.setup import prepare_models, prepare_policy
 
 
 def large_config(folder: Path) -> Config:
@@ -38,7 +37,7 @@ def large_config(folder: Path) -> Config:
 
 
 def large_written(folder: Path) -> dict[str, Any]:
-    engine, _ = train._policy(large_config(folder), prepare_models.load_models(large_config(folder)), 1.0)
+    engine, _ = prepare_policy.load_policy(large_config(folder), prepare_models.load_models(large_config(folder)), 1.0)
     engine.optimizer.initialize_optimizer_states()
     for master in engine.optimizer.fp32_partitioned_groups_flat:
         state = engine.optimizer.optimizer.state[master]
@@ -100,7 +99,7 @@ def large_resumed(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with most_memory(found, "converting"):
         resharding.prepare(root / "step-00000001", manifest)
-    engine, _ = train._policy(large_config(folder), prepare_models.load_models(large_config(folder)), 1.0)
+    engine, _ = prepare_policy.load_policy(large_config(folder), prepare_models.load_models(large_config(folder)), 1.0)
     found["elements"] = sum(p.ds_numel for p in engine.module.parameters())
     load.load(engine, root, manifest)  # Adam's moments are made here where they are not there yet
     with most_memory(found, "loading"):

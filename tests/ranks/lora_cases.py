@@ -14,13 +14,12 @@ from saved_adapters import fill
 
 from prefopt_dist.batching.batches import ScoredRows, step_batch
 from prefopt_dist.checkpoint import load, save
-from prefopt_dist.commands import train
 from prefopt_dist.config import Config
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.model import adapter as adapters
 from prefopt_dist.model import compiled_layers
 from prefopt_dist.model.load import load_unsharded
-from prefopt_dist.setup import prepare_models
+from prefopt_dist.setup import prepare_models, prepare_policy
 from prefopt_dist.training import step
 from prefopt_dist.training.stop import Request
 
@@ -30,17 +29,17 @@ LORA: dict[str, object] = {"r": 4, "alpha": 12, "rslora": True}
 
 def filled_policy(config: Config, models: prepare_models.Models) -> Any:
     """The engine by the job's own way, but for the adapters' start."""
-    attach = train.attach
+    attach = prepare_policy.attach
 
     def attach_filled(lm: Any, adapter: adapters.Adapter) -> None:
         attach(lm, adapter)
         fill(lm)
 
-    train.attach = attach_filled
+    prepare_policy.attach = attach_filled
     try:
-        return train._policy(config, models, 1.0)[0]
+        return prepare_policy.load_policy(config, models, 1.0)[0]
     finally:
-        train.attach = attach
+        prepare_policy.attach = attach
 
 
 def exact_start(folder: Path) -> Any:
@@ -60,9 +59,9 @@ def lora_compiled(folder: Path) -> dict[str, Any]:
     """Layers as for compilation, which is left out; the first of them gets the states of frozen embeddings."""
 
     def compiled(config: Config, models: prepare_models.Models) -> Any:
-        make = train._policy
+        make = prepare_policy.load_policy
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "_policy", lambda *given: make(*given, "layers"))
+            patch.setattr(prepare_policy, "load_policy", lambda *given: make(*given, "layers"))
             return filled_policy(config, models)
 
     common: dict[str, Any] = {"make_engine": compiled, "exact_start": exact_start, "lora": LORA}
@@ -121,7 +120,7 @@ def lora_resume(folder: Path) -> dict[str, Any]:
     config = rank_jobs.config_for(folder, "lora-resume", lora=LORA)
     models, objective, scored, _ = rank_jobs.ready(config)
     root = folder / f"lora-checkpoints-{ranks.world_size()}"
-    engine = train._policy(config, models, 1.0)[0]
+    engine = prepare_policy.load_policy(config, models, 1.0)[0]
     start = weights(engine)
     losses = [update(engine, objective, scored, i) for i in range(2)]
     save.save(engine, root, step=2, state={"window": {}}, facts={}, keep=2)
@@ -130,7 +129,7 @@ def lora_resume(folder: Path) -> dict[str, Any]:
     trained = zero3.trained_parameters(engine.module)
     optimized = sum(m.numel() for m in engine.optimizer.fp32_partitioned_groups_flat)
     zero3.release(engine)
-    engine = train._policy(config, models, 1.0)[0]
+    engine = prepare_policy.load_policy(config, models, 1.0)[0]
     manifest = load.find_newest(root)
     assert manifest is not None
     loaded = load.load(engine, root, manifest)

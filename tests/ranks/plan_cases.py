@@ -17,14 +17,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt_dist.batching.micro_batch import MicroBatch
 from prefopt_dist.batching.packing import pack
-from prefopt_dist.commands import train
 from prefopt_dist.config import load_config
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.distributed import ranks, zero3
 from prefopt_dist.model.load import load_sharded
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives.dpo import DPO
-from prefopt_dist.setup import prepare_models, prepare_reference
+from prefopt_dist.setup import prepare_models, prepare_policy, prepare_reference
 
 TOKENS = 1024
 """Of a micro-batch of training; the first pass has twice as many."""
@@ -141,7 +140,7 @@ def passed(file: Path, which: str) -> dict[str, Any]:
         peak.mark("pass")
         zero3.release(engine)
         return peak.result()
-    engine, _ = train._policy(config, models, 1.0)
+    engine, _ = prepare_policy.load_policy(config, models, 1.0)
     peak.mark("load")
     objective = DPO(0.1, 0.0, 1e-6)
     micro = batch(TOKENS)

@@ -13,8 +13,8 @@ from prefopt_dist.config import load_deepspeed_json
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.fit import Needs, find_fit
 from prefopt_dist.planning.machine import Machine
-from prefopt_dist.planning.memory import ZeroSettings
 from prefopt_dist.planning.sizes import model_sizes
+from prefopt_dist.planning.zero_settings import ZeroSettings
 from prefopt_dist.setup.prepare_models import with_model_buckets
 
 POLICY = load_deepspeed_json("deepspeed_configs/policy_zero3.json", "deepspeed.policy")

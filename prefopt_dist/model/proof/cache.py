@@ -18,7 +18,8 @@ from prefopt_dist.batching.micro_batch import ComputePath
 from prefopt_dist.files import write_json
 from prefopt_dist.model.fingerprint import IGNORED_FIELDS
 from prefopt_dist.model.fusion import Fusion
-from prefopt_dist.model.proof.prove import Proof, Refusal, Tried, try_paths
+from prefopt_dist.model.proof.prove import try_paths
+from prefopt_dist.model.proof.result import Proof, Refusal, Tried
 from prefopt_dist.model.rotary import length_dependent
 
 LIBRARIES = (

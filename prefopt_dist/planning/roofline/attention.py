@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from prefopt_dist.batching.micro_batch import Segment
 from prefopt_dist.model.attention import has_long_segments
-from prefopt_dist.model.block_attention import (
+from prefopt_dist.model.attention_tiling import (
     CPU_BLOCKS,
     GPU_BLOCKS,
     BlockBytes,
@@ -23,7 +23,7 @@ from prefopt_dist.model.block_attention import (
     tiles,
     window_within,
 )
-from prefopt_dist.model.counting import AttentionCall
+from prefopt_dist.model.meta_device import AttentionCall
 from prefopt_dist.planning.roofline.kernels import Kernel, Step
 from prefopt_dist.planning.roofline.recorder import EXPONENTIAL
 

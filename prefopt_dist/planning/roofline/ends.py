@@ -10,9 +10,10 @@ import math
 from collections.abc import Iterator
 
 from prefopt_dist.model.head import MAX_LOGITS_ON_GPU, MAX_LOGITS_PER_BLOCK, PLAIN, FinalTransform
-from prefopt_dist.planning.memory import MASTER_BYTES, MOMENTS_BYTES, ZeroSettings
+from prefopt_dist.planning.memory import MASTER_BYTES, MOMENTS_BYTES
 from prefopt_dist.planning.roofline.kernels import Kernel, Step
 from prefopt_dist.planning.sizes import ModelSizes
+from prefopt_dist.planning.zero_settings import ZeroSettings
 
 HEAD, ZERO, OPTIMIZER = "head and log-probs", "ZeRO-3's transfers", "optimizer"
 """Names of the parts."""

@@ -11,15 +11,16 @@ from transformers import PreTrainedConfig
 from prefopt_dist.batching.micro_batch import MicroBatch, Segment
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.attention import flash_takes
-from prefopt_dist.model.counting import AttentionCall, count
+from prefopt_dist.model.counting import count
 from prefopt_dist.model.head import FinalTransform
-from prefopt_dist.planning.memory import ZeroSettings
+from prefopt_dist.model.meta_device import AttentionCall
 from prefopt_dist.planning.roofline.attention import attention_kernels
 from prefopt_dist.planning.roofline.ends import head_kernels, update_kernels, zero_kernels
 from prefopt_dist.planning.roofline.fusion import fused
 from prefopt_dist.planning.roofline.kernels import Kernel, Step
 from prefopt_dist.planning.roofline.trace import trace_backbone
 from prefopt_dist.planning.sizes import ModelSizes
+from prefopt_dist.planning.zero_settings import ZeroSettings
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from prefopt_dist.model.adapter import Adapter
 from prefopt_dist.model.attention import CHOOSING, needs_of_call
-from prefopt_dist.model.counting import AttentionCall, experts_in_order, meta_model, position_arguments
+from prefopt_dist.model.meta_device import AttentionCall, experts_in_order, meta_model, position_arguments
 from prefopt_dist.model.parts import backbone, decoder_layers
 from prefopt_dist.planning.roofline.kernels import Kernel, Step
 from prefopt_dist.planning.roofline.recorder import Recorder, tensors_in

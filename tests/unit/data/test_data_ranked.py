@@ -17,7 +17,7 @@ from prefopt_dist.data.example import BadRow, Example
 from prefopt_dist.data.forms import detect_form, read_form, read_prompt
 from prefopt_dist.data.options import DEFAULT_OPTIONS, TextOptions
 from prefopt_dist.errors import UserError
-from prefopt_dist.reference.first_pass import _aligned
+from prefopt_dist.reference.aligned_values import _aligned
 from prefopt_dist.reference.sequences import sequences_needed
 from prefopt_dist.reference.store import Score, Scores
 

@@ -12,7 +12,7 @@ import worlds
 
 from prefopt_dist.config import load_config
 from prefopt_dist.distributed import out_of_memory, ranks
-from prefopt_dist.setup import lifecycle, memory_advice
+from prefopt_dist.setup import export_run, memory_advice
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_an_export_is_a_phase(told: list[tuple[str, str]], tmp_path: Path, monke
 
     monkeypatch.setattr(ranks, "run_on_rank_zero", runs_out)
     with pytest.raises(torch.OutOfMemoryError):
-        lifecycle.export_checkpoint(None, None, tmp_path, None, target=tmp_path, merged=False)  # type: ignore[arg-type]
+        export_run.export_checkpoint(None, None, tmp_path, None, target=tmp_path, merged=False)  # type: ignore[arg-type]
     assert told == [("export", "no room")]
 
 

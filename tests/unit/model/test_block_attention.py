@@ -13,9 +13,9 @@ from benchmarks.launches import count, gemma2, packed
 from prefopt_dist.batching.micro_batch import MicroBatch, Segment
 from prefopt_dist.batching.packing import pack
 from prefopt_dist.errors import UserError
-from prefopt_dist.model import attention, block_attention, layer_kernels
+from prefopt_dist.model import attention, attention_tiling, block_attention, layer_kernels, score_blocks
 from prefopt_dist.model.attention import LayerNeeds
-from prefopt_dist.model.block_attention import BYTES_PER_SCORE, CPU_BLOCKS, GPU_BLOCKS, BlockBytes, BlockSize
+from prefopt_dist.model.attention_tiling import BYTES_PER_SCORE, CPU_BLOCKS, GPU_BLOCKS, BlockBytes, BlockSize
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
 
@@ -82,7 +82,7 @@ def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
 def test_equals_plain_float64(
     size: str, key_heads: int, window: int | None, cap: float | None, with_sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_attention, "CPU_BLOCKS", SIZES[size])
+    monkeypatch.setattr(score_blocks, "CPU_BLOCKS", SIZES[size])
     batch = pack(pairs()[:4], 2)
     given = operands(batch, key_heads)
     exact_given = [x.detach().double().requires_grad_() for x in given]
@@ -130,7 +130,7 @@ def test_a_row_s_neighbours_stay_out_of_padding() -> None:
 @pytest.mark.parametrize("size", [GPU_BLOCKS, CPU_BLOCKS])
 def test_tiles_cover_the_row_and_blocks_fit(size: BlockSize, window: int | None) -> None:
     bytes, batch = BlockBytes(score=BYTES_PER_SCORE * 16, key=8 * 2 * 128), packed("ultrafeedback-like", 16)
-    tiles = block_attention.tiles(batch.segments, window, bytes, size)
+    tiles = attention_tiling.tiles(batch.segments, window, bytes, size)
     queries = sorted(i for t in tiles for i in range(t.start, t.start + t.queries))
     assert queries == list(range(batch.tokens))
     for t in tiles:
@@ -140,7 +140,7 @@ def test_tiles_cover_the_row_and_blocks_fit(size: BlockSize, window: int | None)
         begin = 0 if window is None else max(0, first - window + 1)
         assert [*range(*t.prefix), *range(*t.own)] == keys[begin : last + 1]
         assert t.position == first - begin
-    blocks = block_attention.grouped(tiles, bytes, size)
+    blocks = attention_tiling.grouped(tiles, bytes, size)
     assert sorted(t for b in blocks for t in b) == sorted(tiles)
     for b in blocks:
         q, k = max(t.queries for t in b), max(t.keys for t in b)
@@ -156,8 +156,8 @@ def test_no_block_takes_more_than_is_planned(size: BlockSize, lengths: tuple[int
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
     segments = [Segment(e - n, e - n, e - n, e) for e, n in zip(ends, lengths, strict=True)]
     for bytes in (BlockBytes(score=1, key=10**4), BlockBytes(score=BYTES_PER_SCORE * 4, key=8 * 2 * 64)):
-        most = block_attention.most_block_bytes(ends[-1], bytes, size)
-        for b in block_attention.grouped(block_attention.tiles(segments, None, bytes, size), bytes, size):
+        most = attention_tiling.most_block_bytes(ends[-1], bytes, size)
+        for b in attention_tiling.grouped(attention_tiling.tiles(segments, None, bytes, size), bytes, size):
             assert bytes.padded(len(b), max(t.queries for t in b), max(t.keys for t in b)) <= most
 
 
@@ -238,7 +238,7 @@ def test_same_bits_on_two_threads() -> None:
 def test_a_model_s_numbers_do_not_depend_on_the_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, found = pack(pairs(), 2), []
     for size in SIZES.values():
-        monkeypatch.setattr(block_attention, "CPU_BLOCKS", size)
+        monkeypatch.setattr(score_blocks, "CPU_BLOCKS", size)
         lm = make(name)
         terms = Scorer(lm)(batch, DPO(0.3), references(pairs()))
         terms.loss.backward()

@@ -22,7 +22,8 @@ from transformers import AutoConfig
 from prefopt_dist.batching.packing import pack
 from prefopt_dist.data.unit import Unit
 from prefopt_dist.model import attention, compiled_layers
-from prefopt_dist.model.proof.prove import Proof, try_paths
+from prefopt_dist.model.proof.prove import try_paths
+from prefopt_dist.model.proof.result import Proof
 from prefopt_dist.model.scorer import Scorer
 from prefopt_dist.objectives import DPO
 

@@ -18,11 +18,11 @@ from prefopt_dist.errors import UserError
 from prefopt_dist.model import attention, scorer
 from prefopt_dist.model.attention import shared_prefix_attention
 from prefopt_dist.model.head import FinalTransform
-from prefopt_dist.model.proof import cache, layers, reach
-from prefopt_dist.model.proof import prove as proving
+from prefopt_dist.model.proof import cache, case, layers, reach
 from prefopt_dist.model.proof.cut import cuts
 from prefopt_dist.model.proof.kinds import layer_kinds
-from prefopt_dist.model.proof.prove import Proof, Refusal, Tried, prove
+from prefopt_dist.model.proof.prove import prove
+from prefopt_dist.model.proof.result import Proof, Refusal, Tried
 
 KEY = "model.name_or_path"
 PATHS_OF = {
@@ -95,7 +95,7 @@ def test_a_length_that_is_remembered_is_found(monkeypatch: pytest.MonkeyPatch) -
 
 def test_weights_are_drawn_on_the_host_whatever_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
-    monkeypatch.setattr(proving, "randomise", lambda lm: drawn.append(next(lm.parameters()).device.type))
+    monkeypatch.setattr(case, "randomise", lambda lm: drawn.append(next(lm.parameters()).device.type))
     with pytest.raises(UserError, match="no small copy of this llama model can be computed"):
         prove(tiny("llama"), key=KEY, device=torch.device("meta"))
     assert set(drawn) == {"cpu"}
@@ -161,7 +161,7 @@ def test_positions_of_the_second_response_off_by_one_are_found(monkeypatch: pyte
                 positions[0, segment.start : segment.end] += 1
         return replace(batch, position_ids=positions)
 
-    monkeypatch.setattr(proving, "pack", shifted)
+    monkeypatch.setattr(case, "pack", shifted)
     found = proof(tiny("llama"))
     assert found.path == "packed"  # which has no response behind another's prompt
     assert not found.tried[0].equal
@@ -272,9 +272,9 @@ def test_a_refusal_is_kept_with_its_numbers(tmp_path: Path, monkeypatch: pytest.
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     before = set(tmp_path.glob("*.json"))
-    monkeypatch.setattr(proving, "pack", full)
+    monkeypatch.setattr(case, "pack", full)
     assert "packed: OutOfMemoryError: CUDA out of memory" in asked("packed")
-    monkeypatch.setattr(proving, "randomise", full)
+    monkeypatch.setattr(case, "randomise", full)
     assert "no small copy of this qwen3_5_text model" in asked("alone")
     assert set(tmp_path.glob("*.json")) == before
 

@@ -166,7 +166,7 @@ def test_sdpa_keeps_no_scores() -> None:
     assert memory.per_token_key == 0
     assert memory.per_token_layer == shared.per_token_layer
     assert replace(memory, longest=4096).bytes(512, 0) == memory.bytes(512, 0)
-    # On the CPU it repeats keys and values for each query head, as ours does (planning/memory.py).
+    # On the CPU it repeats keys and values for each query head, as ours does (planning/cpu_memory.py).
     repeated = model_sizes(CONFIGS["llama"], torch.float32, 0, path="plain").repeated_kv_bytes * memory.layers
     estimate = memory.bytes(512, 0) - memory.block(512)
     found = kept_plain(CONFIGS["llama"], 4, 128)

@@ -10,9 +10,10 @@ from transformers import MixtralConfig
 from prefopt_dist.config import Plan
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.export import export_plan
+from prefopt_dist.planning.generation_memory import GenerationSettings
 from prefopt_dist.planning.machine import BANDWIDTHS, GPUS, known_gpu, planned_machine
-from prefopt_dist.planning.memory import GenerationSettings, Placement
 from prefopt_dist.planning.network import network
+from prefopt_dist.planning.phases import Placement
 from prefopt_dist.planning.rollouts import plan_answers
 from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.planning.work import disk_needed

@@ -7,7 +7,9 @@ from planned_models import GIB, POLICY, h200, needs_of, refused, with_adapters
 
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.fit import Fit, find_fit, fits_with_offloading
-from prefopt_dist.planning.memory import GenerationSettings, Placement, ZeroSettings
+from prefopt_dist.planning.generation_memory import GenerationSettings
+from prefopt_dist.planning.phases import Placement
+from prefopt_dist.planning.zero_settings import ZeroSettings
 
 
 def test_a_whole_copy_that_does_not_fit_is_refused_whatever_the_number_of_ranks() -> None:

@@ -10,10 +10,12 @@ from transformers import Gemma2Config
 from prefopt_dist.config import Plan
 from prefopt_dist.planning import memory
 from prefopt_dist.planning.fit import find_fit
+from prefopt_dist.planning.generation_memory import GenerationSettings, generation_phase
 from prefopt_dist.planning.machine import Machine, planned_machine
-from prefopt_dist.planning.memory import GenerationSettings, Placement, ZeroSettings
+from prefopt_dist.planning.phases import Placement
 from prefopt_dist.planning.sizes import model_sizes
 from prefopt_dist.planning.work import disk_needed
+from prefopt_dist.planning.zero_settings import ZeroSettings
 
 
 def test_a_tiny_model_by_hand() -> None:
@@ -68,7 +70,7 @@ def test_generation_by_hand() -> None:
     sizes = model_sizes(SMALL, torch.bfloat16, 8)
     of = sizes.activations
     asked = GenerationSettings(batch_tokens=1000, prompt_tokens=20, new_tokens=30, n=4, uses_top_p=False)
-    phase = memory.generation_phase(sizes, Placement(8, True), asked)
+    phase = generation_phase(sizes, Placement(8, True), asked)
     assert by_name(phase) == {
         "parameters, whole": 2 * sizes.parameters,
         "parameters while loading": 2 * sizes.parameters,
@@ -78,12 +80,8 @@ def test_generation_by_hand() -> None:
         "logits and sampling": (1000 // 31) * 100 * (2 + 16),
     }
     assert phase.host == 2 * sizes.parameters
-    assert memory.generation_phase(sizes, Placement(512, True), asked) == phase, (
-        "no number of ranks divides a whole copy"
-    )
-    parts = by_name(
-        memory.generation_phase(sizes, Placement(8, True), replace(asked, batch_tokens=10, uses_top_p=True))
-    )
+    assert generation_phase(sizes, Placement(512, True), asked) == phase, "no number of ranks divides a whole copy"
+    parts = by_name(generation_phase(sizes, Placement(8, True), replace(asked, batch_tokens=10, uses_top_p=True)))
     assert parts["keys and values"] == 3 * 16 * 50, "a line alone, whatever the budget"
     assert parts["logits and sampling"] == 100 * (2 + 40)
 

@@ -20,12 +20,11 @@ from tiny_families import FAMILIES, tiny_config
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
 from prefopt_dist.batching.micro_batch import Segment
-from prefopt_dist.model import block_attention, head
+from prefopt_dist.model import attention_tiling, block_attention, head
 from prefopt_dist.model.attention import LayerNeeds
 from prefopt_dist.model.cost import forward_cost
-from prefopt_dist.model.counting import AttentionCall
+from prefopt_dist.model.meta_device import AttentionCall
 from prefopt_dist.planning.machine import Machine
-from prefopt_dist.planning.memory import ZeroSettings
 from prefopt_dist.planning.roofline import attention, trace
 from prefopt_dist.planning.roofline.ends import HEAD, head_kernels, update_kernels, zero_kernels
 from prefopt_dist.planning.roofline.estimate import estimate
@@ -36,6 +35,7 @@ from prefopt_dist.planning.roofline.rows import PlannedRow
 from prefopt_dist.planning.roofline.step import RowFacts, step_kernels
 from prefopt_dist.planning.roofline.table import Roofline
 from prefopt_dist.planning.sizes import model_sizes
+from prefopt_dist.planning.zero_settings import ZeroSettings
 
 T, D, A, K, M, V, N = 640, 64, 128, 32, 160, 512, 200
 SIZES: dict[str, Any] = {
@@ -220,9 +220,9 @@ def test_the_blocks_of_a_long_row_are_counted_together() -> None:
     """On a GPU, of a call with sinks; else a long row's plan would take minutes. The sums are those of all blocks."""
     long = (Segment(0, 0, 0, 30_000), Segment(0, 16_000, 30_000, 44_000))
     sinks = call(sinks=True)
-    sizes = block_attention.BlockBytes.of_heads(sinks.heads, sinks.key_numbers)
-    size = block_attention.GPU_BLOCKS
-    blocks = block_attention.grouped(block_attention.tiles(long, None, sizes, size), sizes, size)
+    sizes = attention_tiling.BlockBytes.of_heads(sinks.heads, sinks.key_numbers)
+    size = attention_tiling.GPU_BLOCKS
+    blocks = attention_tiling.grouped(attention_tiling.tiles(long, None, sizes, size), sizes, size)
     for step in ("forward", "backward"):
         found = attention.attention_kernels(sinks, step, long, 2, flash=False, on_gpu=True)  # type: ignore[arg-type]
         assert len(found) < 1_000 < 10 * len(blocks)

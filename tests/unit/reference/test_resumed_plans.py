@@ -9,7 +9,7 @@ import pytest
 from prefopt_dist.batching.micro_batch import PATHS
 from prefopt_dist.batching.packing import packed_tokens
 from prefopt_dist.data import TokenisedRows
-from prefopt_dist.reference import first_pass
+from prefopt_dist.reference import scoring_work
 from prefopt_dist.reference.scoring_plan import plan_files, plan_name, read_plan
 from prefopt_dist.reference.sequences import Location, sequences_needed
 from prefopt_dist.reference.store import ReferenceStore, Score
@@ -28,7 +28,7 @@ class Starts:
 
     def plan(self, budget: int) -> Plan:
         """Of one start; every missing sequence is scored, and stored by one micro-batch."""
-        todo = first_pass._look_up(self.store, self.sets, 2, budget)
+        todo = scoring_work.look_up(self.store, self.sets, 2, budget)
         assert todo.missing == len(self.missing)
         stored = [todo.own(i, self.sets) for i in range(len(todo.micro_batches))]
         assert frozenset().union(*stored) == self.missing
@@ -132,10 +132,10 @@ def test_each_path_has_plans_of_its_own(store: ReferenceStore, sets: list[Tokeni
     assert len(names) == len(PATHS)
     assert plan_name(sets, 2) == plan_name(sets, 2, "shared")
     shared = Starts(store, sets).plan(150)
-    plain = first_pass._look_up(store, sets, 2, 150, "plain").micro_batches
+    plain = scoring_work.look_up(store, sets, 2, 150, "plain").micro_batches
     assert plain != shared
     for micro_batch in plain:
         units = [p.unit(sets, i) for i, p in enumerate(micro_batch)]
         assert packed_tokens(units, "plain") <= 150 or len(units) == 1
-    assert first_pass._look_up(store, sets, 2, 150, "plain").micro_batches == plain
+    assert scoring_work.look_up(store, sets, 2, 150, "plain").micro_batches == plain
     assert [len(plan_files(store.folder, name)) for name in sorted(names)].count(1) == 2

@@ -17,7 +17,7 @@ from prefopt_dist.batching.order import Order, first_rows
 from prefopt_dist.batching.packing import packed_tokens
 from prefopt_dist.data import TokenisedRows, open_rows
 from prefopt_dist.errors import UserError
-from prefopt_dist.reference import first_pass
+from prefopt_dist.reference import aligned_values, first_pass, scoring_work
 from prefopt_dist.reference.scoring_plan import make_plan, plan_files, plan_name, read_plan, save_plan
 from prefopt_dist.reference.sequences import Location, sequences_needed
 from prefopt_dist.reference.store import ReferenceStore, Score
@@ -112,7 +112,7 @@ def test_rows_before_the_first_update_of_the_reference_are_enough(sets: list[Tok
     assert [p.row for p in needed.values() if p.data_set == 0] == [row for row in rows for _ in range(2)]
     tokens = [s.learnt_lengths() for s in sets]
     scores = {d: Score(-1.5, int(tokens[p.data_set][p.row, p.response])) for d, p in needed.items()}
-    first, second = first_pass._aligned_sets(scores, sets[:2], 2, rows)
+    first, second = aligned_values.aligned_sets(scores, sets[:2], 2, rows)
     assert (first[rows] == -1.5).all()
     assert (second == -1.5).all()
     assert first.isnan().all(1).sum() == sets[0].n - len(rows)
@@ -166,7 +166,7 @@ def test_a_plan_and_a_full_store_take_little_memory(store: ReferenceStore, sets:
         digests=draw.randint(0, 256, (n, 2, 16)).astype(np.uint8),
     )
     tracemalloc.start()
-    todo = first_pass._look_up(store, [many], 2, 8192)
+    todo = scoring_work.look_up(store, [many], 2, 8192)
     planned = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert todo.missing == 2 * n

@@ -15,7 +15,7 @@ from prompts_and_answers import answered, tokeniser, write
 from tokenizers_for_tests import CHATML, small_tokenizer
 
 from prefopt_dist.config import DataSource
-from prefopt_dist.data.dataset import open_rows
+from prefopt_dist.data.column_files import open_rows
 from prefopt_dist.data.forms import detect_form, read_form
 from prefopt_dist.data.prepare import prepare_rows
 from prefopt_dist.monitoring.statistics import interval

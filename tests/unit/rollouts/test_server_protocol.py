@@ -12,10 +12,10 @@ import torch
 import worlds
 
 from prefopt_dist.model.load import load_tokenizer
+from prefopt_dist.rollouts.model_comparison import surprises
 from prefopt_dist.rollouts.partial import PartialShard
 from prefopt_dist.rollouts.prompts import Prompt
 from prefopt_dist.rollouts.sampling import Sampling, TextResponse, choose_tokens
-from prefopt_dist.rollouts.server_check import surprises
 from prefopt_dist.rollouts.server_pool import Server, base_url
 from prefopt_dist.rollouts.server_protocol import (
     AnswerRequest,
