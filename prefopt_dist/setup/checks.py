@@ -43,7 +43,15 @@ MAX_COUNTED_ROWS = 10_000
 
 
 def check_folders(config: Config, objective: Objective) -> None:
-    """Raise UserError for a folder in which files cannot be created, so that it is found now and not at the export."""
+    """Raise UserError for a folder in which files cannot be created, so that it is found now and not at the export.
+
+    So is a run folder that is the model's own.
+    """
+    if config.run_dir.resolve() == Path(config.model.name_or_path).resolve():
+        raise UserError(
+            f"run.dir: {config.run_dir} is the folder of model.name_or_path, and the run's files would lie among the "
+            "model's. Choose another folder."
+        )
     _refuse_unwritable(config.run_dir, "run.dir")
     _refuse_unwritable(config.cache_dir / "tokenised", "run.cache")
     if objective.needs_reference:

@@ -14,7 +14,7 @@ import pytest
 import worlds
 from door import Door, one_process_group
 
-from prefopt_dist import model as model_package
+from prefopt_dist.model import load
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def door(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded before the mistake was found")
 
-    monkeypatch.setattr(model_package.load.AutoModelForCausalLM, "from_pretrained", loaded)  # type: ignore[attr-defined]
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", loaded)
     return Door(tmp_path, capsys)
 
 

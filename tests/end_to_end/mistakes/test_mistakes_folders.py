@@ -34,6 +34,12 @@ def test_a_cache_that_cannot_be_written_is_found_by_inspect(door: Door) -> None:
     door.fails(words, f"run.cache={door.path('file')}", stage="inspect")
 
 
+def test_a_run_in_the_folder_of_its_model(door: Door) -> None:
+    words = ["run.dir: ", door.path("model"), "is the folder of model.name_or_path", "Choose another folder"]
+    door.fails(words, f"run.dir={door.path('model')}", early=True)
+    door.fails(words, f"run.dir={door.path('model')}", "--check")
+
+
 def test_an_export_over_somebodys_model(door: Door) -> None:
     words = ["export.dir: ", door.path("model"), "is not an export of this job", "Choose another folder"]
     door.fails(words, f"export.dir={door.path('model')}", early=True)
