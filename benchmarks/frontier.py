@@ -124,17 +124,17 @@ def table(found: dict[str, Any]) -> str:
 def faults(found: dict[str, Any]) -> list[str]:
     """Return the violations of: KL rises each time beta falls, and only the first beta needs the first pass."""
     points = sorted(found["points"], key=lambda p: -p["beta"])
-    told = [
+    lines = [
         f"KL does not rise from beta {a['beta']:g} ({interval_text(a['kl'])}) "
         f"to {b['beta']:g} ({interval_text(b['kl'])})"
         for a, b in pairwise(points)
         if not a["kl"]["mean"] < b["kl"]["mean"]
     ]
     _, *others = found["points"]
-    told += [
+    lines += [
         f"beta {p['beta']:g} scored {p['sequences_scored']} sequences again" for p in others if p["sequences_scored"]
     ]
-    return told
+    return lines
 
 
 def plot(found: dict[str, Any], file: Path) -> None:
@@ -195,12 +195,12 @@ def main() -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     ranks.end()
-    told = faults(found)
+    lines = faults(found)
     print(f"\n{table(found)}\n{time.monotonic() - began:.0f} s")
     write_json(RESULTS / f"{options.save}.json", found)
     plot(found, RESULTS / f"{options.save}.svg")
-    print("\n".join(told) or "KL rises each time beta falls; one first pass served every beta")
-    return 1 if told else 0
+    print("\n".join(lines) or "KL rises each time beta falls; one first pass served every beta")
+    return 1 if lines else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a rank on the CPU takes more than one on a GPU: blocks that glibc's heap keeps, and repeated keys and values."""
+"""Estimate what a rank takes on a CPU alone: blocks that glibc's heap keeps, and repeated keys and values."""
 
 from __future__ import annotations
 

@@ -70,17 +70,17 @@ def turn_of(config: Config, number: int) -> Turn | None:
 def made_otherwise(config: Config, done: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a line for each setting that has changed since rounds were made; `done`: their rows of rounds.json."""
 
-    def line(key: str, value: int | None, rounds: list[int]) -> list[str]:
+    def changed(key: str, value: int | None, rounds: list[int]) -> list[str]:
         now = "null" if value is None else value
         numbers = ", ".join(map(str, rounds))
-        told = f"{key} is {now} now; rounds that were made with another value stay as they are: {numbers}. "
-        return [told + "Name another run.dir to make them anew."] if rounds else []
+        line = f"{key} is {now} now; rounds that were made with another value stay as they are: {numbers}. "
+        return [line + "Name another run.dir to make them anew."] if rounds else []
 
     after = {one["round"]: answered_after(config, one["round"]) for one in done}
     size = config.rounds.prompts_per_round
     others = [n for n, one in zip(after, done, strict=True) if one.get("answered_after", after[n]) != after[n]]
     sized = [n for n, one in zip(after, done, strict=True) if one.get("prompts_per_round", size) != size]
-    return line("rounds.ahead", config.rounds.ahead, others) + line("rounds.prompts_per_round", size, sized)
+    return changed("rounds.ahead", config.rounds.ahead, others) + changed("rounds.prompts_per_round", size, sized)
 
 
 def _from_here(folder: Path) -> Path:

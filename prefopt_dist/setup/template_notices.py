@@ -1,4 +1,4 @@
-"""What a person should know about the chat template before its rows are read."""
+"""Say what a person should know about the chat template before its rows are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many random examples are tried, and what a refusal must be."""
+"""Say how many random examples are tried, and what a refusal must be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cases on ranks found is within the tolerances; which of them are slow."""
+"""Check that what cases on ranks found is within the tolerances; name which of them are slow."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What cases on ranks share: a run's configuration and parts, a crash in a step, what a run leaves."""
+"""Make what cases on ranks share: a run's configuration and parts, a crash in a step, what a run leaves."""
 
 import hashlib
 import json

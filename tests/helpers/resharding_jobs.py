@@ -1,4 +1,4 @@
-"""What cases of universal_cases.py share: runs of several ZeRO settings, an update, an engine's contents, models."""
+"""Make what universal_cases.py shares: runs of several ZeRO settings, an update, an engine's content, models."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What an offline folder of W&B holds; wandb has no Python reader of its files."""
+"""Read an offline folder of W&B; wandb has no Python reader of its files."""
 
 import json
 import struct
